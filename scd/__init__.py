@@ -1,0 +1,21 @@
+"""Separable Causal Diffusion: video frames from one causal pass and a light diffusion decoder.
+
+Paper: "Causality in Video Diffusers is Separable from Denoising", arXiv 2602.10095.
+
+Letters of tensor dimensions, the same in every file:
+
+    b  batch: clips or streams side by side
+    r  draws: several (time, noise) draws of the same frames
+    t  frames: time steps of a video or latent
+    m  frames that are denoised: the last m of t
+    c  channels of a frame
+    h  rows of a frame, w columns of a frame, in pixels or latent cells
+    n  tokens per frame
+    s  tokens of a sequence that attention sees
+    d  width of the model
+    k  attention heads
+    e  width of one head
+    a  entries of a continuous action
+"""
+
+__version__ = "0.1.0"

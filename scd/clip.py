@@ -1,0 +1,193 @@
+"""Clips of video with actions, and the one place that knows how actions align with frames.
+
+Action i is what was done between frame i-1 and frame i: frame i is the effect of action i on frame
+i-1. `actions[0]` led to the first frame from something outside the clip; it is kept because a
+stream that begins with that frame still carries it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionSpec:
+    """What steers a model: discrete actions, continuous actions, class labels, or nothing."""
+
+    num_actions: int = 0
+    """Number of discrete actions; ids are 0 .. num_actions - 1. 0: no discrete actions."""
+    action_dim: int = 0
+    """Entries of a continuous action vector. 0: no continuous actions."""
+    num_labels: int = 0
+    """Number of class labels of a whole clip; ids are 0 .. num_labels - 1. 0: no labels."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_actions", "action_dim", "num_labels"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.num_actions and self.action_dim:
+            raise ValueError(
+                "actions are either discrete or continuous: "
+                f"got num_actions={self.num_actions} and action_dim={self.action_dim}"
+            )
+
+    @property
+    def has_actions(self) -> bool:
+        """Whether each frame carries an action."""
+        return bool(self.num_actions or self.action_dim)
+
+    def check(self, conditions: Conditions, num_frames: int | None = None) -> None:
+        """Refuse conditions that do not fit.
+
+        Raises:
+            ValueError: missing or superfluous actions or labels, ids out of range, vectors of
+                another length, values that are not finite, or fewer actions than frames.
+        """
+        actions, labels = conditions.actions, conditions.labels
+        if self.has_actions and actions is None:
+            raise ValueError("this model is steered by actions, but none were given")
+        if not self.has_actions and actions is not None:
+            raise ValueError("actions were given, but this model was built without actions")
+        if actions is not None:
+            check_actions(self, actions)
+            if num_frames is not None and actions.shape[1] < num_frames:
+                raise ValueError(
+                    f"{num_frames} frames need {num_frames} actions, got {actions.shape[1]}"
+                )
+        if bool(self.num_labels) != (labels is not None):
+            raise ValueError(
+                f"this model has {self.num_labels} labels, but labels were "
+                + ("given" if labels is not None else "not given")
+            )
+        if labels is not None:
+            _check_ids("label", labels, self.num_labels)
+
+
+def check_actions(spec: ConditionSpec, actions: Tensor) -> None:
+    """Refuse actions of another kind, out of range, or not finite (ValueError)."""
+    if spec.num_actions:
+        if actions.is_floating_point():
+            raise ValueError(f"discrete actions are integers, got {actions.dtype}")
+        _check_ids("action", actions, spec.num_actions)
+    else:
+        if not actions.is_floating_point() or actions.shape[-1] != spec.action_dim:
+            raise ValueError(
+                f"continuous actions are float vectors of {spec.action_dim} entries, "
+                f"got {actions.dtype} of shape {tuple(actions.shape)}"
+            )
+        if not torch.isfinite(actions).all():
+            raise ValueError("continuous actions must be finite, got NaN or infinity")
+
+
+def _check_ids(name: str, ids: Tensor, num: int) -> None:
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= num):
+        raise ValueError(
+            f"{name} ids must lie in 0 .. {num - 1}, got {int(ids.min())} .. {int(ids.max())}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What steers each clip of a batch.
+
+    `null` marks the frames whose action (and, for its clip, label) is hidden from the model: the
+    unconditional branch of guidance, and condition dropout in training.
+    """
+
+    actions: Int[Tensor, "b t"] | Float[Tensor, "b t a"] | None = None
+    labels: Int[Tensor, " b"] | None = None
+    null: Bool[Tensor, "b t"] | None = None
+
+    def to(self, device: torch.device | str) -> Conditions:
+        """Move to a device."""
+        return Conditions(
+            **{
+                name: value if value is None else value.to(device, non_blocking=True)
+                for name, value in vars(self).items()
+            }
+        )
+
+    def frames(self, start: int, stop: int | None) -> Conditions:
+        """Return the conditions of frames start .. stop - 1; labels hold for all of them."""
+        return replace(
+            self,
+            actions=None if self.actions is None else self.actions[:, start:stop],
+            null=None if self.null is None else self.null[:, start:stop],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """Some consecutive frames of one episode, with the actions that led to them."""
+
+    frames: Float[Tensor, "t 3 h w"]
+    """Pixels in [-1, 1]."""
+    actions: Int[Tensor, " t"] | Float[Tensor, "t a"] | None = None
+    """Action i led from frame i-1 to frame i."""
+    label: int | None = None
+    """Class of the whole clip."""
+    fps: float = 10.0
+    """Frames per second at which the clip is meant to be watched."""
+
+    def __len__(self) -> int:
+        return self.frames.shape[0]
+
+    def __getitem__(self, frames: slice) -> Clip:
+        return replace(
+            self,
+            frames=self.frames[frames],
+            actions=None if self.actions is None else self.actions[frames],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Clips of equal length side by side."""
+
+    frames: Float[Tensor, "b t 3 h w"]
+    """Pixels in [-1, 1]."""
+    conditions: Conditions
+
+    @staticmethod
+    def of(clips: Sequence[Clip]) -> Batch:
+        """Stack clips.
+
+        Raises:
+            ValueError: the clips differ in length, size, or in what steers them.
+        """
+        shapes = sorted({tuple(clip.frames.shape) for clip in clips})
+        if len(shapes) != 1:
+            raise ValueError(f"clips of one batch need one shape [t, 3, h, w], got {shapes}")
+        actions = [clip.actions for clip in clips if clip.actions is not None]
+        labels = [clip.label for clip in clips if clip.label is not None]
+        if len(actions) not in (0, len(clips)) or len(labels) not in (0, len(clips)):
+            raise ValueError("some clips of the batch have actions or labels and some have none")
+        return Batch(
+            frames=torch.stack([clip.frames for clip in clips]),
+            conditions=Conditions(
+                actions=torch.stack(actions) if actions else None,
+                labels=torch.tensor(labels) if labels else None,
+            ),
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move to a device."""
+        return Batch(
+            frames=self.frames.to(device, non_blocking=True),
+            conditions=self.conditions.to(device),
+        )
+
+
+def pixels_to_frames(pixels: UInt8[Tensor, "*t h w 3"]) -> Float[Tensor, "*t 3 h w"]:
+    """Turn 8-bit RGB pictures into frames in [-1, 1]."""
+    return pixels.movedim(-1, -3).float() / 127.5 - 1
+
+
+def frames_to_pixels(frames: Float[Tensor, "*t 3 h w"]) -> UInt8[Tensor, "*t h w 3"]:
+    """Turn frames into 8-bit RGB pictures; values outside [-1, 1] are clipped."""
+    return ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)

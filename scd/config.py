@@ -1,0 +1,108 @@
+"""Dataclasses of settings to JSON and back; unknown and missing fields are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+Config = TypeVar("Config")
+
+KIND = "kind"
+"""Key that names the dataclass where a field may hold one of several."""
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Turn a dataclass of settings into plain JSON values, each dataclass with its `kind`."""
+    return {KIND: type(config).__name__} | {
+        field.name: _value_to_json(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+    }
+
+
+def _value_to_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_json(value)
+    if isinstance(value, (tuple, list)):
+        return [_value_to_json(entry) for entry in value]
+    return value
+
+
+def from_json(kind: Any, values: Any, where: str = "config") -> Any:
+    """Rebuild a dataclass of settings.
+
+    Args:
+        kind: the dataclass, or a union of dataclasses of which `kind` names one.
+        values: what `to_json` wrote.
+        where: name of the place, for errors.
+
+    Raises:
+        ValueError: an unknown or missing field, an unknown kind, a value of another type, or a
+            value that the dataclass itself refuses.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: needed an object with fields, got {values!r}")
+    choices = {choice.__name__: choice for choice in (get_args(kind) or (kind,))}
+    name = values.get(KIND, next(iter(choices)) if len(choices) == 1 else None)
+    if name not in choices:
+        raise ValueError(f"{where}: {KIND} must be one of {sorted(choices)}, got {name!r}")
+    chosen = choices[name]
+    fields = {field.name: field for field in dataclasses.fields(chosen)}
+    unknown = sorted(set(values) - set(fields) - {KIND})
+    if unknown:
+        raise ValueError(f"{where}: unknown fields {unknown} for {name}; known: {sorted(fields)}")
+    missing = sorted(set(fields) - set(values))
+    if missing:
+        raise ValueError(f"{where}: missing fields {missing} for {name}")
+    hints = typing.get_type_hints(chosen)
+    built = {
+        field: _value_from_json(hints[field], values[field], f"{where}.{field}")
+        for field in fields
+    }
+    try:
+        return chosen(**built)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _value_from_json(hint: Any, value: Any, where: str) -> Any:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _choice_from_json(hint, value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value, where)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{where}: must be one of {list(get_args(hint))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: needed a list, got {value!r}")
+        entries = get_args(hint)
+        inner = [entries[0]] * len(value) if entries[-1] is Ellipsis else list(entries)
+        if len(inner) != len(value):
+            raise ValueError(f"{where}: needed {len(inner)} entries, got {len(value)}")
+        return tuple(
+            _value_from_json(one, entry, f"{where}[{index}]")
+            for index, (one, entry) in enumerate(zip(inner, value, strict=True))
+        )
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{where}: needed {hint.__name__}, got {value!r}")
+    return value
+
+
+def _choice_from_json(hint: Any, value: Any, where: str) -> Any:
+    if value is None and type(None) in get_args(hint):
+        return None
+    choices = [choice for choice in get_args(hint) if choice is not type(None)]
+    if all(dataclasses.is_dataclass(choice) for choice in choices):
+        return from_json(Union[tuple(choices)], value, where)  # noqa: UP007
+    for choice in choices:
+        try:
+            return _value_from_json(choice, value, where)
+        except ValueError:
+            continue
+    raise ValueError(f"{where}: needed one of {choices}, got {value!r}")
