@@ -95,13 +95,14 @@ def _check_ids(name: str, ids: Tensor, num: int) -> None:
 class Conditions:
     """What steers each clip of a batch.
 
-    `null` marks the frames whose action (and, for its clip, label) is hidden from the model: the
-    unconditional branch of guidance, and condition dropout in training.
+    The two `null` masks mark what is hidden from the model, by its null embedding: everything in
+    the unconditional branch of guidance, and here and there by condition dropout in training.
     """
 
     actions: Int[Tensor, "b t"] | Float[Tensor, "b t a"] | None = None
     labels: Int[Tensor, " b"] | None = None
-    null: Bool[Tensor, "b t"] | None = None
+    null_actions: Bool[Tensor, "b t"] | None = None
+    null_labels: Bool[Tensor, " b"] | None = None
 
     def to(self, device: torch.device | str) -> Conditions:
         """Move to a device."""
@@ -117,7 +118,7 @@ class Conditions:
         return replace(
             self,
             actions=None if self.actions is None else self.actions[:, start:stop],
-            null=None if self.null is None else self.null[:, start:stop],
+            null_actions=None if self.null_actions is None else self.null_actions[:, start:stop],
         )
 
 

@@ -1,0 +1,145 @@
+"""Flow matching between a clean frame and noise: paths, draws of time, schedules, solvers, guidance.
+
+Pure functions; the network is passed in as a callable. Time 0 is clean and 1 is noise, velocity is
+noise - clean. Source: paper, section 2.1 (training) and section 3 (sampling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CLEAN_TIME = -1 / 1000
+"""Time code of a frame that is known to be clean; just below every time that can be drawn.
+Source: FAR and the paper's release, which write it as -1 on a scale of 1000."""
+
+SMALLEST_TIME = 0.05
+"""Divisor's floor where a clean estimate becomes a velocity: below it the loss would weigh errors
+of the nearly clean frame by more than 400."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How one frame is denoised."""
+
+    num_steps: int = 10
+    """Denoising steps per frame."""
+    schedule: Literal["uniform", "shifted", "reference"] = "uniform"
+    """Times of the steps: evenly spaced; evenly spaced, then bent towards noise by `shift`; or the
+    release's grid from 1 to 0.001 and then 0."""
+    shift: float = 1.0
+    """Bend of the shifted schedule; above 1 spends more steps near noise. 1 elsewhere."""
+    solver: Literal["euler", "heun"] = "euler"
+    """Integrator: Euler takes one call of the network per step, Heun two."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be 1 or more, got {self.num_steps}")
+        if self.shift <= 0:
+            raise ValueError(f"shift must be positive, got {self.shift}")
+        if self.schedule != "shifted" and self.shift != 1:
+            raise ValueError(f"shift={self.shift} has no effect on schedule={self.schedule!r}")
+
+
+def interpolate(
+    clean: Float[Tensor, "..."], noise: Float[Tensor, "..."], time: Float[Tensor, "..."]
+) -> Float[Tensor, "..."]:
+    """Return the noisy frame at `time` on the straight path; `time` lacks the last three axes."""
+    weight = _like_frames(time, clean)
+    return (1 - weight) * clean + weight * noise
+
+
+def velocity_between(
+    clean: Float[Tensor, "..."], noise: Float[Tensor, "..."]
+) -> Float[Tensor, "..."]:
+    """Return the velocity of the straight path from clean (time 0) to noise (time 1)."""
+    return noise - clean
+
+
+def clean_from_velocity(
+    noisy: Float[Tensor, "..."], velocity: Float[Tensor, "..."], time: Float[Tensor, "..."]
+) -> Float[Tensor, "..."]:
+    """Estimate the clean frame by following `velocity` back from `time` to 0."""
+    return noisy - _like_frames(time, noisy) * velocity
+
+
+def velocity_from_clean(
+    noisy: Float[Tensor, "..."], clean: Float[Tensor, "..."], time: Float[Tensor, "..."]
+) -> Float[Tensor, "..."]:
+    """Return the velocity that leads to an estimate of the clean frame.
+
+    Times under 0.05 are divided as 0.05: see SMALLEST_TIME.
+    """
+    return (noisy - clean) / _like_frames(time, noisy).clamp(min=SMALLEST_TIME)
+
+
+def _like_frames(time: Tensor, frames: Tensor) -> Tensor:
+    return time[..., None, None, None].to(frames.dtype)
+
+
+def draw_times(
+    shape: Sequence[int],
+    generator: torch.Generator,
+    mean: float = 0.0,
+    std: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> Float[Tensor, "..."]:
+    """Draw logit-normal times, strictly inside (0, 1), independently for each entry of `shape`.
+
+    Source: paper, section 2.1 (mean 0, standard deviation 1, a fresh draw per frame).
+    """
+    normal = torch.randn(*shape, generator=generator, device=generator.device).to(device)
+    # float32's sigmoid reaches exactly 1 at 17: keep the draw off the ends of the interval.
+    return torch.sigmoid(mean + std * normal).clamp(1e-4, 1 - 1e-4)
+
+
+def schedule(sampling: SamplingConfig) -> Float[Tensor, " steps"]:
+    """Return the num_steps + 1 descending times of a sampling run, from 1 to 0, as float64.
+
+    "reference" is the release's grid, linspace(1000, 1, num_steps) / 1000 and then 0, whose last
+    step is nearly wasted; it is kept for parity. Source: paper, section 3.
+    """
+    if sampling.schedule == "reference":
+        grid = torch.linspace(1000, 1, sampling.num_steps, dtype=torch.float64) / 1000
+        return torch.cat([grid, grid.new_zeros(1)])
+    grid = torch.linspace(1, 0, sampling.num_steps + 1, dtype=torch.float64)
+    return sampling.shift * grid / (1 + (sampling.shift - 1) * grid)
+
+
+def solve(
+    velocity_at: Callable[[Tensor, float], Tensor],
+    noise: Float[Tensor, "..."],
+    times: Float[Tensor, " steps"],
+    solver: Literal["euler", "heun"] = "euler",
+) -> Float[Tensor, "..."]:
+    """Integrate a velocity field from noise to a clean frame.
+
+    Args:
+        velocity_at: network; takes noisy frames and a time in [0, 1].
+        noise: standard normal frames.
+        times: descending times, the first that of `noise`.
+        solver: Euler is of order 1, Heun of order 2 (its last step to time 0 is an Euler step,
+            since a velocity at time 0 is not trained).
+    """
+    frames = noise
+    grid = [float(time) for time in times]
+    for time, next_time in zip(grid[:-1], grid[1:], strict=True):
+        velocity = velocity_at(frames, time)
+        proposal = frames + (next_time - time) * velocity
+        if solver == "heun" and next_time > 0:
+            velocity = (velocity + velocity_at(proposal, next_time)) / 2
+            proposal = frames + (next_time - time) * velocity
+        frames = proposal
+    return frames
+
+
+def guide(
+    unconditional: Float[Tensor, "..."], conditional: Float[Tensor, "..."], scale: float
+) -> Float[Tensor, "..."]:
+    """Push a velocity away from the unconditional one; scale 1 returns the conditional one."""
+    return unconditional + scale * (conditional - unconditional)
