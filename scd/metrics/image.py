@@ -1,0 +1,142 @@
+"""Distance between predicted and true frames, and how sure a mean over clips is.
+
+Every number is first computed per clip and frame and then averaged over clips. PSNR exists in two
+aggregations that differ by many dB on videos with static frames, so each has its name: `psnr` is
+the PSNR of the mean squared error over clips, `psnr_per_frame` the mean of each frame's PSNR.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+DATA_RANGE = 2.0
+"""Distance from black to white: pixels are in [-1, 1]."""
+
+MAX_PSNR = 20 * math.log10(255) + 10 * math.log10(12)
+"""Upper end of PSNR in dB, about 58.9: the error that rounding to 8 bits makes by itself (uniform
+over one grey level: its variance is 1/12). Identical frames get this instead of infinity, which
+would swallow every mean."""
+
+SSIM_WINDOW = 11
+"""Rows and columns of SSIM's Gaussian window (sigma 1.5): frames must be at least as large.
+Source: Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity"."""
+
+NUM_RESAMPLES = 1000
+"""Resamplings of the clips from which an interval is read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number measured on some clips and where it would fall on other clips of the same kind."""
+
+    mean: float
+    """The number on all clips as they are."""
+    ci_low: float
+    """Lower end of the 95 % interval."""
+    ci_high: float
+    """Upper end of the 95 % interval."""
+
+
+def mse(
+    predicted: Float[Tensor, "*b 3 h w"], true: Float[Tensor, "*b 3 h w"]
+) -> Float[Tensor, "*b"]:
+    """Mean squared error of each frame, pixels in [-1, 1] (four times that of [0, 1])."""
+    return (predicted.float() - true.float()).square().mean(dim=(-3, -2, -1))
+
+
+def psnr_of(error: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """Return the peak signal-to-noise ratio of mean squared errors, in dB, at most MAX_PSNR."""
+    floor = DATA_RANGE**2 / 10 ** (MAX_PSNR / 10)
+    return 10 * torch.log10(DATA_RANGE**2 / error.clamp(min=floor))
+
+
+def ssim(
+    predicted: Float[Tensor, "*b 3 h w"], true: Float[Tensor, "*b 3 h w"]
+) -> Float[Tensor, "*b"]:
+    """Structural similarity of each frame, at most 1; 11 x 11 Gaussian window, sigma 1.5.
+
+    Raises:
+        ValueError: the frames are smaller than the window.
+    """
+    *batch, channels, height, width = predicted.shape
+    if min(height, width) < SSIM_WINDOW:
+        raise ValueError(
+            f"SSIM needs frames of at least {SSIM_WINDOW}x{SSIM_WINDOW}, got {height}x{width}"
+        )
+    values = structural_similarity_index_measure(
+        predicted.float().reshape(-1, channels, height, width),
+        true.float().reshape(-1, channels, height, width),
+        data_range=DATA_RANGE,
+        reduction="none",
+    )
+    assert isinstance(values, Tensor)
+    return values.reshape(batch)
+
+
+def bootstrap(
+    per_clip: Float[Tensor, "b ..."],
+    statistic: Callable[[Tensor], Tensor] = lambda mean: mean,
+    seed: int = 0,
+) -> Estimate:
+    """Estimate a function of the mean over clips and its 95 % percentile bootstrap interval.
+
+    Clips, not frames, are resampled: the frames of one clip are not independent. With one clip the
+    interval has no width.
+
+    Args:
+        per_clip: numbers of each clip; two numbers per clip keep a comparison paired.
+        statistic: turns means [r ...] into the numbers wanted [r], one per resampling.
+        seed: of the resampling.
+    """
+    num_clips = per_clip.shape[0]
+    if num_clips == 0:
+        raise ValueError("an estimate needs at least one clip, got none")
+    values = per_clip.double().reshape(num_clips, -1)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(num_clips, (NUM_RESAMPLES, num_clips), generator=generator)
+    share = torch.full(chosen.shape, 1 / num_clips, dtype=torch.float64)
+    weights = torch.zeros_like(share).scatter_add(1, chosen, share)
+    shape = per_clip.shape[1:]
+    drawn = statistic((weights @ values).reshape(NUM_RESAMPLES, *shape))
+    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+    mean = statistic(values.mean(0).reshape(1, *shape)).item()
+    return Estimate(mean=mean, ci_low=low, ci_high=high)
+
+
+def psnr_gain(
+    error: Float[Tensor, " b"], reference: Float[Tensor, " b"], seed: int = 0
+) -> Estimate:
+    """Estimate by how many dB the PSNR of the mean error exceeds that of a reference, paired.
+
+    Args:
+        error: mean squared error of each clip.
+        reference: mean squared error of the same clips by another prediction.
+        seed: of the resampling.
+    """
+    both = torch.stack([error, reference], dim=1)
+    return bootstrap(both, lambda means: psnr_of(means[:, 0]) - psnr_of(means[:, 1]), seed)
+
+
+def estimates(
+    predicted: Float[Tensor, "b 3 h w"], true: Float[Tensor, "b 3 h w"], seed: int = 0
+) -> dict[str, Estimate]:
+    """Measure one frame of each clip: mse, psnr, psnr_per_frame and ssim with their intervals.
+
+    SSIM is left out for frames smaller than its window.
+    """
+    error = mse(predicted, true)
+    found = {
+        "mse": bootstrap(error, seed=seed),
+        "psnr": bootstrap(error, psnr_of, seed),
+        "psnr_per_frame": bootstrap(psnr_of(error), seed=seed),
+    }
+    if min(predicted.shape[-2:]) >= SSIM_WINDOW:
+        found["ssim"] = bootstrap(ssim(predicted, true), seed=seed)
+    return found

@@ -1,0 +1,75 @@
+"""Image metrics against hand-computed values; the memory score against known predictions."""
+
+import math
+
+import pytest
+import torch
+
+from scd.metrics import image
+
+
+def test_mse_and_psnr_by_hand():
+    true = torch.zeros(2, 3, 16, 16)
+    predicted = torch.zeros(2, 3, 16, 16)
+    predicted[0] += 0.2  # every pixel off by 0.2 of a range of 2: error 0.04, 10 log10(4 / .04)
+    predicted[1, :, :8] += 0.2  # half of them: 3.01 dB more
+    error = image.mse(predicted, true)
+    assert error.tolist() == pytest.approx([0.04, 0.02])
+    assert image.psnr_of(error).tolist() == pytest.approx([20.0, 20 + 10 * math.log10(2)])
+
+
+def test_range_two_on_signed_pixels_is_range_one_on_unit_pixels():
+    generator = torch.Generator().manual_seed(0)
+    true, predicted = torch.rand(2, 4, 3, 16, 16, generator=generator)
+    unit = 10 * torch.log10(1 / (predicted - true).square().mean(dim=(1, 2, 3)))
+    signed = image.psnr_of(image.mse(predicted * 2 - 1, true * 2 - 1))
+    torch.testing.assert_close(signed, unit)
+
+
+def test_the_two_psnr_differ_by_name():
+    true = torch.zeros(2, 3, 16, 16)
+    predicted = torch.stack([torch.full((3, 16, 16), 0.2), torch.full((3, 16, 16), 0.02)])
+    found = image.estimates(predicted, true)
+    assert found["psnr_per_frame"].mean == pytest.approx((20 + 40) / 2)
+    assert found["psnr"].mean == pytest.approx(10 * math.log10(4 / ((0.04 + 0.0004) / 2)))
+
+
+def test_identical_frames_get_the_ideal_values():
+    frames = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for name, ideal in {"mse": 0.0, "psnr": image.MAX_PSNR, "ssim": 1.0}.items():
+        found = image.estimates(frames, frames)[name]
+        assert (found.mean, found.ci_low, found.ci_high) == pytest.approx((ideal,) * 3)
+
+
+def test_ssim_by_hand():
+    # Constant pictures have no variance: SSIM = (2 a b + c1) / (a^2 + b^2 + c1), c1 = (.01 * 2)^2.
+    a, b, c1 = 0.5, 0.25, 0.02**2
+    found = image.ssim(torch.full((1, 3, 11, 13), a), torch.full((1, 3, 11, 13), b))
+    assert found.item() == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), abs=1e-5)
+
+
+def test_frames_smaller_than_the_window_have_no_ssim():
+    frames = torch.zeros(2, 3, 10, 32)
+    with pytest.raises(ValueError, match="at least 11x11, got 10x32"):
+        image.ssim(frames, frames)
+    assert set(image.estimates(frames, frames)) == {"mse", "psnr", "psnr_per_frame"}
+
+
+def test_interval_covers_the_mean_as_normal_theory_says():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(1)) * 3 + 5
+    found = image.bootstrap(values, seed=2)
+    half = 1.96 * values.std().item() / 20
+    assert found.mean == pytest.approx(values.mean().item(), abs=1e-5)
+    assert found.ci_low == pytest.approx(found.mean - half, abs=0.1 * half)
+    assert found.ci_high == pytest.approx(found.mean + half, abs=0.1 * half)
+    assert found == image.bootstrap(values, seed=2)
+    assert found != image.bootstrap(values, seed=3)
+    with pytest.raises(ValueError, match="at least one clip"):
+        image.bootstrap(values[:0])
+
+
+def test_gain_is_paired():
+    # Each clip's error is a tenth of the reference's: 10 dB whichever clips are drawn.
+    reference = torch.rand(16, generator=torch.Generator().manual_seed(0)) + 0.1
+    found = image.psnr_gain(reference / 10, reference)
+    assert (found.mean, found.ci_low, found.ci_high) == pytest.approx((10.0,) * 3, abs=1e-4)
