@@ -1,0 +1,372 @@
+"""The house rules that a machine can check: layers, sizes, docstrings, README, docs, commands."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+LAYERS = (
+    ("ground", "runtime runlog config"),
+    ("data", "clip data.video data.source data.toy data.folder data.doom data.loader"),
+    ("autoencoder", "autoencoder.pixels"),
+    ("flow matching", "flow"),
+    (
+        "model",
+        "model.attention model.block model.cache model.encoder model.decoder model.separable "
+        "model.dense model.build",
+    ),
+    ("objectives", "objective.denoise"),
+    ("state of a run", "optim checkpoint"),
+    ("rollout", "rollout"),
+    ("measurement", "metrics.image metrics.memory media evaluate"),
+    ("trainer", "train"),
+    ("top", "presets convert demo cli __main__"),
+)
+"""The only allowed direction of imports: a module imports from modules before it, never after.
+docs/architecture.md shows the same list."""
+
+ORDER = [module for _, modules in LAYERS for module in modules.split()]
+
+OPTIONAL_PACKAGES = {"vizdoom": "data.doom", "tensorboard": "runlog", "wandb": "runlog"}
+"""Packages that an install may lack -> the one module that may import them."""
+
+LINES_SOFT, LINES_HARD = 300, 500
+LONG_MODULES: dict[str, str] = {}
+"""Modules above the soft limit -> why they are better whole."""
+
+SKIPPED_FOLDERS = {"__pycache__", ".git", ".venv", "build", "dist", "data", "demo", "out"}
+
+
+def module_path(module: str) -> Path:
+    return ROOT / "scd" / (module.replace(".", "/") + ".py")
+
+
+def files_below(folder: Path, suffix: str = "") -> list[Path]:
+    """Files of the project, without what tools and runs leave behind."""
+    found = []
+    for where, folders, names in os.walk(folder):
+        here = Path(where)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.endswith((".egg-info", "_cache"))
+            and not (name in SKIPPED_FOLDERS and (here / name) != ROOT / "scd" / "data")
+        )
+        found += [here / name for name in sorted(names) if name.endswith(suffix)]
+    return found
+
+
+def source_files() -> list[Path]:
+    return files_below(ROOT / "scd", ".py")
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def name_of(path: Path) -> str:
+    """`data.loader` for scd/data/loader.py; `` for scd/__init__.py."""
+    parts = path.relative_to(ROOT / "scd").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imported_modules(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Full names of everything a tree imports, also inside functions, with line numbers."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports name the package in full"
+            assert node.module is not None
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node.lineno
+
+
+def test_the_list_of_layers_holds_every_module():
+    found = {name_of(path) for path in source_files() if path.name != "__init__.py"}
+    assert found == set(ORDER)
+    assert len(ORDER) == len(set(ORDER))
+
+
+def test_architecture_page_shows_the_same_layers():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| ((?:`[\w./]+\.py`,? ?)+)\|", page, re.MULTILINE)
+    shown = [
+        (
+            layer.strip(),
+            " ".join(name[:-3].replace("/", ".") for name in re.findall(r"`(.+?)`", files)),
+        )
+        for layer, files in rows
+    ]
+    assert shown == list(LAYERS)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_go_one_way(module: str):
+    allowed = set(ORDER[: ORDER.index(module)])
+    for name, line in imported_modules(parsed(module_path(module))):
+        if name.split(".")[0] != "scd" or name == "scd.__version__":
+            continue
+        # `from scd.flow import schedule` and `from scd import flow` both stand for scd.flow.
+        target = name.removeprefix("scd.")
+        if target not in ORDER:
+            target = target.rpartition(".")[0]
+        assert target in allowed, f"{module}.py:{line} imports {name}, which stands after it"
+
+
+def test_folders_have_empty_roots():
+    for folder in {path.parent for path in source_files()} - {ROOT / "scd"}:
+        assert (folder / "__init__.py").read_text(encoding="utf-8") == "", folder
+    assert not list(imported_modules(parsed(ROOT / "scd/__init__.py")))
+
+
+def test_imports_stand_at_the_top_unless_the_package_is_optional():
+    for path in source_files():
+        tree = parsed(path)
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                for name, line in imported_modules(node):
+                    package = name.split(".")[0]
+                    assert package in OPTIONAL_PACKAGES, f"{path}:{line}: {name} inside {node.name}"
+        for name, line in imported_modules(tree):
+            owner = OPTIONAL_PACKAGES.get(name.split(".")[0])
+            assert owner in (None, name_of(path)), f"{path}:{line}: {name} belongs to {owner}"
+
+
+def test_torchvision_is_never_needed():
+    for path in [*source_files(), *files_below(ROOT / "tests", ".py")]:
+        assert "torchvision" not in {
+            name.split(".")[0] for name, _ in imported_modules(parsed(path))
+        }
+    for name in ("constraints.txt", "pyproject.toml"):
+        assert "torchvision" not in (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_only_the_attention_file_calls_the_fused_kernel():
+    callers = {
+        name_of(path)
+        for path in source_files()
+        if re.search(r"scaled_dot_product_attention|flex_attention\(", path.read_text("utf-8"))
+    }
+    assert callers == {"model.attention"}
+
+
+def test_modules_are_short():
+    lengths = {
+        name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in source_files()
+    }
+    long = {name: lines for name, lines in lengths.items() if lines > LINES_SOFT}
+    assert set(long) == set(LONG_MODULES), f"more than {LINES_SOFT} lines: {long}"
+    assert max(lengths.values()) <= LINES_HARD
+
+
+def is_dataclass(node: ast.ClassDef) -> bool:
+    return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def undocumented(body: list[ast.stmt], where: str) -> Iterator[str]:
+    """Public names in a module or class that lack a docstring."""
+    for node in body:
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
+        if node.name.startswith("_"):
+            continue
+        is_overload = any("overload" in ast.unparse(one) for one in node.decorator_list)
+        if not ast.get_docstring(node) and not is_overload:
+            yield f"{where}{node.name} (line {node.lineno})"
+        if isinstance(node, ast.ClassDef):
+            yield from undocumented(node.body, f"{where}{node.name}.")
+            if is_dataclass(node):
+                yield from undocumented_fields(node, f"{where}{node.name}.")
+
+
+def undocumented_fields(node: ast.ClassDef, where: str) -> Iterator[str]:
+    """Public fields of a dataclass without a string beneath them."""
+    for field, below in zip(node.body, [*node.body[1:], None], strict=True):
+        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+            continue
+        documented = (
+            isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+            and isinstance(below.value.value, str)
+        )
+        if not documented and not field.target.id.startswith("_"):
+            yield f"{where}{field.target.id} (line {field.lineno})"
+
+
+@pytest.mark.parametrize("module", ["__init__", *ORDER])
+def test_every_public_name_and_field_has_a_docstring(module: str):
+    tree = parsed(module_path(module))
+    assert ast.get_docstring(tree), f"{module} has no docstring"
+    assert not list(undocumented(tree.body, ""))
+
+
+def test_a_missing_docstring_is_noticed():
+    tree = ast.parse(
+        "@dataclass\nclass Size:\n  'doc'\n  rows: int\n  'doc'\n  columns: int\n  def f(self): ..."
+    )
+    assert list(undocumented(tree.body, "")) == ["Size.f (line 7)", "Size.columns (line 6)"]
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", readme(), re.MULTILINE | re.DOTALL)
+
+
+def readme_tree() -> list[str]:
+    """Paths of the README's file tree; a name may stand for several: `a.py, b.py  words`."""
+    (block,) = [text for text in readme_blocks("text") if text.startswith("scd/")]
+    paths, folders = [], []
+    for line in block.splitlines():
+        indent = len(line) - len(line.lstrip())
+        del folders[indent // 2 :]
+        for name in re.split(r"\s{2,}", line.strip())[0].split(", "):
+            paths.append("".join(folders) + name)
+        if name.endswith("/"):
+            folders.append(name)
+    return paths
+
+
+def test_readme_tree_is_true():
+    shown = readme_tree()
+    assert len(shown) == len(set(shown))
+    for path in shown:
+        found = ROOT / path
+        assert found.is_dir() if path.endswith("/") else found.is_file(), f"{path} is not there"
+    modules = {str(path.relative_to(ROOT)) for path in source_files() if path.stat().st_size > 0}
+    folders = {
+        f"{path.name}/"
+        for path in ROOT.iterdir()
+        if path.is_dir() and not path.name.startswith(".")
+    }
+    folders -= {
+        name for name in folders if name[:-1] in SKIPPED_FOLDERS or name.endswith("egg-info/")
+    }
+    pages = {str(path.relative_to(ROOT)) for path in files_below(ROOT / "docs", ".md")}
+    scripts = {str(path.relative_to(ROOT)) for path in files_below(ROOT / "runs", ".sh")}
+    missing = (modules | folders | pages | scripts) - set(shown)
+    assert not missing, f"not in the README's tree: {sorted(missing)}"
+
+
+def test_ci_runs_the_readme_commands():
+    commands = [line for block in readme_blocks("bash") for line in block.splitlines()]
+    run = subprocess.run(
+        [ROOT / ".ci/run", "--show"], capture_output=True, text=True, check=True, timeout=60
+    )
+    demo, test = run.stdout.splitlines()
+    assert demo in commands and demo.endswith("&& scd demo")
+    assert test in commands and test.endswith("&& pytest")
+    for command in (demo, test):
+        assert "-c constraints.txt" in command
+
+
+def test_versions_agree():
+    version = importlib.import_module("scd").__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [pin for pin in pins if not pin.startswith("#")]
+    assert "torch==2.13.0" in pins
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    names = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
+    required = re.findall(
+        r'^    "([\w-]+)[\[>]', (ROOT / "pyproject.toml").read_text("utf-8"), re.M
+    )
+    assert required and set(required) <= names
+
+
+def test_every_preset_builds():
+    torch = importlib.import_module("torch")
+    presets = importlib.import_module("scd.presets")
+    build = importlib.import_module("scd.model.build").build
+    assert presets.PRESETS
+    for name, config in presets.PRESETS.items():
+        with torch.device("meta"):
+            model = build(config.model)
+        assert sum(parameter.numel() for parameter in model.parameters()) > 0, name
+
+
+@pytest.mark.parametrize(
+    "command", ["", "train", "sample", "evaluate", "record", "demo", "convert"]
+)
+def test_every_command_explains_itself(command: str):
+    main = importlib.import_module("scd.cli").main
+    printed = io.StringIO()
+    with redirect_stdout(printed), pytest.raises(SystemExit) as stop:
+        main([*command.split(), "--help"])
+    assert stop.value.code in (0, None)
+    assert "usage" in printed.getvalue().lower()
+
+
+def test_the_package_runs_as_a_module():
+    run = subprocess.run(
+        [sys.executable, "-m", "scd", "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *files_below(ROOT / "docs", ".md")]
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_relative_links_resolve():
+    for page in documents():
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if re.match(r"https?://|mailto:", link):
+                continue
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert target.is_relative_to(ROOT), f"{page.name}: {link} leaves the project"
+            assert not anchor or anchor in anchors(target), f"{page.name}: no heading for {link}"
+
+
+def test_modules_named_in_the_docs_exist():
+    for page in documents():
+        for name in re.findall(
+            r"`(scd/[\w/.]+|tests/[\w/.]+|docs/[\w/.]+)`", page.read_text("utf-8")
+        ):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_no_path_of_one_machine():
+    machine_path = re.compile(r"(?<![\w.$}\])-])/" + r"(work|tmp|home|root|Users|mnt)/")
+    texts = [
+        path
+        for path in files_below(ROOT)
+        if path.suffix in {".py", ".md", ".sh", ".toml", ".txt", ".json"}
+    ]
+    for path in [*texts, ROOT / ".ci/run"]:
+        found = machine_path.search(path.read_text(encoding="utf-8"))
+        assert found is None, f"{path.relative_to(ROOT)} names {found}"
+
+
+def test_generated_tables_are_up_to_date():
+    run = subprocess.run(
+        [sys.executable, ROOT / "docs/tables.py", "--check"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
