@@ -1,0 +1,149 @@
+"""Plots: a metric against the horizon, and loss against steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from scd.media import write_figure
+
+Ink = Literal["on light", "on dark", "on white"]
+"""What a plot is drawn for: a transparent one on a light or a dark page, or a white file."""
+
+COLOURS = {
+    "model": "#3b7dd8",
+    "separable": "#3b7dd8",
+    "dense": "#c2568f",
+    "repeat_last": "#8a8f98",
+    "shuffled_actions": "#d98a2b",
+}
+"""One colour per curve name, legible on white and on black and told apart by the colour-blind."""
+
+LABELS = {
+    "mse": "mean squared error, pixels in [-1, 1]",
+    "psnr": "PSNR of the mean squared error, dB",
+    "psnr_per_frame": "mean of per-frame PSNR, dB",
+    "psnr_gain": "PSNR above repeating the last frame, dB",
+    "ssim": "SSIM",
+    "memory": "share of hidden shapes that come back",
+    "loss": "loss",
+}
+"""Axis labels of metrics."""
+
+
+def plot_metrics(
+    rows: Sequence[Mapping[str, Any]],
+    metrics: Sequence[str],
+    path: Path,
+    title: str = "",
+    ink: Ink = "on white",
+) -> None:
+    """Draw each metric against the horizon, one curve per baseline, with its 95 % band.
+
+    Args:
+        rows: as in an evaluation's JSON: metric, horizon, mean, ci_low, ci_high, baseline.
+        metrics: one panel each, from left to right.
+        path: a .png file.
+        title: above all panels.
+        ink: what it will be seen on.
+
+    Raises:
+        ValueError: no row of one of `metrics`.
+    """
+    missing = [name for name in metrics if not any(row["metric"] == name for row in rows)]
+    if missing:
+        raise ValueError(f"no rows of {missing}; measured: {sorted({r['metric'] for r in rows})}")
+    figure, panels = _panels(len(metrics), ink)
+    for axes, metric in zip(panels, metrics, strict=True):
+        here = [row for row in rows if row["metric"] == metric]
+        for name in dict.fromkeys(row["baseline"] for row in here):
+            curve = sorted(
+                (row for row in here if row["baseline"] == name), key=lambda row: row["horizon"]
+            )
+            horizons = [row["horizon"] for row in curve]
+            _curve(
+                axes,
+                horizons,
+                [row["mean"] for row in curve],
+                name,
+                ([row["ci_low"] for row in curve], [row["ci_high"] for row in curve]),
+            )
+        axes.set_xlabel("predicted frames")
+        axes.set_ylabel(LABELS.get(metric, metric))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _legend(axes, ink)
+    _finish(figure, path, title, ink)
+
+
+def plot_loss(
+    curves: Mapping[str, tuple[Sequence[int | float], Sequence[int | float]]],
+    path: Path,
+    title: str = "",
+    ink: Ink = "on white",
+) -> None:
+    """Draw training losses against steps on a logarithmic scale.
+
+    Args:
+        curves: for each name its steps and its losses.
+        path: a .png file.
+        title: above the plot.
+        ink: what it will be seen on.
+    """
+    figure, (axes,) = _panels(1, ink)
+    for name, (steps, losses) in curves.items():
+        _curve(axes, steps, losses, name, None)
+    axes.set_yscale("log")
+    axes.set_xlabel("steps")
+    axes.set_ylabel(LABELS["loss"])
+    _legend(axes, ink)
+    _finish(figure, path, title, ink)
+
+
+def _panels(number: int, ink: Ink) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4.6 * number, 3.4), dpi=150, layout="constrained")
+    panels = list(figure.subplots(1, number, squeeze=False)[0])
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+        for part in (axes.xaxis.label, axes.yaxis.label):
+            part.set_color(_text_colour(ink))
+        axes.tick_params(colors=_text_colour(ink))
+        for spine in axes.spines.values():
+            spine.set_color(_text_colour(ink))
+    return figure, panels
+
+
+def _curve(
+    axes: Axes,
+    xs: Sequence[int | float],
+    means: Sequence[int | float],
+    name: str,
+    band: tuple[Sequence[int | float], Sequence[int | float]] | None,
+) -> None:
+    colour = COLOURS.get(name)
+    # Few points are points: a line through one horizon would not be seen.
+    marker = "o" if len(xs) <= 16 else None
+    (line,) = axes.plot(
+        xs, means, label=name.replace("_", " "), color=colour, marker=marker, markersize=3
+    )
+    if band is not None:
+        axes.fill_between(xs, *band, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def _legend(axes: Axes, ink: Ink) -> None:
+    axes.legend(frameon=False, labelcolor=_text_colour(ink), fontsize=8)
+
+
+def _finish(figure: Figure, path: Path, title: str, ink: Ink) -> None:
+    if title:
+        figure.suptitle(title, color=_text_colour(ink), fontsize=10)
+    write_figure(figure, path, transparent=ink != "on white")
+
+
+def _text_colour(ink: Ink) -> str:
+    return "#d8dbe0" if ink == "on dark" else "#33373d"
