@@ -7,6 +7,7 @@ Letters of tensor dimensions, the same in every file:
     b  batch: clips or streams side by side
     r  draws: several (time, noise) draws of the same frames
     t  frames: time steps of a video or latent
+    f  frames of any clips or streams, side by side
     m  frames that are denoised: the last m of t
     c  channels of a frame
     h  rows of a frame, w columns of a frame, in pixels or latent cells

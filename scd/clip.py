@@ -121,6 +121,48 @@ class Conditions:
             null_actions=None if self.null_actions is None else self.null_actions[:, start:stop],
         )
 
+    def split(self, num_frames: int) -> Conditions:
+        """Turn b clips of `num_frames` frames into b * num_frames clips of one frame."""
+
+        def fold(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[:, :num_frames].flatten(0, 1)[:, None]
+
+        return Conditions(
+            actions=fold(self.actions),
+            labels=_repeat(self.labels, num_frames),
+            null_actions=fold(self.null_actions),
+            null_labels=_repeat(self.null_labels, num_frames),
+        )
+
+    def repeat(self, num: int) -> Conditions:
+        """Repeat each clip's conditions `num` times in a row."""
+        return Conditions(**{name: _repeat(value, num) for name, value in vars(self).items()})
+
+    def concat(self, other: Conditions) -> Conditions:
+        """Put another batch, steered by the same kinds of conditions, behind this one."""
+        return Conditions(
+            **{
+                name: None if value is None else torch.cat([value, getattr(other, name)])
+                for name, value in vars(self).items()
+            }
+        )
+
+    def with_null_branch(self) -> Conditions:
+        """Return twice the batch: everything hidden first, then as it is (for guidance)."""
+        masks = {}
+        if self.actions is not None:
+            masks["null_actions"] = torch.zeros(
+                self.actions.shape[:2], dtype=torch.bool, device=self.actions.device
+            )
+        if self.labels is not None:
+            masks["null_labels"] = torch.zeros_like(self.labels, dtype=torch.bool)
+        seen = replace(self, **masks)
+        return replace(seen, **{name: ~mask for name, mask in masks.items()}).concat(seen)
+
+
+def _repeat(value: Tensor | None, num: int) -> Tensor | None:
+    return None if value is None else value.repeat_interleave(num, 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:

@@ -1,0 +1,23 @@
+"""One function that builds any model from its settings."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from scd.model.dense import DenseConfig, DenseDiffuser
+from scd.model.separable import SeparableConfig, SeparableDiffuser
+
+ModelConfig = SeparableConfig | DenseConfig
+Diffuser = SeparableDiffuser | DenseDiffuser
+
+
+def build(config: ModelConfig) -> Diffuser:
+    """Build the model that a configuration describes, with fresh weights."""
+    if isinstance(config, SeparableConfig):
+        return SeparableDiffuser(config)
+    return DenseDiffuser(config)
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Count the parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())

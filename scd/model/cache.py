@@ -1,0 +1,177 @@
+"""Keys and values of past frames, kept in one preallocated ring per layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scd.model.attention import rotary_table, rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """How much of the past a stream remembers."""
+
+    window: int = 16
+    """Frames in memory, the newest included. Attention beyond the training length is untrained, so
+    this is the number of frames of a training clip."""
+    num_sinks: int = 1
+    """Frames, the first of the stream, that stay in memory for good; part of the window. The
+    learned start frame, where a model has one, is the first of them."""
+    rebase_sinks: bool = True
+    """Move the sinks' positions along with the window, so that no distance exceeds it. False: they
+    stay at their absolute positions."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window must be 1 or more frames, got {self.window}")
+        if not 0 <= self.num_sinks < self.window:
+            raise ValueError(
+                f"num_sinks must leave room in the window: got num_sinks={self.num_sinks}, "
+                f"window={self.window}"
+            )
+
+
+class KVCache:
+    """Memory of one batch of streams.
+
+    For each new frame: `make_room()`; `write(layer, k, v)` for every layer, which returns all that
+    the new tokens may see, themselves included; then `advance()` keeps the frame. Without
+    `advance` the next `write` replaces it: so a frame can be tried many times before it is kept.
+
+    Keys come rotated to absolute positions. Attention does not care for the order of keys, so a
+    full ring overwrites its oldest frame in place: no copy, no mask, and memory never grows. While
+    the ring is not full, several frames can be written at once.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        *,
+        num_layers: int,
+        batch: int,
+        num_heads: int,
+        head_dim: int,
+        tokens_per_frame: int,
+        rotary_axes: tuple[int, int, int],
+        rotary_theta: float,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.tokens_per_frame = tokens_per_frame
+        self.rotary_axes = rotary_axes
+        self.rotary_theta = rotary_theta
+        shape = (num_layers, batch, num_heads, config.window * tokens_per_frame, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty_like(self.keys)
+        self.sink_keys: Tensor | None = None
+        self.slots: list[int | None] = []
+        """Frame position held by each slot of the ring; None: its frame has left the window."""
+        self.num_evicted = 0
+        """Frames that have left the window."""
+
+    @property
+    def num_frames(self) -> int:
+        """Frames in memory."""
+        return sum(frame is not None for frame in self.slots)
+
+    @property
+    def num_free(self) -> int:
+        """Frames that fit before the oldest must go."""
+        return self.config.window - self.num_frames
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the keys and values: 2 * layers * batch * window * n * d * bytes each."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def make_room(self) -> None:
+        """Let the oldest frame but the sinks go if the window is full; harmless twice."""
+        if self.num_free:
+            return
+        frames = [
+            (frame, slot)
+            for slot, frame in enumerate(self.slots)
+            if frame is not None and slot >= self.config.num_sinks
+        ]
+        self.slots[min(frames)[1]] = None
+        self.num_evicted += 1
+        if self.config.rebase_sinks and self.config.num_sinks:
+            self._move_sinks()
+
+    def _move_sinks(self) -> None:
+        """Turn the sinks' keys forward by the number of frames that have left the window."""
+        num_sinks = self.config.num_sinks
+        size = num_sinks * self.tokens_per_frame
+        if self.sink_keys is None:
+            self.sink_keys = self.keys[:, :, :, :size].clone()
+        for slot, frame in enumerate(self.slots[:num_sinks]):
+            assert frame is not None
+            self.slots[slot] = frame + 1
+        moved = torch.tensor([[self.num_evicted, 0, 0]], device=self.keys.device)
+        turn = rotary_table(moved, self.rotary_axes, self.rotary_theta)
+        # Two rotations in a row are one: always from the keys as first written, so that no
+        # rounding adds up over a long stream.
+        turned = rotate(self.sink_keys.flatten(0, 1), turn)
+        self.keys[:, :, :, :size] = turned.unflatten(0, self.sink_keys.shape[:2])
+
+    def _next_slot(self) -> int:
+        return self.slots.index(None) if None in self.slots else len(self.slots)
+
+    def write(
+        self, layer: int, k: Float[Tensor, "b k s e"], v: Float[Tensor, "b k s e"]
+    ) -> tuple[Float[Tensor, "b k s2 e"], Float[Tensor, "b k s2 e"]]:
+        """Put in the keys and values of the next frame, or frames; return all in memory.
+
+        Raises:
+            ValueError: more frames at once than there is room for.
+        """
+        num_frames = k.shape[2] // self.tokens_per_frame
+        if num_frames > self.num_free or (num_frames > 1 and None in self.slots):
+            raise ValueError(
+                f"{num_frames} frames at once need as many free places in a row, got "
+                f"{self.num_free} of {self.config.window}; call make_room for one"
+            )
+        start = self._next_slot() * self.tokens_per_frame
+        stop = start + k.shape[2]
+        self.keys[layer, :, :, start:stop] = k
+        self.values[layer, :, :, start:stop] = v
+        filled = max(stop, len(self.slots) * self.tokens_per_frame)
+        return self.keys[layer, :, :, :filled], self.values[layer, :, :, :filled]
+
+    def positions_with(self, frames: list[int]) -> list[int]:
+        """Return the frame position of each slot that `write` returns for these new frames."""
+        slots = list(self.slots)
+        start = self._next_slot()
+        slots[start : start + len(frames)] = frames
+        assert None not in slots
+        return [frame for frame in slots if frame is not None]
+
+    def advance(self, frames: list[int]) -> None:
+        """Keep the frames, by position, that were just written to all layers."""
+        start = self._next_slot()
+        self.slots[start : start + len(frames)] = frames
+
+    def fork(self) -> KVCache:
+        """Return an independent copy; only filled slots are copied."""
+        twin = object.__new__(KVCache)
+        vars(twin).update(vars(self))
+        filled = len(self.slots) * self.tokens_per_frame
+        for name in ("keys", "values"):
+            mine = getattr(self, name)
+            theirs = torch.empty_like(mine)
+            theirs[:, :, :, :filled] = mine[:, :, :, :filled]
+            setattr(twin, name, theirs)
+        twin.slots = list(self.slots)
+        twin.sink_keys = None if self.sink_keys is None else self.sink_keys.clone()
+        return twin
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays allocated."""
+        self.slots = []
+        self.sink_keys = None
+        self.num_evicted = 0

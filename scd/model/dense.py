@@ -1,0 +1,351 @@
+"""Dense causal diffuser, the baseline: causal attention in all layers, at every denoising step.
+
+It has every saving that the separable model has: a cache of clean frames, no mask where all is
+visible, one modulation per frame, no row that nobody reads. Source: paper, section 8 (FAR).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from scd.clip import Conditions, ConditionSpec
+from scd.flow import CLEAN_TIME
+from scd.model.attention import (
+    Rotary,
+    attend,
+    distance_bias,
+    frame_causal_mask,
+    frame_positions,
+    rotary_table,
+    teacher_forcing_mask,
+)
+from scd.model.augment import Augmentation
+from scd.model.block import Block, BlockConfig
+from scd.model.cache import CacheConfig, KVCache
+from scd.model.embed import (
+    ConditionEmbedder,
+    FrameHead,
+    FrameShape,
+    Prediction,
+    TimeEmbedder,
+    TokenEmbedder,
+)
+from scd.model.initialise import initialise
+from scd.model.pretrained import Pretrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """Settings of a dense causal diffuser."""
+
+    shape: FrameShape = field(default_factory=FrameShape)
+    """Latent frames and their tokens."""
+    block: BlockConfig = field(default_factory=BlockConfig)
+    """Blocks of the model."""
+    num_layers: int = 6
+    """Transformer blocks."""
+    predict: Prediction = "velocity"
+    """What the network's output means; it is turned into a velocity either way."""
+    conditions: ConditionSpec = field(default_factory=ConditionSpec)
+    """What steers the frames."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """How much of the past a stream remembers."""
+
+    def __post_init__(self) -> None:
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers must be 1 or more, got {self.num_layers}")
+
+
+@dataclass(kw_only=True)
+class DenseState:
+    """A batch of streams: the clean frames so far."""
+
+    cache: KVCache
+    """Keys and values of all clean frames."""
+    next_frame: int
+    """Position of the frame that comes next."""
+
+    def fork(self) -> DenseState:
+        """Return an independent copy."""
+        return replace(self, cache=self.cache.fork())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseContext:
+    """What a denoising step of one frame needs: the memory itself, to attend to."""
+
+    cache: KVCache
+    """Memory; the noisy frame's place in it is overwritten at each step."""
+    frame: int
+    """Position of the frame."""
+    steering: Float[Tensor, "b 1 d"] | None
+    """Embedded conditions of the frame."""
+    rotary: Rotary
+    """Positions of its tokens."""
+
+
+class DenseDiffuser(nn.Module, Pretrained):
+    """One stack of frame-causal blocks behind the interface that all models share.
+
+    A frame may look at the clean frames before it and at itself; the first frame has no past. The
+    token of frame i carries action i, clean or noisy.
+    """
+
+    config_class = DenseConfig
+
+    def __init__(self, config: DenseConfig) -> None:
+        super().__init__()
+        self.config = config
+        block = config.block
+        self.embed_frame = TokenEmbedder(config.shape, block.width, block.learned_positions)
+        self.embed_time = TimeEmbedder(block.width)
+        self.embed_conditions = ConditionEmbedder(config.conditions, block.width)
+        self.blocks = nn.ModuleList(Block(block) for _ in range(config.num_layers))
+        self.head = FrameHead(config.shape, block.width, config.predict)
+        self.gradient_checkpointing = False
+        initialise(self, block.initial_gate)
+
+    @property
+    def shape(self) -> FrameShape:
+        """Shape of a latent frame."""
+        return self.config.shape
+
+    @property
+    def needs_first_frame(self) -> bool:
+        """Whether a stream must be given its first frame: never."""
+        return False
+
+    def encoder_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that train at the encoder's learning rate: none, there is no encoder."""
+        return iter(())
+
+    def forward(
+        self,
+        clean: Float[Tensor, "b t c h w"] | None,
+        noisy: Float[Tensor, "b r m c h w"],
+        time: Float[Tensor, "b r m"],
+        conditions: Conditions,
+        augment: Augmentation | None = None,
+    ) -> Float[Tensor, "b r m c h w"]:
+        """Return the velocity of noisy frames, all at once.
+
+        Args:
+            clean: frames of the clip, the history: clean frame j sees clean frames up to j, noisy
+                frame i sees clean frames before i and itself. None: one sequence in which a noisy
+                frame sees the noisy frames before it (FAR's training).
+            noisy: r draws of the last m frames of the clip.
+            time: of each noisy frame, 0 clean to 1 noise.
+            conditions: of all t frames of the clip.
+            augment: random changes for training; None: a pure function of the input. It may not
+                ask for context noise, since this model has no context to corrupt.
+        """
+        if augment is not None:
+            if augment.context_noise > 0:
+                raise ValueError("a dense model has no context: context_noise must be 0")
+            conditions = augment.drop(conditions)
+        num_draws = noisy.shape[1]
+        frames = rearrange(noisy, "b r m c h w -> (b r) m c h w")
+        times = rearrange(time, "b r m -> (b r) m")
+        if clean is None:
+            velocity = self._mixed(frames, times, conditions.repeat(num_draws))
+        else:
+            velocity = self._teacher_forced(clean, frames, times, conditions)
+        return rearrange(velocity, "(b r) m c h w -> b r m c h w", r=num_draws)
+
+    def _mixed(self, frames: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+        num_frames = frames.shape[1]
+        positions = list(range(num_frames))
+        embedding = self._embedding(time, conditions)
+        rotary = self._rotary(positions, frames.device)
+        visible = frame_causal_mask(num_frames, self.shape.num_tokens, frames.device)
+        bias = self._bias(positions, positions, frames.device)
+
+        def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q, k, v, visible, bias)
+
+        x = self.embed_frame(frames)
+        for block in self.blocks:
+            x = self._run(block, x, embedding, rotary, read)
+        return self.head(x, embedding, frames, time)
+
+    def _teacher_forced(
+        self, clean: Tensor, noisy: Tensor, time: Tensor, conditions: Conditions
+    ) -> Tensor:
+        num_clean, num_noisy = clean.shape[1] - 1, noisy.shape[1]
+        num_draws = noisy.shape[0] // clean.shape[0]
+        first = clean.shape[1] - num_noisy
+        if first < 0:
+            raise ValueError(f"{clean.shape[1]} clean frames, but {num_noisy} noisy ones")
+        device, num_tokens = noisy.device, self.shape.num_tokens
+        past, present = list(range(num_clean)), list(range(first, first + num_noisy))
+        # The last clean frame is no frame's past.
+        x_past = self.embed_frame(clean[:, :-1])
+        x = self.embed_frame(noisy)
+        time_past = x_past.new_full(x_past.shape[:2], CLEAN_TIME, dtype=torch.float32)
+        embedding_past = self._embedding(time_past, conditions.frames(0, num_clean))
+        embedding = self._embedding(
+            time, conditions.frames(first, first + num_noisy).repeat(num_draws)
+        )
+        rotary_past, rotary = self._rotary(past, device), self._rotary(present, device)
+        visible_past = frame_causal_mask(num_clean, num_tokens, device)
+        visible = teacher_forcing_mask(num_clean, first, num_noisy, num_tokens, device)
+        bias_past = self._bias(past, past, device)
+        bias = self._bias(present, past + present, device)
+
+        def read_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q, k, v, visible_past, bias_past)
+
+        for block in self.blocks:
+            keys, values = (
+                part.repeat_interleave(num_draws, 0)
+                for part in block.keys_values(x_past, embedding_past, rotary_past)
+            )
+
+            def read(
+                q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values
+            ) -> Tensor:
+                keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+                return attend(q, keys, values, visible, bias)
+
+            x = self._run(block, x, embedding, rotary, read)
+            if block is not self.blocks[-1] and num_clean:
+                x_past = self._run(block, x_past, embedding_past, rotary_past, read_past)
+        return self.head(x, embedding, noisy, time)
+
+    def begin(
+        self,
+        clean: Float[Tensor, "b t c h w"] | None,
+        conditions: Conditions,
+        batch: int = 1,
+        num_frames_in_memory: int | None = None,
+    ) -> DenseState:
+        """Start a batch of streams, from given first frames or (None) from nothing."""
+        weight = self.embed_frame.project.weight
+        cache_config = self.config.cache
+        if num_frames_in_memory is not None:
+            cache_config = replace(cache_config, window=num_frames_in_memory)
+        cache = KVCache(
+            cache_config,
+            num_layers=len(self.blocks),
+            batch=batch if clean is None else clean.shape[0],
+            num_heads=self.config.block.num_heads,
+            head_dim=self.config.block.head_dim,
+            tokens_per_frame=self.shape.num_tokens,
+            rotary_axes=self.config.block.rotary_axes,
+            rotary_theta=self.config.block.rotary_theta,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        state = DenseState(cache=cache, next_frame=0)
+        num_given = 0 if clean is None else clean.shape[1]
+        while clean is not None and state.next_frame < num_given:
+            start = state.next_frame
+            stop = min(start + max(cache.num_free, 1), num_given)
+            self._remember(state, clean[:, start:stop], conditions.frames(start, stop))
+        return state
+
+    def context(self, state: DenseState, conditions: Conditions) -> DenseContext:
+        """Return what every step of the next frame needs; conditions are [b 1]."""
+        state.cache.make_room()
+        return DenseContext(
+            cache=state.cache,
+            frame=state.next_frame,
+            steering=self.embed_conditions(conditions),
+            rotary=self._rotary([state.next_frame], state.cache.keys.device),
+        )
+
+    def velocity(
+        self,
+        context: DenseContext,
+        noisy: Float[Tensor, "b c h w"],
+        time: Float[Tensor, " b"],
+    ) -> Float[Tensor, "b c h w"]:
+        """Run all layers once, each over the whole memory and the noisy frame."""
+        embedding = self.embed_time(time[:, None])
+        if context.steering is not None:
+            embedding = embedding + context.steering
+        bias = self._cache_bias(context.cache, [context.frame])
+        x = self.embed_frame(noisy[:, None])
+        for layer, block in enumerate(self.blocks):
+            read = self._reader(context.cache, layer, None, bias)
+            x = block(x, embedding, context.rotary, read)
+        return self.head(x, embedding, noisy[:, None], time[:, None])[:, 0]
+
+    def observe(
+        self, state: DenseState, clean: Float[Tensor, "b c h w"], conditions: Conditions
+    ) -> None:
+        """Make a frame part of the past: one pass over the clean frame writes its memory.
+
+        Carrying the clean frame along with the next frame's first step would cost the same.
+        """
+        self._remember(state, clean[:, None], conditions)
+
+    def _remember(self, state: DenseState, clean: Tensor, conditions: Conditions) -> None:
+        num_frames = clean.shape[1]
+        frames = list(range(state.next_frame, state.next_frame + num_frames))
+        cache = state.cache
+        cache.make_room()
+        time = clean.new_full(clean.shape[:2], CLEAN_TIME, dtype=torch.float32)
+        embedding = self._embedding(time, conditions)
+        rotary = self._rotary(frames, clean.device)
+        bias = self._cache_bias(cache, frames)
+        visible = None
+        if num_frames > 1:
+            total = cache.num_frames + num_frames
+            visible = frame_causal_mask(total, self.shape.num_tokens, clean.device)
+            visible = visible[-num_frames * self.shape.num_tokens :]
+        x = self.embed_frame(clean)
+        for layer, block in enumerate(self.blocks):
+            if block is self.blocks[-1]:
+                cache.write(layer, *block.keys_values(x, embedding, rotary))
+            else:
+                x = block(x, embedding, rotary, self._reader(cache, layer, visible, bias))
+        cache.advance(frames)
+        state.next_frame += num_frames
+
+    @staticmethod
+    def _reader(cache: KVCache, layer: int, visible: Tensor | None, bias: Tensor | None):
+        def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q, *cache.write(layer, k, v), visible, bias)
+
+        return read
+
+    def _run(self, block: nn.Module, *inputs) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def _embedding(self, time: Tensor, conditions: Conditions) -> Tensor:
+        embedding = self.embed_time(time)
+        steering = self.embed_conditions(conditions)
+        return embedding if steering is None else embedding + steering
+
+    def _rotary(self, frames: list[int], device: torch.device) -> Rotary:
+        positions = frame_positions(
+            torch.tensor(frames, dtype=torch.long, device=device),
+            self.shape.rows,
+            self.shape.columns,
+        )
+        return rotary_table(
+            positions, self.config.block.rotary_axes, self.config.block.rotary_theta
+        )
+
+    def _cache_bias(self, cache: KVCache, frames: list[int]) -> Tensor | None:
+        return self._bias(frames, cache.positions_with(frames), cache.keys.device)
+
+    def _bias(self, queries: list[int], keys: list[int], device: torch.device) -> Tensor | None:
+        if self.config.block.distance_bias == 0:
+            return None
+        return distance_bias(
+            self.config.block.distance_bias,
+            torch.tensor(queries, device=device),
+            torch.tensor(keys, device=device),
+            self.shape.num_tokens,
+        )
