@@ -1,0 +1,319 @@
+"""A stream of frames from a trained model, steered by actions, one step per frame.
+
+Source: paper, section 3.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from scd.checkpoint import World
+from scd.clip import Conditions
+from scd.flow import SamplingConfig, guide, schedule, solve
+from scd.model.separable import SeparableDiffuser
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How a stream is pushed away from an unconditional branch."""
+
+    kind: Literal["none", "conditions", "context_noise"] = "none"
+    """The branch: none; actions and labels hidden in the whole stream (classifier-free guidance,
+    which needs a second memory); or the context corrupted by noise (negative guidance of the
+    paper, section 3, which needs no second encoder pass)."""
+    scale: float = 1.0
+    """Strength; 1 means no push. The paper uses 1.5 for context noise on Minecraft."""
+    context_noise: float = 0.05
+    """Strength of the noise in the branch "context_noise"."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "none" and self.scale != 1:
+            raise ValueError(f"scale={self.scale} has no effect on guidance kind='none'")
+        if self.context_noise <= 0:
+            raise ValueError(f"context_noise must be positive, got {self.context_noise}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Wall-clock seconds of one frame, by part; with a GPU each part is synchronised."""
+
+    encoder_s: float = 0.0
+    """Causal work outside the denoising loop: the context, and for a dense model the pass that
+    writes the frame before into memory."""
+    decoder_s: float = 0.0
+    """All denoising steps."""
+    autoencoder_s: float = 0.0
+    """Latent to pixels."""
+
+    @property
+    def total_s(self) -> float:
+        """Sum of the parts."""
+        return self.encoder_s + self.decoder_s + self.autoencoder_s
+
+
+class Rollout:
+    """A batch of streams from one world.
+
+    `begin` with given first frames or from nothing, then `step` once per frame. `observe` instead
+    of `step` puts in a frame from outside. `fork` copies the stream as it is; `reset` goes back to
+    where `begin` left it. Everything is repeatable from `seed`: the noise of frame i depends on
+    the seed and i alone.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        sampling: SamplingConfig | None = None,
+        guidance: Guidance | None = None,
+        seed: int = 0,
+        window: int | None = None,
+    ) -> None:
+        """Prepare to stream.
+
+        Args:
+            world: model, autoencoder and what they expect.
+            sampling: steps per frame and the like; None: as the checkpoint says.
+            guidance: None: none.
+            seed: of the noise.
+            window: frames in memory; None: as the model was trained.
+
+        Raises:
+            ValueError: guidance that this model cannot give.
+        """
+        self.world = world
+        self.model = world.model.eval()
+        self.device = next(self.model.parameters()).device
+        self.dtype = next(self.model.parameters()).dtype
+        self.guidance = guidance or Guidance()
+        self.seed = seed
+        self.window = window
+        self.timing = Timing()
+        self.sampling = sampling or world.sampling
+        spec = self.model.config.conditions
+        if self.guidance.kind == "conditions" and not (spec.has_actions or spec.num_labels):
+            raise ValueError("guidance by conditions needs a model with actions or labels")
+        if self.guidance.kind == "context_noise" and not isinstance(self.model, SeparableDiffuser):
+            raise ValueError("guidance by context noise needs a separable model")
+        self._state: Any = None
+        self._start: Any = None
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How each frame is denoised; may be changed while the stream runs."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: SamplingConfig) -> None:
+        self._sampling = sampling
+        self._times = schedule(sampling)
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps per frame; may be changed while the stream runs."""
+        return self.sampling.num_steps
+
+    @num_steps.setter
+    def num_steps(self, value: int) -> None:
+        self.sampling = replace(self.sampling, num_steps=value)
+
+    @torch.no_grad()
+    def begin(
+        self,
+        frames: Float[Tensor, "b t 3 h w"] | None = None,
+        conditions: Conditions | None = None,
+        batch: int = 1,
+    ) -> None:
+        """Start the streams.
+
+        Args:
+            frames: given first frames in [-1, 1]; None: from nothing.
+            conditions: the actions that led to those frames, and labels of the streams.
+            batch: number of streams, where no frames are given.
+
+        Raises:
+            ValueError: frames of another size, conditions that do not fit, or no frames for a
+                model that cannot begin from nothing.
+        """
+        spec, card = self.model.config.conditions, self.world.card
+        conditions = conditions or Conditions()
+        latents = None
+        if frames is not None:
+            if frames.shape[-2:] != (card.height, card.width):
+                raise ValueError(
+                    f"frames must be {card.height}x{card.width}, "
+                    f"got {frames.shape[-2]}x{frames.shape[-1]}"
+                )
+            if frames.shape[1] == 0:
+                raise ValueError("given first frames must be 1 or more; None begins from nothing")
+            batch = frames.shape[0]
+            spec.check(conditions, frames.shape[1])
+            latents = self.world.autoencoder.encode(frames.to(self.device)).to(self.dtype)
+        elif spec.num_labels:
+            replace(spec, num_actions=0, action_dim=0).check(Conditions(labels=conditions.labels))
+        self._labels = conditions.labels
+        self.batch = batch
+        past = self._doubled(conditions.to(self.device), latents)
+        both = batch * (1 + self._branches_state)
+        self._state = self.model.begin(past[1], past[0], both, self.window)
+        self.num_given = 0 if frames is None else frames.shape[1]
+        self.num_frames = self.num_given
+        self._start = self._state.fork()
+
+    @property
+    def _branches_state(self) -> bool:
+        return self.guidance.kind == "conditions"
+
+    def _doubled(
+        self, conditions: Conditions, latents: Tensor | None
+    ) -> tuple[Conditions, Tensor | None]:
+        if not self._branches_state:
+            return conditions, latents
+        return conditions.with_null_branch(), None if latents is None else torch.cat([latents] * 2)
+
+    def _conditions(self, actions: Tensor | None) -> Conditions:
+        """Return the conditions of one frame from its actions [b] or [b a]."""
+        if self._state is None:
+            raise ValueError("begin the stream first")
+        conditions = Conditions(
+            actions=None if actions is None else actions[:, None], labels=self._labels
+        )
+        self.model.config.conditions.check(conditions, 1)
+        if actions is not None and actions.shape[0] != self.batch:
+            raise ValueError(f"{self.batch} streams need as many actions, got {actions.shape[0]}")
+        return self._doubled(conditions.to(self.device), None)[0]
+
+    @torch.no_grad()
+    def step(
+        self, actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Generate the next frame of each stream, the effect of `actions` on the newest one.
+
+        Raises:
+            ValueError: the stream has not begun, or the actions do not fit.
+        """
+        conditions = self._conditions(actions)
+        clock = _Clock(self.device)
+        context: Any = self.model.context(self._state, conditions)
+        noise = self._noise(self.model.shape.shape, stream=0)
+        scale = self.guidance.scale
+        guided = self.guidance.kind != "none"
+        if self.guidance.kind == "context_noise":
+            assert isinstance(self.model, SeparableDiffuser)
+            corruption = self._noise(context.encoded.tokens.shape[1:], stream=1)
+            context = self.model.with_noisy_branch(
+                context, self.guidance.context_noise, corruption
+            )
+        encoder_s = clock.lap()
+        latent = solve(
+            guided_velocity(self.model.velocity, context, scale if guided else None),
+            noise,
+            self._times,
+            self.sampling.solver,
+        )
+        decoder_s = clock.lap()
+        frame = self.world.autoencoder.decode(latent[:, None])[:, 0].float()
+        autoencoder_s = clock.lap()
+        self._remember(latent, conditions)
+        self.timing = Timing(
+            encoder_s=encoder_s + clock.lap(), decoder_s=decoder_s, autoencoder_s=autoencoder_s
+        )
+        return frame
+
+    @torch.no_grad()
+    def observe(
+        self,
+        frames: Float[Tensor, "b 3 h w"],
+        actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None,
+    ) -> None:
+        """Put in the next frame of each stream, in [-1, 1], and the actions that led to it."""
+        conditions = self._conditions(actions)
+        latents = self.world.autoencoder.encode(frames[:, None].to(self.device))[:, 0]
+        self._remember(latents.to(self.dtype), conditions)
+
+    def _remember(self, latent: Tensor, conditions: Conditions) -> None:
+        if self._branches_state:
+            latent = torch.cat([latent, latent])
+        self.model.observe(self._state, latent, conditions)
+        self.num_frames += 1
+
+    def generate(
+        self, actions: Int[Tensor, "b t"] | Float[Tensor, "b t a"] | None, num_frames: int
+    ) -> Float[Tensor, "b t 3 h w"]:
+        """Generate several frames, one step each, for actions that are known beforehand."""
+        if actions is not None and actions.shape[1] < num_frames:
+            raise ValueError(f"{num_frames} frames need as many actions, got {actions.shape[1]}")
+        return torch.stack(
+            [
+                self.step(None if actions is None else actions[:, index])
+                for index in range(num_frames)
+            ],
+            dim=1,
+        )
+
+    def reset(self) -> None:
+        """Go back to where `begin` left the streams."""
+        if self._start is None:
+            raise ValueError("begin the stream first")
+        self._state = self._start.fork()
+        self.num_frames = self.num_given
+
+    def fork(self) -> Rollout:
+        """Return an independent copy of the streams as they are; the weights are shared."""
+        twin = object.__new__(Rollout)
+        vars(twin).update(vars(self))
+        if self._state is not None:
+            twin._state = self._state.fork()
+        return twin
+
+    def _noise(self, shape: tuple[int, ...] | torch.Size, stream: int) -> Tensor:
+        # From (seed, frame, use) alone, so that a fork, or another number of steps, meets the
+        # same noise.
+        generator = torch.Generator().manual_seed(
+            (self.seed * 1_000_003 + self.num_frames) * 2 + stream
+        )
+        noise = torch.randn(self.batch, *shape, generator=generator)
+        return noise.to(self.device, self.dtype)
+
+
+def guided_velocity(
+    velocity: Callable[[Any, Tensor, Tensor], Tensor], context: Any, scale: float | None
+) -> Callable[[Tensor, float], Tensor]:
+    """Return the velocity field of one frame.
+
+    Args:
+        velocity: the model's.
+        context: of the frame; with guidance, of [unconditional ; conditional] streams.
+        scale: of the guidance; None: none.
+    """
+
+    def field(noisy: Tensor, at: float) -> Tensor:
+        if scale is not None:
+            noisy = torch.cat([noisy, noisy])
+        times = torch.full((noisy.shape[0],), at, dtype=torch.float64).to(noisy.device)
+        result = velocity(context, noisy, times)
+        return result if scale is None else guide(*result.chunk(2), scale)
+
+    return field
+
+
+class _Clock:
+    """Seconds between laps; waits for the GPU where there is one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.lap()
+
+    def lap(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        seconds = now - getattr(self, "_last", now)
+        self._last = now
+        return seconds
