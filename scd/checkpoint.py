@@ -1,0 +1,345 @@
+"""What is saved of a world model and of a run, written so that a kill leaves the last one whole.
+
+A world folder holds `config.json` (format, model, autoencoder, data card, sampling) and
+`model.safetensors`: all that a rollout needs. A run folder holds
+
+    config.json        the TrainConfig of the run
+    log.jsonl          what happened
+    step_000100/       a world folder of the averaged weights (EMA), and beside it
+        raw.safetensors    the weights themselves
+        optimizer.pt       state of the optimisers
+        progress.json      step, number of EMA updates, processes
+    last               a text file that names the newest step folder
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
+from scd.config import from_json, to_json
+from scd.data.source import DataCard
+from scd.flow import SamplingConfig
+from scd.model.build import Diffuser, ModelConfig, build
+from scd.model.pretrained import (
+    CONFIG_FILE,
+    FORMAT,
+    WEIGHTS_FILE,
+    load_weights,
+    read_settings,
+)
+
+RAW_FILE = "raw.safetensors"
+"""Weights that the optimiser moves, in a checkpoint of a run."""
+_TEMPORARY = ".writing-"
+
+
+@dataclass
+class World:
+    """A world model with everything that a rollout of it needs."""
+
+    model: Diffuser
+    """The network."""
+    autoencoder: PixelAutoencoder
+    """Between pixels and the network's latents."""
+    card: DataCard
+    """What the frames and actions mean."""
+    sampling: SamplingConfig
+    """How frames are denoised unless the caller says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run has come: with its config and seed, all that its random draws depend on."""
+
+    step: int
+    """Optimiser steps done; the next batch and the next draws follow from it."""
+    num_ema_updates: int
+    """Updates of the averaged weights, for the ramp of their decay."""
+    num_processes: int
+    """Processes that trained; another number continues on other batches."""
+    elapsed_s: float
+    """Seconds of training so far, over all parts of the run."""
+
+
+def save_world(world: World, folder: str | os.PathLike[str]) -> Path:
+    """Write a world folder, replacing the one that may be there.
+
+    Raises:
+        FileExistsError: something else than a world folder is there.
+        OSError: it could not be written; what was there is still there.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
+        if names - {CONFIG_FILE, WEIGHTS_FILE}:
+            raise FileExistsError(f"{folder} holds other things than a world: {sorted(names)}")
+    with written_aside(folder) as aside:
+        _write_world(world, world.model.state_dict(), aside)
+    return folder
+
+
+def load_world(
+    path: str | os.PathLike[str],
+    weights: Literal["ema", "raw"] = "ema",
+    device: torch.device | str = "cpu",
+) -> World:
+    """Load a world from a world folder, a run folder (its newest step) or one step of a run.
+
+    Args:
+        path: the folder.
+        weights: the averaged weights, or those the optimiser moved (only in a run).
+        device: where the model goes.
+
+    Returns:
+        The world; its model is in eval mode.
+
+    Raises:
+        FileNotFoundError: no world is there.
+        ValueError: the files are damaged, of another format, or do not fit together.
+    """
+    folder = resolve(path)
+    parts = _read_world_config(folder)
+    model = build(parts["model"])
+    name = WEIGHTS_FILE if weights == "ema" else RAW_FILE
+    if weights == "raw" and not (folder / name).exists():
+        raise FileNotFoundError(f"{folder} has no raw weights ({name}): only runs keep them")
+    load_weights(model, folder / name, str(device))
+    return World(
+        model=model.to(device).eval(),
+        autoencoder=PixelAutoencoder(parts["autoencoder"]),
+        card=parts["card"],
+        sampling=parts["sampling"],
+    )
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """Return the world folder that a path means: itself, or the newest step of a run.
+
+    Raises:
+        FileNotFoundError: the path does not lead to a world folder.
+    """
+    folder = Path(path)
+    if (folder / "last").is_file():
+        folder = folder / (folder / "last").read_text().strip()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"needed a world or run folder, there is none at {folder}")
+    if not (folder / WEIGHTS_FILE).exists():
+        raise FileNotFoundError(
+            f"{folder} is neither a world (model.safetensors) nor a run with a checkpoint (last)"
+        )
+    return folder
+
+
+def last_step(run: Path) -> Path | None:
+    """Return the newest checkpoint of a run folder, or None if it has none.
+
+    Raises:
+        FileNotFoundError: `last` names a folder that is gone.
+    """
+    if not (run / "last").is_file():
+        return None
+    return resolve(run)
+
+
+def save_step(
+    run: Path,
+    world: World,
+    averaged: Mapping[str, Tensor],
+    optimizers: list[dict[str, Any]],
+    progress: Progress,
+    keep: int,
+) -> Path:
+    """Write `step_<n>` of a run, point `last` at it and remove older ones.
+
+    Args:
+        run: the run folder; it exists.
+        world: the world with the weights that the optimiser moves.
+        averaged: the averaged weights by parameter name.
+        optimizers: state dict of each optimiser.
+        progress: where the run stands.
+        keep: how many of the newest steps stay, 1 or more.
+
+    Raises:
+        OSError: it could not be written, e.g. the disk is full; the earlier steps are untouched.
+    """
+    assert keep >= 1
+    raw = world.model.state_dict()
+    folder = run / f"step_{progress.step:06d}"
+    with written_aside(folder) as aside:
+        _write_world(world, raw | dict(averaged), aside)
+        _write_tensors(raw, aside / RAW_FILE)
+        _guarded(lambda path: torch.save(optimizers, path), aside / "optimizer.pt")
+        _write_text(json.dumps(to_json(progress), indent=2), aside / "progress.json")
+    write_file(run / "last", folder.name)
+    steps = sorted(run.glob("step_*"), key=lambda old: int(old.name.removeprefix("step_")))
+    for old in steps[:-keep]:
+        if old != folder:
+            shutil.rmtree(old)
+    return folder
+
+
+def load_optimizers(step_folder: Path) -> list[dict[str, Any]]:
+    """Read the optimisers' state of a checkpoint; nothing but tensors and numbers is accepted.
+
+    Raises:
+        ValueError: the file is damaged or holds something else.
+    """
+    path = step_folder / "optimizer.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or not an optimizer state: {error}") from error
+
+
+def load_progress(step_folder: Path) -> Progress:
+    """Read how far the run was at a checkpoint.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = step_folder / "progress.json"
+    return from_json(Progress, read_json(path), str(path))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """Give a new folder to fill; when the block ends it is flushed and takes `folder`'s place.
+
+    If the block fails the new folder is removed and `folder` stays as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{folder.name}-", dir=folder.parent))
+    try:
+        # mkdtemp makes folders that only their owner can read.
+        aside.chmod(0o755)
+        yield aside
+        for entry in aside.iterdir():
+            _flush(entry)
+        _flush(aside)
+        if folder.exists():
+            # A folder can only be renamed onto an empty one: the old one steps aside first.
+            old = aside.with_name(aside.name + "-old")
+            folder.rename(old)
+            aside.rename(folder)
+            shutil.rmtree(old)
+        else:
+            aside.rename(folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replace a small text file at once: a reader sees the old text or the new one."""
+    aside = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        _write_text(text, aside)
+        _flush(aside)
+        aside.replace(path)
+        _flush(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what a killed process left half written in a run folder that is ours alone."""
+    for entry in run.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _write_world(world: World, state: Mapping[str, Tensor], folder: Path) -> None:
+    config = {
+        "format": FORMAT,
+        "model": to_json(world.model.config),
+        "autoencoder": to_json(world.autoencoder.config),
+        "card": to_json(world.card),
+        "sampling": to_json(world.sampling),
+    }
+    _write_text(json.dumps(config, indent=2), folder / CONFIG_FILE)
+    _write_tensors(state, folder / WEIGHTS_FILE, {"config": json.dumps(config)})
+
+
+def _read_world_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    values = read_settings(path)
+    kinds = {
+        "model": ModelConfig,
+        "autoencoder": PixelConfig,
+        "card": DataCard,
+        "sampling": SamplingConfig,
+    }
+    unknown = sorted(set(values) - set(kinds) - {"format"})
+    missing = sorted(set(kinds) - set(values))
+    if unknown or missing:
+        raise ValueError(f"{path}: unknown fields {unknown}, missing fields {missing}")
+    return {name: from_json(kind, values[name], f"{path}: {name}") for name, kind in kinds.items()}
+
+
+def _write_tensors(
+    state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    # Tied weights share memory, which the format refuses: the file gets a copy of each.
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        tied = tensor.data_ptr() in seen and tensor.numel() > 0
+        seen.add(tensor.data_ptr())
+        tensors[name] = tensor.clone() if tied else tensor
+    header = {"format": "pt"} | (metadata or {})
+    _guarded(lambda path: save_file(tensors, path, metadata=header), path)
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _guarded(write: Callable[[Path], object], path: Path) -> None:
+    """Run a writer; whatever way it has of saying that the disk refused becomes an OSError."""
+    try:
+        write(path)
+    except (SafetensorError, RuntimeError) as error:
+        free = shutil.disk_usage(path.parent).free / 2**30
+        raise OSError(
+            f"could not write {path.name} in {path.parent.parent} ({free:.2f} GiB free): {error}"
+        ) from error
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,111 @@
+"""Held-out clips while a model trains: the loss by noise level, and pictures to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+
+from scd.checkpoint import World
+from scd.clip import Batch
+from scd.data.folder import open_source
+from scd.media import PictureRow, write_grid
+from scd.objective.denoise import validation_loss
+from scd.rollout import Rollout
+from scd.run import Run, TrainConfig, check_lengths
+from scd.runtime import derive_seed
+
+
+def read_held_out(config: TrainConfig) -> list[Batch]:
+    """Read the clips of the val split that validation and samples use; none if neither is on.
+
+    They depend on the data and the settings alone, so runs can be compared.
+
+    Raises:
+        ValueError, OSError: the split has no episode that is long enough, or cannot be read.
+    """
+    if not config.validate_every and not config.sample_every:
+        return []
+    source = open_source(config.data, "val", config.strict)
+    usable = check_lengths(source, config, "val")
+    clips = []
+    for index in range(config.num_validation_clips):
+        episode = usable[index % len(usable)]
+        num_starts = source.num_frames(episode) - config.num_frames + 1
+        start = derive_seed(0, "held-out clip", index) % num_starts
+        clips.append(source.read(episode, start, config.num_frames))
+    size = config.batch_size
+    return [Batch.of(clips[first : first + size]) for first in range(0, len(clips), size)]
+
+
+@torch.no_grad()
+def validate(run: Run, held_out: list[Batch]) -> dict[str, float]:
+    """Return the loss of the averaged weights on held-out clips, by noise level.
+
+    The clips and their noise are the same in every call.
+    """
+    model, accelerator = run.world.model, run.accelerator
+    totals: dict[str, float] = {}
+    mine = held_out[run.rank :: accelerator.num_processes]
+    with _evaluating(run):
+        for index, batch in enumerate(mine):
+            batch = batch.to(accelerator.device)
+            clean = run.world.autoencoder.encode(batch.frames)
+            seed = derive_seed(0, "validation", index * accelerator.num_processes + run.rank)
+            losses = validation_loss(
+                model,
+                clean,
+                batch.conditions,
+                run.config.validation_times,
+                seed,
+                model.needs_first_frame,
+            )
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0.0) + loss * len(batch.frames)
+    shares = gather_object([totals])
+    num_clips = sum(len(batch.frames) for batch in held_out)
+    return {name: sum(share.get(name, 0.0) for share in shares) / num_clips for name in shares[0]}
+
+
+@contextmanager
+def _evaluating(run: Run) -> Iterator[None]:
+    """Put the averaged weights in the model, in eval mode, for the time of a with block."""
+    run.world.model.eval()
+    try:
+        with run.ema.swap():
+            yield
+    finally:
+        run.world.model.train()
+
+
+@torch.no_grad()
+def sample(run: Run, held_out: list[Batch]) -> None:
+    """Write a picture: held-out clips above what the model makes of their first half."""
+    if run.accelerator.is_main_process:
+        with _evaluating(run), run.accelerator.autocast():
+            batch = held_out[0].to(run.accelerator.device)
+            write_sample(run.world, batch, run.folder / "samples" / f"step_{run.step:06d}.png")
+    run.accelerator.wait_for_everyone()
+
+
+def write_sample(world: World, batch: Batch, path: Path, seed: int = 0) -> None:
+    """Roll the second half of each clip out from the first, and write both as rows of a PNG."""
+    num_frames = batch.frames.shape[1]
+    num_given = max(1, num_frames // 2)
+    rollout = Rollout(world, seed=seed)
+    rollout.begin(batch.frames[:, :num_given], batch.conditions.frames(0, num_given))
+    actions = batch.conditions.actions
+    predicted = [
+        rollout.step(None if actions is None else actions[:, index])
+        for index in range(num_given, num_frames)
+    ]
+    frames = torch.cat([batch.frames[:, :num_given], torch.stack(predicted, dim=1)], dim=1)
+    rows = []
+    for clip in range(min(len(frames), 4)):
+        rows.append(PictureRow(name="truth", frames=batch.frames[clip].cpu()))
+        rows.append(PictureRow(name="model", frames=frames[clip].float().cpu()))
+    labels = ["given"] * num_given + [f"+{n + 1}" for n in range(num_frames - num_given)]
+    write_grid(rows, labels, path)

@@ -1,0 +1,146 @@
+"""Device, precision, random generators and threads of a process, and what it runs on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "bf16"]
+"""Arithmetic of the network: all 32 bit, or matrix products in bfloat16 over 32-bit weights."""
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the named device, or for "auto" a CUDA device where there is one, else the CPU.
+
+    Raises:
+        ValueError: the device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} needed, this machine has {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """Return the number format in which a network computes at a precision."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def derive_seed(seed: int, purpose: str, *indices: int) -> int:
+    """Hash a run's seed, a purpose and indices (rank, step, ...) into one seed.
+
+    The hash is the same on every machine and in every Python process, and different purposes or
+    indices give unrelated streams. So whatever is drawn at step k can be drawn again without the
+    draws before it: a resumed run needs no saved generator state.
+
+    Returns:
+        An integer in 0 .. 2**63 - 1.
+    """
+    text = "/".join([str(seed), purpose, *map(str, indices)])
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def make_generator(
+    seed: int, purpose: str, *indices: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """Return a fresh generator on a device for one purpose, seeded by `derive_seed`."""
+    return torch.Generator(device=device).manual_seed(derive_seed(seed, purpose, *indices))
+
+
+def set_threads(num_threads: int) -> None:
+    """Set the threads of one CPU operation; 0 keeps what PyTorch chose.
+
+    Sums of floats depend on how they are split, so runs that must agree bit for bit need the same
+    number.
+
+    Raises:
+        ValueError: a negative number.
+    """
+    if num_threads < 0:
+        raise ValueError(f"num_threads must be 0 or more, got {num_threads}")
+    if num_threads:
+        torch.set_num_threads(num_threads)
+
+
+def describe_hardware() -> dict[str, str | int]:
+    """Return CPU model, usable cores, threads, GPU names, platform and PyTorch version."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_model(),
+        "num_cores": _num_cores(),
+        "num_threads": torch.get_num_threads(),
+        "gpus": ", ".join(gpus) or "none",
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def git_commit() -> str:
+    """Return the commit of the checkout this package runs from, with "+" if files were changed.
+
+    Returns "unknown" outside a checkout, or where git is not installed.
+    """
+    folder = Path(__file__).parent
+    try:
+        tracked, commit, status = (
+            subprocess.run(
+                ["git", "-C", str(folder), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            ).stdout.strip()
+            for arguments in (
+                # An installed package may lie inside somebody else's checkout.
+                ("ls-files", "--error-unmatch", Path(__file__).name),
+                ("rev-parse", "HEAD"),
+                ("status", "--porcelain", "--untracked-files=no"),
+            )
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    assert tracked
+    return commit + ("+" if status else "")
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory the process has held in GiB: of tensors on a GPU, resident on a CPU.
+
+    The number is since the start of the process (CPU) or the last reset (GPU); 0 where unknown.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if platform.system() != "Linux":
+        return 0.0
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**20
+    return 0.0
