@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from scd.metrics import image
+from scd.data.toy import ToyWorld
+from scd.metrics import image, memory
 
 
 def test_mse_and_psnr_by_hand():
@@ -73,3 +74,53 @@ def test_gain_is_paired():
     reference = torch.rand(16, generator=torch.Generator().manual_seed(0)) + 0.1
     found = image.psnr_gain(reference / 10, reference)
     assert (found.mean, found.ci_low, found.ci_high) == pytest.approx((10.0,) * 3, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def memory_clips() -> memory.MemoryClips:
+    return memory.find_memory_clips(ToyWorld(32, "val"), 24, num_given=16, num_predicted=8)
+
+
+def test_memory_events_are_what_they_say(memory_clips):
+    for state, events in zip(memory_clips.states, memory_clips.events, strict=True):
+        assert events
+        for event in events:
+            visible = state.visible[:, event.shape]
+            assert event.shape != state.agent
+            assert (visible[:16] >= 0.5).any(), "seen among the given frames"
+            assert visible[event.last_seen] >= 0.5 and visible[event.frame] >= 0.5
+            assert (visible[event.last_seen + 1 : event.frame] < 0.5).all()
+            assert event.frame >= 16 and visible[15 : event.frame].min() == 0
+
+
+def test_memory_score_of_known_predictions(memory_clips):
+    true = memory_clips.batch.frames
+    after = true[:, 16:]
+
+    def score(predicted):
+        return memory.memory_score(predicted, memory_clips).estimate.mean
+
+    assert score(after) == 1
+    assert score(true[:, 15:16].expand_as(after)) == 0, "repeating the last given frame"
+    assert score(after[:, :, [1, 2, 0]]) == 0, "colours exchanged"
+    assert score(after.roll(2, -1)) == 1, "two pixels off"
+    assert score(after.roll(4, -1)) == 0, "four pixels off"
+    assert score(after.roll(1, 0)) < 0.1, "another clip's frames"
+    red = torch.tensor([0.8, -0.5, -0.6])[:, None, None].expand_as(after)
+    assert score(red) == 0, "a tint over everything"
+
+
+def test_memory_score_counts_events_and_has_an_interval(memory_clips):
+    true = memory_clips.batch.frames
+    half = torch.cat([true[:12, 16:], true[12:, 15:16].expand(-1, 8, -1, -1, -1)])
+    found = memory.memory_score(half, memory_clips)
+    kept = sum(len(events) for events in memory_clips.events[:12])
+    assert found.num_events == sum(len(events) for events in memory_clips.events)
+    assert found.estimate.mean == pytest.approx(kept / found.num_events)
+    assert 0.2 < found.estimate.ci_low < found.estimate.mean < found.estimate.ci_high < 0.8
+
+
+def test_too_few_events_are_an_error(monkeypatch):
+    monkeypatch.setattr(memory, "MAX_SEARCHED", 3)
+    with pytest.raises(ValueError, match="2 predicted frames there are 0 in 3 episodes"):
+        memory.find_memory_clips(ToyWorld(32, "val"), 4, num_given=4, num_predicted=2)
