@@ -1,4 +1,4 @@
-"""Flow matching between a clean frame and noise: paths, draws of time, schedules, solvers, guidance.
+"""Flow matching between a clean frame and noise: paths, times, schedules, solvers, guidance.
 
 Pure functions; the network is passed in as a callable. Time 0 is clean and 1 is noise, velocity is
 noise - clean. Source: paper, section 2.1 (training) and section 3 (sampling).
@@ -105,7 +105,9 @@ def schedule(sampling: SamplingConfig) -> Float[Tensor, " steps"]:
     step is nearly wasted; it is kept for parity. Source: paper, section 3.
     """
     if sampling.schedule == "reference":
+        # Rounded to float32 as in the release: at 1000 its ticks are these to the last digit.
         grid = torch.linspace(1000, 1, sampling.num_steps, dtype=torch.float64) / 1000
+        grid = grid.float().double()
         return torch.cat([grid, grid.new_zeros(1)])
     grid = torch.linspace(1, 0, sampling.num_steps + 1, dtype=torch.float64)
     return sampling.shift * grid / (1 + (sampling.shift - 1) * grid)

@@ -113,16 +113,18 @@ class TimeEmbedder(nn.Module):
         return self.mix(functional.silu(self.rise(sinusoids)))
 
 
-def time_sinusoids(time: Float[Tensor, "b t"], num: int) -> Float[Tensor, "b t features"]:
+def time_sinusoids(time: Float[Tensor, "*b"], num: int) -> Float[Tensor, "*b features"]:
     """Return cosines, then sines, of 1000 * time at `num` frequencies from 1 down to 1e-4.
 
     Source: the release; the last frequency is 1e-4 itself (num - 1 steps, not num).
     """
-    # Float32 holds 1000 * time to 3e-5 only, which shows at the highest frequency.
+    # Times written in float32 are off by 3e-5 of a tick, which the first sinusoid shows; MPS has
+    # no float64. From the tick on, float32 as in the release, whose weights have learnt it.
     exact = torch.float32 if time.device.type == "mps" else torch.float64
-    steps = torch.arange(num, device=time.device, dtype=exact) / (num - 1)
-    angles = 1000 * time[..., None].to(exact) * torch.exp(-math.log(1e4) * steps)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+    ticks = (1000 * time.to(exact)).float()
+    steps = torch.arange(num, device=time.device, dtype=torch.float32)
+    angles = ticks[..., None] * torch.exp(-math.log(1e4) * steps / (num - 1))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class ConditionEmbedder(nn.Module):

@@ -5,9 +5,9 @@ Source: paper, section 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,19 +18,9 @@ from scd.flow import CLEAN_TIME, draw_times, interpolate, velocity_between
 from scd.model.augment import Augmentation
 
 
-class Network(Protocol):
-    """What an objective needs of a model, also when a trainer has wrapped it."""
-
-    def __call__(
-        self,
-        clean: Tensor | None,
-        noisy: Tensor,
-        time: Tensor,
-        conditions: Conditions,
-        augment: Augmentation | None = None,
-    ) -> Tensor:
-        """Return the velocity of noisy frames [b r m c h w]."""
-        ...
+Network = Callable[..., Tensor]
+"""A model, also when a trainer has wrapped it: (clean, noisy, time, conditions, augment) to the
+velocity of the noisy frames, as in `scd.model.separable.SeparableDiffuser.forward`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,228 @@
+"""Named complete runs. The command line picks one and overrides fields."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from scd.clip import ConditionSpec
+from scd.flow import SamplingConfig
+from scd.model.block import BlockConfig
+from scd.model.build import ModelConfig
+from scd.model.cache import CacheConfig
+from scd.model.decoder import DecoderConfig
+from scd.model.dense import DenseConfig
+from scd.model.embed import FrameShape
+from scd.model.encoder import EncoderConfig
+from scd.model.separable import SeparableConfig
+from scd.objective.denoise import DenoiseConfig
+from scd.optim import OptimConfig
+from scd.run import TrainConfig
+
+TOY_ACTIONS = ConditionSpec(num_actions=5)
+"""none, up, down, left, right"""
+DOOM_ACTIONS = ConditionSpec(num_actions=4)
+"""none, forward, turn left, turn right"""
+MINECRAFT_ACTIONS = ConditionSpec(num_actions=4)
+"""Source: paper, section 4.1."""
+
+
+def _pixel_run(
+    data: str,
+    size: int,
+    conditions: ConditionSpec,
+    *,
+    width: int,
+    encoder_layers: int,
+    decoder_layers: int,
+    num_frames: int,
+    batch_size: int,
+    max_steps: int,
+) -> TrainConfig:
+    """Return a run on small frames whose latents are the pixels themselves.
+
+    Clean estimates, more noise in training, Muon and a coarse rotary theta are what a small model
+    needs there: docs/log.md.
+    """
+    return TrainConfig(
+        data=data,
+        out="runs/out/pixels",
+        max_steps=max_steps,
+        batch_size=batch_size,
+        num_frames=num_frames,
+        precision="bf16",
+        ema_decay=0.99,
+        model=SeparableConfig(
+            shape=FrameShape(channels=3, height=size, width=size, patch_size=8),
+            block=BlockConfig(
+                width=width, rotary_theta=10.0, learned_positions=True, initial_gate=0.0
+            ),
+            encoder=EncoderConfig(num_layers=encoder_layers),
+            decoder=DecoderConfig(num_layers=decoder_layers, join="prefix", predict="clean"),
+            conditions=conditions,
+            cache=CacheConfig(window=num_frames),
+        ),
+        objective=DenoiseConfig(time_mean=1.0),
+        optim=OptimConfig(
+            optimizer="muon",
+            lr=1e-3,
+            muon_lr=2e-3,
+            decoder_lr_ratio=1.0,
+            warmup_steps=50,
+            decay_fraction=0.4,
+        ),
+        sampling=SamplingConfig(num_steps=10),
+    )
+
+
+def _dense_twin(run: TrainConfig) -> TrainConfig:
+    """Return the same run with a dense model of as many layers and nearly as many parameters."""
+    model = run.model
+    assert isinstance(model, SeparableConfig)
+    dense = DenseConfig(
+        shape=model.shape,
+        block=model.block,
+        num_layers=model.encoder.num_layers + model.decoder.num_layers,
+        predict=model.decoder.predict,
+        conditions=model.conditions,
+        cache=replace(model.cache, num_sinks=1),
+    )
+    return replace(run, model=dense, objective=replace(run.objective, context_noise=0.0))
+
+
+def _paper_run(model: ModelConfig, data: str, num_frames: int, batch_size: int) -> TrainConfig:
+    """Return a run with the paper's settings: section 2.5. Batch size is per process, of 8."""
+    separable = isinstance(model, SeparableConfig)
+    return TrainConfig(
+        data=data,
+        out="runs/out/paper",
+        max_steps=1_000_000,
+        batch_size=batch_size,
+        num_frames=num_frames,
+        precision="bf16",
+        gradient_checkpointing=True,
+        ema_decay=0.9999,
+        save_every=10_000,
+        validate_every=10_000,
+        sample_every=10_000,
+        model=model,
+        objective=DenoiseConfig(context_noise=0.05 if separable else 0.0),
+        optim=OptimConfig(lr=1e-4, decoder_lr_ratio=2.0 if separable else 1.0),
+        sampling=SamplingConfig(num_steps=50, schedule="reference"),
+    )
+
+
+PAPER_FRAME = FrameShape(channels=32, height=8, width=8, patch_size=1)
+"""Latent of the deep-compression autoencoder: 64 tokens per frame. Source: paper, section 1.5."""
+
+
+def _separable(
+    width: int, encoder: int, decoder: int, conditions: ConditionSpec, window: int
+) -> SeparableConfig:
+    return SeparableConfig(
+        shape=PAPER_FRAME,
+        block=BlockConfig(width=width),
+        encoder=EncoderConfig(num_layers=encoder),
+        decoder=DecoderConfig(num_layers=decoder),
+        conditions=conditions,
+        cache=CacheConfig(window=window),
+    )
+
+
+def _dense(width: int, layers: int, conditions: ConditionSpec, window: int) -> DenseConfig:
+    return DenseConfig(
+        shape=PAPER_FRAME,
+        block=BlockConfig(width=width),
+        num_layers=layers,
+        conditions=conditions,
+        cache=CacheConfig(window=window),
+    )
+
+
+def _minecraft(encoder: int, decoder: int) -> TrainConfig:
+    model = _separable(1024, encoder, decoder, MINECRAFT_ACTIONS, window=300)
+    return _paper_run(model, "data/minecraft", num_frames=300, batch_size=2)
+
+
+def _ucf(model: ModelConfig) -> TrainConfig:
+    # Source: paper, section 2.5: FAR-B's recipe, 16-frame clips, batch 32, no warm-up.
+    run = _paper_run(model, "data/ucf101", num_frames=16, batch_size=4)
+    return replace(run, max_steps=200_000, optim=replace(run.optim, warmup_steps=0))
+
+
+_TOY = _pixel_run(
+    "toy:32",
+    32,
+    TOY_ACTIONS,
+    width=128,
+    encoder_layers=4,
+    decoder_layers=2,
+    num_frames=16,
+    batch_size=2,
+    max_steps=1000,
+)
+_DOOM_32 = _pixel_run(
+    "data/doom-32",
+    32,
+    DOOM_ACTIONS,
+    width=192,
+    encoder_layers=4,
+    decoder_layers=2,
+    num_frames=16,
+    batch_size=4,
+    max_steps=20_000,
+)
+_DOOM_64 = _pixel_run(
+    "data/doom-64",
+    64,
+    DOOM_ACTIONS,
+    width=256,
+    encoder_layers=4,
+    decoder_layers=2,
+    num_frames=16,
+    batch_size=2,
+    max_steps=20_000,
+)
+_DOOM_128 = replace(
+    _pixel_run(
+        "data/doom-128",
+        128,
+        DOOM_ACTIONS,
+        width=512,
+        encoder_layers=8,
+        decoder_layers=4,
+        num_frames=32,
+        batch_size=8,
+        max_steps=100_000,
+    ),
+    gradient_checkpointing=True,
+)
+
+PRESETS: dict[str, TrainConfig] = {
+    "toy": _TOY,
+    "toy-dense": _dense_twin(_TOY),
+    "doom-32": _DOOM_32,
+    "doom-32-dense": _dense_twin(_DOOM_32),
+    "doom-64": _DOOM_64,
+    "doom-64-dense": _dense_twin(_DOOM_64),
+    "doom-128": _DOOM_128,
+    "scd-b": _ucf(_separable(768, 8, 4, ConditionSpec(), window=16)),
+    "scd-m": _minecraft(8, 4),
+    "scd-me": _minecraft(16, 4),
+    "scd-md": _minecraft(8, 12),
+    "dense-b": _ucf(_dense(768, 12, ConditionSpec(), window=16)),
+    "dense-m": _paper_run(
+        _dense(1024, 12, MINECRAFT_ACTIONS, window=300), "data/minecraft", 300, 2
+    ),
+}
+"""Runs by name; the paper's six have its sizes (section 1.5)."""
+
+
+def preset(name: str) -> TrainConfig:
+    """Return a named run.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]

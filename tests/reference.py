@@ -1,0 +1,43 @@
+"""Where the golden tensors lie, and how a case is read."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+FOLDER = Path(
+    os.environ.get("SCD_REFERENCE", Path(__file__).parents[2] / "shared" / "reference")
+)
+
+
+def reference_folder():
+    """Return the folder, or skip the test with a reason that can be seen."""
+    if not FOLDER.is_dir():
+        pytest.skip(f"no golden tensors at {FOLDER}; set SCD_REFERENCE")
+    return FOLDER
+
+
+def cases(subfolder, kind):
+    """Name the cases of one kind; one that skips where the folder is absent."""
+    found = []
+    for path in sorted((FOLDER / subfolder).glob("*.json")):
+        case = json.loads(path.read_text())
+        if case.get("kind") == kind:
+            found.append(path.stem)
+    return found or [pytest.param("", marks=pytest.mark.skip(f"no golden tensors at {FOLDER}"))]
+
+
+def load_case(subfolder, name):
+    """Read a case: its description, its tensors, and the weights it names."""
+    folder = FOLDER / subfolder
+    case = json.loads((folder / f"{name}.json").read_text())
+    state = {}
+    for weights in case["weights"]:
+        state |= load_file(folder / weights)
+    state = {key: value.float() for key, value in state.items() if key not in case.get("drop", [])}
+    data = load_file(folder / case["data"])
+    for key, file in case.get("tensors_stored_elsewhere", {}).items():
+        data[key] = load_file(folder / file)[key]
+    return case, data, state

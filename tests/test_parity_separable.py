@@ -1,0 +1,287 @@
+"""The separable model reproduces the golden tensors of the paper's release, to 2e-5.
+
+The release starts at frame 1, keeps time on 0..1000 with -1 for clean, and writes the null action
+as one more id. Every case in the folder is run, so another set of the same form can be put there.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from einops import rearrange
+from safetensors.torch import load_file
+
+from scd.clip import Conditions
+from scd.convert import ReferenceConfig, read_reference
+from scd.flow import CLEAN_TIME, SamplingConfig, guide, schedule, solve
+from scd.model.attention import frame_causal_mask, frame_positions, rotary_table, rotate
+from scd.model.block import layer_norm
+from scd.model.cache import CacheConfig
+from scd.model.embed import time_sinusoids
+from scd.objective.denoise import velocity_loss
+from scd.rollout import guided_velocity
+from tests.reference import cases, load_case, reference_folder
+
+ATOL = 2e-5
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=ATOL, rtol=0)
+
+
+def separable_cases(kind):
+    return cases("", kind)
+
+
+class Golden:
+    """One case: its model, its tensors, and its conventions turned into ours."""
+
+    def __init__(self, name):
+        self.case, self.data, state = load_case("", name)
+        encoder, decoder = self.case["config"]["encoder"], self.case["config"]["decoder"]
+        latents = self.data.get("latents", self.data.get("init_latents"))
+        self.model = read_reference(
+            state,
+            ReferenceConfig(
+                channels=latents.shape[2],
+                height=latents.shape[3],
+                width=latents.shape[4],
+                join="add" if decoder["decoder_input_combine"] == "add" else "token_concat",
+                rotary_axes=tuple(encoder["axes_dims_rope"]),
+                distance_bias=float(encoder["slope_scale"]),
+                cache=CacheConfig(window=64, num_sinks=0),
+            ),
+        )
+
+    def conditions(self, actions=None):
+        """Turn ids, whose last is the null condition, into ours."""
+        spec = self.model.config.conditions
+        labels = self.data.get("label")
+        actions = self.data.get("action") if actions is None else actions
+        if labels is not None:
+            hidden = labels == spec.num_labels
+            return Conditions(labels=labels.masked_fill(hidden, 0), null_labels=hidden)
+        if actions is None:
+            return Conditions()
+        hidden = actions == spec.num_actions
+        return Conditions(actions=actions.masked_fill(hidden, 0), null_actions=hidden)
+
+    def shifted(self):
+        """Actions one frame earlier, the last repeated, as the release's encoder gets them."""
+        actions = self.data.get("action")
+        return None if actions is None else torch.cat([actions[:, 1:], actions[:, -1:]], dim=1)
+
+
+def times(ticks):
+    """Ticks of 1000, or -1, to our times; float64, because float32 loses 3e-5 ticks."""
+    return ticks.double() / 1000
+
+
+@pytest.mark.parametrize("name", separable_cases("forward_train"))
+def test_training_forward(name):
+    golden = Golden(name)
+    model, data = golden.model, golden.data
+    latents, noisy, time = data["latents"], data["noisy_latents"], times(data["timestep"])
+    num_noisy = data["pred"].shape[1]
+    # One more frame, so that our encoder reads all of theirs: nobody sees its pixels, and its
+    # action is the repeated one.
+    longer = torch.cat([latents, latents[:, -1:]], dim=1)
+    actions = data.get("action")
+    if actions is not None:
+        actions = torch.cat([actions, actions[:, -1:]], dim=1)
+    if "encoder_output" in data:
+        context = model.encoder(longer, golden.conditions(actions))
+        close(context.tokens.flatten(1, 2), data["encoder_output"])
+
+    # The release's first decoder draw sees the action after its own: its defect, fed to us.
+    first_draw = golden.conditions(golden.shifted())
+    encoded = model.encoder(latents, golden.conditions()).last(num_noisy)
+    noisy_frames, noisy_times = noisy[:, -num_noisy:], time[:, -num_noisy:]
+
+    def decode(context, conditions):
+        frames = conditions.frames(latents.shape[1] - num_noisy, None)
+        velocity = model.decoder.denoise(
+            model.decoder.prepare(context.tokens.flatten(0, 1), frames.split(num_noisy)),
+            noisy_frames.flatten(0, 1),
+            noisy_times.flatten(0, 1),
+        )
+        return velocity.unflatten(0, (-1, num_noisy))
+
+    close(decode(encoded, first_draw), data["pred"])
+    close(decode(encoded, golden.conditions()), data["pred_reuse_encoder"])
+    close(
+        decode(model.encoder(noisy, golden.conditions()).last(num_noisy), first_draw),
+        data["pred_encoder_noisy"],
+    )
+    # And through the one call that training makes.
+    close(
+        model(latents, noisy_frames[:, None], noisy_times[:, None], golden.conditions())[:, 0],
+        data["pred_reuse_encoder"],
+    )
+
+
+@pytest.mark.parametrize("name", separable_cases("forward_train"))
+def test_every_block(name):
+    golden = Golden(name)
+    data = golden.data
+    if not any(key.startswith("debug.") for key in data):
+        pytest.skip(f"{name} stores no activations per block")
+    seen = {}
+
+    def keep(key):
+        def hook(module, inputs, output):
+            seen[key] = output
+
+        return hook
+
+    model = golden.model
+    for side, stack in (("encoder", model.encoder), ("decoder", model.decoder)):
+        stack.embed_frame.register_forward_hook(keep(f"debug.{side}.x_embed"))
+        for layer, block in enumerate(stack.blocks):
+            block.register_forward_hook(keep(f"debug.{side}.block{layer}"))
+    latents = data["latents"]
+    longer = torch.cat([latents, latents[:, -1:]], dim=1)
+    actions = torch.cat([data["action"], data["action"][:, -1:]], dim=1)
+    model.encoder(longer, golden.conditions(actions))
+    num_noisy = data["pred"].shape[1]
+    context = model.encoder(latents, golden.conditions()).last(num_noisy)
+    seen_encoder = dict(seen)
+    model.decoder.denoise(
+        model.decoder.prepare(
+            context.tokens.flatten(0, 1),
+            golden.conditions(golden.shifted()).frames(latents.shape[1] - num_noisy, None).split(
+                num_noisy
+            ),
+        ),
+        data["noisy_latents"][:, -num_noisy:].flatten(0, 1),
+        times(data["timestep"])[:, -num_noisy:].flatten(0, 1),
+    )
+    compared = 0
+    for key, ours in {**seen_encoder, **seen}.items():
+        if key not in data:
+            continue
+        theirs = data[key]
+        ours = ours.reshape(theirs.shape[0], -1, theirs.shape[-1])
+        if "encoder" in key:
+            # The second run of the encoder saw one frame less.
+            theirs = theirs[:, : ours.shape[1]]
+        elif ours.shape[1] < theirs.shape[1]:
+            # After the last block we do not compute the context's half.
+            theirs = theirs[:, -ours.shape[1] :]
+        close(ours, theirs)
+        compared += 1
+    assert compared >= 5
+
+
+def stream(golden, kind):
+    """Roll a generation case out through the streaming interface, as `Rollout.step` does."""
+    model, data, case = golden.model, golden.data, golden.case
+    given = data["context_sequence"] * 2 - 1
+    num_given, scale = given.shape[1], case["guidance_scale"]
+    by_conditions = kind == "conditions"
+    sampling = SamplingConfig(num_steps=case["num_inference_steps"], schedule="reference")
+    frame_times = schedule(sampling)
+    close(frame_times.float(), data["sigmas"])
+    conditions = golden.conditions()
+    if by_conditions:
+        conditions = conditions.with_null_branch()
+    begin = torch.cat([given, given]) if by_conditions else given
+    state = model.begin(begin, conditions.frames(0, num_given))
+    finished = []
+    for index in range(case["rollout"]):
+        frame = num_given + index
+        now = conditions.frames(frame, frame + 1)
+        context = model.context(state, now)
+        stored = data["encoder_out_frame0"] if index == 0 else data["encoder_out_later"][index - 1]
+        num_tokens = context.encoded.tokens.shape[2]
+        if kind == "context_noise":
+            noise = data[f"encoder_noise_{index}"][:, None, -num_tokens:]
+            context = model.with_noisy_branch(context, 0.05, noise)
+        close(context.encoded.tokens[:, 0], stored[:, -num_tokens:])
+        outputs = []
+
+        def velocity(context, noisy, time, outputs=outputs):
+            outputs.append(model.velocity(context, noisy, time))
+            return outputs[-1]
+
+        field = guided_velocity(velocity, context, None if kind == "none" else scale)
+        latent = solve(field, data["init_latents"][:, index], frame_times)
+        for step, output in enumerate(outputs):
+            close(output, data["model_out"][index, step])
+        close(latent, data["latents_out"][:, index])
+        finished.append(latent)
+        model.observe(state, torch.cat([latent, latent]) if by_conditions else latent, now)
+    samples = torch.cat([given, torch.stack(finished, dim=1)], dim=1) / 2 + 0.5
+    close(samples.clamp(0, 1), data["samples"])
+
+
+@pytest.mark.parametrize("name", separable_cases("generate"))
+@torch.no_grad()
+def test_generation(name):
+    golden = Golden(name)
+    kind = "none"
+    if golden.case["guidance_scale"] > 1:
+        kind = "context_noise" if golden.case["cfg_type"] == "decoder" else "conditions"
+    stream(golden, kind)
+
+
+@pytest.mark.parametrize("name", separable_cases("train_step"))
+def test_training_step(name):
+    golden = Golden(name)
+    model, data, case = golden.model, golden.data, golden.case
+    latents = data["latents"]
+    num_draws = case["decoder_multi_batch"]
+    num_noisy = data["pass0.pred"].shape[1]
+    first = latents.shape[1] - num_noisy
+    # The release encodes the first draw's noisy frames and uses that for all draws.
+    context = model.encoder(data["pass0.noisy_latents"], golden.conditions()).last(num_noisy)
+    losses = []
+    for draw in range(num_draws):
+        actions = golden.shifted() if draw == 0 else None
+        conditions = golden.conditions(actions).frames(first, None).split(num_noisy)
+        velocity = model.decoder.denoise(
+            model.decoder.prepare(context.tokens.flatten(0, 1), conditions),
+            data[f"pass{draw}.noisy_latents"][:, first:].flatten(0, 1),
+            times(data[f"pass{draw}.timestep"])[:, first:].flatten(0, 1),
+        ).unflatten(0, (-1, num_noisy))
+        close(velocity, data[f"pass{draw}.pred"])
+        target = (data[f"pass{draw}.noise"] - latents)[:, first:]
+        given = data[f"pass{draw}.context_mask"][:, first:].bool()
+        losses.append(velocity_loss(velocity[:, None], target[:, None], given[:, None]))
+        close(losses[-1], data[f"pass{draw}.loss"].squeeze())
+    total = torch.stack(losses).mean()
+    close(total, data["total_loss"].squeeze())
+    total.backward()
+    from scd.convert import our_names
+
+    gradients = {
+        key.removeprefix("grad."): value for key, value in data.items() if key.startswith("grad.")
+    }
+    parameters = dict(model.named_parameters())
+    assert gradients
+    for key, theirs in our_names(gradients).items():
+        close(parameters[key].grad, theirs)
+    norms = {key: torch.tensor(value) for key, value in case["grad_norms"].items()}
+    for key, norm in our_names(norms).items():
+        close(parameters[key].grad.norm(), norm)
+
+
+def test_tables():
+    folder = reference_folder()
+    tables = load_file(folder / "tables.safetensors")
+    positions = frame_positions(torch.arange(3), 4, 4)
+    torch.testing.assert_close(positions.float(), tables["ids_3x4x4"].float(), atol=0, rtol=0)
+    cosine, sine = rotary_table(positions, (16, 24, 24), 1e4)
+    # They store each angle twice, once for either entry of its pair.
+    close(cosine.repeat_interleave(2, -1), tables["rope_cos"])
+    close(sine.repeat_interleave(2, -1), tables["rope_sin"])
+    close(rotate(tables["rope_x"], (cosine, sine)), tables["rope_x_rotated"])
+    close(time_sinusoids(times(tables["time_values"]), 128), tables["time_proj"])
+    mask = tables["mask_3frames_2tok"][0]
+    visible = frame_causal_mask(3, 2, torch.device("cpu"))
+    assert torch.equal(visible, mask == 0)
+    for num_steps in (1, 2, 4, 10, 50):
+        grid = schedule(SamplingConfig(num_steps=num_steps, schedule="reference"))
+        close(grid.float(), tables[f"sched{num_steps}_sigma"])
+        close((1000 * grid[:-1]).float(), tables[f"sched{num_steps}_t"])
