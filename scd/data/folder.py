@@ -1,60 +1,28 @@
-"""Videos and actions on disk, and the clips that they hold.
-
-    dataset.json      the card: height, width, fps, conditions, action_names
-    manifest.jsonl    one line per episode: video, actions, num_frames, split, label
-    videos/, actions/ the files that the manifest names
-
-docs/your-clips.md tells how to make such a folder.
-"""
+"""Clips from a folder of videos and actions on disk."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
-import os
-import zipfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
 
 from scd.clip import Clip, check_actions, pixels_to_frames
-from scd.config import from_json, to_json
+from scd.data.manifest import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    Entry,
+    read_actions,
+    read_card,
+    read_manifest,
+)
 from scd.data.source import DataCard, Source, Split
 from scd.data.toy import ToyWorld
-from scd.data.video import frame_times, probe_video, read_video, write_video
-
-CARD_FILE = "dataset.json"
-MANIFEST_FILE = "manifest.jsonl"
-
-RECORDING = "recording"
-"""Key of the card's file under which a recording keeps its own settings; readers pass it over."""
+from scd.data.video import frame_times, probe_video, read_video
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One line of the manifest."""
-
-    video: str
-    """Video file, relative to the folder."""
-    num_frames: int
-    """Frames of the episode."""
-    split: Split
-    """Part of the collection that the episode belongs to."""
-    actions: str | None = None
-    """Actions file (.npz with the key `actions`), relative to the folder."""
-    label: int | None = None
-    """Class of the whole episode."""
-
-    def __post_init__(self) -> None:
-        if self.num_frames < 1:
-            raise ValueError(f"num_frames must be 1 or more, got {self.num_frames}")
 
 
 class FolderSource:
@@ -218,164 +186,3 @@ def open_source(data: str, split: Split, strict: bool = False) -> Source:
             raise ValueError(f"toy worlds are 'toy:32' and 'toy:64', got {data!r}")
         return ToyWorld(size=32 if data == "toy:32" else 64, split=split)
     return FolderSource(data, split, strict)
-
-
-def read_card(path: Path) -> DataCard:
-    """Read the card of a folder.
-
-    Raises:
-        FileNotFoundError: no such folder or card.
-        ValueError: not JSON, or a missing, unknown or wrong field.
-    """
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such data folder (or 'toy:32', 'toy:64')")
-    values = _parse(path / CARD_FILE, (path / CARD_FILE).read_text())
-    if isinstance(values, dict):
-        values.pop(RECORDING, None)
-    return from_json(DataCard, values, str(path / CARD_FILE))
-
-
-def write_card(path: Path, card: DataCard, recording: dict[str, Any] | None = None) -> None:
-    """Write the card of a folder, and beside it the settings of the recording, if any."""
-    values = to_json(card) | ({} if recording is None else {RECORDING: recording})
-    _write_aside(path / CARD_FILE, json.dumps(values, indent=2) + "\n")
-
-
-def read_manifest(path: Path) -> list[Entry]:
-    """Read the episodes of a folder.
-
-    Raises:
-        FileNotFoundError: no manifest.
-        ValueError: a line that is not JSON, or with a missing, unknown or wrong field.
-    """
-    optional = {"actions": None, "label": None}
-    return [
-        from_json(Entry, _fields(optional, _parse(where, line)), where)
-        for number, line in enumerate((path / MANIFEST_FILE).read_text().splitlines(), start=1)
-        if line.strip() and (where := f"{path / MANIFEST_FILE} line {number}")
-    ]
-
-
-def write_manifest(path: Path, entries: list[Entry]) -> None:
-    """Write all episodes of a folder."""
-    _write_aside(path / MANIFEST_FILE, "".join(map(_line, entries)))
-
-
-def append_to_manifest(path: Path, entry: Entry) -> None:
-    """Add one episode."""
-    with open(path / MANIFEST_FILE, "a") as file:
-        file.write(_line(entry))
-
-
-def write_episode(
-    path: Path,
-    name: str,
-    pixels: UInt8[np.ndarray, "t h w 3"],
-    actions: Int[np.ndarray, " t"] | Float[np.ndarray, "t a"] | None,
-    fps: float,
-    split: Split,
-    label: int | None = None,
-) -> Entry:
-    """Write one episode's files, without losing a bit, and return its line of the manifest.
-
-    Args:
-        path: the folder.
-        name: name of its files, without an ending.
-        pixels: the pictures.
-        actions: action i led from picture i-1 to picture i.
-        fps: frames per second.
-        split: part of the collection.
-        label: class of the whole episode.
-
-    Raises:
-        ValueError: not as many actions as pictures, or no pictures.
-    """
-    if actions is not None and len(actions) != len(pixels):
-        raise ValueError(f"{name}: {len(pixels)} frames need as many actions, got {len(actions)}")
-    for folder in ("videos", "actions"):
-        (path / folder).mkdir(parents=True, exist_ok=True)
-    video, actions_file = f"videos/{name}.mp4", f"actions/{name}.npz"
-    write_video(path / video, pixels, fps, lossless=True)
-    if actions is not None:
-        aside = path / f"{actions_file}.part"
-        with open(aside, "wb") as file:
-            np.savez(file, actions=actions)
-        os.replace(aside, path / actions_file)
-    return Entry(
-        video=video,
-        num_frames=len(pixels),
-        split=split,
-        actions=None if actions is None else actions_file,
-        label=label,
-    )
-
-
-def read_actions(path: Path) -> np.ndarray:
-    """Read an actions file: ids as int64 [t], or vectors as float32 [t a].
-
-    Raises:
-        ValueError: missing, not an .npz file with the key `actions`, or neither integers nor
-            floats.
-    """
-    try:
-        with np.load(path) as arrays:
-            actions = arrays["actions"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such actions file") from error
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: is no .npz file with the key 'actions' ({error})") from error
-    if np.issubdtype(actions.dtype, np.integer):
-        return actions.astype(np.int64)
-    if np.issubdtype(actions.dtype, np.floating):
-        return actions.astype(np.float32)
-    raise ValueError(f"{path}: actions must be integers or floats, got {actions.dtype}")
-
-
-def choose_splits(num_episodes: int, val_fraction: float, test_fraction: float) -> list[Split]:
-    """Deal episodes out to the splits, each to the one that lags furthest behind its share.
-
-    The split of an episode does not depend on how many follow.
-
-    Raises:
-        ValueError: shares below 0, or none left for training.
-    """
-    shares: dict[Split, float] = {
-        "train": 1 - val_fraction - test_fraction,
-        "val": val_fraction,
-        "test": test_fraction,
-    }
-    if min(val_fraction, test_fraction) < 0 or shares["train"] <= 0:
-        raise ValueError(
-            "val_fraction and test_fraction must be 0 or more and leave episodes for training, "
-            f"got {val_fraction} and {test_fraction}"
-        )
-    counts: dict[Split, int] = dict.fromkeys(get_args(Split), 0)
-    splits: list[Split] = []
-    for episode in range(num_episodes):
-        lag = {name: shares[name] * (episode + 1) - counts[name] for name in shares}
-        furthest = max(shares, key=lag.__getitem__)
-        splits.append(furthest)
-        counts[furthest] += 1
-    return splits
-
-
-def _fields(optional: dict[str, Any], values: Any) -> Any:
-    return optional | values if isinstance(values, dict) else values
-
-
-def _line(entry: Entry) -> str:
-    values = {name: value for name, value in dataclasses.asdict(entry).items() if value is not None}
-    return json.dumps(values) + "\n"
-
-
-def _parse(where: Path | str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: is not JSON ({error})") from error
-
-
-def _write_aside(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text)
-    os.replace(aside, path)

@@ -19,7 +19,7 @@ from rich.progress import track
 from scd.clip import ConditionSpec, frames_to_pixels
 from scd.config import to_json
 from scd.data.doom import ACTION_NAMES, TICS_PER_S, DoomGame, require_vizdoom
-from scd.data.folder import (
+from scd.data.manifest import (
     CARD_FILE,
     MANIFEST_FILE,
     RECORDING,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from scd.clip import Clip, ConditionSpec
 
@@ -40,6 +40,7 @@ class DataCard:
             )
 
 
+@runtime_checkable
 class Source(Protocol):
     """Episodes that can be read anywhere, from several threads at once."""
 
