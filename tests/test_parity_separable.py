@@ -4,19 +4,15 @@ The release starts at frame 1, keeps time on 0..1000 with -1 for clean, and writ
 as one more id. Every case in the folder is run, so another set of the same form can be put there.
 """
 
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from einops import rearrange
 from safetensors.torch import load_file
 
 from scd.clip import Conditions
 from scd.convert import ReferenceConfig, read_reference
-from scd.flow import CLEAN_TIME, SamplingConfig, guide, schedule, solve
+from scd.flow import SamplingConfig, schedule, solve
 from scd.model.attention import frame_causal_mask, frame_positions, rotary_table, rotate
-from scd.model.block import layer_norm
 from scd.model.cache import CacheConfig
 from scd.model.embed import time_sinusoids
 from scd.objective.denoise import velocity_loss

@@ -18,20 +18,23 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
-    ("ground", "runtime runlog config"),
-    ("data", "clip data.video data.source data.toy data.folder data.doom data.loader"),
+    ("ground", "runtime stopping runlog results config"),
+    (
+        "data",
+        "clip data.video data.source data.toy data.folder data.doom data.record data.loader",
+    ),
     ("autoencoder", "autoencoder.pixels"),
     ("flow matching", "flow"),
     (
         "model",
-        "model.attention model.block model.cache model.encoder model.decoder model.separable "
-        "model.dense model.build",
+        "model.attention model.block model.augment model.cache model.embed model.encoder "
+        "model.decoder model.initialise model.pretrained model.separable model.dense model.build",
     ),
     ("objectives", "objective.denoise"),
     ("state of a run", "optim checkpoint"),
     ("rollout", "rollout"),
-    ("measurement", "metrics.image metrics.memory media evaluate"),
-    ("trainer", "train"),
+    ("measurement", "metrics.image metrics.memory media plots evaluate"),
+    ("trainer", "run held_out train"),
     ("top", "presets convert demo cli __main__"),
 )
 """The only allowed direction of imports: a module imports from modules before it, never after.

@@ -17,7 +17,6 @@ from scd.clip import Conditions
 from scd.flow import CLEAN_TIME, draw_times, interpolate, velocity_between
 from scd.model.augment import Augmentation
 
-
 Network = Callable[..., Tensor]
 """A model, also when a trainer has wrapped it: (clean, noisy, time, conditions, augment) to the
 velocity of the noisy frames, as in `scd.model.separable.SeparableDiffuser.forward`."""
@@ -36,7 +35,8 @@ class DenoiseConfig:
     history "noisy"; 0.1 in the release. The first frame of a model that must be given one is
     always among them."""
     num_draws: int = 2
-    """Draws of (time, noise) per frame and step. They share one encoder pass: paper, section 2.4."""
+    """Draws of (time, noise) per frame and step; one encoder pass serves them all: paper, section
+    2.4."""
     num_target_frames: int = 0
     """Frames of each clip that are denoised, the last ones. 0: all that have a context."""
     time_mean: float = 0.0
