@@ -314,8 +314,8 @@ def _write_tensors(
         tied = tensor.data_ptr() in seen and tensor.numel() > 0
         seen.add(tensor.data_ptr())
         tensors[name] = tensor.clone() if tied else tensor
-    header = {"format": "pt"} | (metadata or {})
-    _guarded(lambda path: save_file(tensors, path, metadata=header), path)
+    # One entry at most: several would be written in a random order, and equal weights differ.
+    _guarded(lambda path: save_file(tensors, path, metadata=metadata), path)
 
 
 def _write_text(text: str, path: Path) -> None:
