@@ -175,7 +175,7 @@ _DOOM_64 = _pixel_run(
     "data/doom-64",
     64,
     DOOM_ACTIONS,
-    width=256,
+    width=192,
     encoder_layers=4,
     decoder_layers=2,
     num_frames=16,
