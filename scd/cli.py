@@ -1,0 +1,167 @@
+"""The command `scd`: one function per subcommand, every field of its settings a flag.
+
+Exit status: 0 success, 2 wrong usage or bad input (one message on stderr), 1 a fault of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+from rich.console import Console
+
+from scd import __version__
+from scd.convert import ReferenceConfig, convert_reference
+from scd.data.record import DoomRecording, ToyRecording, record
+from scd.demo import DemoConfig, demo
+from scd.evaluate import EvaluateConfig, evaluate
+from scd.fit import fit_to_data
+from scd.plan import dry_run
+from scd.presets import PRESETS, preset
+from scd.run import TrainConfig
+from scd.sample import SampleConfig, sample
+from scd.train import train
+
+Settings = TypeVar("Settings")
+
+USAGE = """usage: scd COMMAND ...
+
+  demo                      train a small world and its dense twin, and stream it (minutes)
+  record toy|doom           record clips with actions
+  train PRESET              train a model on clips
+  sample RUN                stream frames from a trained model
+  evaluate RUN              measure a trained model on held-out clips
+  convert reference FILE    turn a state dict of the paper's release, or of FAR, into ours
+
+`scd COMMAND --help` explains every flag. `scd --version` prints the version."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status.
+
+    Args:
+        arguments: after the program's name; None: those of this process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"scd {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        return _refuse(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}")
+    try:
+        COMMANDS[words[0]](words[1:])
+    except (ValueError, OSError) as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        return _refuse("interrupted", status=130)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _refuse(message: str, status: int = 2) -> int:
+    print(f"scd: {message}", file=sys.stderr)
+    return status
+
+
+def _parse(
+    kind: type[Settings], words: list[str], command: str, default: Settings | None = None
+) -> Settings:
+    """Read flags into settings; wrong usage leaves with status 2."""
+    # A preset fixes which kind of model there is; that kind's fields are the flags.
+    return tyro.cli(
+        kind,
+        args=words,
+        prog=f"scd {command}",
+        default=default,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _split_name(
+    words: list[str], command: str, what: str, choices: Sequence[str]
+) -> tuple[str | None, list[str]]:
+    """Take the leading name off; None if help is asked for without one."""
+    if words and not words[0].startswith("-"):
+        if words[0] not in choices:
+            raise ValueError(f"unknown {what} {words[0]!r}; there are {', '.join(choices)}")
+        return words[0], words[1:]
+    if any(word in ("-h", "--help") for word in words):
+        return None, words
+    raise ValueError(f"scd {command} needs a {what} first: {', '.join(choices)}")
+
+
+def _demo(words: list[str]) -> None:
+    demo(_parse(DemoConfig, words, "demo"))
+
+
+def _record(words: list[str]) -> None:
+    kinds = {"toy": ToyRecording, "doom": DoomRecording}
+    name, rest = _split_name(words, "record", "world", list(kinds))
+    if name is None:
+        print(f"usage: scd record {{{','.join(kinds)}}} --out DIR ...; try scd record toy --help")
+        return
+    record(_parse(kinds[name], rest, f"record {name}"))
+
+
+def _train(words: list[str]) -> None:
+    name, rest = _split_name(words, "train", "preset", list(PRESETS))
+    if name is None:
+        print(f"scd train PRESET ...; presets: {', '.join(PRESETS)}. Flags, as of preset toy:\n")
+    only_plan = "--dry-run" in rest
+    rest = [word for word in rest if word != "--dry-run"]
+    config = _parse(TrainConfig, rest, f"train {name or 'PRESET'}", preset(name or "toy"))
+    if config.model.shape.channels == 3:
+        config = fit_to_data(config)
+    if only_plan:
+        dry_run(config)
+        return
+    Console().print(f"saved {train(config)}")
+
+
+def _sample(words: list[str]) -> None:
+    sample(_parse(SampleConfig, _run_first(words), "sample"))
+
+
+def _evaluate(words: list[str]) -> None:
+    evaluate(_parse(EvaluateConfig, _run_first(words), "evaluate"))
+
+
+def _run_first(words: list[str]) -> list[str]:
+    """Let the run stand first, without its flag."""
+    if words and not words[0].startswith("-"):
+        return ["--run", *words]
+    return words
+
+
+def _convert(words: list[str]) -> None:
+    name, rest = _split_name(words, "convert", "layout", ["reference"])
+    paths = [word for word in rest[:2] if not word.startswith("-")]
+    if len(paths) < 2:
+        if not any(word in ("-h", "--help") for word in rest):
+            raise ValueError("scd convert reference needs a state dict and a folder to write")
+        print("usage: scd convert reference STATE_DICT OUT ...\n")
+        paths = ["", ""]
+    else:
+        rest = rest[2:]
+    config = _parse(ReferenceConfig, rest, "convert reference STATE_DICT OUT")
+    Console().print(f"saved {convert_reference(paths[0], paths[1], config)}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "demo": _demo,
+    "record": _record,
+    "train": _train,
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "convert": _convert,
+}
+"""Subcommands by name."""
