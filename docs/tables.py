@@ -1,0 +1,164 @@
+"""Tables of README.md and docs/results.md, generated from the result files in docs/results/.
+
+    python docs/tables.py            rewrite what stands between the markers
+    python docs/tables.py --check    exit with 1 if that would change a page
+
+A marker says what stands below it, and the pages show nothing else that was measured:
+
+    <!-- table: quality of NAME NAME ..., METRIC at HORIZON HORIZON ... -->
+    <!-- table: speed of NAME NAME ... -->
+    <!-- table: origin of NAME NAME ... -->
+    <!-- end of table -->
+
+NAME is a result file of `scd evaluate`, without its ending.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scd.evaluate import find_row
+from scd.results import hardware_line, write_text
+
+DOCS = Path(__file__).resolve().parent
+PAGES = (DOCS.parent / "README.md", DOCS / "results.md")
+RESULTS = DOCS / "results"
+
+MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+UNITS = {"psnr": "dB", "psnr_per_frame": "dB", "psnr_gain": "dB over repeating the last frame"}
+"""What stands behind the name of a metric, where its numbers have a unit."""
+
+Result = Mapping[str, Any]
+
+
+def render(page: str, folder: Path) -> str:
+    """Return a page with all its tables made anew.
+
+    Args:
+        page: text with markers.
+        folder: of the result files.
+
+    Raises:
+        FileNotFoundError: a result file is missing.
+        ValueError: a marker cannot be read, or a result has no such metric or horizon.
+    """
+    return MARKED.sub(lambda found: found[1] + table(found[2], folder) + found[3], page)
+
+
+def table(request: str, folder: Path) -> str:
+    """Return the table that a marker asks for; see the module."""
+    if found := re.fullmatch(r"quality of ([\w\- ]+), (\w+) at ([\d ]+)", request):
+        horizons = [int(horizon) for horizon in found[3].split()]
+        return quality(read_results(found[1], folder), found[2], horizons)
+    if found := re.fullmatch(r"(speed|origin) of ([\w\- ]+)", request):
+        make = speed if found[1] == "speed" else origin
+        return make(read_results(found[2], folder))
+    raise ValueError(f"no table is called {request!r}")
+
+
+def read_results(names: str, folder: Path) -> dict[str, Result]:
+    """Read result files by name."""
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names.split()}
+
+
+def quality(results: Mapping[str, Result], metric: str, horizons: Sequence[int]) -> str:
+    """One row per model and baseline: a metric by horizon, with its 95 % interval over clips."""
+    rows, still = [], []
+    for name, result in results.items():
+        measured = {row["baseline"] for row in result["rows"] if row["metric"] == metric}
+        for baseline in ("model", "shuffled_actions", "repeat_last"):
+            if baseline not in measured:
+                continue
+            found = [find_row(result["rows"], metric, horizon, baseline) for horizon in horizons]
+            row = [label(name, baseline), *map(interval, found)]
+            if baseline != "repeat_last":
+                rows.append(row)
+            elif row not in still:
+                # The same for every model, as long as they were shown the same clips.
+                still.append(row)
+    rows += still
+    unit = f", {UNITS[metric]}" if metric in UNITS else ""
+    head = [f"{metric}{unit}", *(f"frame +{horizon}" for horizon in horizons)]
+    return markdown(head, rows)
+
+
+def label(name: str, baseline: str) -> str:
+    """Return what a row is called."""
+    if baseline == "repeat_last":
+        return "repeat the last frame"
+    return f"`{name}`" + (", actions of another clip" if baseline == "shuffled_actions" else "")
+
+
+def interval(row: Mapping[str, Any]) -> str:
+    """Return a number and its interval with a sensible number of digits."""
+    digits = 2 if abs(row["mean"]) >= 1 or row["metric"].startswith("psnr") else 3
+    return f"{row['mean']:.{digits}f} [{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}]"
+
+
+def speed(results: Mapping[str, Result]) -> str:
+    """One row per model: its size, and median milliseconds per frame by part."""
+    rows = []
+    for name, result in results.items():
+        seconds = result["seconds_per_frame"]
+        parts = [f"{1000 * seconds[part]['p50']:.1f}" for part in ("encoder", "decoder", "total")]
+        rows.append(
+            [
+                f"`{name}`",
+                f"{result['model']['parameters'] / 1e6:.1f} M",
+                f"{result['model']['sampling']['num_steps']}",
+                f"{result['settings']['batch_size']}",
+                *parts,
+                f"{1000 * seconds['total']['p99']:.1f}",
+            ]
+        )
+    head = ["ms per frame", "parameters", "steps", "streams"]
+    return markdown([*head, "causal pass, p50", "all steps, p50", "total, p50", "total, p99"], rows)
+
+
+def origin(results: Mapping[str, Result]) -> str:
+    """One row per result: the command that made it, its commit and its hardware."""
+    rows = [
+        [
+            f"`{name}`",
+            f"`{result['command']}`",
+            f"`{result['commit'][:10]}`",
+            hardware_line(result["hardware"]),
+        ]
+        for name, result in results.items()
+    ]
+    return markdown(["result", "command", "commit", "hardware"], rows)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay a table out; all columns but the first are right-aligned."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Rewrite the pages, or only check them; return the exit status."""
+    if list(arguments) not in ([], ["--check"]):
+        print(__doc__)
+        return 2
+    stale = []
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        made = render(page, RESULTS)
+        if made != page:
+            stale.append(path.name)
+            if not arguments:
+                write_text(made, path)
+    if stale and arguments:
+        print(f"{', '.join(stale)}: not as the result files say; run python docs/tables.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,81 @@
+"""Small real parts that tests share: models of a few thousand weights, worlds, toy clips."""
+
+import pytest
+import torch
+
+from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
+from scd.checkpoint import World
+from scd.clip import Batch
+from scd.data.folder import open_source
+from scd.data.loader import Loader
+from scd.data.source import Source
+from scd.flow import SamplingConfig
+from scd.model.block import BlockConfig
+from scd.model.build import ModelConfig, build
+from scd.model.decoder import DecoderConfig
+from scd.model.dense import DenseConfig
+from scd.model.embed import FrameShape
+from scd.model.encoder import EncoderConfig
+from scd.model.separable import SeparableConfig
+
+# Tensors here are too small to be split: more threads only wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def toy_source() -> Source:
+    """The toy world, 32x32, training split."""
+    return open_source("toy:32", "train")
+
+
+@pytest.fixture
+def toy_batch(toy_source: Source) -> Batch:
+    """Two clips of six frames."""
+    return Loader(toy_source, batch_size=2, num_frames=6, seed=0).batch(0)
+
+
+@pytest.fixture
+def separable_config(toy_source: Source) -> SeparableConfig:
+    """A separable model for the toy world: 1 + 1 layers of width 16."""
+    return SeparableConfig(
+        shape=FrameShape(height=32, width=32, patch_size=16),
+        block=BlockConfig(width=16, head_dim=16, rotary_axes=(4, 6, 6)),
+        encoder=EncoderConfig(num_layers=1),
+        decoder=DecoderConfig(num_layers=1),
+        conditions=toy_source.card.conditions,
+    )
+
+
+@pytest.fixture
+def dense_config(separable_config: SeparableConfig) -> DenseConfig:
+    """A dense model of the same size."""
+    return DenseConfig(
+        shape=separable_config.shape,
+        block=separable_config.block,
+        num_layers=2,
+        conditions=separable_config.conditions,
+    )
+
+
+@pytest.fixture(params=["separable", "dense"])
+def model_config(
+    request: pytest.FixtureRequest, separable_config: SeparableConfig, dense_config: DenseConfig
+) -> ModelConfig:
+    """Each kind of model in turn."""
+    return separable_config if request.param == "separable" else dense_config
+
+
+@pytest.fixture
+def tiny_world(model_config: ModelConfig, toy_source: Source) -> World:
+    """A world of each kind whose weights are off their zeros, so that every input matters."""
+    torch.manual_seed(0)
+    model = build(model_config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return World(
+        model=model.eval(),
+        autoencoder=PixelAutoencoder(PixelConfig()),
+        card=toy_source.card,
+        sampling=SamplingConfig(num_steps=2),
+    )
