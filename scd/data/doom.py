@@ -200,7 +200,7 @@ class DoomGame:
         return game
 
 
-def shrink(picture: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+def shrink(picture: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Cut the middle square out of a picture and average whole blocks of its pixels.
 
     Args:

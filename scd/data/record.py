@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import functools
 import json
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -175,16 +175,18 @@ def _drop_torn_line(out: Path) -> None:
 
 
 def _run(jobs: list[_Job], workers: int) -> Iterator[Entry]:
-    """Record episodes side by side and yield their lines in order."""
-    if not jobs:
+    """Record episodes, side by side if there are several workers; yield their lines in order."""
+    if workers == 1 or len(jobs) < 2:
+        yield from map(_record_episode, jobs)
+        _close_games()
         return
     # A forked process could inherit locked locks of this one's threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        pending = [pool.submit(_record_episode, job) for job in jobs]
+        pending = deque(pool.submit(_record_episode, job) for job in jobs)
         try:
-            for future in pending:
-                yield future.result()
+            while pending:
+                yield pending.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -207,12 +209,20 @@ def _play_toy(config: ToyRecording, split: Split, episode: int) -> tuple[np.ndar
     return frames_to_pixels(clip.frames).numpy(), clip.actions.numpy()
 
 
-@functools.cache
+_games: dict[DoomRecording, DoomGame] = {}
+"""The game of this process: starting one takes as long as playing 300 frames."""
+
+
 def _doom_game(config: DoomRecording) -> DoomGame:
-    """Start this process's game; it goes on until the process ends."""
-    game = DoomGame(config.scenario, config.size, config.tics)
-    atexit.register(game.close)
-    return game
+    if config not in _games:
+        _games[config] = DoomGame(config.scenario, config.size, config.tics)
+    return _games[config]
+
+
+@atexit.register
+def _close_games() -> None:
+    while _games:
+        _games.popitem()[1].close()
 
 
 def _check(config: Recording) -> None:

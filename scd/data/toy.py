@@ -51,8 +51,8 @@ OCCLUDER = (10, 15)
 MAX_FRAMES = 4096
 """Length of an episode."""
 
-NUM_EPISODES: dict[Split, int] = {"train": 100_000, "val": 10_000, "test": 10_000}
-FIRST_EPISODE: dict[Split, int] = {"train": 0, "val": 100_000, "test": 110_000}
+NUM_EPISODES: dict[Split, int] = {"train": 20_000, "val": 2_000, "test": 2_000}
+FIRST_EPISODE: dict[Split, int] = {"train": 0, "val": 20_000, "test": 22_000}
 """Worlds are numbered through all splits, so that no split meets a world of another."""
 
 # Red, green and blue in [0, 1].

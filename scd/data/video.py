@@ -104,7 +104,7 @@ def probe_video(path: Path | str) -> VideoInfo:
         raise _unreadable(path, error) from error
 
 
-def frame_times(path: Path | str) -> Int64[np.ndarray, " t"]:
+def frame_times(path: Path | str) -> Int64[np.ndarray, " all_frames"]:
     """Return when each frame is shown, in ascending order and in the file's own time unit.
 
     Raises:
@@ -122,7 +122,7 @@ def read_video(
     path: Path | str,
     start: int = 0,
     num_frames: int | None = None,
-    times: Int64[np.ndarray, " t"] | None = None,
+    times: Int64[np.ndarray, " all_frames"] | None = None,
 ) -> UInt8[np.ndarray, "t h w 3"]:
     """Decode some consecutive frames, beginning at the last keyframe before them.
 
