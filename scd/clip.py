@@ -100,9 +100,13 @@ class Conditions:
     """
 
     actions: Int[Tensor, "b t"] | Float[Tensor, "b t a"] | None = None
+    """Action i led from frame i-1 to frame i: ids, or vectors."""
     labels: Int[Tensor, " b"] | None = None
+    """Class of each clip."""
     null_actions: Bool[Tensor, "b t"] | None = None
+    """Frames whose action is hidden; None: of no frame."""
     null_labels: Bool[Tensor, " b"] | None = None
+    """Clips whose label is hidden; None: of no clip."""
 
     def to(self, device: torch.device | str) -> Conditions:
         """Move to a device."""
@@ -195,6 +199,7 @@ class Batch:
     frames: Float[Tensor, "b t 3 h w"]
     """Pixels in [-1, 1]."""
     conditions: Conditions
+    """What steers the clips, frame by frame."""
 
     @staticmethod
     def of(clips: Sequence[Clip]) -> Batch:
