@@ -8,7 +8,7 @@ the PSNR of the mean squared error over clips, `psnr_per_frame` the mean of each
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -124,19 +124,26 @@ def psnr_gain(
     return bootstrap(both, lambda means: psnr_of(means[:, 0]) - psnr_of(means[:, 1]), seed)
 
 
-def estimates(
-    predicted: Float[Tensor, "b 3 h w"], true: Float[Tensor, "b 3 h w"], seed: int = 0
-) -> dict[str, Estimate]:
-    """Measure one frame of each clip: mse, psnr, psnr_per_frame and ssim with their intervals.
+def frame_values(
+    predicted: Float[Tensor, "*b 3 h w"], true: Float[Tensor, "*b 3 h w"]
+) -> dict[str, Float[Tensor, "*b"]]:
+    """Measure each frame by itself: mse, psnr_per_frame and ssim.
 
     SSIM is left out for frames smaller than its window.
     """
     error = mse(predicted, true)
-    found = {
-        "mse": bootstrap(error, seed=seed),
-        "psnr": bootstrap(error, psnr_of, seed),
-        "psnr_per_frame": bootstrap(psnr_of(error), seed=seed),
-    }
+    values = {"mse": error, "psnr_per_frame": psnr_of(error)}
     if min(predicted.shape[-2:]) >= SSIM_WINDOW:
-        found["ssim"] = bootstrap(ssim(predicted, true), seed=seed)
-    return found
+        values["ssim"] = ssim(predicted, true)
+    return values
+
+
+def estimates(values: Mapping[str, Float[Tensor, " b"]], seed: int = 0) -> dict[str, Estimate]:
+    """Average over clips, with intervals: what `frame_values` gave, and psnr, made of mse.
+
+    Args:
+        values: of one frame (or the mean over some) of each clip, by metric.
+        seed: of the resampling.
+    """
+    found = {name: bootstrap(of_clips, seed=seed) for name, of_clips in values.items()}
+    return found | {"psnr": bootstrap(values["mse"], psnr_of, seed)}

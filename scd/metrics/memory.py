@@ -35,6 +35,9 @@ SEEN = 0.5
 TOLERANCE = 3.0
 """How far off a shape may come back, in units of 1/32 of the picture: pixels of a 32x32 frame."""
 
+SHARED = 0.5
+"""Dice coefficient of true and predicted pixels from which they are the same shape."""
+
 MIN_PIXELS = 4
 """Pixels of a shape's colour below which even the true frame does not show it: no event."""
 
@@ -107,16 +110,25 @@ def comes_back(
 
     A pixel shows the shape when, of all colours of the world, the shape's is the nearest, and it
     lies in the square around the shape's true box that is TOLERANCE wider on each side. The shape
-    is back when the predicted frame has at least half as many such pixels as the true one, not
-    more than twice the shape's box (a tint over everything is no shape), and their centre is
-    within TOLERANCE of that of the true ones.
+    is back when the centre of such pixels in the predicted frame is within TOLERANCE of that in
+    the true one, and, moved by at most TOLERANCE, the true pixels share at least half of both
+    (Dice coefficient): noise and a tint over everything do not.
     """
     here, there = _shown(true, state, event), _shown(predicted, state, event)
-    box = (2 * float(state.radii[event.shape])) ** 2
-    if not 0.5 * int(here.sum()) <= int(there.sum()) <= 2 * box:
+    if not there.any():
         return False
+    reach = TOLERANCE * true.shape[-1] / UNITS
     offset = there.nonzero().float().mean(0) - here.nonzero().float().mean(0)
-    return float(offset.norm()) <= TOLERANCE * true.shape[-1] / UNITS
+    if float(offset.norm()) > reach:
+        return False
+    steps = range(-int(reach), int(reach) + 1)
+    shared = max(
+        int((here.roll((down, right), (0, 1)) & there).sum())
+        for down in steps
+        for right in steps
+        if down**2 + right**2 <= reach**2
+    )
+    return 2 * shared >= SHARED * int(here.sum() + there.sum())
 
 
 def _shown(frame: Tensor, state: ToyState, event: MemoryEvent) -> Bool[Tensor, "h w"]:

@@ -1,0 +1,172 @@
+"""Held-out clips, what a world makes of their rest, and how long that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scd.checkpoint import World
+from scd.clip import Batch, Conditions
+from scd.data.source import DataCard, Source
+from scd.flow import SamplingConfig
+from scd.rollout import Guidance, Rollout, Timing
+from scd.runtime import make_generator
+
+Window = tuple[int, int]
+"""An episode and the frame at which a clip of it begins."""
+
+TIMED = (
+    "wall-clock seconds of one rollout step, synchronised with the device; encoder: causal work "
+    "outside the denoising loop; decoder: all denoising steps; autoencoder: latent to pixels"
+)
+"""What the seconds of `summarize` mean, for result files."""
+
+
+def check_fit(world: World, card: DataCard, data: str) -> None:
+    """Refuse data that the world was not trained for.
+
+    Raises:
+        ValueError: frames of another size or other actions or labels.
+    """
+    ours, theirs = world.card, card
+    if (ours.height, ours.width) != (theirs.height, theirs.width):
+        raise ValueError(
+            f"the model makes frames of {ours.height}x{ours.width}, "
+            f"{data} has {theirs.height}x{theirs.width}"
+        )
+    if ours.conditions != theirs.conditions:
+        raise ValueError(
+            f"the model is steered by {ours.conditions}, {data} by {theirs.conditions}"
+        )
+
+
+def choose_windows(source: Source, num_windows: int, num_frames: int, seed: int) -> list[Window]:
+    """Draw clips that do not overlap, from as many different episodes as possible.
+
+    Args:
+        source: the episodes.
+        num_windows: how many clips.
+        num_frames: length of each.
+        seed: other seeds draw other episodes and places.
+
+    Raises:
+        ValueError: no episode is long enough, or there are fewer such clips.
+    """
+    lengths = [source.num_frames(episode) for episode in range(source.num_episodes)]
+    places = [length // num_frames for length in lengths]
+    if sum(places) < num_windows:
+        raise ValueError(
+            f"needed {num_windows} clips of {num_frames} frames that do not overlap, the data has "
+            f"{sum(places)}; its longest episode has {max(lengths)} frames"
+        )
+    order = torch.randperm(len(lengths), generator=make_generator(seed, "episodes")).tolist()
+    windows: list[Window] = []
+    passes = 0
+    while True:
+        for episode in order:
+            if passes < places[episode]:
+                generator = make_generator(seed, "places", episode)
+                place = int(torch.randperm(places[episode], generator=generator)[passes])
+                windows.append((episode, place * num_frames))
+                if len(windows) == num_windows:
+                    return windows
+        passes += 1
+
+
+def read_windows(source: Source, windows: Sequence[Window], num_frames: int) -> Batch:
+    """Read clips side by side."""
+    return Batch.of([source.read(episode, start, num_frames) for episode, start in windows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How clips are rolled out to be measured."""
+
+    context: int = 8
+    """Frames of each clip that the model is given."""
+    horizon: int = 8
+    """Frames that it predicts after them."""
+    num_clips: int = 64
+    """Clips, which do not overlap."""
+    batch_size: int = 16
+    """Clips side by side. Other sizes draw other noise."""
+    seed: int = 0
+    """Seed of the choice of clips, the noise, the shuffling and the intervals."""
+    sampling: SamplingConfig | None = None
+    """How frames are denoised; None: as the world says."""
+    guidance: Guidance | None = None
+    """How predictions are pushed away from an unconditional branch; None: not."""
+
+    def __post_init__(self) -> None:
+        for name in ("context", "horizon", "num_clips", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+
+    def batches(self) -> list[slice]:
+        """Return which clips go side by side."""
+        firsts = range(0, self.num_clips, self.batch_size)
+        return [slice(first, min(first + self.batch_size, self.num_clips)) for first in firsts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a world made of the rest of some clips."""
+
+    frames: Float[Tensor, "b m 3 h w"]
+    """Predicted frames in [-1, 1], on the CPU."""
+    timings: list[Timing]
+    """Of each step, which made one frame of every clip."""
+
+
+def predict(
+    world: World,
+    batch: Batch,
+    protocol: Protocol,
+    number: int = 0,
+    actions: Conditions | None = None,
+) -> Prediction:
+    """Roll out the rest of clips from their first frames.
+
+    Args:
+        world: what predicts.
+        batch: whole clips; of the frames after the context only the actions are used.
+        protocol: its context, sampling, guidance and seed.
+        number: other batches of the same protocol have other noise.
+        actions: steer the predicted frames by these, of the same length, instead of the clips'.
+    """
+    context, num_frames = protocol.context, batch.frames.shape[1]
+    assert context < num_frames
+    # A rollout multiplies its seed by a million: it has to stay small.
+    seed = protocol.seed * 10_000 + number
+    rollout = Rollout(world, protocol.sampling, protocol.guidance, seed)
+    rollout.begin(batch.frames[:, :context], batch.conditions.frames(0, context))
+    steering = (actions or batch.conditions).actions
+    frames, timings = [], []
+    for index in range(context, num_frames):
+        step = rollout.step(None if steering is None else steering[:, index])
+        frames.append(step.cpu())
+        timings.append(rollout.timing)
+    return Prediction(frames=torch.stack(frames, dim=1), timings=timings)
+
+
+def summarize(timings: Sequence[Timing]) -> dict[str, dict[str, float]]:
+    """Return mean, p50 and p99 of the seconds per frame of each part and of their total.
+
+    With fewer than a hundred frames p99 lies between the slowest two.
+    """
+    parts = {
+        "encoder": [timing.encoder_s for timing in timings],
+        "decoder": [timing.decoder_s for timing in timings],
+        "autoencoder": [timing.autoencoder_s for timing in timings],
+        "total": [timing.total_s for timing in timings],
+    }
+    summary = {}
+    for name, seconds in parts.items():
+        values = torch.tensor(seconds, dtype=torch.float64)
+        p50, p99 = torch.quantile(values, torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
+        summary[name] = {"mean": values.mean().item(), "p50": p50, "p99": p99}
+    return summary
