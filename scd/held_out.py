@@ -15,7 +15,7 @@ from scd.data.folder import open_source
 from scd.media import PictureRow, write_grid
 from scd.objective.denoise import validation_loss
 from scd.rollout import Rollout
-from scd.run import Run, TrainConfig, check_lengths
+from scd.run import Run, TrainConfig
 from scd.runtime import derive_seed
 
 
@@ -30,11 +30,17 @@ def read_held_out(config: TrainConfig) -> list[Batch]:
     if not config.validate_every and not config.sample_every:
         return []
     source = open_source(config.data, "val", config.strict)
-    usable = check_lengths(source, config, "val")
+    lengths = [source.num_frames(episode) for episode in range(source.num_episodes)]
+    usable = [episode for episode, length in enumerate(lengths) if length >= config.num_frames]
+    if not usable:
+        raise ValueError(
+            f"num_frames is {config.num_frames}, but the longest val episode of {config.data} "
+            f"has {max(lengths)} frames"
+        )
     clips = []
     for index in range(config.num_validation_clips):
         episode = usable[index % len(usable)]
-        num_starts = source.num_frames(episode) - config.num_frames + 1
+        num_starts = lengths[episode] - config.num_frames + 1
         start = derive_seed(0, "held-out clip", index) % num_starts
         clips.append(source.read(episode, start, config.num_frames))
     size = config.batch_size

@@ -212,7 +212,8 @@ class EMA:
         assert not self._swapped, "EMA.update inside EMA.swap"
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         weights = [weight.detach().float() for weight in self._weights]
-        torch._foreach_lerp_(self._averages, weights, 1 - decay)
+        # One kernel for all tensors; the optimisers of PyTorch call it the same way.
+        torch._foreach_lerp_(self._averages, weights, 1 - decay)  # pyright: ignore
         self.num_updates += 1
 
     @contextmanager

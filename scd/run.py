@@ -33,7 +33,7 @@ from scd.clip import Batch
 from scd.config import to_json
 from scd.data.folder import open_source
 from scd.data.loader import Loader
-from scd.data.source import DataCard, Source, Split
+from scd.data.source import DataCard
 from scd.flow import SamplingConfig
 from scd.model.build import Diffuser, ModelConfig, SeparableConfig, build, num_parameters
 from scd.model.pretrained import WEIGHTS_FILE, load_weights
@@ -374,6 +374,14 @@ def build_model(config: TrainConfig, card: DataCard) -> Diffuser:
     Raises:
         ValueError: the model does not fit the data.
     """
+    check_fit(config, card)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "initial weights"))
+        return build(config.model)
+
+
+def check_fit(config: TrainConfig, card: DataCard) -> None:
+    """Refuse a model for other frames or conditions than those of the data (ValueError)."""
     shape = PixelAutoencoder(config.autoencoder).latent_shape(card.height, card.width)
     if config.model.shape.shape != shape:
         raise ValueError(
@@ -385,20 +393,16 @@ def build_model(config: TrainConfig, card: DataCard) -> Diffuser:
             f"{config.data} is steered by {card.conditions}, "
             f"but model.conditions is {config.model.conditions}"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "initial weights"))
-        return build(config.model)
 
 
 def open_loader(config: TrainConfig, rank: int, num_processes: int) -> Loader:
     """Open the training split as a stream of this process's batches.
 
     Raises:
-        ValueError, OSError: no episode is long enough, fewer clips than processes, or the data
+        ValueError, OSError: no episode is long enough, fewer episodes than processes, or the data
             cannot be read.
     """
     source = open_source(config.data, "train", config.strict)
-    check_lengths(source, config, "train")
     return Loader(
         source,
         config.batch_size,
@@ -408,19 +412,3 @@ def open_loader(config: TrainConfig, rank: int, num_processes: int) -> Loader:
         num_ranks=num_processes,
         workers=config.num_loader_workers,
     )
-
-
-def check_lengths(source: Source, config: TrainConfig, split: Split) -> list[int]:
-    """Return the episodes that hold at least one clip.
-
-    Raises:
-        ValueError: there are none.
-    """
-    lengths = [source.num_frames(episode) for episode in range(source.num_episodes)]
-    usable = [episode for episode, length in enumerate(lengths) if length >= config.num_frames]
-    if not usable:
-        raise ValueError(
-            f"num_frames is {config.num_frames}, but the longest {split} episode of "
-            f"{config.data} has {max(lengths)} frames"
-        )
-    return usable

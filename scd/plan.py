@@ -1,0 +1,179 @@
+"""What a run will be, before it is started: size, arithmetic and memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from scd.clip import Conditions
+from scd.config import to_json
+from scd.model.attention import frame_causal_mask, teacher_forcing_mask
+from scd.model.build import build, num_parameters
+from scd.objective.denoise import denoise
+from scd.optim import parameter_groups
+from scd.run import TrainConfig, check_fit, open_loader
+
+GIB = 2**30
+MEMORY_FORMULA = (
+    "per parameter 4 bytes each for weights, gradients and averaged weights, and for the optimizer "
+    "8 (AdamW) or 4 (Muon); activations: all tensors that one micro-batch keeps for its backward "
+    "pass, counted by running it on shapes alone. Working memory of single operations comes on top"
+)
+"""How `Memory` is counted, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Memory that one process of a run needs, in GiB: MEMORY_FORMULA says how it is counted."""
+
+    weights_gib: float
+    """The network."""
+    gradients_gib: float
+    """One per weight."""
+    optimizer_gib: float
+    """Averages that the optimisers keep."""
+    average_gib: float
+    """Averaged weights (EMA)."""
+    activations_gib: float
+    """What the forward pass keeps for the backward pass."""
+    total_gib: float
+    """Sum of all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Size of a run."""
+
+    encoder_parameters: int
+    """Weights that run once per frame."""
+    decoder_parameters: int
+    """Weights that run in every denoising step."""
+    total_parameters: int
+    """Sum of both."""
+    tokens_per_frame: int
+    """Tokens that a frame is cut into."""
+    frames_per_step: int
+    """Frames of all clips, micro-batches and processes of an optimiser step."""
+    flops_per_step: int
+    """Floating-point operations of matrix products and attention of such a step, forward and
+    backward, what is recomputed included (a multiplication and an addition are two)."""
+    memory: Memory
+    """Memory of one process."""
+
+
+def plan(config: TrainConfig, num_processes: int = 1) -> Plan:
+    """Work a run out without data or training: its objective runs on shapes, not on numbers.
+
+    Args:
+        config: the run.
+        num_processes: processes that will share it.
+    """
+    activations, flops = count_micro_batch(config)
+    with torch.device("meta"):
+        model = build(config.model)
+    num_total = num_parameters(model)
+    num_encoder = sum(parameter.numel() for parameter in model.encoder_parameters())
+    groups = parameter_groups(model, model.encoder_parameters(), config.optim)
+    optimizer_bytes = sum(
+        parameter.numel() * (4 if group.optimizer == "muon" else 8)
+        for group in groups
+        for parameter in group.parameters
+    )
+    weights = 4 * num_total / GIB
+    sizes = {
+        "weights_gib": weights,
+        "gradients_gib": weights,
+        "optimizer_gib": optimizer_bytes / GIB,
+        "average_gib": weights,
+        "activations_gib": activations / GIB,
+    }
+    num_batches = config.num_accumulation * num_processes
+    return Plan(
+        encoder_parameters=num_encoder,
+        decoder_parameters=num_total - num_encoder,
+        total_parameters=num_total,
+        tokens_per_frame=config.model.shape.num_tokens,
+        frames_per_step=config.batch_size * config.num_frames * num_batches,
+        flops_per_step=flops * num_batches,
+        memory=Memory(**sizes, total_gib=sum(sizes.values())),
+    )
+
+
+def dry_run(config: TrainConfig, num_processes: int = 1) -> None:
+    """Print a run as JSON, all its settings and its plan; then see whether its data is fit for it.
+
+    Raises:
+        ValueError, FileNotFoundError: what `train` would refuse of the data.
+    """
+    report = {
+        "config": to_json(config),
+        "plan": asdict(plan(config, num_processes)),
+        "memory_formula": MEMORY_FORMULA,
+    }
+    print(json.dumps(report, indent=2))
+    check_fit(config, open_loader(config, 0, num_processes).source.card)
+
+
+def count_micro_batch(config: TrainConfig) -> tuple[int, int]:
+    """Count what one forward and backward pass of a micro-batch keeps and computes.
+
+    Returns:
+        Bytes that are kept between the passes, weights not included; floating-point operations of
+        both passes.
+    """
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            # The tensor is held on to, or its storage's number might be given to another one.
+            kept[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    masks = (frame_causal_mask, teacher_forcing_mask)
+    for mask in masks:
+        mask.cache_clear()
+    try:
+        with FakeTensorMode():
+            model = build(config.model)
+            model.gradient_checkpointing = config.gradient_checkpointing
+            weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
+            shape = (config.batch_size, config.num_frames)
+            clean = torch.zeros(*shape, *config.model.shape.shape)
+            with FlopCounterMode(display=False) as counter:
+                with (
+                    torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+                    torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"),
+                ):
+                    loss, _ = denoise(
+                        model,
+                        clean,
+                        _empty_conditions(config),
+                        config.objective,
+                        torch.Generator(),
+                        model.needs_first_frame,
+                    )
+                num_bytes = sum(size for size, _ in kept.values())
+                loss.backward()
+            return num_bytes, counter.get_total_flops()
+    finally:
+        # Masks without numbers must not be taken for real ones later.
+        for mask in masks:
+            mask.cache_clear()
+
+
+def _empty_conditions(config: TrainConfig) -> Conditions:
+    spec, shape = config.model.conditions, (config.batch_size, config.num_frames)
+    actions = labels = None
+    if spec.num_actions:
+        actions = torch.zeros(shape, dtype=torch.long)
+    if spec.action_dim:
+        actions = torch.zeros(*shape, spec.action_dim)
+    if spec.num_labels:
+        labels = torch.zeros(config.batch_size, dtype=torch.long)
+    return Conditions(actions=actions, labels=labels)

@@ -1,0 +1,112 @@
+"""The plan of a run against what the run does."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scd.data.loader import Loader
+from scd.model.build import ModelConfig, build
+from scd.objective.denoise import DenoiseConfig, denoise
+from scd.optim import OptimConfig, build_optimizers, parameter_groups
+from scd.plan import GIB, count_micro_batch, dry_run, plan
+from scd.run import TrainConfig
+
+
+@pytest.fixture
+def config(model_config: ModelConfig) -> TrainConfig:
+    return TrainConfig(model=model_config, num_frames=6, objective=DenoiseConfig(context_noise=0.0))
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"gradient_checkpointing": True}, {"precision": "bf16"}], ids=str
+)
+def test_activations_are_those_of_a_real_pass(config, toy_source, change):
+    config = replace(config, **change)
+    model = build(config.model)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    batch = Loader(toy_source, config.batch_size, config.num_frames, seed=0).batch(0)
+    sizes = {}
+
+    def keep(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"),
+    ):
+        denoise(
+            model,
+            batch.frames,
+            batch.conditions,
+            config.objective,
+            torch.Generator(),
+            model.needs_first_frame,
+        )
+    for weight in model.parameters():
+        sizes.pop(weight.data_ptr(), None)
+    measured = sum(size for size, _ in sizes.values())
+    assert count_micro_batch(config)[0] == pytest.approx(measured, rel=0.02)
+
+
+def test_parameters_and_memory_are_those_of_the_real_parts(config):
+    config = replace(config, optim=OptimConfig(optimizer="muon"))
+    model, result = build(config.model), plan(config)
+    assert result.total_parameters == sum(p.numel() for p in model.parameters())
+    assert result.encoder_parameters + result.decoder_parameters == result.total_parameters
+    groups = parameter_groups(model, model.encoder_parameters(), config.optim)
+    optimizers = build_optimizers(groups, config.optim)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    # AdamW's step counters are single numbers.
+    state = sum(
+        tensor.numel() * tensor.element_size()
+        for optimizer in optimizers
+        for entry in optimizer.state.values()
+        for tensor in entry.values()
+        if tensor.ndim > 0
+    )
+    assert result.memory.optimizer_gib * GIB == pytest.approx(state)
+    assert result.memory.weights_gib * GIB == pytest.approx(4 * result.total_parameters)
+
+
+def test_work_grows_with_clips_processes_and_recomputation(config):
+    one = plan(config)
+    two = plan(replace(config, num_accumulation=2), num_processes=3)
+    assert two.flops_per_step == 6 * one.flops_per_step
+    assert two.frames_per_step == 6 * one.frames_per_step
+    twice = plan(replace(config, batch_size=2 * config.batch_size))
+    assert twice.flops_per_step == pytest.approx(2 * one.flops_per_step, rel=0.01)
+    recomputed = plan(replace(config, gradient_checkpointing=True))
+    assert 1.02 < recomputed.flops_per_step / one.flops_per_step < 1.4
+    assert recomputed.memory.activations_gib < 0.7 * one.memory.activations_gib
+
+
+def test_a_dry_run_prints_json_and_refuses_data_that_does_not_fit(config, capsys, tmp_path):
+    dry_run(config)
+    report = json.loads(capsys.readouterr().out)
+    assert report["config"]["num_frames"] == 6
+    assert report["plan"]["memory"]["total_gib"] > 0
+    with pytest.raises(ValueError, match="64"):
+        dry_run(replace(config, data="toy:64"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        dry_run(replace(config, data=str(tmp_path / "nowhere")))
+    assert json.loads(capsys.readouterr().out.partition("\n}\n")[0] + "}")["plan"]
+
+
+def test_a_real_pass_still_has_numbers_after_a_plan(config, toy_source):
+    plan(config)
+    batch = Loader(toy_source, config.batch_size, config.num_frames, seed=0).batch(0)
+    loss, _ = denoise(
+        build(config.model),
+        batch.frames,
+        batch.conditions,
+        config.objective,
+        torch.Generator().manual_seed(0),
+        build(config.model).needs_first_frame,
+    )
+    assert 0 < float(loss.detach()) < 10
