@@ -17,6 +17,7 @@ from scd.model.dense import DenseConfig
 from scd.model.embed import FrameShape
 from scd.model.encoder import EncoderConfig
 from scd.model.separable import SeparableConfig
+from tests.tiny import shaken
 
 # Tensors here are too small to be split: more threads only wait for each other.
 torch.set_num_threads(1)
@@ -69,12 +70,8 @@ def model_config(
 def tiny_world(model_config: ModelConfig, toy_source: Source) -> World:
     """A world of each kind whose weights are off their zeros, so that every input matters."""
     torch.manual_seed(0)
-    model = build(model_config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
     return World(
-        model=model.eval(),
+        model=shaken(build(model_config)),
         autoencoder=PixelAutoencoder(PixelConfig()),
         card=toy_source.card,
         sampling=SamplingConfig(num_steps=2),
