@@ -1,0 +1,121 @@
+"""A stream from a tiny real world: what is written, and where the truth ends."""
+
+import json
+
+import av
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from scd import media, sample
+from scd.checkpoint import save_world
+from scd.data.folder import open_source
+from scd.data.manifest import write_card, write_episode, write_manifest
+from scd.rollout import Rollout
+
+
+@pytest.fixture
+def model_config(separable_config):
+    """One kind is enough: a stream is stepped the same way."""
+    return separable_config
+
+
+@pytest.fixture
+def run(tiny_world, tmp_path):
+    return str(save_world(tiny_world, tmp_path / "world"))
+
+
+@pytest.fixture
+def folder(toy_source, tmp_path):
+    """One validation episode of the toy world, 10 frames long."""
+    path = tmp_path / "data"
+    clip = toy_source.read(0, 0, 10)
+    pixels = ((clip.frames + 1) * 127.5).round().byte().movedim(1, -1).numpy()
+    entry = write_episode(path, "e", pixels, np.asarray(clip.actions), 10.0, "val")
+    write_card(path, toy_source.card)
+    write_manifest(path, [entry])
+    return str(path)
+
+
+def settings(run, data, tmp_path, **changes):
+    values = dict(run=run, data=data, context=3, frames=5, device="cpu", out=str(tmp_path / "s"))
+    return sample.SampleConfig(**{**values, **changes})
+
+
+def test_video_picture_and_result(run, tmp_path):
+    result = sample.sample(settings(run, "toy:32", tmp_path, steps=3))
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {
+        "sample.mp4",
+        "sample.png",
+        "sample.json",
+    }
+    with av.open(tmp_path / "s" / "sample.mp4") as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert sum(1 for _ in container.decode(stream)) == 3 + 5
+    written = json.loads((tmp_path / "s" / "sample.json").read_text())
+    assert written == json.loads(json.dumps(result))
+    assert {"command", "commit", "hardware", "timed", "settings"} <= set(written)
+    assert written["model"]["sampling"]["num_steps"] == 3
+    for part in ("encoder", "decoder", "autoencoder", "total"):
+        seconds = written["seconds_per_frame"][part]
+        assert 0 < seconds["p50"] <= seconds["p99"]
+    assert written["time_to_first_frame_s"] >= written["first_frame_s"]["total_s"] > 0
+    assert (written["true_frames"], written["frames_steered_by_the_episode"]) == (5, 5)
+
+
+def test_stream_is_the_rollout_of_the_clip(tiny_world, toy_source):
+    clip = sample.choose_clip(toy_source, 2, 4, seed=1)
+    stream = sample.run_stream(Rollout(tiny_world, seed=1), clip, 2, 4)
+    again = Rollout(tiny_world, seed=1)
+    assert clip.actions is not None
+    batch = sample.Conditions(actions=clip.actions[None, :2])
+    again.begin(clip.frames[None, :2], batch)
+    expected = again.generate(clip.actions[None, 2:], 4)[0]
+    assert torch.equal(stream.frames, expected)
+    assert len(stream.timings) == 4
+
+
+def test_stream_longer_than_the_episode(tiny_world, run, folder, tmp_path):
+    result = sample.sample(settings(run, folder, tmp_path, frames=20))
+    assert (result["true_frames"], result["frames_steered_by_the_episode"]) == (7, 7)
+    # Where the episode's actions end they start over.
+    clip = sample.choose_clip(open_source(folder, "val"), 3, 20, seed=0)
+    assert len(clip) == 10 and clip.actions is not None
+    stream = sample.run_stream(Rollout(tiny_world), clip, 3, 20)
+    again = Rollout(tiny_world)
+    again.begin(clip.frames[None, :3], sample.Conditions(actions=clip.actions[None, :3]))
+    actions = torch.cat([clip.actions, clip.actions, clip.actions[:3]])[None, 3:]
+    assert torch.equal(stream.frames, again.generate(actions, 20)[0])
+    # Truth above prediction, its last cells empty.
+    picture = imread(tmp_path / "s" / "sample.png")[..., :3]
+    height, cell, gap = picture.shape[0], 96, media.GAP
+    assert height == 28 + 2 * (cell + gap) + gap + 8
+    top, right = 28 + gap, picture.shape[1] - 8 - gap
+    assert (picture[top : top + cell, right - cell : right] * 255 == media.EMPTY).all()
+    below = top + cell + gap
+    assert (picture[below : below + cell, right - cell : right] * 255 != media.EMPTY).any()
+
+
+def test_stream_from_nothing_has_no_truth(run, tmp_path):
+    result = sample.sample(settings(run, "toy:32", tmp_path, context=0))
+    assert result["true_frames"] == 0
+    with av.open(tmp_path / "s" / "sample.mp4") as container:
+        assert sum(1 for _ in container.decode(container.streams.video[0])) == 5
+    assert imread(tmp_path / "s" / "sample.png").shape[0] == 28 + 96 + 2 * media.GAP + 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context": 11}, "a context of 11 frames was asked for, the longest episode has 10"),
+        ({"context": -1}, "context must be 0 or more, got -1"),
+        ({"frames": 0}, "frames must be 1 or more, got 0"),
+        ({"steps": 0}, "num_steps must be 1 or more, got 0"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(run, folder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        sample.sample(settings(run, folder, tmp_path, **changes))
+    assert not (tmp_path / "s").exists()
