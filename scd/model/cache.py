@@ -112,7 +112,7 @@ class KVCache:
         for slot, frame in enumerate(self.slots[:num_sinks]):
             assert frame is not None
             self.slots[slot] = frame + 1
-        moved = torch.tensor([[self.num_evicted, 0, 0]], device=self.keys.device)
+        moved = torch.tensor([[self.num_evicted, 0, 0]] * size, device=self.keys.device)
         turn = rotary_table(moved, self.rotary_axes, self.rotary_theta)
         # Two rotations in a row are one: always from the keys as first written, so that no
         # rounding adds up over a long stream.

@@ -119,7 +119,7 @@ class SeparableDiffuser(nn.Module, Pretrained):
         time: Float[Tensor, "b r m"],
         conditions: Conditions,
         augment: Augmentation | None = None,
-    ) -> Float[Tensor, "b r m c h w"]:
+    ) -> Float[Tensor, "b r m2 c h w"]:
         """Return the velocity of noisy frames, all at once.
 
         Args:
@@ -129,6 +129,9 @@ class SeparableDiffuser(nn.Module, Pretrained):
             time: of each noisy frame, 0 clean to 1 noise.
             conditions: of all t frames of the clip.
             augment: random changes for training; None: a pure function of the input.
+
+        Returns:
+            One velocity per noisy frame; without `clean` and start frame, none for the first.
 
         Raises:
             ValueError: more frames to denoise than have a context.

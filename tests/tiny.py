@@ -1,0 +1,80 @@
+"""Tiny models whose weights are off their zeros, so that every input shows in the output."""
+
+import torch
+
+from scd.clip import Conditions, ConditionSpec
+from scd.model.block import BlockConfig
+from scd.model.build import build
+from scd.model.cache import CacheConfig
+from scd.model.decoder import DecoderConfig
+from scd.model.dense import DenseConfig
+from scd.model.embed import FrameShape
+from scd.model.encoder import EncoderConfig
+from scd.model.separable import SeparableConfig
+
+SHAPE = FrameShape(channels=3, height=4, width=6, patch_size=2)
+BLOCK = BlockConfig(width=32, head_dim=16, rotary_axes=(4, 6, 6))
+ACTIONS = ConditionSpec(num_actions=4)
+
+
+def shaken(model, amount=0.1):
+    """Move all weights at random and return the model in eval mode."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(amount * torch.randn(weight.shape, generator=generator))
+    return model.eval()
+
+
+def tiny_separable(
+    join="token_concat",
+    conditions=ACTIONS,
+    predict="velocity",
+    start_frame=True,
+    block=BLOCK,
+    cache=None,
+    amount=0.1,
+):
+    config = SeparableConfig(
+        shape=SHAPE,
+        block=block,
+        encoder=EncoderConfig(num_layers=2, start_frame=start_frame),
+        decoder=DecoderConfig(num_layers=2, join=join, predict=predict),
+        conditions=conditions,
+        cache=cache or CacheConfig(window=16, num_sinks=1),
+    )
+    return shaken(build(config), amount)
+
+
+def tiny_dense(conditions=ACTIONS, predict="velocity", block=BLOCK, cache=None, amount=0.1):
+    config = DenseConfig(
+        shape=SHAPE,
+        block=block,
+        num_layers=3,
+        predict=predict,
+        conditions=conditions,
+        cache=cache or CacheConfig(window=16, num_sinks=1),
+    )
+    return shaken(build(config), amount)
+
+
+def random_conditions(spec, batch, num_frames, generator):
+    actions = labels = None
+    if spec.num_actions:
+        actions = torch.randint(spec.num_actions, (batch, num_frames), generator=generator)
+    if spec.action_dim:
+        actions = torch.randn(batch, num_frames, spec.action_dim, generator=generator)
+    if spec.num_labels:
+        labels = torch.randint(spec.num_labels, (batch,), generator=generator)
+    return Conditions(actions=actions, labels=labels)
+
+
+def random_clips(model, batch=2, num_frames=5, num_draws=1, seed=0):
+    """Clean frames, noisy frames of all that have a context, their times, conditions."""
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randn(batch, num_frames, *model.shape.shape, generator=generator)
+    num_noisy = num_frames - model.needs_first_frame
+    noisy = torch.randn(batch, num_draws, num_noisy, *model.shape.shape, generator=generator)
+    time = torch.rand(batch, num_draws, num_noisy, generator=generator)
+    conditions = random_conditions(model.config.conditions, batch, num_frames, generator)
+    return clean, noisy, time, conditions
