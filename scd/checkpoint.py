@@ -18,9 +18,7 @@ import json
 import os
 import pickle
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scd.atomic import write_file, written_aside
 from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
 from scd.config import from_json, to_json
 from scd.data.source import DataCard
@@ -45,7 +44,6 @@ from scd.model.pretrained import (
 
 RAW_FILE = "raw.safetensors"
 """Weights that the optimiser moves, in a checkpoint of a run."""
-_TEMPORARY = ".writing-"
 
 
 @dataclass
@@ -184,7 +182,9 @@ def save_step(
         _write_world(world, raw | dict(averaged), aside)
         _write_tensors(raw, aside / RAW_FILE)
         _guarded(lambda path: torch.save(optimizers, path), aside / "optimizer.pt")
-        _write_text(json.dumps(to_json(progress), indent=2), aside / "progress.json")
+        (aside / "progress.json").write_text(
+            json.dumps(to_json(progress), indent=2) + "\n", encoding="utf-8"
+        )
     write_file(run / "last", folder.name)
     steps = sorted(run.glob("step_*"), key=lambda old: int(old.name.removeprefix("step_")))
     for old in steps[:-keep]:
@@ -228,53 +228,6 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not readable JSON: {error}") from error
 
 
-@contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """Give a new folder to fill; when the block ends it is flushed and takes `folder`'s place.
-
-    If the block fails the new folder is removed and `folder` stays as it was.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{folder.name}-", dir=folder.parent))
-    try:
-        # mkdtemp makes folders that only their owner can read.
-        aside.chmod(0o755)
-        yield aside
-        for entry in aside.iterdir():
-            _flush(entry)
-        _flush(aside)
-        if folder.exists():
-            # A folder can only be renamed onto an empty one: the old one steps aside first.
-            old = aside.with_name(aside.name + "-old")
-            folder.rename(old)
-            aside.rename(folder)
-            shutil.rmtree(old)
-        else:
-            aside.rename(folder)
-        _flush(folder.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def write_file(path: Path, text: str) -> None:
-    """Replace a small text file at once: a reader sees the old text or the new one."""
-    aside = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
-    try:
-        _write_text(text, aside)
-        _flush(aside)
-        aside.replace(path)
-        _flush(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def remove_leftovers(run: Path) -> None:
-    """Remove what a killed process left half written in a run folder that is ours alone."""
-    for entry in run.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
 def _write_world(world: World, state: Mapping[str, Tensor], folder: Path) -> None:
     config = {
         "format": FORMAT,
@@ -283,7 +236,7 @@ def _write_world(world: World, state: Mapping[str, Tensor], folder: Path) -> Non
         "card": to_json(world.card),
         "sampling": to_json(world.sampling),
     }
-    _write_text(json.dumps(config, indent=2), folder / CONFIG_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     _write_tensors(state, folder / WEIGHTS_FILE, {"config": json.dumps(config)})
 
 
@@ -318,10 +271,6 @@ def _write_tensors(
     _guarded(lambda path: save_file(tensors, path, metadata=metadata), path)
 
 
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
-
-
 def _guarded(write: Callable[[Path], object], path: Path) -> None:
     """Run a writer; whatever way it has of saying that the disk refused becomes an OSError."""
     try:
@@ -331,15 +280,3 @@ def _guarded(write: Callable[[Path], object], path: Path) -> None:
         raise OSError(
             f"could not write {path.name} in {path.parent.parent} ({free:.2f} GiB free): {error}"
         ) from error
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

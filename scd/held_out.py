@@ -15,7 +15,8 @@ from scd.data.folder import open_source
 from scd.media import PictureRow, write_grid
 from scd.objective.denoise import validation_loss
 from scd.rollout import Rollout
-from scd.run import Run, TrainConfig
+from scd.run import TrainConfig
+from scd.running import Run
 from scd.runtime import derive_seed
 
 

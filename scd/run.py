@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
-from scd.checkpoint import (
-    RAW_FILE,
-    Progress,
-    World,
-    last_step,
-    load_optimizers,
-    load_progress,
-    read_json,
-    remove_leftovers,
-    save_step,
-    write_file,
-)
 from scd.clip import Batch
-from scd.config import to_json
 from scd.data.folder import open_source
 from scd.data.loader import Loader
 from scd.data.source import DataCard
 from scd.flow import SamplingConfig
-from scd.model.build import Diffuser, ModelConfig, SeparableConfig, build, num_parameters
-from scd.model.pretrained import WEIGHTS_FILE, load_weights
+from scd.model.build import Diffuser, ModelConfig, SeparableConfig, build
 from scd.objective.denoise import DenoiseConfig
-from scd.optim import EMA, OptimConfig, build_optimizers, parameter_groups
-from scd.runlog import RunLog, Tracker
-from scd.runtime import Precision, derive_seed, describe_hardware, git_commit
+from scd.optim import OptimConfig
+from scd.runlog import Tracker
+from scd.runtime import Precision, derive_seed
 
 Objective = Callable[
     [nn.Module, Batch, torch.Generator], tuple[Tensor, Mapping[str, Tensor | float]]
@@ -146,226 +126,6 @@ class TrainConfig:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if not self.validation_times or not all(0 < time <= 1 for time in self.validation_times):
             raise ValueError(f"validation_times must lie in (0, 1], got {self.validation_times}")
-
-
-class Clock:
-    """Times of steps since the last line of the log: `waiting`, `away`, `count_step`, `read`."""
-
-    def __init__(self, earlier_s: float) -> None:
-        """Start; `earlier_s` seconds were trained before."""
-        self._start = time.perf_counter() - earlier_s
-        self._since = time.perf_counter()
-        self._waited_s = 0.0
-        self.num_steps = 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time of a with block as waiting for data."""
-        begin = time.perf_counter()
-        yield
-        self._waited_s += time.perf_counter() - begin
-
-    @contextmanager
-    def away(self) -> Iterator[None]:
-        """Do not count the time of a with block as training steps."""
-        begin = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - begin
-
-    def count_step(self) -> None:
-        """Note that a step is done."""
-        self.num_steps += 1
-
-    @property
-    def total_s(self) -> float:
-        """Seconds of all parts of the run so far, saving and validation included."""
-        return time.perf_counter() - self._start
-
-    @property
-    def steps_per_s(self) -> float:
-        """Steps per second since the last `read`."""
-        return self.num_steps / max(time.perf_counter() - self._since, 1e-9)
-
-    def read(self) -> dict[str, float]:
-        """Return seconds per step and of it waiting for data, and begin anew."""
-        steps = max(self.num_steps, 1)
-        values = {
-            "step_s": (time.perf_counter() - self._since) / steps,
-            "data_s": self._waited_s / steps,
-            "elapsed_s": self.total_s,
-        }
-        self._since, self.num_steps, self._waited_s = time.perf_counter(), 0, 0.0
-        return values
-
-
-@dataclass
-class Run:
-    """All parts of a run that is going on."""
-
-    config: TrainConfig
-    """Its settings."""
-    objective: Objective
-    """What it minimises."""
-    accelerator: Accelerator
-    """Devices and processes."""
-    folder: Path
-    """Where it is kept."""
-    loader: Loader
-    """Its batches."""
-    world: World
-    """What is being made; `world.model` is the unwrapped network."""
-    model: nn.Module
-    """The network as accelerate wraps it."""
-    optimizers: list[Any]
-    """AdamW, and Muon if asked for."""
-    ema: EMA
-    """Averaged weights."""
-    log: RunLog
-    """Log of this process; silent in all but the first."""
-    clock: Clock
-    """Times since the last line of the log."""
-    step: int
-    """Optimiser steps done."""
-
-    @property
-    def rank(self) -> int:
-        """Number of this process."""
-        return self.accelerator.process_index
-
-
-def start_run(config: TrainConfig, objective: Objective) -> Run:
-    """Build all parts of a run, or take up the one in `config.out`.
-
-    Raises:
-        ValueError, FileExistsError, OSError: as `train`.
-    """
-    folder = Path(config.out)
-    checkpoint = check_folder(config)
-    # Accelerate keeps its settings between runs of one Python process.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
-        cpu=config.device == "cpu",
-    )
-    num_processes = accelerator.num_processes
-    loader = open_loader(config, accelerator.process_index, num_processes)
-    model = build_model(config, loader.source.card).to(accelerator.device)
-    progress = Progress(step=0, num_ema_updates=0, num_processes=num_processes, elapsed_s=0.0)
-    if checkpoint is not None:
-        progress = load_progress(checkpoint)
-        load_weights(model, checkpoint / WEIGHTS_FILE, str(accelerator.device))
-    ema = EMA(model, config.ema_decay, progress.num_ema_updates)
-    if checkpoint is not None:
-        load_weights(model, checkpoint / RAW_FILE, str(accelerator.device))
-    groups = parameter_groups(model, model.encoder_parameters(), config.optim)
-    optimizers = build_optimizers(groups, config.optim)
-    if checkpoint is not None:
-        for optimizer, state in zip(optimizers, load_optimizers(checkpoint), strict=True):
-            optimizer.load_state_dict(state)
-    model.gradient_checkpointing = config.gradient_checkpointing
-    wrapped, *optimizers = accelerator.prepare(model, *optimizers)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        write_file(folder / "config.json", json.dumps(to_json(config), indent=2))
-    accelerator.wait_for_everyone()
-    run = Run(
-        config=config,
-        objective=objective,
-        accelerator=accelerator,
-        folder=folder,
-        loader=loader,
-        world=World(
-            model=model,
-            autoencoder=PixelAutoencoder(config.autoencoder),
-            card=loader.source.card,
-            sampling=config.sampling,
-        ),
-        model=wrapped,
-        optimizers=optimizers,
-        ema=ema,
-        log=RunLog(
-            folder,
-            total_steps=config.max_steps,
-            first_step=progress.step,
-            tracker=config.tracker,
-            active=accelerator.is_main_process,
-        ),
-        clock=Clock(progress.elapsed_s),
-        step=progress.step,
-    )
-    run.log.event(
-        "start" if checkpoint is None else "resume",
-        {
-            "step": run.step,
-            "num_processes": num_processes,
-            "num_processes_before": progress.num_processes,
-            "device": str(accelerator.device),
-            "precision": config.precision,
-            "parameters": num_parameters(model),
-            "commit": git_commit(),
-            "hardware": describe_hardware(),
-        },
-    )
-    return run
-
-
-def save(run: Run) -> None:
-    """Write a checkpoint; only the first process writes, all wait."""
-    if run.accelerator.is_main_process:
-        progress = Progress(
-            step=run.step,
-            num_ema_updates=run.ema.num_updates,
-            num_processes=run.accelerator.num_processes,
-            elapsed_s=run.clock.total_s,
-        )
-        states = [optimizer.state_dict() for optimizer in run.optimizers]
-        averaged, keep = run.ema.state_dict(), run.config.keep_checkpoints
-        folder = save_step(run.folder, run.world, averaged, states, progress, keep)
-        run.log.event("checkpoint", {"step": run.step, "folder": str(folder)})
-    run.accelerator.wait_for_everyone()
-
-
-def check_folder(config: TrainConfig) -> Path | None:
-    """Return the checkpoint to continue from, or None for a new run.
-
-    Raises:
-        FileExistsError: `config.out` holds a run with other settings, or no run at all.
-        ValueError: its config or checkpoint is damaged.
-    """
-    folder = Path(config.out)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
-    if not (folder / "config.json").is_file():
-        raise FileExistsError(f"{folder} exists and is not the folder of a run: choose another out")
-    if config.resume == "never":
-        raise FileExistsError(f"{folder} holds a run already, and resume is 'never'")
-    theirs, ours = read_json(folder / "config.json"), to_json(config)
-    different = [
-        line
-        for line in differences(theirs, json.loads(json.dumps(ours)))
-        if line.split(":")[0].split(".")[0] not in FREE_FIELDS
-    ]
-    if different:
-        raise FileExistsError(
-            f"{folder} holds a run with other settings (its value, then the one given): "
-            + "; ".join(different)
-        )
-    return last_step(folder)
-
-
-def differences(theirs: Any, ours: Any, where: str = "") -> list[str]:
-    """List the leaves in which two JSON values differ, as "a.b: theirs, ours"."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        return [
-            line
-            for key in sorted(set(theirs) | set(ours))
-            for line in differences(
-                theirs.get(key, "nothing"), ours.get(key, "nothing"), f"{where}{key}."
-            )
-        ]
-    return [] if theirs == ours else [f"{where.removesuffix('.')}: {theirs!r}, {ours!r}"]
 
 
 def build_model(config: TrainConfig, card: DataCard) -> Diffuser:

@@ -200,7 +200,8 @@ class _TensorBoard:
 class _Wandb:
     def __init__(self, folder: Path) -> None:
         module = _import("wandb", "wandb")
-        self._run = module.init(project="scd", name=folder.name, dir=str(folder), resume="allow")
+        # Each part of an interrupted run is a run of its own there; the group holds them together.
+        self._run = module.init(project="scd", group=folder.name, dir=str(folder))
 
     def log(self, event: str, numbers: Mapping[str, float], step: int) -> None:
         self._run.log({f"{event}/{key}": value for key, value in numbers.items()}, step=step)

@@ -23,7 +23,8 @@ from scd.held_out import read_held_out, sample, validate
 from scd.model.build import build
 from scd.objective.denoise import denoise
 from scd.optim import lr_multiplier, set_lr
-from scd.run import Objective, Run, TrainConfig, save, start_run
+from scd.run import Objective, TrainConfig
+from scd.running import Run, save, start_run
 from scd.runtime import make_generator, peak_memory_gib
 from scd.stopping import StopRequest
 
@@ -31,7 +32,9 @@ from scd.stopping import StopRequest
 def train(config: TrainConfig, objective: Objective | None = None) -> Path:
     """Train until `max_steps`, the time limit, or SIGINT or SIGTERM; save, and return the run.
 
-    A run folder with the same settings is continued from its last checkpoint.
+    A run folder with the same settings is continued from its last checkpoint. Several processes
+    share the work if they are started by `accelerate launch` (GPUs) or `torchrun` (also CPUs, where
+    accelerate's launcher starts one process only).
 
     Args:
         config: the run.

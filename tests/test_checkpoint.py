@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from scd.atomic import remove_leftovers
 from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
 from scd.checkpoint import (
     Progress,
@@ -19,7 +20,6 @@ from scd.checkpoint import (
     load_optimizers,
     load_progress,
     load_world,
-    remove_leftovers,
     save_step,
     save_world,
 )

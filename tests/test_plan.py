@@ -83,7 +83,7 @@ def test_work_grows_with_clips_processes_and_recomputation(config):
     assert twice.flops_per_step == pytest.approx(2 * one.flops_per_step, rel=0.01)
     recomputed = plan(replace(config, gradient_checkpointing=True))
     assert 1.02 < recomputed.flops_per_step / one.flops_per_step < 1.4
-    assert recomputed.memory.activations_gib < 0.7 * one.memory.activations_gib
+    assert recomputed.memory.activations_gib < 0.8 * one.memory.activations_gib
 
 
 def test_a_dry_run_prints_json_and_refuses_data_that_does_not_fit(config, capsys, tmp_path):

@@ -21,8 +21,9 @@ from scd.model.decoder import DecoderConfig
 from scd.model.encoder import EncoderConfig
 from scd.objective.denoise import DenoiseConfig
 from scd.optim import OptimConfig
-from scd.run import TrainConfig, differences
+from scd.run import TrainConfig
 from scd.runlog import read_log
+from scd.running import differences
 from scd.train import denoising, train
 
 SMALL = BlockConfig(width=16, head_dim=16, rotary_axes=(4, 6, 6), initial_gate=0.5)
@@ -266,7 +267,11 @@ def test_differences_name_the_leaf():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_frames": 100_000}, "num_frames is 100000, but the longest train episode.*has"),
+        ({"num_frames": 100_000}, "clips of 100000 frames.*the longest of .* episodes has"),
+        (
+            {"num_frames": 100_000, "validate_every": 1},
+            "num_frames is 100000, but the longest val episode.*has",
+        ),
         ({"model": replace(SEPARABLE, conditions=replace(CONDITIONS, num_actions=99))}, "steered"),
         ({"data": "toy:64"}, r"\(3, 64, 64\).*\(3, 32, 32\)"),
         ({"data": "toy:7"}, "toy:7"),
@@ -291,16 +296,18 @@ def test_an_unknown_data_folder_is_named(config, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_one_model(config, tmp_path):
-    """Over gloo: the same weights as one process that sees both batches, where no noise differs."""
-    config = replace(config, save_every=2, validate_every=2, sample_every=4, num_accumulation=2)
-    launcher = (
-        *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+    config = replace(
+        config,
+        save_every=2,
+        validate_every=2,
+        sample_every=4,
+        num_accumulation=2,
+        gradient_checkpointing=True,
     )
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     for max_steps in (2, 4):
-        process = launch(
-            replace(config, max_steps=max_steps), tmp_path / "config.json", prefix=launcher
-        )
+        steps = replace(config, max_steps=max_steps)
+        process = launch(steps, tmp_path / "config.json", prefix=launcher)
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors.decode()
     run = tmp_path / "run"

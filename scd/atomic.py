@@ -1,0 +1,68 @@
+"""Files and folders that appear whole or not at all, whenever the process or the disk gives up."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY = ".writing-"
+"""How the names of things begin that are being written."""
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """Give a new folder to fill; when the block ends it is flushed and takes `folder`'s place.
+
+    If the block fails the new folder is removed and `folder` stays as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}-", dir=folder.parent))
+    try:
+        # mkdtemp makes folders that only their owner can read.
+        aside.chmod(0o755)
+        yield aside
+        for entry in aside.iterdir():
+            _flush(entry)
+        _flush(aside)
+        if folder.exists():
+            # A folder can only be renamed onto an empty one: the old one steps aside first.
+            old = aside.with_name(aside.name + "-old")
+            folder.rename(old)
+            aside.rename(folder)
+            shutil.rmtree(old)
+        else:
+            aside.rename(folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replace a small text file at once: a reader sees the old text or the new one."""
+    aside = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        aside.write_text(text + "\n")
+        _flush(aside)
+        aside.replace(path)
+        _flush(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what a killed process left half written in a run folder that is ours alone."""
+    for entry in run.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
