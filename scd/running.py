@@ -135,7 +135,7 @@ def start_run(config: TrainConfig, objective: Objective) -> Run:
     folder = Path(config.out)
     checkpoint = check_folder(config)
     # Accelerate keeps its settings between runs of one Python process.
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
         cpu=config.device == "cpu",
