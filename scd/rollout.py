@@ -245,7 +245,7 @@ class Rollout:
 
     def generate(
         self, actions: Int[Tensor, "b t"] | Float[Tensor, "b t a"] | None, num_frames: int
-    ) -> Float[Tensor, "b t 3 h w"]:
+    ) -> Float[Tensor, "b t2 3 h w"]:
         """Generate several frames, one step each, for actions that are known beforehand."""
         if actions is not None and actions.shape[1] < num_frames:
             raise ValueError(f"{num_frames} frames need as many actions, got {actions.shape[1]}")

@@ -1,0 +1,130 @@
+"""Flow matching: end points, round trips, and the measured order of each solver."""
+
+import math
+
+import pytest
+import torch
+
+from scd.flow import (
+    SamplingConfig,
+    clean_from_velocity,
+    draw_times,
+    guide,
+    interpolate,
+    schedule,
+    solve,
+    velocity_between,
+    velocity_from_clean,
+)
+
+
+def frames(seed):
+    return torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def test_time_0_is_clean_and_1_is_noise():
+    clean, noise = frames(0), frames(1)
+    assert torch.equal(interpolate(clean, noise, torch.zeros(2, 3)), clean)
+    assert torch.equal(interpolate(clean, noise, torch.ones(2, 3)), noise)
+
+
+def test_velocity_and_clean_estimate_are_the_same_knowledge():
+    clean, noise, time = frames(0), frames(1), torch.rand(2, 3) * 0.9 + 0.06
+    noisy, velocity = interpolate(clean, noise, time), velocity_between(clean, noise)
+    torch.testing.assert_close(clean_from_velocity(noisy, velocity, time), clean)
+    torch.testing.assert_close(
+        velocity_from_clean(noisy, clean, time), velocity, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_nearly_clean_frames_do_not_blow_up():
+    noisy = frames(0)
+    velocity = velocity_from_clean(noisy, noisy - 1, torch.full((2, 3), 1e-4))
+    torch.testing.assert_close(velocity, torch.full_like(noisy, 20.0), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 10])
+def test_a_straight_path_is_solved_exactly(num_steps):
+    clean, noise = frames(0), frames(1)
+    times = schedule(SamplingConfig(num_steps=num_steps))
+    result = solve(lambda noisy, time: velocity_between(clean, noise), noise, times)
+    torch.testing.assert_close(result, clean, atol=1e-5, rtol=0)
+
+
+def test_an_exact_clean_estimate_ends_at_it():
+    clean, noise = frames(0), frames(1)
+
+    def velocity(noisy, time):
+        return velocity_from_clean(noisy, clean, torch.full((2, 3), time))
+
+    result = solve(velocity, noise, schedule(SamplingConfig(num_steps=4)))
+    torch.testing.assert_close(result, clean, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("solver, order, calls", [("euler", 1, 1), ("heun", 2, 2)])
+def test_measured_order(solver, order, calls):
+    """dx/dt = x has the solution x(0) = x(1) / e; halving the step divides the error by 2^order."""
+    noise = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    counted = []
+
+    def velocity(x, time):
+        counted.append(time)
+        return x
+
+    errors = []
+    for num_steps in (64, 128):
+        # The last step goes to a time above 0, where Heun corrects too.
+        times = torch.linspace(1, 1e-9, num_steps + 1, dtype=torch.float64)
+        errors.append(abs(float(solve(velocity, noise, times, solver)) - 1 / math.e))
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.1
+    assert len(counted) == calls * (64 + 128)
+
+
+def test_draws_of_time_are_logit_normal_and_inside():
+    generator = torch.Generator().manual_seed(0)
+    time = draw_times((20_000,), generator, mean=1.0, std=0.5)
+    logits = torch.log(time / (1 - time))
+    assert 0 < time.min() and time.max() < 1
+    assert abs(logits.mean() - 1) < 0.02 and abs(logits.std() - 0.5) < 0.02
+    extreme = draw_times((20_000,), generator, mean=20.0)
+    assert extreme.max() < 1
+
+
+def test_draws_are_independent_and_repeatable():
+    draws = [draw_times((2, 5), torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert draws[0].unique().numel() == 10
+
+
+def test_schedules_run_from_1_to_0():
+    for sampling in (
+        SamplingConfig(num_steps=7),
+        SamplingConfig(num_steps=7, schedule="shifted", shift=5.0),
+        SamplingConfig(num_steps=7, schedule="reference"),
+    ):
+        times = schedule(sampling)
+        assert len(times) == 8 and times[0] == 1 and times[-1] == 0
+        assert (times.diff() < 0).all()
+
+
+def test_shift_5_gives_the_four_steps_of_self_forcing():
+    times = schedule(SamplingConfig(num_steps=4, schedule="shifted", shift=5.0))
+    expected = torch.tensor([1, 0.9375, 5 / 6, 0.625, 0], dtype=torch.float64)
+    torch.testing.assert_close(times, expected)
+
+
+def test_guidance_scale_1_is_no_guidance():
+    unconditional, conditional = frames(0), frames(1)
+    torch.testing.assert_close(guide(unconditional, conditional, 1.0), conditional)
+    torch.testing.assert_close(
+        guide(unconditional, conditional, 1.5), 1.5 * conditional - 0.5 * unconditional
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_steps": 0}, {"shift": 2.0}, {"schedule": "shifted", "shift": 0.0}],
+)
+def test_settings_without_sense_are_refused(wrong):
+    with pytest.raises(ValueError):
+        SamplingConfig(**wrong)
