@@ -6,6 +6,7 @@ import atexit
 import json
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -182,7 +183,10 @@ def _run(jobs: list[_Job], workers: int) -> Iterator[Entry]:
         return
     # A forked process could inherit locked locks of this one's threads.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+    # On an interruption from the keyboard, which reaches them too, workers finish their episode and
+    # close their games; only this process stops at once.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, signal.signal, ignore) as pool:
         pending = deque(pool.submit(_record_episode, job) for job in jobs)
         try:
             while pending:
