@@ -3,14 +3,15 @@
     python docs/tables.py            rewrite what stands between the markers
     python docs/tables.py --check    exit with 1 if that would change a page
 
-A marker says what stands below it, and the pages show nothing else that was measured:
+A marker says what stands below it; the pages show no other measured numbers:
 
     <!-- table: quality of NAME NAME ..., METRIC at HORIZON HORIZON ... -->
     <!-- table: speed of NAME NAME ... -->
+    <!-- table: training of NAME NAME ... -->
     <!-- table: origin of NAME NAME ... -->
     <!-- end of table -->
 
-NAME is a result file of `scd evaluate`, without its ending.
+NAME is a result file without its ending: what `scd evaluate` or `scd demo` (report.json) wrote.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +58,30 @@ def table(request: str, folder: Path) -> str:
     if found := re.fullmatch(r"quality of ([\w\- ]+), (\w+) at ([\d ]+)", request):
         horizons = [int(horizon) for horizon in found[3].split()]
         return quality(read_results(found[1], folder), found[2], horizons)
-    if found := re.fullmatch(r"(speed|origin) of ([\w\- ]+)", request):
-        make = speed if found[1] == "speed" else origin
+    if found := re.fullmatch(r"(speed|training|origin) of ([\w\- ]+)", request):
+        make = {"speed": speed, "training": training, "origin": origin}[found[1]]
         return make(read_results(found[2], folder))
     raise ValueError(f"no table is called {request!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a result file says about one model."""
+
+    name: str
+    """How the model is called in a table."""
+    parameters: int
+    """Its weights."""
+    rows: Sequence[Mapping[str, Any]]
+    """metric, horizon, mean, ci_low, ci_high, baseline."""
+    seconds: Mapping[str, Mapping[str, float]] | None
+    """Seconds per frame by part and statistic; None: not timed."""
+    denoising_steps: int
+    """Steps per frame."""
+    streams: int
+    """Frames that each timed step made, side by side."""
+    training: Mapping[str, float] | None
+    """Steps and seconds of training, where the file knows them."""
 
 
 def read_results(names: str, folder: Path) -> dict[str, Result]:
@@ -67,16 +89,54 @@ def read_results(names: str, folder: Path) -> dict[str, Result]:
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in names.split()}
 
 
+def models(results: Mapping[str, Result]) -> list[Measured]:
+    """List the models of some results: one of an evaluation, all of a demo."""
+    found = []
+    for name, result in results.items():
+        if "models" not in result:
+            found.append(
+                Measured(
+                    name=name,
+                    parameters=result["model"]["parameters"],
+                    rows=result["rows"],
+                    seconds=result["seconds_per_frame"],
+                    denoising_steps=result["model"]["sampling"]["num_steps"],
+                    streams=result["settings"]["batch_size"],
+                    training=None,
+                )
+            )
+            continue
+        for kind, model in result["models"].items():
+            found.append(
+                Measured(
+                    name=kind.replace("_", " "),
+                    parameters=model["parameters"],
+                    rows=result["quality"][kind]["rows"],
+                    seconds=result["timing"].get(kind),
+                    denoising_steps=model["denoising_steps"],
+                    streams=1,
+                    training={"steps": model["steps"], "seconds": model["train_seconds"]},
+                )
+            )
+    return found
+
+
 def quality(results: Mapping[str, Result], metric: str, horizons: Sequence[int]) -> str:
     """One row per model and baseline: a metric by horizon, with its 95 % interval over clips."""
     rows, still = [], []
-    for name, result in results.items():
-        measured = {row["baseline"] for row in result["rows"] if row["metric"] == metric}
-        for baseline in ("model", "shuffled_actions", "repeat_last"):
+    for model in models(results):
+        measured = {row["baseline"] for row in model.rows if row["metric"] == metric}
+        if "model" not in measured:
+            raise ValueError(f"{model.name} was not measured by {metric}")
+        for baseline, label in (
+            ("model", model.name),
+            ("shuffled_actions", f"{model.name}, actions of another clip"),
+            ("repeat_last", "repeat the last frame"),
+        ):
             if baseline not in measured:
                 continue
-            found = [find_row(result["rows"], metric, horizon, baseline) for horizon in horizons]
-            row = [label(name, baseline), *map(interval, found)]
+            found = [find_row(model.rows, metric, horizon, baseline) for horizon in horizons]
+            row = [label, *map(interval, found)]
             if baseline != "repeat_last":
                 rows.append(row)
             elif row not in still:
@@ -88,13 +148,6 @@ def quality(results: Mapping[str, Result], metric: str, horizons: Sequence[int])
     return markdown(head, rows)
 
 
-def label(name: str, baseline: str) -> str:
-    """Return what a row is called."""
-    if baseline == "repeat_last":
-        return "repeat the last frame"
-    return f"`{name}`" + (", actions of another clip" if baseline == "shuffled_actions" else "")
-
-
 def interval(row: Mapping[str, Any]) -> str:
     """Return a number and its interval with a sensible number of digits."""
     digits = 2 if abs(row["mean"]) >= 1 or row["metric"].startswith("psnr") else 3
@@ -102,23 +155,37 @@ def interval(row: Mapping[str, Any]) -> str:
 
 
 def speed(results: Mapping[str, Result]) -> str:
-    """One row per model: its size, and median milliseconds per frame by part."""
+    """One row per timed model: its size, and milliseconds per frame by part."""
     rows = []
-    for name, result in results.items():
-        seconds = result["seconds_per_frame"]
-        parts = [f"{1000 * seconds[part]['p50']:.1f}" for part in ("encoder", "decoder", "total")]
-        rows.append(
-            [
-                f"`{name}`",
-                f"{result['model']['parameters'] / 1e6:.1f} M",
-                f"{result['model']['sampling']['num_steps']}",
-                f"{result['settings']['batch_size']}",
-                *parts,
-                f"{1000 * seconds['total']['p99']:.1f}",
-            ]
-        )
+    for model in models(results):
+        if model.seconds is not None:
+            parts = [f"{1000 * model.seconds[part]['p50']:.1f}" for part in ("encoder", "decoder")]
+            total = [f"{1000 * model.seconds['total'][which]:.1f}" for which in ("p50", "p99")]
+            size = [millions(model.parameters), str(model.denoising_steps), str(model.streams)]
+            rows.append([model.name, *size, *parts, *total])
     head = ["ms per frame", "parameters", "steps", "streams"]
     return markdown([*head, "causal pass, p50", "all steps, p50", "total, p50", "total, p99"], rows)
+
+
+def training(results: Mapping[str, Result]) -> str:
+    """One row per model: its size, and the steps and seconds it was trained."""
+    rows = [
+        [
+            model.name,
+            millions(model.parameters),
+            f"{model.training['steps']:.0f}",
+            f"{model.training['seconds']:.0f}",
+            f"{model.training['steps'] / model.training['seconds']:.2f}",
+        ]
+        for model in models(results)
+        if model.training is not None
+    ]
+    return markdown(["model", "parameters", "training steps", "seconds", "steps/s"], rows)
+
+
+def millions(parameters: int) -> str:
+    """Return a number of weights in millions."""
+    return f"{parameters / 1e6:.1f} M"
 
 
 def origin(results: Mapping[str, Result]) -> str:
