@@ -101,7 +101,7 @@ def models(results: Mapping[str, Result]) -> list[Measured]:
                     rows=result["rows"],
                     seconds=result["seconds_per_frame"],
                     denoising_steps=result["model"]["sampling"]["num_steps"],
-                    streams=result["settings"]["batch_size"],
+                    streams=min(result["settings"]["batch_size"], result["settings"]["num_clips"]),
                     training=None,
                 )
             )

@@ -38,9 +38,12 @@ LAYERS = (
     ("objectives", "objective.denoise"),
     ("state of a run", "optim checkpoint"),
     ("rollout", "rollout"),
-    ("measurement", "metrics.image metrics.memory media plots predict evaluate"),
+    (
+        "measurement",
+        "metrics.image metrics.memory media plots predict evaluate sample side_by_side report",
+    ),
     ("trainer", "run running fit held_out train plan"),
-    ("top", "presets convert sample demo cli __main__"),
+    ("top", "presets convert demo cli __main__"),
 )
 """The only allowed direction of imports: a module imports from modules before it, never after.
 docs/architecture.md shows the same list."""
