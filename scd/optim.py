@@ -14,20 +14,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from scd.model.block import Modulation
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """How the weights are moved along their gradients."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw: AdamW for all. muon: Muon for the matrices inside the transformer blocks, AdamW for
+    """adamw: AdamW for all. muon: Muon for the attention and MLP matrices of the blocks, AdamW for
     the rest (embeddings, heads, norms, biases, tables); several times faster in short runs."""
     lr: float = 1e-4
     """Learning rate of the encoder under AdamW, after warm-up."""
     decoder_lr_ratio: float = 2.0
     """Learning rate of the decoder over that of the encoder, for both optimisers. A dense model
     is all decoder."""
-    muon_lr: float = 2e-3
+    muon_lr: float = 1e-2
     """Learning rate of the encoder's block matrices under Muon, after warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of AdamW's averages of the gradient and of its square, each in [0, 1)."""
@@ -125,14 +127,22 @@ def parameter_groups(
 
 
 def _block_matrices(model: nn.Module) -> set[int]:
-    """Ids of the Linear weights that lie inside an nn.ModuleList: the transformer blocks."""
+    """Ids of the Linear weights of attention and MLP inside the lists of transformer blocks.
+
+    Modulations stay with AdamW: they read one vector per frame, start at zero, and learn as well
+    there at a third less time per step (docs/log.md).
+    """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return {
+    matrices = {
         id(layer.weight)
         for blocks in lists
         for layer in blocks.modules()
         if isinstance(layer, nn.Linear)
     }
+    modulations = {
+        id(part.linear.weight) for part in model.modules() if isinstance(part, Modulation)
+    }
+    return matrices - modulations
 
 
 def _assert_covered(model: nn.Module, groups: Iterable[ParameterGroup]) -> None:
@@ -168,7 +178,9 @@ def build_optimizers(groups: list[ParameterGroup], config: OptimConfig) -> list[
             on_gpu = all(p.is_cuda for group in chosen for p in group["params"])
             optimizers.append(torch.optim.AdamW(chosen, betas=config.betas, fused=on_gpu or None))
         elif hasattr(torch.optim, "Muon"):
-            optimizers.append(torch.optim.Muon(chosen))
+            # Scaled so that an update is as large as AdamW's: without it the same rates learnt
+            # three times slower in short runs (docs/log.md).
+            optimizers.append(torch.optim.Muon(chosen, adjust_lr_fn="match_rms_adamw"))
         else:
             raise ValueError(
                 f"optimizer muon needs torch 2.9 or newer, got {torch.__version__}; choose adamw"

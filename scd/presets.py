@@ -37,6 +37,7 @@ def _pixel_run(
     num_frames: int,
     batch_size: int,
     max_steps: int,
+    muon_lr: float = 6e-3,
 ) -> TrainConfig:
     """Return a run on small frames whose latents are the pixels themselves.
 
@@ -65,7 +66,7 @@ def _pixel_run(
         optim=OptimConfig(
             optimizer="muon",
             lr=1e-3,
-            muon_lr=2e-3,
+            muon_lr=muon_lr,
             decoder_lr_ratio=1.0,
             warmup_steps=50,
             decay_fraction=0.4,
@@ -159,6 +160,7 @@ _TOY = _pixel_run(
     num_frames=16,
     batch_size=2,
     max_steps=1000,
+    muon_lr=1e-2,
 )
 _DOOM_32 = _pixel_run(
     "data/doom-32",
