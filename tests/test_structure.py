@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import io
+import itertools
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import scd
 from docs import tables
 from scd.checkpoint import World, save_world
+from scd.cli import COMMANDS, main
+from scd.model.build import build, num_parameters
+from scd.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -309,8 +315,7 @@ def test_ci_runs_the_readme_commands():
 
 
 def test_versions_agree():
-    version = importlib.import_module("scd").__version__
-    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {scd.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [pin for pin in pins if not pin.startswith("#")]
     assert "torch==2.13.0" in pins
@@ -322,31 +327,51 @@ def test_versions_agree():
     assert required and {name.replace("_", "-") for name in required} <= names
 
 
-def test_every_preset_builds():
-    torch = importlib.import_module("torch")
-    presets = importlib.import_module("scd.presets")
-    build = importlib.import_module("scd.model.build").build
-    assert presets.PRESETS
-    for name, config in presets.PRESETS.items():
-        with torch.device("meta"):
-            model = build(config.model)
-        assert sum(parameter.numel() for parameter in model.parameters()) > 0, name
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds(name: str):
+    with torch.device("meta"):
+        model = build(PRESETS[name].model)
+    assert num_parameters(model) > 0
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["", "train", "train toy", "sample", "evaluate", "record", "record toy", "demo", "convert"],
-)
-def test_every_command_explains_itself(command: str):
-    main = importlib.import_module("scd.cli").main
+def help_of(words: list[str]) -> str:
     printed = io.StringIO()
     with redirect_stdout(printed):
         try:
-            status = main([*command.split(), "--help"])
+            status = main([*words, "--help"])
         except SystemExit as stop:
             status = stop.code
-    assert status in (0, None)
-    assert "--" in printed.getvalue()
+    assert status in (0, None), words
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, "train toy", "record toy", "record doom"])
+def test_every_command_explains_itself(command: str):
+    assert "--" in help_of(command.split())
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *files_below(ROOT / "docs", ".md")]
+
+
+def shown_commands() -> list[str]:
+    """Lines of the pages' code blocks that run `scd`, continuation lines joined."""
+    blocks = "".join(
+        block
+        for page in documents()
+        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    )
+    return sorted(set(re.findall(r"^scd (?!/).*$", blocks.replace("\\\n", " "), re.M)))
+
+
+@pytest.mark.parametrize("line", shown_commands())
+def test_flags_in_the_pages_exist(line: str):
+    words = [word for word in shlex.split(line, comments=True)[1:] if word != "..."]
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    takes_name = names[0] in ("train", "record", "convert") and names[1] != "PRESET"
+    page = help_of(names[: 2 if takes_name else 1])
+    for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+        assert re.search(rf"{flag}\b", page), f"{flag} is no flag of scd {' '.join(names)}"
 
 
 def test_the_package_runs_as_a_module():
@@ -354,10 +379,6 @@ def test_the_package_runs_as_a_module():
         [sys.executable, "-m", "scd", "--help"], capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr
-
-
-def documents() -> list[Path]:
-    return [ROOT / "README.md", *files_below(ROOT / "docs", ".md")]
 
 
 def anchors(page: Path) -> set[str]:
@@ -384,6 +405,16 @@ def test_modules_named_in_the_docs_exist():
             r"`(scd/[\w/.]+|tests/[\w/.]+|docs/[\w/.]+)`", page.read_text("utf-8")
         ):
             assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_conventions_page_has_all_letters():
+    legend = dict(re.findall(r"^    (\w)  (.+)$", scd.__doc__ or "", re.MULTILINE))
+    page = (ROOT / "docs/conventions.md").read_text(encoding="utf-8")
+    page = page[page.index("## Letters") : page.index("## Names")]
+    shown = {
+        letter for cell in re.findall(r"\| (\w(?:, \w)*) \|", page) for letter in cell.split(", ")
+    }
+    assert shown == set(legend) | {"w"}
 
 
 def test_no_path_of_one_machine():
