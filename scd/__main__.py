@@ -1,4 +1,4 @@
-"""`python -m scd` is the command `scd`; `accelerate launch -m scd ...` starts it on many devices."""
+"""`python -m scd` is the command `scd`, also under `torchrun` or `accelerate launch`."""
 
 import sys
 

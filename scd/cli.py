@@ -5,7 +5,6 @@ Exit status: 0 success, 2 wrong usage or bad input (one message on stderr), 1 a 
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence

@@ -57,8 +57,7 @@ def from_json(kind: Any, values: Any, where: str = "config") -> Any:
         raise ValueError(f"{where}: missing fields {missing} for {name}")
     hints = typing.get_type_hints(chosen)
     built = {
-        field: _value_from_json(hints[field], values[field], f"{where}.{field}")
-        for field in fields
+        field: _value_from_json(hints[field], values[field], f"{where}.{field}") for field in fields
     }
     try:
         return chosen(**built)

@@ -207,9 +207,7 @@ class Rollout:
         if self.guidance.kind == "context_noise":
             assert isinstance(self.model, SeparableDiffuser)
             corruption = self._noise(context.encoded.tokens.shape[1:], stream=1)
-            context = self.model.with_noisy_branch(
-                context, self.guidance.context_noise, corruption
-            )
+            context = self.model.with_noisy_branch(context, self.guidance.context_noise, corruption)
         encoder_s = clock.lap()
         latent = solve(
             guided_velocity(self.model.velocity, context, scale if guided else None),

@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-FOLDER = Path(
-    os.environ.get("SCD_REFERENCE", Path(__file__).parents[2] / "shared" / "reference")
-)
+FOLDER = Path(os.environ.get("SCD_REFERENCE", Path(__file__).parents[2] / "shared" / "reference"))
 
 
 def reference_folder():

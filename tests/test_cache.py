@@ -43,8 +43,7 @@ class NaiveMemory:
         else:
             gone = len(self.frames) - self.window
             kept = [
-                (index + gone * self.rebase, *self.frames[index])
-                for index in range(self.num_sinks)
+                (index + gone * self.rebase, *self.frames[index]) for index in range(self.num_sinks)
             ]
             kept += [
                 (index, *self.frames[index])
@@ -60,7 +59,8 @@ def read(q, keys, values):
 
 
 @pytest.mark.parametrize(
-    "window, num_sinks, rebase", [(4, 0, True), (4, 1, True), (4, 2, True), (4, 2, False), (1, 0, True)]
+    "window, num_sinks, rebase",
+    [(4, 0, True), (4, 1, True), (4, 2, True), (4, 2, False), (1, 0, True)],
 )
 def test_ring_is_the_naive_memory_over_several_wraps(window, num_sinks, rebase):
     generator = torch.Generator().manual_seed(0)

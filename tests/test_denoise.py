@@ -110,9 +110,7 @@ def test_a_given_first_frame_is_never_a_target():
     model = tiny_separable(start_frame=False)
     clean, _, _, conditions = random_clips(model)
     for config in (PLAIN, DenoiseConfig(history="noisy", context_noise=0.0)):
-        loss, _ = denoise(
-            model, clean, conditions, config, generator(), needs_first_frame=True
-        )
+        loss, _ = denoise(model, clean, conditions, config, generator(), needs_first_frame=True)
         assert loss.isfinite()
     with pytest.raises(ValueError, match="needed clips"):
         denoise(

@@ -4,7 +4,6 @@ The release starts at frame 1, keeps time on 0..1000 with -1 for clean, and writ
 as one more id. Every case in the folder is run, so another set of the same form can be put there.
 """
 
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -146,9 +145,9 @@ def test_every_block(name):
     model.decoder.denoise(
         model.decoder.prepare(
             context.tokens.flatten(0, 1),
-            golden.conditions(golden.shifted()).frames(latents.shape[1] - num_noisy, None).split(
-                num_noisy
-            ),
+            golden.conditions(golden.shifted())
+            .frames(latents.shape[1] - num_noisy, None)
+            .split(num_noisy),
         ),
         data["noisy_latents"][:, -num_noisy:].flatten(0, 1),
         times(data["timestep"])[:, -num_noisy:].flatten(0, 1),

@@ -21,9 +21,7 @@ PLAIN_KEYS = 128
 bfloat16. Source: measured, docs/log.md."""
 
 
-def rotary_table(
-    positions: Int[Tensor, "s 3"], axes: tuple[int, int, int], theta: float
-) -> Rotary:
+def rotary_table(positions: Int[Tensor, "s 3"], axes: tuple[int, int, int], theta: float) -> Rotary:
     """Tabulate the rotary angles of tokens at integer (frame, row, column) positions.
 
     Args:
@@ -48,9 +46,7 @@ def _frequencies(size: int, theta: float, device: torch.device) -> Tensor:
     return theta**-exponents
 
 
-def frame_positions(
-    frames: Int[Tensor, " t"], rows: int, columns: int
-) -> Int[Tensor, "s 3"]:
+def frame_positions(frames: Int[Tensor, " t"], rows: int, columns: int) -> Int[Tensor, "s 3"]:
     """List the (frame, row, column) of every token, frame by frame, row by row."""
     grid = torch.cartesian_prod(
         frames,

@@ -26,9 +26,7 @@ from scd.model.embed import (
     TokenEmbedder,
 )
 
-Join = Literal[
-    "token_concat", "token_concat_projected", "channel_concat", "add", "prefix"
-]
+Join = Literal["token_concat", "token_concat_projected", "channel_concat", "add", "prefix"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +98,7 @@ class FrameDecoder(nn.Module):
         self.head = FrameHead(shape, block.width, config.predict)
         self.gradient_checkpointing = False
 
-    def prepare(
-        self, context: Float[Tensor, "f n d"], conditions: Conditions
-    ) -> Prepared:
+    def prepare(self, context: Float[Tensor, "f n d"], conditions: Conditions) -> Prepared:
         """Do all that is the same for every step of a frame.
 
         Args:

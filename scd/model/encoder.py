@@ -95,9 +95,7 @@ class CausalEncoder(nn.Module):
         """Frame position of the first row: -1 with a start frame, else 0."""
         return -1 if self.config.start_frame else 0
 
-    def forward(
-        self, clean: Float[Tensor, "b t c h w"], conditions: Conditions
-    ) -> Context:
+    def forward(self, clean: Float[Tensor, "b t c h w"], conditions: Conditions) -> Context:
         """Compute the context of all frames of a clip in one masked pass.
 
         Args:
@@ -197,9 +195,7 @@ class CausalEncoder(nn.Module):
             self.shape.num_tokens,
         )
 
-    def _run(
-        self, x: Tensor, upcoming: Conditions, frames: list[int], readers: list
-    ) -> Context:
+    def _run(self, x: Tensor, upcoming: Conditions, frames: list[int], readers: list) -> Context:
         embedding = self.embed_time(x.new_full(x.shape[:2], CLEAN_TIME, dtype=torch.float32))
         steering = self.embed_conditions(upcoming)
         if steering is not None:

@@ -31,10 +31,10 @@ def initialise(module: nn.Module, initial_gate: float) -> None:
         if isinstance(part, Modulation):
             nn.init.zeros_(part.linear.weight)
             nn.init.zeros_(part.linear.bias)
+    for part in module.modules():
         if isinstance(part, Block):
             for modulation in (part.attention_modulation, part.mlp_modulation):
-                gate = modulation.linear.bias.data.chunk(3)[2]
-                gate.fill_(initial_gate)
+                modulation.linear.bias.data.chunk(3)[2].fill_(initial_gate)
         if isinstance(part, TokenEmbedder) and part.positions is not None:
             nn.init.normal_(part.positions, std=0.02)
         if isinstance(part, ConditionEmbedder) and part.spec.action_dim:

@@ -168,9 +168,7 @@ class SeparableDiffuser(nn.Module, Pretrained):
             rearrange(noisy, "b r m c h w -> (b m r) c h w"),
             rearrange(time, "b r m -> (b m r)"),
         )
-        return rearrange(
-            velocity, "(b m r) c h w -> b r m c h w", m=num_noisy, r=num_draws
-        )
+        return rearrange(velocity, "(b m r) c h w -> b r m c h w", m=num_noisy, r=num_draws)
 
     def begin(
         self,
