@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from scd.media import write_figure
 
@@ -19,6 +19,7 @@ COLOURS = {
     "model": "#3b7dd8",
     "separable": "#3b7dd8",
     "dense": "#c2568f",
+    "dense_equal_time": "#7f4fb5",
     "repeat_last": "#8a8f98",
     "shuffled_actions": "#d98a2b",
 }
@@ -98,6 +99,9 @@ def plot_loss(
     for name, (steps, losses) in curves.items():
         _curve(axes, steps, losses, name, None)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("steps")
     axes.set_ylabel(LABELS["loss"])
     _legend(axes, ink)
@@ -112,7 +116,7 @@ def _panels(number: int, ink: Ink) -> tuple[Figure, list[Axes]]:
         axes.grid(alpha=0.2)
         for part in (axes.xaxis.label, axes.yaxis.label):
             part.set_color(_text_colour(ink))
-        axes.tick_params(colors=_text_colour(ink))
+        axes.tick_params(which="both", colors=_text_colour(ink))
         for spine in axes.spines.values():
             spine.set_color(_text_colour(ink))
     return figure, panels

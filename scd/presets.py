@@ -55,7 +55,7 @@ def _pixel_run(
         model=SeparableConfig(
             shape=FrameShape(channels=3, height=size, width=size, patch_size=8),
             block=BlockConfig(
-                width=width, rotary_theta=10.0, learned_positions=True, initial_gate=0.0
+                width=width, rotary_theta=10.0, learned_positions=True, initial_condition_std=0.5
             ),
             encoder=EncoderConfig(num_layers=encoder_layers),
             decoder=DecoderConfig(num_layers=decoder_layers, join="prefix", predict="clean"),

@@ -38,6 +38,9 @@ class BlockConfig:
     """Add a learned vector to each token by its place in the frame (ours; off in the paper)."""
     initial_gate: float = 0.0
     """Gate of each residual branch at the start: 0 in the paper; above 0 learns faster early."""
+    initial_condition_std: float = 0.02
+    """Deviation of the tables of actions and labels at the start: 0.02 in the paper; a larger one
+    is learnt from sooner."""
     distance_bias: float = 0.0
     """Slope of an attention bias over frame distance. 0: none, as in the paper."""
 
@@ -52,8 +55,11 @@ class BlockConfig:
                 f"rotary_axes must be even and add up to head_dim={self.head_dim}, "
                 f"got {self.rotary_axes}"
             )
-        if self.rotary_theta <= 0:
-            raise ValueError(f"rotary_theta must be positive, got {self.rotary_theta}")
+        if self.rotary_theta <= 0 or self.initial_condition_std <= 0:
+            raise ValueError(
+                "rotary_theta and initial_condition_std must be positive, got "
+                f"{self.rotary_theta} and {self.initial_condition_std}"
+            )
 
     @property
     def num_heads(self) -> int:

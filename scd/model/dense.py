@@ -110,7 +110,7 @@ class DenseDiffuser(nn.Module, Pretrained):
         self.blocks = nn.ModuleList(Block(block) for _ in range(config.num_layers))
         self.head = FrameHead(config.shape, block.width, config.predict)
         self.gradient_checkpointing = False
-        initialise(self, block.initial_gate)
+        initialise(self, block)
 
     @property
     def shape(self) -> FrameShape:

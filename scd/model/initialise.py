@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from scd.model.block import Block, Modulation
+from scd.model.block import Block, BlockConfig, Modulation
 from scd.model.decoder import FrameDecoder
 from scd.model.embed import ConditionEmbedder, FrameHead, TimeEmbedder, TokenEmbedder
 from scd.model.encoder import CausalEncoder
 
 
-def initialise(module: nn.Module, initial_gate: float) -> None:
+def initialise(module: nn.Module, config: BlockConfig) -> None:
     """Set the initial weights of a model.
 
-    Linear maps Xavier-uniform with zero bias, tables, time embedding and learned positions normal
-    with deviation 0.02, modulations zero but for the gates' bias, heads zero.
+    Linear maps Xavier-uniform with zero bias; tables, time embedding and learned positions normal
+    with deviation 0.02 (tables: as configured); modulations zero but for the gates' bias; heads
+    zero.
     Source: paper, section 1.2.
     """
     for part in module.modules():
@@ -23,7 +24,7 @@ def initialise(module: nn.Module, initial_gate: float) -> None:
             nn.init.xavier_uniform_(part.weight)
             nn.init.zeros_(part.bias)
         if isinstance(part, nn.Embedding):
-            nn.init.normal_(part.weight, std=0.02)
+            nn.init.normal_(part.weight, std=config.initial_condition_std)
     for part in module.modules():
         if isinstance(part, TimeEmbedder):
             nn.init.normal_(part.rise.weight, std=0.02)
@@ -34,7 +35,7 @@ def initialise(module: nn.Module, initial_gate: float) -> None:
     for part in module.modules():
         if isinstance(part, Block):
             for modulation in (part.attention_modulation, part.mlp_modulation):
-                modulation.linear.bias.data.chunk(3)[2].fill_(initial_gate)
+                modulation.linear.bias.data.chunk(3)[2].fill_(config.initial_gate)
         if isinstance(part, TokenEmbedder) and part.positions is not None:
             nn.init.normal_(part.positions, std=0.02)
         if isinstance(part, ConditionEmbedder) and part.spec.action_dim:

@@ -86,7 +86,7 @@ class SeparableDiffuser(nn.Module, Pretrained):
         parts = (config.shape, config.block, config.conditions)
         self.encoder = CausalEncoder(config.encoder, *parts)
         self.decoder = FrameDecoder(config.decoder, *parts)
-        initialise(self, config.block.initial_gate)
+        initialise(self, config.block)
 
     @property
     def shape(self) -> FrameShape:
