@@ -136,6 +136,25 @@ def test_only_the_last_frames_are_denoised_if_asked():
     assert seen["shape"][:3] == (2, 2, 2)
 
 
+def test_history_noise_touches_the_history_only():
+    model = tiny_separable()
+    clean, _, _, conditions = random_clips(model, batch=64)
+    seen = {}
+
+    def spy(history, noisy, time, conditions, augment):
+        seen.update(history=history)
+        return torch.zeros_like(noisy)
+
+    plain, _ = denoise(spy, clean, conditions, PLAIN, generator())
+    assert torch.equal(seen["history"], clean)
+    config = DenoiseConfig(context_noise=0.0, condition_dropout=0.0, history_noise=0.5)
+    noisy, _ = denoise(spy, clean, conditions, config, generator())
+    # Same draws of time and noise before it, so the same target.
+    assert noisy.item() == plain.item()
+    deviations = (seen["history"] - clean).flatten(2).std(-1)
+    assert deviations.max() < 0.65 and deviations.std() > 0.1
+
+
 def test_validation_uses_the_same_noise_each_time():
     model = tiny_separable()
     clean, _, _, conditions = random_clips(model)
@@ -152,6 +171,8 @@ def test_validation_uses_the_same_noise_each_time():
         {"condition_dropout": 1.0},
         {"clean_fraction": 0.1},
         {"context_noise": -0.1},
+        {"history_noise": -0.1},
+        {"history": "noisy", "history_noise": 0.1},
         {"time_std": 0.0},
     ],
 )

@@ -118,10 +118,9 @@ def time_sinusoids(time: Float[Tensor, "*b"], num: int) -> Float[Tensor, "*b fea
 
     Source: the release; the last frequency is 1e-4 itself (num - 1 steps, not num).
     """
-    # Times written in float32 are off by 3e-5 of a tick, which the first sinusoid shows; MPS has
-    # no float64. From the tick on, float32 as in the release, whose weights have learnt it.
-    exact = torch.float32 if time.device.type == "mps" else torch.float64
-    ticks = (1000 * time.to(exact)).float()
+    # Times written in float32 are off by 3e-5 of a tick, which the first sinusoid shows. From the
+    # tick on, float32 as in the release, whose weights have learnt it.
+    ticks = (1000 * time.double()).float()
     steps = torch.arange(num, device=time.device, dtype=torch.float32)
     angles = ticks[..., None] * torch.exp(-math.log(1e4) * steps / (num - 1))
     return torch.cat([angles.cos(), angles.sin()], dim=-1)

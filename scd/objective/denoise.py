@@ -46,6 +46,9 @@ class DenoiseConfig:
     context_noise: float = 0.05
     """Strength eta of the noise on the context in training: paper, section 2.3. It must be 0 for a
     dense model, which has no context."""
+    history_noise: float = 0.0
+    """Largest deviation of noise on the clean history in training, drawn anew for each frame from
+    0 to this (ours; 0 in the paper). Against drift: a stream reads its own imperfect frames."""
     condition_dropout: float = 0.1
     """Chance that an action or label is hidden, so that guidance has an unconditional branch."""
 
@@ -58,13 +61,15 @@ class DenoiseConfig:
         for name in ("clean_fraction", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.context_noise < 0 or self.time_std <= 0:
+        if min(self.context_noise, self.history_noise) < 0 or self.time_std <= 0:
             raise ValueError(
-                "context_noise must not be negative and time_std must be positive, got "
-                f"{self.context_noise} and {self.time_std}"
+                "context_noise and history_noise must not be negative and time_std must be "
+                f"positive, got {self.context_noise}, {self.history_noise} and {self.time_std}"
             )
         if self.history == "clean" and self.clean_fraction > 0:
             raise ValueError("clean_fraction has no effect on history='clean'")
+        if self.history == "noisy" and self.history_noise > 0:
+            raise ValueError("history_noise has no effect on history='noisy'")
 
 
 def denoise(
@@ -108,7 +113,12 @@ def denoise(
     noise = augment.noise_like(target)
     noisy = interpolate(target, noise, time)
     if config.history == "clean":
-        velocity = model(clean, noisy, time, conditions, augment)
+        history = clean
+        if config.history_noise > 0:
+            amount = torch.rand(clean.shape[:2], generator=generator, device=generator.device)
+            amount = config.history_noise * amount.to(clean.device)[..., None, None, None]
+            history = clean + amount * augment.noise_like(clean)
+        velocity = model(history, noisy, time, conditions, augment)
         given = torch.zeros_like(time, dtype=torch.bool)
     else:
         given = torch.rand(time.shape, generator=generator, device=generator.device)
