@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -132,7 +133,11 @@ def stream(config: StreamConfig) -> dict[str, Any]:
 def main() -> None:
     """Run from the command line; the exit status is 1 where something grew."""
     config = tyro.cli(StreamConfig, description=__doc__)
-    result = stream(config)
+    try:
+        result = stream(config)
+    except (ValueError, OSError) as error:
+        print(f"stream.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     write_json(result, Path(config.out))
     for name in ("memory", "time"):
         flat = "flat" if result[f"{name}_flat"] else "NOT FLAT"

@@ -46,7 +46,7 @@ def write_file(path: Path, text: str) -> None:
     """Replace a small text file at once: a reader sees the old text or the new one."""
     aside = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     try:
-        aside.write_text(text + "\n")
+        aside.write_text(text + "\n", encoding="utf-8")
         _flush(aside)
         aside.replace(path)
         _flush(path.parent)

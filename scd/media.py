@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from scd.atomic import TEMPORARY
 from scd.clip import frames_to_pixels
 from scd.data import video
 
@@ -138,6 +139,9 @@ def write_grid(rows: Sequence[PictureRow], columns: Sequence[str], path: Path) -
 def write_figure(figure: Figure, path: Path, transparent: bool = False) -> None:
     """Write a matplotlib figure as PNG, aside and then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(aside, format="png", transparent=transparent)
-    os.replace(aside, path)
+    aside = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        figure.savefig(aside, format="png", transparent=transparent)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from scd.atomic import write_file
 from scd.runtime import describe_hardware, git_commit
 
 
@@ -42,11 +42,9 @@ def hardware_line(hardware: Mapping[str, Any]) -> str:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a file aside and rename it, so that a reader never meets half of it."""
+    """Write a text that ends with one line break, so that a reader never meets half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_file(path, text.removesuffix("\n"))
 
 
 def write_json(values: Mapping[str, Any], path: Path) -> None:
