@@ -41,8 +41,8 @@ def _pixel_run(
 ) -> TrainConfig:
     """Return a run on small frames whose latents are the pixels themselves.
 
-    Clean estimates, more noise in training, Muon and a coarse rotary theta are what a small model
-    needs there: docs/log.md.
+    Clean estimates, more noise in training, Muon, a coarse rotary theta and more clips instead of
+    more draws per clip are what a small model needs there: docs/log.md.
     """
     return TrainConfig(
         data=data,
@@ -62,7 +62,7 @@ def _pixel_run(
             conditions=conditions,
             cache=CacheConfig(window=num_frames),
         ),
-        objective=DenoiseConfig(time_mean=1.0),
+        objective=DenoiseConfig(num_draws=1, time_mean=1.0),
         optim=OptimConfig(
             optimizer="muon",
             lr=1e-3,
@@ -158,8 +158,8 @@ _TOY = _pixel_run(
     encoder_layers=4,
     decoder_layers=2,
     num_frames=16,
-    batch_size=2,
-    max_steps=1000,
+    batch_size=4,
+    max_steps=750,
     muon_lr=1e-2,
 )
 _DOOM_32 = _pixel_run(
@@ -170,7 +170,7 @@ _DOOM_32 = _pixel_run(
     encoder_layers=4,
     decoder_layers=2,
     num_frames=16,
-    batch_size=4,
+    batch_size=8,
     max_steps=20_000,
 )
 _DOOM_64 = _pixel_run(
@@ -181,7 +181,7 @@ _DOOM_64 = _pixel_run(
     encoder_layers=4,
     decoder_layers=2,
     num_frames=16,
-    batch_size=2,
+    batch_size=4,
     max_steps=20_000,
 )
 _DOOM_128 = replace(
