@@ -17,7 +17,7 @@ from scd import __version__
 from scd.convert import ReferenceConfig, convert_reference
 from scd.data.record import DoomRecording, ToyRecording, record
 from scd.demo import DemoConfig, demo
-from scd.evaluate import EvaluateConfig, evaluate
+from scd.evaluate import EvaluateConfig, evaluate, readable
 from scd.fit import fit_to_data
 from scd.plan import dry_run
 from scd.presets import PRESETS, preset
@@ -127,11 +127,18 @@ def _train(words: list[str]) -> None:
 
 
 def _sample(words: list[str]) -> None:
-    sample(_parse(SampleConfig, _run_first(words), "sample"))
+    config = _parse(SampleConfig, _run_first(words), "sample")
+    result = sample(config)
+    print(
+        f"{result['frames']} frames at {result['frames_per_second']:.2f} per second, the first "
+        f"after {result['time_to_first_frame_s']:.3f} s; saved {config.out}"
+    )
 
 
 def _evaluate(words: list[str]) -> None:
-    evaluate(_parse(EvaluateConfig, _run_first(words), "evaluate"))
+    config = _parse(EvaluateConfig, _run_first(words), "evaluate")
+    print(readable(evaluate(config)))
+    print(f"saved {config.out}")
 
 
 def _run_first(words: list[str]) -> list[str]:

@@ -140,6 +140,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
+def readable(result: Mapping[str, Any]) -> str:
+    """Return a table for people: each metric's means at the first, middle and last horizon."""
+    last = result["settings"]["horizon"]
+    horizons = sorted({1, (last + 1) // 2, last})
+    lines = [f"{'':32}" + "".join(f"{f'+{horizon}':>9}" for horizon in horizons)]
+    means = {(r["metric"], r["baseline"], r["horizon"]): r["mean"] for r in result["rows"]}
+    for metric, baseline in dict.fromkeys((metric, baseline) for metric, baseline, _ in means):
+        found = [means.get((metric, baseline, horizon)) for horizon in horizons]
+        cells = "".join(" " * 9 if mean is None else f"{mean:9.3f}" for mean in found)
+        lines.append(f"{metric:15} {baseline:16}{cells}")
+    lines += [f"without {name}: {reason}" for name, reason in result["left_out"].items()]
+    return "\n".join(lines)
+
+
 def measure(
     world: World, source: Source, protocol: Protocol, with_memory: bool = True
 ) -> Measurement:

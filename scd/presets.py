@@ -62,7 +62,7 @@ def _pixel_run(
             conditions=conditions,
             cache=CacheConfig(window=num_frames),
         ),
-        objective=DenoiseConfig(num_draws=1, time_mean=1.0),
+        objective=DenoiseConfig(num_draws=1, time_mean=1.0, history_noise=0.3),
         optim=OptimConfig(
             optimizer="muon",
             lr=1e-3,

@@ -72,6 +72,15 @@ def test_result_file_says_everything(run, folder, tmp_path):
     assert imread(tmp_path / "result" / "e.png").shape[0] > 100
 
 
+def test_table_for_people_shows_the_rows():
+    row = {"metric": "psnr", "baseline": "model", "horizon": 5, "mean": 21.5}
+    result = {"rows": [row], "settings": {"horizon": 5}, "left_out": {"ssim": "too small"}}
+    head, line, note = evaluate.readable(result).splitlines()
+    assert head.split() == ["+1", "+3", "+5"]
+    assert line.split() == ["psnr", "model", "21.500"] and len(line) == len(head)
+    assert note == "without ssim: too small"
+
+
 def test_same_seed_same_rows_other_seed_other_rows(tiny_world, folder):
     source = open_source(folder, "val")
     first, again, other = (
