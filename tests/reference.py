@@ -17,6 +17,14 @@ def reference_folder():
     return FOLDER
 
 
+def load_tables(name):
+    """Read a file of tables, or skip where this set of golden tensors has none."""
+    path = reference_folder() / name
+    if not path.is_file():
+        pytest.skip(f"no tables at {path}")
+    return load_file(path)
+
+
 def cases(subfolder, kind):
     """Name the cases of one kind; one that skips where the folder is absent."""
     found = []

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from scd.clip import Conditions
 from scd.convert import ReferenceConfig, our_names, read_reference
@@ -12,7 +11,7 @@ from scd.model.cache import CacheConfig
 from scd.model.embed import time_sinusoids
 from scd.objective.denoise import velocity_loss
 from scd.rollout import guided_velocity
-from tests.reference import cases, load_case, reference_folder
+from tests.reference import cases, load_case, load_tables
 
 ATOL = 2e-5
 GRADIENT_ATOL = 2e-6
@@ -161,8 +160,7 @@ def test_training_step(name):
 
 
 def test_tables():
-    folder = reference_folder() / "dense"
-    tables = load_file(folder / "far_tables.safetensors")
+    tables = load_tables("dense/far_tables.safetensors")
     positions = frame_positions(torch.arange(3), 2, 4)
     assert torch.equal(positions, tables["ids_3x2x4"].long())
     axes = (4, 6, 6)
