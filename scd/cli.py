@@ -76,13 +76,15 @@ def _parse(
 ) -> Settings:
     """Read flags into settings; wrong usage leaves with status 2."""
     # A preset fixes which kind of model there is; that kind's fields are the flags.
-    return tyro.cli(
+    settings = tyro.cli(
         kind,
         args=words,
         prog=f"scd {command}",
         default=default,
         config=(tyro.conf.AvoidSubcommands,),
     )
+    assert settings is not None
+    return settings
 
 
 def _split_name(

@@ -24,7 +24,7 @@ NAMES = {
 
 NOT_CLAIMED = (
     "That these models are good: they were trained for minutes on a toy world of 32x32 pixels. The "
-    "paper's models are a hundred times as large and were trained for days.",
+    "paper's have a hundred times as many parameters.",
     "That one way of building a model gives better pictures: this is one seed. The intervals say "
     "how the numbers vary over clips, not over trainings.",
     "That the ratio of seconds per frame holds elsewhere: it depends on layers, frame size, number "
