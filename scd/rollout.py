@@ -296,7 +296,10 @@ def guided_velocity(
             noisy = torch.cat([noisy, noisy])
         times = torch.full((noisy.shape[0],), at, dtype=torch.float64).to(noisy.device)
         result = velocity(context, noisy, times)
-        return result if scale is None else guide(*result.chunk(2), scale)
+        if scale is None:
+            return result
+        unconditional, conditional = result.chunk(2)
+        return guide(unconditional, conditional, scale)
 
     return field
 

@@ -93,9 +93,7 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     assert events.Tags()["scalars"] == ["step/loss"]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("wandb") is not None, reason="wandb is installed here"
-)
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed here")
 def test_a_tracker_that_is_not_installed_is_named(tmp_path):
     with pytest.raises(ValueError, match=r'needs the package wandb.*pip install "scd\[track\]"'):
         RunLog(tmp_path, total_steps=1, tracker="wandb", console=quiet())

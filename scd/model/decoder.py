@@ -116,6 +116,7 @@ class FrameDecoder(nn.Module):
             rotary = self._rotary(tokens.device)
             x = tokens
             for block in self.blocks:
+                assert isinstance(block, Block)
                 keys_values.append(block.keys_values(x, embedding, rotary))
                 if block is not self.blocks[-1]:
                     x = block(x, embedding, rotary, attend)

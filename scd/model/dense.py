@@ -203,6 +203,7 @@ class DenseDiffuser(nn.Module, Pretrained):
             return attend(q, k, v, visible_past, bias_past)
 
         for block in self.blocks:
+            assert isinstance(block, Block)
             keys, values = (
                 part.repeat_interleave(num_draws, 0)
                 for part in block.keys_values(x_past, embedding_past, rotary_past)
@@ -303,6 +304,7 @@ class DenseDiffuser(nn.Module, Pretrained):
             visible = visible[-num_frames * self.shape.num_tokens :]
         x = self.embed_frame(clean)
         for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             if block is self.blocks[-1]:
                 cache.write(layer, *block.keys_values(x, embedding, rotary))
             else:
