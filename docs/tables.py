@@ -8,10 +8,15 @@ A marker says what stands below it; the pages show no other measured numbers:
     <!-- table: quality of NAME NAME ..., METRIC at HORIZON HORIZON ... -->
     <!-- table: speed of NAME NAME ... -->
     <!-- table: training of NAME NAME ... -->
+    <!-- table: runs of NAME NAME ... -->
+    <!-- table: memory of NAME -->
+    <!-- table: stream of NAME NAME ... -->
+    <!-- table: recording of NAME NAME ... -->
     <!-- table: origin of NAME NAME ... -->
     <!-- end of table -->
 
-NAME is a result file without its ending: what `scd evaluate` or `scd demo` (report.json) wrote.
+NAME is a result file without its ending, written by `scd evaluate`, `scd demo` (report.json),
+docs/curves.py (runs) or the scripts in benchmarks/ (stream, recording).
 """
 
 from __future__ import annotations
@@ -58,9 +63,18 @@ def table(request: str, folder: Path) -> str:
     if found := re.fullmatch(r"quality of ([\w\- ]+), (\w+) at ([\d ]+)", request):
         horizons = [int(horizon) for horizon in found[3].split()]
         return quality(read_results(found[1], folder), found[2], horizons)
-    if found := re.fullmatch(r"(speed|training|origin) of ([\w\- ]+)", request):
-        make = {"speed": speed, "training": training, "origin": origin}[found[1]]
-        return make(read_results(found[2], folder))
+    makers = {
+        "speed": speed,
+        "training": training,
+        "runs": runs,
+        "memory": memory,
+        "stream": stream,
+        "recording": recording,
+        "origin": origin,
+    }
+    found = re.fullmatch(r"(\w+) of ([\w\- ]+)", request)
+    if found and found[1] in makers:
+        return makers[found[1]](read_results(found[2], folder))
     raise ValueError(f"no table is called {request!r}")
 
 
@@ -181,6 +195,84 @@ def training(results: Mapping[str, Result]) -> str:
         if model.training is not None
     ]
     return markdown(["model", "parameters", "training steps", "seconds", "steps/s"], rows)
+
+
+def runs(results: Mapping[str, Result]) -> str:
+    """One row per training run: what it took and where its loss ended."""
+    rows = [
+        [
+            result["run"],
+            millions(result["parameters"]),
+            str(result["steps"]),
+            f"{result['seconds'] / 60:.0f}",
+            f"{result['memory_gib']:.1f}",
+            *(f"{result['curves'][which]['loss'][-1]:.3f}" for which in ("training", "held out")),
+        ]
+        for result in results.values()
+    ]
+    head = ["run", "parameters", "steps", "minutes", "peak GiB", "last training loss", "held out"]
+    return markdown(head, rows)
+
+
+def memory(results: Mapping[str, Result]) -> str:
+    """One row per model of a demo: the memory score by frames of context."""
+    (result,) = results.values()
+    measured = result["memory"]["rows"]
+    contexts = sorted({row["context"] for row in measured})
+    rows = [
+        [
+            name.replace("_", " "),
+            *(
+                interval(row)
+                for context in contexts
+                for row in measured
+                if (row["baseline"], row["context"]) == (name, context)
+            ),
+        ]
+        for name in dict.fromkeys(row["baseline"] for row in measured)
+    ]
+    events = f"share of {result['memory']['events']} hidden shapes that come back"
+    return markdown([events, *(f"context {context}" for context in contexts)], rows)
+
+
+def stream(results: Mapping[str, Result]) -> str:
+    """One row per long stream: whether memory and seconds per frame stayed the same."""
+    rows = [
+        [
+            f"`{name}`",
+            str(result["frames"]),
+            str(result["window"]),
+            f"{1000 * result['seconds_per_frame']['total']['p50']:.1f}",
+            f"{1000 * result['seconds_per_frame']['total']['p99']:.1f}",
+            f"{100 * result['memory_growth']:+.1f} %",
+            f"{100 * result['time_growth']:+.1f} %",
+        ]
+        for name, result in results.items()
+    ]
+    head = [
+        "stream",
+        "frames",
+        "window",
+        "ms per frame, p50",
+        "p99",
+        "memory growth",
+        "time growth",
+    ]
+    return markdown(head, rows)
+
+
+def recording(results: Mapping[str, Result]) -> str:
+    """One row per recording: frames per second, files included."""
+    rows = [
+        [
+            f"{result['scenario']}, {result['size']}x{result['size']}",
+            str(result["frames"]),
+            f"{result['seconds']:.1f}",
+            f"{result['frames_per_second']:.0f}",
+        ]
+        for result in results.values()
+    ]
+    return markdown(["recording", "frames", "seconds", "frames/s"], rows)
 
 
 def millions(parameters: int) -> str:

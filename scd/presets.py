@@ -38,6 +38,7 @@ def _pixel_run(
     batch_size: int,
     max_steps: int,
     muon_lr: float = 6e-3,
+    modulate_output: bool = True,
 ) -> TrainConfig:
     """Return a run on small frames whose latents are the pixels themselves.
 
@@ -57,7 +58,7 @@ def _pixel_run(
             block=BlockConfig(
                 width=width, rotary_theta=10.0, learned_positions=True, initial_condition_std=0.5
             ),
-            encoder=EncoderConfig(num_layers=encoder_layers),
+            encoder=EncoderConfig(num_layers=encoder_layers, modulate_output=modulate_output),
             decoder=DecoderConfig(num_layers=decoder_layers, join="prefix", predict="clean"),
             conditions=conditions,
             cache=CacheConfig(window=num_frames),
@@ -161,6 +162,9 @@ _TOY = _pixel_run(
     batch_size=4,
     max_steps=750,
     muon_lr=1e-2,
+    # Keeps the parameters of the two kinds within 5 percent of each other: the separable model has
+    # its embeddings twice, which counts at this size.
+    modulate_output=False,
 )
 _DOOM_32 = _pixel_run(
     "data/doom-32",
