@@ -7,10 +7,11 @@ out=${1:-runs/out/doom_cpu}
 for size in 32 64; do
   scd record doom --episodes 430 --frames 300 --size "$size" --seed 0 --out "$out/data-$size"
 done
-OMP_NUM_THREADS=1 scd train doom-32 --data "$out/data-32" --out "$out/doom-32" --max-steps 6500 &
-OMP_NUM_THREADS=1 scd train doom-64 --data "$out/data-64" --out "$out/doom-64" --max-steps 3200 &
+OMP_NUM_THREADS=1 scd train doom-32 --data "$out/data-32" --out "$out/doom-32" --max-steps 4700 &
+OMP_NUM_THREADS=1 scd train doom-64 --data "$out/data-64" --out "$out/doom-64" --max-steps 2150 &
 wait -n && wait -n
 for size in 32 64; do
+  python docs/curves.py "$out/doom-$size" "doom-$size"
   scd evaluate "$out/doom-$size" --data "$out/data-$size" --context 8 --horizon 8 \
     --out "docs/results/doom_${size}_cpu.json"
   scd sample "$out/doom-$size" --data "$out/data-$size" --context 8 --frames 16 --steps 10 \

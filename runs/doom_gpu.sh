@@ -18,6 +18,7 @@ scd train doom-64 --data "$out/data" --out "$out/separable" --time-limit-s "$sec
 scd train doom-64-dense --data "$out/data" --out "$out/dense" --time-limit-s "$seconds" $wide \
   --model.num-layers 12
 for model in separable dense; do
+  python docs/curves.py "$out/$model" "doom-64-gpu-$model"
   scd evaluate "$out/$model" --data "$out/data" --context 16 --horizon 16 \
     --out "docs/results/doom_64_gpu_$model.json"
   scd sample "$out/$model" --data "$out/data" --context 16 --frames 48 --steps 10 \
