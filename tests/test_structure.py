@@ -67,6 +67,10 @@ LONG_MODULES = {
 }
 """Modules above the soft limit -> why they are better whole."""
 
+SCREEN_LINES = 60
+LONG_FUNCTIONS = {"running.start_run": "all parts of a run, in the order in which they are made"}
+"""Functions whose body is longer than a screen -> why they are better whole."""
+
 SKIPPED_FOLDERS = {"__pycache__", ".git", ".venv", "build", "dist", "data", "demo", "out"}
 
 
@@ -195,6 +199,17 @@ def test_modules_are_short():
     assert max(lengths.values()) <= LINES_HARD
 
 
+def test_functions_fit_a_screen():
+    long = set()
+    for path in source_files():
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[1] if ast.get_docstring(node) and node.body[1:] else node.body[0]
+                if (node.end_lineno or 0) - first.lineno >= SCREEN_LINES:
+                    long.add(f"{name_of(path)}.{node.name}")
+    assert long == set(LONG_FUNCTIONS)
+
+
 def is_dataclass(node: ast.ClassDef) -> bool:
     return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
 
@@ -284,7 +299,12 @@ def test_readme_tree_is_true():
     pages = {str(path.relative_to(ROOT)) for path in files_below(ROOT / "docs", ".md")}
     scripts = {
         str(path.relative_to(ROOT))
-        for folder, ending in (("runs", ".sh"), ("examples", ".py"), ("benchmarks", ".py"))
+        for folder, ending in (
+            ("runs", ".sh"),
+            ("examples", ".py"),
+            ("benchmarks", ".py"),
+            ("docs", ".py"),
+        )
         for path in files_below(ROOT / folder, ending)
     }
     missing = (modules | folders | pages | scripts) - set(shown)
