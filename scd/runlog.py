@@ -224,5 +224,5 @@ def _import(module: str, package: str) -> Any:
     except ImportError as error:
         raise ValueError(
             f'tracker "{package}" needs the package {package}, which is not installed: '
-            'pip install "scd[track]", or choose tracker "none"'
+            'pip install -e ".[track]", or choose tracker "none"'
         ) from error

@@ -1,6 +1,6 @@
 """Episodes of ViZDoom: somebody walks through a maze or a level and looks around.
 
-Needs the extra `doom`: pip install "scd[doom]".
+Needs the extra `doom`: pip install -e ".[doom]".
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class DoomEpisode:
 def require_vizdoom() -> None:
     """Refuse to go on without ViZDoom (ValueError)."""
     if vizdoom is None:
-        raise ValueError('Doom needs ViZDoom: pip install "scd[doom]"')
+        raise ValueError('Doom needs ViZDoom: pip install -e ".[doom]"')
 
 
 class DoomGame:
