@@ -120,7 +120,7 @@ def test_shrinking_averages_whole_blocks_of_the_middle():
 
 def test_missing_vizdoom_is_said_with_the_way_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(doom, "vizdoom", None)
-    with pytest.raises(ValueError, match=r'pip install "scd\[doom\]"'):
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[doom\]"'):
         record(settings(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 

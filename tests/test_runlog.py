@@ -95,5 +95,5 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed here")
 def test_a_tracker_that_is_not_installed_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r'needs the package wandb.*pip install "scd\[track\]"'):
+    with pytest.raises(ValueError, match=r'needs the package wandb.*pip install -e "\.\[track\]"'):
         RunLog(tmp_path, total_steps=1, tracker="wandb", console=quiet())
