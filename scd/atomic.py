@@ -44,9 +44,19 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 def write_file(path: Path, text: str) -> None:
     """Replace a small text file at once: a reader sees the old text or the new one."""
+    with file_aside(path) as aside:
+        aside.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def file_aside(path: Path) -> Iterator[Path]:
+    """Name a file to write; when the block ends it is flushed and takes `path`'s place.
+
+    If the block fails the file is removed and `path` stays as it was.
+    """
     aside = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     try:
-        aside.write_text(text + "\n", encoding="utf-8")
+        yield aside
         _flush(aside)
         aside.replace(path)
         _flush(path.parent)
