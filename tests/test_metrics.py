@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from scd.data.toy import ToyWorld
 from scd.metrics import image, memory
@@ -43,10 +44,22 @@ def test_identical_frames_get_the_ideal_values():
 
 
 def test_ssim_by_hand():
-    # Constant pictures have no variance: SSIM = (2 a b + c1) / (a^2 + b^2 + c1), c1 = (.01 * 2)^2.
-    a, b, c1 = 0.5, 0.25, 0.02**2
-    found = image.ssim(torch.full((1, 3, 11, 13), a), torch.full((1, 3, 11, 13), b))
+    # Constant pictures have no variance: SSIM = (2 a b + c1) / (a^2 + b^2 + c1) of their means in
+    # [0, 1], c1 = .01^2. Pixels of 0.5 and -0.5 have the means 0.75 and 0.25.
+    a, b, c1 = 0.75, 0.25, 0.01**2
+    found = image.ssim(torch.full((1, 3, 11, 13), 0.5), torch.full((1, 3, 11, 13), -0.5))
     assert found.item() == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), abs=1e-5)
+
+
+def test_ssim_is_that_of_unit_pixels():
+    generator = torch.Generator().manual_seed(0)
+    true = torch.rand(4, 3, 16, 16, generator=generator)
+    predicted = (true + 0.3 * torch.rand(true.shape, generator=generator)).clamp(0, 1)
+    expected = structural_similarity_index_measure(
+        predicted.double(), true.double(), data_range=1.0, reduction="none"
+    )
+    found = image.ssim(predicted * 2 - 1, true * 2 - 1)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_frames_smaller_than_the_window_have_no_ssim():

@@ -62,6 +62,8 @@ def ssim(
 ) -> Float[Tensor, "*b"]:
     """Structural similarity of each frame, at most 1; 11 x 11 Gaussian window, sigma 1.5.
 
+    Pixels are in [-1, 1]; they are measured as [0, 1].
+
     Raises:
         ValueError: the frames are smaller than the window.
     """
@@ -70,14 +72,16 @@ def ssim(
         raise ValueError(
             f"SSIM needs frames of at least {SSIM_WINDOW}x{SSIM_WINDOW}, got {height}x{width}"
         )
+    # Unlike PSNR, SSIM compares means by their ratio: it is defined for black at 0. It takes small
+    # variances as differences of squares, for which single precision is too rough on flat pictures.
     values = structural_similarity_index_measure(
-        predicted.float().reshape(-1, channels, height, width),
-        true.float().reshape(-1, channels, height, width),
-        data_range=DATA_RANGE,
+        (predicted.double().reshape(-1, channels, height, width) + 1) / 2,
+        (true.double().reshape(-1, channels, height, width) + 1) / 2,
+        data_range=1.0,
         reduction="none",
     )
     assert isinstance(values, Tensor)
-    return values.reshape(batch)
+    return values.float().reshape(batch)
 
 
 def bootstrap(
