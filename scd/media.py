@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from scd.atomic import TEMPORARY
+from scd.atomic import file_aside
 from scd.clip import frames_to_pixels
 from scd.data import video
 
@@ -139,9 +138,5 @@ def write_grid(rows: Sequence[PictureRow], columns: Sequence[str], path: Path) -
 def write_figure(figure: Figure, path: Path, transparent: bool = False) -> None:
     """Write a matplotlib figure as PNG, aside and then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
-    try:
+    with file_aside(path) as aside:
         figure.savefig(aside, format="png", transparent=transparent)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -71,6 +71,13 @@ def test_playable_videos_are_what_browsers_take(tmp_path, pixels):
         write_video(path, pixels[:0], 10.0, lossless=False)
 
 
+def test_a_video_that_cannot_be_written_leaves_nothing(tmp_path, pixels):
+    (tmp_path / "clip.mp4").mkdir()
+    with pytest.raises(OSError, match="clip.mp4"):
+        write_video(tmp_path / "clip.mp4", pixels, 10.0, lossless=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
+
+
 @pytest.mark.parametrize("held", [1, 30])
 def test_videos_of_other_programs_are_read_frame_by_frame(tmp_path, pixels, held):
     path = tmp_path / "foreign.mp4"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +12,8 @@ from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Int64, UInt8
+
+from scd.atomic import file_aside
 
 KEYFRAME_INTERVAL = 16
 # Reading from the middle decodes 7.5 frames in vain on average; keyframes of 64x64 game pictures
@@ -62,9 +63,11 @@ def write_video(
         raise ValueError(f"{path}: a video needs at least one frame")
     if not lossless and (height % 2 or width % 2):
         raise ValueError(f"{path}: a playable video needs even sizes, got {height} x {width}")
-    aside = path.with_name(f".{path.name}.part")
     options = {} if lossless else {"movflags": "+faststart"}
-    with av.open(str(aside), "w", format="mp4", container_options=options) as container:
+    with (
+        file_aside(path) as aside,
+        av.open(str(aside), "w", format="mp4", container_options=options) as container,
+    ):
         stream = container.add_stream(
             "libx264rgb" if lossless else "libx264",
             rate=Fraction(fps).limit_denominator(1001),
@@ -79,7 +82,6 @@ def write_video(
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    os.replace(aside, path)
 
 
 def probe_video(path: Path | str) -> VideoInfo:
