@@ -161,6 +161,38 @@ def test_gradient_checkpointing_has_the_same_gradients(model):
 
 
 @torch.no_grad()
+def test_another_action_can_be_tried_for_the_same_frame(model):
+    """The last context before `observe` counts, also after a fork in between."""
+    clean, noisy, time, conditions = random_clips(model)
+    other = Conditions(
+        actions=None if conditions.actions is None else conditions.actions.flip(0),
+        labels=conditions.labels,
+    )
+    offset = 3 - model.needs_first_frame
+
+    def third_frame(tries):
+        state = model.begin(clean[:, :2], conditions.frames(0, 2))
+        for steering in tries:
+            model.context(state, one_frame(steering, 2))
+        states = (state.fork(), state)
+        for one in states:
+            model.observe(one, clean[:, 2], one_frame(conditions, 2))
+        velocities = [
+            model.velocity(
+                model.context(one, one_frame(conditions, 3)),
+                noisy[:, 0, offset],
+                time[:, 0, offset],
+            )
+            for one in states
+        ]
+        assert torch.equal(*velocities)
+        return velocities[0]
+
+    assert torch.equal(third_frame([conditions]), third_frame([other, conditions]))
+    assert torch.equal(third_frame([conditions]), third_frame([]))
+
+
+@torch.no_grad()
 def test_a_fork_goes_its_own_way(model):
     clean, noisy, time, conditions = random_clips(model)
     state = model.begin(clean[:, :2], conditions.frames(0, 2))
@@ -176,18 +208,32 @@ def test_a_fork_goes_its_own_way(model):
 
 @pytest.mark.parametrize("make", [tiny_separable, tiny_dense])
 @torch.no_grad()
-def test_a_stream_runs_on_past_its_window(make):
-    """Frames that left the window no longer matter; memory stays what it was."""
-    model = make(cache=CacheConfig(window=4, num_sinks=0))
-    clean, noisy, time, conditions = random_clips(model, num_frames=24)
-    state = model.begin(clean[:, :1], conditions.frames(0, 1))
-    storage = state.cache.keys.data_ptr()
-    for frame in range(1, 24):
-        context = model.context(state, one_frame(conditions, frame))
-        velocity = model.velocity(context, noisy[:, 0, frame], time[:, 0, frame])
-        assert velocity.isfinite().all()
-        model.observe(state, clean[:, frame], one_frame(conditions, frame))
-    assert state.cache.keys.data_ptr() == storage and state.cache.num_frames == 4
+def test_a_stream_past_its_window_is_a_banded_parallel_pass(make, monkeypatch):
+    """The ring forgets exactly what a mask over the whole stream would hide."""
+    window, num_frames = 4, 14
+    model = make(cache=CacheConfig(window=window, num_sinks=0))
+    clips = random_clips(model, num_frames=num_frames)
+    streamed = stream(model, *clips, num_given=0)
+
+    def banded_causal(num_rows, num_tokens, device):
+        frame = torch.arange(num_rows).repeat_interleave(num_tokens)
+        distance = frame[:, None] - frame[None, :]
+        return (distance >= 0) & (distance < window)
+
+    def banded_forcing(num_clean, first, num_noisy, num_tokens, device):
+        clean, noisy = torch.arange(num_clean), torch.arange(first, first + num_noisy)
+        distance = noisy[:, None] - clean[None, :]
+        own = noisy[:, None] == noisy[None, :]
+        visible = torch.cat([(distance > 0) & (distance < window), own], dim=1)
+        return visible.repeat_interleave(num_tokens, 0).repeat_interleave(num_tokens, 1)
+
+    for module in ("encoder", "dense"):
+        monkeypatch.setattr(f"scd.model.{module}.frame_causal_mask", banded_causal)
+    monkeypatch.setattr("scd.model.dense.teacher_forcing_mask", banded_forcing)
+    parallel = model(*clips)[:, 0]
+    torch.testing.assert_close(streamed, parallel, atol=5e-6, rtol=5e-6)
+    monkeypatch.undo()
+    assert not torch.allclose(streamed[:, -1], model(*clips)[:, 0, -1], atol=1e-3)
 
 
 @pytest.mark.parametrize("make", [tiny_separable, tiny_dense])
@@ -221,8 +267,6 @@ def test_context_is_computed_once_per_frame():
     for _ in range(7):
         model.velocity(context, noisy[:, 0, 1], time[:, 0, 1])
     assert len(calls) == 1
-    with pytest.raises(ValueError, match="observe it first"):
-        model.context(state, one_frame(conditions, 2))
 
 
 @torch.no_grad()

@@ -162,6 +162,22 @@ class Block(nn.Module):
         shift, scale, gate = self.mlp_modulation(embedding)
         return x + gate * self.mlp(layer_norm(x) * (1 + scale) + shift)
 
+    def with_keys_values(
+        self,
+        x: Float[Tensor, "b t n d"],
+        embedding: Float[Tensor, "b t d"],
+        rotary: Rotary,
+        attend: Attend,
+    ) -> tuple[Float[Tensor, "b t n d"], Float[Tensor, "b k s e"], Float[Tensor, "b k s e"]]:
+        """Run the block and return the keys and values of its tokens too, for others to read."""
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            seen.append((k, v))
+            return attend(q, k, v)
+
+        return self(x, embedding, rotary, read), *seen[0]
+
     def keys_values(
         self, x: Float[Tensor, "b t n d"], embedding: Float[Tensor, "b t d"], rotary: Rotary
     ) -> tuple[Float[Tensor, "b k s e"], Float[Tensor, "b k s e"]]:

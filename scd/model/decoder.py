@@ -73,6 +73,20 @@ class Prepared:
             ],
         )
 
+    def concat(self, other: Prepared) -> Prepared:
+        """Put other frames behind these."""
+        steering = None
+        if self.steering is not None and other.steering is not None:
+            steering = torch.cat([self.steering, other.steering])
+        return Prepared(
+            tokens=torch.cat([self.tokens, other.tokens]),
+            steering=steering,
+            keys_values=[
+                (torch.cat([mine[0], theirs[0]]), torch.cat([mine[1], theirs[1]]))
+                for mine, theirs in zip(self.keys_values, other.keys_values, strict=True)
+            ],
+        )
+
 
 class FrameDecoder(nn.Module):
     """Transformer over one frame at a time: `prepare` its context once, `denoise` it many times."""
@@ -117,9 +131,15 @@ class FrameDecoder(nn.Module):
             x = tokens
             for block in self.blocks:
                 assert isinstance(block, Block)
-                keys_values.append(block.keys_values(x, embedding, rotary))
-                if block is not self.blocks[-1]:
-                    x = block(x, embedding, rotary, attend)
+                if block is self.blocks[-1]:
+                    keys_values.append(block.keys_values(x, embedding, rotary))
+                    break
+                run = block.with_keys_values
+                if self.gradient_checkpointing and torch.is_grad_enabled():
+                    x, k, v = checkpoint(run, x, embedding, rotary, attend, use_reentrant=False)
+                else:
+                    x, k, v = run(x, embedding, rotary, attend)
+                keys_values.append((k, v))
         return Prepared(tokens=tokens, steering=steering, keys_values=keys_values)
 
     def denoise(

@@ -6,8 +6,9 @@ visible, one modulation per frame, no row that nobody reads. Source: paper, sect
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -204,10 +205,12 @@ class DenseDiffuser(nn.Module, Pretrained):
 
         for block in self.blocks:
             assert isinstance(block, Block)
-            keys, values = (
-                part.repeat_interleave(num_draws, 0)
-                for part in block.keys_values(x_past, embedding_past, rotary_past)
-            )
+            past_inputs = (x_past, embedding_past, rotary_past)
+            if block is self.blocks[-1] or num_clean == 0:
+                keys, values = block.keys_values(*past_inputs)
+            else:
+                x_past, keys, values = self._run(block.with_keys_values, *past_inputs, read_past)
+            keys, values = (part.repeat_interleave(num_draws, 0) for part in (keys, values))
 
             def read(
                 q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values
@@ -216,8 +219,6 @@ class DenseDiffuser(nn.Module, Pretrained):
                 return attend(q, keys, values, visible, bias)
 
             x = self._run(block, x, embedding, rotary, read)
-            if block is not self.blocks[-1] and num_clean:
-                x_past = self._run(block, x_past, embedding_past, rotary_past, read_past)
         return self.head(x, embedding, noisy, time)
 
     def begin(
@@ -319,7 +320,7 @@ class DenseDiffuser(nn.Module, Pretrained):
 
         return read
 
-    def _run(self, block: nn.Module, *inputs) -> Tensor:
+    def _run(self, block: Callable[..., Any], *inputs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)

@@ -144,6 +144,7 @@ class CausalEncoder(nn.Module):
         clean: Float[Tensor, "b t c h w"],
         upcoming: Conditions,
         first_row: int,
+        keep: bool = True,
     ) -> Context:
         """Append rows to the cache and return what each is the context of.
 
@@ -152,6 +153,7 @@ class CausalEncoder(nn.Module):
             clean: frames of the rows after the start frame; t may be 0 at the start frame.
             upcoming: conditions of the frame after each row.
             first_row: frame position of the first row; -1 is the start frame.
+            keep: False leaves it to the caller to advance the cache, or to replace the rows.
         """
         tokens = self._rows(clean, with_start=first_row == -1)
         num_rows = tokens.shape[1]
@@ -174,7 +176,8 @@ class CausalEncoder(nn.Module):
 
         readers = [reader(layer) for layer in range(len(self.blocks))]
         context = self._run(tokens, upcoming, frames, readers)
-        cache.advance(frames)
+        if keep:
+            cache.advance(frames)
         return context
 
     def _rows(self, clean: Tensor, with_start: bool) -> Float[Tensor, "b t n d"]:

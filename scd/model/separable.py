@@ -48,15 +48,18 @@ class SeparableState:
     that follows it."""
 
     cache: KVCache
-    """Keys and values of all rows that were encoded."""
-    pending: Tensor | None
-    """Newest frame, [b 1 c h w], or [b 0 c h w] for the start frame; None once it is encoded."""
+    """Keys and values of all rows before the newest."""
+    newest: Tensor
+    """Newest frame, [b 1 c h w], or [b 0 c h w] for the start frame."""
     next_row: int
-    """Frame position of the pending row; -1 is the start frame."""
+    """Frame position of the newest row; -1 is the start frame."""
+    encoded: bool = False
+    """Whether the newest row lies in the cache already, though it is not kept yet: so a context can
+    be computed again, for another action."""
 
     def fork(self) -> SeparableState:
         """Return an independent copy."""
-        return replace(self, cache=self.cache.fork())
+        return replace(self, cache=self.cache.fork(), encoded=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,20 +212,17 @@ class SeparableDiffuser(nn.Module, Pretrained):
                 row,
             )
             row += num_rows
-        return SeparableState(cache=cache, pending=clean[:, max(row, 0) :], next_row=row)
+        return SeparableState(cache=cache, newest=clean[:, max(row, 0) :], next_row=row)
 
     def context(self, state: SeparableState, conditions: Conditions) -> SeparableContext:
         """Run the encoder for the next frame, whose conditions are given as [b 1].
 
-        Raises:
-            ValueError: the frame before was neither denoised nor observed.
+        It may be called again, for other conditions of the same frame; the last call counts.
         """
-        if state.pending is None:
-            raise ValueError("context was already computed for this frame: observe it first")
-        encoded = self.encoder.extend(state.cache, state.pending, conditions, state.next_row)
-        encoded = encoded.last(1)
-        state.pending = None
-        state.next_row += 1
+        encoded = self.encoder.extend(
+            state.cache, state.newest, conditions, state.next_row, keep=False
+        )
+        state.encoded = True
         return self._context(encoded, conditions)
 
     def _context(self, encoded: Context, conditions: Conditions) -> SeparableContext:
@@ -236,12 +236,15 @@ class SeparableDiffuser(nn.Module, Pretrained):
 
         The unconditional branch of guidance by context noise. Source: paper, section 3.
         """
-        noisy = context.encoded.with_noise(strength, noise)
-        both = Context(
-            tokens=torch.cat([noisy.tokens, context.encoded.tokens]),
-            gain=torch.cat([noisy.gain, context.encoded.gain]),
+        noisy = self._context(context.encoded.with_noise(strength, noise), context.conditions)
+        return SeparableContext(
+            prepared=noisy.prepared.concat(context.prepared),
+            encoded=Context(
+                tokens=torch.cat([noisy.encoded.tokens, context.encoded.tokens]),
+                gain=torch.cat([noisy.encoded.gain, context.encoded.gain]),
+            ),
+            conditions=context.conditions.concat(context.conditions),
         )
-        return self._context(both, context.conditions.concat(context.conditions))
 
     def velocity(
         self,
@@ -259,6 +262,8 @@ class SeparableDiffuser(nn.Module, Pretrained):
         conditions: Conditions,
     ) -> None:
         """Make a frame part of the past: the one just denoised, or a given one."""
-        if state.pending is not None:
+        if not state.encoded:
             self.context(state, conditions)
-        state.pending = clean[:, None]
+        state.cache.advance([state.next_row])
+        state.newest, state.encoded = clean[:, None], False
+        state.next_row += 1
