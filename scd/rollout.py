@@ -141,15 +141,11 @@ class Rollout:
             ValueError: frames of another size, conditions that do not fit, or no frames for a
                 model that cannot begin from nothing.
         """
-        spec, card = self.model.config.conditions, self.world.card
+        spec = self.model.config.conditions
         conditions = conditions or Conditions()
         latents = None
         if frames is not None:
-            if frames.shape[-2:] != (card.height, card.width):
-                raise ValueError(
-                    f"frames must be {card.height}x{card.width}, "
-                    f"got {frames.shape[-2]}x{frames.shape[-1]}"
-                )
+            self._check_size(frames)
             if frames.shape[1] == 0:
                 raise ValueError("given first frames must be 1 or more; None begins from nothing")
             batch = frames.shape[0]
@@ -157,6 +153,10 @@ class Rollout:
             latents = self.world.autoencoder.encode(frames.to(self.device)).to(self.dtype)
         elif spec.num_labels:
             replace(spec, num_actions=0, action_dim=0).check(Conditions(labels=conditions.labels))
+        if conditions.labels is not None and conditions.labels.shape[0] != batch:
+            raise ValueError(
+                f"{batch} streams need as many labels, got {conditions.labels.shape[0]}"
+            )
         self._labels = conditions.labels
         self.batch = batch
         past = self._doubled(conditions.to(self.device), latents)
@@ -165,6 +165,14 @@ class Rollout:
         self.num_given = 0 if frames is None else frames.shape[1]
         self.num_frames = self.num_given
         self._start = self._state.fork()
+
+    def _check_size(self, frames: Tensor) -> None:
+        card = self.world.card
+        if frames.shape[-2:] != (card.height, card.width):
+            raise ValueError(
+                f"frames must be {card.height}x{card.width}, "
+                f"got {frames.shape[-2]}x{frames.shape[-1]}"
+            )
 
     @property
     def _branches_state(self) -> bool:
@@ -194,6 +202,8 @@ class Rollout:
         self, actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None
     ) -> Float[Tensor, "b 3 h w"]:
         """Generate the next frame of each stream, the effect of `actions` on the newest one.
+
+        A step that is interrupted leaves the streams as they were.
 
         Raises:
             ValueError: the stream has not begun, or the actions do not fit.
@@ -230,8 +240,15 @@ class Rollout:
         frames: Float[Tensor, "b 3 h w"],
         actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None,
     ) -> None:
-        """Put in the next frame of each stream, in [-1, 1], and the actions that led to it."""
+        """Put in the next frame of each stream, in [-1, 1], and the actions that led to it.
+
+        Raises:
+            ValueError: frames of another size or number, or actions that do not fit.
+        """
+        self._check_size(frames)
         conditions = self._conditions(actions)
+        if frames.shape[0] != self.batch:
+            raise ValueError(f"{self.batch} streams need as many frames, got {frames.shape[0]}")
         latents = self.world.autoencoder.encode(frames[:, None].to(self.device))[:, 0]
         self._remember(latents.to(self.dtype), conditions)
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 FOLDER = Path(os.environ.get("SCD_REFERENCE", Path(__file__).parents[2] / "shared" / "reference"))
@@ -25,12 +26,18 @@ def load_tables(name):
     return load_file(path)
 
 
+def grid_of(name):
+    """Read frames, rows and columns off a name like ids_3x4x4."""
+    frames, rows, columns = map(int, name.removeprefix("ids_").split("x"))
+    return torch.arange(frames), rows, columns
+
+
 def cases(subfolder, kind):
     """Name the cases of one kind; one that skips where the folder is absent."""
     found = []
     for path in sorted((FOLDER / subfolder).glob("*.json")):
         case = json.loads(path.read_text())
-        if case.get("kind") == kind:
+        if isinstance(case, dict) and case.get("kind") == kind:
             found.append(path.stem)
     return found or [pytest.param("", marks=pytest.mark.skip(f"no golden tensors at {FOLDER}"))]
 

@@ -11,7 +11,7 @@ from scd.model.cache import CacheConfig
 from scd.model.embed import time_sinusoids
 from scd.objective.denoise import velocity_loss
 from scd.rollout import guided_velocity
-from tests.reference import cases, load_case, load_tables
+from tests.reference import cases, grid_of, load_case, load_tables
 
 ATOL = 2e-5
 GRADIENT_ATOL = 2e-6
@@ -81,9 +81,12 @@ def test_training_forward(name):
         golden.conditions(),
     )
     close(velocity[:, 0, -data["pred"].shape[1] :], data["pred"])
-    for key, ours in seen.items():
-        if key in data:
-            close(ours.flatten(1, 2), data[key])
+    compared = [key for key in seen if key in data]
+    for key in compared:
+        close(seen[key].flatten(1, 2), data[key])
+    # Some cases store no activations at all.
+    stores_some = any(key.startswith("debug.") for key in data)
+    assert len(compared) > len(model.blocks) or not stores_some
 
 
 @pytest.mark.parametrize("name", cases("dense", "generate"))
@@ -120,9 +123,10 @@ def test_generation(name):
             close(output, data["model_out"][index, step])
         close(latent, data["latents_out"][:, index])
         finished.append(latent)
-        cached = case["call_log"]["cached_tokens_after_each_call"]
-        tokens = state.cache.num_frames * model.shape.num_tokens
-        assert tokens == cached[index * case["num_inference_steps"]]
+        if "call_log" in case:
+            cached = case["call_log"]["cached_tokens_after_each_call"]
+            tokens = state.cache.num_frames * model.shape.num_tokens
+            assert tokens == cached[index * case["num_inference_steps"]]
         model.observe(state, torch.cat([latent, latent]) if guided else latent, now)
     samples = torch.stack(finished, dim=1)
     if given is not None:
@@ -134,12 +138,12 @@ def test_generation(name):
 def test_training_step(name):
     golden = Golden(name)
     data, model, case = golden.data, golden.model, golden.case
-    num_loss = case["loss_frames"]
+    num_loss = case.get("loss_frames", data["pred"].shape[1])
     noisy, time = data["noisy_latents"], times(data["timestep"])
     velocity = model(None, noisy[:, None], time[:, None], golden.conditions())
     close(velocity[:, 0, -data["pred"].shape[1] :], data["pred"])
-    first = case["first_frame"]
-    latents = data["latents"][:, first : first + case["frames_used"]]
+    first = case.get("first_frame", 0)
+    latents = data["latents"][:, first : first + noisy.shape[1]]
     target = data["noise"][:, -latents.shape[1] :] - latents
     given = data["context_mask"].bool()
     loss = velocity_loss(
@@ -161,17 +165,23 @@ def test_training_step(name):
 
 def test_tables():
     tables = load_tables("dense/far_tables.safetensors")
-    positions = frame_positions(torch.arange(3), 2, 4)
-    assert torch.equal(positions, tables["ids_3x2x4"].long())
-    axes = (4, 6, 6)
-    cosine, sine = rotary_table(positions, axes, 1e4)
+    case, _, state = load_case("dense", "far_tables")
+    config = case["config"]
+    grid = next(key for key in tables if key.startswith("ids_"))
+    positions = frame_positions(*grid_of(grid))
+    assert torch.equal(positions, tables[grid].long())
+    cosine, sine = rotary_table(positions, tuple(config["axes_dims_rope"]), 1e4)
     close(cosine.repeat_interleave(2, -1), tables["rope_cos"])
     close(sine.repeat_interleave(2, -1), tables["rope_sin"])
     close(time_sinusoids(times(tables["time_values"]), 128), tables["time_proj"])
-    _, _, state = load_case("dense", "far_tables")
     model = read_reference(
         state,
-        ReferenceConfig(channels=8, height=4, width=4, cache=CacheConfig(window=8, num_sinks=0)),
+        ReferenceConfig(
+            channels=config["in_channels"],
+            height=4,
+            width=4,
+            cache=CacheConfig(window=8, num_sinks=0),
+        ),
     )
     close(model.embed_time(times(tables["time_values"])[None])[0], tables["temb"])
     visible = frame_causal_mask(3, 2, torch.device("cpu"))

@@ -1,5 +1,6 @@
 """A stream: repeatable, forkable, the same as its parts, steered, and no longer than its window."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -150,11 +151,29 @@ def test_guidance_of_scale_1_changes_nothing_and_more_does(kind):
     assert (streams[0] - streams[2]).abs().max() > 1e-3
 
 
+def test_an_interrupted_step_can_be_taken_again(world):
+    rollout, undisturbed = Rollout(world), Rollout(world)
+    for one in (rollout, undisturbed):
+        one.begin(*given())
+    velocity = world.model.velocity
+
+    def interrupt(*inputs):
+        raise KeyboardInterrupt
+
+    world.model.velocity = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        rollout.step(ACTIONS[:, 1])
+    world.model.velocity = velocity
+    assert torch.equal(play(rollout), play(undisturbed))
+
+
 def test_guidance_by_labels():
     world = world_of(tiny_separable(conditions=ConditionSpec(num_labels=3)))
     rollout = Rollout(world, guidance=Guidance(kind="conditions", scale=2.0))
     rollout.begin(given()[0], Conditions(labels=torch.tensor([0, 2])))
     assert rollout.step().shape == (2, 3, 4, 6)
+    with pytest.raises(ValueError, match="1 streams need as many labels, got 2"):
+        rollout.begin(None, Conditions(labels=torch.tensor([0, 2])))
 
 
 @pytest.mark.parametrize("make", [tiny_separable, tiny_dense])
@@ -173,11 +192,12 @@ def test_a_long_stream_keeps_its_memory(make):
 def test_timing_covers_the_step(world):
     rollout = Rollout(world)
     rollout.begin(*given())
+    began = time.perf_counter()
     rollout.step(ACTIONS[:, 0])
+    took = time.perf_counter() - began
     timing = rollout.timing
-    assert timing.encoder_s > 0 and timing.decoder_s > 0 and timing.autoencoder_s > 0
-    parts = timing.encoder_s + timing.decoder_s + timing.autoencoder_s
-    assert timing.total_s == pytest.approx(parts)
+    assert min(timing.encoder_s, timing.decoder_s, timing.autoencoder_s) > 0
+    assert 0.3 * took < timing.total_s <= took
 
 
 def test_wrong_use_is_refused(world):
@@ -195,8 +215,18 @@ def test_wrong_use_is_refused(world):
         rollout.step(torch.tensor([0]))
     with pytest.raises(ValueError, match="none were given"):
         rollout.step()
+    with pytest.raises(ValueError, match="frames must be 4x6, got 8x6"):
+        rollout.observe(torch.zeros(2, 3, 8, 6), ACTIONS[:, 0])
+    assert rollout.step(ACTIONS[:, 0]).shape == (2, 3, 4, 6)
     with pytest.raises(ValueError, match="has no effect"):
         Guidance(scale=2.0)
+
+
+def test_frames_of_an_unsteered_stream_are_counted():
+    rollout = Rollout(world_of(tiny_separable(conditions=ConditionSpec())))
+    rollout.begin(given()[0])
+    with pytest.raises(ValueError, match="2 streams need as many frames, got 1"):
+        rollout.observe(torch.zeros(1, 3, 4, 6))
 
 
 def test_guidance_a_model_cannot_give_is_refused():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from scd.atomic import file_aside, write_file
 from scd.config import from_json, to_json
 
 FORMAT = "scd-1"
@@ -35,7 +35,7 @@ class Pretrained(PyTorchModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
         settings = {"format": FORMAT, "model": to_json(self.config)}
-        write_aside(Path(save_directory) / CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
+        write_file(Path(save_directory) / CONFIG_FILE, json.dumps(settings, indent=2))
         save_weights(self, Path(save_directory) / WEIGHTS_FILE)
 
     @classmethod
@@ -97,10 +97,9 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a model's weights aside, then rename."""
-    aside = path.with_name(path.name + ".aside")
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, aside)
-    os.replace(aside, path)
+    with file_aside(path) as aside:
+        save_file(state, aside)
 
 
 def load_weights(model: nn.Module, path: Path, device: str = "cpu") -> None:
@@ -140,10 +139,3 @@ def check_state(model: nn.Module, state: dict[str, torch.Tensor], where: str) ->
     ][:1]
     if problems:
         raise ValueError(f"{where} is of another architecture: {'; '.join(problems)}")
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a text file aside, then rename it into place."""
-    aside = path.with_name(path.name + ".aside")
-    aside.write_text(text)
-    os.replace(aside, path)
