@@ -2,9 +2,15 @@
 # The tables of the toy world and of the long stream in docs/results.md: 9 minutes on 2 CPU cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# A signal to this script reaches the command that it waits for, which saves before it ends.
+set -m
+trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+run() { "$@" & wait "$!"; }
 out=${1:-runs/out/demo}
-scd demo --out "$out"
+run scd demo --out "$out"
 cp "$out/report.json" docs/results/demo.json
 cp "$out/frames.png" docs/images/demo-frames.png
-python benchmarks/stream.py "$out/separable" --frames 2000
+run python benchmarks/stream.py "$out/separable" --frames 2000
 python docs/tables.py

@@ -3,18 +3,27 @@
 # Stop it at any time and start it again: recording and training continue where they were.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# A signal to this script reaches the commands that it waits for, which save before they end.
+set -m
+trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+run() { "$@" & wait "$!"; }
 out=${1:-runs/out/doom_cpu}
 for size in 32 64; do
-  scd record doom --episodes 430 --frames 300 --size "$size" --seed 0 --out "$out/data-$size"
+  run scd record doom --episodes 430 --frames 300 --size "$size" --seed 0 --out "$out/data-$size"
 done
 OMP_NUM_THREADS=1 scd train doom-32 --data "$out/data-32" --out "$out/doom-32" --max-steps 4700 &
+pid32=$!
 OMP_NUM_THREADS=1 scd train doom-64 --data "$out/data-64" --out "$out/doom-64" --max-steps 2150 &
-wait -n && wait -n
+pid64=$!
+wait "$pid32"
+wait "$pid64"
 for size in 32 64; do
   python docs/curves.py "$out/doom-$size" "doom-$size"
-  scd evaluate "$out/doom-$size" --data "$out/data-$size" --context 8 --horizon 8 \
+  run scd evaluate "$out/doom-$size" --data "$out/data-$size" --context 8 --horizon 8 \
     --out "docs/results/doom_${size}_cpu.json"
-  scd sample "$out/doom-$size" --data "$out/data-$size" --context 8 --frames 16 --steps 10 \
+  run scd sample "$out/doom-$size" --data "$out/data-$size" --context 8 --frames 16 --steps 10 \
     --out "$out/sample-$size"
 done
 python docs/tables.py

@@ -5,23 +5,29 @@
 #   runs/doom_gpu.sh [FOLDER] [SECONDS]    train at most SECONDS per model in this call
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# A signal to this script reaches the commands that it waits for, which save before they end.
+set -m
+trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+run() { "$@" & wait "$!"; }
 out=${1:-runs/out/doom_gpu}
 seconds=${2:-1500}
 # 1,700 episodes of 300 frames are 510,000 frames.
-scd record doom --episodes 1700 --frames 300 --size 64 --seed 0 --out "$out/data"
-wide="--batch-size 16 --num-frames 32 --model.cache.window 32 --max-steps 12000 --precision bf16
+run scd record doom --episodes 1700 --frames 300 --size 64 --seed 0 --out "$out/data"
+wide="--batch-size 16 --num-frames 32 --max-steps 12000 --precision bf16
   --model.block.width 384 --save-every 250 --validate-every 1000 --sample-every 1000"
 # shellcheck disable=SC2086
-scd train doom-64 --data "$out/data" --out "$out/separable" --time-limit-s "$seconds" $wide \
+run scd train doom-64 --data "$out/data" --out "$out/separable" --time-limit-s "$seconds" $wide \
   --model.encoder.num-layers 8 --model.decoder.num-layers 4
 # shellcheck disable=SC2086
-scd train doom-64-dense --data "$out/data" --out "$out/dense" --time-limit-s "$seconds" $wide \
+run scd train doom-64-dense --data "$out/data" --out "$out/dense" --time-limit-s "$seconds" $wide \
   --model.num-layers 12
 for model in separable dense; do
   python docs/curves.py "$out/$model" "doom-64-gpu-$model"
-  scd evaluate "$out/$model" --data "$out/data" --context 16 --horizon 16 \
+  run scd evaluate "$out/$model" --data "$out/data" --context 16 --horizon 16 \
     --out "docs/results/doom_64_gpu_$model.json"
-  scd sample "$out/$model" --data "$out/data" --context 16 --frames 48 --steps 10 \
+  run scd sample "$out/$model" --data "$out/data" --context 16 --frames 48 --steps 10 \
     --out "$out/sample-$model"
 done
 python docs/tables.py

@@ -1,0 +1,66 @@
+"""The scripts in runs/: a failure or a signal ends them, and the training that they started."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+STAND_IN = """#!/usr/bin/env bash
+echo "$1 $2" >> calls
+{body}
+"""
+WAITING = """[ "$1" = record ] && exit 0
+trap 'echo "saved $2" >> calls; exit 143' TERM
+touch "began-$2"
+for _ in {1..600}; do sleep 0.1; done"""
+
+
+def start(tmp_path: Path, name: str, body: str) -> subprocess.Popen[bytes]:
+    """Start a copy of a script where the programs that it calls are stand-ins."""
+    for folder in ("runs", "bin"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(ROOT / "runs" / name, tmp_path / "runs" / name)
+    for program in ("scd", "python"):
+        (tmp_path / "bin" / program).write_text(STAND_IN.replace("{body}", body))
+        (tmp_path / "bin" / program).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    script = str(tmp_path / "runs" / name)
+    return subprocess.Popen(["bash", script], env=environment, start_new_session=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [("demo.sh", ["--out"]), ("doom_cpu.sh", ["doom-32", "doom-64"]), ("doom_gpu.sh", ["doom-64"])],
+)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_script_ends_what_it_started(tmp_path, name, trained, number, status):
+    script = start(tmp_path, name, WAITING)
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"began-{one}").exists() for one in trained):
+        assert script.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    script.send_signal(number)
+    assert script.wait(timeout=60) == status
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert sorted(calls[-len(trained) :]) == [f"saved {one}" for one in trained]
+
+
+@pytest.mark.parametrize("failing", ["doom-32", "doom-64"])
+def test_a_failed_training_ends_the_script(tmp_path, failing):
+    body = f'[ "$2" = {failing} ] && exit 3; exit 0'
+    assert start(tmp_path, "doom_cpu.sh", body).wait(timeout=60) == 3
+    calls = (tmp_path / "calls").read_text()
+    assert f"train {failing}" in calls and "evaluate" not in calls
+
+
+def test_a_script_runs_to_its_end(tmp_path):
+    assert start(tmp_path, "doom_gpu.sh", "exit 0").wait(timeout=60) == 0
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call.split()[0] for call in calls if call.split()[0] != "record"][:2] == ["train"] * 2
+    assert calls[-1].startswith("docs/tables.py")
