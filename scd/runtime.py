@@ -32,11 +32,6 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def dtype_of(precision: Precision) -> torch.dtype:
-    """Return the number format in which a network computes at a precision."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
 def derive_seed(seed: int, purpose: str, *indices: int) -> int:
     """Hash a run's seed, a purpose and indices (rank, step, ...) into one seed.
 
@@ -57,21 +52,6 @@ def make_generator(
 ) -> torch.Generator:
     """Return a fresh generator on a device for one purpose, seeded by `derive_seed`."""
     return torch.Generator(device=device).manual_seed(derive_seed(seed, purpose, *indices))
-
-
-def set_threads(num_threads: int) -> None:
-    """Set the threads of one CPU operation; 0 keeps what PyTorch chose.
-
-    Sums of floats depend on how they are split, so runs that must agree bit for bit need the same
-    number.
-
-    Raises:
-        ValueError: a negative number.
-    """
-    if num_threads < 0:
-        raise ValueError(f"num_threads must be 0 or more, got {num_threads}")
-    if num_threads:
-        torch.set_num_threads(num_threads)
 
 
 def describe_hardware() -> dict[str, str | int]:

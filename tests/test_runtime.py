@@ -14,7 +14,6 @@ from scd.runtime import (
     git_commit,
     make_generator,
     peak_memory_gib,
-    set_threads,
 )
 
 
@@ -52,17 +51,6 @@ def test_devices_that_do_not_exist_are_refused():
         choose_device("cuda:99")
     with pytest.raises(ValueError, match="auto, cpu, cuda"):
         choose_device("abacus")
-
-
-def test_threads():
-    before = torch.get_num_threads()
-    set_threads(2)
-    assert torch.get_num_threads() == 2
-    set_threads(0)
-    assert torch.get_num_threads() == 2
-    set_threads(before)
-    with pytest.raises(ValueError, match="num_threads"):
-        set_threads(-1)
 
 
 def test_the_machine_is_described():
