@@ -16,6 +16,7 @@ from scd.data.folder import FolderSource, open_source
 from scd.data.loader import Loader
 from scd.data.manifest import (
     choose_splits,
+    read_actions,
     read_manifest,
     write_card,
     write_episode,
@@ -171,6 +172,28 @@ def test_missing_or_foreign_action_files_are_refused(tmp_path):
         FolderSource(tmp_path, "train")
 
 
+def test_every_damage_of_an_action_file_names_it(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, actions=np.arange(12))
+    whole = path.read_bytes()
+    num_refused = 0
+    for position in range(len(whole)):
+        for flipped in (0x01, 0xFF):
+            damaged = bytearray(whole)
+            damaged[position] ^= flipped
+            path.write_bytes(damaged)
+            try:
+                # Some bytes of an archive, such as its times, mean nothing to the array.
+                assert read_actions(path).tolist() == list(range(12))
+            except ValueError as error:
+                assert str(error).startswith(f"{path}: is no .npz file"), position
+                num_refused += 1
+        path.write_bytes(whole[:position])
+        with pytest.raises(ValueError, match="a.npz: is no .npz file"):
+            read_actions(path)
+    assert num_refused > len(whole) / 2
+
+
 def test_wrong_cards_are_refused(tmp_path):
     write_folder(tmp_path)
     path = tmp_path / "dataset.json"
@@ -232,14 +255,24 @@ def test_splits_follow_their_shares_and_never_change():
     assert [splits.count(name) for name in ("train", "val", "test")] == [340, 20, 40]
     assert choose_splits(37, 0.05, 0.1) == splits[:37]
     assert choose_splits(3, 0.0, 0.0) == ["train"] * 3
+    for num_episodes in range(4, 400):
+        assert splits[:num_episodes].count("train") >= num_episodes / 2
     for wrong in ((-0.1, 0.1), (0.5, 0.5)):
         with pytest.raises(ValueError, match="leave episodes for training"):
             choose_splits(3, *wrong)
 
 
+def test_small_collections_have_held_out_episodes():
+    assert choose_splits(1, 0.05, 0.05) == ["train"]
+    assert choose_splits(2, 0.05, 0.05) == ["train", "val"]
+    assert choose_splits(6, 0.05, 0.05) == ["train", "val", "test", "train", "train", "train"]
+    assert choose_splits(3, 0.05, 0.0) == ["train", "val", "train"]
+    assert choose_splits(3, 0.0, 0.05) == ["train", "test", "train"]
+
+
 def test_the_toy_world_is_recorded(tmp_path):
     config = ToyRecording(
-        out=str(tmp_path / "toy"), episodes=3, frames=20, seed=2, val_fraction=0.3, workers=1
+        out=str(tmp_path / "toy"), episodes=3, frames=20, seed=2, test_fraction=0.0, workers=1
     )
     source = FolderSource(record(config), "train", strict=True)
     assert source.card == ToyWorld(32, "train").card
@@ -264,7 +297,7 @@ def test_the_example_script_makes_a_folder(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     source = FolderSource(tmp_path / "clips", "train", strict=True)
-    assert (source.card.height, source.card.fps, source.num_episodes) == (16, 8.0, 9)
+    assert (source.card.height, source.card.fps, source.num_episodes) == (16, 8.0, 8)
     assert source.card.action_names == ("none", "left", "right")
     clip = source.read(0, 0, 12)
     assert clip.actions.tolist() == [0, *([0, 2, 2, 0] * 3)][:12]

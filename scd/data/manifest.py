@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -20,6 +21,7 @@ from typing import Any, get_args
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from scd.atomic import file_aside
 from scd.config import from_json, to_json
 from scd.data.source import DataCard, Split
 from scd.data.video import write_video
@@ -29,6 +31,20 @@ MANIFEST_FILE = "manifest.jsonl"
 
 RECORDING = "recording"
 """Key of the card's file under which a recording keeps its own settings; readers pass it over."""
+
+
+_DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    RuntimeError,  # By a damaged flag the archive claims to be encrypted, or compressed otherwise.
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+# What reading an archive raises that is cut off, damaged, or something else.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +85,8 @@ def read_card(path: Path) -> DataCard:
 def write_card(path: Path, card: DataCard, recording: dict[str, Any] | None = None) -> None:
     """Write the card of a folder, and beside it the settings of the recording, if any."""
     values = to_json(card) | ({} if recording is None else {RECORDING: recording})
-    _write_aside(path / CARD_FILE, json.dumps(values, indent=2) + "\n")
+    with file_aside(path / CARD_FILE) as aside:
+        aside.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def read_manifest(path: Path) -> list[Entry]:
@@ -89,7 +106,8 @@ def read_manifest(path: Path) -> list[Entry]:
 
 def write_manifest(path: Path, entries: list[Entry]) -> None:
     """Write all episodes of a folder."""
-    _write_aside(path / MANIFEST_FILE, "".join(map(_line, entries)))
+    with file_aside(path / MANIFEST_FILE) as aside:
+        aside.write_text("".join(map(_line, entries)))
 
 
 def append_to_manifest(path: Path, entry: Entry) -> None:
@@ -128,10 +146,8 @@ def write_episode(
     video, actions_file = f"videos/{name}.mp4", f"actions/{name}.npz"
     write_video(path / video, pixels, fps, lossless=True)
     if actions is not None:
-        aside = path / f"{actions_file}.part"
-        with open(aside, "wb") as file:
+        with file_aside(path / actions_file) as aside, open(aside, "wb") as file:
             np.savez(file, actions=actions)
-        os.replace(aside, path / actions_file)
     return Entry(
         video=video,
         num_frames=len(pixels),
@@ -145,15 +161,15 @@ def read_actions(path: Path) -> np.ndarray:
     """Read an actions file: ids as int64 [t], or vectors as float32 [t a].
 
     Raises:
-        ValueError: missing, not an .npz file with the key `actions`, or neither integers nor
-            floats.
+        ValueError: missing, damaged, not an .npz file with the key `actions`, or neither integers
+            nor floats.
     """
     try:
         with np.load(path) as arrays:
             actions = arrays["actions"]
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such actions file") from error
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise ValueError(f"{path}: is no .npz file with the key 'actions' ({error})") from error
     if np.issubdtype(actions.dtype, np.integer):
         return actions.astype(np.int64)
@@ -165,7 +181,9 @@ def read_actions(path: Path) -> np.ndarray:
 def choose_splits(num_episodes: int, val_fraction: float, test_fraction: float) -> list[Split]:
     """Deal episodes out to the splits, each to the one that lags furthest behind its share.
 
-    The split of an episode does not depend on how many follow.
+    The second episode goes to `val` and the third to `test`, where these have shares at all, so
+    that small collections have them too. The split of an episode does not depend on how many
+    follow.
 
     Raises:
         ValueError: shares below 0, or none left for training.
@@ -181,12 +199,13 @@ def choose_splits(num_episodes: int, val_fraction: float, test_fraction: float) 
             f"got {val_fraction} and {test_fraction}"
         )
     counts: dict[Split, int] = dict.fromkeys(get_args(Split), 0)
+    first: list[Split] = [name for name in get_args(Split) if shares[name] > 0]
     splits: list[Split] = []
     for episode in range(num_episodes):
         lag = {name: shares[name] * (episode + 1) - counts[name] for name in shares}
-        furthest = max(shares, key=lag.__getitem__)
-        splits.append(furthest)
-        counts[furthest] += 1
+        chosen = first[episode] if episode < len(first) else max(shares, key=lag.__getitem__)
+        splits.append(chosen)
+        counts[chosen] += 1
     return splits
 
 
@@ -204,9 +223,3 @@ def _parse(where: Path | str, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: is not JSON ({error})") from error
-
-
-def _write_aside(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text)
-    os.replace(aside, path)

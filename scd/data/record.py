@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from rich.progress import track
 
+from scd.atomic import file_aside, remove_leftovers
 from scd.clip import ConditionSpec, frames_to_pixels
 from scd.config import to_json
 from scd.data.doom import ACTION_NAMES, TICS_PER_S, DoomGame, require_vizdoom
@@ -157,6 +158,8 @@ def _begin(out: Path, card: DataCard, config: Recording) -> int:
         raise FileExistsError(
             f"{out}: holds a recording with other settings: {recorded}, asked for: {settings}"
         )
+    for folder in (out, out / "videos", out / "actions"):
+        remove_leftovers(folder)
     _drop_torn_line(out)
     entries = read_manifest(out)
     if len(entries) > config.episodes:
@@ -170,9 +173,8 @@ def _drop_torn_line(out: Path) -> None:
     """Cut off a last line of the manifest that an interruption left without its end."""
     text = (out / MANIFEST_FILE).read_text()
     if text and not text.endswith("\n"):
-        aside = out / f".{MANIFEST_FILE}.part"
-        aside.write_text(text[: text.rfind("\n") + 1])
-        os.replace(aside, out / MANIFEST_FILE)
+        with file_aside(out / MANIFEST_FILE) as aside:
+            aside.write_text(text[: text.rfind("\n") + 1])
 
 
 def _run(jobs: list[_Job], workers: int) -> Iterator[Entry]:
