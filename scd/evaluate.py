@@ -27,6 +27,7 @@ from scd.metrics.memory import MemoryClips, MemoryScore, find_memory_clips, memo
 from scd.model.build import num_parameters
 from scd.plots import plot_metrics
 from scd.predict import (
+    NUM_CLIPS,
     TIMED,
     Protocol,
     check_fit,
@@ -54,8 +55,8 @@ class EvaluateConfig:
     """Frames that it predicts after them."""
     out: str = "evaluation.json"
     """The result; a plot with the same name and the ending .png goes beside it."""
-    num_clips: int = 64
-    """Held-out clips, which do not overlap."""
+    num_clips: int | None = None
+    """Held-out clips, which do not overlap; None: 64, or all there are if they are fewer."""
     split: Split = "val"
     """Part of the data that they are from."""
     seed: int = 0
@@ -100,7 +101,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         FileNotFoundError: no such run or data.
         ValueError: no episode is as long as context and horizon together, fewer clips than asked
-            for, or data of another kind than the model's.
+            for, a context or horizon below 1, or data of another kind than the model's.
     """
     device = choose_device(config.device)
     world = load_world(config.run, config.weights, device)
@@ -112,12 +113,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     protocol = Protocol(
         context=config.context,
         horizon=config.horizon,
-        num_clips=config.num_clips,
+        num_clips=NUM_CLIPS if config.num_clips is None else config.num_clips,
         batch_size=config.batch_size,
         seed=config.seed,
         sampling=sampling,
         guidance=config.guidance,
     )
+    if config.num_clips is None:
+        protocol = protocol.reduced_to(source)
     measured = measure(world, source, protocol)
     result = {
         "rows": measured.rows,
@@ -125,13 +128,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "left_out": measured.left_out,
         "memory_events": measured.memory_events,
         "seconds_per_frame": summarize(measured.timings),
-        "timed": f"{TIMED}; {min(config.batch_size, config.num_clips)} clips side by side",
+        "timed": f"{TIMED}; {min(config.batch_size, protocol.num_clips)} clips side by side",
         "model": {
             "kind": type(world.model).__name__,
             "parameters": num_parameters(world.model),
             "sampling": to_json(sampling),
         },
-        "settings": to_json(config),
+        "settings": to_json(replace(config, num_clips=protocol.num_clips)),
     } | provenance(device)
     out = Path(config.out)
     write_json(result, out)
@@ -142,9 +145,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def readable(result: Mapping[str, Any]) -> str:
     """Return a table for people: each metric's means at the first, middle and last horizon."""
-    last = result["settings"]["horizon"]
+    settings = result["settings"]
+    last = settings["horizon"]
     horizons = sorted({1, (last + 1) // 2, last})
-    lines = [f"{'':32}" + "".join(f"{f'+{horizon}':>9}" for horizon in horizons)]
+    clips = f"{settings['num_clips']} clips of {settings['split']}"
+    lines = [f"{clips:32}" + "".join(f"{f'+{horizon}':>9}" for horizon in horizons)]
     means = {(r["metric"], r["baseline"], r["horizon"]): r["mean"] for r in result["rows"]}
     for metric, baseline in dict.fromkeys((metric, baseline) for metric, baseline, _ in means):
         found = [means.get((metric, baseline, horizon)) for horizon in horizons]

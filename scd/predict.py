@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,9 @@ from scd.runtime import make_generator
 
 Window = tuple[int, int]
 """An episode and the frame at which a clip of it begins."""
+
+NUM_CLIPS = 64
+"""Clips on which a world is measured, unless it is said otherwise."""
 
 TIMED = (
     "wall-clock seconds of one rollout step, synchronised with the device; encoder: causal work "
@@ -42,6 +45,12 @@ def check_fit(world: World, card: DataCard, data: str) -> None:
         raise ValueError(
             f"the model is steered by {ours.conditions}, {data} by {theirs.conditions}"
         )
+
+
+def count_windows(source: Source, num_frames: int) -> int:
+    """Count the clips of a length that do not overlap."""
+    lengths = (source.num_frames(episode) for episode in range(source.num_episodes))
+    return sum(length // num_frames for length in lengths)
 
 
 def choose_windows(source: Source, num_windows: int, num_frames: int, seed: int) -> list[Window]:
@@ -90,7 +99,7 @@ class Protocol:
     """Frames of each clip that the model is given."""
     horizon: int = 8
     """Frames that it predicts after them."""
-    num_clips: int = 64
+    num_clips: int = NUM_CLIPS
     """Clips, which do not overlap."""
     batch_size: int = 16
     """Clips side by side. Other sizes draw other noise."""
@@ -105,6 +114,14 @@ class Protocol:
         for name in ("context", "horizon", "num_clips", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+
+    def reduced_to(self, source: Source) -> Protocol:
+        """Return the same protocol with as many clips as there are, if they are fewer.
+
+        A source without any changes nothing: choosing them says what is missing.
+        """
+        available = count_windows(source, self.context + self.horizon)
+        return replace(self, num_clips=min(self.num_clips, available or self.num_clips))
 
     def batches(self) -> list[slice]:
         """Return which clips go side by side."""

@@ -1,13 +1,16 @@
 """Small real parts that tests share: models of a few thousand weights, worlds, toy clips."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
-from scd.checkpoint import World
-from scd.clip import Batch
+from scd.checkpoint import World, save_world
+from scd.clip import Batch, frames_to_pixels
 from scd.data.folder import open_source
 from scd.data.loader import Loader
+from scd.data.manifest import write_card, write_episode, write_manifest
 from scd.data.source import Source
 from scd.flow import SamplingConfig
 from scd.model.block import BlockConfig
@@ -76,3 +79,24 @@ def tiny_world(model_config: ModelConfig, toy_source: Source) -> World:
         card=toy_source.card,
         sampling=SamplingConfig(num_steps=2),
     )
+
+
+@pytest.fixture
+def run(tiny_world: World, tmp_path: Path) -> str:
+    """The tiny world as a folder."""
+    return str(save_world(tiny_world, tmp_path / "world"))
+
+
+@pytest.fixture
+def folder(toy_source: Source, tmp_path: Path) -> str:
+    """Three validation episodes of the toy world, 20 frames each, as files."""
+    path = tmp_path / "data"
+    entries = []
+    for episode in range(3):
+        clip = toy_source.read(episode, 0, 20)
+        assert clip.actions is not None
+        pixels, actions = frames_to_pixels(clip.frames).numpy(), clip.actions.numpy()
+        entries.append(write_episode(path, f"e{episode}", pixels, actions, 10.0, "val"))
+    write_card(path, toy_source.card)
+    write_manifest(path, entries)
+    return str(path)

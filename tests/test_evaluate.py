@@ -4,15 +4,12 @@ import json
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
 
 from scd import evaluate, predict
-from scd.checkpoint import save_world
 from scd.data.folder import open_source
-from scd.data.manifest import write_card, write_episode, write_manifest
 from scd.data.source import DataCard
 from scd.metrics import image, memory
 from scd.rollout import Timing
@@ -22,26 +19,6 @@ from scd.rollout import Timing
 def model_config(separable_config):
     """One kind is enough: evaluation sees both through the same rollout."""
     return separable_config
-
-
-@pytest.fixture
-def run(tiny_world, tmp_path):
-    return str(save_world(tiny_world, tmp_path / "world"))
-
-
-@pytest.fixture
-def folder(toy_source, tmp_path):
-    """Three validation episodes of the toy world, 20 frames each, as files."""
-    path = tmp_path / "data"
-    entries = []
-    for episode in range(3):
-        clip = toy_source.read(episode, 0, 20)
-        pixels = ((clip.frames + 1) * 127.5).round().byte().movedim(1, -1).numpy()
-        actions = np.asarray(clip.actions)
-        entries.append(write_episode(path, f"e{episode}", pixels, actions, 10.0, "val"))
-    write_card(path, toy_source.card)
-    write_manifest(path, entries)
-    return str(path)
 
 
 def settings(run, folder, tmp_path, **changes):
@@ -62,6 +39,9 @@ def test_result_file_says_everything(run, folder, tmp_path):
     expected = {(m, b, h) for m in names for b in baselines for h in (1, 2, 3)}
     gains = {("psnr_gain", b, h) for b in baselines - {"repeat_last"} for h in (1, 2, 3)}
     assert found == expected | gains
+    estimate = {"metric", "baseline", "mean", "ci_low", "ci_high"}
+    assert all(set(row) == estimate | {"horizon"} for row in written["rows"])
+    assert all(set(row) == estimate for row in written["overall"])
     for row in written["rows"] + written["overall"]:
         assert row["ci_low"] <= row["mean"] + 1e-6 and row["mean"] <= row["ci_high"] + 1e-6
     assert {"command", "commit", "hardware", "settings", "timed"} <= set(written)
@@ -74,9 +54,10 @@ def test_result_file_says_everything(run, folder, tmp_path):
 
 def test_table_for_people_shows_the_rows():
     row = {"metric": "psnr", "baseline": "model", "horizon": 5, "mean": 21.5}
-    result = {"rows": [row], "settings": {"horizon": 5}, "left_out": {"ssim": "too small"}}
+    settings = {"horizon": 5, "num_clips": 12, "split": "val"}
+    result = {"rows": [row], "settings": settings, "left_out": {"ssim": "too small"}}
     head, line, note = evaluate.readable(result).splitlines()
-    assert head.split() == ["+1", "+3", "+5"]
+    assert head.split() == ["12", "clips", "of", "val", "+1", "+3", "+5"]
     assert line.split() == ["psnr", "model", "21.500"] and len(line) == len(head)
     assert note == "without ssim: too small"
 
@@ -149,6 +130,8 @@ def test_windows_do_not_overlap_and_spread_over_episodes(folder):
     ("changes", "message"),
     [
         ({"context": 18}, "5 clips of 21 frames .* the data has 0; its longest episode has 20"),
+        ({"context": 18, "num_clips": None}, "the data has 0; its longest episode has 20"),
+        ({"num_clips": 0}, "num_clips must be 1 or more, got 0"),
         ({"num_clips": 13}, "needed 13 clips of 5 frames that do not overlap, the data has 12"),
         ({"context": 0}, "context must be 1 or more, got 0"),
         ({"horizon": 0}, "horizon must be 1 or more, got 0"),
@@ -160,6 +143,14 @@ def test_what_cannot_be_evaluated_is_refused(run, folder, tmp_path, changes, mes
     with pytest.raises(ValueError, match=message):
         evaluate.evaluate(settings(run, folder, tmp_path, **changes))
     assert not (tmp_path / "result").exists()
+
+
+def test_a_small_collection_is_measured_on_all_its_clips(run, folder, tmp_path):
+    result = evaluate.evaluate(settings(run, folder, tmp_path, num_clips=None, batch_size=16))
+    # Three episodes of 20 frames, clips of 2 + 3.
+    assert result["settings"]["num_clips"] == 12
+    assert result["timed"].endswith("; 12 clips side by side")
+    assert evaluate.readable(result).startswith("12 clips of val ")
 
 
 def test_what_cannot_be_measured_is_left_out_by_name(run, folder, tmp_path):

@@ -3,15 +3,12 @@
 import json
 
 import av
-import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
 
 from scd import media, sample
-from scd.checkpoint import save_world
 from scd.data.folder import open_source
-from scd.data.manifest import write_card, write_episode, write_manifest
 from scd.rollout import Rollout
 
 
@@ -19,23 +16,6 @@ from scd.rollout import Rollout
 def model_config(separable_config):
     """One kind is enough: a stream is stepped the same way."""
     return separable_config
-
-
-@pytest.fixture
-def run(tiny_world, tmp_path):
-    return str(save_world(tiny_world, tmp_path / "world"))
-
-
-@pytest.fixture
-def folder(toy_source, tmp_path):
-    """One validation episode of the toy world, 10 frames long."""
-    path = tmp_path / "data"
-    clip = toy_source.read(0, 0, 10)
-    pixels = ((clip.frames + 1) * 127.5).round().byte().movedim(1, -1).numpy()
-    entry = write_episode(path, "e", pixels, np.asarray(clip.actions), 10.0, "val")
-    write_card(path, toy_source.card)
-    write_manifest(path, [entry])
-    return str(path)
 
 
 def settings(run, data, tmp_path, **changes):
@@ -78,16 +58,16 @@ def test_stream_is_the_rollout_of_the_clip(tiny_world, toy_source):
 
 
 def test_stream_longer_than_the_episode(tiny_world, run, folder, tmp_path):
-    result = sample.sample(settings(run, folder, tmp_path, frames=20))
-    assert (result["true_frames"], result["frames_steered_by_the_episode"]) == (7, 7)
+    result = sample.sample(settings(run, folder, tmp_path, frames=30))
+    assert (result["true_frames"], result["frames_steered_by_the_episode"]) == (17, 17)
     # Where the episode's actions end they start over.
-    clip = sample.choose_clip(open_source(folder, "val"), 3, 20, seed=0)
-    assert len(clip) == 10 and clip.actions is not None
-    stream = sample.run_stream(Rollout(tiny_world), clip, 3, 20)
+    clip = sample.choose_clip(open_source(folder, "val"), 3, 30, seed=0)
+    assert len(clip) == 20 and clip.actions is not None
+    stream = sample.run_stream(Rollout(tiny_world), clip, 3, 30)
     again = Rollout(tiny_world)
     again.begin(clip.frames[None, :3], sample.Conditions(actions=clip.actions[None, :3]))
-    actions = torch.cat([clip.actions, clip.actions, clip.actions[:3]])[None, 3:]
-    assert torch.equal(stream.frames, again.generate(actions, 20)[0])
+    actions = torch.cat([clip.actions, clip.actions[:13]])[None, 3:]
+    assert torch.equal(stream.frames, again.generate(actions, 30)[0])
     # Truth above prediction, its last cells empty.
     picture = imread(tmp_path / "s" / "sample.png")[..., :3]
     height, cell, gap = picture.shape[0], 96, media.GAP
@@ -109,7 +89,7 @@ def test_stream_from_nothing_has_no_truth(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"context": 11}, "a context of 11 frames was asked for, the longest episode has 10"),
+        ({"context": 21}, "a context of 21 frames was asked for, the longest episode has 20"),
         ({"context": -1}, "context must be 0 or more, got -1"),
         ({"frames": 0}, "frames must be 1 or more, got 0"),
         ({"steps": 0}, "num_steps must be 1 or more, got 0"),
