@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scd.plots import plot_loss
 from scd.results import write_json
-from scd.runlog import read_log
+from scd.runlog import read_curve, read_log
 
 DOCS = Path(__file__).resolve().parent
 
@@ -22,22 +22,27 @@ HARDWARE = ("cpu", "num_cores", "num_threads", "gpus", "platform", "python", "to
 """What a log's line "machine" says besides the commit."""
 
 
-def draw(run: Path, name: str) -> None:
+def draw(run: Path, name: str, docs: Path = DOCS) -> None:
     """Draw the training loss and the loss on held-out clips, and keep their numbers.
+
+    Args:
+        run: the run's folder.
+        name: the preset that was trained.
+        docs: where images/ and results/ lie.
 
     Raises:
         FileNotFoundError: the folder is not a run's.
         ValueError: the run has no step in its log yet.
     """
-    steps, held_out = read_log(run, "step"), read_log(run, "validation")
+    steps, held_out = read_curve(run, "step"), read_curve(run, "validation")
     if not steps:
         raise ValueError(f"{run} has not logged a step yet")
     curves = {
         "training": ([event["step"] for event in steps], [event["loss"] for event in steps]),
         "held out": ([event["step"] for event in held_out], [event["loss"] for event in held_out]),
     }
-    plot_loss(curves, DOCS / f"images/{name}-loss.png", title=name)
-    start, machine = read_log(run, "start")[0], read_log(run, "machine")[0]
+    plot_loss(curves, docs / f"images/{name}-loss.png", title=name)
+    start, machine = read_log(run, "start")[0], read_log(run, "machine")[-1]
     result = {
         "run": name,
         "steps": steps[-1]["step"],
@@ -45,12 +50,12 @@ def draw(run: Path, name: str) -> None:
         "memory_gib": max(event["memory_gib"] for event in steps),
         "curves": {which: {"steps": at, "loss": losses} for which, (at, losses) in curves.items()},
         "parameters": start["parameters"],
-        "command": f"scd train {name}",
+        "command": machine.get("command", "not recorded"),
         "commit": machine["commit"],
         "hardware": {key: machine[key] for key in HARDWARE} | {"device": start["device"]},
         "timed": "wall-clock seconds of the whole run, whatever else the machine did meanwhile",
     }
-    write_json(result, DOCS / f"results/{name}_training.json")
+    write_json(result, docs / f"results/{name}_training.json")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -144,6 +144,24 @@ def read_log(folder: Path, name: str | None = None) -> list[dict[str, Any]]:
     return events
 
 
+def read_curve(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Return the events of one name by ascending step: what the run that went on has behind it.
+
+    A killed run goes on from its last checkpoint; the steps that it then makes anew count once,
+    and what it had logged beyond the checkpoint is dropped.
+
+    Raises:
+        FileNotFoundError: the folder has no log.
+    """
+    kept: list[dict[str, Any]] = []
+    for event in read_log(folder):
+        if event.get("event") == "resume":
+            kept = [earlier for earlier in kept if earlier["step"] <= event["step"]]
+        elif event.get("event") == name:
+            kept = [earlier for earlier in kept if earlier["step"] < event["step"]] + [event]
+    return kept
+
+
 def readable(name: str, values: Mapping[str, Any]) -> str:
     """Return one line for people: the event, then each value with four significant digits."""
     numbers = _flat(values)
