@@ -28,7 +28,7 @@ from scd.presets import preset
 from scd.report import Pictures, quality_rows, write_report
 from scd.results import provenance, write_json, write_text
 from scd.rollout import Timing
-from scd.runlog import read_log
+from scd.runlog import read_curve
 from scd.runtime import choose_device
 from scd.side_by_side import (
     NUM_GIVEN,
@@ -95,7 +95,7 @@ class Trained:
     steps: int
     """Optimiser steps."""
     seconds: float
-    """Seconds of training, without evaluation."""
+    """Seconds of training, without evaluation; of an interrupted one those of all its parts."""
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
@@ -105,7 +105,6 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         FileExistsError: the folder holds something else than an earlier demo.
         KeyboardInterrupt: it was interrupted; the training is saved.
     """
-    began = time.perf_counter()
     out = Path(config.out)
     claim_folder(out)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -123,8 +122,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     )
     equal_time = train_one("toy-dense", runs / "dense_equal_time", equal_steps, config.seed)
     trained = {"separable": separable, "dense": dense, "dense_equal_time": equal_time}
-    trained_s = time.perf_counter() - began
 
+    began = time.perf_counter()
     device = choose_device()
     worlds = {name: load_world(one.folder, device=device) for name, one in trained.items()}
     for name in STREAMED:
@@ -141,7 +140,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         source,
         replace(config.protocol, num_clips=config.num_memory_clips),
     )
-    measured_s = time.perf_counter() - began - trained_s
+    measured_s = time.perf_counter() - began
 
     console.print("[bold]5/5[/] streaming separable and dense in turns, frame by frame")
     length = NUM_GIVEN + NUM_STREAMED
@@ -151,11 +150,9 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     write_stream(true, frames, source.card.fps, out)
 
     result = summarize_demo(trained, worlds, measured, memory, timings)
-    result |= {
-        "stages_s": {"training": trained_s, "measuring": measured_s},
-        "total_s": time.perf_counter() - began,
-        "settings": to_json(config) | {"protocol": to_json(config.protocol)},
-    } | provenance(device)
+    result |= add_up(trained, measured_s, time.perf_counter() - began - measured_s)
+    result |= {"settings": to_json(config) | {"protocol": to_json(config.protocol)}}
+    result |= provenance(device)
     with tempfile.TemporaryDirectory() as folder:
         runs_of = {name: one.folder for name, one in trained.items()}
         write_report(result, draw(result, runs_of, out, Path(folder)), out / "report.html")
@@ -202,6 +199,15 @@ def train_one(name: str, folder: Path, num_steps: int, seed: int) -> Trained:
     return Trained(folder=folder, steps=progress.step, seconds=progress.elapsed_s)
 
 
+def add_up(
+    trained: Mapping[str, Trained], measuring_s: float, streaming_s: float
+) -> dict[str, Any]:
+    """Return the seconds of each stage and of all; of trainings whatever run they were part of."""
+    training_s = sum(one.seconds for one in trained.values())
+    stages = {"training": training_s, "measuring": measuring_s, "streaming": streaming_s}
+    return {"stages_s": stages, "total_s": sum(stages.values())}
+
+
 def summarize_demo(
     trained: Mapping[str, Trained],
     worlds: Mapping[str, World],
@@ -246,7 +252,7 @@ def draw(result: Mapping[str, Any], runs: Mapping[str, Path], out: Path, folder:
     """Draw the report's plots into `folder`, each for light and for dark pages."""
     curves = {}
     for name, run in runs.items():
-        events = read_log(run, "step")
+        events = read_curve(run, "step")
         curves[name] = ([e["step"] for e in events], [e["loss"] for e in events])
     rows = quality_rows(result)
     inks: dict[str, Ink] = {"light": "on light", "dark": "on dark"}
@@ -270,4 +276,5 @@ def _say(result: Mapping[str, Any], out: Path, console: Console) -> None:
         f"seconds per frame: separable {seconds['separable']:.4f}, dense {seconds['dense']:.4f}, "
         f"ratio {result['ratio_dense_over_separable']:.2f}"
     )
-    console.print(f"{result['total_s']:.0f} s in all; report: {out / 'report.html'}")
+    console.print(f"{result['total_s']:.0f} s of training, measuring and streaming")
+    console.print(f"report: {out / 'report.html'}")

@@ -154,8 +154,9 @@ def _summary(result: Mapping[str, Any]) -> str:
         f"{quick}<p>A small world was learnt twice, by a <em>separable</em> model, which reads the "
         "past once per frame and then renders in "
         f"{models['separable']['denoising_steps']} cheap denoising steps, and by a <em>dense</em> "
-        "one of about the same size, which reads it again in every step. Both were trained and "
-        f"measured in this run, in {result['total_s'] / 60:.1f} minutes.</p>"
+        "one of about the same size, which reads it again in every step. Training three models "
+        f"took {result['stages_s']['training'] / 60:.1f} minutes, interruptions not counted; with "
+        f"measuring and streaming it were {result['total_s'] / 60:.1f}.</p>"
         f'<div class="cards">{shown}</div>'
     )
 

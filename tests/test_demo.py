@@ -92,7 +92,10 @@ def test_report_of_tiny_worlds(worlds, tmp_path):
     measured["dense_equal_time"] = measured["dense"]
 
     result = demo.summarize_demo(trained, worlds, measured, memory, timings)
-    result |= {"total_s": 60.0, "settings": to_json(config) | {"protocol": to_json(protocol)}}
+    result |= demo.add_up(trained, measuring_s=30.0, streaming_s=19.5)
+    assert result["stages_s"] == {"training": 10.5, "measuring": 30.0, "streaming": 19.5}
+    assert result["total_s"] == 60.0
+    result |= {"settings": to_json(config) | {"protocol": to_json(protocol)}}
     result |= results.provenance() | {"command": "scd demo --out '<b>&'"}
     for horizon in (1, 4, 8):
         key = f"psnr_gain_db_h{horizon}"
@@ -118,6 +121,7 @@ def test_report_of_tiny_worlds(worlds, tmp_path):
         (tag, attrs.get("content")) for tag, attrs in page.tags
     ]
     assert "prefers-color-scheme: dark" in text and "A quick run" in text
+    assert "took 0.2 minutes, interruptions not counted" in text and "it were 1.0." in text
     assert "What this does not claim" in text
     assert "&lt;b&gt;&amp;" in text and "<b>&'" not in text
     gain = report.find_row(measured["dense"].rows, "psnr_gain", 4)
@@ -189,5 +193,8 @@ def test_interrupted_demo_continues_and_finishes(tmp_path):
     assert {"psnr_gain_db_h1", "psnr_gain_db_h4", "psnr_gain_db_h8"} <= set(result)
     assert {"seconds_per_frame", "ratio_dense_over_separable", "frames"} <= set(result)
     assert {"command", "commit", "hardware", "timed"} <= set(result)
+    seconds = [model["train_seconds"] for model in result["models"].values()]
+    assert result["stages_s"]["training"] == sum(seconds)
+    assert result["total_s"] == sum(result["stages_s"].values())
     for name in ("rollout.mp4", "frames.png", "report.html"):
         assert (tmp_path / "demo" / name).stat().st_size > 10_000
