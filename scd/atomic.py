@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 TEMPORARY = ".writing-"
 """How the names of things begin that are being written."""
@@ -32,7 +34,11 @@ def written_aside(folder: Path) -> Iterator[Path]:
             # A folder can only be renamed onto an empty one: the old one steps aside first.
             old = aside.with_name(aside.name + "-old")
             folder.rename(old)
-            aside.rename(folder)
+            try:
+                aside.rename(folder)
+            except BaseException:
+                old.rename(folder)
+                raise
             shutil.rmtree(old)
         else:
             aside.rename(folder)
@@ -62,6 +68,23 @@ def file_aside(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def take_lock(path: Path) -> TextIO:
+    """Lock a file, made if need be, until it is closed or the process ends.
+
+    Raises:
+        BlockingIOError: another process, or another place in this one, has it locked.
+    """
+    file = path.open("w", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise BlockingIOError(
+            f"{path.parent} is being written by another process: wait for it or stop it first"
+        ) from error
+    return file
 
 
 def remove_leftovers(run: Path) -> None:

@@ -10,6 +10,7 @@ A world folder holds `config.json` (format, model, autoencoder, data card, sampl
         optimizer.pt       state of the optimisers
         progress.json      step, number of EMA updates, processes
     last               a text file that names the newest step folder
+    lock               locked by the process that trains here
 """
 
 from __future__ import annotations

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from scd.atomic import remove_leftovers
+from scd.atomic import remove_leftovers, written_aside
 from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
 from scd.checkpoint import (
     Progress,
@@ -88,6 +89,25 @@ def test_a_world_replaces_a_world_but_nothing_else(tmp_path):
     with pytest.raises(FileExistsError, match="diary.txt"):
         save_world(newer, tmp_path / "world")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["world"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    folder = tmp_path / "world"
+    with written_aside(folder) as aside:
+        (aside / "text").write_text("old")
+    rename = Path.rename
+
+    def fail_to_replace(self, target):
+        if target == folder and not self.name.endswith("-old"):
+            raise OSError("the disk is gone")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail_to_replace)
+        with pytest.raises(OSError, match="the disk is gone"), written_aside(folder) as aside:
+            (aside / "text").write_text("new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["world"]
+    assert (folder / "text").read_text() == "old"
 
 
 def test_the_model_class_reads_a_world_folder_too(tmp_path):
