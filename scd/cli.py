@@ -1,6 +1,7 @@
 """The command `scd`: one function per subcommand, every field of its settings a flag.
 
-Exit status: 0 success, 2 wrong usage or bad input (one message on stderr), 1 a fault of ours.
+Exit status: 0 success, 2 wrong usage or bad input (one message on stderr), 1 a fault of ours or a
+full GPU, 130 or 143 interrupted by SIGINT or SIGTERM.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Annotated, TypeVar
 
+import torch
 import tyro
 from rich.console import Console
 
@@ -18,11 +21,12 @@ from scd.convert import ReferenceConfig, convert_reference
 from scd.data.record import DoomRecording, ToyRecording, record
 from scd.demo import DemoConfig, demo
 from scd.evaluate import EvaluateConfig, evaluate, readable
-from scd.fit import fit_to_data
+from scd.fit import fit_to_data, fit_window
 from scd.plan import dry_run
 from scd.presets import PRESETS, preset
 from scd.run import TrainConfig
 from scd.sample import SampleConfig, sample
+from scd.stopping import Interrupted
 from scd.train import train
 
 Settings = TypeVar("Settings")
@@ -37,6 +41,22 @@ USAGE = """usage: scd COMMAND ...
   convert reference FILE    turn a state dict of the paper's release, or of FAR, into ours
 
 `scd COMMAND --help` explains every flag. `scd --version` prints the version."""
+
+FULL_GPU = (
+    "the memory of the GPU is full: lower --batch-size or --num-frames; in training also: "
+    "--num-accumulation (makes up for a smaller batch) and --gradient-checkpointing"
+)
+"""What to do when a GPU has too little memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """One training run, or only its plan."""
+
+    run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    """The run."""
+    dry_run: bool = False
+    """Print all settings, parameters, arithmetic and memory as JSON, and do not train."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,8 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[words[0]](words[1:])
     except (ValueError, OSError) as error:
         return _refuse(str(error))
+    except Interrupted as stop:
+        return _refuse(str(stop), status=stop.exit_status)
     except KeyboardInterrupt:
         return _refuse("interrupted", status=130)
+    except torch.OutOfMemoryError as error:
+        return _refuse(f"{FULL_GPU} ({str(error).splitlines()[0]})", status=1)
     except Exception:
         traceback.print_exc()
         return 1
@@ -117,12 +141,16 @@ def _train(words: list[str]) -> None:
     name, rest = _split_name(words, "train", "preset", list(PRESETS))
     if name is None:
         print(f"scd train PRESET ...; presets: {', '.join(PRESETS)}. Flags, as of preset toy:\n")
-    only_plan = "--dry-run" in rest
-    rest = [word for word in rest if word != "--dry-run"]
-    config = _parse(TrainConfig, rest, f"train {name or 'PRESET'}", preset(name or "toy"))
+    base = preset(name or "toy")
+    settings = _parse(TrainCommand, rest, f"train {name or 'PRESET'}", TrainCommand(run=base))
+    config = fit_window(settings.run, base)
     if config.model.shape.channels == 3:
-        config = fit_to_data(config)
-    if only_plan:
+        try:
+            config = fit_to_data(settings.run, base)
+        except OSError:
+            if not settings.dry_run:
+                raise
+    if settings.dry_run:
         dry_run(config)
         return
     Console().print(f"saved {train(config)}")

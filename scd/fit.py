@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 from scd.autoencoder.pixels import PixelAutoencoder
 from scd.data.folder import open_source
 from scd.data.loader import Loader
-from scd.run import TrainConfig
+from scd.run import TrainConfig, check_window
 
 NUM_MEASURED_BATCHES = 16
 """Batches whose pixels are measured; with 2 clips of 16 frames that is 512 frames, where the mean
 and deviation no longer move by a hundredth."""
 
 
-def fit_to_data(config: TrainConfig) -> TrainConfig:
+def fit_window(config: TrainConfig, base: TrainConfig | None = None) -> TrainConfig:
+    """Return the run with a memory as long as its clips, unless its window was changed.
+
+    Args:
+        config: the run.
+        base: the run before anybody changed its fields; None: nobody did.
+
+    Raises:
+        ValueError: the window was changed to more than the frames of a clip.
+    """
+    cache = config.model.cache
+    if base is not None and cache.window != base.model.cache.window:
+        check_window(config)
+        return config
+    cache = replace(cache, window=config.num_frames)
+    return replace(config, model=replace(config.model, cache=cache))
+
+
+def fit_to_data(config: TrainConfig, base: TrainConfig | None = None) -> TrainConfig:
     """Return the run with frame size, conditions and pixel statistics of its data.
+
+    The memory becomes as long as the clips: `fit_window`.
+
+    Args:
+        config: the run.
+        base: the run before anybody changed its fields; None: nobody did.
 
     Raises:
         FileNotFoundError: no such data.
-        ValueError: the frames cannot be cut into the model's patches, or the model does not work
-            on pixels.
+        ValueError: the frames cannot be cut into the model's patches, the model does not work on
+            pixels, or a field was changed from `base` to another value than that of the data.
     """
     source = open_source(config.data, "train", strict=config.strict)
     card = source.card
@@ -37,4 +62,26 @@ def fit_to_data(config: TrainConfig) -> TrainConfig:
     )
     # Rounded, so that a rerun on another machine has the same settings to the last digit.
     measured = replace(measured, mean=round(measured.mean, 3), std=round(measured.std, 3))
-    return replace(config, model=model, autoencoder=measured)
+    fitted = replace(config, model=model, autoencoder=measured)
+    given, found = _decided(config), _decided(fitted)
+    before = given if base is None else _decided(base)
+    for name, value in given.items():
+        if value != before[name] and value != found[name]:
+            raise ValueError(
+                f"{name} is {value}, but {config.data} says {found[name]}: leave it to the data"
+            )
+    return fit_window(fitted, base)
+
+
+def _decided(config: TrainConfig) -> dict[str, Any]:
+    """Return the fields that the data decides, by name."""
+    parts = {
+        "model.shape": (config.model.shape, ("height", "width")),
+        "model.conditions": (config.model.conditions, None),
+        "autoencoder": (config.autoencoder, None),
+    }
+    return {
+        f"{where}.{name}": getattr(part, name)
+        for where, (part, names) in parts.items()
+        for name in names or [field.name for field in fields(part)]
+    }

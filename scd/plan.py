@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,7 +17,7 @@ from scd.model.attention import frame_causal_mask, teacher_forcing_mask
 from scd.model.build import build, num_parameters
 from scd.objective.denoise import denoise
 from scd.optim import parameter_groups
-from scd.run import TrainConfig, check_fit, open_loader
+from scd.run import TrainConfig, check_fit, check_window, open_loader
 
 GIB = 2**30
 MEMORY_FORMULA = (
@@ -107,16 +108,22 @@ def plan(config: TrainConfig, num_processes: int = 1) -> Plan:
 def dry_run(config: TrainConfig, num_processes: int = 1) -> None:
     """Print a run as JSON, all its settings and its plan; then see whether its data is fit for it.
 
+    What `train` would refuse of the data is a warning on stderr: a plan needs no data.
+
     Raises:
-        ValueError, FileNotFoundError: what `train` would refuse of the data.
+        ValueError: the settings do not fit together, whatever the data.
     """
+    check_window(config)
     report = {
         "config": to_json(config),
         "plan": asdict(plan(config, num_processes)),
         "memory_formula": MEMORY_FORMULA,
     }
     print(json.dumps(report, indent=2))
-    check_fit(config, open_loader(config, 0, num_processes).source.card)
+    try:
+        check_fit(config, open_loader(config, 0, num_processes).source.card)
+    except (ValueError, OSError) as error:
+        print(f"scd: warning: training would be refused: {error}", file=sys.stderr)
 
 
 def count_micro_batch(config: TrainConfig) -> tuple[int, int]:

@@ -140,8 +140,19 @@ def build_model(config: TrainConfig, card: DataCard) -> Diffuser:
         return build(config.model)
 
 
+def check_window(config: TrainConfig) -> None:
+    """Refuse a memory that is longer than the clips of the training (ValueError)."""
+    window = config.model.cache.window
+    if window > config.num_frames:
+        raise ValueError(
+            f"model.cache.window is {window}, but num_frames is {config.num_frames}: "
+            "attention beyond num_frames is untrained"
+        )
+
+
 def check_fit(config: TrainConfig, card: DataCard) -> None:
-    """Refuse a model for other frames or conditions than those of the data (ValueError)."""
+    """Refuse a model for other frames, conditions or lengths than the data's (ValueError)."""
+    check_window(config)
     shape = PixelAutoencoder(config.autoencoder).latent_shape(card.height, card.width)
     if config.model.shape.shape != shape:
         raise ValueError(

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from scd.atomic import remove_leftovers, write_file
+from scd.atomic import remove_leftovers, take_lock, write_file
 from scd.autoencoder.pixels import PixelAutoencoder
 from scd.checkpoint import (
     RAW_FILE,
@@ -32,6 +32,7 @@ from scd.data.loader import Loader
 from scd.model.build import num_parameters
 from scd.model.pretrained import WEIGHTS_FILE, load_weights
 from scd.optim import EMA, build_optimizers, parameter_groups
+from scd.results import command
 from scd.run import FREE_FIELDS, Objective, TrainConfig, build_model, open_loader
 from scd.runlog import RunLog
 from scd.runtime import describe_hardware, git_commit
@@ -39,6 +40,9 @@ from scd.runtime import describe_hardware, git_commit
 SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
 """Accelerate's names of the ways to share the work that are supported: whole copies of the model.
 Sharded ones (FSDP, DeepSpeed) are not: the averaged weights and the checkpoints need all of it."""
+
+LOCK_FILE = "lock"
+"""File of a run folder that is locked while the run is going on."""
 
 
 class Clock:
@@ -103,6 +107,8 @@ class Run:
     """Devices and processes."""
     folder: Path
     """Where it is kept."""
+    lock: TextIO | None
+    """Keeps other processes out of the folder until it is closed; in the first process only."""
     loader: Loader
     """Its batches."""
     world: World
@@ -171,8 +177,12 @@ def start_run(config: TrainConfig, objective: Objective) -> Run:
     model.gradient_checkpointing = config.gradient_checkpointing
     wrapped, *optimizers = accelerator.prepare(model, *optimizers)
     accelerator.wait_for_everyone()
+    lock = None
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(folder / LOCK_FILE)
+        if check_folder(config) != checkpoint:
+            raise BlockingIOError(f"{folder} was trained by another process meanwhile: start again")
         remove_leftovers(folder)
         write_file(folder / "config.json", json.dumps(to_json(config), indent=2))
     accelerator.wait_for_everyone()
@@ -181,6 +191,7 @@ def start_run(config: TrainConfig, objective: Objective) -> Run:
         objective=objective,
         accelerator=accelerator,
         folder=folder,
+        lock=lock,
         loader=loader,
         world=World(
             model=model,
@@ -212,7 +223,8 @@ def start_run(config: TrainConfig, objective: Objective) -> Run:
             "parameters": num_parameters(model),
         },
     )
-    run.log.event("machine", {"commit": git_commit()} | describe_hardware(), show=False)
+    machine = {"command": command(), "commit": git_commit()} | describe_hardware()
+    run.log.event("machine", machine, show=False)
     return run
 
 
@@ -240,7 +252,9 @@ def check_folder(config: TrainConfig) -> Path | None:
         ValueError: its config or checkpoint is damaged.
     """
     folder = Path(config.out)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists():
+        return None
+    if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK_FILE}:
         return None
     if not (folder / "config.json").is_file():
         raise FileExistsError(f"{folder} exists and is not the folder of a run: choose another out")

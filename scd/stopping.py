@@ -12,10 +12,24 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C at a terminal; what job schedulers send before they kill."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work early."""
+
+    def __init__(self, signal_name: str, message: str) -> None:
+        """Say which signal it was, and what became of the work."""
+        super().__init__(message)
+        self.signal_name = signal_name
+
+    @property
+    def exit_status(self) -> int:
+        """What shells expect of a command that a signal ended: 128 and the signal's number."""
+        return 128 + signal.Signals[self.signal_name]
+
+
 class StopRequest:
     """Notes signals instead of dying of them, for the time of a with block; ask it with `reason`.
 
-    A second signal of either kind interrupts at once (KeyboardInterrupt). Outside the main thread
+    A second signal of either kind interrupts at once (Interrupted). Outside the main thread
     signals cannot be caught, and only the time limit holds.
     """
 
@@ -54,6 +68,7 @@ class StopRequest:
             signal.signal(one, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
         if self.signal_name:
-            raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
+            raise Interrupted(name, f"interrupted at once by a second signal, {name}")
+        self.signal_name = name

@@ -26,11 +26,13 @@ from scd.optim import lr_multiplier, set_lr
 from scd.run import Objective, TrainConfig
 from scd.running import Run, save, start_run
 from scd.runtime import make_generator, peak_memory_gib
-from scd.stopping import StopRequest
+from scd.stopping import Interrupted, StopRequest
 
 
 def train(config: TrainConfig, objective: Objective | None = None) -> Path:
-    """Train until `max_steps`, the time limit, or SIGINT or SIGTERM; save, and return the run.
+    """Train until `max_steps` or the time limit, save, and return the run.
+
+    SIGINT and SIGTERM save and interrupt: whoever needs the trained model must not go on.
 
     A run folder with the same settings is continued from its last checkpoint. Several processes
     share the work if they are started by `accelerate launch` (GPUs) or `torchrun` (also CPUs, where
@@ -47,7 +49,9 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
         ValueError: settings, data and model do not fit together, or the loss or gradient was not
             finite: then the step's number is named and the weights have not moved.
         FileExistsError: the run folder holds another run, or anything else.
-        OSError: the data cannot be read, or a checkpoint not be written.
+        OSError: the data cannot be read, a checkpoint not be written, or another process trains in
+            the run folder.
+        Interrupted: a signal came; what was trained is saved.
     """
     with StopRequest(config.time_limit_s) as stop:
         held_out = read_held_out(config)
@@ -60,6 +64,14 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
             stream.close()
             run.log.close()
             run.accelerator.end_training()
+            if run.lock is not None:
+                run.lock.close()
+        if stop.signal_name:
+            raise Interrupted(
+                stop.signal_name,
+                f"{stop.signal_name} after step {run.step} of {config.max_steps}: saved "
+                f"{run.folder}, and the same command goes on from there",
+            )
     return run.folder
 
 
@@ -165,6 +177,9 @@ def _agree(run: Run, loss: Tensor, norm: Tensor, stop: StopRequest) -> _StepRepo
     mean_loss, mean_norm, stopping, hurrying = numbers.tolist()
     if stopping and not reason:
         reason = "another process stopped"
+    if hurrying and not hurry:
+        # A signal to one process interrupts all.
+        stop.signal_name = "SIGTERM"
     return _StepReport(loss=mean_loss, norm=mean_norm, reason=reason, hurry=bool(hurrying))
 
 

@@ -7,20 +7,22 @@ import time
 
 import pytest
 
-from scd.stopping import StopRequest
+from scd.stopping import Interrupted, StopRequest
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_first_signal_is_a_wish_and_a_second_interrupts(name):
     number = getattr(signal, name)
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+    with pytest.raises(Interrupted) as error, StopRequest() as stop:
         assert stop.reason == ""
         os.kill(os.getpid(), number)
         assert stop.reason == f"received {name}" and stop.signal_name == name
         os.kill(os.getpid(), number)
         time.sleep(1)
     assert signal.getsignal(number) == before
+    assert error.value.exit_status == {"SIGINT": 130, "SIGTERM": 143}[name]
+    assert isinstance(error.value, KeyboardInterrupt) and name in str(error.value)
 
 
 def test_a_time_limit_is_over_when_it_is_over():

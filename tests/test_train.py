@@ -12,18 +12,22 @@ from dataclasses import replace
 import pytest
 import torch
 
+from scd.atomic import take_lock
 from scd.checkpoint import load_progress, load_world
 from scd.data.folder import open_source
 from scd.flow import SamplingConfig
 from scd.model.block import BlockConfig
 from scd.model.build import DenseConfig, SeparableConfig
+from scd.model.cache import CacheConfig
 from scd.model.decoder import DecoderConfig
 from scd.model.encoder import EncoderConfig
 from scd.objective.denoise import DenoiseConfig
 from scd.optim import OptimConfig
+from scd.results import command
 from scd.run import TrainConfig
 from scd.runlog import read_log
 from scd.running import differences
+from scd.stopping import Interrupted
 from scd.train import denoising, train
 
 SMALL = BlockConfig(width=16, head_dim=16, rotary_axes=(4, 6, 6), initial_gate=0.5)
@@ -33,6 +37,7 @@ SEPARABLE = SeparableConfig(
     encoder=EncoderConfig(num_layers=1),
     decoder=DecoderConfig(num_layers=1),
     conditions=CONDITIONS,
+    cache=CacheConfig(window=4),
 )
 
 
@@ -75,7 +80,9 @@ def files_of(run) -> dict[str, bytes]:
             "precision": "bf16",
         },
         {
-            "model": DenseConfig(block=SMALL, num_layers=1, conditions=CONDITIONS),
+            "model": DenseConfig(
+                block=SMALL, num_layers=1, conditions=CONDITIONS, cache=CacheConfig(window=4)
+            ),
             "objective": DenoiseConfig(context_noise=0.0),
         },
     ],
@@ -106,7 +113,8 @@ def train_steps(config: TrainConfig, num_steps: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return inner(model, batch, generator)
 
-    train(config, objective)
+    with pytest.raises(Interrupted, match=f"SIGTERM after step {num_steps} of 4: saved"):
+        train(config, objective)
 
 
 def test_loss_falls_and_everything_is_logged(config):
@@ -193,6 +201,7 @@ def test_time_limit_saves_and_stops(config):
 
 COMMAND = """
 import sys
+from scd.results import command
 from scd.run import TrainConfig
 from scd.config import from_json
 from scd.train import train
@@ -212,20 +221,49 @@ def launch(config, path, *, prefix=(), **options):
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, **options)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_saves_and_ends_well(config, tmp_path, name):
-    process = launch(replace(config, max_steps=100_000), tmp_path / "config.json")
+SMALL_TOY = """--model.encoder.num-layers 1 --model.decoder.num-layers 1 --model.block.width 64
+--batch-size 1 --num-frames 3 --log-every 1 --validate-every 0 --sample-every 0 --device cpu"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_saves_and_the_command_says_that_it_was_interrupted(tmp_path, name, status):
     run = tmp_path / "run"
-    deadline = time.monotonic() + 60
+    command = [sys.executable, "-m", "scd", "train", "toy", "--out", str(run), *SMALL_TOY.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
     while not (run / "log.jsonl").exists() or not read_log(run, "step"):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(getattr(signal, name))
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 0, errors.decode()
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == status, errors.decode()
+    assert f"scd: {name} after step" in errors.decode() and b"Traceback" not in errors
     end = read_log(run, "end")[0]
     assert end["reason"] == f"received {name}"
     assert load_progress(run / (run / "last").read_text().strip()).step == end["step"] > 0
+
+
+def test_a_second_process_is_kept_out_of_a_run(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    with take_lock(tmp_path / "run" / "lock"):
+        with pytest.raises(BlockingIOError, match="run is being written by another process"):
+            train(config)
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["lock"]
+    inner, refused = denoising(config), []
+
+    def objective(model, batch, generator):
+        if not refused:
+            with pytest.raises(BlockingIOError):
+                take_lock(tmp_path / "run" / "lock")
+            refused.append(True)
+        return inner(model, batch, generator)
+
+    run = train(config, objective)
+    assert refused
+    take_lock(run / "lock").close()
+    (machine,) = read_log(run, "machine")
+    assert machine["command"] == command() and machine["torch"] == torch.__version__
 
 
 def test_a_finished_run_may_be_lengthened(config):
@@ -273,6 +311,7 @@ def test_differences_name_the_leaf():
             "num_frames is 100000, but the longest val episode.*has",
         ),
         ({"model": replace(SEPARABLE, conditions=replace(CONDITIONS, num_actions=99))}, "steered"),
+        ({"num_frames": 3}, "window is 4, but num_frames is 3: attention beyond .* is untrained"),
         ({"data": "toy:64"}, r"\(3, 64, 64\).*\(3, 32, 32\)"),
         ({"data": "toy:7"}, "toy:7"),
         ({"max_steps": 0}, "max_steps must be 1 or more"),

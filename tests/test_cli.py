@@ -1,0 +1,117 @@
+"""The contract of the command line: exit statuses, and one message on stderr."""
+
+import json
+
+import pytest
+import torch
+
+import scd
+from scd import cli, fit
+from scd.cli import COMMANDS, main
+from scd.stopping import Interrupted
+
+
+def run(arguments: list[str]) -> int:
+    """Return the exit status as a shell sees it."""
+    try:
+        return main(arguments)
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+@pytest.fixture(autouse=True)
+def measure_little(monkeypatch):
+    monkeypatch.setattr(fit, "NUM_MEASURED_BATCHES", 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("dance", "unknown command 'dance'; there are demo, record"),
+        ("train nothing", "unknown preset 'nothing'; there are toy"),
+        ("train", "needs a preset first: toy"),
+        ("train toy --data {folder}/nowhere", "nowhere: no such data folder"),
+        ("train scd-b --data {folder}/nowhere", "nowhere: no such data folder"),
+        ("train toy --max-steps many", "many"),
+        ("train toy --max-steps 0", "max_steps must be 1 or more, got 0"),
+        ("train toy --no-such-flag 1", "no-such-flag"),
+        ("train toy --model.shape.height 64", "model.shape.height is 64, but toy:32 says 32"),
+        ("train toy --num-frames 8 --model.cache.window 12", "window is 12, but num_frames is 8"),
+        ("train toy --out {folder}/other", "not the folder of a run"),
+        ("sample {folder}/nowhere --data toy:32", "nowhere"),
+        ("evaluate {folder}/nowhere --data toy:32 --out {folder}/a.json", "nowhere"),
+        ("record cinema", "unknown world 'cinema'; there are toy, doom"),
+        ("convert reference", "needs a state dict"),
+        ("convert reference {folder}/nowhere.pt {folder}/made", "nowhere.pt"),
+    ],
+)
+def test_wrong_usage_and_bad_input_are_2_and_one_message(line, message, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "diary.txt").touch()
+    words = line.format(folder=tmp_path).split()
+    if words[0] in ("train", "sample", "evaluate") and "--out" not in words and len(words) > 1:
+        words += ["--out", str(tmp_path / "out")]
+    assert run(words) == 2
+    errors = capsys.readouterr().err
+    assert message in errors.replace("\n", " ") and "Traceback" not in errors
+    assert [entry.name for entry in tmp_path.iterdir()] == ["other"]
+
+
+def test_no_command_is_wrong_usage(capsys):
+    assert run([]) == 2 and run(["--help"]) == 0 and run(["--version"]) == 0
+    printed = capsys.readouterr()
+    assert f"scd {scd.__version__}\n" in printed.out and not printed.err
+    assert run(["sample", "--help"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (RuntimeError("a fault of ours"), 1, "Traceback"),
+        (AssertionError(), 1, "Traceback"),
+        (torch.OutOfMemoryError("tried 3 GiB\ntable"), 1, "scd: the memory of the GPU is full"),
+        (KeyboardInterrupt(), 130, "scd: interrupted\n"),
+        (Interrupted("SIGINT", "saved"), 130, "scd: saved\n"),
+        (Interrupted("SIGTERM", "saved"), 143, "scd: saved\n"),
+        (OSError("the disk is full"), 2, "scd: the disk is full\n"),
+    ],
+    ids=repr,
+)
+def test_how_a_command_ended_is_the_exit_status(error, status, message, capsys, monkeypatch):
+    def end(words: list[str]) -> None:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "demo", end)
+    assert run(["demo"]) == status
+    errors = capsys.readouterr().err
+    assert errors.startswith(message)
+    assert message == "Traceback" or ("Traceback" not in errors and errors.count("\n") == 1)
+
+
+@pytest.mark.parametrize("preset", ["scd-b", "doom-64"])
+def test_a_dry_run_needs_no_data(preset, tmp_path, capsys):
+    small = f"--batch-size 1 --num-frames 3 --data {tmp_path}/nowhere --dry-run"
+    assert run(["train", preset, *small.split()]) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["plan"]["total_parameters"] > 1e6
+    assert report["config"]["model"]["cache"]["window"] == 3
+    assert printed.err.startswith("scd: warning: ") and "nowhere" in printed.err
+    assert printed.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_is_a_flag_of_the_help(capsys):
+    assert run(["train", "toy", "--help"]) == 0
+    assert "--dry-run" in capsys.readouterr().out
+
+
+def test_a_dry_run_still_refuses_settings_that_contradict_each_other(tmp_path, capsys):
+    line = f"train doom-64 --data {tmp_path}/nowhere --num-frames 8 --model.cache.window 12"
+    assert run([*line.split(), "--dry-run"]) == 2
+    assert "window is 12" in capsys.readouterr().err
+
+
+def test_every_command_is_in_the_usage():
+    assert all(f"\n  {name} " in cli.USAGE for name in COMMANDS)
