@@ -201,7 +201,6 @@ def test_time_limit_saves_and_stops(config):
 
 COMMAND = """
 import sys
-from scd.results import command
 from scd.run import TrainConfig
 from scd.config import from_json
 from scd.train import train
