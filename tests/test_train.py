@@ -209,7 +209,7 @@ train(from_json(TrainConfig, json.load(open(sys.argv[1]))))
 """
 
 
-def launch(config, path, *, prefix=(), **options):
+def launch(config, path, *, prefix=()) -> subprocess.Popen[bytes]:
     from scd.config import to_json
 
     path.write_text(json.dumps(to_json(config)))
@@ -217,7 +217,7 @@ def launch(config, path, *, prefix=(), **options):
     script.write_text(COMMAND)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *prefix, str(script), str(path)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
 
 
 SMALL_TOY = """--model.encoder.num-layers 1 --model.decoder.num-layers 1 --model.block.width 64
