@@ -47,7 +47,6 @@ def _pixel_run(
     """
     return TrainConfig(
         data=data,
-        out="runs/out/pixels",
         max_steps=max_steps,
         batch_size=batch_size,
         num_frames=num_frames,
@@ -96,7 +95,6 @@ def _paper_run(model: ModelConfig, data: str, num_frames: int, batch_size: int) 
     separable = isinstance(model, SeparableConfig)
     return TrainConfig(
         data=data,
-        out="runs/out/paper",
         max_steps=1_000_000,
         batch_size=batch_size,
         num_frames=num_frames,
@@ -203,7 +201,7 @@ _DOOM_128 = replace(
     gradient_checkpointing=True,
 )
 
-PRESETS: dict[str, TrainConfig] = {
+_RUNS = {
     "toy": _TOY,
     "toy-dense": _dense_twin(_TOY),
     "doom-32": _DOOM_32,
@@ -219,6 +217,9 @@ PRESETS: dict[str, TrainConfig] = {
     "dense-m": _paper_run(
         _dense(1024, 12, MINECRAFT_ACTIONS, window=300), "data/minecraft", 300, 2
     ),
+}
+PRESETS: dict[str, TrainConfig] = {
+    name: replace(run, out=f"runs/out/{name}") for name, run in _RUNS.items()
 }
 """Runs by name; the paper's six have its sizes (section 1.5)."""
 

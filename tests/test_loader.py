@@ -138,3 +138,21 @@ def test_order_does_not_depend_on_what_was_read_before():
     fresh = [Loader(Numbered(*[9] * 5), 2, 4, seed=0).batch(index) for index in (7, 0, 3)]
     assert all(same(one, other) for one, other in zip(later, fresh, strict=True))
     assert np.unique([episodes(batch) for batch in later]).size > 2
+
+
+def test_reading_ahead_leaves_the_threads_of_training_alone():
+    """Its threads have no OpenMP teams of their own, and the number of threads is as before."""
+    source = open_source("toy:32", "train")
+    before = torch.get_num_threads()
+    seen = []
+
+    class Watched(type(source)):
+        def read(self, episode, start, num_frames):
+            seen.append(torch.get_num_threads())
+            return super().read(episode, start, num_frames)
+
+    stream = Loader(Watched(32, "train"), batch_size=1, num_frames=4, seed=0).stream()
+    next(stream)
+    stream.close()
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == before

@@ -8,6 +8,7 @@ from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from scd.clip import Batch, Clip
 from scd.data.source import Source
@@ -104,7 +105,12 @@ class Loader:
         An error of a thread is raised in the place of its batch.
         """
         pending: deque[Future[Batch]] = deque()
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
+        num_threads = torch.get_num_threads()
+        # More threads with OpenMP teams of their own than cores would put the teams to sleep after
+        # every operation: training on two cores became twice as slow.
+        pool = ThreadPoolExecutor(
+            self.workers, "loader", initializer=torch.set_num_threads, initargs=(1,)
+        )
         try:
             index = start
             while True:
@@ -114,6 +120,8 @@ class Loader:
                 yield pending.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            # PyTorch reports, and gives to new threads, the number that was set last by any thread.
+            torch.set_num_threads(num_threads)
 
     def _clip(self, number: int) -> Clip:
         """Return this process's clip by its number since the beginning of training."""
