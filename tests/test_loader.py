@@ -142,11 +142,10 @@ def test_order_does_not_depend_on_what_was_read_before():
 
 def test_reading_ahead_leaves_the_threads_of_training_alone():
     """Its threads have no OpenMP teams of their own, and the number of threads is as before."""
-    source = open_source("toy:32", "train")
     before = torch.get_num_threads()
     seen = []
 
-    class Watched(type(source)):
+    class Watched(ToyWorld):
         def read(self, episode, start, num_frames):
             seen.append(torch.get_num_threads())
             return super().read(episode, start, num_frames)
