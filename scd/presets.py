@@ -158,7 +158,7 @@ _TOY = _pixel_run(
     decoder_layers=2,
     num_frames=16,
     batch_size=4,
-    max_steps=750,
+    max_steps=640,
     muon_lr=1e-2,
     # Keeps the parameters of the two kinds within 5 percent of each other: the separable model has
     # its embeddings twice, which counts at this size.
