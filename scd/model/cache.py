@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.model.attention import rotary_table, rotate
+from scd.model.block import BlockConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,29 @@ class KVCache:
         """Frame position held by each slot of the ring; None: its frame has left the window."""
         self.num_evicted = 0
         """Frames that have left the window."""
+
+    @staticmethod
+    def for_blocks(
+        config: CacheConfig,
+        block: BlockConfig,
+        num_layers: int,
+        batch: int,
+        tokens_per_frame: int,
+        weight: Tensor,
+    ) -> KVCache:
+        """Allocate the memory of a stack of blocks, in the type and on the device of a weight."""
+        return KVCache(
+            config,
+            num_layers=num_layers,
+            batch=batch,
+            num_heads=block.num_heads,
+            head_dim=block.head_dim,
+            tokens_per_frame=tokens_per_frame,
+            rotary_axes=block.rotary_axes,
+            rotary_theta=block.rotary_theta,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
 
     @property
     def num_frames(self) -> int:

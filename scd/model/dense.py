@@ -233,17 +233,13 @@ class DenseDiffuser(nn.Module, Pretrained):
         cache_config = self.config.cache
         if num_frames_in_memory is not None:
             cache_config = replace(cache_config, window=num_frames_in_memory)
-        cache = KVCache(
+        cache = KVCache.for_blocks(
             cache_config,
-            num_layers=len(self.blocks),
-            batch=batch if clean is None else clean.shape[0],
-            num_heads=self.config.block.num_heads,
-            head_dim=self.config.block.head_dim,
-            tokens_per_frame=self.shape.num_tokens,
-            rotary_axes=self.config.block.rotary_axes,
-            rotary_theta=self.config.block.rotary_theta,
-            dtype=weight.dtype,
-            device=weight.device,
+            self.config.block,
+            len(self.blocks),
+            batch if clean is None else clean.shape[0],
+            self.shape.num_tokens,
+            weight,
         )
         state = DenseState(cache=cache, next_frame=0)
         num_given = 0 if clean is None else clean.shape[1]

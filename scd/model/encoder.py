@@ -125,17 +125,8 @@ class CausalEncoder(nn.Module):
     def new_cache(self, batch: int, config: CacheConfig) -> KVCache:
         """Allocate the memory of a batch of streams."""
         weight = self.embed_frame.project.weight
-        return KVCache(
-            config,
-            num_layers=len(self.blocks),
-            batch=batch,
-            num_heads=self.block.num_heads,
-            head_dim=self.block.head_dim,
-            tokens_per_frame=self.shape.num_tokens,
-            rotary_axes=self.block.rotary_axes,
-            rotary_theta=self.block.rotary_theta,
-            dtype=weight.dtype,
-            device=weight.device,
+        return KVCache.for_blocks(
+            config, self.block, len(self.blocks), batch, self.shape.num_tokens, weight
         )
 
     def extend(
