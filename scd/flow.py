@@ -116,7 +116,7 @@ def schedule(sampling: SamplingConfig) -> Float[Tensor, " steps"]:
 def solve(
     velocity_at: Callable[[Tensor, float], Tensor],
     noise: Float[Tensor, "..."],
-    times: Float[Tensor, " steps"],
+    times: Sequence[float],
     solver: Literal["euler", "heun"] = "euler",
 ) -> Float[Tensor, "..."]:
     """Integrate a velocity field from noise to a clean frame.
@@ -129,8 +129,7 @@ def solve(
             since a velocity at time 0 is not trained).
     """
     frames = noise
-    grid = [float(time) for time in times]
-    for time, next_time in zip(grid[:-1], grid[1:], strict=True):
+    for time, next_time in zip(times[:-1], times[1:], strict=True):
         velocity = velocity_at(frames, time)
         proposal = frames + (next_time - time) * velocity
         if solver == "heun" and next_time > 0:
@@ -145,3 +144,22 @@ def guide(
 ) -> Float[Tensor, "..."]:
     """Push a velocity away from the unconditional one; scale 1 returns the conditional one."""
     return unconditional + scale * (conditional - unconditional)
+
+
+def guided_velocity(
+    velocity_at: Callable[[Tensor, float], Tensor], scale: float | None
+) -> Callable[[Tensor, float], Tensor]:
+    """Return the guided field of a network that sees [unconditional ; conditional] frames.
+
+    Args:
+        velocity_at: network; takes noisy frames [2b ...] and a time in [0, 1].
+        scale: of the guidance; None: none, the network sees the b frames as they are.
+    """
+    if scale is None:
+        return velocity_at
+
+    def field(noisy: Tensor, time: float) -> Tensor:
+        unconditional, conditional = velocity_at(torch.cat([noisy, noisy]), time).chunk(2)
+        return guide(unconditional, conditional, scale)
+
+    return field

@@ -6,7 +6,6 @@ Source: paper, section 3.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,8 +15,11 @@ from torch import Tensor
 
 from scd.checkpoint import World
 from scd.clip import Conditions
-from scd.flow import SamplingConfig, guide, schedule, solve
-from scd.model.separable import SeparableDiffuser
+from scd.engine.interface import Engine
+from scd.engine.plain import PlainEngine
+from scd.flow import SamplingConfig, schedule
+from scd.model.separable import SeparableConfig
+from scd.runtime import make_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,7 @@ class Rollout:
         guidance: Guidance | None = None,
         seed: int = 0,
         window: int | None = None,
+        engine: Engine | None = None,
     ) -> None:
         """Prepare to stream.
 
@@ -83,23 +86,24 @@ class Rollout:
             guidance: None: none.
             seed: of the noise.
             window: frames in memory; None: as the model was trained.
+            engine: what runs the model; None: the model as it is written.
 
         Raises:
             ValueError: guidance that this model cannot give.
         """
         self.world = world
-        self.model = world.model.eval()
-        self.device = next(self.model.parameters()).device
-        self.dtype = next(self.model.parameters()).dtype
+        self.engine = engine or PlainEngine(world.model)
         self.guidance = guidance or Guidance()
         self.seed = seed
         self.window = window
         self.timing = Timing()
         self.sampling = sampling or world.sampling
-        spec = self.model.config.conditions
+        spec = self.engine.config.conditions
         if self.guidance.kind == "conditions" and not (spec.has_actions or spec.num_labels):
             raise ValueError("guidance by conditions needs a model with actions or labels")
-        if self.guidance.kind == "context_noise" and not isinstance(self.model, SeparableDiffuser):
+        if self.guidance.kind == "context_noise" and not isinstance(
+            self.engine.config, SeparableConfig
+        ):
             raise ValueError("guidance by context noise needs a separable model")
         self._state: Any = None
         self._start: Any = None
@@ -112,7 +116,7 @@ class Rollout:
     @sampling.setter
     def sampling(self, sampling: SamplingConfig) -> None:
         self._sampling = sampling
-        self._times = schedule(sampling)
+        self._times = schedule(sampling).tolist()
 
     @property
     def num_steps(self) -> int:
@@ -141,7 +145,7 @@ class Rollout:
             ValueError: frames of another size, conditions that do not fit, or no frames for a
                 model that cannot begin from nothing.
         """
-        spec = self.model.config.conditions
+        spec = self.engine.config.conditions
         conditions = conditions or Conditions()
         latents = None
         if frames is not None:
@@ -150,7 +154,7 @@ class Rollout:
                 raise ValueError("given first frames must be 1 or more; None begins from nothing")
             batch = frames.shape[0]
             spec.check(conditions, frames.shape[1])
-            latents = self.world.autoencoder.encode(frames.to(self.device)).to(self.dtype)
+            latents = self._encode(frames)
         elif spec.num_labels:
             replace(spec, num_actions=0, action_dim=0).check(Conditions(labels=conditions.labels))
         if conditions.labels is not None and conditions.labels.shape[0] != batch:
@@ -159,9 +163,9 @@ class Rollout:
             )
         self._labels = conditions.labels
         self.batch = batch
-        past = self._doubled(conditions.to(self.device), latents)
+        past = self._doubled(conditions.to(self.engine.device), latents)
         both = batch * (1 + self._branches_state)
-        self._state = self.model.begin(past[1], past[0], both, self.window)
+        self._state = self.engine.begin(past[1], past[0], both, self.window)
         self.num_given = 0 if frames is None else frames.shape[1]
         self.num_frames = self.num_given
         self._start = self._state.fork()
@@ -192,10 +196,10 @@ class Rollout:
         conditions = Conditions(
             actions=None if actions is None else actions[:, None], labels=self._labels
         )
-        self.model.config.conditions.check(conditions, 1)
+        self.engine.config.conditions.check(conditions, 1)
         if actions is not None and actions.shape[0] != self.batch:
             raise ValueError(f"{self.batch} streams need as many actions, got {actions.shape[0]}")
-        return self._doubled(conditions.to(self.device), None)[0]
+        return self._doubled(conditions.to(self.engine.device), None)[0]
 
     @torch.no_grad()
     def step(
@@ -209,21 +213,22 @@ class Rollout:
             ValueError: the stream has not begun, or the actions do not fit.
         """
         conditions = self._conditions(actions)
-        clock = _Clock(self.device)
-        context: Any = self.model.context(self._state, conditions)
-        noise = self._noise(self.model.shape.shape, stream=0)
-        scale = self.guidance.scale
-        guided = self.guidance.kind != "none"
+        clock = _Clock(self.engine.device)
+        context = self.engine.context(self._state, conditions)
+        noise = self._noise("frame", self.engine.shape.shape)
         if self.guidance.kind == "context_noise":
-            assert isinstance(self.model, SeparableDiffuser)
-            corruption = self._noise(context.encoded.tokens.shape[1:], stream=1)
-            context = self.model.with_noisy_branch(context, self.guidance.context_noise, corruption)
+            tokens = (self.engine.shape.num_tokens, self.engine.config.block.width)
+            corruption = self._noise("context", tokens)
+            context = self.engine.with_noisy_branch(
+                context, self.guidance.context_noise, corruption
+            )
         encoder_s = clock.lap()
-        latent = solve(
-            guided_velocity(self.model.velocity, context, scale if guided else None),
+        latent = self.engine.denoise(
+            context,
             noise,
             self._times,
             self.sampling.solver,
+            self.guidance.scale if self.guidance.kind != "none" else None,
         )
         decoder_s = clock.lap()
         frame = self.world.autoencoder.decode(latent[:, None])[:, 0].float()
@@ -249,13 +254,16 @@ class Rollout:
         conditions = self._conditions(actions)
         if frames.shape[0] != self.batch:
             raise ValueError(f"{self.batch} streams need as many frames, got {frames.shape[0]}")
-        latents = self.world.autoencoder.encode(frames[:, None].to(self.device))[:, 0]
-        self._remember(latents.to(self.dtype), conditions)
+        self._remember(self._encode(frames[:, None])[:, 0], conditions)
+
+    def _encode(self, frames: Tensor) -> Tensor:
+        latents = self.world.autoencoder.encode(frames.to(self.engine.device))
+        return latents.to(self.engine.dtype)
 
     def _remember(self, latent: Tensor, conditions: Conditions) -> None:
         if self._branches_state:
             latent = torch.cat([latent, latent])
-        self.model.observe(self._state, latent, conditions)
+        self.engine.observe(self._state, latent, conditions)
         self.num_frames += 1
 
     def generate(
@@ -287,38 +295,22 @@ class Rollout:
             twin._state = self._state.fork()
         return twin
 
-    def _noise(self, shape: tuple[int, ...] | torch.Size, stream: int) -> Tensor:
-        # From (seed, frame, use) alone, so that a fork, or another number of steps, meets the
-        # same noise.
-        generator = torch.Generator().manual_seed(
-            (self.seed * 1_000_003 + self.num_frames) * 2 + stream
-        )
-        noise = torch.randn(self.batch, *shape, generator=generator)
-        return noise.to(self.device, self.dtype)
+    def _noise(self, use: NoiseUse, shape: tuple[int, ...]) -> Tensor:
+        noise = frame_noise(self.seed, self.num_frames, use, (self.batch, *shape))
+        return noise.to(self.engine.device)
 
 
-def guided_velocity(
-    velocity: Callable[[Any, Tensor, Tensor], Tensor], context: Any, scale: float | None
-) -> Callable[[Tensor, float], Tensor]:
-    """Return the velocity field of one frame.
+NoiseUse = Literal["frame", "context"]
+"""What noise is for: the start of a frame's denoising, or the corruption of its context."""
 
-    Args:
-        velocity: the model's.
-        context: of the frame; with guidance, of [unconditional ; conditional] streams.
-        scale: of the guidance; None: none.
+
+def frame_noise(seed: int, frame: int, use: NoiseUse, shape: tuple[int, ...]) -> Tensor:
+    """Draw the noise of one frame of a stream, standard normal, on the CPU.
+
+    It follows from the arguments alone, so that a fork, another number of steps, or a stream that
+    shares its calls with others meets the same noise.
     """
-
-    def field(noisy: Tensor, at: float) -> Tensor:
-        if scale is not None:
-            noisy = torch.cat([noisy, noisy])
-        times = torch.full((noisy.shape[0],), at, dtype=torch.float64).to(noisy.device)
-        result = velocity(context, noisy, times)
-        if scale is None:
-            return result
-        unconditional, conditional = result.chunk(2)
-        return guide(unconditional, conditional, scale)
-
-    return field
+    return torch.randn(*shape, generator=make_generator(seed, f"noise of a {use}", frame))
 
 
 class _Clock:

@@ -46,7 +46,7 @@ def test_nearly_clean_frames_do_not_blow_up():
 @pytest.mark.parametrize("num_steps", [1, 3, 10])
 def test_a_straight_path_is_solved_exactly(num_steps):
     clean, noise = frames(0), frames(1)
-    times = schedule(SamplingConfig(num_steps=num_steps))
+    times = schedule(SamplingConfig(num_steps=num_steps)).tolist()
     result = solve(lambda noisy, time: velocity_between(clean, noise), noise, times)
     torch.testing.assert_close(result, clean, atol=1e-5, rtol=0)
 
@@ -57,7 +57,7 @@ def test_an_exact_clean_estimate_ends_at_it():
     def velocity(noisy, time):
         return velocity_from_clean(noisy, clean, torch.full((2, 3), time))
 
-    result = solve(velocity, noise, schedule(SamplingConfig(num_steps=4)))
+    result = solve(velocity, noise, schedule(SamplingConfig(num_steps=4)).tolist())
     torch.testing.assert_close(result, clean, atol=1e-5, rtol=0)
 
 
@@ -74,7 +74,7 @@ def test_measured_order(solver, order, calls):
     errors = []
     for num_steps in (64, 128):
         # The last step goes to a time above 0, where Heun corrects too.
-        times = torch.linspace(1, 1e-9, num_steps + 1, dtype=torch.float64)
+        times = torch.linspace(1, 1e-9, num_steps + 1, dtype=torch.float64).tolist()
         errors.append(abs(float(solve(velocity, noise, times, solver)) - 1 / math.e))
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.1
     assert len(counted) == calls * (64 + 128)

@@ -9,12 +9,11 @@ import torch
 
 from scd.clip import Conditions
 from scd.convert import ReferenceConfig, our_names, read_reference
-from scd.flow import SamplingConfig, schedule, solve
+from scd.flow import SamplingConfig, guided_velocity, schedule, solve
 from scd.model.attention import frame_causal_mask, frame_positions, rotary_table, rotate
 from scd.model.cache import CacheConfig
 from scd.model.embed import time_sinusoids
 from scd.objective.denoise import velocity_loss
-from scd.rollout import guided_velocity
 from tests.reference import cases, grid_of, load_case, load_tables
 
 ATOL = 2e-5
@@ -201,12 +200,13 @@ def stream(golden, kind):
             close(context.encoded.tokens[:, 0], stored[:, -num_tokens:])
         outputs = []
 
-        def velocity(context, noisy, time, outputs=outputs):
-            outputs.append(model.velocity(context, noisy, time))
+        def velocity(noisy, time, context=context, outputs=outputs):
+            times = torch.full((noisy.shape[0],), time, dtype=torch.float64)
+            outputs.append(model.velocity(context, noisy, times))
             return outputs[-1]
 
-        field = guided_velocity(velocity, context, None if kind == "none" else scale)
-        latent = solve(field, data["init_latents"][:, index], frame_times)
+        field = guided_velocity(velocity, None if kind == "none" else scale)
+        latent = solve(field, data["init_latents"][:, index], frame_times.tolist())
         for step, output in enumerate(outputs):
             close(output, data["model_out"][index, step])
         close(latent, data["latents_out"][:, index])

@@ -12,7 +12,7 @@ from scd.clip import Conditions, ConditionSpec
 from scd.data.source import DataCard
 from scd.flow import SamplingConfig, schedule, solve
 from scd.model.cache import CacheConfig
-from scd.rollout import Guidance, Rollout
+from scd.rollout import Guidance, Rollout, frame_noise
 from tests.tiny import SHAPE, tiny_dense, tiny_separable
 
 
@@ -74,13 +74,11 @@ def test_a_step_is_context_then_solver_then_observe(world):
     for index in range(2):
         now = Conditions(actions=ACTIONS[:, index : index + 1])
         context = model.context(state, now)
-        noise = torch.randn(
-            2, 3, 4, 6, generator=torch.Generator().manual_seed((3 * 1_000_003 + 3 + index) * 2)
-        )
+        noise = frame_noise(3, 3 + index, "frame", (2, 3, 4, 6))
         latent = solve(
             lambda x, t, context=context: model.velocity(context, x, torch.full((2,), t)),
             noise,
-            schedule(world.sampling),
+            schedule(world.sampling).tolist(),
         )
         torch.testing.assert_close(
             streamed[:, index], autoencoder.decode(latent[:, None])[:, 0], atol=1e-5, rtol=0

@@ -43,6 +43,7 @@ LAYERS = (
     ),
     ("objectives", "objective.denoise"),
     ("state of a run", "optim checkpoint"),
+    ("engine", "engine.interface engine.plain engine.open"),
     ("rollout", "rollout"),
     (
         "measurement",

@@ -1,0 +1,87 @@
+"""What a stream of frames needs from a model, whichever way it is computed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from scd.clip import Conditions
+from scd.model.build import ModelConfig
+from scd.model.embed import FrameShape
+
+EngineKind = Literal["plain", "fast"]
+"""How a model is run: as it is written, or laid out for the machine."""
+
+Solver = Literal["euler", "heun"]
+"""Integrator of the denoising steps: see flow.solve."""
+
+
+class Engine(ABC):
+    """A model that streams. For each frame: `context` once, `denoise` once, `observe` once.
+
+    States are the model's own (their `fork` copies a batch of streams), so a stream may go on in
+    another engine of the same weights and precision.
+    """
+
+    config: ModelConfig
+    """Of the model."""
+    shape: FrameShape
+    """Of a latent frame."""
+    device: torch.device
+    """Where the arithmetic happens."""
+    dtype: torch.dtype
+    """Of weights and memory."""
+    needs_first_frame: bool
+    """Whether a stream must be given its first frame."""
+
+    @abstractmethod
+    def begin(
+        self,
+        clean: Tensor | None,
+        conditions: Conditions,
+        batch: int = 1,
+        num_frames_in_memory: int | None = None,
+    ) -> Any:
+        """Start a batch of streams from given frames [b t c h w], or (None) from nothing."""
+
+    @abstractmethod
+    def context(self, state: Any, conditions: Conditions) -> Any:
+        """Do the causal work of the next frame, whose conditions are given as [b 1]."""
+
+    @abstractmethod
+    def with_noisy_branch(self, context: Any, strength: float, noise: Tensor) -> Any:
+        """Return a context of twice the batch: corrupted by noise [b n d] first, then as it was.
+
+        Only a separable model has a context to corrupt.
+        """
+
+    @abstractmethod
+    def denoise(
+        self,
+        context: Any,
+        noise: Tensor,
+        times: Sequence[float],
+        solver: Solver = "euler",
+        scale: float | None = None,
+    ) -> Tensor:
+        """Turn noise [b c h w] into frames.
+
+        Args:
+            context: of the b frames; with guidance, of [unconditional ; conditional] ones.
+            noise: standard normal.
+            times: of the steps, descending from 1 to 0.
+            solver: integrator.
+            scale: of the guidance; None: none.
+        """
+
+    @abstractmethod
+    def velocity(self, context: Any, noisy: Tensor, time: Tensor) -> Tensor:
+        """Return the velocity of noisy frames [b c h w], each at its time [b]."""
+
+    @abstractmethod
+    def observe(self, state: Any, clean: Tensor, conditions: Conditions) -> None:
+        """Make frames [b c h w] part of the past."""

@@ -1,0 +1,76 @@
+"""A model run as it is written: the twin that every fast path is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scd.clip import Conditions
+from scd.engine.interface import Engine, Solver
+from scd.flow import guided_velocity, solve
+from scd.model.build import Diffuser
+from scd.model.separable import SeparableDiffuser
+
+
+class PlainEngine(Engine):
+    """Calls the model once per denoising step, nothing else."""
+
+    def __init__(self, model: Diffuser) -> None:
+        self.model = model.eval()
+        self.config, self.shape = model.config, model.shape
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.needs_first_frame = model.needs_first_frame
+
+    @torch.no_grad()
+    def begin(
+        self,
+        clean: Tensor | None,
+        conditions: Conditions,
+        batch: int = 1,
+        num_frames_in_memory: int | None = None,
+    ) -> Any:
+        """Start a batch of streams; see interface.Engine."""
+        return self.model.begin(clean, conditions, batch, num_frames_in_memory)
+
+    @torch.no_grad()
+    def context(self, state: Any, conditions: Conditions) -> Any:
+        """Do the causal work of the next frame; see interface.Engine."""
+        return self.model.context(state, conditions)
+
+    @torch.no_grad()
+    def with_noisy_branch(self, context: Any, strength: float, noise: Tensor) -> Any:
+        """Double the batch by a corrupted context; see interface.Engine."""
+        assert isinstance(self.model, SeparableDiffuser)
+        return self.model.with_noisy_branch(context, strength, noise[:, None])
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        context: Any,
+        noise: Tensor,
+        times: Sequence[float],
+        solver: Solver = "euler",
+        scale: float | None = None,
+    ) -> Tensor:
+        """Turn noise into frames; see interface.Engine."""
+
+        def velocity_at(noisy: Tensor, time: float) -> Tensor:
+            # In float64: the time embedding shows the rounding of a float32 time.
+            time_of_each = noisy.new_full((noisy.shape[0],), time, dtype=torch.float64)
+            return self.model.velocity(context, noisy, time_of_each)
+
+        return solve(guided_velocity(velocity_at, scale), noise.to(self.dtype), times, solver)
+
+    @torch.no_grad()
+    def velocity(self, context: Any, noisy: Tensor, time: Tensor) -> Tensor:
+        """Return the velocity of noisy frames; see interface.Engine."""
+        return self.model.velocity(context, noisy, time)
+
+    @torch.no_grad()
+    def observe(self, state: Any, clean: Tensor, conditions: Conditions) -> None:
+        """Make frames part of the past; see interface.Engine."""
+        self.model.observe(state, clean, conditions)
