@@ -39,7 +39,8 @@ LAYERS = (
     (
         "model",
         "model.attention model.block model.augment model.cache model.embed model.encoder "
-        "model.decoder model.initialise model.pretrained model.separable model.dense model.build",
+        "model.decoder model.sizes model.cost model.initialise model.pretrained model.separable "
+        "model.dense model.build",
     ),
     ("objectives", "objective.denoise"),
     ("state of a run", "optim checkpoint"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
+from scd.model.cost import FrameCost, Streams
 from scd.model.dense import DenseConfig, DenseDiffuser
 from scd.model.separable import SeparableConfig, SeparableDiffuser
 
@@ -21,3 +23,9 @@ def build(config: ModelConfig) -> Diffuser:
 def num_parameters(module: nn.Module) -> int:
     """Count the parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def frame_cost(config: ModelConfig, streams: Streams) -> FrameCost:
+    """Count one frame of the model that a configuration describes, without its weights."""
+    with torch.device("meta"):
+        return build(config).frame_cost(streams)

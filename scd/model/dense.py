@@ -30,6 +30,7 @@ from scd.model.attention import (
 from scd.model.augment import Augmentation
 from scd.model.block import Block, BlockConfig
 from scd.model.cache import CacheConfig, KVCache
+from scd.model.cost import FrameCost, Streams, dense_cost
 from scd.model.embed import (
     ConditionEmbedder,
     FrameHead,
@@ -40,6 +41,7 @@ from scd.model.embed import (
 )
 from scd.model.initialise import initialise
 from scd.model.pretrained import Pretrained
+from scd.model.sizes import Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,20 @@ class DenseDiffuser(nn.Module, Pretrained):
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that train at the encoder's learning rate: none, there is no encoder."""
         return iter(())
+
+    def frame_cost(self, streams: Streams) -> FrameCost:
+        """Count one frame: n tokens, width d, p values per token, C frames, the noisy one included.
+
+        A step: each layer 24 n d^2 (4 maps of attention, 8 of the MLP) + 4 n C n d (attention) +
+        12 d^2 (modulations); besides 4 n p d (channels), 2 (256 d + d^2) (time), 4 d^2 (head). The
+        pass that remembers the clean frame: the same without the head, and of the last layer only
+        keys and values.
+
+        Bytes: weights once per pass, those of times and conditions once per frame; 2 (C - 1) n d
+        keys and values per layer read in every step, and 2 n d written once.
+        """
+        sizes = Sizes(shape=self.shape, block=self.config.block, conditions=self.config.conditions)
+        return dense_cost(sizes, self.config.num_layers, streams)
 
     def forward(
         self,

@@ -17,11 +17,13 @@ from scd.clip import Conditions, ConditionSpec
 from scd.model.augment import Augmentation
 from scd.model.block import BlockConfig
 from scd.model.cache import CacheConfig, KVCache
+from scd.model.cost import FrameCost, Streams, separable_cost
 from scd.model.decoder import DecoderConfig, FrameDecoder, Prepared
 from scd.model.embed import FrameShape
 from scd.model.encoder import CausalEncoder, Context, EncoderConfig
 from scd.model.initialise import initialise
 from scd.model.pretrained import Pretrained
+from scd.model.sizes import Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,23 @@ class SeparableDiffuser(nn.Module, Pretrained):
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that train at the encoder's learning rate."""
         return self.encoder.parameters()
+
+    def frame_cost(self, streams: Streams) -> FrameCost:
+        """Count one frame: n tokens, width d, p values per token, C frames of context.
+
+        Encoder, each of its layers: 24 n d^2 (4 maps of attention, 8 of the MLP) + 4 n C n d
+        (attention) + 12 d^2 (modulations). A step, each layer of the decoder: the same for s
+        tokens over k keys in place of n and C n: joint s = k = 2n, prefix s = n and k = 2n, others
+        s = k = n; of the last joint layer only n tokens go on after keys and values. Prefix, once
+        per frame: all layers for n tokens over n keys, of the last only keys and values. Besides
+        (channels, times, conditions, head): 2 n p d, 2 (256 d + d^2), 4 d^2 where they occur.
+
+        Bytes: weights of encoder and decoder once per pass, those of times and conditions once per
+        frame; 2 C n d keys and values per encoder layer, C - 1 frames read and one written; prefix
+        2 n d per layer, written once and read in every step.
+        """
+        sizes = Sizes(shape=self.shape, block=self.config.block, conditions=self.config.conditions)
+        return separable_cost(sizes, self.config.encoder, self.config.decoder, streams)
 
     def forward(
         self,

@@ -1,0 +1,230 @@
+"""What one frame costs by formula: operations, bytes that must move, and memory that must be held.
+
+Operations are counted as in scd/model/sizes.py. Bytes are a lower bound: weights are read once per
+pass, keys and values once where they are attended to, and activations stay on the chip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scd.model.decoder import DecoderConfig
+from scd.model.encoder import EncoderConfig
+from scd.model.sizes import Sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streams:
+    """How many streams share a frame's work, and what they remember."""
+
+    num_context_frames: int
+    """Frames that attention sees, the newest (encoder) or the noisy one (dense) included."""
+    batch: int = 1
+    """Streams side by side."""
+    branches: int = 1
+    """Times that each is denoised side by side: 2 with guidance."""
+    memories: int = 1
+    """Branches with a past of their own: 2 with guidance by conditions, else 1."""
+    bytes_per_value: int = 4
+    """Of weights, keys and values: 4 in float32, 2 in bfloat16."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        if self.memories > self.branches:
+            raise ValueError(f"{self.branches} branches cannot have {self.memories} memories")
+
+    @property
+    def num_encoded(self) -> int:
+        """Frames that are encoded, or remembered, side by side."""
+        return self.batch * self.memories
+
+    @property
+    def num_denoised(self) -> int:
+        """Frames that are denoised side by side."""
+        return self.batch * self.branches
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameCost:
+    """Cost of the next frame of all streams together, their windows full."""
+
+    encoder_flops: int
+    """Operations of the encoder pass; a dense model has none."""
+    prepare_flops: int
+    """Operations on a frame's context that do not depend on the time of a step."""
+    step_flops: int
+    """Operations of one call of the network that denoises."""
+    memory_flops: int
+    """Operations of the pass that writes the finished frame into memory (dense)."""
+    encoder_bytes: int
+    """Bytes that the encoder pass moves."""
+    prepare_bytes: int
+    """Bytes that move once per frame: for the context, and the weights of all that depends on
+    times and conditions alone, since the times of all steps are known."""
+    step_bytes: int
+    """Bytes that one denoising call moves."""
+    memory_bytes: int
+    """Bytes that the pass that writes the finished frame moves."""
+    weight_bytes: int
+    """All parameters."""
+    cache_bytes: int
+    """Keys and values that stay from frame to frame."""
+    prefix_bytes: int
+    """Keys and values that last for one frame (join "prefix")."""
+
+    def flops(self, num_steps: int) -> int:
+        """Return the operations of one frame of all streams."""
+        once = self.encoder_flops + self.prepare_flops + self.memory_flops
+        return once + num_steps * self.step_flops
+
+    def bytes(self, num_steps: int) -> int:
+        """Return the least number of bytes that one frame of all streams moves."""
+        once = self.encoder_bytes + self.prepare_bytes + self.memory_bytes
+        return once + num_steps * self.step_bytes
+
+    @property
+    def memory_needed(self) -> int:
+        """Bytes that must be held to stream: weights, and the memory of every stream."""
+        return self.weight_bytes + self.cache_bytes + self.prefix_bytes
+
+
+def separable_cost(
+    sizes: Sizes, encoder: EncoderConfig, decoder: DecoderConfig, streams: Streams
+) -> FrameCost:
+    """Count a separable model's frame; SeparableDiffuser.frame_cost states the formulas."""
+    tokens, layers = sizes.tokens, decoder.num_layers
+    context = streams.num_context_frames * tokens
+    encoder_flops = (
+        sizes.embed_flops
+        + sizes.time_flops
+        + sizes.condition_flops
+        + encoder.num_layers * sizes.block_flops(context)
+        + (sizes.linear(1, 2) if encoder.modulate_output else 0)
+    )
+    encoder_parameters = (
+        sizes.embed_parameters
+        + sizes.time_parameters
+        + encoder.num_layers * sizes.block_parameters
+        + (sizes.output_modulation_parameters if encoder.modulate_output else 0)
+        + (tokens * sizes.block.width if encoder.start_frame else 0)
+    )
+    cache = encoder.num_layers * streams.num_context_frames * sizes.keys_values_size
+    prefix = layers * sizes.keys_values_size if decoder.join == "prefix" else 0
+    prepare_flops, prepare_weights = _prepare(sizes, decoder)
+    # Of a step: the maps of tokens. The maps of times and conditions are read once per frame.
+    step_weights = (
+        sizes.embed_parameters
+        + layers * (sizes.block_parameters - sizes.modulation_parameters)
+        + sizes.head_parameters
+        + _merge_parameters(sizes, decoder)
+    )
+    time_weights = (
+        sizes.time_parameters
+        + layers * sizes.modulation_parameters
+        + sizes.output_modulation_parameters
+    )
+    align = _align_parameters(sizes, decoder)
+    size = streams.bytes_per_value
+    return FrameCost(
+        encoder_flops=streams.num_encoded * encoder_flops,
+        prepare_flops=streams.num_denoised * prepare_flops,
+        step_flops=streams.num_denoised * _step_flops(sizes, decoder),
+        memory_flops=0,
+        encoder_bytes=size * (encoder_parameters + streams.num_encoded * cache),
+        prepare_bytes=size * (time_weights + prepare_weights + streams.num_denoised * prefix),
+        step_bytes=size * (step_weights + streams.num_denoised * prefix),
+        memory_bytes=0,
+        weight_bytes=size * (encoder_parameters + step_weights + time_weights + align),
+        cache_bytes=size * streams.num_encoded * cache,
+        prefix_bytes=size * streams.num_denoised * prefix,
+    )
+
+
+def _prepare(sizes: Sizes, decoder: DecoderConfig) -> tuple[int, int]:
+    """Count operations, and weights read beyond those of times, of a frame's context."""
+    if decoder.join == "token_concat_projected":
+        flops = sizes.condition_flops + sizes.linear(sizes.tokens, 1)
+        return flops, _align_parameters(sizes, decoder)
+    if decoder.join != "prefix":
+        return sizes.condition_flops, 0
+    whole = decoder.num_layers - 1
+    flops = (
+        sizes.condition_flops
+        + sizes.time_flops
+        + whole * sizes.block_flops(sizes.tokens)
+        + sizes.keys_values_flops
+    )
+    maps = sizes.block_parameters - sizes.modulation_parameters
+    last = 2 * (sizes.block.width + 1) * sizes.block.width + sizes.block.head_dim
+    return flops, whole * maps + last
+
+
+def _step_flops(sizes: Sizes, decoder: DecoderConfig) -> int:
+    tokens, layers = sizes.tokens, decoder.num_layers
+    flops = sizes.embed_flops + sizes.time_flops + sizes.head_flops
+    if decoder.join in ("token_concat", "token_concat_projected"):
+        both = 2 * tokens
+        # After the last block nobody reads the context's half.
+        blocks = (layers - 1) * sizes.block_flops(both, both) + sizes.block_flops(
+            both, both, tokens
+        )
+        return flops + blocks
+    if decoder.join == "prefix":
+        return flops + layers * sizes.block_flops(2 * tokens)
+    if decoder.join == "channel_concat":
+        flops += sizes.linear(tokens, 2)
+    return flops + layers * sizes.block_flops(tokens)
+
+
+def _merge_parameters(sizes: Sizes, decoder: DecoderConfig) -> int:
+    width = sizes.block.width
+    return (2 * width + 1) * width if decoder.join == "channel_concat" else 0
+
+
+def _align_parameters(sizes: Sizes, decoder: DecoderConfig) -> int:
+    width = sizes.block.width
+    return (width + 3) * width if decoder.join == "token_concat_projected" else 0
+
+
+def dense_cost(sizes: Sizes, num_layers: int, streams: Streams) -> FrameCost:
+    """Count a dense model's frame; DenseDiffuser.frame_cost states the formulas."""
+    context = streams.num_context_frames * sizes.tokens
+    blocks = sizes.block_flops(context)
+    step = sizes.embed_flops + sizes.time_flops + num_layers * blocks + sizes.head_flops
+    remember = (
+        sizes.embed_flops
+        + sizes.time_flops
+        + sizes.condition_flops
+        + (num_layers - 1) * blocks
+        + sizes.keys_values_flops
+    )
+    maps = sizes.block_parameters - sizes.modulation_parameters
+    step_weights = sizes.embed_parameters + num_layers * maps + sizes.head_parameters
+    time_weights = (
+        sizes.time_parameters
+        + num_layers * sizes.modulation_parameters
+        + sizes.output_modulation_parameters
+    )
+    last = 2 * (sizes.block.width + 1) * sizes.block.width + sizes.block.head_dim
+    remember_weights = sizes.embed_parameters + (num_layers - 1) * maps + last
+    remembered = streams.num_encoded * num_layers * sizes.keys_values_size
+    cache = streams.num_context_frames * remembered
+    size = streams.bytes_per_value
+    return FrameCost(
+        encoder_flops=0,
+        prepare_flops=streams.num_denoised * sizes.condition_flops,
+        step_flops=streams.num_denoised * step,
+        memory_flops=streams.num_encoded * remember,
+        encoder_bytes=0,
+        prepare_bytes=size * time_weights,
+        # The noisy frame's own keys and values need not leave the chip.
+        step_bytes=size * (step_weights + cache - remembered),
+        # The older frames are read in all layers but the last, the new one written in all.
+        memory_bytes=size
+        * (remember_weights + (cache - remembered) * (num_layers - 1) // num_layers + remembered),
+        weight_bytes=size * (step_weights + time_weights),
+        cache_bytes=size * cache,
+        prefix_bytes=0,
+    )
