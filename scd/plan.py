@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scd.clip import Conditions
 from scd.config import to_json
-from scd.model.attention import frame_causal_mask, teacher_forcing_mask
 from scd.model.build import build, num_parameters
+from scd.model.visibility import forget
 from scd.objective.denoise import denoise
 from scd.optim import parameter_groups
 from scd.run import TrainConfig, check_fit, check_window, open_loader
@@ -23,7 +23,8 @@ GIB = 2**30
 MEMORY_FORMULA = (
     "per parameter 4 bytes each for weights, gradients and averaged weights, and for the optimizer "
     "8 (AdamW) or 4 (Muon); activations: all tensors that one micro-batch keeps for its backward "
-    "pass, counted by running it on shapes alone. Working memory of single operations comes on top"
+    "pass, counted by running it on shapes alone, as on a CPU (training on a GPU keeps no dense "
+    "masks). Working memory of single operations comes on top"
 )
 """How `Memory` is counted, in words."""
 
@@ -142,9 +143,7 @@ def count_micro_batch(config: TrainConfig) -> tuple[int, int]:
             kept[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
-    masks = (frame_causal_mask, teacher_forcing_mask)
-    for mask in masks:
-        mask.cache_clear()
+    forget()
     try:
         with FakeTensorMode():
             model = build(config.model)
@@ -170,8 +169,7 @@ def count_micro_batch(config: TrainConfig) -> tuple[int, int]:
             return num_bytes, counter.get_total_flops()
     finally:
         # Masks without numbers must not be taken for real ones later.
-        for mask in masks:
-            mask.cache_clear()
+        forget()
 
 
 def _empty_conditions(config: TrainConfig) -> Conditions:

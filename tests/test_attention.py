@@ -2,18 +2,62 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from scd.model.attention import (
+    _compiled_flex,
+    _flex,
     attend,
     explicit_attention,
-    frame_causal_mask,
     frame_positions,
     rotary_table,
     rotate,
-    teacher_forcing_mask,
 )
+from scd.model.visibility import DistanceBias, FrameCausal, TeacherForcing, dense_bias, dense_mask
 
 CPU = torch.device("cpu")
+THREE_FRAMES = FrameCausal(num_frames=3, tokens_per_frame=4)
+MANY = {
+    # Tokens that fill no tile, a few tiles, and whole tiles with frames that straddle their edges.
+    "causal, short": FrameCausal(num_frames=3, tokens_per_frame=4),
+    "causal": FrameCausal(num_frames=7, tokens_per_frame=45),
+    "causal, past": FrameCausal(num_frames=8, num_past=5, tokens_per_frame=48),
+    "forcing": TeacherForcing(num_clean=4, first_noisy=2, num_noisy=3, tokens_per_frame=50),
+    "forcing, whole tiles": TeacherForcing(
+        num_clean=4, first_noisy=1, num_noisy=4, tokens_per_frame=32
+    ),
+    "forcing, no past": TeacherForcing(
+        num_clean=0, first_noisy=0, num_noisy=2, tokens_per_frame=70
+    ),
+}
+
+
+def bias_of(visible, slope=0.3):
+    """The bias of a visibility whose clean frames are 0 .. and whose noisy ones are the last."""
+    num_queries, num_keys = visible.num_query_frames, visible.num_key_frames
+    keys, first = range(num_keys), num_keys - num_queries
+    if isinstance(visible, TeacherForcing):
+        first = visible.first_noisy
+        keys = [*range(visible.num_clean), *range(first, first + num_queries)]
+    return DistanceBias(
+        slope=slope,
+        query_frames=tuple(range(first, first + num_queries)),
+        key_frames=tuple(keys),
+        tokens_per_frame=visible.tokens_per_frame,
+    )
+
+
+def explicit_mask(visible, bias, device=CPU):
+    mask = None if visible is None else dense_mask(visible, device)
+    if bias is None:
+        return mask
+    added = dense_bias(bias, device)
+    return added if mask is None else added.masked_fill(~mask, float("-inf"))
+
+
+def qkv_for(visible, **kinds):
+    size = visible.tokens_per_frame
+    return random_qkv(visible.num_query_frames * size, visible.num_key_frames * size, **kinds)
 
 
 def random_qkv(num_queries, num_keys, dtype=torch.float32, grad=False):
@@ -29,23 +73,86 @@ def random_qkv(num_queries, num_keys, dtype=torch.float32, grad=False):
 @pytest.mark.parametrize("biased", [False, True])
 def test_fused_attention_is_explicit_attention(masked, biased):
     q, k, v = random_qkv(12, 12)
-    visible = frame_causal_mask(3, 4, CPU) if masked else None
-    bias = torch.randn(12, 12) if biased else None
-    mask = visible
-    if bias is not None:
-        mask = bias if visible is None else bias.masked_fill(~visible, float("-inf"))
-    torch.testing.assert_close(
-        attend(q, k, v, visible, bias), explicit_attention(q, k, v, mask), atol=1e-6, rtol=0
-    )
+    visible = THREE_FRAMES if masked else None
+    bias = bias_of(THREE_FRAMES) if biased else None
+    expected = explicit_attention(q, k, v, explicit_mask(visible, bias))
+    torch.testing.assert_close(attend(q, k, v, visible, bias), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("biased", [False, True])
+@torch.no_grad()
+def test_flex_attention_is_explicit_attention(name, biased):
+    """Uncompiled, which computes all tiles and hides what is not seen."""
+    visible = MANY[name]
+    bias = bias_of(visible) if biased else None
+    q, k, v = qkv_for(visible)
+    expected = explicit_attention(q, k, v, explicit_mask(visible, bias))
+    for _ in range(2):  # The second time from what is kept.
+        read = _flex(q, k, v, visible, bias, flex_attention)
+        torch.testing.assert_close(read, expected, atol=1e-6, rtol=1e-5)
+    assert not expected.isnan().any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("biased", [False, True])
+@torch.no_grad()
+def test_compiled_flex_attention_is_explicit_attention(name, biased):
+    """Compiled, only the listed tiles are computed; on a CPU too, where there is a C++ compiler."""
+    torch._dynamo.reset()
+    visible = MANY[name]
+    bias = bias_of(visible) if biased else None
+    q, k, v = qkv_for(visible)
+    expected = explicit_attention(q, k, v, explicit_mask(visible, bias))
+    read = _flex(q, k, v, visible, bias, _compiled_flex())
+    torch.testing.assert_close(read, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_flex_attention_has_the_outputs_and_gradients_of_the_dense_mask(
+    name, biased, dtype
+):
+    torch._dynamo.reset()
+    visible, device = MANY[name], torch.device("cuda")
+    bias = bias_of(visible) if biased else None
+    q, k, v = (x.to(device, dtype).requires_grad_() for x in qkv_for(visible))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = explicit_attention(*exact, explicit_mask(visible, bias, device))
+    read = _flex(q, k, v, visible, bias, _compiled_flex())
+    weight = torch.randn(read.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    (read.float() * weight).sum().backward()
+    (expected * weight).sum().backward()
+    atol = 1e-4 if dtype == torch.float32 else 0.05
+    pairs = [(read, expected), *((x.grad, y.grad) for x, y in zip((q, k, v), exact, strict=True))]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.double(), theirs.double(), atol=atol, rtol=atol)
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_on_tiles_and_streams_on_the_dense_mask(monkeypatch):
+    calls = []
+    monkeypatch.setattr("scd.model.attention._flex", lambda q, *_: calls.append(1) or q)
+    visible = MANY["causal"]
+    q, k, v = (x.to("cuda") for x in qkv_for(visible))
+    attend(q, k, v, visible)
+    assert len(calls) == 1
+    attend(q, k, v)
+    with torch.no_grad():
+        attend(q, k, v, visible)
+    assert len(calls) == 1
 
 
 def test_short_bfloat16_path_has_the_gradients_of_the_fused_one():
-    visible = frame_causal_mask(3, 4, CPU)
     q, k, v = random_qkv(12, 12, torch.bfloat16, grad=True)
-    attend(q, k, v, visible).float().square().sum().backward()
+    attend(q, k, v, THREE_FRAMES).float().square().sum().backward()
     short = [x.grad.float() for x in (q, k, v)]
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    attend(*exact, visible).square().sum().backward()
+    attend(*exact, THREE_FRAMES).square().sum().backward()
     for ours, theirs in zip(short, exact, strict=True):
         torch.testing.assert_close(ours, theirs.grad, atol=0.05, rtol=0.05)
 
@@ -87,20 +194,10 @@ def test_positions_run_frame_by_frame_row_by_row():
     assert positions[6].tolist() == [0, 0, 0]
 
 
-def test_teacher_forcing_mask_by_hand():
-    # Two clean frames, noisy frames 1 and 2, one token each.
-    visible = teacher_forcing_mask(2, 1, 2, 1, CPU)
-    assert visible.tolist() == [
-        [True, False, True, False],
-        [True, True, False, True],
-    ]
-
-
 def test_masked_keys_do_not_leak():
     q, k, v = random_qkv(12, 12)
-    visible = frame_causal_mask(3, 4, CPU)
-    before = attend(q, k, v, visible)
+    before = attend(q, k, v, THREE_FRAMES)
     k[:, :, 8:], v[:, :, 8:] = 100.0, 100.0
-    after = attend(q, k, v, visible)
+    after = attend(q, k, v, THREE_FRAMES)
     torch.testing.assert_close(before[:, :, :8], after[:, :, :8], atol=0, rtol=0)
     assert not torch.allclose(before[:, :, 8:], after[:, :, 8:])

@@ -9,6 +9,7 @@ from scd.model.block import Block, BlockConfig
 from scd.model.build import build, num_parameters
 from scd.model.cache import CacheConfig
 from scd.model.separable import SeparableDiffuser
+from scd.model.visibility import FrameCausal, TeacherForcing
 from scd.presets import preset
 from tests.tiny import ACTIONS, SHAPE, random_clips, random_conditions, tiny_dense, tiny_separable
 
@@ -223,21 +224,23 @@ def test_a_stream_past_its_window_is_a_banded_parallel_pass(make, monkeypatch):
     clips = random_clips(model, num_frames=num_frames)
     streamed = stream(model, *clips, num_given=0)
 
-    def banded_causal(num_rows, num_tokens, device):
-        frame = torch.arange(num_rows).repeat_interleave(num_tokens)
-        distance = frame[:, None] - frame[None, :]
-        return (distance >= 0) & (distance < window)
+    class BandedCausal(FrameCausal):
+        def mask_mod(self):
+            near, size = super().mask_mod(), self.tokens_per_frame
+            return lambda b, h, q, k: near(b, h, q, k) & (q // size - k // size < window)
 
-    def banded_forcing(num_clean, first, num_noisy, num_tokens, device):
-        clean, noisy = torch.arange(num_clean), torch.arange(first, first + num_noisy)
-        distance = noisy[:, None] - clean[None, :]
-        own = noisy[:, None] == noisy[None, :]
-        visible = torch.cat([(distance > 0) & (distance < window), own], dim=1)
-        return visible.repeat_interleave(num_tokens, 0).repeat_interleave(num_tokens, 1)
+    class BandedForcing(TeacherForcing):
+        def mask_mod(self):
+            near, size = super().mask_mod(), self.tokens_per_frame
+            num_clean, first = self.num_clean, self.first_noisy
+            return lambda b, h, q, k: (
+                near(b, h, q, k)
+                & ((k // size >= num_clean) | (q // size + first - k // size < window))
+            )
 
     for module in ("encoder", "dense"):
-        monkeypatch.setattr(f"scd.model.{module}.frame_causal_mask", banded_causal)
-    monkeypatch.setattr("scd.model.dense.teacher_forcing_mask", banded_forcing)
+        monkeypatch.setattr(f"scd.model.{module}.FrameCausal", BandedCausal)
+    monkeypatch.setattr("scd.model.dense.TeacherForcing", BandedForcing)
     parallel = model(*clips)[:, 0]
     torch.testing.assert_close(streamed, parallel, atol=5e-6, rtol=5e-6)
     monkeypatch.undo()

@@ -6,9 +6,10 @@ import torch
 from scd.clip import Conditions
 from scd.convert import ReferenceConfig, our_names, read_reference
 from scd.flow import SamplingConfig, guided_velocity, schedule, solve
-from scd.model.attention import distance_bias, frame_causal_mask, frame_positions, rotary_table
+from scd.model.attention import frame_positions, rotary_table
 from scd.model.cache import CacheConfig
 from scd.model.embed import time_sinusoids
+from scd.model.visibility import DistanceBias, FrameCausal, dense_bias, dense_mask
 from scd.objective.denoise import velocity_loss
 from tests.reference import cases, grid_of, load_case, load_tables
 
@@ -184,12 +185,13 @@ def test_tables():
         ),
     )
     close(model.embed_time(times(tables["time_values"])[None])[0], tables["temb"])
-    visible = frame_causal_mask(3, 2, torch.device("cpu"))
+    visible = dense_mask(FrameCausal(num_frames=3, tokens_per_frame=2), torch.device("cpu"))
     assert torch.equal(visible, tables["mask_3frames_2tok"][0] == 0)
 
 
 def test_distance_bias_falls_with_distance():
-    frames = torch.arange(3)
-    bias = distance_bias(0.25, frames, frames, 2)
+    frames = (0, 1, 2)
+    described = DistanceBias(slope=0.25, query_frames=frames, key_frames=frames, tokens_per_frame=2)
+    bias = dense_bias(described, torch.device("cpu"))
     assert bias.shape == (6, 6)
     assert bias[4, 0] == -0.5 and bias[4, 2] == -0.25 and bias[4, 4] == 0

@@ -10,9 +10,10 @@ import torch
 from scd.clip import Conditions
 from scd.convert import ReferenceConfig, our_names, read_reference
 from scd.flow import SamplingConfig, guided_velocity, schedule, solve
-from scd.model.attention import frame_causal_mask, frame_positions, rotary_table, rotate
+from scd.model.attention import frame_positions, rotary_table, rotate
 from scd.model.cache import CacheConfig
 from scd.model.embed import time_sinusoids
+from scd.model.visibility import FrameCausal, dense_mask
 from scd.objective.denoise import velocity_loss
 from tests.reference import cases, grid_of, load_case, load_tables
 
@@ -283,8 +284,8 @@ def test_tables():
     close(rotate(tables["rope_x"], (cosine, sine)), tables["rope_x_rotated"])
     close(time_sinusoids(times(tables["time_values"]), 128), tables["time_proj"])
     mask = tables["mask_3frames_2tok"][0]
-    visible = frame_causal_mask(3, 2, torch.device("cpu"))
-    assert torch.equal(visible, mask == 0)
+    visible = FrameCausal(num_frames=3, tokens_per_frame=2)
+    assert torch.equal(dense_mask(visible, torch.device("cpu")), mask == 0)
     for num_steps in (1, 2, 4, 10, 50):
         grid = schedule(SamplingConfig(num_steps=num_steps, schedule="reference"))
         close(grid.float(), tables[f"sched{num_steps}_sigma"])

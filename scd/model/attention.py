@@ -1,17 +1,31 @@
-"""Attention over tokens at (frame, row, column): rotary positions, masks, the attention itself.
+"""Attention over tokens at (frame, row, column): rotary positions and the attention itself.
 
 The only caller of PyTorch's attention kernels. Source: paper, sections 1.2 and 1.3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.flex_attention import flex_attention
+
+from scd.model.visibility import (
+    DistanceBias,
+    Visibility,
+    block_mask,
+    dense_bias,
+    dense_mask,
+    padded,
+    score_mod,
+)
 
 Rotary = tuple[Float[Tensor, "s half"], Float[Tensor, "s half"]]
 """Cosines and sines of every token's angles, one for each pair of entries of a head."""
@@ -19,6 +33,10 @@ Rotary = tuple[Float[Tensor, "s half"], Float[Tensor, "s half"]]
 PLAIN_KEYS = 128
 """Up to this many keys, products and a softmax beat the fused kernel's backward pass on a CPU in
 bfloat16. Source: measured, docs/log.md."""
+
+FLEX_HEAD_DIMS = (16, 32, 64, 128)
+"""Widths of a head for which FlexAttention is used: it needs 16 or more, and a power of two in the
+oldest PyTorch that is supported."""
 
 
 def rotary_table(positions: Int[Tensor, "s 3"], axes: tuple[int, int, int], theta: float) -> Rotary:
@@ -64,46 +82,12 @@ def rotate(x: Float[Tensor, "b k s e"], rotary: Rotary) -> Float[Tensor, "b k s 
     return turned.flatten(-2).to(x.dtype)
 
 
-@lru_cache(maxsize=32)
-def frame_causal_mask(
-    num_frames: int, tokens_per_frame: int, device: torch.device
-) -> Bool[Tensor, "s s2"]:
-    """Allow every token the tokens of its own and of earlier frames (True = visible)."""
-    frame = torch.arange(num_frames, device=device).repeat_interleave(tokens_per_frame)
-    return frame[:, None] >= frame[None, :]
-
-
-@lru_cache(maxsize=32)
-def teacher_forcing_mask(
-    num_clean: int, first_noisy: int, num_noisy: int, tokens_per_frame: int, device: torch.device
-) -> Bool[Tensor, "s s2"]:
-    """Allow tokens of noisy frames the clean frames before their own, and their own noisy frame.
-
-    Rows are the noisy frames first_noisy ..; columns are clean frames 0 .., then the noisy ones.
-    """
-    clean = torch.arange(num_clean, device=device)
-    noisy = torch.arange(first_noisy, first_noisy + num_noisy, device=device)
-    visible = torch.cat([noisy[:, None] > clean[None, :], noisy[:, None] == noisy[None, :]], dim=1)
-    return visible.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)
-
-
-def distance_bias(
-    slope: float,
-    query_frames: Int[Tensor, " t"],
-    key_frames: Int[Tensor, " t2"],
-    tokens_per_frame: int,
-) -> Float[Tensor, "s s2"]:
-    """Return slope * (key frame - query frame), added to the attention logits. Source: FAR."""
-    bias = slope * (key_frames[None, :] - query_frames[:, None]).float()
-    return bias.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)
-
-
 def attend(
     q: Float[Tensor, "b k s e"],
     k: Float[Tensor, "b k s2 e"],
     v: Float[Tensor, "b k s2 e"],
-    visible: Bool[Tensor, "s s2"] | None = None,
-    bias: Float[Tensor, "s s2"] | None = None,
+    visible: Visibility | None = None,
+    bias: DistanceBias | None = None,
 ) -> Float[Tensor, "b k s e"]:
     """Attend with logits q k / sqrt(e) + bias, over the visible keys.
 
@@ -111,17 +95,18 @@ def attend(
         q: queries; rows that see no key at all are not allowed.
         k: keys, already rotated.
         v: values.
-        visible: True where a query may look; None: everywhere. No mask is the fastest path, so
-            callers pass None wherever all is visible.
+        visible: where a query may look; None: everywhere. No mask is the fastest path, so callers
+            pass None wherever all is visible.
         bias: added to the logits of visible keys; None: nothing.
     """
     dtype = v.dtype
     q, k = q.to(dtype), k.to(dtype)
-    mask = visible
+    if visible is not None and _trains_on_tiles(q):
+        return _flex(q, k, v, visible, bias, _compiled_flex())
+    mask = None if visible is None else dense_mask(visible, q.device)
     if bias is not None:
-        mask = bias.to(dtype)
-        if visible is not None:
-            mask = mask.masked_fill(~visible, float("-inf"))
+        added = dense_bias(bias, q.device).to(dtype)
+        mask = added if mask is None else added.masked_fill(~mask, float("-inf"))
     short = k.shape[-2] <= PLAIN_KEYS and q.device.type == "cpu" and dtype == torch.bfloat16
     if short and q.requires_grad:
         return explicit_attention(q, k, v, mask)
@@ -129,6 +114,48 @@ def attend(
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=None if mask is None else mask[None, None]
     )
+
+
+def _trains_on_tiles(q: Tensor) -> bool:
+    """Whether FlexAttention is used where there is a mask: on a GPU, in training.
+
+    Not without gradients: a stream begins with any number of frames, and each number would be
+    compiled anew. Not where there is no Triton to compile with, as on Windows.
+    """
+    can = q.device.type == "cuda" and q.shape[-1] in FLEX_HEAD_DIMS
+    return can and torch.is_grad_enabled() and find_spec("triton") is not None
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., Any]:
+    """FlexAttention, compiled at its first call for each visibility and size.
+
+    After 8 of them in one process (PyTorch's recompile_limit) PyTorch warns and computes all
+    logits instead.
+    """
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Visibility,
+    bias: DistanceBias | None,
+    kernel: Callable[..., Any],
+) -> Tensor:
+    """Attend by FlexAttention, which skips tiles where nothing is visible and keeps no mask.
+
+    Lengths that are no multiple of its tiles are filled up, see `padded`.
+    """
+    read = kernel(
+        padded(q),
+        padded(k),
+        padded(v),
+        score_mod=None if bias is None else score_mod(bias, q.device),
+        block_mask=block_mask(visible, q.device),
+    )
+    return read[:, :, : q.shape[-2]]
 
 
 def explicit_attention(

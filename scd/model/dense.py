@@ -18,15 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scd.clip import Conditions, ConditionSpec
 from scd.flow import CLEAN_TIME
-from scd.model.attention import (
-    Rotary,
-    attend,
-    distance_bias,
-    frame_causal_mask,
-    frame_positions,
-    rotary_table,
-    teacher_forcing_mask,
-)
+from scd.model.attention import Rotary, attend, frame_positions, rotary_table
 from scd.model.augment import Augmentation
 from scd.model.block import Block, BlockConfig
 from scd.model.cache import CacheConfig, KVCache
@@ -42,6 +34,7 @@ from scd.model.embed import (
 from scd.model.initialise import initialise
 from scd.model.pretrained import Pretrained
 from scd.model.sizes import Sizes
+from scd.model.visibility import DistanceBias, FrameCausal, TeacherForcing, Visibility
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +174,8 @@ class DenseDiffuser(nn.Module, Pretrained):
         positions = list(range(num_frames))
         embedding = self._embedding(time, conditions)
         rotary = self._rotary(positions, frames.device)
-        visible = frame_causal_mask(num_frames, self.shape.num_tokens, frames.device)
-        bias = self._bias(positions, positions, frames.device)
+        visible = FrameCausal(num_frames=num_frames, tokens_per_frame=self.shape.num_tokens)
+        bias = self._bias(positions, positions)
 
         def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend(q, k, v, visible, bias)
@@ -211,10 +204,15 @@ class DenseDiffuser(nn.Module, Pretrained):
             time, conditions.frames(first, first + num_noisy).repeat(num_draws)
         )
         rotary_past, rotary = self._rotary(past, device), self._rotary(present, device)
-        visible_past = frame_causal_mask(num_clean, num_tokens, device)
-        visible = teacher_forcing_mask(num_clean, first, num_noisy, num_tokens, device)
-        bias_past = self._bias(past, past, device)
-        bias = self._bias(present, past + present, device)
+        visible_past = FrameCausal(num_frames=num_clean, tokens_per_frame=num_tokens)
+        visible = TeacherForcing(
+            num_clean=num_clean,
+            first_noisy=first,
+            num_noisy=num_noisy,
+            tokens_per_frame=num_tokens,
+        )
+        bias_past = self._bias(past, past)
+        bias = self._bias(present, past + present)
 
         def read_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend(q, k, v, visible_past, bias_past)
@@ -312,9 +310,11 @@ class DenseDiffuser(nn.Module, Pretrained):
         bias = self._cache_bias(cache, frames)
         visible = None
         if num_frames > 1:
-            total = cache.num_frames + num_frames
-            visible = frame_causal_mask(total, self.shape.num_tokens, clean.device)
-            visible = visible[-num_frames * self.shape.num_tokens :]
+            visible = FrameCausal(
+                num_frames=cache.num_frames + num_frames,
+                num_past=cache.num_frames,
+                tokens_per_frame=self.shape.num_tokens,
+            )
         x = self.embed_frame(clean)
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
@@ -326,7 +326,7 @@ class DenseDiffuser(nn.Module, Pretrained):
         state.next_frame += num_frames
 
     @staticmethod
-    def _reader(cache: KVCache, layer: int, visible: Tensor | None, bias: Tensor | None):
+    def _reader(cache: KVCache, layer: int, visible: Visibility | None, bias: DistanceBias | None):
         def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend(q, *cache.write(layer, k, v), visible, bias)
 
@@ -352,15 +352,15 @@ class DenseDiffuser(nn.Module, Pretrained):
             positions, self.config.block.rotary_axes, self.config.block.rotary_theta
         )
 
-    def _cache_bias(self, cache: KVCache, frames: list[int]) -> Tensor | None:
-        return self._bias(frames, cache.positions_with(frames), cache.keys.device)
+    def _cache_bias(self, cache: KVCache, frames: list[int]) -> DistanceBias | None:
+        return self._bias(frames, cache.positions_with(frames))
 
-    def _bias(self, queries: list[int], keys: list[int], device: torch.device) -> Tensor | None:
+    def _bias(self, queries: list[int], keys: list[int]) -> DistanceBias | None:
         if self.config.block.distance_bias == 0:
             return None
-        return distance_bias(
-            self.config.block.distance_bias,
-            torch.tensor(queries, device=device),
-            torch.tensor(keys, device=device),
-            self.shape.num_tokens,
+        return DistanceBias(
+            slope=self.config.block.distance_bias,
+            query_frames=tuple(queries),
+            key_frames=tuple(keys),
+            tokens_per_frame=self.shape.num_tokens,
         )

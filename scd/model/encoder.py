@@ -14,16 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from scd.clip import Conditions, ConditionSpec
 from scd.flow import CLEAN_TIME
-from scd.model.attention import (
-    attend,
-    distance_bias,
-    frame_causal_mask,
-    frame_positions,
-    rotary_table,
-)
+from scd.model.attention import attend, frame_positions, rotary_table
 from scd.model.block import Block, BlockConfig, Modulation, layer_norm
 from scd.model.cache import CacheConfig, KVCache
 from scd.model.embed import ConditionEmbedder, FrameShape, TimeEmbedder, TokenEmbedder
+from scd.model.visibility import DistanceBias, FrameCausal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +109,8 @@ class CausalEncoder(nn.Module):
             raise ValueError("an encoder without a start frame needs 2 or more frames, got 1")
         upcoming = conditions.frames(self.first_row + 1, None)
         frames = list(range(self.first_row, self.first_row + num_rows))
-        visible = frame_causal_mask(num_rows, self.shape.num_tokens, tokens.device)
-        bias = self._bias(frames, frames, tokens.device)
+        visible = FrameCausal(num_frames=num_rows, tokens_per_frame=self.shape.num_tokens)
+        bias = self._bias(frames, frames)
 
         def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend(q, k, v, visible if num_rows > 1 else None, bias)
@@ -150,14 +145,16 @@ class CausalEncoder(nn.Module):
         num_rows = tokens.shape[1]
         frames = list(range(first_row, first_row + num_rows))
         cache.make_room()
-        bias = self._bias(frames, cache.positions_with(frames), tokens.device)
+        bias = self._bias(frames, cache.positions_with(frames))
         # The frames in memory come first, then the rows, unless the ring has wrapped: then there
         # is one row only, and it sees everything.
         visible = None
         if num_rows > 1:
-            total = cache.num_frames + num_rows
-            visible = frame_causal_mask(total, self.shape.num_tokens, tokens.device)
-            visible = visible[-num_rows * self.shape.num_tokens :]
+            visible = FrameCausal(
+                num_frames=cache.num_frames + num_rows,
+                num_past=cache.num_frames,
+                tokens_per_frame=self.shape.num_tokens,
+            )
 
         def reader(layer: int):
             def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -179,14 +176,14 @@ class CausalEncoder(nn.Module):
             tokens = torch.cat([start, tokens], dim=1)
         return tokens
 
-    def _bias(self, queries: list[int], keys: list[int], device: torch.device) -> Tensor | None:
+    def _bias(self, queries: list[int], keys: list[int]) -> DistanceBias | None:
         if self.block.distance_bias == 0:
             return None
-        return distance_bias(
-            self.block.distance_bias,
-            torch.tensor(queries, device=device),
-            torch.tensor(keys, device=device),
-            self.shape.num_tokens,
+        return DistanceBias(
+            slope=self.block.distance_bias,
+            query_frames=tuple(queries),
+            key_frames=tuple(keys),
+            tokens_per_frame=self.shape.num_tokens,
         )
 
     def _run(self, x: Tensor, upcoming: Conditions, frames: list[int], readers: list) -> Context:
