@@ -35,8 +35,8 @@ PLAIN_KEYS = 128
 bfloat16. Source: measured, docs/log.md."""
 
 FLEX_HEAD_DIMS = (16, 32, 64, 128)
-"""Widths of a head for which FlexAttention is used: it needs 16 or more, and a power of two in the
-oldest PyTorch that is supported."""
+"""Widths of a head for which FlexAttention is used: its kernels need 16 or more, and older ones a
+power of two."""
 
 
 def rotary_table(positions: Int[Tensor, "s 3"], axes: tuple[int, int, int], theta: float) -> Rotary:
@@ -146,7 +146,8 @@ def _flex(
 ) -> Tensor:
     """Attend by FlexAttention, which skips tiles where nothing is visible and keeps no mask.
 
-    Lengths that are no multiple of its tiles are filled up, see `padded`.
+    Lengths that are no multiple of its tiles are filled up, see `padded`. Tests compare it with the
+    plain formula: forwards on a CPU; its gradients only those marked `gpu`, it has none on a CPU.
     """
     read = kernel(
         padded(q),
