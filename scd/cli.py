@@ -17,6 +17,8 @@ import tyro
 from rich.console import Console
 
 from scd import __version__
+from scd.bench.compare import CompareConfig, compare
+from scd.bench.measure import BenchConfig, bench
 from scd.convert import ReferenceConfig, convert_reference
 from scd.data.record import DoomRecording, ToyRecording, record
 from scd.demo import DemoConfig, demo
@@ -38,6 +40,8 @@ USAGE = """usage: scd COMMAND ...
   train PRESET              train a model on clips
   sample RUN                stream frames from a trained model
   evaluate RUN              measure a trained model on held-out clips
+  bench                     seconds, memory and share of the machine's limit per frame
+  bench compare             two configurations in turns, as a ratio with its spread
   convert reference FILE    turn a state dict of the paper's release, or of FAR, into ours
 
 `scd COMMAND --help` explains every flag. `scd --version` prints the version."""
@@ -192,12 +196,22 @@ def _convert(words: list[str]) -> None:
     Console().print(f"saved {convert_reference(paths[0], paths[1], config)}")
 
 
+def _bench(words: list[str]) -> None:
+    if words[:1] == ["compare"]:
+        compare(_parse(CompareConfig, words[1:], "bench compare"))
+        return
+    if words and not words[0].startswith("-"):
+        raise ValueError(f"scd bench takes flags, or compare first; got {words[0]!r}")
+    bench(_parse(BenchConfig, words, "bench"))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "record": _record,
     "train": _train,
     "sample": _sample,
     "evaluate": _evaluate,
+    "bench": _bench,
     "convert": _convert,
 }
 """Subcommands by name."""

@@ -51,7 +51,13 @@ LAYERS = (
         "metrics.image metrics.memory media plots predict evaluate sample side_by_side report",
     ),
     ("trainer", "run running fit held_out train plan"),
-    ("top", "presets convert demo cli __main__"),
+    ("named runs", "presets"),
+    (
+        "benchmark",
+        "bench.limits bench.memory bench.models bench.case bench.stream bench.timing bench.card "
+        "bench.measure bench.compare",
+    ),
+    ("top", "convert demo cli __main__"),
 )
 """The only allowed direction of imports: a module imports from modules before it, never after.
 docs/architecture.md shows the same list."""
@@ -367,7 +373,9 @@ def help_of(words: list[str]) -> str:
     return printed.getvalue()
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS, "train toy", "record toy", "record doom"])
+@pytest.mark.parametrize(
+    "command", ["", *COMMANDS, "train toy", "record toy", "record doom", "bench compare"]
+)
 def test_every_command_explains_itself(command: str):
     assert "--" in help_of(command.split())
 
@@ -391,6 +399,7 @@ def test_flags_in_the_pages_exist(line: str):
     words = [word for word in shlex.split(line, comments=True)[1:] if word != "..."]
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     takes_name = names[0] in ("train", "record", "convert") and names[1] != "PRESET"
+    takes_name = takes_name or names[:2] == ["bench", "compare"]
     page = help_of(names[: 2 if takes_name else 1])
     for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
         assert re.search(rf"{flag}\b", page), f"{flag} is no flag of scd {' '.join(names)}"

@@ -1,0 +1,195 @@
+"""One configuration to be timed, and how lists and words of the command line become some."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from scd.bench.models import Subject, find_subject
+from scd.engine.interface import EngineKind
+from scd.model.build import frame_cost
+from scd.model.cost import FrameCost, Streams
+from scd.model.decoder import Join
+from scd.model.separable import SeparableConfig
+from scd.runtime import Precision
+
+GuidanceKind = Literal["none", "conditions", "context_noise"]
+"""As in rollout.Guidance."""
+
+VALUE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+"""Bytes of a weight, key or value at each precision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One configuration of one model. Its names are those of a spec: "model=toy engine=fast"."""
+
+    model: str
+    """Preset, shape, or folder of a run."""
+    engine: EngineKind = "plain"
+    """What runs the model."""
+    join: Join | None = None
+    """Of the decoder; None: the model's own."""
+    context: int = 16
+    """Frames of the full window."""
+    steps: int = 10
+    """Denoising steps per frame."""
+    batch: int = 1
+    """Streams that are stepped together."""
+    sessions: int = 1
+    """Groups of streams that are stepped independently of each other."""
+    guidance: GuidanceKind = "none"
+    """Branch that frames are pushed away from."""
+    precision: Precision = "fp32"
+    """Of weights, memory and products."""
+
+    def __post_init__(self) -> None:
+        for name in ("context", "steps", "batch", "sessions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        self.check(self.subject)
+
+    @property
+    def subject(self) -> Subject:
+        """The model."""
+        return find_subject(self.model, self.join)
+
+    @property
+    def title(self) -> str:
+        """The case in words, for people."""
+        words = [self.model, self.engine, *([self.join] if self.join else []), self.precision]
+        words += [f"context {self.context}", f"{self.steps} steps", f"batch {self.batch}"]
+        words += [f"guidance {self.guidance}"] if self.guidance != "none" else []
+        return ", ".join(words + ([f"{self.sessions} sessions"] if self.sessions > 1 else []))
+
+    def check(self, subject: Subject) -> None:
+        """Refuse what the model cannot do.
+
+        Raises:
+            ValueError: a context beyond its window, or guidance that it cannot give.
+        """
+        config = subject.config
+        if self.context > config.cache.window:
+            raise ValueError(
+                f"context {self.context} is longer than the window of {self.model}, "
+                f"{config.cache.window} frames"
+            )
+        if self.context <= config.cache.num_sinks:
+            raise ValueError(
+                f"context {self.context} leaves no room beside the first frames that "
+                f"{self.model} always remembers, {config.cache.num_sinks}"
+            )
+        if self.sessions > 1:
+            raise ValueError(f"sessions must be 1, got {self.sessions}")
+        if self.guidance == "context_noise" and not isinstance(config, SeparableConfig):
+            raise ValueError(
+                f"guidance context_noise needs a separable model: {self.model} is dense"
+            )
+        spec = config.conditions
+        if self.guidance == "conditions" and not (spec.has_actions or spec.num_labels):
+            raise ValueError(
+                f"guidance conditions needs a model with actions or labels: {self.model} has none"
+            )
+
+    def cost(self) -> FrameCost:
+        """Count the next frame of all streams."""
+        streams = Streams(
+            num_context_frames=self.context,
+            batch=self.batch * self.sessions,
+            branches=1 if self.guidance == "none" else 2,
+            memories=2 if self.guidance == "conditions" else 1,
+            bytes_per_value=VALUE_BYTES[self.precision],
+        )
+        return frame_cost(self.subject.config, streams)
+
+
+WORDS: dict[str, tuple[str, ...]] = {
+    "engine": get_args(EngineKind),
+    "join": get_args(Join),
+    "guidance": get_args(GuidanceKind),
+    "precision": get_args(Precision),
+}
+"""Values of the fields of a case that are one of some words."""
+
+
+def make_case(values: Mapping[str, Any]) -> Case:
+    """Make a case of words and numbers by field.
+
+    Raises:
+        ValueError: an unknown word, or what the model cannot do.
+    """
+    for name, choices in WORDS.items():
+        value = values.get(name)
+        if value is not None and value not in choices:
+            raise ValueError(f"unknown {name} {value!r}; there are {', '.join(choices)}")
+    return Case(**values)
+
+
+def numbers(name: str, text: str) -> list[int]:
+    """Read a list such as "16,64".
+
+    Raises:
+        ValueError: it is empty, or an entry is no whole number of 1 or more.
+    """
+    return [_number(name, word) for word in names(name, text)]
+
+
+def names(name: str, text: str) -> list[str]:
+    """Read a list such as "plain,fast".
+
+    Raises:
+        ValueError: it is empty.
+    """
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not words:
+        raise ValueError(f"{name} needs one entry or more, got {text!r}")
+    return words
+
+
+def _number(name: str, word: str) -> int:
+    try:
+        value = int(word)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise ValueError(f"{name} must be whole numbers of 1 or more, got {word!r}")
+    return value
+
+
+def parse_case(spec: str, defaults: Mapping[str, Any]) -> Case:
+    """Read a spec: "model=scd-m engine=fast join=prefix", in any order.
+
+    Args:
+        spec: words of the form key=value, keys as the fields of Case.
+        defaults: of keys that the spec does not name.
+
+    Raises:
+        ValueError: a word of another form, an unknown key or value, no model, or a case that the
+            model cannot do.
+    """
+    known = {field.name: field for field in fields(Case)}
+    values: dict[str, Any] = dict(defaults)
+    given: set[str] = set()
+    for word in spec.split():
+        key, equals, value = word.partition("=")
+        if not equals or not value or key not in known or key in given:
+            raise ValueError(
+                f"cannot read {word!r} in {spec!r}: words are key=value, once each, of "
+                f"{', '.join(known)}"
+            )
+        given.add(key)
+        is_number = key in ("context", "steps", "batch", "sessions")
+        values[key] = _number(key, value) if is_number else value
+    if "model" not in values:
+        raise ValueError(f"{spec!r} names no model: model=... is missing")
+    return make_case(values)
+
+
+def every_case(lists: Mapping[str, Sequence[Any]]) -> list[Case]:
+    """Return all combinations of the values of each field, the last field changing fastest."""
+    return [
+        make_case(dict(zip(lists, values, strict=True)))
+        for values in itertools.product(*lists.values())
+    ]

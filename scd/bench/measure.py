@@ -1,0 +1,167 @@
+"""Seconds, memory and share of the machine's limit of many configurations: `scd bench`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from scd.bench.card import LimitsOfDevice, RowFile, card, print_card
+from scd.bench.case import Case, every_case, names, numbers
+from scd.bench.memory import OutOfMemory, release
+from scd.bench.models import find_subject
+from scd.bench.stream import TimedStreams
+from scd.bench.timing import TIMED, Effort, time_case
+from scd.model.separable import SeparableConfig
+from scd.runtime import choose_device
+
+DEFAULT_CONTEXTS = "16,64,144,300"
+"""Contexts where none are asked for, as far as they fit into the model's window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Rows of measurements: all combinations of the lists, whose entries have commas between."""
+
+    model: str = "toy"
+    """Presets (scd train), wan-1.3b, wan-1.3b-dense, or folders of runs or worlds."""
+    context: str = ""
+    """Frames of the full window. Empty: those of 16,64,144,300 that fit, or the window itself."""
+    steps: str = "1,4,10,50"
+    """Denoising steps per frame."""
+    batch: str = "1"
+    """Streams that are stepped together."""
+    guidance: str = "none"
+    """none, context_noise (separable models), conditions (models with actions or labels)."""
+    precision: str = "fp32"
+    """fp32, bf16: of weights, memory and products."""
+    engine: str = "plain,fast"
+    """plain: the model as it is written; fast: laid out for the machine."""
+    join: str = ""
+    """Joins of separable models' decoders: token_concat, token_concat_projected, channel_concat,
+    add, prefix. Empty: each model's own."""
+    frames: int = 50
+    """Timed frames of each row."""
+    seconds: float = 30.0
+    """Seconds after which no further frame of a row is timed, once there are 5."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    """File of one JSON object per row, written row by row. Empty: only the screen."""
+    append: bool = False
+    """Keep the rows that the file has."""
+
+
+def bench(config: BenchConfig) -> list[dict[str, Any]]:
+    """Time all rows and return them; a row that does not fit into memory leaves the others alone.
+
+    Raises:
+        ValueError: something is asked for that does not exist or that a model cannot do (before
+            anything is measured); or rows that did not fit (after all others).
+        OSError: no such run, or a file that cannot be written.
+    """
+    device = choose_device(config.device)
+    effort = Effort(frames=config.frames, seconds=config.seconds)
+    cases = cases_of(config)
+    file = RowFile(config.json, config.append)
+    rows, refused = [], []
+    try:
+        limits, common = LimitsOfDevice(device), card(device, TIMED)
+        print_card(common, limits, list(dict.fromkeys(case.precision for case in cases)))
+        warm_process(cases, device)
+        for case in cases:
+            try:
+                measured = time_case(case, device, limits.at(case.precision), effort)
+            except OutOfMemory as error:
+                print(f"scd: {error}", file=sys.stderr, flush=True)
+                refused.append(case.title)
+                continue
+            rows.append(row_of(case, measured, common, limits))
+            file.write(rows[-1])
+    finally:
+        file.close()
+    if refused:
+        raise ValueError(
+            f"{len(refused)} of {len(cases)} rows did not fit into memory: {'; '.join(refused)}"
+        )
+    return rows
+
+
+def cases_of(config: BenchConfig) -> list[Case]:
+    """Return the rows that are asked for.
+
+    Raises:
+        ValueError: unknown words, numbers below 1, or what a model cannot do.
+        FileNotFoundError: no such run.
+    """
+    cases = []
+    models, joins = names("model", config.model), names("join", config.join) if config.join else []
+    subjects = {model: find_subject(model) for model in models}
+    separable = [
+        name for name, found in subjects.items() if isinstance(found.config, SeparableConfig)
+    ]
+    if joins and not separable:
+        raise ValueError(f"join has no effect on {config.model}: no model is separable")
+    for model in models:
+        cases += every_case(
+            {
+                "model": [model],
+                "guidance": names("guidance", config.guidance),
+                "precision": names("precision", config.precision),
+                "batch": numbers("batch", config.batch),
+                "context": _contexts(config.context, subjects[model].config.cache.window),
+                "steps": numbers("steps", config.steps),
+                "join": joins if joins and model in separable else [None],
+                "engine": names("engine", config.engine),
+            }
+        )
+    return cases
+
+
+def _contexts(text: str, window: int) -> Sequence[int]:
+    if text:
+        return numbers("context", text)
+    return [c for c in numbers("context", DEFAULT_CONTEXTS) if c <= window] or [window]
+
+
+def warm_process(cases: Sequence[Case], device: torch.device) -> None:
+    """Run each kind of engine once, tiny, so that no row pays for code that is loaded at first.
+
+    Code is part of a process's memory; on a GPU only tensors are counted.
+    """
+    if device.type != "cpu":
+        return
+    kinds = {}
+    for case in cases:
+        is_separable = isinstance(case.subject.config, SeparableConfig)
+        tiny = replace(
+            Case(model="toy" if is_separable else "toy-dense", context=4, steps=1),
+            engine=case.engine,
+            precision=case.precision,
+        )
+        kinds[tiny.title] = tiny
+    for tiny in kinds.values():
+        streams = TimedStreams(tiny, device)
+        streams.fill()
+        streams.frame()
+    release()
+
+
+def row_of(
+    case: Case, measured: Mapping[str, Any], common: Mapping[str, Any], limits: LimitsOfDevice
+) -> dict[str, Any]:
+    """Return a row: the case, what was measured, and what all rows have in common."""
+    subject = case.subject
+    join = subject.config.decoder.join if isinstance(subject.config, SeparableConfig) else None
+    return {
+        **asdict(case),
+        "join": join,
+        **measured,
+        "limits": asdict(limits.at(case.precision)),
+        "note": subject.note,
+        **common,
+    }

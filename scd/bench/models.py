@@ -1,0 +1,141 @@
+"""What can be timed: the named runs, the shapes of Wan2.1, or a trained world; and how it is built.
+
+Speed does not depend on the weights, so all but a trained world have random ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
+from scd.checkpoint import load_world, resolve
+from scd.clip import ConditionSpec
+from scd.config import from_json
+from scd.model.block import BlockConfig
+from scd.model.build import Diffuser, ModelConfig, build
+from scd.model.cache import CacheConfig
+from scd.model.decoder import DecoderConfig, Join
+from scd.model.dense import DenseConfig
+from scd.model.embed import FrameShape
+from scd.model.encoder import EncoderConfig
+from scd.model.pretrained import CONFIG_FILE, read_settings
+from scd.model.separable import SeparableConfig
+from scd.presets import PRESETS
+from scd.runtime import make_generator
+
+_WAN_SHAPE = FrameShape(channels=16, height=60, width=104, patch_size=2)
+_WAN_BLOCK = BlockConfig(width=1536, head_dim=128, rotary_axes=(44, 42, 42))
+_WAN_CACHE = CacheConfig(window=21, num_sinks=0)
+"""81 frames of video are 21 latent ones."""
+
+WAN_SHAPES: dict[str, ModelConfig] = {
+    "wan-1.3b": SeparableConfig(
+        shape=_WAN_SHAPE,
+        block=_WAN_BLOCK,
+        encoder=EncoderConfig(num_layers=25),
+        decoder=DecoderConfig(num_layers=10),
+        conditions=ConditionSpec(),
+        cache=_WAN_CACHE,
+    ),
+    "wan-1.3b-dense": DenseConfig(
+        shape=_WAN_SHAPE,
+        block=_WAN_BLOCK,
+        num_layers=30,
+        conditions=ConditionSpec(),
+        cache=_WAN_CACHE,
+    ),
+}
+"""Layers, width and tokens of Wan2.1 1.3B, in blocks of ours."""
+
+WAN_NOTE = (
+    "shape only: the layers, width, heads and 1,560 tokens per frame of Wan2.1 1.3B at 480x832, "
+    "made of this project's blocks: no text cross-attention, an MLP of 4 times the width (Wan's is "
+    "5.8 times), no autoencoder"
+)
+LATENT_NOTE = "the latents' autoencoder is not part of this project: end to end ends at latents"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model that can be timed."""
+
+    name: str
+    """As asked for: a preset, a shape, or a folder."""
+    config: ModelConfig
+    """Of the network."""
+    folder: str | None
+    """Of a trained world; None: random weights."""
+    note: str
+    """What a reader of its numbers must know; may be empty."""
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether its latents can be turned into pixels here."""
+        return self.folder is not None or self.config.shape.channels == 3
+
+    def load(
+        self, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Diffuser, PixelAutoencoder | None]:
+        """Return the model in eval mode, and what turns its latents into pixels, if anything."""
+        if self.folder is not None:
+            world = load_world(self.folder, device=device)
+            return world.model.to(dtype), world.autoencoder
+        autoencoder = PixelAutoencoder(PixelConfig()) if self.has_pixels else None
+        return random_model(self.config, device, dtype), autoencoder
+
+
+def find_subject(name: str, join: Join | None = None) -> Subject:
+    """Find a model by name.
+
+    Args:
+        name: a preset, a shape, or the folder of a run or world.
+        join: of the decoder, in place of the model's own.
+
+    Raises:
+        ValueError: nothing has that name, or the model's join cannot be changed.
+        FileNotFoundError: the folder holds no world.
+    """
+    folder, note = None, ""
+    if name in PRESETS:
+        config = PRESETS[name].model
+        note = LATENT_NOTE if config.shape.channels != 3 else ""
+    elif name in WAN_SHAPES:
+        config, note = WAN_SHAPES[name], WAN_NOTE
+    elif "/" in name or name.startswith("."):
+        folder = str(resolve(name))
+        path = resolve(name) / CONFIG_FILE
+        config = from_json(ModelConfig, read_settings(path)["model"], f"{path}: model")
+    else:
+        names = ", ".join([*PRESETS, *WAN_SHAPES])
+        raise ValueError(f"unknown model {name!r}; there are {names}, or the folder of a run (a/b)")
+    if join is not None:
+        config = _with_join(name, config, join, trained=folder is not None)
+    return Subject(name=name, config=config, folder=folder, note=note)
+
+
+def _with_join(name: str, config: ModelConfig, join: Join, trained: bool) -> ModelConfig:
+    if not isinstance(config, SeparableConfig):
+        raise ValueError(f"join={join!r} has no effect on {name}, a dense model")
+    if trained and join != config.decoder.join:
+        raise ValueError(f"{name} was trained with join={config.decoder.join!r}, not {join!r}")
+    return replace(config, decoder=replace(config.decoder, join=join))
+
+
+def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Diffuser:
+    """Build a model whose weights are all off zero, at once in its type and place.
+
+    No weight exists twice or in another type, so building it takes no more memory than it.
+    """
+    with torch.device("meta"):
+        model = build(config).to(dtype)
+    model.to_empty(device=device)
+    generator = make_generator(0, "random weights", device=device)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_norm", "k_norm")):
+                weight.fill_(1)
+            else:
+                weight.normal_(0, 0.02, generator=generator)
+    return model.eval()

@@ -1,0 +1,122 @@
+"""Streams of one case in the steady state: the window is full, and every frame evicts another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scd.bench.case import Case
+from scd.bench.limits import DTYPES, synchronize
+from scd.clip import Conditions
+from scd.engine.open import open_engine
+from scd.flow import SamplingConfig, schedule
+from scd.model.separable import SeparableState
+from scd.runtime import make_generator
+
+GUIDANCE_SCALE, CONTEXT_NOISE = 1.5, 0.05
+"""Of guided cases; speed does not depend on them. Source: paper, section 3."""
+
+Lap = Callable[[str], None]
+"""Is called after each part of a frame with its name: encoder, decoder, autoencoder, memory."""
+
+
+class TimedStreams:
+    """The streams of one case: `begin` or `fill`, then `frame` again and again."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        """Build the engine; `cold_start_s` says how long that took, the weights being there."""
+        self.case, self.device = case, device
+        model, self.autoencoder = case.subject.load(device, DTYPES[case.precision])
+        synchronize(device)
+        began = time.perf_counter()
+        self.engine = open_engine(model, case.engine, case.precision, release=True)
+        synchronize(device)
+        self.cold_start_s = time.perf_counter() - began
+        self.times = schedule(SamplingConfig(num_steps=case.steps)).tolist()
+        self.generator = make_generator(0, "bench", device=device)
+        self.state: Any = None
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Start from nothing, or from one random frame where the model needs one."""
+        self.state = None
+        clean, conditions = None, Conditions(labels=self._labels())
+        if self.engine.needs_first_frame:
+            clean = self._noise(*self.engine.shape.shape)[:, None]
+            conditions = self._conditions()
+        if self.case.guidance == "conditions":
+            conditions = conditions.with_null_branch()
+            clean = None if clean is None else torch.cat([clean, clean])
+        self.state = self.engine.begin(clean, conditions, self._num_memories, self.case.context)
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Fill the window with random keys and values, as if so many frames lay behind."""
+        self.begin()
+        state, cache = self.state, self.state.cache
+        for held in (cache.keys, cache.values):
+            held[0].normal_(generator=self.generator)
+            held[1:] = held[0]
+        newest = "next_row" if isinstance(state, SeparableState) else "next_frame"
+        first = getattr(state, newest)
+        cache.reset()
+        cache.advance(list(range(first, first + self.case.context)))
+        setattr(state, newest, first + self.case.context)
+        if isinstance(state, SeparableState):
+            shape = (self._num_memories, 1, *self.engine.shape.shape)
+            state.newest = torch.randn(
+                shape, generator=self.generator, device=self.device, dtype=self.engine.dtype
+            )
+
+    @torch.no_grad()
+    def frame(self, lap: Lap = lambda part: None, decode: bool = True) -> Tensor:
+        """Make the next frame of all streams, from the action to the pixels and into the past."""
+        engine, guidance = self.engine, self.case.guidance
+        conditions = self._conditions()
+        if guidance == "conditions":
+            conditions = conditions.with_null_branch()
+        context = engine.context(self.state, conditions)
+        if guidance == "context_noise":
+            tokens = self._noise(engine.shape.num_tokens, engine.config.block.width)
+            context = engine.with_noisy_branch(context, CONTEXT_NOISE, tokens)
+        lap("encoder")
+        scale = None if guidance == "none" else GUIDANCE_SCALE
+        noise = self._noise(*engine.shape.shape)
+        latent = engine.denoise(context, noise, self.times, "euler", scale)
+        lap("decoder")
+        shown = latent
+        if self.autoencoder is not None and decode:
+            shown = self.autoencoder.decode(latent[:, None])[:, 0].float()
+        lap("autoencoder")
+        if guidance == "conditions":
+            latent = torch.cat([latent, latent])
+        engine.observe(self.state, latent, conditions)
+        lap("memory")
+        return shown
+
+    @property
+    def _num_memories(self) -> int:
+        return self.case.batch * (2 if self.case.guidance == "conditions" else 1)
+
+    def _noise(self, *shape: int) -> Tensor:
+        return torch.randn(
+            self.case.batch, *shape, generator=self.generator, device=self.device
+        ).to(self.engine.dtype)
+
+    def _labels(self) -> Tensor | None:
+        if not self.engine.config.conditions.num_labels:
+            return None
+        return torch.zeros(self.case.batch, dtype=torch.long, device=self.device)
+
+    def _conditions(self) -> Conditions:
+        """Return actions of one frame, which come from the machine that the player sits at."""
+        spec, batch, actions = self.engine.config.conditions, self.case.batch, None
+        if spec.num_actions:
+            actions = torch.randint(spec.num_actions, (batch, 1))
+        elif spec.action_dim:
+            actions = torch.rand(batch, 1, spec.action_dim) * 2 - 1
+        return Conditions(actions=actions, labels=self._labels()).to(self.device)

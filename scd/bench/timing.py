@@ -1,0 +1,195 @@
+"""Seconds and memory of one case."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+import torch
+
+from scd.bench.case import Case
+from scd.bench.limits import Limits, synchronize
+from scd.bench.memory import PeakMemory, check_free, out_of_memory_named
+from scd.bench.stream import TimedStreams
+
+TIMED = (
+    "seconds are wall-clock, of one step of all streams of the batch, from the action to the "
+    "pixels on the device, noise, solver and memory included, the window full before and after; "
+    "median, p90, p99 over the timed frames, jitter_s the mean difference of successive ones; "
+    "encoder_s all that is done once per frame (encoder or dense memory pass, preparation of the "
+    "context), decoder_step_s all denoising steps divided by their number, autoencoder_s latents "
+    "to pixels; frames per second count all streams; denoise leaves the autoencoder out; "
+    "cold_start_s builds the engine from weights in memory; first_frame_s is from nothing to the "
+    "first pixels right after that, compilation included, first_frame_warm_s the same once all is "
+    "warm; peak_memory_bytes is the growth while building and running; flops, bytes and memory "
+    "needed by formula; fraction_of_limit = max(flops / measured product rate, bytes / measured "
+    "copy bandwidth) / seconds without the autoencoder"
+)
+"""What the numbers of a row mean."""
+
+MIN_FRAMES = 5
+"""Frames that are timed however long they take."""
+
+MIN_WARM_FRAMES, WARM_S = 2, 0.5
+"""Frames, and seconds, that pass untimed once the window is full."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How long each case is timed."""
+
+    frames: int = 50
+    """Timed frames."""
+    seconds: float = 30.0
+    """Seconds after which no further frame is timed, once there are 5."""
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"frames must be 1 or more, got {self.frames}")
+        if not self.seconds > 0:
+            raise ValueError(f"seconds must be above 0, got {self.seconds}")
+
+
+def time_case(case: Case, device: torch.device, limits: Limits, effort: Effort) -> dict[str, Any]:
+    """Build, run and time one case.
+
+    Returns:
+        What was measured, under the names of a row.
+
+    Raises:
+        OutOfMemory: it does not fit; with what it needs and what is free.
+    """
+    cost = case.cost()
+    check_free(case.title, cost.memory_needed, device)
+    with out_of_memory_named(case.title, cost.memory_needed, device):
+        peak = PeakMemory(device)
+        streams = TimedStreams(case, device)
+        measured = _measure(streams, effort, peak)
+    num_streams = case.batch * case.sessions
+    flops, num_bytes = cost.flops(case.steps), cost.bytes(case.steps)
+    denoise_s = measured.pop("denoise_s")
+    return measured | {
+        "frames_per_s_denoise": num_streams / denoise_s,
+        "frames_per_s_end_to_end": num_streams / measured["seconds_per_frame_median"],
+        "flops_per_frame": flops,
+        "bytes_per_frame": num_bytes,
+        "memory_needed_bytes": cost.memory_needed,
+        "fraction_of_limit": limits.seconds(flops, num_bytes) / denoise_s,
+    }
+
+
+def _measure(streams: TimedStreams, effort: Effort, peak: PeakMemory) -> dict[str, Any]:
+    first_s = _first_frame_s(streams)
+    streams.fill()
+    warm_up(streams)
+    parts = time_parts(streams, effort)
+    whole, denoise = whole_and_denoise(streams, effort, parts)
+    peak_bytes = peak.bytes()
+    return {
+        "seconds_per_frame_median": median(whole),
+        "p90_s": quantile(whole, 0.90),
+        "p99_s": quantile(whole, 0.99),
+        "jitter_s": _jitter(whole),
+        "frames": len(whole),
+        "denoise_s": median(denoise),
+        "encoder_s": median(frame["encoder"] + frame["memory"] for frame in parts),
+        "decoder_step_s": median(frame["decoder"] for frame in parts) / streams.case.steps,
+        "autoencoder_s": median(frame["autoencoder"] for frame in parts),
+        "cold_start_s": streams.cold_start_s,
+        "first_frame_s": first_s,
+        "first_frame_warm_s": _first_frame_s(streams),
+        "peak_memory_bytes": peak_bytes,
+    }
+
+
+def _first_frame_s(streams: TimedStreams) -> float:
+    synchronize(streams.device)
+    began = time.perf_counter()
+    streams.begin()
+    streams.frame()
+    synchronize(streams.device)
+    return time.perf_counter() - began
+
+
+def warm_up(streams: TimedStreams) -> None:
+    """Make frames that are not timed."""
+    began, num_frames = time.perf_counter(), 0
+    while num_frames < MIN_WARM_FRAMES or time.perf_counter() - began < WARM_S:
+        streams.frame()
+        synchronize(streams.device)
+        num_frames += 1
+
+
+def whole_and_denoise(
+    streams: TimedStreams, effort: Effort, parts: Sequence[Mapping[str, float]] | None = None
+) -> tuple[list[float], list[float]]:
+    """Return the seconds of frames: with the autoencoder, and without it.
+
+    Args:
+        streams: warm.
+        effort: how many.
+        parts: of frames that were timed already; on a CPU they say it all.
+    """
+    if streams.device.type == "cpu":
+        parts = time_parts(streams, effort) if parts is None else parts
+        whole = [sum(frame.values()) for frame in parts]
+        return whole, [sum(frame.values()) - frame["autoencoder"] for frame in parts]
+    # On a GPU waiting between the parts would keep them from overlapping.
+    whole = time_frames(streams, effort)
+    if streams.autoencoder is None:
+        return whole, whole
+    return whole, time_frames(streams, effort, decode=False)
+
+
+def time_frames(streams: TimedStreams, effort: Effort, decode: bool = True) -> list[float]:
+    """Return the seconds of each frame, waiting for the device only at its end."""
+
+    def frame() -> float:
+        start = time.perf_counter()
+        streams.frame(decode=decode)
+        synchronize(streams.device)
+        return time.perf_counter() - start
+
+    return _repeat(frame, effort)
+
+
+def time_parts(streams: TimedStreams, effort: Effort) -> list[dict[str, float]]:
+    """Return the seconds of each part of each frame, waiting for the device after each."""
+
+    def frame() -> dict[str, float]:
+        seconds: dict[str, float] = {}
+        last = time.perf_counter()
+
+        def lap(part: str) -> None:
+            nonlocal last
+            synchronize(streams.device)
+            now = time.perf_counter()
+            seconds[part], last = now - last, now
+
+        streams.frame(lap)
+        return seconds
+
+    return _repeat(frame, effort)
+
+
+def _repeat(frame: Callable[[], Any], effort: Effort) -> list[Any]:
+    results, began = [], time.perf_counter()
+    for _ in range(effort.frames):
+        results.append(frame())
+        if len(results) >= MIN_FRAMES and time.perf_counter() - began > effort.seconds:
+            break
+    return results
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the value that a share of some values stays below, interpolated."""
+    return float(np.quantile(np.asarray(values), share))
+
+
+def _jitter(seconds: Sequence[float]) -> float:
+    pairs = zip(seconds[:-1], seconds[1:], strict=True)
+    return fmean([abs(later - earlier) for earlier, later in pairs] or [0.0])
