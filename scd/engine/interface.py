@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from scd.model.embed import FrameShape
 EngineKind = Literal["plain", "fast"]
 """How a model is run: as it is written, or laid out for the machine."""
 
+ENGINES: tuple[EngineKind, ...] = get_args(EngineKind)
+"""All kinds."""
+
 Solver = Literal["euler", "heun"]
 """Integrator of the denoising steps: see flow.solve."""
 
@@ -23,8 +26,7 @@ Solver = Literal["euler", "heun"]
 class Engine(ABC):
     """A model that streams. For each frame: `context` once, `denoise` once, `observe` once.
 
-    States are the model's own (their `fork` copies a batch of streams), so a stream may go on in
-    another engine of the same weights and precision.
+    A state belongs to the engine that began it; its `fork` copies a batch of streams.
     """
 
     config: ModelConfig

@@ -6,19 +6,22 @@ import copy
 
 import torch
 
-from scd.engine.interface import Engine, EngineKind
+from scd.engine.dense import FastDense
+from scd.engine.interface import ENGINES, Engine
 from scd.engine.plain import PlainEngine
+from scd.engine.separable import FastSeparable
 from scd.model.build import Diffuser
-from scd.runtime import Precision
+from scd.model.dense import DenseDiffuser
+from scd.model.separable import SeparableDiffuser
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Type of weights and memory at each precision."""
 
 
 def open_engine(
     model: Diffuser,
-    kind: EngineKind = "plain",
-    precision: Precision = "fp32",
+    kind: str = "plain",
+    precision: str = "fp32",
     release: bool = False,
 ) -> Engine:
     """Make an engine of a model, on the device where the model is.
@@ -33,10 +36,18 @@ def open_engine(
     Raises:
         ValueError: no such kind of engine, or no such precision.
     """
+    if kind not in ENGINES:
+        raise ValueError(f"engine must be one of {list(ENGINES)}, got {kind!r}")
     if precision not in DTYPES:
         raise ValueError(f"precision must be one of {list(DTYPES)}, got {precision!r}")
     dtype = DTYPES[precision]
     changes = next(model.parameters()).dtype != dtype
+    mine = release or changes
+    if changes:
+        model = (model if release else copy.deepcopy(model)).to(dtype)
     if kind == "plain":
-        return PlainEngine((model if release or not changes else copy.deepcopy(model)).to(dtype))
-    raise ValueError(f"engine must be 'plain' or 'fast', got {kind!r}")
+        return PlainEngine(model)
+    if isinstance(model, SeparableDiffuser):
+        return FastSeparable(model, free=mine)
+    assert isinstance(model, DenseDiffuser)
+    return FastDense(model, free=mine)

@@ -45,7 +45,8 @@ class PlainEngine(Engine):
     def with_noisy_branch(self, context: Any, strength: float, noise: Tensor) -> Any:
         """Double the batch by a corrupted context; see interface.Engine."""
         assert isinstance(self.model, SeparableDiffuser)
-        return self.model.with_noisy_branch(context, strength, noise[:, None])
+        noise = noise.to(self.dtype)[:, None]
+        return self.model.with_noisy_branch(context, strength, noise)
 
     @torch.no_grad()
     def denoise(

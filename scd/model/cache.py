@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scd.model.attention import rotary_table, rotate
+from scd.model.attention import Rotary, rotary_table, rotate
 from scd.model.block import BlockConfig
 
 
@@ -61,8 +62,11 @@ class KVCache:
         rotary_theta: float,
         dtype: torch.dtype,
         device: torch.device,
+        turn: Callable[[Tensor, Rotary], Tensor] = rotate,
     ) -> None:
+        """Allocate the ring; `turn` rotates keys in the order of entries that they come in."""
         self.config = config
+        self.turn = turn
         self.tokens_per_frame = tokens_per_frame
         self.rotary_axes = rotary_axes
         self.rotary_theta = rotary_theta
@@ -83,6 +87,7 @@ class KVCache:
         batch: int,
         tokens_per_frame: int,
         weight: Tensor,
+        turn: Callable[[Tensor, Rotary], Tensor] = rotate,
     ) -> KVCache:
         """Allocate the memory of a stack of blocks, in the type and on the device of a weight."""
         return KVCache(
@@ -96,6 +101,7 @@ class KVCache:
             rotary_theta=block.rotary_theta,
             dtype=weight.dtype,
             device=weight.device,
+            turn=turn,
         )
 
     @property
@@ -137,10 +143,10 @@ class KVCache:
             assert frame is not None
             self.slots[slot] = frame + 1
         moved = torch.tensor([[self.num_evicted, 0, 0]] * size, device=self.keys.device)
-        turn = rotary_table(moved, self.rotary_axes, self.rotary_theta)
+        rotary = rotary_table(moved, self.rotary_axes, self.rotary_theta)
         # Two rotations in a row are one: always from the keys as first written, so that no
         # rounding adds up over a long stream.
-        turned = rotate(self.sink_keys.flatten(0, 1), turn)
+        turned = self.turn(self.sink_keys.flatten(0, 1), rotary)
         self.keys[:, :, :, :size] = turned.unflatten(0, self.sink_keys.shape[:2])
 
     def _next_slot(self) -> int:

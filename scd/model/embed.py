@@ -73,6 +73,27 @@ class FrameShape:
         return self.channels, self.height, self.width
 
 
+def to_patches(frames: Float[Tensor, "*b c h w"], patch_size: int) -> Float[Tensor, "*b n p"]:
+    """Cut frames into square patches, row by row, each as one vector."""
+    return rearrange(
+        frames,
+        "... c (rows p) (columns q) -> ... (rows columns) (c p q)",
+        p=patch_size,
+        q=patch_size,
+    )
+
+
+def from_patches(patches: Float[Tensor, "*b n p"], shape: FrameShape) -> Float[Tensor, "*b c h w"]:
+    """Undo to_patches."""
+    return rearrange(
+        patches,
+        "... (rows columns) (c p q) -> ... c (rows p) (columns q)",
+        rows=shape.rows,
+        c=shape.channels,
+        p=shape.patch_size,
+    )
+
+
 class TokenEmbedder(nn.Module):
     """Frames to tokens: cut into patches, one linear map."""
 
@@ -86,13 +107,7 @@ class TokenEmbedder(nn.Module):
 
     def forward(self, frames: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t n d"]:
         """Embed frames."""
-        patches = rearrange(
-            frames,
-            "b t c (rows p) (columns q) -> b t (rows columns) (c p q)",
-            p=self.patch_size,
-            q=self.patch_size,
-        )
-        tokens = self.project(patches)
+        tokens = self.project(to_patches(frames, self.patch_size))
         return tokens if self.positions is None else tokens + self.positions
 
 
@@ -184,13 +199,7 @@ class FrameHead(nn.Module):
         """Return the velocity of each noisy frame."""
         scale, shift = self.modulation(embedding)
         patches = self.project(layer_norm(x) * (1 + scale) + shift)
-        output = rearrange(
-            patches,
-            "b t (rows columns) (c p q) -> b t c (rows p) (columns q)",
-            rows=self.shape.rows,
-            c=self.shape.channels,
-            p=self.shape.patch_size,
-        )
+        output = from_patches(patches, self.shape)
         if self.predict == "velocity":
             return output
         return velocity_from_clean(noisy, output, time)

@@ -1,0 +1,177 @@
+"""The dense baseline laid out for speed, with every saving that the separable one has.
+
+The plain twin is model/dense.py, run by engine/plain.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scd.clip import Conditions
+from scd.engine.attention import Attention, Turn, frame_turn, key_bias, rotate_halves
+from scd.engine.block import PARTS, FastBlock, blocks_of, norm_weights
+from scd.engine.embed import FastEmbedder, FastHead
+from scd.engine.interface import Engine, Solver
+from scd.engine.modulation import Modulations
+from scd.flow import CLEAN_TIME, guided_velocity, solve
+from scd.model.cache import KVCache
+from scd.model.dense import DenseDiffuser, DenseState
+from scd.model.embed import from_patches, to_patches
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastDenseContext:
+    """What a denoising step needs: the memory, and the frame's place in it."""
+
+    cache: KVCache
+    """Memory; the noisy frame's place in it is overwritten at each step."""
+    turn: Turn
+    """Positions of the frame's tokens."""
+    bias: Tensor | None
+    """Over the distance of frames."""
+    conditions: Conditions
+    """Of the frame."""
+
+
+class FastDense(Engine):
+    """All layers at every step, each over the whole memory."""
+
+    def __init__(self, model: DenseDiffuser, free: bool = False) -> None:
+        """Lay the weights out.
+
+        Args:
+            model: the plain one.
+            free: give up its weights; it cannot be used afterwards.
+        """
+        model.eval()
+        self.config, self.shape = model.config, model.shape
+        self.needs_first_frame = model.needs_first_frame
+        self.like = model.head.project.weight.detach().new_empty(0)
+        self.device, self.dtype = self.like.device, self.like.dtype
+        blocks, rows = blocks_of(model.blocks), model.shape.num_tokens
+        self.attend = Attention()
+        with torch.no_grad():
+            self.norm_weights = norm_weights(blocks)
+            self.embed = FastEmbedder(model.embed_frame, rows, free)
+            self.modulations = Modulations(
+                model.embed_time, model.embed_conditions, blocks, model.head.modulation, free
+            )
+            self.blocks = [FastBlock(block, rows, free=free) for block in blocks]
+            self.head = FastHead(model.head, rows, free)
+
+    @torch.no_grad()
+    def begin(
+        self,
+        clean: Tensor | None,
+        conditions: Conditions,
+        batch: int = 1,
+        num_frames_in_memory: int | None = None,
+    ) -> DenseState:
+        """Start a batch of streams; see interface.Engine."""
+        config = self.config.cache
+        if num_frames_in_memory is not None:
+            config = replace(config, window=num_frames_in_memory)
+        cache = KVCache.for_blocks(
+            config,
+            self.config.block,
+            len(self.blocks),
+            batch if clean is None else clean.shape[0],
+            self.shape.num_tokens,
+            self.like,
+            rotate_halves,
+        )
+        state = DenseState(cache=cache, next_frame=0)
+        for frame in range(0 if clean is None else clean.shape[1]):
+            assert clean is not None
+            self.observe(state, clean[:, frame], conditions.frames(frame, frame + 1))
+        return state
+
+    @torch.no_grad()
+    def context(self, state: DenseState, conditions: Conditions) -> FastDenseContext:
+        """Return what every step of the next frame needs; see interface.Engine."""
+        state.cache.make_room()
+        return self._place(state, conditions)
+
+    def _place(self, state: DenseState, conditions: Conditions) -> FastDenseContext:
+        frame, block = state.next_frame, self.config.block
+        return FastDenseContext(
+            cache=state.cache,
+            turn=frame_turn(self.norm_weights, frame, self.shape, block),
+            bias=key_bias(block, frame, state.cache, self.shape.num_tokens),
+            conditions=conditions,
+        )
+
+    def with_noisy_branch(self, context: Any, strength: float, noise: Tensor) -> Any:
+        """Refuse: this model has no context to corrupt."""
+        raise ValueError("guidance by context noise needs a separable model")
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        context: FastDenseContext,
+        noise: Tensor,
+        times: Sequence[float],
+        solver: Solver = "euler",
+        scale: float | None = None,
+    ) -> Tensor:
+        """Turn noise into frames; see interface.Engine. Between steps frames are float32."""
+        modulations = self.modulations.at(times[:-1], context.conditions)
+        step = {time: index for index, time in enumerate(times)}
+
+        def velocity_at(patches: Tensor, time: float) -> Tensor:
+            return self._velocity(context, patches, modulations[step[time]], time)
+
+        patches = to_patches(noise.float(), self.shape.patch_size)
+        patches = solve(guided_velocity(velocity_at, scale), patches, times, solver)
+        return from_patches(patches, self.shape).to(self.dtype)
+
+    @torch.no_grad()
+    def velocity(self, context: FastDenseContext, noisy: Tensor, time: Tensor) -> Tensor:
+        """Return the velocity of noisy frames; see interface.Engine."""
+        modulation = self.modulations.of_each(time, context.conditions)
+        patches = to_patches(noisy.float(), self.shape.patch_size)
+        velocity = self._velocity(context, patches, modulation, time.float()[:, None, None])
+        return from_patches(velocity, self.shape).to(noisy.dtype)
+
+    def _velocity(
+        self, context: FastDenseContext, patches: Tensor, modulation: Tensor, time: float | Tensor
+    ) -> Tensor:
+        x = self.embed(patches)
+        for layer, block in enumerate(self.blocks):
+            x = self._run(block, layer, x, modulation, context)
+        return self.head(x, modulation, patches, time)
+
+    def _run(
+        self,
+        block: FastBlock,
+        layer: int,
+        x: Tensor,
+        modulation: Tensor,
+        context: FastDenseContext,
+    ) -> Tensor:
+        part = modulation[:, PARTS * layer : PARTS * (layer + 1)]
+        q, k, v = block.queries_keys_values(x, part, context.turn, layer)
+        read = self.attend(q, *context.cache.write(layer, k, v), context.bias)
+        return block.finish(x, read, part)
+
+    @torch.no_grad()
+    def observe(self, state: DenseState, clean: Tensor, conditions: Conditions) -> None:
+        """Make frames part of the past: one pass over them writes the memory."""
+        state.cache.make_room()
+        context = self._place(state, conditions)
+        modulation = self.modulations.at((CLEAN_TIME,), conditions)[0]
+        x = self.embed(to_patches(clean.float(), self.shape.patch_size))
+        last = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            if layer < last:
+                x = self._run(block, layer, x, modulation, context)
+                continue
+            part = modulation[:, PARTS * layer : PARTS * (layer + 1)]
+            state.cache.write(layer, *block.keys_values(x, part, context.turn, layer))
+        state.cache.advance([state.next_frame])
+        state.next_frame += 1

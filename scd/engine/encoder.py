@@ -1,0 +1,81 @@
+"""The causal encoder laid out for speed: one row of a stream at a time, over its memory.
+
+The plain twin is model/encoder.py; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scd.clip import Conditions
+from scd.engine.attention import Attention, frame_turn, key_bias, rotate_halves
+from scd.engine.block import PARTS, FastBlock, blocks_of, modulate, norm_weights
+from scd.engine.embed import FastEmbedder
+from scd.engine.modulation import Modulations
+from scd.flow import CLEAN_TIME
+from scd.model.block import layer_norm
+from scd.model.cache import CacheConfig, KVCache
+from scd.model.embed import to_patches
+from scd.model.encoder import CausalEncoder
+
+
+class FastEncoder:
+    """Clean frame and coming action to the context of the next frame."""
+
+    def __init__(self, encoder: CausalEncoder, free: bool) -> None:
+        """Lay the weights out.
+
+        Args:
+            encoder: the plain one.
+            free: give up its weights.
+        """
+        self.encoder = encoder
+        self.shape, self.config_block = encoder.shape, encoder.block
+        blocks, num_tokens = blocks_of(encoder.blocks), encoder.shape.num_tokens
+        self.attend = Attention()
+        self.norm_weights = norm_weights(blocks)
+        self.embed = FastEmbedder(encoder.embed_frame, num_tokens, free)
+        self.modulations = Modulations(
+            encoder.embed_time, encoder.embed_conditions, blocks, encoder.output_modulation, free
+        )
+        self.blocks = [FastBlock(block, num_tokens, free=free) for block in blocks]
+
+    def new_cache(self, batch: int, config: CacheConfig) -> KVCache:
+        """Allocate the memory of a batch of streams."""
+        weight = self.encoder.embed_frame.project.weight
+        num_layers, num_tokens = len(self.blocks), self.shape.num_tokens
+        return KVCache.for_blocks(
+            config, self.config_block, num_layers, batch, num_tokens, weight, rotate_halves
+        )
+
+    def extend(
+        self, cache: KVCache, clean: Tensor, upcoming: Conditions, row: int
+    ) -> tuple[Tensor, Tensor]:
+        """Write one row into the cache, without keeping it, and return its context.
+
+        Args:
+            cache: has room for the row afterwards.
+            clean: the row's frame [b 1 c h w], or [b 0 c h w] for the start frame.
+            upcoming: conditions of the frame after it.
+            row: its frame position.
+
+        Returns:
+            Context tokens [b n d] and the gain [r 1 d] of the last norm, for 1 or b streams.
+        """
+        if clean.shape[1]:
+            x = self.embed(to_patches(clean[:, 0].float(), self.shape.patch_size))
+        else:
+            assert self.encoder.start is not None
+            x = self.encoder.start.expand(clean.shape[0], -1, -1)
+        cache.make_room()
+        modulation = self.modulations.at((CLEAN_TIME,), upcoming)[0]
+        turn = frame_turn(self.norm_weights, row, self.shape, self.config_block)
+        bias = key_bias(self.config_block, row, cache, self.shape.num_tokens)
+        for layer, block in enumerate(self.blocks):
+            part = modulation[:, PARTS * layer : PARTS * (layer + 1)]
+            q, k, v = block.queries_keys_values(x, part, turn, layer)
+            x = block.finish(x, self.attend(q, *cache.write(layer, k, v), bias), part)
+        if self.encoder.output_modulation is None:
+            return layer_norm(x), torch.ones_like(x[:1, :1])
+        return modulate(x, modulation[:, -1], modulation[:, -2]), modulation[:, -2:-1]

@@ -1,0 +1,152 @@
+"""All modulations of a stack of blocks, computed once per condition and time and kept.
+
+A frame's modulation follows from its time and what steers it alone. So one matrix product gives
+those of all blocks at all times of a schedule, and where actions and labels are discrete the result
+is a table that serves every later frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from scd.clip import Conditions
+from scd.engine.linear import PackedLinear, release
+from scd.model.block import Block, Modulation
+from scd.model.embed import ConditionEmbedder, TimeEmbedder
+
+TABLE_BYTES = 64 * 2**20
+"""Largest table of modulations of one schedule; above, they are computed at every frame."""
+
+SCHEDULES = 8
+"""Schedules whose tables are kept, the latest ones."""
+
+
+class Modulations:
+    """Modulations of a stack of blocks and of the norm after it: [parts d] per time and condition.
+
+    Parts: of each block shift, 1 + scale, gate of attention, the same of its MLP; then of the norm
+    after the last block 1 + scale and shift, where there is one.
+    """
+
+    def __init__(
+        self,
+        embed_time: TimeEmbedder,
+        embed_conditions: ConditionEmbedder,
+        blocks: Sequence[Block],
+        last: Modulation | None,
+        free: bool,
+    ) -> None:
+        """Stack the linear maps.
+
+        Args:
+            embed_time: of the stack.
+            embed_conditions: of the stack.
+            blocks: plain ones.
+            last: of the norm after them; None: it has none.
+            free: give up the plain modulations' weights.
+        """
+        self.embed_time, self.embed_conditions = embed_time, embed_conditions
+        pairs = [(block.attention_modulation, block.mlp_modulation) for block in blocks]
+        modulations = [one for pair in pairs for one in pair]
+        layers = [modulation.linear for modulation in modulations + ([last] if last else [])]
+        width = layers[0].in_features
+        self.num_parts = sum(layer.out_features for layer in layers) // width
+        # (shift, scale, gate) of the halves of blocks, (scale, shift) of the last norm.
+        one_plus = [part for half in modulations for part in (0, 1, 0)] + ([1, 0] if last else [])
+        offset = torch.tensor(one_plus).repeat_interleave(width)
+        self.linear = PackedLinear.of(*layers, rows=16)
+        self.linear.bias = self.linear.bias + offset.to(self.linear.bias)
+        if free:
+            for layer in layers:
+                release(layer)
+        spec = embed_conditions.spec
+        self._num_choices = 0 if spec.action_dim else (spec.num_actions + 1) * (spec.num_labels + 1)
+        self._tables: dict[tuple[float, ...], Tensor] = {}
+        self._times: dict[tuple[float, ...], Tensor] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of what is kept."""
+        kept = [*self._tables.values(), *self._times.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    def at(self, times: Sequence[float], conditions: Conditions) -> Tensor:
+        """Return the modulations at each time, [times r parts d].
+
+        Args:
+            times: of the steps.
+            conditions: of one frame of each stream.
+
+        Returns:
+            r is the number of streams, or 1 where nothing steers them.
+        """
+        schedule = tuple(times)
+        spec = self.embed_conditions.spec
+        if not (spec.has_actions or spec.num_labels):
+            return self._table(schedule)
+        if self._fits(schedule):
+            return self._table(schedule).index_select(1, self._choice(conditions))
+        return self._compute(schedule, conditions)
+
+    def of_each(self, time: Tensor, conditions: Conditions) -> Tensor:
+        """Return the modulation of frames at any times [f], [f parts d]: nothing is kept."""
+        return self._parts(self.embed_time(time.double()[:, None])[:, 0], conditions)
+
+    def _fits(self, schedule: tuple[float, ...]) -> bool:
+        entries = self._num_choices * len(schedule) * self.linear.out_features
+        return 0 < entries * self.linear.bias.element_size() <= TABLE_BYTES
+
+    def _table(self, schedule: tuple[float, ...]) -> Tensor:
+        """Return [times choices parts d], for every action (or none) and every label (or none)."""
+        if schedule not in self._tables:
+            if len(self._tables) >= SCHEDULES:
+                self._tables.pop(next(iter(self._tables)))
+            spec, device = self.embed_conditions.spec, self.linear.bias.device
+            actions, labels = torch.cartesian_prod(
+                torch.arange(spec.num_actions + 1, device=device),
+                torch.arange(spec.num_labels + 1, device=device),
+            ).unbind(1)
+            # An action of index num_actions is the hidden one: see embed.ConditionEmbedder.
+            choices = Conditions(
+                actions=actions[:, None] if spec.num_actions else None,
+                labels=labels if spec.num_labels else None,
+            )
+            self._tables[schedule] = self._compute(schedule, choices)
+        return self._tables[schedule]
+
+    def _choice(self, conditions: Conditions) -> Tensor:
+        """Return the column of the table of each stream's conditions."""
+        spec = self.embed_conditions.spec
+        choice = torch.zeros((), dtype=torch.long)
+        if spec.num_actions:
+            assert conditions.actions is not None
+            choice = conditions.actions[:, 0]
+            if conditions.null_actions is not None:
+                choice = torch.where(conditions.null_actions[:, 0], spec.num_actions, choice)
+        if spec.num_labels:
+            assert conditions.labels is not None
+            label = conditions.labels
+            if conditions.null_labels is not None:
+                label = torch.where(conditions.null_labels, spec.num_labels, label)
+            choice = choice.to(label) * (spec.num_labels + 1) + label
+        return choice
+
+    def _compute(self, schedule: tuple[float, ...], conditions: Conditions) -> Tensor:
+        if schedule not in self._times:
+            if len(self._times) >= SCHEDULES:
+                self._times.pop(next(iter(self._times)))
+            # In float64: the embedding shows the rounding of a float32 time.
+            times = torch.tensor(schedule, dtype=torch.float64, device=self.linear.bias.device)
+            self._times[schedule] = self.embed_time(times[:, None])[:, 0]
+        return self._parts(self._times[schedule][:, None], conditions)
+
+    def _parts(self, embedding: Tensor, conditions: Conditions) -> Tensor:
+        steering = self.embed_conditions(conditions)
+        if steering is not None:
+            embedding = embedding + steering[:, 0]
+        parts = self.linear(functional.silu(embedding))
+        return parts.unflatten(-1, (self.num_parts, -1))

@@ -1,0 +1,146 @@
+"""A separable model laid out for speed, behind the interface of an engine.
+
+The plain twin is model/separable.py, run by engine/plain.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from scd.clip import Conditions
+from scd.engine.decoder import DecoderRows, FastDecoder
+from scd.engine.encoder import FastEncoder
+from scd.engine.interface import Engine, Solver
+from scd.flow import guided_velocity, solve
+from scd.model.embed import from_patches, to_patches
+from scd.model.separable import SeparableDiffuser, SeparableState
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastContext:
+    """What the encoder gave for one frame of each stream."""
+
+    tokens: Tensor
+    """Context tokens [f n d]."""
+    gain: Tensor
+    """Factor of the encoder's last norm, [r 1 d] for 1 or f frames: noise enters before it."""
+    conditions: Conditions
+    """Of the frames."""
+
+
+class FastSeparable(Engine):
+    """Encoder once per frame, then all steps of the decoder in place."""
+
+    def __init__(self, model: SeparableDiffuser, free: bool = False) -> None:
+        """Lay the weights out.
+
+        Args:
+            model: the plain one.
+            free: give up its weights; it cannot be used afterwards.
+        """
+        model.eval()
+        self.config, self.shape = model.config, model.shape
+        self.needs_first_frame = model.needs_first_frame
+        weight = model.decoder.head.project.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        with torch.no_grad():
+            self.encoder = FastEncoder(model.encoder, free)
+            self.decoder = FastDecoder(model.decoder, free)
+        self._rows = DecoderRows(self.decoder, 0)
+
+    @torch.no_grad()
+    def begin(
+        self,
+        clean: Tensor | None,
+        conditions: Conditions,
+        batch: int = 1,
+        num_frames_in_memory: int | None = None,
+    ) -> SeparableState:
+        """Start a batch of streams; see interface.Engine."""
+        if clean is None:
+            clean = torch.empty(batch, 0, *self.shape.shape, dtype=self.dtype, device=self.device)
+        num_given = clean.shape[1]
+        if num_given == 0 and self.needs_first_frame:
+            raise ValueError("this model has no start frame: it needs 1 or more first frames")
+        config = self.config.cache
+        if num_frames_in_memory is not None:
+            config = replace(config, window=num_frames_in_memory)
+        cache = self.encoder.new_cache(clean.shape[0], config)
+        first = self.encoder.encoder.first_row
+        # The row of the last given frame waits: it carries an action that is not known yet.
+        for row in range(first, num_given - 1):
+            frame = clean[:, max(row, 0) : row + 1]
+            self.encoder.extend(cache, frame, conditions.frames(row + 1, row + 2), row)
+            cache.advance([row])
+        row = max(first, num_given - 1)
+        return SeparableState(cache=cache, newest=clean[:, max(row, 0) :], next_row=row)
+
+    @torch.no_grad()
+    def context(self, state: SeparableState, conditions: Conditions) -> FastContext:
+        """Run the encoder for the next frame; see interface.Engine."""
+        tokens, gain = self.encoder.extend(state.cache, state.newest, conditions, state.next_row)
+        state.encoded = True
+        return FastContext(tokens=tokens, gain=gain, conditions=conditions)
+
+    @torch.no_grad()
+    def with_noisy_branch(
+        self, context: FastContext, strength: float, noise: Tensor
+    ) -> FastContext:
+        """Double the batch by a corrupted context; see interface.Engine."""
+        noisy = context.tokens + strength * noise.to(self.dtype) * context.gain
+        gain = context.gain.expand(context.tokens.shape[0], -1, -1)
+        return FastContext(
+            tokens=torch.cat([noisy, context.tokens]),
+            gain=torch.cat([gain, gain]),
+            conditions=context.conditions.concat(context.conditions),
+        )
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        context: FastContext,
+        noise: Tensor,
+        times: Sequence[float],
+        solver: Solver = "euler",
+        scale: float | None = None,
+    ) -> Tensor:
+        """Turn noise into frames; see interface.Engine. Between steps frames are float32."""
+        rows = self._put(context)
+        modulations = self.decoder.modulations.at(times[:-1], context.conditions)
+        step = {time: index for index, time in enumerate(times)}
+
+        def velocity_at(patches: Tensor, time: float) -> Tensor:
+            return self.decoder.velocity(rows, patches, modulations[step[time]], time)
+
+        patches = to_patches(noise.float(), self.shape.patch_size)
+        patches = solve(guided_velocity(velocity_at, scale), patches, times, solver)
+        return from_patches(patches, self.shape).to(self.dtype)
+
+    @torch.no_grad()
+    def velocity(self, context: FastContext, noisy: Tensor, time: Tensor) -> Tensor:
+        """Return the velocity of noisy frames; see interface.Engine."""
+        rows = self._put(context)
+        modulation = self.decoder.modulations.of_each(time, context.conditions)
+        patches = to_patches(noisy.float(), self.shape.patch_size)
+        velocity = self.decoder.velocity(rows, patches, modulation, time.float()[:, None, None])
+        return from_patches(velocity, self.shape).to(noisy.dtype)
+
+    @torch.no_grad()
+    def observe(self, state: SeparableState, clean: Tensor, conditions: Conditions) -> None:
+        """Make frames part of the past; see interface.Engine."""
+        if not state.encoded:
+            self.context(state, conditions)
+        state.cache.advance([state.next_row])
+        state.newest, state.encoded = clean[:, None], False
+        state.next_row += 1
+
+    def _put(self, context: FastContext) -> DecoderRows:
+        num_frames = context.tokens.shape[0]
+        if self._rows.capacity < num_frames:
+            self._rows = DecoderRows(self.decoder, num_frames)
+        self.decoder.put(self._rows, 0, context.tokens, context.conditions)
+        return self._rows
