@@ -12,11 +12,14 @@ A marker says what stands below it; the pages show no other measured numbers:
     <!-- table: memory of NAME -->
     <!-- table: stream of NAME NAME ... -->
     <!-- table: recording of NAME NAME ... -->
+    <!-- table: bench of NAME NAME ... -->
+    <!-- table: comparison of NAME NAME ... -->
     <!-- table: origin of NAME NAME ... -->
     <!-- end of table -->
 
 NAME is a result file without its ending, written by `scd evaluate`, `scd demo` (report.json),
-docs/curves.py (runs) or the scripts in benchmarks/ (stream, recording).
+docs/curves.py (runs), the scripts in benchmarks/ (stream, recording), `scd bench` and `scd bench
+compare`, whose files hold one result per line (.jsonl).
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from scd.evaluate import find_row
+from scd.plots import speed_names
 from scd.results import hardware_line, write_text
 
 DOCS = Path(__file__).resolve().parent
@@ -70,6 +74,8 @@ def table(request: str, folder: Path) -> str:
         "memory": memory,
         "stream": stream,
         "recording": recording,
+        "bench": bench,
+        "comparison": comparison,
         "origin": origin,
     }
     found = re.fullmatch(r"(\w+) of ([\w\- ]+)", request)
@@ -99,8 +105,15 @@ class Measured:
 
 
 def read_results(names: str, folder: Path) -> dict[str, Result]:
-    """Read result files by name."""
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names.split()}
+    """Read result files by name; the results in one of lines are its "lines"."""
+    results = {}
+    for name in names.split():
+        lines = folder / f"{name}.jsonl"
+        if lines.exists():
+            results[name] = {"lines": [json.loads(line) for line in lines.open(encoding="utf-8")]}
+        else:
+            results[name] = json.loads((folder / f"{name}.json").read_text())
+    return results
 
 
 def models(results: Mapping[str, Result]) -> list[Measured]:
@@ -275,23 +288,80 @@ def recording(results: Mapping[str, Result]) -> str:
     return markdown(["recording", "frames", "seconds", "frames/s"], rows)
 
 
+def bench(results: Mapping[str, Result]) -> str:
+    """One row per timed configuration: its parts, its rates, its memory, its share of the limit."""
+    lines = [line for result in results.values() for line in result["lines"]]
+    rows = [
+        [
+            f"{name}, context {line['context']}, {line['steps']} steps",
+            milliseconds(line["seconds_per_frame_median"]),
+            milliseconds(line["p99_s"]),
+            milliseconds(line["encoder_s"]),
+            milliseconds(line["decoder_step_s"]),
+            milliseconds(line["autoencoder_s"]),
+            f"{line['frames_per_s_denoise']:.3g}",
+            f"{line['frames_per_s_end_to_end']:.3g}",
+            milliseconds(line["first_frame_s"]),
+            f"{line['peak_memory_bytes'] / 2**30:.2f}",
+            f"{line['peak_memory_bytes'] / line['memory_needed_bytes'] - 1:+.0%}",
+            f"{line['fraction_of_limit']:.2f}",
+        ]
+        for name, line in zip(speed_names(lines), lines, strict=True)
+    ]
+    head = ["ms per step of all streams", "p50", "p99", "encoder", "decoder step", "autoencoder"]
+    head += ["frames/s, denoising only", "end to end", "first frame, ms", "peak GiB"]
+    return markdown([*head, "over weights and caches", "share of the limit"], rows)
+
+
+def comparison(results: Mapping[str, Result]) -> str:
+    """One row per comparison in turns: both sides, and how many times as long A takes as B."""
+    lines = [line for result in results.values() for line in result["lines"]]
+    sides = [line[side] | {"device": line["device"]} for line in lines for side in ("a", "b")]
+    names = speed_names(sides)
+    rows = []
+    for index, line in enumerate(lines):
+        a, b = line["a"], line["b"]
+        settings = [
+            f"{key} {a[key]}" if a[key] == b[key] else f"{key} {a[key]} against {b[key]}"
+            for key in ("context", "steps")
+        ]
+        rows.append(
+            [
+                f"{names[2 * index]} / {names[2 * index + 1]}; {', '.join(settings)}",
+                f"{line['ratio_a_over_b']:.2f} [{line['ratio_low']:.2f}, {line['ratio_high']:.2f}]",
+                *(milliseconds(side["seconds_per_frame_median"]) for side in (a, b)),
+                *(f"{side['fraction_of_limit']:.2f}" for side in (a, b)),
+            ]
+        )
+    head = ["A / B", "time of A over B", "A, ms per frame", "B, ms per frame"]
+    return markdown([*head, "A, share of the limit", "B, share of the limit"], rows)
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a duration with three digits that count."""
+    return f"{1000 * seconds:.0f}" if seconds >= 0.1 else f"{1000 * seconds:.3g}"
+
+
 def millions(parameters: int) -> str:
     """Return a number of weights in millions."""
     return f"{parameters / 1e6:.1f} M"
 
 
 def origin(results: Mapping[str, Result]) -> str:
-    """One row per result: the command that made it, its commit and its hardware."""
+    """One row per result and command: what made it, its commit and its hardware."""
     rows = [
         [
             f"`{name}`",
-            f"`{result['command']}`",
-            f"`{result['commit'][:10]}`",
-            hardware_line(result["hardware"]),
+            f"`{line['command']}`",
+            f"`{line['commit'][:10]}`",
+            hardware_line(line["hardware"]),
         ]
         for name, result in results.items()
+        for line in result.get("lines", [result])
     ]
-    return markdown(["result", "command", "commit", "hardware"], rows)
+    # The lines of a file that one command wrote have one origin.
+    distinct = [list(row) for row in dict.fromkeys(map(tuple, rows))]
+    return markdown(["result", "command", "commit", "hardware"], distinct)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

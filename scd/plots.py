@@ -1,4 +1,4 @@
-"""Plots: a metric against the horizon, and loss against steps."""
+"""Plots: a metric against the horizon, loss against steps, seconds per frame against context."""
 
 from __future__ import annotations
 
@@ -106,6 +106,60 @@ def plot_loss(
     axes.set_ylabel(LABELS["loss"])
     _legend(axes, ink)
     _finish(figure, path, title, ink)
+
+
+def plot_speed(
+    rows: Sequence[Mapping[str, Any]], path: Path, title: str = "", ink: Ink = "on white"
+) -> None:
+    """Draw milliseconds per frame against the context, one panel per number of steps.
+
+    Args:
+        rows: of `scd bench`; a curve is named by what tells its rows from the others.
+        path: a .png file.
+        title: above all panels.
+        ink: what it will be seen on.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("a plot of speed needs rows of scd bench, got none")
+    names = speed_names(rows)
+    all_steps = sorted({row["steps"] for row in rows})
+    figure, panels = _panels(len(all_steps), ink)
+    for axes, steps in zip(panels, all_steps, strict=True):
+        for name in dict.fromkeys(names):
+            curve = sorted(
+                (row["context"], 1000 * row["seconds_per_frame_median"])
+                for row, its_name in zip(rows, names, strict=True)
+                if row["steps"] == steps and its_name == name
+            )
+            if curve:
+                _curve(axes, [at for at, _ in curve], [ms for _, ms in curve], name, None)
+        axes.set_yscale("log")
+        axes.set_xlabel("frames of context")
+        axes.set_ylabel(f"ms per frame, {steps} step{'s' if steps > 1 else ''}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        _legend(axes, ink)
+    _finish(figure, path, title, ink)
+
+
+def speed_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name each row of `scd bench` by its model, and by what differs among the rows."""
+    keys = ("model", "engine", "join", "precision", "batch", "sessions", "guidance", "device")
+    varied = [key for key in keys if key == "model" or len({row[key] for row in rows}) > 1]
+    numbered = ("batch", "sessions")
+    return [
+        ", ".join(
+            f"{key} {row[key]}" if key in numbered else str(row[key])
+            for key in varied
+            if row[key] is not None
+        )
+        for row in rows
+    ]
 
 
 def _panels(number: int, ink: Ink) -> tuple[Figure, list[Axes]]:

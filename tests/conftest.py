@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
+from scd.bench import card, limits, timing
 from scd.checkpoint import World, save_world
 from scd.clip import Batch, frames_to_pixels
 from scd.data.folder import open_source
@@ -79,6 +80,15 @@ def tiny_world(model_config: ModelConfig, toy_source: Source) -> World:
         card=toy_source.card,
         sampling=SamplingConfig(num_steps=2),
     )
+
+
+@pytest.fixture
+def brief_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`scd bench` with limits measured on next to nothing, and hardly any warming up."""
+    monkeypatch.setattr(limits, "MATMUL_SIZES", {"cpu": (128,)})
+    monkeypatch.setattr(limits, "COPY_BYTES", {"cpu": 2**22})
+    monkeypatch.setattr(card, "LIMIT_SECONDS", 0.02)
+    monkeypatch.setattr(timing, "WARM_S", 0.0)
 
 
 @pytest.fixture

@@ -1,15 +1,20 @@
 """`scd bench`: rows, limits, memory, comparisons, and what it refuses."""
 
 import json
+import os
+import shlex
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
-from scd.bench import card, limits, memory, timing
+from scd.bench import memory
 from scd.bench.card import LimitsOfDevice, RowFile
 from scd.bench.case import Case, numbers, parse_case
-from scd.bench.compare import CompareConfig, compare
+from scd.bench.compare import CompareConfig, compare, pairs_of
 from scd.bench.limits import Limits, measure_limits
 from scd.bench.measure import BenchConfig, bench, cases_of
 from scd.bench.memory import OutOfMemory, PeakMemory, check_free, out_of_memory_named
@@ -22,6 +27,7 @@ from scd.model.build import build, frame_cost, num_parameters
 from scd.model.cost import Streams
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 NAMES = (
     "model engine join context steps batch sessions precision device seconds_per_frame_median "
     "p90_s p99_s encoder_s decoder_step_s autoencoder_s frames_per_s_denoise "
@@ -31,14 +37,7 @@ NAMES = (
 ).split()
 
 
-@pytest.fixture(autouse=True)
-def measure_briefly(monkeypatch):
-    monkeypatch.setattr(limits, "MATMUL_SIZES", {"cpu": (128,)})
-    monkeypatch.setattr(limits, "COPY_BYTES", {"cpu": 2**22})
-    monkeypatch.setattr(
-        card, "measure_limits", lambda device, precision: measure_limits(device, precision, 0.02)
-    )
-    monkeypatch.setattr(timing, "WARM_S", 0.0)
+pytestmark = pytest.mark.usefixtures("brief_bench")
 
 
 def test_a_row_says_all_that_scripts_rely_on(tmp_path, capsys):
@@ -265,6 +264,36 @@ def test_a_row_file_is_open_before_it_is_needed(tmp_path):
     with pytest.raises(OSError):
         RowFile(str(tmp_path), append=False)
     RowFile("", append=False).write({"a": 1})
+
+
+@pytest.mark.parametrize("name", ["bench_cpu.sh", "bench_gpu.sh"])
+def test_the_scripts_ask_for_what_there_is(name, tmp_path):
+    """Every command of a script, run by a stand-in that only writes down its words."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "scd"
+    program.write_text('#!/usr/bin/env bash\nprintf "%q " "$@" >> "$CALLS"; echo >> "$CALLS"\n')
+    program.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{program.parent}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")
+    }  # fmt: skip
+    out = tmp_path / "out"
+    script = ["bash", ROOT / "runs" / name, out]
+    subprocess.run(script, env=environment, check=True, timeout=60)
+    written = {}
+    for line in (tmp_path / "calls").read_text().splitlines():
+        command, *words = shlex.split(line)
+        assert command == "bench"
+        if words[0] == "compare":
+            config = tyro.cli(CompareConfig, args=words[1:])
+            asked = pairs_of(config)
+        else:
+            config = tyro.cli(BenchConfig, args=words)
+            asked = cases_of(config)
+        assert asked and Path(config.json).parent == out
+        # Only the first command of a file begins it anew.
+        assert config.append == (config.json in written)
+        written[config.json] = asked
+    assert len(written) >= 5
 
 
 def test_numbers_are_read_once_each():

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from docs import tables
+from docs import speed, tables
+from scd.bench.compare import CompareConfig, compare
+from scd.bench.measure import BenchConfig, bench
 from scd.checkpoint import save_world
 from scd.evaluate import EvaluateConfig, evaluate
 
@@ -45,6 +47,51 @@ def test_tables_hold_the_numbers_of_the_file(tiny_world, tmp_path):
         row["mean"] += 1
     out.write_text(json.dumps(result))
     assert tables.render(page, out.parent) != page
+
+
+def test_tables_of_speed_hold_the_numbers_of_the_lines(tmp_path, brief_bench):
+    rows, ratios = tmp_path / "results/rows.jsonl", tmp_path / "results/ratios.jsonl"
+    spent = {"steps": "1,2", "json": str(rows), "device": "cpu"}
+    bench(BenchConfig(model="toy,toy-dense", context="4,8", engine="plain", frames=1, **spent))
+    compare(
+        CompareConfig(
+            a="model=toy-dense",
+            b="model=toy",
+            engine="plain",
+            context="4,8",
+            steps="1",
+            rounds=1,
+            frames=1,
+            json=str(ratios),
+            device="cpu",
+        )  # fmt: skip
+    )
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    table = tables.table("bench of rows", rows.parent)
+    assert table.count("\n") == 2 + len(lines) == 10
+    for line in lines:
+        assert f"| {line['model']}" in table
+        assert f"context {line['context']}, {line['steps']} steps" in table
+        for name in ("seconds_per_frame_median", "p99_s", "encoder_s", "decoder_step_s"):
+            assert f"| {tables.milliseconds(line[name])} |" in table
+        assert f"| {line['fraction_of_limit']:.2f} |" in table
+        assert f"| {line['frames_per_s_end_to_end']:.3g} |" in table
+    table = tables.table("comparison of ratios", rows.parent)
+    for line in map(json.loads, ratios.read_text().splitlines()):
+        low, high = line["ratio_low"], line["ratio_high"]
+        assert f"| {line['ratio_a_over_b']:.2f} [{low:.2f}, {high:.2f}] |" in table
+        assert f"toy-dense / toy, prefix; context {line['a']['context']}, steps 1 |" in table
+    # One command wrote all lines of a file.
+    assert tables.table("origin of rows ratios", rows.parent).count("\n") == 4
+    speed.draw("rows", tmp_path)
+    assert (tmp_path / "images/rows.png").stat().st_size > 1000
+
+
+def test_a_plot_of_no_rows_is_refused(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/empty.jsonl").touch()
+    with pytest.raises(ValueError, match="needs rows"):
+        speed.draw("empty", tmp_path)
 
 
 @pytest.mark.parametrize("request_", ["speeds of tiny", "quality of tiny, psnr", "quality"])

@@ -18,6 +18,10 @@ ON_THE_CARD = ("hardware", "versions", "timed", "command", "limits")
 """What all rows have in common and the screen shows once."""
 
 
+LIMIT_SECONDS = 1.0
+"""That each measurement of a limit takes, about."""
+
+
 class LimitsOfDevice:
     """The limits of one device, measured once per precision, when they are first asked for."""
 
@@ -28,7 +32,7 @@ class LimitsOfDevice:
     def at(self, precision: Precision) -> Limits:
         """Return the limits at a precision."""
         if precision not in self._measured:
-            self._measured[precision] = measure_limits(self.device, precision)
+            self._measured[precision] = measure_limits(self.device, precision, LIMIT_SECONDS)
         return self._measured[precision]
 
 

@@ -36,7 +36,7 @@ class Limits:
         return max(flops / self.matmul_flops_per_s, num_bytes / self.copy_bytes_per_s)
 
 
-def measure_limits(device: torch.device, precision: Precision, seconds: float = 1.0) -> Limits:
+def measure_limits(device: torch.device, precision: Precision, seconds: float) -> Limits:
     """Measure a device.
 
     Args:

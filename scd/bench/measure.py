@@ -47,7 +47,7 @@ class BenchConfig:
     frames: int = 50
     """Timed frames of each row."""
     seconds: float = 30.0
-    """Seconds after which no further frame of a row is timed, once there are 5."""
+    """Seconds after which no further frame of a row is timed, once there are 3."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""

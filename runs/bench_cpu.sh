@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# The speed tables of docs/results.md, on a CPU: about an hour on two idle cores.
+#
+#   runs/bench_cpu.sh [FOLDER]    result files go to FOLDER, docs/results if none is given
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# A signal to this script reaches the command that it waits for; the rows so far are kept.
+set -m
+trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+run() { "$@" & wait "$!"; }
+out=${1:-docs/results}
+mkdir -p "$out"
+common="--device cpu --frames 20 --seconds 15"
+
+# Everything over context and steps, both models fast; the plot is drawn from these.
+# shellcheck disable=SC2086
+run scd bench $common --model scd-m,dense-m --join token_concat,prefix --engine fast \
+  --precision bf16 --context 16,64,144,300 --steps 1,4,10,50 --json "$out/bench_cpu.jsonl"
+# As the models are written, in float32, and the fast engine beside them.
+# shellcheck disable=SC2086
+run scd bench $common --model scd-m,dense-m --join token_concat,prefix --engine plain,fast \
+  --precision fp32 --context 64 --steps 10 --json "$out/bench_cpu_plain.jsonl"
+# Guidance, and several streams in one batch.
+# shellcheck disable=SC2086
+run scd bench $common --model scd-m --join token_concat,prefix --engine fast --precision bf16 \
+  --context 64 --steps 10 --guidance none,context_noise,conditions --batch 1,8 \
+  --json "$out/bench_cpu_guidance.jsonl"
+# A world with pixels, end to end.
+# shellcheck disable=SC2086
+run scd bench $common --frames 200 --model doom-64,doom-64-dense --engine plain,fast \
+  --precision fp32,bf16 --steps 4,10 --json "$out/bench_cpu_doom.jsonl"
+
+# In turns. Fast against plain, the paper's join and the prefix.
+turns="--device cpu --rounds 7 --frames 3"
+first=""
+for join in token_concat prefix; do
+  # shellcheck disable=SC2086
+  run scd bench compare $turns --context 64 --steps 10 $first \
+    --a "model=scd-m engine=plain precision=fp32 join=token_concat" \
+    --b "model=scd-m engine=fast precision=bf16 join=$join" --json "$out/compare_cpu_engine.jsonl"
+  first=--append
+done
+# Separable against dense, both fast.
+first=""
+for join in token_concat prefix; do
+  # shellcheck disable=SC2086
+  run scd bench compare $turns --context 64,300 --steps 50 --engine fast --precision bf16 $first \
+    --a "model=dense-m" --b "model=scd-m join=$join" --json "$out/compare_cpu_dense.jsonl"
+  first=--append
+done
+# The paper's join against the prefix, both fast.
+# shellcheck disable=SC2086
+run scd bench compare $turns --context 64 --steps 4,10,50 --engine fast --precision bf16 \
+  --a "model=scd-m join=token_concat" --b "model=scd-m join=prefix" \
+  --json "$out/compare_cpu_join.jsonl"
+
+if [ "$out" = docs/results ]; then
+  run python docs/speed.py bench_cpu
+  run python docs/tables.py
+fi
