@@ -147,6 +147,21 @@ def test_engines_hold_weights_and_caches_and_little_more():
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ["model=toy", "model=toy-dense", "model=scd-b join=prefix"])
+@pytest.mark.parametrize("engine", ["plain", "fast"])
+def test_a_gpu_is_timed_and_its_tensors_counted(spec, engine):
+    device = torch.device("cuda")
+    found = measure_limits(device, "bf16", 0.2)
+    assert found.matmul_flops_per_s > 1e12 and found.copy_bytes_per_s > 1e11
+    case = parse_case(f"{spec} engine={engine} precision=bf16 steps=4", {})
+    row = time_case(case, device, found, Effort(frames=5))
+    assert row["peak_memory_bytes"] >= row["memory_needed_bytes"]
+    assert 0 < row["fraction_of_limit"] < 1
+    with pytest.raises(OutOfMemory, match="are free"):
+        time_case(replace(case, batch=10**7), device, found, Effort())
+
+
 def test_what_does_not_fit_is_refused_before_it_runs(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     config = BenchConfig(

@@ -28,8 +28,8 @@ TIMED = (
     "cold_start_s builds the engine from weights in memory; first_frame_s is from nothing to the "
     "first pixels right after that, compilation included, first_frame_warm_s the same once all is "
     "warm; peak_memory_bytes is the growth while building and running; flops, bytes and memory "
-    "needed by formula; fraction_of_limit = max(flops / measured product rate, bytes / measured "
-    "copy bandwidth) / seconds without the autoencoder"
+    "needed are by formula, of all streams; fraction_of_limit = max(flops / measured product "
+    "rate, bytes / measured copy bandwidth) / seconds without the autoencoder"
 )
 """What the numbers of a row mean."""
 
