@@ -11,6 +11,7 @@ from scd.engine.block import blocks_of
 from scd.engine.linear import PackedLinear
 from scd.engine.modulation import Modulations
 from scd.engine.open import open_engine
+from scd.engine.separable import FastSeparable
 from scd.model.attention import explicit_attention, frame_positions, rotary_table, rotate
 from scd.model.block import BlockConfig
 from scd.model.cache import CacheConfig
@@ -19,17 +20,25 @@ from tests.tiny import BLOCK, SHAPE, random_conditions, tiny_dense, tiny_separab
 JOINS = ("token_concat", "token_concat_projected", "channel_concat", "add", "prefix")
 FP32 = 2e-5
 """Largest difference of a frame in float32, over 7 frames that feed on each other."""
-BF16 = 0.12
-"""Largest difference of a bfloat16 frame from the float32 model's, whose deviation is near 1. The
-model itself in bfloat16 reaches 0.08."""
+BF16 = 2.5
+"""How much further from the float32 model the fast engine in bfloat16 may be than the model itself
+in bfloat16, in root mean square: both only round, and over frames that feed on each other single
+cases differ either way."""
+
+
+@pytest.fixture(autouse=True)
+def same_weights():
+    torch.manual_seed(0)
 
 
 def stream(engine, spec, num_given=3, num_frames=7, guidance="none", batch=2, seed=0):
     """Frames of a short rollout, each made from the one before; solvers in turn."""
     generator = torch.Generator().manual_seed(seed)
     twice = guidance == "conditions"
-    given = torch.randn(batch, num_given, *SHAPE.shape, generator=generator).to(engine.dtype)
+    given = torch.randn(batch, num_given, *SHAPE.shape, generator=generator)
+    given = given.to(engine.device, engine.dtype)
     conditions = random_conditions(spec, batch, num_given + num_frames, generator)
+    conditions = conditions.to(engine.device)
     if twice:
         conditions, given = conditions.with_null_branch(), torch.cat([given, given])
     begin = given if num_given else None
@@ -38,15 +47,16 @@ def stream(engine, spec, num_given=3, num_frames=7, guidance="none", batch=2, se
     for index in range(num_given, num_given + num_frames):
         now = conditions.frames(index, index + 1)
         context = engine.context(state, now)
-        noise = torch.randn(batch, *SHAPE.shape, generator=generator)
+        noise = torch.randn(batch, *SHAPE.shape, generator=generator).to(engine.device)
         corruption = torch.randn(batch, SHAPE.num_tokens, BLOCK.width, generator=generator)
+        corruption = corruption.to(engine.device)
         if guidance == "context_noise":
             context = engine.with_noisy_branch(context, 0.3, corruption)
         solver = "heun" if index % 2 else "euler"
         scale = None if guidance == "none" else 1.7
         frame = engine.denoise(context, noise, [1.0, 0.7, 0.3, 0.0], solver, scale)
         engine.observe(state, torch.cat([frame, frame]) if twice else frame, now)
-        frames.append(frame.float())
+        frames.append(frame.float().cpu())
     return torch.stack(frames, dim=1)
 
 
@@ -57,9 +67,10 @@ def check(model, **options):
     assert plain.std() > 0.3
     fast = stream(open_engine(model, "fast"), spec, **options)
     torch.testing.assert_close(fast, plain, atol=FP32, rtol=0)
+    rounded = stream(open_engine(model, "plain", "bf16"), spec, **options)
     half = stream(open_engine(model, "fast", "bf16"), spec, **options)
-    torch.testing.assert_close(half, plain, atol=BF16, rtol=0)
-    assert not torch.equal(half, fast)
+    assert 0 < (half - plain).norm() < BF16 * (rounded - plain).norm()
+    assert (half - plain).norm() < 0.05 * plain.norm()
 
 
 @pytest.mark.parametrize("guidance", ["none", "conditions", "context_noise"])
@@ -235,3 +246,27 @@ def test_a_table_of_modulations_is_made_once():
             torch.testing.assert_close(found.flatten(0, 1), each, atol=1e-5, rtol=0)
     assert len(calls) == 1 + 3
     assert table.num_bytes > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("join", JOINS)
+def test_a_compiled_step_gives_the_same_frames(join):
+    model = tiny_separable(join)
+    spec = model.config.conditions
+    compiled = FastSeparable(model, compile_step=True)
+    wanted = stream(open_engine(model), spec)
+    torch.testing.assert_close(stream(compiled, spec), wanted, atol=FP32, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("guidance", ["none", "conditions", "context_noise"])
+@pytest.mark.parametrize("join", ["token_concat", "prefix"])
+def test_graphs_give_the_same_frames(join, guidance):
+    model = tiny_separable(join, cache=CacheConfig(window=4, num_sinks=1)).cuda()
+    spec, told = model.config.conditions, []
+    plain = stream(open_engine(model), spec, guidance=guidance)
+    engine = FastSeparable(model, report=told.append)
+    for _ in range(2):
+        fast = stream(engine, spec, guidance=guidance)
+        torch.testing.assert_close(fast, plain, atol=1e-3, rtol=0)
+    assert any("compiling" in line for line in told) and len(told) == 4

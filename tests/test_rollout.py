@@ -240,3 +240,14 @@ def test_a_smaller_window_can_be_asked_for(world):
     rollout.begin(*given())
     play(rollout)
     assert rollout._state.cache.config == replace(world.model.config.cache, window=2)
+
+
+@pytest.mark.gpu
+def test_overlapped_frames_are_the_same_frames(world):
+    frames, conditions = given()
+    world.model.cuda()
+    stepped, generated = Rollout(world, seed=3), Rollout(world, seed=3)
+    for rollout in (stepped, generated):
+        rollout.begin(frames, conditions)
+    one_by_one = torch.stack([stepped.step(ACTIONS[:, index]) for index in range(5)], dim=1)
+    torch.testing.assert_close(generated.generate(ACTIONS, 5), one_by_one, atol=1e-5, rtol=0)

@@ -47,7 +47,7 @@ LAYERS = (
     (
         "engine",
         "engine.interface engine.plain engine.linear engine.attention engine.block engine.embed "
-        "engine.modulation engine.encoder engine.decoder engine.separable engine.dense "
+        "engine.modulation engine.encoder engine.decoder engine.graph engine.separable engine.dense "
         "engine.open",
     ),
     ("rollout", "rollout"),

@@ -125,7 +125,7 @@ class FastDecoder:
             rows.values[layer, start:stop, :, :num_tokens] = v
 
     def velocity(
-        self, rows: DecoderRows, patches: Tensor, modulation: Tensor, time: float | Tensor
+        self, rows: DecoderRows, patches: Tensor, modulation: Tensor, time: Tensor
     ) -> Tensor:
         """Return the velocity of noisy frames, as patches.
 
@@ -133,7 +133,7 @@ class FastDecoder:
             rows: contexts of the first f rows belong to the f frames.
             patches: noisy frames [f n p], float32.
             modulation: at the times and conditions of the frames, [r parts d] for 1 or f.
-            time: of all frames, or of each, [f 1 1].
+            time: of all frames [1 1 1], or of each [f 1 1].
         """
         num_frames, num_tokens = patches.shape[0], self.shape.num_tokens
         x = self.embed(patches)

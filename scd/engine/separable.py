@@ -5,7 +5,7 @@ The plain twin is model/separable.py, run by engine/plain.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from scd.clip import Conditions
 from scd.engine.decoder import DecoderRows, FastDecoder
 from scd.engine.encoder import FastEncoder
+from scd.engine.graph import LoopGraphs, compiled
 from scd.engine.interface import Engine, Solver
 from scd.flow import guided_velocity, solve
 from scd.model.embed import from_patches, to_patches
@@ -35,12 +36,21 @@ class FastContext:
 class FastSeparable(Engine):
     """Encoder once per frame, then all steps of the decoder in place."""
 
-    def __init__(self, model: SeparableDiffuser, free: bool = False) -> None:
+    def __init__(
+        self,
+        model: SeparableDiffuser,
+        free: bool = False,
+        compile_step: bool | None = None,
+        report: Callable[[str], None] = print,
+    ) -> None:
         """Lay the weights out.
 
         Args:
             model: the plain one.
             free: give up its weights; it cannot be used afterwards.
+            compile_step: compile the decoder's step, seconds to a minute at the first frame; None:
+                on a GPU.
+            report: told what takes long, and how long it took.
         """
         model.eval()
         self.config, self.shape = model.config, model.shape
@@ -51,6 +61,11 @@ class FastSeparable(Engine):
             self.encoder = FastEncoder(model.encoder, free)
             self.decoder = FastDecoder(model.decoder, free)
         self._rows = DecoderRows(self.decoder, 0)
+        on_gpu = self.device.type == "cuda"
+        self._graphs = LoopGraphs(report) if on_gpu else None
+        self._step = self.decoder.velocity
+        if compile_step or (compile_step is None and on_gpu):
+            self._step = compiled(self.decoder.velocity)
 
     @torch.no_grad()
     def begin(
@@ -112,12 +127,22 @@ class FastSeparable(Engine):
         rows = self._put(context)
         modulations = self.decoder.modulations.at(times[:-1], context.conditions)
         step = {time: index for index, time in enumerate(times)}
+        # As tensors: a compiled step would be compiled anew for every number.
+        tensors = torch.tensor(times, device=self.device)[:, None, None, None]
 
-        def velocity_at(patches: Tensor, time: float) -> Tensor:
-            return self.decoder.velocity(rows, patches, modulations[step[time]], time)
+        def loop(patches: Tensor, modulations: Tensor) -> Tensor:
+            def velocity_at(patches: Tensor, time: float) -> Tensor:
+                index = step[time]
+                return self._step(rows, patches, modulations[index], tensors[index])
+
+            return solve(guided_velocity(velocity_at, scale), patches, times, solver)
 
         patches = to_patches(noise.float(), self.shape.patch_size)
-        patches = solve(guided_velocity(velocity_at, scale), patches, times, solver)
+        if self._graphs is None:
+            patches = loop(patches, modulations)
+        else:
+            key = (context.tokens.shape[0], tuple(times), solver, scale)
+            patches = self._graphs.run(key, loop, patches, modulations)
         return from_patches(patches, self.shape).to(self.dtype)
 
     @torch.no_grad()
@@ -142,5 +167,7 @@ class FastSeparable(Engine):
         num_frames = context.tokens.shape[0]
         if self._rows.capacity < num_frames:
             self._rows = DecoderRows(self.decoder, num_frames)
+            if self._graphs is not None:
+                self._graphs.clear()
         self.decoder.put(self._rows, 0, context.tokens, context.conditions)
         return self._rows

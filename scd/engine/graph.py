@@ -1,0 +1,87 @@
+"""GPU: the decoder's step compiled once, and all steps of a frame as one CUDA graph.
+
+A frame of a small model is hundreds of kernels of some microseconds each, which a host launches one
+by one more slowly than the GPU runs them. A graph launches all of them at once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Loop = Callable[[Tensor, Tensor], Tensor]
+"""From noisy patches [f n p] and modulations [times r parts d] to clean patches."""
+
+GRAPHS = 8
+"""Graphs that are kept, one for each number of frames, schedule, solver and guidance scale."""
+
+
+class LoopGraph:
+    """A loop captured on fixed memory: inputs are copied in, the output is copied out.
+
+    Everything else that the loop reads, such as contexts in their rows, must stay where it was.
+    """
+
+    def __init__(self, loop: Loop, patches: Tensor, modulations: Tensor) -> None:
+        """Run the loop twice, as capturing demands, and capture it."""
+        # The loop owns memory that the graph reads: it has to live as long.
+        self.loop = loop
+        self.patches, self.modulations = patches.clone(), modulations.clone()
+        side = torch.cuda.Stream(patches.device)
+        side.wait_stream(torch.cuda.current_stream(patches.device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                loop(self.patches, self.modulations)
+        torch.cuda.current_stream(patches.device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.clean = loop(self.patches, self.modulations)
+
+    def __call__(self, patches: Tensor, modulations: Tensor) -> Tensor:
+        """Run all steps."""
+        self.patches.copy_(patches)
+        self.modulations.copy_(modulations)
+        self.graph.replay()
+        return self.clean.clone()
+
+
+class LoopGraphs:
+    """Graphs of loops by what they depend on, made when first needed."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        """Keep graphs; `report` is told what takes time."""
+        self.report = report
+        self._graphs: dict[tuple, LoopGraph] = {}
+
+    def run(self, key: tuple, loop: Loop, patches: Tensor, modulations: Tensor) -> Tensor:
+        """Run a loop through its graph; `key` names all that its arithmetic depends on."""
+        if key not in self._graphs:
+            if len(self._graphs) >= GRAPHS:
+                self._graphs.pop(next(iter(self._graphs)))
+            start = time.perf_counter()
+            self.report(
+                f"preparing the denoising loop for {patches.shape[0]} frames side by side and "
+                f"{modulations.shape[0]} steps: compiling and capturing; the compiled code is kept "
+                "for later runs"
+            )
+            self._graphs[key] = LoopGraph(loop, patches, modulations)
+            torch.cuda.synchronize(patches.device)
+            self.report(f"prepared in {time.perf_counter() - start:.1f} s")
+        return self._graphs[key](patches, modulations)
+
+    def clear(self) -> None:
+        """Forget all graphs, because memory that they read has moved."""
+        self._graphs.clear()
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile a function of fixed shapes; what is compiled is kept on disk between runs."""
+    # The default place is a temporary folder, which a restart of the machine empties.
+    cache = Path.home() / ".cache" / "scd" / "compiled"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    return torch.compile(function, dynamic=False)
