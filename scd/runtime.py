@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -109,6 +110,19 @@ def git_commit() -> str:
         return "unknown"
     assert tracked
     return commit + ("+" if status else "")
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the machine.
+
+    The C library of Linux keeps freed memory for itself, up to as much as the weights of a model:
+    the process then stays that large although nobody uses it.
+    """
+    if platform.system() == "Linux":
+        # glibc's name for it; other C libraries have none.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
+
+from scd.runtime import return_freed_memory
 
 GIB = 2**30
 MIB = 2**20
@@ -93,11 +93,7 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if sys.platform.startswith("linux"):
-        # The C library keeps freed memory; glibc's name for giving it back.
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    return_freed_memory()
 
 
 class PeakMemory:
