@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from scd.runtime import return_freed_memory
+
 Activation = Literal["none", "gelu"]
 
 PACKED_WEIGHTS = 2**18
@@ -72,3 +74,4 @@ def release(module: nn.Module) -> None:
     """Give up the weights of a module, so that a copy of them is the only one."""
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)
+    return_freed_memory()

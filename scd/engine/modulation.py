@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from scd.clip import Conditions
@@ -53,13 +53,16 @@ class Modulations:
         pairs = [(block.attention_modulation, block.mlp_modulation) for block in blocks]
         modulations = [one for pair in pairs for one in pair]
         layers = [modulation.linear for modulation in modulations + ([last] if last else [])]
-        width = layers[0].in_features
-        self.num_parts = sum(layer.out_features for layer in layers) // width
         # (shift, scale, gate) of the halves of blocks, (scale, shift) of the last norm.
-        one_plus = [part for half in modulations for part in (0, 1, 0)] + ([1, 0] if last else [])
-        offset = torch.tensor(one_plus).repeat_interleave(width)
-        self.linear = PackedLinear.of(*layers, rows=16)
-        self.linear.bias = self.linear.bias + offset.to(self.linear.bias)
+        scales = [1] * len(modulations) + ([0] if last else [])
+        self.width = layers[0].in_features
+        self.num_parts = sum(layer.out_features for layer in layers) // self.width
+        # One product each, not one for all: stacking them would hold all weights twice for a while.
+        self.linears = [
+            _one_plus_scale(layer, part) for layer, part in zip(layers, scales, strict=True)
+        ]
+        like = self.linears[0].bias
+        self.device, self.dtype = like.device, like.dtype
         if free:
             for layer in layers:
                 release(layer)
@@ -97,15 +100,15 @@ class Modulations:
         return self._parts(self.embed_time(time.double()[:, None])[:, 0], conditions)
 
     def _fits(self, schedule: tuple[float, ...]) -> bool:
-        entries = self._num_choices * len(schedule) * self.linear.out_features
-        return 0 < entries * self.linear.bias.element_size() <= TABLE_BYTES
+        entries = self._num_choices * len(schedule) * self.num_parts * self.width
+        return 0 < entries * self.dtype.itemsize <= TABLE_BYTES
 
     def _table(self, schedule: tuple[float, ...]) -> Tensor:
         """Return [times choices parts d], for every action (or none) and every label (or none)."""
         if schedule not in self._tables:
             if len(self._tables) >= SCHEDULES:
                 self._tables.pop(next(iter(self._tables)))
-            spec, device = self.embed_conditions.spec, self.linear.bias.device
+            spec, device = self.embed_conditions.spec, self.device
             actions, labels = torch.cartesian_prod(
                 torch.arange(spec.num_actions + 1, device=device),
                 torch.arange(spec.num_labels + 1, device=device),
@@ -140,7 +143,7 @@ class Modulations:
             if len(self._times) >= SCHEDULES:
                 self._times.pop(next(iter(self._times)))
             # In float64: the embedding shows the rounding of a float32 time.
-            times = torch.tensor(schedule, dtype=torch.float64, device=self.linear.bias.device)
+            times = torch.tensor(schedule, dtype=torch.float64, device=self.device)
             self._times[schedule] = self.embed_time(times[:, None])[:, 0]
         return self._parts(self._times[schedule][:, None], conditions)
 
@@ -148,5 +151,14 @@ class Modulations:
         steering = self.embed_conditions(conditions)
         if steering is not None:
             embedding = embedding + steering[:, 0]
-        parts = self.linear(functional.silu(embedding))
+        active = functional.silu(embedding)
+        parts = torch.cat([linear(active) for linear in self.linears], dim=-1)
         return parts.unflatten(-1, (self.num_parts, -1))
+
+
+def _one_plus_scale(layer: nn.Linear, part: int) -> PackedLinear:
+    """Lay a modulation's weights out, with 1 added to the scale, its part number `part`."""
+    width = layer.in_features
+    bias = layer.bias.detach().clone()
+    bias[part * width : (part + 1) * width] += 1
+    return PackedLinear(layer.weight.detach(), bias, rows=16)
