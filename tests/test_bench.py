@@ -11,18 +11,18 @@ import pytest
 import torch
 import tyro
 
-from scd.bench import memory
+from scd import device_memory
 from scd.bench.card import LimitsOfDevice, RowFile
 from scd.bench.case import Case, numbers, parse_case
 from scd.bench.compare import CompareConfig, compare, pairs_of
 from scd.bench.limits import Limits, measure_limits
 from scd.bench.measure import BenchConfig, bench, cases_of
-from scd.bench.memory import OutOfMemory, PeakMemory, check_free, out_of_memory_named
 from scd.bench.models import find_subject, random_model
 from scd.bench.stream import TimedStreams
 from scd.bench.timing import Effort, time_case
 from scd.cli import main
 from scd.clip import Conditions
+from scd.device_memory import OutOfMemory, PeakMemory, check_free, out_of_memory_named
 from scd.model.build import build, frame_cost, num_parameters
 from scd.model.cost import Streams
 
@@ -191,10 +191,10 @@ def test_a_full_device_is_named_and_the_process_goes_on():
 def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("3000\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
-    assert memory.free_bytes(CPU) == 2000
+    monkeypatch.setattr(device_memory, "CONTROL_GROUP", tmp_path)
+    assert device_memory.free_bytes(CPU) == 2000
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_bytes(CPU) > 2**20
+    assert device_memory.free_bytes(CPU) > 2**20
 
 
 @pytest.mark.parametrize("model_config", ["separable"], indirect=True)

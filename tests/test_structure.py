@@ -28,7 +28,7 @@ from scd.presets import PRESETS
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
-    ("ground", "runtime atomic stopping runlog results config"),
+    ("ground", "runtime device_memory atomic stopping runlog results config"),
     (
         "data",
         "clip data.video data.source data.toy data.manifest data.folder data.doom data.record "
@@ -47,8 +47,8 @@ LAYERS = (
     (
         "engine",
         "engine.interface engine.plain engine.linear engine.attention engine.block engine.embed "
-        "engine.modulation engine.encoder engine.decoder engine.graph engine.separable engine.dense "
-        "engine.open",
+        "engine.modulation engine.encoder engine.decoder engine.graph engine.separable "
+        "engine.dense engine.open",
     ),
     ("rollout", "rollout"),
     (
@@ -59,7 +59,7 @@ LAYERS = (
     ("named runs", "presets"),
     (
         "benchmark",
-        "bench.limits bench.memory bench.models bench.case bench.stream bench.timing bench.card "
+        "bench.limits bench.models bench.case bench.stream bench.timing bench.card "
         "bench.measure bench.compare",
     ),
     ("top", "convert demo cli __main__"),

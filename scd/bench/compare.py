@@ -13,9 +13,9 @@ import tyro
 
 from scd.bench.card import LimitsOfDevice, RowFile, card, print_card
 from scd.bench.case import Case, numbers, parse_case
-from scd.bench.memory import check_free, out_of_memory_named, release
 from scd.bench.stream import TimedStreams
 from scd.bench.timing import Effort, warm_up, whole_and_denoise
+from scd.device_memory import check_free, out_of_memory_named, release
 from scd.engine.interface import EngineKind
 from scd.model.separable import SeparableConfig
 from scd.runtime import Precision, choose_device

@@ -12,10 +12,10 @@ import tyro
 
 from scd.bench.card import LimitsOfDevice, RowFile, card, print_card
 from scd.bench.case import Case, every_case, names, numbers
-from scd.bench.memory import OutOfMemory, release
 from scd.bench.models import find_subject
 from scd.bench.stream import TimedStreams
 from scd.bench.timing import TIMED, Effort, time_case
+from scd.device_memory import OutOfMemory, release
 from scd.model.separable import SeparableConfig
 from scd.runtime import choose_device
 

@@ -13,8 +13,8 @@ import torch
 
 from scd.bench.case import Case
 from scd.bench.limits import Limits, synchronize
-from scd.bench.memory import PeakMemory, check_free, out_of_memory_named
 from scd.bench.stream import TimedStreams
+from scd.device_memory import PeakMemory, check_free, out_of_memory_named
 
 TIMED = (
     "seconds are wall-clock, of one step of all streams of the batch, from the action to the "

@@ -24,8 +24,7 @@ class OutOfMemory(ValueError):
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that a new run could have."""
-    release()
+    """Return the memory that could be allocated, without what `release` would give back."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = psutil.virtual_memory().available
@@ -42,18 +41,23 @@ def _left_to_container() -> int | None:
         return None
 
 
-def check_free(what: str, needed: int, device: torch.device) -> None:
+def check_free(what: str, needed: int, device: torch.device, promised: int = 0) -> None:
     """Refuse a run before it begins.
 
     Args:
         what: the run, in words.
         needed: bytes of its weights and caches.
         device: where it would run.
+        promised: bytes that others were given, who did not touch them yet.
 
     Raises:
         OutOfMemory: they are more than is free.
     """
-    free = free_bytes(device)
+    free = free_bytes(device) - promised
+    if needed > free:
+        # Costs a tenth of a second, so only now.
+        release()
+        free = max(free_bytes(device) - promised, 0)
     if needed > free:
         raise OutOfMemory(f"{what} needs {readable(needed)} on {device}, {readable(free)} are free")
 
@@ -76,6 +80,7 @@ def out_of_memory_named(what: str, needed: int, device: torch.device) -> Iterato
     else:
         return
     # Outside the handler: the traceback holds on to the tensors of the run.
+    release()
     raise OutOfMemory(
         f"{what} ran out of memory on {device}: {readable(needed)} of weights and caches were "
         f"needed, {readable(free_bytes(device))} are free now ({message})"
