@@ -113,6 +113,37 @@ def schedule(sampling: SamplingConfig) -> Float[Tensor, " steps"]:
     return sampling.shift * grid / (1 + (sampling.shift - 1) * grid)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One call of the network on the way from noise to a frame, and what its velocity is for.
+
+    The next frame is that at the start of the step + gain * velocity + gain_before * the velocity
+    of the call before.
+    """
+
+    index: int
+    """Place of its time in the schedule."""
+    gain: float
+    """Weight of its velocity: a distance in time, so below 0."""
+    gain_before: float = 0.0
+    """Weight of the velocity before; 0: it is not used."""
+    ends_step: bool = True
+    """Whether the next frame is where the next step starts."""
+
+
+def evaluations(times: Sequence[float], solver: Literal["euler", "heun"]) -> list[Evaluation]:
+    """List the calls of the network for one frame; see `solve`."""
+    calls = []
+    for index, (time, next_time) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        step = next_time - time
+        if solver == "heun" and next_time > 0:
+            calls.append(Evaluation(index=index, gain=step, ends_step=False))
+            calls.append(Evaluation(index=index + 1, gain=step / 2, gain_before=step / 2))
+        else:
+            calls.append(Evaluation(index=index, gain=step))
+    return calls
+
+
 def solve(
     velocity_at: Callable[[Tensor, float], Tensor],
     noise: Float[Tensor, "..."],
@@ -128,19 +159,24 @@ def solve(
         solver: Euler is of order 1, Heun of order 2 (its last step to time 0 is an Euler step,
             since a velocity at time 0 is not trained).
     """
-    frames = noise
-    for time, next_time in zip(times[:-1], times[1:], strict=True):
-        velocity = velocity_at(frames, time)
-        proposal = frames + (next_time - time) * velocity
-        if solver == "heun" and next_time > 0:
-            velocity = (velocity + velocity_at(proposal, next_time)) / 2
-            proposal = frames + (next_time - time) * velocity
-        frames = proposal
+    frames = start = noise
+    before: Tensor | None = None
+    for call in evaluations(times, solver):
+        velocity = velocity_at(frames, times[call.index])
+        frames = start + call.gain * velocity
+        if call.gain_before:
+            assert before is not None
+            frames = frames + call.gain_before * before
+        before = velocity
+        if call.ends_step:
+            start = frames
     return frames
 
 
 def guide(
-    unconditional: Float[Tensor, "..."], conditional: Float[Tensor, "..."], scale: float
+    unconditional: Float[Tensor, "..."],
+    conditional: Float[Tensor, "..."],
+    scale: float | Float[Tensor, "..."],
 ) -> Float[Tensor, "..."]:
     """Push a velocity away from the unconditional one; scale 1 returns the conditional one."""
     return unconditional + scale * (conditional - unconditional)

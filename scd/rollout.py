@@ -18,6 +18,7 @@ from scd.clip import Conditions
 from scd.engine.interface import Engine
 from scd.engine.plain import PlainEngine
 from scd.flow import SamplingConfig, schedule
+from scd.model.cache import KVCache
 from scd.model.separable import SeparableConfig
 from scd.runtime import make_generator
 
@@ -58,6 +59,18 @@ class Timing:
     def total_s(self) -> float:
         """Sum of the parts."""
         return self.encoder_s + self.decoder_s + self.autoencoder_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """The next frame of each stream, all of its causal work done and none of its denoising."""
+
+    context: Any
+    """Of the engine; of twice the batch with guidance."""
+    noise: Tensor
+    """Where denoising starts, [b c h w]."""
+    conditions: Conditions
+    """Of the frame."""
 
 
 class Rollout:
@@ -119,6 +132,27 @@ class Rollout:
         self._times = schedule(sampling).tolist()
 
     @property
+    def times(self) -> list[float]:
+        """Times of the steps, descending from 1 to 0."""
+        return self._times
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Strength of the guidance; None: a frame is denoised in one branch."""
+        return None if self.guidance.kind == "none" else self.guidance.scale
+
+    @property
+    def memory(self) -> KVCache:
+        """Keys and values of the streams.
+
+        Raises:
+            ValueError: the stream has not begun.
+        """
+        if self._state is None:
+            raise ValueError("begin the stream first")
+        return self._state.cache
+
+    @property
     def num_steps(self) -> int:
         """Denoising steps per frame; may be changed while the stream runs."""
         return self.sampling.num_steps
@@ -133,6 +167,7 @@ class Rollout:
         frames: Float[Tensor, "b t 3 h w"] | None = None,
         conditions: Conditions | None = None,
         batch: int = 1,
+        can_reset: bool = True,
     ) -> None:
         """Start the streams.
 
@@ -140,6 +175,7 @@ class Rollout:
             frames: given first frames in [-1, 1]; None: from nothing.
             conditions: the actions that led to those frames, and labels of the streams.
             batch: number of streams, where no frames are given.
+            can_reset: keep a copy of the memory for `reset`.
 
         Raises:
             ValueError: frames of another size, conditions that do not fit, or no frames for a
@@ -168,7 +204,7 @@ class Rollout:
         self._state = self.engine.begin(past[1], past[0], both, self.window)
         self.num_given = 0 if frames is None else frames.shape[1]
         self.num_frames = self.num_given
-        self._start = self._state.fork()
+        self._start = self._state.fork() if can_reset else None
 
     def _check_size(self, frames: Tensor) -> None:
         card = self.world.card
@@ -226,6 +262,29 @@ class Rollout:
         )
         return frame
 
+    @torch.no_grad()
+    def draft(self, actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None) -> Draft:
+        """Do the first part of `step`, for a caller who denoises himself.
+
+        The streams stay as they are until `keep`: a draft may be dropped, and made again for other
+        actions.
+
+        Raises:
+            ValueError: the stream has not begun, or the actions do not fit.
+        """
+        conditions = self._conditions(actions)
+        noise = self._noise("frame", self.engine.shape.shape)
+        return Draft(context=self._context(conditions), noise=noise, conditions=conditions)
+
+    @torch.no_grad()
+    def keep(self, draft: Draft, latent: Float[Tensor, "b c h w"]) -> None:
+        """Do the last part of `step`: make the denoised latents of a draft part of the past."""
+        self._remember(latent, draft.conditions)
+
+    def check(self, actions: Tensor | None) -> None:
+        """Refuse actions that `step` would refuse (ValueError)."""
+        self._conditions(actions)
+
     def _context(self, conditions: Conditions) -> Any:
         context = self.engine.context(self._state, conditions)
         if self.guidance.kind != "context_noise":
@@ -237,8 +296,9 @@ class Rollout:
 
     def _denoise(self, context: Any) -> Tensor:
         noise = self._noise("frame", self.engine.shape.shape)
-        scale = self.guidance.scale if self.guidance.kind != "none" else None
-        return self.engine.denoise(context, noise, self._times, self.sampling.solver, scale)
+        return self.engine.denoise(
+            context, noise, self.times, self.sampling.solver, self.guidance_scale
+        )
 
     def _decode(self, latent: Tensor) -> Tensor:
         return self.world.autoencoder.decode(latent[:, None])[:, 0].float()
@@ -306,7 +366,7 @@ class Rollout:
     def reset(self) -> None:
         """Go back to where `begin` left the streams."""
         if self._start is None:
-            raise ValueError("begin the stream first")
+            raise ValueError("begin the stream first, with can_reset")
         self._state = self._start.fork()
         self.num_frames = self.num_given
 
