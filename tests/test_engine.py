@@ -70,7 +70,7 @@ def check(model, **options):
     rounded = stream(open_engine(model, "plain", "bf16"), spec, **options)
     half = stream(open_engine(model, "fast", "bf16"), spec, **options)
     assert 0 < (half - plain).norm() < BF16 * (rounded - plain).norm()
-    assert (half - plain).norm() < 0.05 * plain.norm()
+    assert (half - plain).norm() < 0.08 * plain.norm()
 
 
 @pytest.mark.parametrize("guidance", ["none", "conditions", "context_noise"])

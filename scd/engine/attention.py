@@ -52,7 +52,10 @@ class Turn:
             rotary: cosines and sines [n e/2] of the tokens.
         """
         cosine, sine = rotary
-        weights = norm_weights.float()[:, :, None, None, None]
+        size = norm_weights.shape[-1]
+        # A root mean square is the norm over sqrt(e), and its epsilon is a floor of the norm.
+        self.floor = norm_weights.new_tensor((size * LAYER_NORM_EPS) ** 0.5)
+        weights = size**0.5 * norm_weights.float()[:, :, None, None, None]
         self.straight = (weights * torch.cat((cosine, cosine), -1)).to(norm_weights.dtype)
         crossed = swap_halves(weights) * torch.cat((-sine, sine), -1)
         self.crossed = crossed.to(norm_weights.dtype)
@@ -76,11 +79,10 @@ class Turn:
 
     def _turned(self, layer: int, x: Tensor, used: slice) -> Tensor:
         x = x.contiguous()
-        # PyTorch's own rms_norm is a chain of passes on a CPU; one norm per head is one pass.
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = norm.square_().div_(x.shape[-1]).add_(LAYER_NORM_EPS).rsqrt_().to(x.dtype)
+        # PyTorch's own rms_norm is a chain of passes on a CPU; the norm of each head is one.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.floor)
         turned = x * self.straight[layer, used]
-        return turned.addcmul_(swap_halves(x), self.crossed[layer, used]).mul_(inverse)
+        return turned.addcmul_(swap_halves(x), self.crossed[layer, used]).div_(norm)
 
 
 def swap_halves(x: Tensor) -> Tensor:

@@ -19,11 +19,15 @@ PARTS = 6
 """Modulation of a block: shift, 1 + scale and gate of its attention, then of its MLP."""
 
 
+Parts = tuple[Tensor, ...]
+"""Modulations one by one, in the order of `Modulations`."""
+
+
 class FastBlock:
     """The weights of one block, and its two halves on either side of attention.
 
-    Rows f are frames side by side. A modulation is [r 6 d], with one row for all frames or one
-    for each.
+    Rows f are frames side by side. A modulation is a block's six parts, each [d] for all frames or
+    [f 1 d]: see `split`.
     """
 
     def __init__(self, block: Block, rows: int, fused: bool = True, free: bool = False) -> None:
@@ -59,7 +63,7 @@ class FastBlock:
             release(block.mlp)
 
     def queries_keys_values(
-        self, x: Tensor, modulation: Tensor, turn: Turn, layer: int, asking: Turn | None = None
+        self, x: Tensor, modulation: Parts, turn: Turn, layer: int, asking: Turn | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return turned queries and keys, and values, each [f k n e], of tokens [f n d].
 
@@ -71,7 +75,7 @@ class FastBlock:
             asking: positions of the last tokens of each frame, those that ask; None: all ask.
                 Only for a block not fused.
         """
-        normed = modulate(x, modulation[:, 0], modulation[:, 1])
+        normed = modulate(x, modulation[0], modulation[1])
         if self.fused:
             projected = self._heads(self.to_qkv(normed), 3)
             q, k = turn.both(layer, projected[:2])
@@ -83,18 +87,18 @@ class FastBlock:
         return asking.queries(layer, asked)[0], keys, projected[1]
 
     def keys_values(
-        self, x: Tensor, modulation: Tensor, turn: Turn, layer: int
+        self, x: Tensor, modulation: Parts, turn: Turn, layer: int
     ) -> tuple[Tensor, Tensor]:
         """Return only turned keys and values. Only for a fused block."""
-        projected = self._heads(self.to_qkv(modulate(x, modulation[:, 0], modulation[:, 1])), 3)
+        projected = self._heads(self.to_qkv(modulate(x, modulation[0], modulation[1])), 3)
         return turn.keys(layer, projected[1:2])[0], projected[2]
 
-    def finish(self, x: Tensor, read: Tensor, modulation: Tensor) -> Tensor:
+    def finish(self, x: Tensor, read: Tensor, modulation: Parts) -> Tensor:
         """Add what attention read [f k n e], then the MLP, to the tokens [f n d] that asked."""
         read = read.transpose(1, 2).flatten(-2)
-        x = torch.addcmul(x, modulation[:, 2:3], self.to_out(read))
-        hidden = self.rise(modulate(x, modulation[:, 3], modulation[:, 4]))
-        return x.addcmul_(modulation[:, 5:6], self.fall(hidden))
+        x = torch.addcmul(x, modulation[2], self.to_out(read))
+        hidden = self.rise(modulate(x, modulation[3], modulation[4]))
+        return x.addcmul_(modulation[5], self.fall(hidden))
 
     def _heads(self, projected: Tensor, parts: int) -> Tensor:
         """Cut [f n (parts k e)] into [parts f k n e]."""
@@ -102,13 +106,20 @@ class FastBlock:
         return cut.permute(2, 0, 3, 1, 4)
 
 
+def split(modulation: Tensor) -> Parts:
+    """Cut modulations [r parts d] into parts: each [d] for one row, else [r 1 d]."""
+    if modulation.shape[0] == 1:
+        return modulation[0].unbind(0)
+    return modulation[:, :, None].unbind(1)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalise tokens [f n d], multiply by `scale`, add `shift`; each [r d] for 1 or f frames."""
-    if shift.shape[0] == 1:
+    """Normalise tokens [f n d], multiply by `scale`, add `shift`; each [d] or [f 1 d]."""
+    if shift.dim() == 1:
         # One modulation for all tokens is what a norm's own weights are for: one pass over x.
-        return functional.layer_norm(x, x.shape[-1:], scale[0], shift[0], LAYER_NORM_EPS)
+        return functional.layer_norm(x, x.shape[-1:], scale, shift, LAYER_NORM_EPS)
     normed = functional.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
-    return torch.addcmul(shift[:, None], normed, scale[:, None])
+    return torch.addcmul(shift, normed, scale)
 
 
 def blocks_of(layers: nn.ModuleList) -> list[Block]:

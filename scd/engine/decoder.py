@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scd.clip import Conditions
 from scd.engine.attention import Attention, Turn
-from scd.engine.block import PARTS, FastBlock, blocks_of, norm_weights
+from scd.engine.block import PARTS, FastBlock, blocks_of, norm_weights, split
 from scd.engine.embed import FastEmbedder, FastHead
 from scd.engine.linear import PackedLinear, release
 from scd.engine.modulation import Modulations
@@ -111,10 +111,10 @@ class FastDecoder:
         if self.join != "prefix":
             rows.tokens[start:stop] = tokens
             return
-        modulation = self.modulations.at((CLEAN_TIME,), conditions)[0]
+        parts = split(self.modulations.at((CLEAN_TIME,), conditions)[0])
         num_tokens, x = self.shape.num_tokens, tokens
         for layer, block in enumerate(self.blocks):
-            part = modulation[:, PARTS * layer : PARTS * (layer + 1)]
+            part = parts[PARTS * layer : PARTS * (layer + 1)]
             last = layer == len(self.blocks) - 1
             if last:
                 k, v = block.keys_values(x, part, self.turn, layer)
@@ -136,11 +136,12 @@ class FastDecoder:
             time: of all frames [1 1 1], or of each [f 1 1].
         """
         num_frames, num_tokens = patches.shape[0], self.shape.num_tokens
+        parts = split(modulation)
         x = self.embed(patches)
         if self.join != "prefix":
             x = self._joined(rows.tokens[:num_frames], x)
         for layer, block in enumerate(self.blocks):
-            part = modulation[:, PARTS * layer : PARTS * (layer + 1)]
+            part = parts[PARTS * layer : PARTS * (layer + 1)]
             if self.join == "prefix":
                 q, k, v = block.queries_keys_values(x, part, self.turn, layer)
                 keys, values = rows.keys[layer, :num_frames], rows.values[layer, :num_frames]
@@ -155,7 +156,7 @@ class FastDecoder:
                 turn = self.turn_joint if self.joint else self.turn
                 q, k, v = block.queries_keys_values(x, part, turn, layer)
             x = block.finish(x, self.attend(q, k, v), part)
-        return self.head(x, modulation, patches, time)
+        return self.head(x, parts, patches, time)
 
     def _joined(self, context: Tensor, x: Tensor) -> Tensor:
         if self.joint:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scd.clip import Conditions
 from scd.engine.attention import Attention, Turn, frame_turn, key_bias, rotate_halves
-from scd.engine.block import PARTS, FastBlock, blocks_of, norm_weights
+from scd.engine.block import PARTS, FastBlock, Parts, blocks_of, norm_weights, split
 from scd.engine.embed import FastEmbedder, FastHead
 from scd.engine.interface import Engine, Solver
 from scd.engine.modulation import Modulations
@@ -141,20 +141,21 @@ class FastDense(Engine):
     def _velocity(
         self, context: FastDenseContext, patches: Tensor, modulation: Tensor, time: float | Tensor
     ) -> Tensor:
+        parts = split(modulation)
         x = self.embed(patches)
         for layer, block in enumerate(self.blocks):
-            x = self._run(block, layer, x, modulation, context)
-        return self.head(x, modulation, patches, time)
+            x = self._run(block, layer, x, parts, context)
+        return self.head(x, parts, patches, time)
 
     def _run(
         self,
         block: FastBlock,
         layer: int,
         x: Tensor,
-        modulation: Tensor,
+        parts: Parts,
         context: FastDenseContext,
     ) -> Tensor:
-        part = modulation[:, PARTS * layer : PARTS * (layer + 1)]
+        part = parts[PARTS * layer : PARTS * (layer + 1)]
         q, k, v = block.queries_keys_values(x, part, context.turn, layer)
         read = self.attend(q, *context.cache.write(layer, k, v), context.bias)
         return block.finish(x, read, part)
@@ -164,14 +165,14 @@ class FastDense(Engine):
         """Make frames part of the past: one pass over them writes the memory."""
         state.cache.make_room()
         context = self._place(state, conditions)
-        modulation = self.modulations.at((CLEAN_TIME,), conditions)[0]
+        parts = split(self.modulations.at((CLEAN_TIME,), conditions)[0])
         x = self.embed(to_patches(clean.float(), self.shape.patch_size))
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             if layer < last:
-                x = self._run(block, layer, x, modulation, context)
+                x = self._run(block, layer, x, parts, context)
                 continue
-            part = modulation[:, PARTS * layer : PARTS * (layer + 1)]
+            part = parts[PARTS * layer : PARTS * (layer + 1)]
             state.cache.write(layer, *block.keys_values(x, part, context.turn, layer))
         state.cache.advance([state.next_frame])
         state.next_frame += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from scd.engine.block import modulate
+from scd.engine.block import Parts, modulate
 from scd.engine.linear import PackedLinear, release
 from scd.flow import SMALLEST_TIME
 from scd.model.embed import FrameHead, TokenEmbedder
@@ -36,7 +36,7 @@ class FastHead:
             release(head.project)
 
     def __call__(
-        self, x: Tensor, modulation: Tensor, patches: Tensor, time: float | Tensor
+        self, x: Tensor, modulation: Parts, patches: Tensor, time: float | Tensor
     ) -> Tensor:
         """Map tokens [f n d] to velocities [f n p], float32.
 
@@ -46,7 +46,7 @@ class FastHead:
             patches: the noisy frames.
             time: of all frames, or of each, [f 1 1].
         """
-        output = self.project(modulate(x, modulation[:, -1], modulation[:, -2])).float()
+        output = self.project(modulate(x, modulation[-1], modulation[-2])).float()
         if self.predict == "velocity":
             return output
         floor = time.clamp(SMALLEST_TIME) if isinstance(time, Tensor) else max(time, SMALLEST_TIME)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scd.clip import Conditions
 from scd.engine.attention import Attention, frame_turn, key_bias, rotate_halves
-from scd.engine.block import PARTS, FastBlock, blocks_of, modulate, norm_weights
+from scd.engine.block import PARTS, FastBlock, blocks_of, modulate, norm_weights, split
 from scd.engine.embed import FastEmbedder
 from scd.engine.modulation import Modulations
 from scd.flow import CLEAN_TIME
@@ -69,13 +69,13 @@ class FastEncoder:
             assert self.encoder.start is not None
             x = self.encoder.start.expand(clean.shape[0], -1, -1)
         cache.make_room()
-        modulation = self.modulations.at((CLEAN_TIME,), upcoming)[0]
+        parts = split(self.modulations.at((CLEAN_TIME,), upcoming)[0])
         turn = frame_turn(self.norm_weights, row, self.shape, self.config_block)
         bias = key_bias(self.config_block, row, cache, self.shape.num_tokens)
         for layer, block in enumerate(self.blocks):
-            part = modulation[:, PARTS * layer : PARTS * (layer + 1)]
+            part = parts[PARTS * layer : PARTS * (layer + 1)]
             q, k, v = block.queries_keys_values(x, part, turn, layer)
             x = block.finish(x, self.attend(q, *cache.write(layer, k, v), bias), part)
         if self.encoder.output_modulation is None:
             return layer_norm(x), torch.ones_like(x[:1, :1])
-        return modulate(x, modulation[:, -1], modulation[:, -2]), modulation[:, -2:-1]
+        return modulate(x, parts[-1], parts[-2]), parts[-2].view(-1, 1, parts[-2].shape[-1])

@@ -43,6 +43,7 @@ class PackedLinear:
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         self.weight = weight
+        self._fused = ("gelu", [], "tanh") if activation == "gelu" else ("none", [], "")
 
     @staticmethod
     def of(*layers: nn.Linear, rows: int, activation: Activation = "none") -> PackedLinear:
@@ -62,10 +63,7 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """Map [... in] to [... out]."""
         if self.packed:
-            kind, algorithm = ("gelu", "tanh") if self.activation == "gelu" else ("none", "")
-            return torch.ops.mkldnn._linear_pointwise(
-                x, self.weight, self.bias, kind, [], algorithm
-            )
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self._fused)
         y = functional.linear(x, self.weight, self.bias)
         return functional.gelu(y, approximate="tanh") if self.activation == "gelu" else y
 
