@@ -14,12 +14,13 @@ A marker says what stands below it; the pages show no other measured numbers:
     <!-- table: recording of NAME NAME ... -->
     <!-- table: bench of NAME NAME ... -->
     <!-- table: comparison of NAME NAME ... -->
+    <!-- table: pairs of NAME -->
     <!-- table: origin of NAME NAME ... -->
     <!-- end of table -->
 
 NAME is a result file without its ending, written by `scd evaluate`, `scd demo` (report.json),
-docs/curves.py (runs), the scripts in benchmarks/ (stream, recording), `scd bench` and `scd bench
-compare`, whose files hold one result per line (.jsonl).
+docs/curves.py (runs), docs/pairs.py (pairs), the scripts in benchmarks/ (stream, recording), `scd
+bench` and `scd bench compare`, whose files hold one result per line (.jsonl).
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def table(request: str, folder: Path) -> str:
         "recording": recording,
         "bench": bench,
         "comparison": comparison,
+        "pairs": pairs,
         "origin": origin,
     }
     found = re.fullmatch(r"(\w+) of ([\w\- ]+)", request)
@@ -335,6 +337,23 @@ def comparison(results: Mapping[str, Result]) -> str:
         )
     head = ["A / B", "time of A over B", "A, ms per frame", "B, ms per frame"]
     return markdown([*head, "A, share of the limit", "B, share of the limit"], rows)
+
+
+def pairs(results: Mapping[str, Result]) -> str:
+    """One row per metric and horizon: two kinds over seeds, and their difference."""
+    (result,) = results.values()
+    kinds = result["kinds"]
+    rows = [
+        [
+            f"{row['metric']}, frame +{row['horizon']}",
+            *(f"{row['means'][kind]:.3f} (std {row['deviations'][kind]:.3f})" for kind in kinds),
+            f"{row['difference']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]",
+        ]
+        for row in result["rows"]
+        if row["horizon"] in (1, 4, 8) and row["metric"] in ("psnr_gain", "ssim")
+    ]
+    head = [f"mean over {len(result['seeds'])} seeds", *(kind.replace("_", " ") for kind in kinds)]
+    return markdown([*head, "difference"], rows)
 
 
 def milliseconds(seconds: float) -> str:
