@@ -16,12 +16,14 @@ from scd.clip import Clip, Conditions
 from scd.config import to_json
 from scd.data.folder import open_source
 from scd.data.source import Source, Split
+from scd.engine.interface import EngineKind
+from scd.engine.open import open_engine
 from scd.media import PictureRow, spread, write_grid, write_video
 from scd.model.build import num_parameters
 from scd.predict import TIMED, check_fit, choose_windows, summarize
 from scd.results import provenance, write_json
 from scd.rollout import Guidance, Rollout, Timing
-from scd.runtime import choose_device
+from scd.runtime import Precision, choose_device
 
 NUM_SHOWN = 12
 """Columns of the picture, spread evenly over the predicted frames."""
@@ -53,6 +55,11 @@ class SampleConfig:
     """Frames in memory; None: as the model was trained."""
     weights: Literal["ema", "raw"] = "ema"
     """The averaged weights, or those the optimiser moved."""
+    engine: EngineKind = "fast"
+    """How the model is run: as it is written, or laid out for the machine; the frames are the same
+    to rounding."""
+    precision: Precision = "fp32"
+    """Arithmetic of the stream, weights and memory included."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     strict: bool = False
@@ -92,7 +99,11 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     if config.steps is not None:
         world = replace(world, sampling=replace(world.sampling, num_steps=config.steps))
     clip = choose_clip(source, config.context, config.frames, config.seed)
-    rollout = Rollout(world, guidance=config.guidance, seed=config.seed, window=config.window)
+    described = _describe(world)
+    engine = open_engine(world.model, config.engine, config.precision, release=True)
+    rollout = Rollout(
+        world, guidance=config.guidance, seed=config.seed, window=config.window, engine=engine
+    )
     stream = run_stream(rollout, clip, config.context, config.frames)
     out = Path(config.out)
     given = clip.frames[: config.context]
@@ -110,7 +121,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         "first_frame_s": vars(stream.timings[0]) | {"total_s": stream.timings[0].total_s},
         "timed": f"{TIMED}; one stream, the first frame apart from the rest; writing files is not "
         "timed",
-        "model": _describe(world),
+        "model": described,
         "settings": to_json(config),
     } | provenance(device)
     write_json(result, out / "sample.json")

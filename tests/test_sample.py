@@ -99,3 +99,16 @@ def test_what_cannot_be_sampled_is_refused(run, folder, tmp_path, changes, messa
     with pytest.raises(ValueError, match=message):
         sample.sample(settings(run, folder, tmp_path, **changes))
     assert not (tmp_path / "s").exists()
+
+
+def test_engines_sample_the_same_frames(run, tmp_path):
+    pictures = {}
+    for engine, precision in (("plain", "fp32"), ("fast", "fp32"), ("fast", "bf16")):
+        out = tmp_path / f"{engine}-{precision}"
+        changes = {"out": str(out), "engine": engine, "precision": precision}
+        sample.sample(settings(run, "toy:32", tmp_path, **changes))
+        pictures[out.name] = imread(out / "sample.png").astype(float)
+    difference = abs(pictures["fast-fp32"] - pictures["plain-fp32"])
+    # A rounded pixel may fall to either side.
+    assert difference.max() <= 1.01 / 255
+    assert 0 < abs(pictures["fast-bf16"] - pictures["plain-fp32"]).mean() < 0.02
