@@ -17,7 +17,7 @@ from scd.config import to_json
 from scd.data.folder import open_source
 from scd.data.source import Source, Split
 from scd.engine.interface import EngineKind
-from scd.engine.open import open_engine
+from scd.engine.open import advised_threads, open_engine
 from scd.media import PictureRow, spread, write_grid, write_video
 from scd.model.build import num_parameters
 from scd.predict import TIMED, check_fit, choose_windows, summarize
@@ -60,6 +60,8 @@ class SampleConfig:
     to rounding."""
     precision: Precision = "fp32"
     """Arithmetic of the stream, weights and memory included."""
+    threads: int | None = None
+    """CPU threads; None: what suits the size of the model, one for a small one."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     strict: bool = False
@@ -68,6 +70,8 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if self.context < 0:
             raise ValueError(f"context must be 0 or more, got {self.context}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be 1 or more, got {self.threads}")
         if self.frames < 1:
             raise ValueError(f"frames must be 1 or more, got {self.frames}")
 
@@ -100,6 +104,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         world = replace(world, sampling=replace(world.sampling, num_steps=config.steps))
     clip = choose_clip(source, config.context, config.frames, config.seed)
     described = _describe(world)
+    torch.set_num_threads(config.threads or advised_threads(world.model.config))
     engine = open_engine(world.model, config.engine, config.precision, release=True)
     rollout = Rollout(
         world, guidance=config.guidance, seed=config.seed, window=config.window, engine=engine

@@ -10,11 +10,12 @@ from scd.engine.attention import Attention, by_halves, rotate_halves
 from scd.engine.block import blocks_of
 from scd.engine.linear import PackedLinear
 from scd.engine.modulation import Modulations
-from scd.engine.open import open_engine
+from scd.engine.open import advised_threads, open_engine
 from scd.engine.separable import FastSeparable
 from scd.model.attention import explicit_attention, frame_positions, rotary_table, rotate
 from scd.model.block import BlockConfig
 from scd.model.cache import CacheConfig
+from scd.presets import preset
 from tests.tiny import BLOCK, SHAPE, random_conditions, tiny_dense, tiny_separable
 
 JOINS = ("token_concat", "token_concat_projected", "channel_concat", "add", "prefix")
@@ -175,6 +176,11 @@ def test_the_model_stays_as_it_was_unless_released():
         linear = [name for name, _ in part.blocks.named_parameters() if not name.endswith("_norm")]
         assert all(part.blocks.get_parameter(name).numel() == 0 for name in linear)
     assert torch.equal(stream(open_engine(fresh, "fast", "bf16", release=True), spec), wanted)
+
+
+def test_small_models_are_advised_one_thread():
+    assert advised_threads(preset("doom-64").model) == 1
+    assert advised_threads(preset("scd-m").model) == torch.get_num_threads()
 
 
 def test_unknown_engine_and_precision():

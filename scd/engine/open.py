@@ -10,12 +10,24 @@ from scd.engine.dense import FastDense
 from scd.engine.interface import ENGINES, Engine
 from scd.engine.plain import PlainEngine
 from scd.engine.separable import FastSeparable
-from scd.model.build import Diffuser
+from scd.model.build import Diffuser, ModelConfig
 from scd.model.dense import DenseDiffuser
 from scd.model.separable import SeparableDiffuser
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Type of weights and memory at each precision."""
+
+
+SMALL_PRODUCT = 2**26
+"""Operations of a frame's largest product up to which a second CPU thread gains nothing, and loses
+tenfold when something else wants its core. Source: measured, docs/log.md."""
+
+
+def advised_threads(config: ModelConfig) -> int:
+    """Return how many CPU threads a stream of one such model should have here."""
+    width = config.block.width
+    product = 2 * config.shape.num_tokens * width * 4 * width
+    return 1 if product <= SMALL_PRODUCT else torch.get_num_threads()
 
 
 def open_engine(
