@@ -370,6 +370,10 @@ class Rollout:
         self._state = self._start.fork()
         self.num_frames = self.num_given
 
+    def end(self) -> None:
+        """Give up the streams' memory; `begin` starts anew."""
+        self._state = self._start = None
+
     def fork(self) -> Rollout:
         """Return an independent copy of the streams as they are; the weights are shared."""
         twin = object.__new__(Rollout)

@@ -48,9 +48,9 @@ LAYERS = (
         "engine",
         "engine.interface engine.plain engine.linear engine.attention engine.block engine.embed "
         "engine.modulation engine.encoder engine.decoder engine.graph engine.separable "
-        "engine.dense engine.open",
+        "engine.dense engine.open engine.pool",
     ),
-    ("rollout", "rollout"),
+    ("rollout", "rollout session streams"),
     (
         "measurement",
         "metrics.image metrics.memory media plots predict evaluate sample side_by_side report",

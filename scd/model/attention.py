@@ -1,6 +1,7 @@
 """Attention over tokens at (frame, row, column): rotary positions and the attention itself.
 
-The only caller of PyTorch's attention kernels but for engine/attention.py. Source: paper, sections 1.2 and 1.3.
+The only caller of PyTorch's attention kernels but for engine/attention.py.
+Source: paper, sections 1.2 and 1.3.
 """
 
 from __future__ import annotations

@@ -1,0 +1,253 @@
+"""Frames of many streams on their way from noise, each at its own step, all advanced together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scd.engine.decoder import DecoderRows
+from scd.engine.interface import Engine, Solver
+from scd.engine.separable import FastSeparable
+from scd.flow import Evaluation, evaluations, guide
+from scd.model.embed import from_patches, to_patches
+from scd.model.separable import SeparableConfig
+
+
+@dataclass(eq=False, kw_only=True)
+class PoolFrame:
+    """One frame on its way from noise."""
+
+    context: Any
+    """Of the engine: for one frame, or for [unconditional ; conditional]."""
+    times: Sequence[float]
+    """Of its steps, descending from 1 to 0."""
+    calls: Sequence[Evaluation]
+    """All calls of the network that it takes."""
+    scale: float | None
+    """Of the guidance; None: none."""
+    rows: list[int]
+    """Its rows of the pool now: one, or [unconditional, conditional]."""
+    num_done: int = 0
+    """Calls that were made."""
+    modulations: Tensor | None = None
+    """At each time, [times r parts d], where calls are shared."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is clean."""
+        return self.num_done == len(self.calls)
+
+    @property
+    def call(self) -> Evaluation:
+        """The call that comes next."""
+        return self.calls[self.num_done]
+
+    @property
+    def time(self) -> float:
+        """Time of the call that comes next."""
+        return self.times[self.call.index]
+
+
+Owner = tuple[PoolFrame, int]
+"""Whose row it is: a frame, and which of its branches."""
+
+
+class FramePool:
+    """Rows of frames on their way from noise; `advance` makes the next call of the network for all.
+
+    With the fast separable engine that is one call for all frames together: its decoder sees a
+    frame and its context, no past. Every other engine reads a stream's past in each call, so each
+    frame has a call of its own: the same frames, later.
+
+    A frame takes the next free row, or two with guidance. When it leaves, the last row moves into
+    its place, so the rows in use are always the first ones.
+    """
+
+    def __init__(self, engine: Engine, max_rows: int) -> None:
+        """Allocate all rows; `pool_bytes` says beforehand how much that is.
+
+        Raises:
+            ValueError: max_rows below 1.
+        """
+        if max_rows < 1:
+            raise ValueError(f"max_rows must be 1 or more, got {max_rows}")
+        self.engine, self.max_rows = engine, max_rows
+        shared = isinstance(engine, FastSeparable)
+        self._calls = _SharedCalls(engine, max_rows) if shared else _SingleCalls(engine)
+        size = (max_rows, engine.shape.num_tokens, engine.shape.token_dim)
+        # Between calls frames are float32, as in the fast engines' own loop.
+        self._frames = torch.empty(size, device=engine.device)
+        self._starts = torch.empty_like(self._frames)
+        self._before = torch.empty_like(self._frames)
+        self._owners: list[Owner] = []
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in use."""
+        return len(self._owners)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all rows."""
+        held = 3 * self._frames.numel() * self._frames.element_size()
+        return held + self._calls.num_bytes
+
+    @torch.no_grad()
+    def add(
+        self,
+        context: Any,
+        noise: Tensor,
+        times: Sequence[float],
+        solver: Solver = "euler",
+        scale: float | None = None,
+    ) -> PoolFrame:
+        """Put in a frame; see interface.Engine.denoise for the arguments, of one stream.
+
+        Raises:
+            ValueError: there is no free row, or with guidance no two.
+        """
+        branches = 1 if scale is None else 2
+        start, stop = self.num_rows, self.num_rows + branches
+        if stop > self.max_rows:
+            raise ValueError(f"{branches} rows are needed, {self.max_rows - start} are free")
+        frame = PoolFrame(
+            context=context,
+            times=times,
+            calls=evaluations(times, solver),
+            scale=scale,
+            rows=list(range(start, stop)),
+        )
+        self._calls.put(frame, start)
+        self._frames[start:stop] = to_patches(noise.float(), self.engine.shape.patch_size)
+        self._starts[start:stop] = self._frames[start:stop]
+        # Its weight is 0 where no call came before, but 0 * NaN is NaN.
+        self._before[start:stop] = 0
+        self._owners += [(frame, branch) for branch in range(branches)]
+        return frame
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Make the next call of every frame. There must be none that is done."""
+        if not self._owners:
+            return
+        used = slice(0, self.num_rows)
+        velocity = self._guided(self._calls.velocity(self._frames[used], self._owners))
+        calls = [frame.call for frame, _ in self._owners]
+        numbers = [[call.gain, call.gain_before, call.ends_step] for call in calls]
+        weights = torch.tensor(numbers, device=self.engine.device)
+        gain, gain_before, ends_step = weights.t()[:, :, None, None]
+        # As in flow.solve, for all rows at once.
+        frames = self._starts[used] + gain * velocity + gain_before * self._before[used]
+        self._frames[used] = frames
+        self._before[used] = velocity
+        self._starts[used] = torch.where(ends_step.bool(), frames, self._starts[used])
+        for frame in dict.fromkeys(frame for frame, _ in self._owners):
+            frame.num_done += 1
+
+    def latents(self, frames: Sequence[PoolFrame]) -> Tensor:
+        """Return some frames as they are now, [f c h w]."""
+        patches = self._frames[[frame.rows[-1] for frame in frames]]
+        return from_patches(patches, self.engine.shape).to(self.engine.dtype)
+
+    def remove(self, frame: PoolFrame) -> None:
+        """Give up the rows of a frame, done or not."""
+        for row in sorted(frame.rows, reverse=True):
+            last = self.num_rows - 1
+            if row != last:
+                self._calls.move(last, row)
+                for tensor in (self._frames, self._starts, self._before):
+                    tensor[row] = tensor[last]
+                self._owners[row] = self._owners[last]
+                owner, branch = self._owners[row]
+                owner.rows[branch] = row
+            self._owners.pop()
+        frame.rows = []
+
+    def _guided(self, velocity: Tensor) -> Tensor:
+        if all(frame.scale is None for frame, _ in self._owners):
+            return velocity
+        unconditional, conditional, scales = zip(
+            *[
+                (frame.rows[0], frame.rows[-1], 1.0 if frame.scale is None else frame.scale)
+                for frame, _ in self._owners
+            ],
+            strict=True,
+        )
+        scale = torch.tensor(scales, device=velocity.device)[:, None, None]
+        return guide(velocity[list(unconditional)], velocity[list(conditional)], scale)
+
+
+class _SharedCalls:
+    """One call of the fast decoder for all frames."""
+
+    def __init__(self, engine: FastSeparable, max_rows: int) -> None:
+        self.decoder = engine.decoder
+        self.rows = DecoderRows(engine.decoder, max_rows)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows.num_bytes
+
+    def put(self, frame: PoolFrame, start: int) -> None:
+        context, frame.context = frame.context, None
+        self.decoder.put(self.rows, start, context.tokens, context.conditions)
+        frame.modulations = self.decoder.modulations.at(frame.times[:-1], context.conditions)
+
+    def move(self, source: int, target: int) -> None:
+        self.rows.move(source, target)
+
+    def velocity(self, patches: Tensor, owners: Sequence[Owner]) -> Tensor:
+        modulation = torch.stack([_modulation(*owner) for owner in owners])
+        times = [frame.time for frame, _ in owners]
+        time = torch.tensor(times, device=patches.device)[:, None, None]
+        return self.decoder.velocity(self.rows, patches, modulation, time)
+
+
+def _modulation(frame: PoolFrame, branch: int) -> Tensor:
+    assert frame.modulations is not None
+    now = frame.modulations[frame.call.index]
+    return now[min(branch, now.shape[0] - 1)]
+
+
+class _SingleCalls:
+    """One call of any engine for each frame."""
+
+    num_bytes = 0
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def put(self, frame: PoolFrame, start: int) -> None:
+        pass
+
+    def move(self, source: int, target: int) -> None:
+        pass
+
+    def velocity(self, patches: Tensor, owners: Sequence[Owner]) -> Tensor:
+        velocity = torch.empty_like(patches)
+        for frame in dict.fromkeys(frame for frame, _ in owners):
+            noisy = from_patches(patches[frame.rows], self.engine.shape).to(self.engine.dtype)
+            # In float64: the time embedding shows the rounding of a float32 time.
+            time = noisy.new_full((len(frame.rows),), frame.time, dtype=torch.float64)
+            found = self.engine.velocity(frame.context, noisy, time)
+            velocity[frame.rows] = to_patches(found.float(), self.engine.shape.patch_size)
+        return velocity
+
+
+def pool_bytes(engine: Engine, max_rows: int) -> int:
+    """Return the memory of the rows of a pool: frames, and contexts where calls are shared.
+
+    A frame is held 3 times in float32. A context is its tokens, n * d; or with the join "prefix"
+    keys and values of both halves in each layer, 4 * layers * n * d.
+    """
+    shape, config = engine.shape, engine.config
+    held = 3 * 4 * shape.num_tokens * shape.token_dim
+    if isinstance(engine, FastSeparable) and isinstance(config, SeparableConfig):
+        decoder = config.decoder
+        copies = 4 * decoder.num_layers if decoder.join == "prefix" else 1
+        held += copies * shape.num_tokens * config.block.width * engine.dtype.itemsize
+    return max_rows * held

@@ -1,0 +1,299 @@
+"""Many streams at once, each with its own past and pace, that share the calls of the network.
+
+A separable model's decoder sees one frame and its context, no past: so frames of different streams,
+at different steps, are denoised in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scd.checkpoint import World
+from scd.clip import Conditions
+from scd.device_memory import OutOfMemory, check_free, out_of_memory_named
+from scd.engine.interface import Engine
+from scd.engine.plain import PlainEngine
+from scd.engine.pool import FramePool, PoolFrame, pool_bytes
+from scd.flow import SamplingConfig
+from scd.rollout import Draft, Guidance, Rollout
+from scd.session import Finished, Session, Status
+
+
+class Streams:
+    """Sessions that come and go; `request` asks for a frame, `tick` brings all a call further.
+
+    A session's frames are those of a `Rollout` of its own with the same seed, whoever else is
+    there. With the fast separable engine all frames under way share one decoder call per tick;
+    with every other engine they are called one by one, the same frames later.
+
+    Fairness: every frame under way advances by one call in every tick, whoever waits. Requests
+    begin in the order they came, when rows are free. The causal pass with which a frame begins is
+    made for each alone and holds up those under way: so beside them no more frames begin in a tick
+    than bring `max_rows` calls in all, which is what a full pool works off in a tick. Rows never
+    lie idle for long, a crowd at once is spread over some ticks, and nobody waits for ever. Where
+    no frame is under way, all begin together.
+
+    A fault (a frame that is not finite, no memory for its pass) stops its session alone.
+
+    Not for several threads at once.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        engine: Engine | None = None,
+        sampling: SamplingConfig | None = None,
+        max_rows: int = 16,
+        window: int | None = None,
+    ) -> None:
+        """Allocate the rows.
+
+        Args:
+            world: model, autoencoder and what they expect.
+            engine: what runs the model; None: the model as it is written.
+            sampling: of sessions that bring none; None: as the checkpoint says.
+            max_rows: frames that are denoised side by side, guided ones count twice; further
+                requests wait.
+            window: frames in the memory of each session; None: as the model was trained.
+
+        Raises:
+            OutOfMemory: the rows need more than is free; nothing was allocated.
+            ValueError: max_rows below 1.
+        """
+        self.world, self.engine = world, engine or PlainEngine(world.model)
+        self.sampling, self.window = sampling or world.sampling, window
+        needed = pool_bytes(self.engine, max_rows)
+        what, device = f"room for {max_rows} frames side by side", self.engine.device
+        check_free(what, needed, device)
+        with out_of_memory_named(what, needed, device):
+            self._pool = FramePool(self.engine, max_rows)
+        self._sessions: dict[int, Session] = {}
+        # Both in the order of requests; a waiting session has its action.
+        self._waiting: dict[Session, Tensor | None] = {}
+        self._denoising: dict[Session, tuple[PoolFrame, Draft]] = {}
+        self._num_opened = 0
+
+    @property
+    def sessions(self) -> list[Session]:
+        """Open sessions, in the order they came."""
+        return list(self._sessions.values())
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether `tick` has anything to do."""
+        return bool(self._waiting or self._denoising)
+
+    def open(
+        self,
+        frames: Float[Tensor, "t 3 h w"] | None = None,
+        conditions: Conditions | None = None,
+        seed: int = 0,
+        sampling: SamplingConfig | None = None,
+        guidance: Guidance | None = None,
+    ) -> Session:
+        """Let a stream join, at any time.
+
+        Args:
+            frames: given first frames in [-1, 1]; None: from nothing.
+            conditions: the actions [1 t] that led to those frames, and the label [1].
+            seed: of the noise.
+            sampling: steps per frame and the like; None: as all.
+            guidance: None: none.
+
+        Raises:
+            OutOfMemory: its memory needs more than is free; nothing was allocated.
+            ValueError: frames that do not fit or are not finite, conditions that do not fit,
+                guidance that this model cannot give or that needs more rows than there are.
+        """
+        sampling = sampling or self.sampling
+        rollout = Rollout(self.world, sampling, guidance, seed, self.window, self.engine)
+        session = Session(self._num_opened, rollout)
+        if session.num_rows > self._pool.max_rows:
+            raise ValueError(f"a guided frame takes 2 rows, max_rows is {self._pool.max_rows}")
+        if frames is not None:
+            _check_finite(frames)
+            frames = frames[None]
+        with self._memory_for(session, session.title):
+            rollout.begin(frames, conditions, can_reset=False)
+        return self._join(session)
+
+    def fork(self, session: Session, seed: int | None = None) -> Session:
+        """Return a copy of a session, to try another future; a frame it waits for is not copied.
+
+        Args:
+            session: any open one.
+            seed: of the copy's noise from here on; None: the same.
+
+        Raises:
+            OutOfMemory: as for `open`.
+            ValueError: the session is not open here.
+        """
+        self._check_open(session)
+        with self._memory_for(session, f"a copy of {session.title}"):
+            rollout = session.rollout.fork()
+        rollout.seed = rollout.seed if seed is None else seed
+        return self._join(Session(self._num_opened, rollout))
+
+    def request(self, session: Session, action: Tensor | None = None) -> None:
+        """Ask for the next frame of a session; a later `tick` returns it.
+
+        Args:
+            session: an idle one.
+            action: that leads to the frame: an id [], or a vector [a]; None for a model without
+                actions.
+
+        Raises:
+            ValueError: the session is not open here, its last frame is still under way, or the
+                action does not fit.
+        """
+        self._check_idle(session)
+        session.rollout.check(self._as_batch(action))
+        self._waiting[session] = action
+        session.status = "waiting"
+
+    def observe(
+        self, session: Session, frame: Float[Tensor, "3 h w"], action: Tensor | None = None
+    ) -> None:
+        """Put in the next frame of an idle session from outside, and the action that led to it.
+
+        Raises:
+            ValueError: as for `request`, or the frame does not fit or is not finite.
+        """
+        self._check_idle(session)
+        _check_finite(frame)
+        session.rollout.observe(frame[None], self._as_batch(action))
+
+    def close(self, session: Session) -> None:
+        """Let a session go, at any time; a frame under way is dropped. Harmless twice.
+
+        Raises:
+            ValueError: it is none of these streams' sessions.
+        """
+        if session.is_open:
+            self._check_open(session)
+            self._leave(session, "closed")
+
+    @torch.no_grad()
+    def tick(self) -> list[Finished]:
+        """Begin frames that wait, make one call for all under way, and return those that end."""
+        ended = self._begin_frames()
+        if not self._done():
+            self._pool.advance()
+        return ended + self._finish_frames()
+
+    def _begin_frames(self) -> list[Finished]:
+        stopped, brought = [], 0
+        nobody_is_held_up = not self._denoising
+        while self._waiting and (nobody_is_held_up or brought < self._pool.max_rows):
+            session = next(iter(self._waiting))
+            if session.num_rows > self._pool.max_rows - self._pool.num_rows:
+                break
+            try:
+                with out_of_memory_named(session.title, session.bytes_needed, self.engine.device):
+                    self._begin_frame(session)
+            except OutOfMemory as error:
+                stopped.append(self._stop(session, str(error)))
+                continue
+            brought += session.num_rows * session.num_calls
+        return stopped
+
+    def _begin_frame(self, session: Session) -> None:
+        rollout = session.rollout
+        draft = rollout.draft(self._as_batch(self._waiting[session]))
+        frame = self._pool.add(
+            draft.context,
+            draft.noise,
+            rollout.times,
+            rollout.sampling.solver,
+            rollout.guidance_scale,
+        )
+        # Only now: a pass that is interrupted leaves the request where it was.
+        del self._waiting[session]
+        self._denoising[session] = frame, draft
+        session.status = "denoising"
+
+    def _done(self) -> list[Session]:
+        return [session for session, (frame, _) in self._denoising.items() if frame.is_done]
+
+    def _finish_frames(self) -> list[Finished]:
+        done = self._done()
+        if not done:
+            return []
+        latents = self._pool.latents([self._denoising[session][0] for session in done])
+        frames = self.world.autoencoder.decode(latents[:, None])[:, 0].float()
+        are_finite = latents.isfinite().flatten(1).all(1) & frames.isfinite().flatten(1).all(1)
+        ended = []
+        for row, (session, is_finite) in enumerate(zip(done, are_finite.tolist(), strict=True)):
+            if not is_finite:
+                ended.append(self._stop(session, "it is not finite (NaN or infinity)"))
+                continue
+            index, draft = session.num_frames, self._denoising[session][1]
+            session.rollout.keep(draft, latents[row : row + 1].clone())
+            self._drop_frame(session)
+            session.status = "idle"
+            ended.append(Finished(session=session, index=index, frame=frames[row].clone()))
+        return ended
+
+    def _stop(self, session: Session, fault: str) -> Finished:
+        index = session.num_frames
+        session.reason = f"session {session.number} was stopped at frame {index}: {fault}"
+        self._leave(session, "stopped")
+        return Finished(session=session, index=index, frame=None, error=session.reason)
+
+    def _join(self, session: Session) -> Session:
+        self._sessions[session.number] = session
+        self._num_opened += 1
+        return session
+
+    def _leave(self, session: Session, status: Status) -> None:
+        del self._sessions[session.number]
+        self._waiting.pop(session, None)
+        self._drop_frame(session)
+        session.rollout.end()
+        session.status = status
+
+    def _drop_frame(self, session: Session) -> None:
+        if session in self._denoising:
+            frame, _ = self._denoising.pop(session)
+            self._pool.remove(frame)
+
+    def _as_batch(self, action: Tensor | None) -> Tensor | None:
+        if action is None:
+            return None
+        axes = 1 if self.engine.config.conditions.action_dim else 0
+        if action.ndim != axes:
+            kind = "a vector" if axes else "one id"
+            raise ValueError(f"an action is {kind}, got shape {tuple(action.shape)}")
+        return action[None]
+
+    def _check_open(self, session: Session) -> None:
+        if not session.is_open:
+            raise ValueError(session.reason or f"session {session.number} is closed")
+        if self._sessions.get(session.number) is not session:
+            raise ValueError(f"session {session.number} belongs to other streams")
+
+    def _check_idle(self, session: Session) -> None:
+        self._check_open(session)
+        if session.status != "idle":
+            raise ValueError(
+                f"frame {session.num_frames} of session {session.number} is still under way"
+            )
+
+    @contextmanager
+    def _memory_for(self, session: Session, what: str) -> Iterator[None]:
+        """Refuse a session before its memory is allocated, or name it when that fails."""
+        device, needed = self.engine.device, session.bytes_needed
+        promised = sum(other.bytes_untouched for other in self.sessions)
+        check_free(what, needed, device, promised)
+        with out_of_memory_named(what, needed, device):
+            yield
+
+
+def _check_finite(frames: Tensor) -> None:
+    if not torch.isfinite(frames).all():
+        raise ValueError("frames must be finite, got NaN or infinity")
