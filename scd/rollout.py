@@ -18,7 +18,6 @@ from scd.clip import Conditions
 from scd.engine.interface import Engine
 from scd.engine.plain import PlainEngine
 from scd.flow import SamplingConfig, schedule
-from scd.model.cache import KVCache
 from scd.model.separable import SeparableConfig
 from scd.runtime import make_generator
 
@@ -142,15 +141,15 @@ class Rollout:
         return None if self.guidance.kind == "none" else self.guidance.scale
 
     @property
-    def memory(self) -> KVCache:
-        """Keys and values of the streams.
+    def state(self) -> Any:
+        """What the engine keeps of the streams; keys and values are its `cache`.
 
         Raises:
             ValueError: the stream has not begun.
         """
         if self._state is None:
             raise ValueError("begin the stream first")
-        return self._state.cache
+        return self._state
 
     @property
     def num_steps(self) -> int:

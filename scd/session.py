@@ -61,6 +61,20 @@ class Session:
         """Calls of the network that its next frame takes."""
         return len(evaluations(self.rollout.times, self.rollout.sampling.solver))
 
+    def as_batch(self, action: Tensor | None) -> Tensor | None:
+        """Return the action as that of a batch of one stream.
+
+        Raises:
+            ValueError: it is not one id, or one vector.
+        """
+        if action is None:
+            return None
+        axes = 1 if self.rollout.engine.config.conditions.action_dim else 0
+        if action.ndim != axes:
+            kind = "a vector" if axes else "one id"
+            raise ValueError(f"an action is {kind}, got shape {tuple(action.shape)}")
+        return action[None]
+
     @property
     def bytes_needed(self) -> int:
         """Memory for the keys and values of its window, by formula: see model.cost.
@@ -82,7 +96,7 @@ class Session:
 
         A CPU's system hands memory out when it is written, so that part still counts as free.
         """
-        memory = self.rollout.memory
+        memory = self.rollout.state.cache
         if memory.keys.device.type != "cpu":
             return 0
         unwritten = memory.config.window - len(memory.slots)

@@ -1,12 +1,8 @@
-"""Many streams at once, each with its own past and pace, that share the calls of the network.
-
-A separable model's decoder sees one frame and its context, no past: so frames of different streams,
-at different steps, are denoised in one call.
-"""
+"""Many streams at once, each with its own past and pace, that share the calls of the network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,13 +19,16 @@ from scd.flow import SamplingConfig
 from scd.rollout import Draft, Guidance, Rollout
 from scd.session import Finished, Session, Status
 
+Lap = Callable[[str], None]
+"""Is told that a part of a tick has ended."""
+
 
 class Streams:
     """Sessions that come and go; `request` asks for a frame, `tick` brings all a call further.
 
     A session's frames are those of a `Rollout` of its own with the same seed, whoever else is
-    there. With the fast separable engine all frames under way share one decoder call per tick;
-    with every other engine they are called one by one, the same frames later.
+    there. With the fast separable engine, whose decoder sees no past, all frames under way share
+    one call per tick; with every other engine they are called one by one: the same frames, later.
 
     Fairness: every frame under way advances by one call in every tick, whoever waits. Requests
     begin in the order they came, when rows are free. The causal pass with which a frame begins is
@@ -152,7 +151,7 @@ class Streams:
                 action does not fit.
         """
         self._check_idle(session)
-        session.rollout.check(self._as_batch(action))
+        session.rollout.check(session.as_batch(action))
         self._waiting[session] = action
         session.status = "waiting"
 
@@ -166,7 +165,7 @@ class Streams:
         """
         self._check_idle(session)
         _check_finite(frame)
-        session.rollout.observe(frame[None], self._as_batch(action))
+        session.rollout.observe(frame[None], session.as_batch(action))
 
     def close(self, session: Session) -> None:
         """Let a session go, at any time; a frame under way is dropped. Harmless twice.
@@ -179,12 +178,19 @@ class Streams:
             self._leave(session, "closed")
 
     @torch.no_grad()
-    def tick(self) -> list[Finished]:
-        """Begin frames that wait, make one call for all under way, and return those that end."""
+    def tick(self, lap: Lap = lambda part: None) -> list[Finished]:
+        """Begin frames that wait, make one call for all under way, and return those that end.
+
+        Args:
+            lap: is called after each part with its name: encoder (of all that begin), decoder,
+                autoencoder, memory.
+        """
         ended = self._begin_frames()
+        lap("encoder")
         if not self._done():
             self._pool.advance()
-        return ended + self._finish_frames()
+        lap("decoder")
+        return ended + self._finish_frames(lap)
 
     def _begin_frames(self) -> list[Finished]:
         stopped, brought = [], 0
@@ -204,7 +210,7 @@ class Streams:
 
     def _begin_frame(self, session: Session) -> None:
         rollout = session.rollout
-        draft = rollout.draft(self._as_batch(self._waiting[session]))
+        draft = rollout.draft(session.as_batch(self._waiting[session]))
         frame = self._pool.add(
             draft.context,
             draft.noise,
@@ -220,12 +226,13 @@ class Streams:
     def _done(self) -> list[Session]:
         return [session for session, (frame, _) in self._denoising.items() if frame.is_done]
 
-    def _finish_frames(self) -> list[Finished]:
+    def _finish_frames(self, lap: Lap) -> list[Finished]:
         done = self._done()
         if not done:
             return []
         latents = self._pool.latents([self._denoising[session][0] for session in done])
         frames = self.world.autoencoder.decode(latents[:, None])[:, 0].float()
+        lap("autoencoder")
         are_finite = latents.isfinite().flatten(1).all(1) & frames.isfinite().flatten(1).all(1)
         ended = []
         for row, (session, is_finite) in enumerate(zip(done, are_finite.tolist(), strict=True)):
@@ -237,6 +244,7 @@ class Streams:
             self._drop_frame(session)
             session.status = "idle"
             ended.append(Finished(session=session, index=index, frame=frames[row].clone()))
+        lap("memory")
         return ended
 
     def _stop(self, session: Session, fault: str) -> Finished:
@@ -261,15 +269,6 @@ class Streams:
         if session in self._denoising:
             frame, _ = self._denoising.pop(session)
             self._pool.remove(frame)
-
-    def _as_batch(self, action: Tensor | None) -> Tensor | None:
-        if action is None:
-            return None
-        axes = 1 if self.engine.config.conditions.action_dim else 0
-        if action.ndim != axes:
-            kind = "a vector" if axes else "one id"
-            raise ValueError(f"an action is {kind}, got shape {tuple(action.shape)}")
-        return action[None]
 
     def _check_open(self, session: Session) -> None:
         if not session.is_open:

@@ -15,9 +15,10 @@ from scd import device_memory
 from scd.bench.card import LimitsOfDevice, RowFile
 from scd.bench.case import Case, numbers, parse_case
 from scd.bench.compare import CompareConfig, compare, pairs_of
+from scd.bench.crowd import TimedSessions
 from scd.bench.limits import Limits, measure_limits
 from scd.bench.measure import BenchConfig, bench, cases_of
-from scd.bench.models import find_subject, random_model
+from scd.bench.models import Subject, find_subject, random_model
 from scd.bench.stream import TimedStreams
 from scd.bench.timing import Effort, time_case
 from scd.cli import main
@@ -33,7 +34,7 @@ NAMES = (
     "p90_s p99_s encoder_s decoder_step_s autoencoder_s frames_per_s_denoise "
     "frames_per_s_end_to_end first_frame_s peak_memory_bytes flops_per_frame bytes_per_frame "
     "fraction_of_limit commit jitter_s cold_start_s guidance limits hardware versions timed note "
-    "memory_needed_bytes"
+    "memory_needed_bytes latency_p50_s latency_p99_s"
 ).split()
 
 
@@ -64,6 +65,57 @@ def test_a_row_says_all_that_scripts_rely_on(tmp_path, capsys):
         assert row["first_frame_s"] > 0 and row["cold_start_s"] >= 0
         assert f'"model": "{row["model"]}", "engine": "plain"' in printed
     assert rows[1]["flops_per_frame"] > rows[0]["flops_per_frame"]
+
+
+@pytest.mark.parametrize(("model", "engine"), [("toy", "fast"), ("toy-dense", "plain")])
+def test_sessions_are_timed(model, engine):
+    config = BenchConfig(
+        model=model,
+        steps="2",
+        sessions="1,3",
+        engine=engine,
+        context="6",
+        guidance="conditions",
+        frames=2,
+        device="cpu",
+    )
+    rows = bench(config)
+    assert [(row["sessions"], row["frames"]) for row in rows] == [(1, 2), (3, 6)]
+    for row in rows:
+        assert set(NAMES) <= set(row) and row["batch"] == 1
+        assert 0 < row["latency_p50_s"] <= row["latency_p99_s"]
+        assert 0 < row["frames_per_s_end_to_end"] <= row["frames_per_s_denoise"]
+        assert row["encoder_s"] > 0 and row["decoder_step_s"] > 0 and row["autoencoder_s"] > 0
+
+
+def test_sessions_start_apart():
+    sessions = TimedSessions(Case(model="toy", context=4, steps=4, sessions=4, engine="fast"), CPU)
+    assert sessions.first_frame() > 0 and sessions.streams.sessions == []
+    sessions.fill()
+    frames = [frame for frame, _ in sessions.streams._denoising.values()]
+    assert [frame.num_done for frame in frames] == [3, 2, 1]
+    played = sessions.play(8, 60.0, timed_parts=True)
+    assert len(played.latencies) == 8
+    parts = sum(map(sum, played.parts.values()))
+    assert 0.3 * played.seconds < parts <= played.seconds
+    assert len(sessions.play(1000, 0.0).latencies) == 4
+    assert sessions.first_frame() > 0 and sessions.streams.sessions == []
+
+
+def test_latents_without_autoencoder_are_played_as_they_are(monkeypatch):
+    monkeypatch.setattr(Subject, "has_pixels", False)
+    sessions = TimedSessions(Case(model="toy", context=4, steps=1, sessions=2), CPU)
+    sessions.fill()
+    assert len(sessions.play(2, 60.0).latencies) == 2
+    frames = torch.full((1, 1, 3, 4, 4), 2.0)
+    autoencoder = sessions.streams.world.autoencoder
+    assert autoencoder.decode(frames) is frames is autoencoder.encode(frames)
+
+
+def test_comparisons_are_of_one_session():
+    config = CompareConfig(a="model=toy sessions=2", b="model=toy", context="8", steps="1")
+    with pytest.raises(ValueError, match="comparisons are of one session"):
+        pairs_of(config)
 
 
 def test_the_fraction_is_of_the_larger_need():
@@ -340,6 +392,8 @@ def test_labels_steer_timed_streams(monkeypatch, tiny_world):
         ("--context 1", "leaves no room beside the first frames"),
         ("--context 0", "context must be whole numbers of 1 or more, got '0'"),
         ("--steps -1", "steps must be whole numbers of 1 or more, got '-1'"),
+        ("--batch 2 --sessions 2", "several sessions have one stream each"),
+        ("--sessions 0", "sessions must be whole numbers of 1 or more, got '0'"),
         ("--batch many", "batch must be whole numbers of 1 or more, got 'many'"),
         ("--frames 0", "frames must be 1 or more, got 0"),
         ("--seconds 0", "seconds must be above 0"),

@@ -312,7 +312,7 @@ def test_a_session_closed_in_mid_frame_leaves_the_others_alone():
     with pytest.raises(ValueError, match="session 0 is closed"):
         streams.request(sessions[0], action())
     with pytest.raises(ValueError, match="begin the stream first"):
-        _ = sessions[0].rollout.memory
+        _ = sessions[0].rollout.state
 
 
 @pytest.mark.parametrize("join", ["token_concat", "prefix"])
@@ -407,7 +407,7 @@ def test_memory_that_was_promised_is_not_given_twice(monkeypatch):
     streams = streams_of()
     first = streams.open()
     needed = first.bytes_needed
-    assert needed == first.rollout.memory.num_bytes == first.bytes_untouched
+    assert needed == first.rollout.state.cache.num_bytes == first.bytes_untouched
     # Room for one more, as long as the first does not fill its own.
     monkeypatch.setattr(device_memory, "free_bytes", lambda device: 2 * needed - 1)
     for attempt in (streams.open, lambda: streams.fork(first)):

@@ -59,7 +59,7 @@ LAYERS = (
     ("named runs", "presets"),
     (
         "benchmark",
-        "bench.limits bench.models bench.case bench.stream bench.timing bench.card "
+        "bench.limits bench.models bench.case bench.stream bench.crowd bench.timing bench.card "
         "bench.measure bench.compare",
     ),
     ("top", "convert demo cli __main__"),

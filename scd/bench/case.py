@@ -39,7 +39,7 @@ class Case:
     batch: int = 1
     """Streams that are stepped together."""
     sessions: int = 1
-    """Groups of streams that are stepped independently of each other."""
+    """Streams that are stepped independently of each other, each at its own step."""
     guidance: GuidanceKind = "none"
     """Branch that frames are pushed away from."""
     precision: Precision = "fp32"
@@ -81,8 +81,11 @@ class Case:
                 f"context {self.context} leaves no room beside the first frames that "
                 f"{self.model} always remembers, {config.cache.num_sinks}"
             )
-        if self.sessions > 1:
-            raise ValueError(f"sessions must be 1, got {self.sessions}")
+        if self.sessions > 1 and self.batch > 1:
+            raise ValueError(
+                f"several sessions have one stream each: got sessions={self.sessions} and "
+                f"batch={self.batch}"
+            )
         if self.guidance == "context_noise" and not isinstance(config, SeparableConfig):
             raise ValueError(
                 f"guidance context_noise needs a separable model: {self.model} is dense"

@@ -116,7 +116,10 @@ def pairs_of(config: CompareConfig) -> list[tuple[Case, Case]]:
                     "precision": config.precision,
                     "engine": config.engine,
                 }
-                pairs[parse_case(config.a, defaults), parse_case(config.b, defaults)] = None
+                a, b = parse_case(config.a, defaults), parse_case(config.b, defaults)
+                if a.sessions > 1 or b.sessions > 1:
+                    raise ValueError("comparisons are of one session; scd bench takes more")
+                pairs[a, b] = None
     return list(pairs)
 
 

@@ -35,6 +35,8 @@ class BenchConfig:
     """Denoising steps per frame."""
     batch: str = "1"
     """Streams that are stepped together."""
+    sessions: str = "1"
+    """Streams that are stepped independently, each at its own step; they share calls."""
     guidance: str = "none"
     """none, context_noise (separable models), conditions (models with actions or labels)."""
     precision: str = "fp32"
@@ -113,6 +115,7 @@ def cases_of(config: BenchConfig) -> list[Case]:
                 "guidance": names("guidance", config.guidance),
                 "precision": names("precision", config.precision),
                 "batch": numbers("batch", config.batch),
+                "sessions": numbers("sessions", config.sessions),
                 "context": _contexts(config.context, subjects[model].config.cache.window),
                 "steps": numbers("steps", config.steps),
                 "join": joins if joins and model in separable else [None],

@@ -12,6 +12,7 @@ from torch import Tensor
 from scd.bench.case import Case
 from scd.bench.limits import DTYPES, synchronize
 from scd.clip import Conditions
+from scd.engine.interface import Engine
 from scd.engine.open import open_engine
 from scd.flow import SamplingConfig, schedule
 from scd.model.separable import SeparableState
@@ -57,20 +58,7 @@ class TimedStreams:
     def fill(self) -> None:
         """Fill the window with random keys and values, as if so many frames lay behind."""
         self.begin()
-        state, cache = self.state, self.state.cache
-        for held in (cache.keys, cache.values):
-            held[0].normal_(generator=self.generator)
-            held[1:] = held[0]
-        newest = "next_row" if isinstance(state, SeparableState) else "next_frame"
-        first = getattr(state, newest)
-        cache.reset()
-        cache.advance(list(range(first, first + self.case.context)))
-        setattr(state, newest, first + self.case.context)
-        if isinstance(state, SeparableState):
-            shape = (self._num_memories, 1, *self.engine.shape.shape)
-            state.newest = torch.randn(
-                shape, generator=self.generator, device=self.device, dtype=self.engine.dtype
-            )
+        fill_window(self.state, self.engine, self.generator)
 
     @torch.no_grad()
     def frame(self, lap: Lap = lambda part: None, decode: bool = True) -> Tensor:
@@ -120,3 +108,21 @@ class TimedStreams:
         elif spec.action_dim:
             actions = torch.rand(batch, 1, spec.action_dim) * 2 - 1
         return Conditions(actions=actions, labels=self._labels()).to(self.device)
+
+
+def fill_window(state: Any, engine: Engine, generator: torch.Generator) -> None:
+    """Give streams that just began a full window of random keys and values."""
+    cache = state.cache
+    for held in (cache.keys, cache.values):
+        held[0].normal_(generator=generator)
+        held[1:] = held[0]
+    newest = "next_row" if isinstance(state, SeparableState) else "next_frame"
+    first = getattr(state, newest)
+    cache.reset()
+    cache.advance(list(range(first, first + cache.config.window)))
+    setattr(state, newest, first + cache.config.window)
+    if isinstance(state, SeparableState):
+        shape = (cache.keys.shape[1], 1, *engine.shape.shape)
+        state.newest = torch.randn(
+            shape, generator=generator, device=engine.device, dtype=engine.dtype
+        )

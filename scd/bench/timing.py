@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from scd.bench.case import Case
+from scd.bench.crowd import TimedSessions
 from scd.bench.limits import Limits, synchronize
 from scd.bench.stream import TimedStreams
 from scd.device_memory import PeakMemory, check_free, out_of_memory_named
@@ -24,7 +25,10 @@ TIMED = (
     "all that is done per frame between context and latent, divided by the steps (in the fast "
     "engine the context's own keys and values too, in the plain one they count to the encoder); "
     "autoencoder_s latents to pixels; frames per second count all streams; denoise leaves the "
-    "autoencoder out; "
+    "autoencoder out; with several sessions, which start apart and ask again at once, seconds are "
+    "latencies of a session's frame from its request, decoder_step_s is one call that all share, "
+    "encoder_s and autoencoder_s are means per frame; latency_p50_s and latency_p99_s are these "
+    "latencies, and with one session seconds per frame; "
     "cold_start_s builds the engine from weights in memory; first_frame_s is from nothing to the "
     "first pixels right after that, compilation included, first_frame_warm_s the same once all is "
     "warm; peak_memory_bytes is the growth while building and running; flops, bytes and memory "
@@ -69,14 +73,16 @@ def time_case(case: Case, device: torch.device, limits: Limits, effort: Effort) 
     check_free(case.title, cost.memory_needed, device)
     with out_of_memory_named(case.title, cost.memory_needed, device):
         peak = PeakMemory(device)
-        streams = TimedStreams(case, device)
-        measured = _measure(streams, effort, peak)
+        if case.sessions > 1:
+            measured = _measure_sessions(TimedSessions(case, device), effort, peak)
+        else:
+            measured = _measure(TimedStreams(case, device), effort, peak)
     num_streams = case.batch * case.sessions
     flops, num_bytes = cost.flops(case.steps), cost.bytes(case.steps)
-    denoise_s = measured.pop("denoise_s")
+    denoise_s, round_s = measured.pop("denoise_s"), measured.pop("round_s")
     return measured | {
         "frames_per_s_denoise": num_streams / denoise_s,
-        "frames_per_s_end_to_end": num_streams / measured["seconds_per_frame_median"],
+        "frames_per_s_end_to_end": num_streams / round_s,
         "flops_per_frame": flops,
         "bytes_per_frame": num_bytes,
         "memory_needed_bytes": cost.memory_needed,
@@ -97,13 +103,49 @@ def _measure(streams: TimedStreams, effort: Effort, peak: PeakMemory) -> dict[st
         "p99_s": quantile(whole, 0.99),
         "jitter_s": _jitter(whole),
         "frames": len(whole),
+        "latency_p50_s": median(whole),
+        "latency_p99_s": quantile(whole, 0.99),
         "denoise_s": median(denoise),
+        "round_s": median(whole),
         "encoder_s": median(frame["encoder"] + frame["memory"] for frame in parts),
         "decoder_step_s": median(frame["decoder"] for frame in parts) / streams.case.steps,
         "autoencoder_s": median(frame["autoencoder"] for frame in parts),
         "cold_start_s": streams.cold_start_s,
         "first_frame_s": first_s,
         "first_frame_warm_s": _first_frame_s(streams),
+        "peak_memory_bytes": peak_bytes,
+    }
+
+
+def _measure_sessions(sessions: TimedSessions, effort: Effort, peak: PeakMemory) -> dict[str, Any]:
+    first_s = sessions.first_frame()
+    sessions.fill()
+    num_sessions = sessions.case.sessions
+    sessions.play(num_sessions, WARM_S)
+    num_frames = num_sessions * effort.frames
+    timed = sessions.play(num_frames, effort.seconds, timed_parts=True)
+    # On a GPU waiting between the parts would keep the host from running ahead.
+    is_cpu = sessions.device.type == "cpu"
+    whole = timed if is_cpu else sessions.play(num_frames, effort.seconds)
+    peak_bytes = peak.bytes()
+    part_s = {part: sum(spent) / len(timed.latencies) for part, spent in timed.parts.items()}
+    frame_s = whole.seconds / len(whole.latencies)
+    return {
+        "seconds_per_frame_median": median(whole.latencies),
+        "p90_s": quantile(whole.latencies, 0.90),
+        "p99_s": quantile(whole.latencies, 0.99),
+        "jitter_s": _jitter(whole.latencies),
+        "frames": len(whole.latencies),
+        "latency_p50_s": median(whole.latencies),
+        "latency_p99_s": quantile(whole.latencies, 0.99),
+        "denoise_s": num_sessions * (frame_s - part_s["autoencoder"]),
+        "round_s": num_sessions * frame_s,
+        "encoder_s": part_s["encoder"] + part_s["memory"],
+        "decoder_step_s": median(timed.parts["decoder"]),
+        "autoencoder_s": part_s["autoencoder"],
+        "cold_start_s": sessions.cold_start_s,
+        "first_frame_s": first_s,
+        "first_frame_warm_s": sessions.first_frame(),
         "peak_memory_bytes": peak_bytes,
     }
 
