@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The speed tables of docs/results.md, on a CPU: about an hour on two idle cores.
+# The speed tables of docs/results.md, on a CPU: about 40 minutes on two idle cores.
 #
 #   runs/bench_cpu.sh [FOLDER]    result files go to FOLDER, docs/results if none is given
 set -euo pipefail
@@ -12,12 +12,12 @@ trap 'exit 143' TERM
 run() { "$@" & wait "$!"; }
 out=${1:-docs/results}
 mkdir -p "$out"
-common="--device cpu --frames 20 --seconds 15"
+common="--device cpu --frames 20 --seconds 8"
 
 # Everything over context and steps, both models fast; the plot is drawn from these.
 # shellcheck disable=SC2086
 run scd bench $common --model scd-m,dense-m --join token_concat,prefix --engine fast \
-  --precision bf16 --context 16,64,144,300 --steps 1,4,10,50 --json "$out/bench_cpu.jsonl"
+  --precision bf16 --context 16,64,144,300 --steps 4,10,50 --json "$out/bench_cpu.jsonl"
 # As the models are written, in float32, and the fast engine beside them.
 # shellcheck disable=SC2086
 run scd bench $common --model scd-m,dense-m --join token_concat,prefix --engine plain,fast \
@@ -27,10 +27,24 @@ run scd bench $common --model scd-m,dense-m --join token_concat,prefix --engine 
 run scd bench $common --model scd-m --join token_concat,prefix --engine fast --precision bf16 \
   --context 64 --steps 10 --guidance none,context_noise,conditions --batch 1,8 \
   --json "$out/bench_cpu_guidance.jsonl"
+# Streams that are stepped independently and share calls.
+# shellcheck disable=SC2086
+run scd bench $common --model scd-m --join token_concat,prefix --engine fast --precision bf16 \
+  --context 64 --steps 10 --sessions 1,2,4,8 --json "$out/bench_cpu_sessions.jsonl"
+# shellcheck disable=SC2086
+run scd bench $common --model doom-64 --engine fast --precision bf16 --steps 4 \
+  --sessions 1,2,4,8,16,32 --json "$out/bench_cpu_sessions.jsonl" --append
 # A world with pixels, end to end.
 # shellcheck disable=SC2086
 run scd bench $common --frames 200 --model doom-64,doom-64-dense --engine plain,fast \
   --precision fp32,bf16 --steps 4,10 --json "$out/bench_cpu_doom.jsonl"
+# Many sessions that share the decoder's calls.
+# shellcheck disable=SC2086
+run scd bench $common --frames 400 --model doom-64 --engine fast --precision bf16 \
+  --steps 4 --sessions 1,2,4,8,16 --json "$out/bench_cpu_sessions.jsonl"
+# shellcheck disable=SC2086
+run scd bench $common --model scd-m --join prefix --engine fast --precision bf16 \
+  --context 64 --steps 4 --sessions 1,4,8 --append --json "$out/bench_cpu_sessions.jsonl"
 
 # In turns. Fast against plain, the paper's join and the prefix.
 turns="--device cpu --rounds 7 --frames 3"
@@ -46,7 +60,8 @@ done
 first=""
 for join in token_concat prefix; do
   # shellcheck disable=SC2086
-  run scd bench compare $turns --context 64,300 --steps 50 --engine fast --precision bf16 $first \
+  run scd bench compare --device cpu --rounds 5 --frames 2 --context 64,300 --steps 50 \
+    --engine fast --precision bf16 $first \
     --a "model=dense-m" --b "model=scd-m join=$join" --json "$out/compare_cpu_dense.jsonl"
   first=--append
 done

@@ -7,13 +7,16 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 Precision = Literal["fp32", "bf16"]
-"""Arithmetic of the network: all 32 bit, or matrix products in bfloat16 over 32-bit weights."""
+"""Arithmetic of the network: all 32 bit, or matrix products in bfloat16. In training the weights stay
+32 bit either way; a stream in bf16 keeps weights and memory in bfloat16 too."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -110,6 +113,17 @@ def git_commit() -> str:
         return "unknown"
     assert tracked
     return commit + ("+" if status else "")
+
+
+@contextmanager
+def cpu_threads(number: int) -> Iterator[None]:
+    """Run with a number of CPU threads, and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def return_freed_memory() -> None:

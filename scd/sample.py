@@ -23,7 +23,7 @@ from scd.model.build import num_parameters
 from scd.predict import TIMED, check_fit, choose_windows, summarize
 from scd.results import provenance, write_json
 from scd.rollout import Guidance, Rollout, Timing
-from scd.runtime import Precision, choose_device
+from scd.runtime import Precision, choose_device, cpu_threads
 
 NUM_SHOWN = 12
 """Columns of the picture, spread evenly over the predicted frames."""
@@ -104,12 +104,12 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         world = replace(world, sampling=replace(world.sampling, num_steps=config.steps))
     clip = choose_clip(source, config.context, config.frames, config.seed)
     described = _describe(world)
-    torch.set_num_threads(config.threads or advised_threads(world.model.config))
-    engine = open_engine(world.model, config.engine, config.precision, release=True)
-    rollout = Rollout(
-        world, guidance=config.guidance, seed=config.seed, window=config.window, engine=engine
-    )
-    stream = run_stream(rollout, clip, config.context, config.frames)
+    with cpu_threads(config.threads or advised_threads(world.model.config)):
+        engine = open_engine(world.model, config.engine, config.precision, release=True)
+        rollout = Rollout(
+            world, guidance=config.guidance, seed=config.seed, window=config.window, engine=engine
+        )
+        stream = run_stream(rollout, clip, config.context, config.frames)
     out = Path(config.out)
     given = clip.frames[: config.context]
     write_video(torch.cat([given, stream.frames]), out / "sample.mp4", clip.fps)

@@ -143,6 +143,8 @@ def compare_pair(
             streams.frame()
             streams.fill()
             warm_up(streams)
+        # Else the name would keep the second side alive after the others are gone.
+        del streams
         seconds, denoise = _take_turns(sides, rounds, frames)
     result: dict[str, Any] = {}
     for name, case in (("a", a), ("b", b)):

@@ -38,8 +38,7 @@ class PackedLinear:
         """
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
         self.bias, self.activation = bias, activation
-        big = weight.dtype == torch.bfloat16 or weight.numel() >= PACKED_WEIGHTS
-        self.packed = weight.device.type == "cpu" and big and torch.backends.mkldnn.is_available()
+        self.packed = weight.device.type == "cpu" and _pays(weight)
         if self.packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         self.weight = weight
@@ -66,6 +65,15 @@ class PackedLinear:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self._fused)
         y = functional.linear(x, self.weight, self.bias)
         return functional.gelu(y, approximate="tanh") if self.activation == "gelu" else y
+
+
+def _pays(weight: Tensor) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        # Other processors have no instructions for it, and oneDNN refuses.
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.numel() >= PACKED_WEIGHTS
 
 
 def release(module: nn.Module) -> None:
