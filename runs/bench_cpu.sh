@@ -27,13 +27,6 @@ run scd bench $common --model scd-m,dense-m --join token_concat,prefix --engine 
 run scd bench $common --model scd-m --join token_concat,prefix --engine fast --precision bf16 \
   --context 64 --steps 10 --guidance none,context_noise,conditions --batch 1,8 \
   --json "$out/bench_cpu_guidance.jsonl"
-# Streams that are stepped independently and share calls.
-# shellcheck disable=SC2086
-run scd bench $common --model scd-m --join token_concat,prefix --engine fast --precision bf16 \
-  --context 64 --steps 10 --sessions 1,2,4,8 --json "$out/bench_cpu_sessions.jsonl"
-# shellcheck disable=SC2086
-run scd bench $common --model doom-64 --engine fast --precision bf16 --steps 4 \
-  --sessions 1,2,4,8,16,32 --json "$out/bench_cpu_sessions.jsonl" --append
 # A world with pixels, end to end.
 # shellcheck disable=SC2086
 run scd bench $common --frames 200 --model doom-64,doom-64-dense --engine plain,fast \

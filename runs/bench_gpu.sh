@@ -21,6 +21,10 @@ run scd bench $common --model scd-m,dense-m --join token_concat,prefix --engine 
 # shellcheck disable=SC2086
 run scd bench $common --model scd-m --join token_concat,prefix --engine fast \
   --context 144 --steps 10,50 --batch 64 --json "$out/bench_gpu_batch.jsonl"
+# Streams that are stepped independently and share calls.
+# shellcheck disable=SC2086
+run scd bench $common --model scd-m --join token_concat,prefix --engine fast \
+  --context 144 --steps 10,50 --sessions 1,8,64 --json "$out/bench_gpu_sessions.jsonl"
 # Everything over context and steps, both models fast; the plot is drawn from these.
 # shellcheck disable=SC2086
 run scd bench $common --model scd-m,dense-m --join token_concat,prefix --engine fast \

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from scd.flow import evaluations
-from scd.model.build import frame_cost
+from scd.model.build import ModelConfig, frame_cost
 from scd.model.cost import Streams
 from scd.rollout import Rollout
 
@@ -88,7 +89,7 @@ class Session:
             memories=2 if self.rollout.guidance.kind == "conditions" else 1,
             bytes_per_value=engine.dtype.itemsize,
         )
-        return frame_cost(engine.config, streams).cache_bytes
+        return _cache_bytes(engine.config, streams)
 
     @property
     def bytes_untouched(self) -> int:
@@ -101,6 +102,12 @@ class Session:
             return 0
         unwritten = memory.config.window - len(memory.slots)
         return memory.num_bytes * unwritten // memory.config.window
+
+
+@cache
+def _cache_bytes(config: ModelConfig, streams: Streams) -> int:
+    # Counting builds the model without its weights: tens of milliseconds, so once.
+    return frame_cost(config, streams).cache_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
