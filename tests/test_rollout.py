@@ -10,6 +10,7 @@ from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
 from scd.checkpoint import World
 from scd.clip import Conditions, ConditionSpec
 from scd.data.source import DataCard
+from scd.engine.open import open_engine
 from scd.flow import SamplingConfig, schedule, solve
 from scd.model.cache import CacheConfig
 from scd.rollout import Guidance, Rollout, frame_noise
@@ -162,6 +163,18 @@ def test_an_interrupted_step_can_be_taken_again(world):
     with pytest.raises(KeyboardInterrupt):
         rollout.step(ACTIONS[:, 1])
     world.model.velocity = velocity
+    assert torch.equal(play(rollout), play(undisturbed))
+
+
+@pytest.mark.parametrize("kind", ["plain", "fast"])
+def test_after_a_dropped_draft_another_action_can_be_observed(world, kind):
+    frames, engine = given()[0], open_engine(world.model, kind)
+    rollout, undisturbed = Rollout(world, engine=engine), Rollout(world, engine=engine)
+    for one in (rollout, undisturbed):
+        one.begin(*given())
+    rollout.draft(ACTIONS[:, 1])
+    for one in (rollout, undisturbed):
+        one.observe(frames[:, 0], ACTIONS[:, 0])
     assert torch.equal(play(rollout), play(undisturbed))
 
 

@@ -98,7 +98,7 @@ class FastSeparable(Engine):
     def context(self, state: SeparableState, conditions: Conditions) -> FastContext:
         """Run the encoder for the next frame; see interface.Engine."""
         tokens, gain = self.encoder.extend(state.cache, state.newest, conditions, state.next_row)
-        state.encoded = True
+        state.encoded_for = conditions
         return FastContext(tokens=tokens, gain=gain, conditions=conditions)
 
     @torch.no_grad()
@@ -157,10 +157,10 @@ class FastSeparable(Engine):
     @torch.no_grad()
     def observe(self, state: SeparableState, clean: Tensor, conditions: Conditions) -> None:
         """Make frames part of the past; see interface.Engine."""
-        if not state.encoded:
+        if state.encoded_for is not conditions:
             self.context(state, conditions)
         state.cache.advance([state.next_row])
-        state.newest, state.encoded = clean[:, None], False
+        state.newest, state.encoded_for = clean[:, None], None
         state.next_row += 1
 
     def _put(self, context: FastContext) -> DecoderRows:

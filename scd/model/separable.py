@@ -55,13 +55,13 @@ class SeparableState:
     """Newest frame, [b 1 c h w], or [b 0 c h w] for the start frame."""
     next_row: int
     """Frame position of the newest row; -1 is the start frame."""
-    encoded: bool = False
-    """Whether the newest row lies in the cache already, though it is not kept yet: so a context can
-    be computed again, for another action."""
+    encoded_for: Conditions | None = None
+    """Conditions with which the newest row lies in the cache already, though it is not kept yet:
+    so a context can be computed again, for another action. None: it does not."""
 
     def fork(self) -> SeparableState:
         """Return an independent copy."""
-        return replace(self, cache=self.cache.fork(), encoded=False)
+        return replace(self, cache=self.cache.fork(), encoded_for=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +241,7 @@ class SeparableDiffuser(nn.Module, Pretrained):
         encoded = self.encoder.extend(
             state.cache, state.newest, conditions, state.next_row, keep=False
         )
-        state.encoded = True
+        state.encoded_for = conditions
         return self._context(encoded, conditions)
 
     def _context(self, encoded: Context, conditions: Conditions) -> SeparableContext:
@@ -281,8 +281,8 @@ class SeparableDiffuser(nn.Module, Pretrained):
         conditions: Conditions,
     ) -> None:
         """Make a frame part of the past: the one just denoised, or a given one."""
-        if not state.encoded:
+        if state.encoded_for is not conditions:
             self.context(state, conditions)
         state.cache.advance([state.next_row])
-        state.newest, state.encoded = clean[:, None], False
+        state.newest, state.encoded_for = clean[:, None], None
         state.next_row += 1
