@@ -52,16 +52,17 @@ done
 # Separable against dense, both fast.
 first=""
 for join in token_concat prefix; do
-  # shellcheck disable=SC2086
-  run scd bench compare --device cpu --rounds 5 --frames 2 --context 64,300 --steps 50 \
-    --engine fast --precision bf16 $first \
-    --a "model=dense-m" --b "model=scd-m join=$join" --json "$out/compare_cpu_dense.jsonl"
-  first=--append
+  for where in "--context 64 --rounds 4 --frames 2" "--context 300 --rounds 3 --frames 1"; do
+    # shellcheck disable=SC2086
+    run scd bench compare --device cpu --steps 50 $where --engine fast --precision bf16 $first \
+      --a "model=dense-m" --b "model=scd-m join=$join" --json "$out/compare_cpu_dense.jsonl"
+    first=--append
+  done
 done
 # The paper's join against the prefix, both fast.
 # shellcheck disable=SC2086
-run scd bench compare $turns --context 64 --steps 4,10,50 --engine fast --precision bf16 \
-  --a "model=scd-m join=token_concat" --b "model=scd-m join=prefix" \
+run scd bench compare --device cpu --rounds 5 --frames 3 --context 64 --steps 4,10,50 \
+  --engine fast --precision bf16 --a "model=scd-m join=token_concat" --b "model=scd-m join=prefix" \
   --json "$out/compare_cpu_join.jsonl"
 
 if [ "$out" = docs/results ]; then

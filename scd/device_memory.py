@@ -35,8 +35,13 @@ def free_bytes(device: torch.device) -> int:
 def _left_to_container() -> int | None:
     try:
         limit = (CONTROL_GROUP / "memory.max").read_text(encoding="ascii").strip()
-        used = (CONTROL_GROUP / "memory.current").read_text(encoding="ascii").strip()
-        return None if limit == "max" else int(limit) - int(used)
+        if limit == "max":
+            return None
+        used = int((CONTROL_GROUP / "memory.current").read_text(encoding="ascii"))
+        lines = (CONTROL_GROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        # What was read from files counts as used, but gives way to whoever needs the room.
+        stat = {name: int(value) for name, value in map(str.split, lines)}
+        return int(limit) - used + stat.get("inactive_file", 0) + stat.get("slab_reclaimable", 0)
     except (OSError, ValueError):
         return None
 
@@ -90,7 +95,8 @@ def out_of_memory_named(what: str, needed: int, device: torch.device) -> Iterato
 def _is_full(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return any(text in str(error) for text in ("can't allocate memory", "not enough memory"))
+    signs = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return any(sign in str(error) for sign in signs)
 
 
 def release() -> None:

@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Solver = Literal["euler", "heun"]
+"""Integrator of the denoising steps: see `solve`."""
+
 CLEAN_TIME = -1 / 1000
 """Time code of a frame that is known to be clean; just below every time that can be drawn.
 Source: FAR and the paper's release, which write it as -1 on a scale of 1000."""
@@ -34,7 +37,7 @@ class SamplingConfig:
     release's grid from 1 to 0.001 and then 0."""
     shift: float = 1.0
     """Bend of the shifted schedule; above 1 spends more steps near noise. 1 elsewhere."""
-    solver: Literal["euler", "heun"] = "euler"
+    solver: Solver = "euler"
     """Integrator: Euler takes one call of the network per step, Heun two."""
 
     def __post_init__(self) -> None:
@@ -131,7 +134,7 @@ class Evaluation:
     """Whether the next frame is where the next step starts."""
 
 
-def evaluations(times: Sequence[float], solver: Literal["euler", "heun"]) -> list[Evaluation]:
+def evaluations(times: Sequence[float], solver: Solver) -> list[Evaluation]:
     """List the calls of the network for one frame; see `solve`."""
     calls = []
     for index, (time, next_time) in enumerate(zip(times[:-1], times[1:], strict=True)):
@@ -148,7 +151,7 @@ def solve(
     velocity_at: Callable[[Tensor, float], Tensor],
     noise: Float[Tensor, "..."],
     times: Sequence[float],
-    solver: Literal["euler", "heun"] = "euler",
+    solver: Solver = "euler",
 ) -> Float[Tensor, "..."]:
     """Integrate a velocity field from noise to a clean frame.
 

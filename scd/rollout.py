@@ -347,7 +347,8 @@ class Rollout:
     @torch.no_grad()
     def _generate_overlapped(self, actions: list[Tensor | None]) -> Tensor:
         """Decode each frame on a stream of its own, beside the causal pass of the next one."""
-        here, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        device = self.engine.device
+        here, beside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         frames = []
         for now in actions:
             conditions = self._conditions(now)
@@ -383,7 +384,10 @@ class Rollout:
 
     def _noise(self, use: NoiseUse, shape: tuple[int, ...]) -> Tensor:
         noise = frame_noise(self.seed, self.num_frames, use, (self.batch, *shape))
-        return noise.to(self.engine.device)
+        if self.engine.device.type == "cuda":
+            # From pinned memory the copy does not wait for the frame before.
+            noise = noise.pin_memory()
+        return noise.to(self.engine.device, non_blocking=True)
 
 
 NoiseUse = Literal["frame", "context"]

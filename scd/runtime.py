@@ -15,8 +15,11 @@ from typing import Literal
 import torch
 
 Precision = Literal["fp32", "bf16"]
-"""Arithmetic of the network: all 32 bit, or matrix products in bfloat16. In training the weights stay
-32 bit either way; a stream in bf16 keeps weights and memory in bfloat16 too."""
+"""Arithmetic of the network: all 32 bit, or matrix products in bfloat16. In training the weights
+stay 32 bit either way; a stream in bf16 keeps weights and memory in bfloat16 too."""
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Type of a stream's weights and memory at each precision."""
 
 
 def choose_device(name: str = "auto") -> torch.device:

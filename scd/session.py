@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scd.flow import evaluations
 from scd.model.build import ModelConfig, frame_cost
-from scd.model.cost import Streams
+from scd.model.cost import Load
 from scd.rollout import Rollout
 
 Status = Literal["idle", "waiting", "denoising", "closed", "stopped"]
@@ -83,13 +83,13 @@ class Session:
         Guidance by conditions has a second memory.
         """
         engine = self.rollout.engine
-        streams = Streams(
+        load = Load(
             num_context_frames=self.window,
             branches=self.num_rows,
             memories=2 if self.rollout.guidance.kind == "conditions" else 1,
             bytes_per_value=engine.dtype.itemsize,
         )
-        return _cache_bytes(engine.config, streams)
+        return _cache_bytes(engine.config, load)
 
     @property
     def bytes_untouched(self) -> int:
@@ -105,9 +105,9 @@ class Session:
 
 
 @cache
-def _cache_bytes(config: ModelConfig, streams: Streams) -> int:
+def _cache_bytes(config: ModelConfig, load: Load) -> int:
     # Counting builds the model without its weights: tens of milliseconds, so once.
-    return frame_cost(config, streams).cache_bytes
+    return frame_cost(config, load).cache_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from jaxtyping import Float
@@ -37,7 +37,9 @@ class Streams:
     lie idle for long, a crowd at once is spread over some ticks, and nobody waits for ever. Where
     no frame is under way, all begin together.
 
-    A fault (a frame that is not finite, no memory for its pass) stops its session alone.
+    A fault of a session's own pass, or a frame that is not finite, stops that session alone. A
+    device that is full in a call that all share is an error of `tick`: nothing is lost, and once
+    somebody has left it can be tried again.
 
     Not for several threads at once.
     """
@@ -75,6 +77,7 @@ class Streams:
         # Both in the order of requests; a waiting session has its action.
         self._waiting: dict[Session, Tensor | None] = {}
         self._denoising: dict[Session, tuple[PoolFrame, Draft]] = {}
+        self._ended: list[Finished] = []
         self._num_opened = 0
 
     @property
@@ -185,28 +188,27 @@ class Streams:
             lap: is called after each part with its name: encoder (of all that begin), decoder,
                 autoencoder, memory.
         """
-        ended = self._begin_frames()
+        self._begin_frames()
         lap("encoder")
         if not self._done():
-            self._pool.advance()
+            with self._full_device_named():
+                self._pool.advance()
         lap("decoder")
-        return ended + self._finish_frames(lap)
+        self._finish_frames(lap)
+        # Kept until here, so that a fault of one part loses no frame of another.
+        ended, self._ended = self._ended, []
+        return ended
 
-    def _begin_frames(self) -> list[Finished]:
-        stopped, brought = [], 0
+    def _begin_frames(self) -> None:
+        brought = 0
         nobody_is_held_up = not self._denoising
         while self._waiting and (nobody_is_held_up or brought < self._pool.max_rows):
             session = next(iter(self._waiting))
             if session.num_rows > self._pool.max_rows - self._pool.num_rows:
                 break
-            try:
-                with out_of_memory_named(session.title, session.bytes_needed, self.engine.device):
-                    self._begin_frame(session)
-            except OutOfMemory as error:
-                stopped.append(self._stop(session, str(error)))
-                continue
-            brought += session.num_rows * session.num_calls
-        return stopped
+            with self._fault_stops(session):
+                self._begin_frame(session)
+                brought += session.num_rows * session.num_calls
 
     def _begin_frame(self, session: Session) -> None:
         rollout = session.rollout
@@ -226,32 +228,48 @@ class Streams:
     def _done(self) -> list[Session]:
         return [session for session, (frame, _) in self._denoising.items() if frame.is_done]
 
-    def _finish_frames(self, lap: Lap) -> list[Finished]:
+    def _finish_frames(self, lap: Lap) -> None:
         done = self._done()
         if not done:
-            return []
+            return
         latents = self._pool.latents([self._denoising[session][0] for session in done])
-        frames = self.world.autoencoder.decode(latents[:, None])[:, 0].float()
+        with self._full_device_named():
+            frames = self.world.autoencoder.decode(latents[:, None])[:, 0].float()
         lap("autoencoder")
         are_finite = latents.isfinite().flatten(1).all(1) & frames.isfinite().flatten(1).all(1)
-        ended = []
         for row, (session, is_finite) in enumerate(zip(done, are_finite.tolist(), strict=True)):
             if not is_finite:
-                ended.append(self._stop(session, "it is not finite (NaN or infinity)"))
+                self._stop(session, "it is not finite (NaN or infinity)")
                 continue
-            index, draft = session.num_frames, self._denoising[session][1]
-            session.rollout.keep(draft, latents[row : row + 1].clone())
-            self._drop_frame(session)
-            session.status = "idle"
-            ended.append(Finished(session=session, index=index, frame=frames[row].clone()))
+            with self._fault_stops(session):
+                index, draft = session.num_frames, self._denoising[session][1]
+                session.rollout.keep(draft, latents[row : row + 1].clone())
+                self._drop_frame(session)
+                session.status = "idle"
+                frame = frames[row].clone()
+                self._ended.append(Finished(session=session, index=index, frame=frame))
         lap("memory")
-        return ended
 
-    def _stop(self, session: Session, fault: str) -> Finished:
+    @contextmanager
+    def _fault_stops(self, session: Session) -> Iterator[None]:
+        """Stop a session, and nobody else, when its own pass fails; an interruption goes on."""
+        try:
+            with out_of_memory_named(session.title, session.bytes_needed, self.engine.device):
+                yield
+        except OutOfMemory as error:
+            self._stop(session, str(error))
+        except Exception as error:
+            self._stop(session, f"{type(error).__name__}: {error}")
+
+    def _full_device_named(self) -> AbstractContextManager[None]:
+        what = f"one call for {self._pool.num_rows} frames side by side"
+        return out_of_memory_named(what, self._pool.num_bytes, self.engine.device)
+
+    def _stop(self, session: Session, fault: str) -> None:
         index = session.num_frames
         session.reason = f"session {session.number} was stopped at frame {index}: {fault}"
         self._leave(session, "stopped")
-        return Finished(session=session, index=index, frame=None, error=session.reason)
+        self._ended.append(Finished(session=session, index=index, frame=None, error=session.reason))
 
     def _join(self, session: Session) -> Session:
         self._sessions[session.number] = session

@@ -13,7 +13,7 @@ from scd.engine.plain import PlainEngine
 from scd.model.block import BlockConfig
 from scd.model.build import build, frame_cost, num_parameters
 from scd.model.cache import CacheConfig
-from scd.model.cost import FrameCost, Streams
+from scd.model.cost import FrameCost, Load
 from scd.model.decoder import Join
 from scd.presets import preset
 from tests.tiny import ACTIONS, random_conditions, tiny_dense, tiny_separable
@@ -61,7 +61,7 @@ def counted_frame(model, guidance: str) -> dict[str, int]:
 
 
 def cost_of(model, guidance: str = "none") -> FrameCost:
-    streams = Streams(
+    streams = Load(
         num_context_frames=WINDOW,
         batch=BATCH,
         branches=1 if guidance == "none" else 2,
@@ -99,7 +99,7 @@ def test_presets_are_counted_without_their_weights(name):
     config = preset(name).model
     with torch.device("meta"):
         parameters = num_parameters(build(config))
-    cost = frame_cost(config, Streams(num_context_frames=8, bytes_per_value=2))
+    cost = frame_cost(config, Load(num_context_frames=8, bytes_per_value=2))
     assert cost.weight_bytes == 2 * parameters
 
 
@@ -126,7 +126,7 @@ def test_the_prefix_is_what_a_frame_prepares():
 
 def test_bytes_grow_with_what_is_read():
     model = tiny_separable("prefix", cache=CACHE)
-    one, two = (model.frame_cost(Streams(num_context_frames=WINDOW, batch=b)) for b in (1, 2))
+    one, two = (model.frame_cost(Load(num_context_frames=WINDOW, batch=b)) for b in (1, 2))
     assert one.weight_bytes == two.weight_bytes
     assert two.cache_bytes == 2 * one.cache_bytes
     assert two.bytes(3) - one.bytes(3) == one.cache_bytes + 4 * one.prefix_bytes
@@ -140,7 +140,7 @@ def test_counts_of_the_paper_shape(join, gflops):
     """8 + 4 layers, width 1024, 64 tokens, 10 steps, 64 frames of context, counted by hand."""
     config = preset("scd-m").model
     config = replace(config, decoder=replace(config.decoder, join=join))
-    counted = frame_cost(config, Streams(num_context_frames=64)).flops(10)
+    counted = frame_cost(config, Load(num_context_frames=64)).flops(10)
     # By hand the last joint layer was counted in full: q, out and MLP of 64 tokens that nobody
     # reads, 20 n d^2, and their attention.
     unread = 10 * (20 * 64 * 1024**2 + 4 * 64 * 128 * 1024) if join == "token_concat" else 0
@@ -157,4 +157,4 @@ def test_counts_of_the_paper_shape(join, gflops):
 )
 def test_impossible_streams_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        Streams(**given)
+        Load(**given)

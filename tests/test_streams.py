@@ -15,6 +15,7 @@ from scd.clip import Conditions, ConditionSpec
 from scd.data.source import DataCard
 from scd.device_memory import OutOfMemory
 from scd.engine.open import open_engine
+from scd.engine.plain import PlainEngine
 from scd.engine.pool import FramePool, pool_bytes
 from scd.flow import SamplingConfig
 from scd.model.cache import CacheConfig
@@ -471,3 +472,28 @@ def test_a_full_pool_refuses_more():
     pool.add(*words)
     with pytest.raises(ValueError, match="1 rows are needed, 0 are free"):
         pool.add(*words)
+
+
+class Forgetful(PlainEngine):
+    """Cannot remember the frames of its second stream."""
+
+    def observe(self, state, clean, conditions):
+        """Refuse after the first call."""
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 2:
+            raise RuntimeError("no such kernel")
+        super().observe(state, clean, conditions)
+
+
+def test_a_fault_after_a_frame_stops_its_session_and_loses_no_frame_of_another():
+    world = make_world()
+    streams = Streams(world, Forgetful(world.model))
+    good, bad = streams.open(), streams.open(seed=1)
+    for session in (good, bad):
+        streams.request(session, action())
+    ended = {one.session: one for one in run(streams)}
+    assert ended[good].error is None and ended[good].frame is not None
+    assert "session 1 was stopped at frame 0: RuntimeError: no such kernel" in ended[bad].error
+    assert not bad.is_open
+    streams.request(good, action())
+    assert run(streams)[0].error is None

@@ -77,6 +77,7 @@ LONG_MODULES = {
     "data.toy": "the rules of a world, how it is drawn and who walks in it are one thing",
     "model.dense": "one model, read beside the separable one from top to bottom",
     "rollout": "one class with every phase of a stream, and its settings",
+    "streams": "one class with every phase of many streams; its parts are in session and pool",
 }
 """Modules above the soft limit -> why they are better whole."""
 

@@ -10,16 +10,13 @@ from typing import Any, Literal, get_args
 from scd.bench.models import Subject, find_subject
 from scd.engine.interface import EngineKind
 from scd.model.build import frame_cost
-from scd.model.cost import FrameCost, Streams
+from scd.model.cost import FrameCost, Load
 from scd.model.decoder import Join
 from scd.model.separable import SeparableConfig
-from scd.runtime import Precision
+from scd.runtime import DTYPES, Precision
 
 GuidanceKind = Literal["none", "conditions", "context_noise"]
 """As in rollout.Guidance."""
-
-VALUE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
-"""Bytes of a weight, key or value at each precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +95,14 @@ class Case:
 
     def cost(self) -> FrameCost:
         """Count the next frame of all streams."""
-        streams = Streams(
+        load = Load(
             num_context_frames=self.context,
             batch=self.batch * self.sessions,
             branches=1 if self.guidance == "none" else 2,
             memories=2 if self.guidance == "conditions" else 1,
-            bytes_per_value=VALUE_BYTES[self.precision],
+            bytes_per_value=DTYPES[self.precision].itemsize,
         )
-        return frame_cost(self.subject.config, streams)
+        return frame_cost(self.subject.config, load)
 
 
 WORDS: dict[str, tuple[str, ...]] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
 from scd.bench.case import Case
-from scd.bench.limits import DTYPES, synchronize
+from scd.bench.limits import synchronize
 from scd.bench.stream import CONTEXT_NOISE, GUIDANCE_SCALE, fill_window
 from scd.checkpoint import World
 from scd.clip import Conditions
@@ -19,7 +19,7 @@ from scd.data.source import DataCard
 from scd.engine.open import open_engine
 from scd.flow import SamplingConfig
 from scd.rollout import Guidance
-from scd.runtime import make_generator
+from scd.runtime import DTYPES, make_generator
 from scd.session import Session
 from scd.streams import Streams
 

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scd.runtime import Precision
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Type of weights, memory and products at each precision."""
+from scd.runtime import DTYPES, Precision
 
 MATMUL_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 """Sides of the square matrices; the fastest counts."""

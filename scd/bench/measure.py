@@ -76,6 +76,9 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
         print_card(common, limits, list(dict.fromkeys(case.precision for case in cases)))
         warm_process(cases, device)
         for case in cases:
+            if device.type == "cuda":
+                # So that the first frame of each row compiles what it needs.
+                torch._dynamo.reset()
             try:
                 measured = time_case(case, device, limits.at(case.precision), effort)
             except OutOfMemory as error:

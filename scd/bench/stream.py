@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from scd.bench.case import Case
-from scd.bench.limits import DTYPES, synchronize
+from scd.bench.limits import synchronize
 from scd.clip import Conditions
 from scd.engine.interface import Engine
 from scd.engine.open import open_engine
 from scd.flow import SamplingConfig, schedule
 from scd.model.separable import SeparableState
-from scd.runtime import make_generator
+from scd.runtime import DTYPES, make_generator
 
 GUIDANCE_SCALE, CONTEXT_NOISE = 1.5, 0.05
 """Of guided cases; speed does not depend on them. Source: paper, section 3."""

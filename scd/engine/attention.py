@@ -150,7 +150,8 @@ class Attention:
 
 def frame_turn(norm_weights: Tensor, frame: int, shape: FrameShape, block: BlockConfig) -> Turn:
     """Tabulate the turn of all tokens of one frame of a stream."""
-    frames = torch.tensor([frame], device=norm_weights.device)
+    # Not torch.tensor, which would wait for a GPU.
+    frames = torch.full((1,), frame, dtype=torch.long, device=norm_weights.device)
     positions = frame_positions(frames, shape.rows, shape.columns)
     return Turn(norm_weights, rotary_table(positions, block.rotary_axes, block.rotary_theta))
 

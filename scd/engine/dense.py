@@ -1,5 +1,6 @@
-"""The dense baseline laid out for speed, with every saving that the separable one has.
+"""The dense baseline laid out for speed, with every saving that the separable one has on a CPU.
 
+On a GPU its steps are not captured as a graph: see docs/engine.md.
 The plain twin is model/dense.py, run by engine/plain.py.
 """
 
@@ -16,9 +17,9 @@ from scd.clip import Conditions
 from scd.engine.attention import Attention, Turn, frame_turn, key_bias, rotate_halves
 from scd.engine.block import PARTS, FastBlock, Parts, blocks_of, norm_weights, split
 from scd.engine.embed import FastEmbedder, FastHead
-from scd.engine.interface import Engine, Solver
+from scd.engine.interface import Engine
 from scd.engine.modulation import Modulations
-from scd.flow import CLEAN_TIME, guided_velocity, solve
+from scd.flow import CLEAN_TIME, Solver, guided_velocity, solve
 from scd.model.cache import KVCache
 from scd.model.dense import DenseDiffuser, DenseState
 from scd.model.embed import from_patches, to_patches

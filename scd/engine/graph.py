@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,6 +20,10 @@ Loop = Callable[[Tensor, Tensor], Tensor]
 
 GRAPHS = 8
 """Graphs that are kept, one for each number of frames, schedule, solver and guidance scale."""
+
+
+COMPILED_SHAPES = 64
+"""Numbers of frames, joins and models that one process may compile; PyTorch's own limit is 8."""
 
 
 class LoopGraph:
@@ -32,15 +37,19 @@ class LoopGraph:
         # The loop owns memory that the graph reads: it has to live as long.
         self.loop = loop
         self.patches, self.modulations = patches.clone(), modulations.clone()
-        side = torch.cuda.Stream(patches.device)
-        side.wait_stream(torch.cuda.current_stream(patches.device))
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                loop(self.patches, self.modulations)
-        torch.cuda.current_stream(patches.device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.clean = loop(self.patches, self.modulations)
+        device = patches.device
+        # Capturing happens on the current device, which need not be that of the tensors.
+        with torch.cuda.device(device):
+            side, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    loop(self.patches, self.modulations)
+            here.wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            # Other threads may go on to use the GPU while this one captures.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.clean = loop(self.patches, self.modulations)
 
     def __call__(self, patches: Tensor, modulations: Tensor) -> Tensor:
         """Run all steps."""
@@ -79,9 +88,19 @@ class LoopGraphs:
         self._graphs.clear()
 
 
+def can_compile(device: torch.device) -> bool:
+    """Whether a step is compiled unless told otherwise: on a GPU, where Triton is installed."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile a function of fixed shapes; what is compiled is kept on disk between runs."""
+    """Compile a function of fixed shapes; what is compiled is kept on disk between runs.
+
+    A process may compile COMPILED_SHAPES of them, over all engines; the next is an error, not a
+    silent fall back. `torch._dynamo.reset()` forgets them.
+    """
     # The default place is a temporary folder, which a restart of the machine empties.
     cache = Path.home() / ".cache" / "scd" / "compiled"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    return torch.compile(function, dynamic=False)
+    torch._dynamo.config.recompile_limit = COMPILED_SHAPES
+    return torch.compile(function, dynamic=False, fullgraph=True)

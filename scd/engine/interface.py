@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scd.clip import Conditions
+from scd.flow import Solver
 from scd.model.build import ModelConfig
 from scd.model.embed import FrameShape
 
@@ -19,14 +20,13 @@ EngineKind = Literal["plain", "fast"]
 ENGINES: tuple[EngineKind, ...] = get_args(EngineKind)
 """All kinds."""
 
-Solver = Literal["euler", "heun"]
-"""Integrator of the denoising steps: see flow.solve."""
-
 
 class Engine(ABC):
     """A model that streams. For each frame: `context` once, `denoise` once, `observe` once.
 
-    A state belongs to the engine that began it; its `fork` copies a batch of streams.
+    A state belongs to the engine that began it; its `fork` copies a batch of streams. Any number of
+    streams may use one engine, one call at a time: its scratch memory is shared, so it is not for
+    several threads at once.
     """
 
     config: ModelConfig

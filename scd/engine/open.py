@@ -13,10 +13,7 @@ from scd.engine.separable import FastSeparable
 from scd.model.build import Diffuser, ModelConfig
 from scd.model.dense import DenseDiffuser
 from scd.model.separable import SeparableDiffuser
-
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Type of weights and memory at each precision."""
-
+from scd.runtime import DTYPES
 
 SMALL_PRODUCT = 2**26
 """Operations of a frame's largest product up to which a second CPU thread gains nothing, and loses
@@ -43,7 +40,8 @@ def open_engine(
         kind: "plain" runs the model as it is written; "fast" lays its weights out for the machine.
         precision: of weights, memory and products.
         release: let the engine take the weights over, so that they exist once; the model itself
-            cannot be used afterwards. False: the model stays as it is.
+            cannot be used afterwards. False: its weights stay as they are. Either way it is put in
+            eval mode.
 
     Raises:
         ValueError: no such kind of engine, or no such precision.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from scd.clip import Conditions
-from scd.engine.interface import Engine, Solver
-from scd.flow import guided_velocity, solve
+from scd.engine.interface import Engine
+from scd.flow import Solver, guided_velocity, solve
 from scd.model.build import Diffuser
 from scd.model.separable import SeparableDiffuser
 

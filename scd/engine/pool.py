@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from scd.engine.decoder import DecoderRows
-from scd.engine.interface import Engine, Solver
+from scd.engine.interface import Engine
 from scd.engine.separable import FastSeparable
-from scd.flow import Evaluation, evaluations, guide
+from scd.flow import Evaluation, Solver, evaluations, guide
 from scd.model.embed import from_patches, to_patches
 from scd.model.separable import SeparableConfig
 
@@ -242,7 +242,8 @@ def pool_bytes(engine: Engine, max_rows: int) -> int:
     """Return the memory of the rows of a pool: frames, and contexts where calls are shared.
 
     A frame is held 3 times in float32. A context is its tokens, n * d; or with the join "prefix"
-    keys and values of both halves in each layer, 4 * layers * n * d.
+    keys and values of both halves in each layer, 4 * layers * n * d. Each frame under way adds its
+    modulations, steps * parts * d, which are not counted: the steps are not known here.
     """
     shape, config = engine.shape, engine.config
     held = 3 * 4 * shape.num_tokens * shape.token_dim

@@ -14,9 +14,10 @@ from torch import Tensor
 from scd.clip import Conditions
 from scd.engine.decoder import DecoderRows, FastDecoder
 from scd.engine.encoder import FastEncoder
-from scd.engine.graph import LoopGraphs, compiled
-from scd.engine.interface import Engine, Solver
-from scd.flow import guided_velocity, solve
+from scd.engine.graph import LoopGraphs, can_compile, compiled
+from scd.engine.interface import Engine
+from scd.engine.modulation import SCHEDULES
+from scd.flow import Solver, guided_velocity, solve
 from scd.model.embed import from_patches, to_patches
 from scd.model.separable import SeparableDiffuser, SeparableState
 
@@ -49,7 +50,7 @@ class FastSeparable(Engine):
             model: the plain one.
             free: give up its weights; it cannot be used afterwards.
             compile_step: compile the decoder's step, seconds to a minute at the first frame; None:
-                on a GPU.
+                where there is a GPU and Triton.
             report: told what takes long, and how long it took.
         """
         model.eval()
@@ -61,11 +62,11 @@ class FastSeparable(Engine):
             self.encoder = FastEncoder(model.encoder, free)
             self.decoder = FastDecoder(model.decoder, free)
         self._rows = DecoderRows(self.decoder, 0)
-        on_gpu = self.device.type == "cuda"
-        self._graphs = LoopGraphs(report) if on_gpu else None
+        self._graphs = LoopGraphs(report) if self.device.type == "cuda" else None
         self._step = self.decoder.velocity
-        if compile_step or (compile_step is None and on_gpu):
+        if can_compile(self.device) if compile_step is None else compile_step:
             self._step = compiled(self.decoder.velocity)
+        self._times: dict[tuple[float, ...], Tensor] = {}
 
     @torch.no_grad()
     def begin(
@@ -127,8 +128,7 @@ class FastSeparable(Engine):
         rows = self._put(context)
         modulations = self.decoder.modulations.at(times[:-1], context.conditions)
         step = {time: index for index, time in enumerate(times)}
-        # As tensors: a compiled step would be compiled anew for every number.
-        tensors = torch.tensor(times, device=self.device)[:, None, None, None]
+        tensors = self._as_tensors(tuple(times))
 
         def loop(patches: Tensor, modulations: Tensor) -> Tensor:
             def velocity_at(patches: Tensor, time: float) -> Tensor:
@@ -144,6 +144,17 @@ class FastSeparable(Engine):
             key = (context.tokens.shape[0], tuple(times), solver, scale)
             patches = self._graphs.run(key, loop, patches, modulations)
         return from_patches(patches, self.shape).to(self.dtype)
+
+    def _as_tensors(self, times: tuple[float, ...]) -> Tensor:
+        """Return times as [times 1 1 1]: a step would be compiled anew for every number.
+
+        They are kept, because making them would wait for the GPU at every frame.
+        """
+        if times not in self._times:
+            if len(self._times) >= SCHEDULES:
+                self._times.pop(next(iter(self._times)))
+            self._times[times] = torch.tensor(times, device=self.device)[:, None, None, None]
+        return self._times[times]
 
     @torch.no_grad()
     def velocity(self, context: FastContext, noisy: Tensor, time: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from scd.model.cost import FrameCost, Streams
+from scd.model.cost import FrameCost, Load
 from scd.model.dense import DenseConfig, DenseDiffuser
 from scd.model.separable import SeparableConfig, SeparableDiffuser
 
@@ -25,7 +25,7 @@ def num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def frame_cost(config: ModelConfig, streams: Streams) -> FrameCost:
+def frame_cost(config: ModelConfig, load: Load) -> FrameCost:
     """Count one frame of the model that a configuration describes, without its weights."""
     with torch.device("meta"):
-        return build(config).frame_cost(streams)
+        return build(config).frame_cost(load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from scd.device_memory import check_free
 from scd.model.attention import Rotary, rotary_table, rotate
 from scd.model.block import BlockConfig
 
@@ -64,13 +66,19 @@ class KVCache:
         device: torch.device,
         turn: Callable[[Tensor, Rotary], Tensor] = rotate,
     ) -> None:
-        """Allocate the ring; `turn` rotates keys in the order of entries that they come in."""
+        """Allocate the ring; `turn` rotates keys in the order of entries that they come in.
+
+        Raises:
+            OutOfMemory: the ring needs more than is free; nothing was allocated.
+        """
         self.config = config
         self.turn = turn
         self.tokens_per_frame = tokens_per_frame
         self.rotary_axes = rotary_axes
         self.rotary_theta = rotary_theta
         shape = (num_layers, batch, num_heads, config.window * tokens_per_frame, head_dim)
+        what = f"a memory of {config.window} frames for each of {batch} streams"
+        check_free(what, 2 * math.prod(shape) * dtype.itemsize, device)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.sink_keys: Tensor | None = None
@@ -142,7 +150,9 @@ class KVCache:
         for slot, frame in enumerate(self.slots[:num_sinks]):
             assert frame is not None
             self.slots[slot] = frame + 1
-        moved = torch.tensor([[self.num_evicted, 0, 0]] * size, device=self.keys.device)
+        # Filled in place: a list made into a tensor would wait for a GPU.
+        moved = torch.zeros(size, 3, dtype=torch.long, device=self.keys.device)
+        moved[:, 0] = self.num_evicted
         rotary = rotary_table(moved, self.rotary_axes, self.rotary_theta)
         # Two rotations in a row are one: always from the keys as first written, so that no
         # rounding adds up over a long stream.

@@ -14,7 +14,7 @@ from scd.model.sizes import Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Streams:
+class Load:
     """How many streams share a frame's work, and what they remember."""
 
     num_context_frames: int
@@ -91,11 +91,11 @@ class FrameCost:
 
 
 def separable_cost(
-    sizes: Sizes, encoder: EncoderConfig, decoder: DecoderConfig, streams: Streams
+    sizes: Sizes, encoder: EncoderConfig, decoder: DecoderConfig, load: Load
 ) -> FrameCost:
     """Count a separable model's frame; SeparableDiffuser.frame_cost states the formulas."""
     tokens, layers = sizes.tokens, decoder.num_layers
-    context = streams.num_context_frames * tokens
+    context = load.num_context_frames * tokens
     encoder_flops = (
         sizes.embed_flops
         + sizes.time_flops
@@ -110,7 +110,7 @@ def separable_cost(
         + (sizes.output_modulation_parameters if encoder.modulate_output else 0)
         + (tokens * sizes.block.width if encoder.start_frame else 0)
     )
-    cache = encoder.num_layers * streams.num_context_frames * sizes.keys_values_size
+    cache = encoder.num_layers * load.num_context_frames * sizes.keys_values_size
     prefix = layers * sizes.keys_values_size if decoder.join == "prefix" else 0
     prepare_flops, prepare_weights = _prepare(sizes, decoder)
     # Of a step: the maps of tokens. The maps of times and conditions are read once per frame.
@@ -126,19 +126,19 @@ def separable_cost(
         + sizes.output_modulation_parameters
     )
     align = _align_parameters(sizes, decoder)
-    size = streams.bytes_per_value
+    size = load.bytes_per_value
     return FrameCost(
-        encoder_flops=streams.num_encoded * encoder_flops,
-        prepare_flops=streams.num_denoised * prepare_flops,
-        step_flops=streams.num_denoised * _step_flops(sizes, decoder),
+        encoder_flops=load.num_encoded * encoder_flops,
+        prepare_flops=load.num_denoised * prepare_flops,
+        step_flops=load.num_denoised * _step_flops(sizes, decoder),
         memory_flops=0,
-        encoder_bytes=size * (encoder_parameters + streams.num_encoded * cache),
-        prepare_bytes=size * (time_weights + prepare_weights + streams.num_denoised * prefix),
-        step_bytes=size * (step_weights + streams.num_denoised * prefix),
+        encoder_bytes=size * (encoder_parameters + load.num_encoded * cache),
+        prepare_bytes=size * (time_weights + prepare_weights + load.num_denoised * prefix),
+        step_bytes=size * (step_weights + load.num_denoised * prefix),
         memory_bytes=0,
         weight_bytes=size * (encoder_parameters + step_weights + time_weights + align),
-        cache_bytes=size * streams.num_encoded * cache,
-        prefix_bytes=size * streams.num_denoised * prefix,
+        cache_bytes=size * load.num_encoded * cache,
+        prefix_bytes=size * load.num_denoised * prefix,
     )
 
 
@@ -188,9 +188,9 @@ def _align_parameters(sizes: Sizes, decoder: DecoderConfig) -> int:
     return (width + 3) * width if decoder.join == "token_concat_projected" else 0
 
 
-def dense_cost(sizes: Sizes, num_layers: int, streams: Streams) -> FrameCost:
+def dense_cost(sizes: Sizes, num_layers: int, load: Load) -> FrameCost:
     """Count a dense model's frame; DenseDiffuser.frame_cost states the formulas."""
-    context = streams.num_context_frames * sizes.tokens
+    context = load.num_context_frames * sizes.tokens
     blocks = sizes.block_flops(context)
     step = sizes.embed_flops + sizes.time_flops + num_layers * blocks + sizes.head_flops
     remember = (
@@ -209,14 +209,14 @@ def dense_cost(sizes: Sizes, num_layers: int, streams: Streams) -> FrameCost:
     )
     last = 2 * (sizes.block.width + 1) * sizes.block.width + sizes.block.head_dim
     remember_weights = sizes.embed_parameters + (num_layers - 1) * maps + last
-    remembered = streams.num_encoded * num_layers * sizes.keys_values_size
-    cache = streams.num_context_frames * remembered
-    size = streams.bytes_per_value
+    remembered = load.num_encoded * num_layers * sizes.keys_values_size
+    cache = load.num_context_frames * remembered
+    size = load.bytes_per_value
     return FrameCost(
         encoder_flops=0,
-        prepare_flops=streams.num_denoised * sizes.condition_flops,
-        step_flops=streams.num_denoised * step,
-        memory_flops=streams.num_encoded * remember,
+        prepare_flops=load.num_denoised * sizes.condition_flops,
+        step_flops=load.num_denoised * step,
+        memory_flops=load.num_encoded * remember,
         encoder_bytes=0,
         prepare_bytes=size * time_weights,
         # The noisy frame's own keys and values need not leave the chip.

@@ -22,7 +22,7 @@ from scd.model.attention import Rotary, attend, frame_positions, rotary_table
 from scd.model.augment import Augmentation
 from scd.model.block import Block, BlockConfig
 from scd.model.cache import CacheConfig, KVCache
-from scd.model.cost import FrameCost, Streams, dense_cost
+from scd.model.cost import FrameCost, Load, dense_cost
 from scd.model.embed import (
     ConditionEmbedder,
     FrameHead,
@@ -122,7 +122,7 @@ class DenseDiffuser(nn.Module, Pretrained):
         """Parameters that train at the encoder's learning rate: none, there is no encoder."""
         return iter(())
 
-    def frame_cost(self, streams: Streams) -> FrameCost:
+    def frame_cost(self, load: Load) -> FrameCost:
         """Count one frame: n tokens, width d, p values per token, C frames, the noisy one included.
 
         A step: each layer 24 n d^2 (4 maps of attention, 8 of the MLP) + 4 n C n d (attention) +
@@ -134,7 +134,7 @@ class DenseDiffuser(nn.Module, Pretrained):
         keys and values per layer read in every step, and 2 n d written once.
         """
         sizes = Sizes(shape=self.shape, block=self.config.block, conditions=self.config.conditions)
-        return dense_cost(sizes, self.config.num_layers, streams)
+        return dense_cost(sizes, self.config.num_layers, load)
 
     def forward(
         self,

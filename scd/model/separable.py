@@ -17,7 +17,7 @@ from scd.clip import Conditions, ConditionSpec
 from scd.model.augment import Augmentation
 from scd.model.block import BlockConfig
 from scd.model.cache import CacheConfig, KVCache
-from scd.model.cost import FrameCost, Streams, separable_cost
+from scd.model.cost import FrameCost, Load, separable_cost
 from scd.model.decoder import DecoderConfig, FrameDecoder, Prepared
 from scd.model.embed import FrameShape
 from scd.model.encoder import CausalEncoder, Context, EncoderConfig
@@ -117,7 +117,7 @@ class SeparableDiffuser(nn.Module, Pretrained):
         """Parameters that train at the encoder's learning rate."""
         return self.encoder.parameters()
 
-    def frame_cost(self, streams: Streams) -> FrameCost:
+    def frame_cost(self, load: Load) -> FrameCost:
         """Count one frame: n tokens, width d, p values per token, C frames of context.
 
         Encoder, each of its layers: 24 n d^2 (4 maps of attention, 8 of the MLP) + 4 n C n d
@@ -132,7 +132,7 @@ class SeparableDiffuser(nn.Module, Pretrained):
         2 n d per layer, written once and read in every step.
         """
         sizes = Sizes(shape=self.shape, block=self.config.block, conditions=self.config.conditions)
-        return separable_cost(sizes, self.config.encoder, self.config.decoder, streams)
+        return separable_cost(sizes, self.config.encoder, self.config.decoder, load)
 
     def forward(
         self,

@@ -110,7 +110,8 @@ class DistanceBias:
     """Tokens of a frame."""
 
 
-@lru_cache(maxsize=32)
+# Few: a mask of 144 frames of 64 tokens is 85 MB.
+@lru_cache(maxsize=4)
 def dense_mask(visible: Visibility, device: torch.device) -> Bool[Tensor, "s s2"]:
     """Return what is visible for every pair of tokens (True = visible)."""
     frames = _frame_mask(visible, visible.num_query_frames, visible.num_key_frames).to(device)
