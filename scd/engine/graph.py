@@ -103,4 +103,5 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     cache = Path.home() / ".cache" / "scd" / "compiled"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=False)
