@@ -21,12 +21,15 @@ from scd.flow import SamplingConfig, schedule
 from scd.model.separable import SeparableConfig
 from scd.runtime import make_generator
 
+GuidanceKind = Literal["none", "conditions", "context_noise"]
+"""Branch that frames are pushed away from: see Guidance."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
     """How a stream is pushed away from an unconditional branch."""
 
-    kind: Literal["none", "conditions", "context_noise"] = "none"
+    kind: GuidanceKind = "none"
     """The branch: none; actions and labels hidden in the whole stream (classifier-free guidance,
     which needs a second memory); or the context corrupted by noise (negative guidance of the
     paper, section 3, which needs no second encoder pass)."""

@@ -20,7 +20,7 @@ from scd.rollout import Draft, Guidance, Rollout
 from scd.session import Finished, Session, Status
 
 Lap = Callable[[str], None]
-"""Is told that a part of a tick has ended."""
+"""Is told by name that a part of a frame, or of a tick, has ended."""
 
 
 class Streams:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from scd.bench.models import Subject, find_subject
 from scd.engine.interface import EngineKind
@@ -13,10 +13,8 @@ from scd.model.build import frame_cost
 from scd.model.cost import FrameCost, Load
 from scd.model.decoder import Join
 from scd.model.separable import SeparableConfig
+from scd.rollout import GuidanceKind
 from scd.runtime import DTYPES, Precision
-
-GuidanceKind = Literal["none", "conditions", "context_noise"]
-"""As in rollout.Guidance."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,7 +118,7 @@ class TimedSessions:
             seconds: after which to stop, once each session can have had one.
             timed_parts: wait for the device after each part of a tick, and say how long it took.
         """
-        played, ticks = Played(), 0
+        played = Played()
         synchronize(self.device)
         began = time.perf_counter()
         while len(played.latencies) < num_frames:
@@ -126,7 +126,6 @@ class TimedSessions:
             if enough and time.perf_counter() - began > seconds:
                 break
             played.latencies += self._tick(played if timed_parts else None)
-            ticks += 1
         synchronize(self.device)
         played.seconds = time.perf_counter() - began
         return played

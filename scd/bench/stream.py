@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +16,10 @@ from scd.engine.open import open_engine
 from scd.flow import SamplingConfig, schedule
 from scd.model.separable import SeparableState
 from scd.runtime import DTYPES, make_generator
+from scd.streams import Lap
 
 GUIDANCE_SCALE, CONTEXT_NOISE = 1.5, 0.05
 """Of guided cases; speed does not depend on them. Source: paper, section 3."""
-
-Lap = Callable[[str], None]
-"""Is called after each part of a frame with its name: encoder, decoder, autoencoder, memory."""
 
 
 class TimedStreams:
@@ -62,7 +59,12 @@ class TimedStreams:
 
     @torch.no_grad()
     def frame(self, lap: Lap = lambda part: None, decode: bool = True) -> Tensor:
-        """Make the next frame of all streams, from the action to the pixels and into the past."""
+        """Make the next frame of all streams, from the action to the pixels and into the past.
+
+        Args:
+            lap: is called after each part with its name: encoder, decoder, autoencoder, memory.
+            decode: whether latents become pixels.
+        """
         engine, guidance = self.engine, self.case.guidance
         conditions = self._conditions()
         if guidance == "conditions":

@@ -101,11 +101,6 @@ class Attention:
     def __init__(self) -> None:
         self._scratch = torch.empty(0)
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory kept between calls."""
-        return self._scratch.numel() * self._scratch.element_size()
-
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attend from scaled queries [f k n e] to all keys and values [f k s e].
 

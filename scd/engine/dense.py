@@ -7,7 +7,7 @@ The plain twin is model/dense.py, run by engine/plain.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,11 +74,8 @@ class FastDense(Engine):
         num_frames_in_memory: int | None = None,
     ) -> DenseState:
         """Start a batch of streams; see interface.Engine."""
-        config = self.config.cache
-        if num_frames_in_memory is not None:
-            config = replace(config, window=num_frames_in_memory)
         cache = KVCache.for_blocks(
-            config,
+            self.config.cache.with_window(num_frames_in_memory),
             self.config.block,
             len(self.blocks),
             batch if clean is None else clean.shape[0],

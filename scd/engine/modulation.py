@@ -7,7 +7,7 @@ is a table that serves every later frame.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,22 @@ TABLE_BYTES = 64 * 2**20
 """Largest table of modulations of one schedule; above, they are computed at every frame."""
 
 SCHEDULES = 8
-"""Schedules whose tables are kept, the latest ones."""
+"""Schedules for which something is kept, those made last."""
+
+
+Schedule = tuple[float, ...]
+"""Times of the steps of a frame."""
+
+
+def kept_for(
+    schedule: Schedule, kept: dict[Schedule, Tensor], make: Callable[[], Tensor]
+) -> Tensor:
+    """Return what is kept for a schedule, made if it is not there; the oldest makes room."""
+    if schedule not in kept:
+        if len(kept) >= SCHEDULES:
+            kept.pop(next(iter(kept)))
+        kept[schedule] = make()
+    return kept[schedule]
 
 
 class Modulations:
@@ -68,8 +83,8 @@ class Modulations:
                 release(layer)
         spec = embed_conditions.spec
         self._num_choices = 0 if spec.action_dim else (spec.num_actions + 1) * (spec.num_labels + 1)
-        self._tables: dict[tuple[float, ...], Tensor] = {}
-        self._times: dict[tuple[float, ...], Tensor] = {}
+        self._tables: dict[Schedule, Tensor] = {}
+        self._times: dict[Schedule, Tensor] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -99,27 +114,26 @@ class Modulations:
         """Return the modulation of frames at any times [f], [f parts d]: nothing is kept."""
         return self._parts(self.embed_time(time.double()[:, None])[:, 0], conditions)
 
-    def _fits(self, schedule: tuple[float, ...]) -> bool:
+    def _fits(self, schedule: Schedule) -> bool:
         entries = self._num_choices * len(schedule) * self.num_parts * self.width
         return 0 < entries * self.dtype.itemsize <= TABLE_BYTES
 
-    def _table(self, schedule: tuple[float, ...]) -> Tensor:
+    def _table(self, schedule: Schedule) -> Tensor:
         """Return [times choices parts d], for every action (or none) and every label (or none)."""
-        if schedule not in self._tables:
-            if len(self._tables) >= SCHEDULES:
-                self._tables.pop(next(iter(self._tables)))
-            spec, device = self.embed_conditions.spec, self.device
-            actions, labels = torch.cartesian_prod(
-                torch.arange(spec.num_actions + 1, device=device),
-                torch.arange(spec.num_labels + 1, device=device),
-            ).unbind(1)
-            # An action of index num_actions is the hidden one: see embed.ConditionEmbedder.
-            choices = Conditions(
-                actions=actions[:, None] if spec.num_actions else None,
-                labels=labels if spec.num_labels else None,
-            )
-            self._tables[schedule] = self._compute(schedule, choices)
-        return self._tables[schedule]
+        return kept_for(schedule, self._tables, lambda: self._tabulate(schedule))
+
+    def _tabulate(self, schedule: Schedule) -> Tensor:
+        spec = self.embed_conditions.spec
+        actions, labels = torch.cartesian_prod(
+            torch.arange(spec.num_actions + 1, device=self.device),
+            torch.arange(spec.num_labels + 1, device=self.device),
+        ).unbind(1)
+        # An action of index num_actions is the hidden one: see embed.ConditionEmbedder.
+        choices = Conditions(
+            actions=actions[:, None] if spec.num_actions else None,
+            labels=labels if spec.num_labels else None,
+        )
+        return self._compute(schedule, choices)
 
     def _choice(self, conditions: Conditions) -> Tensor:
         """Return the column of the table of each stream's conditions."""
@@ -138,14 +152,14 @@ class Modulations:
             choice = choice.to(label) * (spec.num_labels + 1) + label
         return choice
 
-    def _compute(self, schedule: tuple[float, ...], conditions: Conditions) -> Tensor:
-        if schedule not in self._times:
-            if len(self._times) >= SCHEDULES:
-                self._times.pop(next(iter(self._times)))
-            # In float64: the embedding shows the rounding of a float32 time.
-            times = torch.tensor(schedule, dtype=torch.float64, device=self.device)
-            self._times[schedule] = self.embed_time(times[:, None])[:, 0]
-        return self._parts(self._times[schedule][:, None], conditions)
+    def _compute(self, schedule: Schedule, conditions: Conditions) -> Tensor:
+        embedded = kept_for(schedule, self._times, lambda: self._embed(schedule))
+        return self._parts(embedded[:, None], conditions)
+
+    def _embed(self, schedule: Schedule) -> Tensor:
+        # In float64: the embedding shows the rounding of a float32 time.
+        times = torch.tensor(schedule, dtype=torch.float64, device=self.device)
+        return self.embed_time(times[:, None])[:, 0]
 
     def _parts(self, embedding: Tensor, conditions: Conditions) -> Tensor:
         steering = self.embed_conditions(conditions)

@@ -6,7 +6,7 @@ The plain twin is model/separable.py, run by engine/plain.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from scd.engine.decoder import DecoderRows, FastDecoder
 from scd.engine.encoder import FastEncoder
 from scd.engine.graph import LoopGraphs, can_compile, compiled
 from scd.engine.interface import Engine
-from scd.engine.modulation import SCHEDULES
+from scd.engine.modulation import Schedule, kept_for
 from scd.flow import Solver, guided_velocity, solve
 from scd.model.embed import from_patches, to_patches
 from scd.model.separable import SeparableDiffuser, SeparableState
@@ -66,7 +66,7 @@ class FastSeparable(Engine):
         self._step = self.decoder.velocity
         if can_compile(self.device) if compile_step is None else compile_step:
             self._step = compiled(self.decoder.velocity)
-        self._times: dict[tuple[float, ...], Tensor] = {}
+        self._times: dict[Schedule, Tensor] = {}
 
     @torch.no_grad()
     def begin(
@@ -82,9 +82,7 @@ class FastSeparable(Engine):
         num_given = clean.shape[1]
         if num_given == 0 and self.needs_first_frame:
             raise ValueError("this model has no start frame: it needs 1 or more first frames")
-        config = self.config.cache
-        if num_frames_in_memory is not None:
-            config = replace(config, window=num_frames_in_memory)
+        config = self.config.cache.with_window(num_frames_in_memory)
         cache = self.encoder.new_cache(clean.shape[0], config)
         first = self.encoder.encoder.first_row
         # The row of the last given frame waits: it carries an action that is not known yet.
@@ -145,16 +143,16 @@ class FastSeparable(Engine):
             patches = self._graphs.run(key, loop, patches, modulations)
         return from_patches(patches, self.shape).to(self.dtype)
 
-    def _as_tensors(self, times: tuple[float, ...]) -> Tensor:
+    def _as_tensors(self, times: Schedule) -> Tensor:
         """Return times as [times 1 1 1]: a step would be compiled anew for every number.
 
         They are kept, because making them would wait for the GPU at every frame.
         """
-        if times not in self._times:
-            if len(self._times) >= SCHEDULES:
-                self._times.pop(next(iter(self._times)))
-            self._times[times] = torch.tensor(times, device=self.device)[:, None, None, None]
-        return self._times[times]
+
+        def make() -> Tensor:
+            return torch.tensor(times, device=self.device)[:, None, None, None]
+
+        return kept_for(times, self._times, make)
 
     @torch.no_grad()
     def velocity(self, context: FastContext, noisy: Tensor, time: Tensor) -> Tensor:

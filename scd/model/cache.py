@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -37,6 +37,10 @@ class CacheConfig:
                 f"num_sinks must leave room in the window: got num_sinks={self.num_sinks}, "
                 f"window={self.window}"
             )
+
+    def with_window(self, window: int | None) -> CacheConfig:
+        """Return the same with another window; None: this one."""
+        return self if window is None else replace(self, window=window)
 
 
 class KVCache:

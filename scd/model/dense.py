@@ -244,11 +244,8 @@ class DenseDiffuser(nn.Module, Pretrained):
     ) -> DenseState:
         """Start a batch of streams, from given first frames or (None) from nothing."""
         weight = self.embed_frame.project.weight
-        cache_config = self.config.cache
-        if num_frames_in_memory is not None:
-            cache_config = replace(cache_config, window=num_frames_in_memory)
         cache = KVCache.for_blocks(
-            cache_config,
+            self.config.cache.with_window(num_frames_in_memory),
             self.config.block,
             len(self.blocks),
             batch if clean is None else clean.shape[0],

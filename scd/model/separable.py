@@ -216,9 +216,7 @@ class SeparableDiffuser(nn.Module, Pretrained):
         num_given = clean.shape[1]
         if num_given == 0 and self.needs_first_frame:
             raise ValueError("this model has no start frame: it needs 1 or more first frames")
-        cache_config = self.config.cache
-        if num_frames_in_memory is not None:
-            cache_config = replace(cache_config, window=num_frames_in_memory)
+        cache_config = self.config.cache.with_window(num_frames_in_memory)
         cache = self.encoder.new_cache(clean.shape[0], cache_config)
         row = self.encoder.first_row
         # The row of the last given frame waits: it carries an action that is not known yet.
