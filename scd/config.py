@@ -12,6 +12,14 @@ Config = TypeVar("Config")
 KIND = "kind"
 """Key that names the dataclass where a field may hold one of several."""
 
+ADDED = "added"
+"""Key of a field's metadata: files written before there was the field have its default."""
+
+
+def added(default: Any) -> Any:
+    """Declare a field with a default that files may lack, since it came after they were written."""
+    return dataclasses.field(default=default, metadata={ADDED: True})
+
 
 def to_json(config: Any) -> dict[str, Any]:
     """Turn a dataclass of settings into plain JSON values, each dataclass with its `kind`."""
@@ -52,6 +60,11 @@ def from_json(kind: Any, values: Any, where: str = "config") -> Any:
     unknown = sorted(set(values) - set(fields) - {KIND})
     if unknown:
         raise ValueError(f"{where}: unknown fields {unknown} for {name}; known: {sorted(fields)}")
+    values = {
+        name: _value_to_json(entry.default)
+        for name, entry in fields.items()
+        if entry.metadata.get(ADDED)
+    } | values
     missing = sorted(set(fields) - set(values))
     if missing:
         raise ValueError(f"{where}: missing fields {missing} for {name}")
@@ -105,3 +118,16 @@ def _choice_from_json(hint: Any, value: Any, where: str) -> Any:
         except ValueError:
             continue
     raise ValueError(f"{where}: needed one of {choices}, got {value!r}")
+
+
+def differences(theirs: Any, ours: Any, where: str = "") -> list[str]:
+    """List the leaves in which two JSON values differ, as "a.b: theirs, ours"."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        return [
+            line
+            for key in sorted(set(theirs) | set(ours))
+            for line in differences(
+                theirs.get(key, "nothing"), ours.get(key, "nothing"), f"{where}{key}."
+            )
+        ]
+    return [] if theirs == ours else [f"{where.removesuffix('.')}: {theirs!r}, {ours!r}"]

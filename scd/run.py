@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
 from scd.clip import Batch
+from scd.config import added
 from scd.data.folder import open_source
 from scd.data.loader import Loader
 from scd.data.source import DataCard
@@ -52,6 +53,9 @@ class TrainConfig:
     """What to learn: "toy:32", "toy:64", or a folder of episodes."""
     out: str = "runs/train"
     """Run folder: checkpoints, log and sample pictures go there."""
+    initial: str = added("")
+    """World, run or step folder whose (averaged) weights the run starts from, instead of random
+    ones. Its model must have the same settings, but for memory and skipped or diagonal layers."""
     max_steps: int = 1000
     """Optimiser steps of the whole run; the learning rate's decay ends there."""
     batch_size: int = 2

@@ -27,8 +27,9 @@ from scd.checkpoint import (
     read_json,
     save_step,
 )
-from scd.config import to_json
+from scd.config import differences, from_json, to_json
 from scd.data.loader import Loader
+from scd.initial import load_initial
 from scd.model.build import num_parameters
 from scd.model.pretrained import WEIGHTS_FILE, load_weights
 from scd.optim import EMA, build_optimizers, parameter_groups
@@ -165,6 +166,8 @@ def start_run(config: TrainConfig, objective: Objective) -> Run:
     if checkpoint is not None:
         progress = load_progress(checkpoint)
         load_weights(model, checkpoint / WEIGHTS_FILE)
+    elif config.initial:
+        load_initial(model, config)
     ema = EMA(model.to(accelerator.device), config.ema_decay, progress.num_ema_updates)
     if checkpoint is not None:
         load_weights(model, checkpoint / RAW_FILE)
@@ -260,10 +263,9 @@ def check_folder(config: TrainConfig) -> Path | None:
         raise FileExistsError(f"{folder} exists and is not the folder of a run: choose another out")
     if config.resume == "never":
         raise FileExistsError(f"{folder} holds a run already, and resume is 'never'")
-    theirs, ours = read_json(folder / "config.json"), to_json(config)
     different = [
         line
-        for line in differences(theirs, json.loads(json.dumps(ours)))
+        for line in differences(_settings(folder / "config.json"), _plain(config))
         if line.split(":")[0].split(".")[0] not in FREE_FIELDS
     ]
     if different:
@@ -274,14 +276,15 @@ def check_folder(config: TrainConfig) -> Path | None:
     return last_step(folder)
 
 
-def differences(theirs: Any, ours: Any, where: str = "") -> list[str]:
-    """List the leaves in which two JSON values differ, as "a.b: theirs, ours"."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        return [
-            line
-            for key in sorted(set(theirs) | set(ours))
-            for line in differences(
-                theirs.get(key, "nothing"), ours.get(key, "nothing"), f"{where}{key}."
-            )
-        ]
-    return [] if theirs == ours else [f"{where.removesuffix('.')}: {theirs!r}, {ours!r}"]
+def _settings(path: Path) -> Any:
+    """Read a run's settings; a field that came after the run was started has its default."""
+    values = read_json(path)
+    try:
+        return _plain(from_json(TrainConfig, values, str(path)))
+    except ValueError:
+        # Told field by field, with all else that differs.
+        return values
+
+
+def _plain(config: TrainConfig) -> Any:
+    return json.loads(json.dumps(to_json(config)))

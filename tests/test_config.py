@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from scd.config import from_json, to_json
+from scd.config import added, from_json, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,20 @@ def test_missing_field_is_refused_even_if_it_has_a_default():
     del values["marks"]
     with pytest.raises(ValueError, match="missing fields.*marks"):
         from_json(Vehicle, values)
+
+
+def test_a_field_that_came_later_may_lack_and_any_other_not():
+    @dataclass(frozen=True, kw_only=True)
+    class Boat:
+        length: float
+        sails: int = added(1)
+        wing: Wing | None = added(None)
+
+    assert from_json(Boat, {"kind": "Boat", "length": 4.0}) == Boat(length=4.0)
+    boat = Boat(length=4.0, sails=2, wing=Wing(span=3.0))
+    assert from_json(Boat, json.loads(json.dumps(to_json(boat)))) == boat
+    with pytest.raises(ValueError, match="missing fields.*length"):
+        from_json(Boat, {"kind": "Boat", "sails": 2})
 
 
 def test_whole_numbers_serve_as_floats_and_truth_values_do_not():

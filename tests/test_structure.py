@@ -55,7 +55,7 @@ LAYERS = (
         "measurement",
         "metrics.image metrics.memory media plots predict evaluate sample side_by_side report",
     ),
-    ("trainer", "run running fit held_out train plan"),
+    ("trainer", "run initial running fit held_out train plan"),
     ("named runs", "presets"),
     (
         "benchmark",

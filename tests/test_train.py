@@ -14,6 +14,7 @@ import torch
 
 from scd.atomic import take_lock
 from scd.checkpoint import load_progress, load_world
+from scd.config import differences
 from scd.data.folder import open_source
 from scd.flow import SamplingConfig
 from scd.model.block import BlockConfig
@@ -26,7 +27,6 @@ from scd.optim import OptimConfig
 from scd.results import command
 from scd.run import TrainConfig
 from scd.runlog import read_log
-from scd.running import differences
 from scd.stopping import Interrupted
 from scd.train import denoising, train
 
