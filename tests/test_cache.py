@@ -79,6 +79,45 @@ def test_ring_is_the_naive_memory_over_several_wraps(window, num_sinks, rebase):
         assert cache.num_frames == min(frame + 1, window)
 
 
+@pytest.mark.parametrize("window, num_sinks, rebase", [(4, 1, True), (3, 0, True), (4, 2, False)])
+def test_gradients_reach_the_new_tokens_only_and_survive_later_writes(window, num_sinks, rebase):
+    generator = torch.Generator().manual_seed(0)
+    cache, naive = new_cache(window, num_sinks, rebase), NaiveMemory(window, num_sinks, rebase)
+    mine, theirs, leaves = [], [], []
+    for frame in range(9):
+        k, v, q = (torch.randn(1, 2, 2, 16, generator=generator) for _ in range(3))
+        k, v = k.requires_grad_(), v.requires_grad_()
+        leaves.append((k, v))
+        naive.frames.append((k, v))
+        expected = read(q, *naive.visible())
+        naive.frames[-1] = (k.detach(), v.detach())
+        cache.make_room()
+        # Tried once for nothing, in both layers, before it counts.
+        for layer in (0, 1, 0, 1):
+            got = read(q, *cache.write(layer, at(k, frame), v))
+        cache.advance([frame])
+        torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)
+        mine.append((frame + 1) * got.square().sum())
+        theirs.append((frame + 1) * expected.square().sum())
+    assert not cache.keys.requires_grad and not cache.values.requires_grad
+    flat = [leaf for pair in leaves for leaf in pair]
+    found = torch.autograd.grad(torch.stack(mine).sum(), flat)
+    for gradient, expected in zip(
+        found, torch.autograd.grad(torch.stack(theirs).sum(), flat), strict=True
+    ):
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradient, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_without_gradients_nothing_is_copied():
+    cache = new_cache(3, 0)
+    k, v = torch.randn(1, 2, 2, 16, requires_grad=True), torch.randn(1, 2, 2, 16)
+    with torch.no_grad():
+        keys, values = cache.write(0, k, v)
+    assert keys.data_ptr() == cache.keys.data_ptr()
+    assert values.data_ptr() == cache.values.data_ptr()
+
+
 def test_several_frames_at_once_while_there_is_room():
     k, v = torch.randn(1, 2, 6, 16), torch.randn(1, 2, 6, 16)
     cache = new_cache(4, 0)

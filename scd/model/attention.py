@@ -76,9 +76,10 @@ def frame_positions(frames: Int[Tensor, " t"], rows: int, columns: int) -> Int[T
 
 
 def rotate(x: Float[Tensor, "b k s e"], rotary: Rotary) -> Float[Tensor, "b k s e"]:
-    """Turn each interleaved pair of entries by its token's angle, in float32."""
+    """Turn each interleaved pair of entries by its token's angle, in float32 or, if x is, finer."""
     cosine, sine = rotary
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    even, odd = exact.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
     return turned.flatten(-2).to(x.dtype)
 

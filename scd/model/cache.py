@@ -53,6 +53,9 @@ class KVCache:
     Keys come rotated to absolute positions. Attention does not care for the order of keys, so a
     full ring overwrites its oldest frame in place: no copy, no mask, and memory never grows. While
     the ring is not full, several frames can be written at once.
+
+    The past carries no gradient. With gradients on, `write` returns a copy in which only the new
+    tokens' own keys and values have one, so a backward pass may come after any later write.
     """
 
     def __init__(
@@ -182,10 +185,14 @@ class KVCache:
             )
         start = self._next_slot() * self.tokens_per_frame
         stop = start + k.shape[2]
-        self.keys[layer, :, :, start:stop] = k
-        self.values[layer, :, :, start:stop] = v
+        self.keys[layer, :, :, start:stop] = k.detach()
+        self.values[layer, :, :, start:stop] = v.detach()
         filled = max(stop, len(self.slots) * self.tokens_per_frame)
-        return self.keys[layer, :, :, :filled], self.values[layer, :, :, :filled]
+        keys, values = self.keys[layer, :, :, :filled], self.values[layer, :, :, :filled]
+        if torch.is_grad_enabled():
+            # What a backward pass reads must not be overwritten by the frames to come.
+            return _with_new(keys, k, start), _with_new(values, v, start)
+        return keys, values
 
     def positions_with(self, frames: list[int]) -> list[int]:
         """Return the frame position of each slot that `write` returns for these new frames."""
@@ -219,3 +226,9 @@ class KVCache:
         self.slots = []
         self.sink_keys = None
         self.num_evicted = 0
+
+
+def _with_new(held: Tensor, new: Tensor, start: int) -> Tensor:
+    """Copy what is held, with the new tokens [b k s e] themselves in their place."""
+    stop = start + new.shape[2]
+    return torch.cat([held[:, :, :start], new.to(held.dtype), held[:, :, stop:]], dim=2)

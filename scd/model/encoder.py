@@ -163,7 +163,8 @@ class CausalEncoder(nn.Module):
             return read
 
         readers = [reader(layer) for layer in range(len(self.blocks))]
-        context = self._run(tokens, upcoming, frames, readers)
+        # A block recomputed in the backward pass would write into a memory that has moved on.
+        context = self._run(tokens, upcoming, frames, readers, can_recompute=False)
         if keep:
             cache.advance(frames)
         return context
@@ -186,7 +187,14 @@ class CausalEncoder(nn.Module):
             tokens_per_frame=self.shape.num_tokens,
         )
 
-    def _run(self, x: Tensor, upcoming: Conditions, frames: list[int], readers: list) -> Context:
+    def _run(
+        self,
+        x: Tensor,
+        upcoming: Conditions,
+        frames: list[int],
+        readers: list,
+        can_recompute: bool = True,
+    ) -> Context:
         embedding = self.embed_time(x.new_full(x.shape[:2], CLEAN_TIME, dtype=torch.float32))
         steering = self.embed_conditions(upcoming)
         if steering is not None:
@@ -196,7 +204,7 @@ class CausalEncoder(nn.Module):
         )
         rotary = rotary_table(positions, self.block.rotary_axes, self.block.rotary_theta)
         for block, read in zip(self.blocks, readers, strict=True):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if can_recompute and self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, embedding, rotary, read, use_reentrant=False)
             else:
                 x = block(x, embedding, rotary, read)

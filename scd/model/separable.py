@@ -278,9 +278,12 @@ class SeparableDiffuser(nn.Module, Pretrained):
         clean: Float[Tensor, "b c h w"],
         conditions: Conditions,
     ) -> None:
-        """Make a frame part of the past: the one just denoised, or a given one."""
+        """Make a frame part of the past: the one just denoised, or a given one.
+
+        No gradient of later frames reaches it.
+        """
         if state.encoded_for is not conditions:
             self.context(state, conditions)
         state.cache.advance([state.next_row])
-        state.newest, state.encoded_for = clean[:, None], None
+        state.newest, state.encoded_for = clean[:, None].detach(), None
         state.next_row += 1
