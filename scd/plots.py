@@ -59,7 +59,7 @@ def plot_metrics(
     missing = [name for name in metrics if not any(row["metric"] == name for row in rows)]
     if missing:
         raise ValueError(f"no rows of {missing}; measured: {sorted({r['metric'] for r in rows})}")
-    figure, panels = _panels(len(metrics), ink)
+    figure, panels = curve_panels(len(metrics), ink)
     for axes, metric in zip(panels, metrics, strict=True):
         here = [row for row in rows if row["metric"] == metric]
         for name in dict.fromkeys(row["baseline"] for row in here):
@@ -77,8 +77,8 @@ def plot_metrics(
         axes.set_xlabel("predicted frames")
         axes.set_ylabel(LABELS.get(metric, metric))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        _legend(axes, ink)
-    _finish(figure, path, title, ink)
+        legend(axes, ink)
+    finish(figure, path, title, ink)
 
 
 def plot_loss(
@@ -95,7 +95,7 @@ def plot_loss(
         title: above the plot.
         ink: what it will be seen on.
     """
-    figure, (axes,) = _panels(1, ink)
+    figure, (axes,) = curve_panels(1, ink)
     for name, (steps, losses) in curves.items():
         _curve(axes, steps, losses, name, None)
     axes.set_yscale("log")
@@ -104,8 +104,8 @@ def plot_loss(
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("steps")
     axes.set_ylabel(LABELS["loss"])
-    _legend(axes, ink)
-    _finish(figure, path, title, ink)
+    legend(axes, ink)
+    finish(figure, path, title, ink)
 
 
 def plot_speed(
@@ -126,7 +126,7 @@ def plot_speed(
         raise ValueError("a plot of speed needs rows of scd bench, got none")
     names = speed_names(rows)
     all_steps = sorted({row["steps"] for row in rows})
-    figure, panels = _panels(len(all_steps), ink)
+    figure, panels = curve_panels(len(all_steps), ink)
     for axes, steps in zip(panels, all_steps, strict=True):
         for name in dict.fromkeys(names):
             curve = sorted(
@@ -143,8 +143,8 @@ def plot_speed(
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        _legend(axes, ink)
-    _finish(figure, path, title, ink)
+        legend(axes, ink)
+    finish(figure, path, title, ink)
 
 
 def speed_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -162,18 +162,24 @@ def speed_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _panels(number: int, ink: Ink) -> tuple[Figure, list[Axes]]:
+def curve_panels(number: int, ink: Ink) -> tuple[Figure, list[Axes]]:
+    """Make an empty figure of panels side by side."""
     figure = Figure(figsize=(4.6 * number, 3.4), dpi=150, layout="constrained")
     panels = list(figure.subplots(1, number, squeeze=False)[0])
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-        for part in (axes.xaxis.label, axes.yaxis.label):
-            part.set_color(_text_colour(ink))
-        axes.tick_params(which="both", colors=_text_colour(ink))
-        for spine in axes.spines.values():
-            spine.set_color(_text_colour(ink))
+        colour_axes(axes, ink)
     return figure, panels
+
+
+def colour_axes(axes: Axes, ink: Ink) -> None:
+    """Give labels, ticks and lines of a panel the colour of text."""
+    for part in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        part.set_color(text_colour(ink))
+    axes.tick_params(which="both", colors=text_colour(ink))
+    for spine in axes.spines.values():
+        spine.set_color(text_colour(ink))
 
 
 def _curve(
@@ -193,15 +199,18 @@ def _curve(
         axes.fill_between(xs, *band, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def _legend(axes: Axes, ink: Ink) -> None:
-    axes.legend(frameon=False, labelcolor=_text_colour(ink), fontsize=8)
+def legend(axes: Axes, ink: Ink) -> None:
+    """Name the curves of a panel."""
+    axes.legend(frameon=False, labelcolor=text_colour(ink), fontsize=8)
 
 
-def _finish(figure: Figure, path: Path, title: str, ink: Ink) -> None:
+def finish(figure: Figure, path: Path, title: str, ink: Ink) -> None:
+    """Write a figure, with a title if there is one."""
     if title:
-        figure.suptitle(title, color=_text_colour(ink), fontsize=10)
+        figure.suptitle(title, color=text_colour(ink), fontsize=10)
     write_figure(figure, path, transparent=ink != "on white")
 
 
-def _text_colour(ink: Ink) -> str:
+def text_colour(ink: Ink) -> str:
+    """Return the colour of text on a page."""
     return "#d8dbe0" if ink == "on dark" else "#33373d"

@@ -53,7 +53,7 @@ LAYERS = (
     ("rollout", "rollout session streams"),
     (
         "measurement",
-        "metrics.image metrics.memory media plots predict evaluate sample side_by_side report",
+        "metrics.image metrics.memory media plots predict evaluate sample side_by_side page report",
     ),
     ("trainer", "run initial running fit held_out train plan"),
     ("named runs", "presets"),
