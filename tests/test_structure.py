@@ -42,7 +42,7 @@ LAYERS = (
         "model.encoder model.decoder model.sizes model.cost model.initialise model.pretrained "
         "model.separable model.dense model.build",
     ),
-    ("objectives", "objective.denoise"),
+    ("objectives", "objective.denoise objective.score"),
     ("state of a run", "optim checkpoint"),
     (
         "engine",
