@@ -62,6 +62,7 @@ LAYERS = (
         "bench.limits bench.models bench.case bench.stream bench.crowd bench.timing bench.card "
         "bench.measure bench.compare",
     ),
+    ("probe", "probe.intercept probe.subject probe.ours"),
     ("top", "convert demo cli __main__"),
 )
 """The only allowed direction of imports: a module imports from modules before it, never after.
@@ -201,7 +202,7 @@ def test_only_the_attention_files_call_the_fused_kernels():
         for path in source_files()
         if re.search(r"scaled_dot_product_attention|flex_attention\(", path.read_text("utf-8"))
     }
-    assert callers == {"model.attention", "engine.attention"}
+    assert callers == {"model.attention", "engine.attention", "probe.intercept"}
 
 
 def test_modules_are_short():

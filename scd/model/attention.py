@@ -1,6 +1,7 @@
 """Attention over tokens at (frame, row, column): rotary positions and the attention itself.
 
-The only caller of PyTorch's attention kernels but for engine/attention.py.
+The only caller of PyTorch's attention kernels but for engine/attention.py, and for
+probe/intercept.py, which passes on what it has looked at.
 Source: paper, sections 1.2 and 1.3.
 """
 

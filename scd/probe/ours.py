@@ -1,0 +1,176 @@
+"""The models of this package as subjects of the probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scd.clip import Conditions
+from scd.model.block import BlockConfig
+from scd.model.build import Diffuser
+from scd.model.dense import DenseDiffuser
+from scd.model.separable import SeparableDiffuser
+from scd.model.sizes import Sizes
+from scd.probe.intercept import Layer
+from scd.probe.subject import CONTEXT, Subject
+
+
+def subject_of(model: Diffuser) -> Subject:
+    """Make a model probeable; it is put into eval mode."""
+    if isinstance(model, DenseDiffuser):
+        return DenseSubject(model)
+    return SeparableSubject(model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OurState:
+    """What the denoising steps of a frame need."""
+
+    context: Any
+    """Of the model."""
+    distances: Sequence[int]
+    """Of each key that an attention of the steps looks at; see `Look.distances`."""
+
+
+class _OurSubject(Subject):
+    """What both kinds share."""
+
+    def __init__(self, model: Diffuser, layers: Sequence[Layer]) -> None:
+        config = model.config
+        model.eval()
+        self.layers = layers
+        self.tokens_per_frame = model.shape.num_tokens
+        self.grid = (model.shape.rows, model.shape.columns)
+        self.frame_shape = model.shape.shape
+        self.num_heads, self.width = config.block.num_heads, config.block.width
+        self.sizes = Sizes(shape=config.shape, block=config.block, conditions=config.conditions)
+        self._spec = config.conditions
+        # Which keys the attention that comes next looks at; None: it is none of the newest frame.
+        self._distances: Sequence[int] | None = None
+        self._in_begin = False
+
+    def key_distances(self, layer: int, num_queries: int, num_keys: int) -> Sequence[int] | None:
+        """Tell from the memory's positions, which are in no order once it has wrapped."""
+        if self._distances is None or self.layers[layer].once is not self._in_begin:
+            return None
+        assert len(self._distances) == num_keys
+        return self._distances
+
+    def _from_positions(self, positions: Sequence[int], newest: int) -> list[int]:
+        return [newest - position for position in positions for _ in range(self.tokens_per_frame)]
+
+
+class DenseSubject(_OurSubject):
+    """A dense causal diffuser: every layer runs at every step, over the memory of the past."""
+
+    def __init__(self, model: DenseDiffuser) -> None:
+        blocks = enumerate(model.blocks, 1)
+        super().__init__(
+            model, [Layer(name=f"layer {number}", block=block) for number, block in blocks]
+        )
+        self.model = model
+
+    @torch.no_grad()
+    def begin(self, past: Float[Tensor, "b t c h w"], conditions: Conditions) -> OurState:
+        """Fill the memory with the past.
+
+        Raises:
+            ValueError: conditions of another kind than the model's.
+        """
+        num_past = past.shape[1]
+        self._spec.check(conditions, num_past + 1)
+        self._distances = None
+        stream = self.model.begin(past, conditions.frames(0, num_past))
+        context = self.model.context(stream, conditions.frames(num_past, num_past + 1))
+        positions = context.cache.positions_with([context.frame])
+        return OurState(context=context, distances=self._from_positions(positions, context.frame))
+
+    @torch.no_grad()
+    def velocity(
+        self, state: OurState, noisy: Float[Tensor, "b c h w"], time: float
+    ) -> Float[Tensor, "b c h w"]:
+        """Run all layers."""
+        self._distances, self._in_begin = state.distances, False
+        return _velocity(self.model, state, noisy, time)
+
+
+class SeparableSubject(_OurSubject):
+    """A separable diffuser: encoder layers run once per frame, decoder layers at every step.
+
+    An encoder's row belongs to the frame before the one that is denoised; its distances are counted
+    from there. A decoder sees no other frame: what it knows of them is the context.
+    """
+
+    def __init__(self, model: SeparableDiffuser) -> None:
+        encoder = [
+            Layer(name=f"encoder {number}", block=block, once=True)
+            for number, block in enumerate(model.encoder.blocks, 1)
+        ]
+        prefix = model.config.decoder.join == "prefix"
+        identity = _give_zeros(model.config.block) if prefix else _read_only
+        decoder = [
+            Layer(name=f"decoder {number}", block=block, identity=identity)
+            for number, block in enumerate(model.decoder.blocks, 1)
+        ]
+        super().__init__(model, [*encoder, *decoder])
+        self.model = model
+
+    @torch.no_grad()
+    def begin(self, past: Float[Tensor, "b t c h w"], conditions: Conditions) -> OurState:
+        """Run the encoder.
+
+        Raises:
+            ValueError: conditions of another kind than the model's.
+        """
+        num_past = past.shape[1]
+        self._spec.check(conditions, num_past + 1)
+        self._distances = None
+        stream = self.model.begin(past, conditions.frames(0, num_past))
+        stream.cache.make_room()
+        positions = stream.cache.positions_with([stream.next_row])
+        # A prefix decoder runs its layers over the context too: these are no frame's attention.
+        self._distances, self._in_begin = self._from_positions(positions, stream.next_row), True
+        context = self.model.context(stream, conditions.frames(num_past, num_past + 1))
+        own = [0] * self.tokens_per_frame
+        joined = self.model.config.decoder.join in ("channel_concat", "add")
+        return OurState(context=context, distances=own if joined else [CONTEXT] * len(own) + own)
+
+    @torch.no_grad()
+    def velocity(
+        self, state: OurState, noisy: Float[Tensor, "b c h w"], time: float
+    ) -> Float[Tensor, "b c h w"]:
+        """Run the decoder."""
+        self._distances, self._in_begin = state.distances, False
+        return _velocity(self.model, state, noisy, time)
+
+
+def _velocity(model: Diffuser, state: OurState, noisy: Tensor, time: float) -> Tensor:
+    # In float64: the time embedding shows the rounding of a float32 time.
+    times = noisy.new_full(noisy.shape[:1], time, dtype=torch.float64)
+    return model.velocity(state.context, noisy, times)
+
+
+def _read_only(
+    tokens: Tensor, embedding: Tensor, rotary: Any, attend: Any, num_read: int | None = None
+) -> Tensor:
+    """Pass on the tokens that a block would have returned; see `Block.forward`."""
+    return tokens if num_read is None else tokens[:, :, -num_read:]
+
+
+def _give_zeros(block: BlockConfig) -> Callable[..., Tensor]:
+    """Pass on the tokens, and zeros to who asks for keys: see `Block.with_keys_values`."""
+
+    def run(
+        tokens: Tensor, embedding: Tensor, rotary: Any, attend: Any, num_read: int | None = None
+    ) -> Tensor:
+        num_tokens = tokens.shape[1] * tokens.shape[2]
+        nothing = tokens.new_zeros(tokens.shape[0], block.num_heads, num_tokens, block.head_dim)
+        attend(nothing, nothing, nothing)
+        return _read_only(tokens, embedding, rotary, attend, num_read)
+
+    return run
