@@ -62,7 +62,7 @@ LAYERS = (
         "bench.limits bench.models bench.case bench.stream bench.crowd bench.timing bench.card "
         "bench.measure bench.compare",
     ),
-    ("probe", "probe.intercept probe.subject probe.ours"),
+    ("probe", "probe.intercept probe.subject probe.ours probe.wan"),
     ("top", "convert demo cli __main__"),
 )
 """The only allowed direction of imports: a module imports from modules before it, never after.
@@ -70,7 +70,12 @@ docs/architecture.md shows the same list."""
 
 ORDER = [module for _, modules in LAYERS for module in modules.split()]
 
-OPTIONAL_PACKAGES = {"vizdoom": "data.doom", "tensorboard": "runlog", "wandb": "runlog"}
+OPTIONAL_PACKAGES = {
+    "vizdoom": "data.doom",
+    "tensorboard": "runlog",
+    "wandb": "runlog",
+    "diffusers": "probe.wan",
+}
 """Packages that an install may lack -> the one module that may import them."""
 
 LINES_SOFT, LINES_HARD = 300, 500
