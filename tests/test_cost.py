@@ -15,6 +15,7 @@ from scd.model.build import build, frame_cost, num_parameters
 from scd.model.cache import CacheConfig
 from scd.model.cost import FrameCost, Load
 from scd.model.decoder import Join
+from scd.model.skip import LayerSkip
 from scd.presets import preset
 from tests.tiny import ACTIONS, random_conditions, tiny_dense, tiny_separable
 
@@ -26,6 +27,7 @@ LEARNED = BlockConfig(width=48, head_dim=16, rotary_axes=(4, 6, 6), learned_posi
 MODELS = {
     **{join: lambda join=join, **given: tiny_separable(join, **given) for join in get_args(Join)},
     "dense": tiny_dense,
+    "dense, diagonal": lambda **given: tiny_dense(num_diagonal=1, **given),
 }
 
 
@@ -74,7 +76,7 @@ def cost_of(model, guidance: str = "none") -> FrameCost:
 @pytest.mark.parametrize("conditions", [ACTIONS, VECTORS, ConditionSpec()])
 @pytest.mark.parametrize("name", MODELS)
 def test_operations_are_those_that_a_frame_takes(name, conditions, guidance):
-    if guidance == "context_noise" and name == "dense":
+    if guidance == "context_noise" and name.startswith("dense"):
         pytest.skip("a dense model has no context to corrupt")
     model = MODELS[name](conditions=conditions, cache=CACHE)
     counted, cost = counted_frame(model, guidance), cost_of(model, guidance)
@@ -84,6 +86,24 @@ def test_operations_are_those_that_a_frame_takes(name, conditions, guidance):
     assert STEPS * cost.step_flops == pytest.approx(counted["steps"], rel=0.01)
     assert cost.memory_flops == pytest.approx(counted["memory"], rel=0.01)
     assert cost.flops(STEPS) == pytest.approx(sum(counted.values()), rel=0.01)
+
+
+@pytest.mark.parametrize("num_diagonal", [0, 2])
+@pytest.mark.parametrize(("below", "num_light"), [(0.2, 0), (0.5, 1), (0.9, 2)])
+def test_steps_that_skip_layers_are_counted_as_they_are(below, num_light, num_diagonal):
+    skip = LayerSkip(first=1, stop=2, below=below)
+    model = tiny_dense(cache=CACHE, skip=skip, num_diagonal=num_diagonal)
+    counted, cost = counted_frame(model, "none"), cost_of(model)
+    times = torch.linspace(1, 0, STEPS + 1).tolist()
+    for given in (None, times):
+        steps = cost.flops(STEPS, given) - cost.prepare_flops - cost.memory_flops
+        assert steps == STEPS * cost.step_flops - num_light * cost.light_flops
+        assert steps == pytest.approx(counted["steps"], rel=0.01)
+        saved = STEPS * cost.step_bytes - (cost.bytes(STEPS, given) - cost.bytes(0))
+        assert saved == num_light * cost.light_bytes
+    # A layer of a diagonal model reads no memory, so skipping it moves fewer bytes less.
+    seeing = cost_of(tiny_dense(cache=CACHE, skip=skip))
+    assert (cost.light_bytes < seeing.light_bytes) == (num_diagonal == 2)
 
 
 @pytest.mark.parametrize("block", [None, LEARNED])

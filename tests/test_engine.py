@@ -1,6 +1,7 @@
 """The fast engine computes what the model computes: every join, memory, guidance and solver."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from scd.engine.separable import FastSeparable
 from scd.model.attention import explicit_attention, frame_positions, rotary_table, rotate
 from scd.model.block import BlockConfig
 from scd.model.cache import CacheConfig
+from scd.model.skip import LayerSkip
 from scd.presets import preset
 from tests.tiny import BLOCK, SHAPE, random_conditions, tiny_dense, tiny_separable
 
@@ -53,9 +55,11 @@ def stream(engine, spec, num_given=3, num_frames=7, guidance="none", batch=2, se
         corruption = corruption.to(engine.device)
         if guidance == "context_noise":
             context = engine.with_noisy_branch(context, 0.3, corruption)
-        solver = "heun" if index % 2 else "euler"
+        fresh = torch.randn(2, batch, *SHAPE.shape, generator=generator).to(engine.device)
+        solver = ("renoise", "euler", "heun")[index % 3]
+        fresh = fresh if solver == "renoise" else None
         scale = None if guidance == "none" else 1.7
-        frame = engine.denoise(context, noise, [1.0, 0.7, 0.3, 0.0], solver, scale)
+        frame = engine.denoise(context, noise, [1.0, 0.7, 0.3, 0.0], solver, scale, fresh)
         engine.observe(state, torch.cat([frame, frame]) if twice else frame, now)
         frames.append(frame.float().cpu())
     return torch.stack(frames, dim=1)
@@ -88,6 +92,21 @@ def test_separable(join, predict, guidance):
 def test_dense(predict, guidance):
     model = tiny_dense(predict=predict, cache=CacheConfig(window=4, num_sinks=1))
     check(model, guidance=guidance)
+
+
+@pytest.mark.parametrize("guidance", ["none", "conditions"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"skip": LayerSkip(first=1, stop=3, below=0.5)},
+        {"skip": LayerSkip(first=0, stop=1, below=1.0), "num_diagonal": 2},
+        {"num_diagonal": 1, "block": replace(BLOCK, distance_bias=0.2)},
+    ],
+)
+def test_dense_with_skipped_and_diagonal_layers(settings, guidance):
+    model = tiny_dense(cache=CacheConfig(window=4, num_sinks=1), **settings)
+    check(model, guidance=guidance)
+    check(model, guidance=guidance, num_given=0)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +154,37 @@ def test_positions_bias_and_missing_parts(make):
         check(make(start_frame=False))
 
 
+@pytest.mark.parametrize("make", [tiny_separable, tiny_dense])
+@pytest.mark.parametrize("kind", ["plain", "fast"])
+def test_renoising_is_the_loop_written_by_hand(make, kind):
+    model = make()
+    engine, generator = open_engine(model, kind), torch.Generator().manual_seed(0)
+    conditions = random_conditions(model.config.conditions, 2, 1, generator)
+    noise, *fresh = torch.randn(4, 2, *SHAPE.shape, generator=generator)
+    times = [1.0, 0.9375, 5 / 6, 0.625, 0.0]
+    with torch.no_grad():
+        context = model.context(model.begin(None, conditions, 2), conditions)
+        noisy = noise
+        for index, time in enumerate(times[:-1]):
+            velocity = model.velocity(context, noisy, torch.full((2,), time).double())
+            clean = noisy - time * velocity
+            if index < 3:
+                noisy = (1 - times[index + 1]) * clean + times[index + 1] * fresh[index]
+    context = engine.context(engine.begin(None, conditions, 2), conditions)
+    found = engine.denoise(context, noise, times, "renoise", fresh=torch.stack(fresh))
+    torch.testing.assert_close(found, clean, atol=FP32, rtol=0)
+    # Other fresh noise makes another frame; a missing one, or one too many, is refused.
+    other = engine.denoise(context, noise, times, "renoise", fresh=-torch.stack(fresh))
+    assert (other - clean).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="4 steps of solver 'renoise' need 3 fresh noises, got 0"):
+        engine.denoise(context, noise, times, "renoise")
+    with pytest.raises(ValueError, match="4 steps of solver 'euler' need 0 fresh noises, got 3"):
+        engine.denoise(context, noise, times, fresh=torch.stack(fresh))
+
+
 def test_velocity_of_frames_at_their_own_times():
-    for model in (tiny_separable("prefix"), tiny_separable(), tiny_dense()):
+    skipping = tiny_dense(skip=LayerSkip(first=1, stop=2, below=0.5), num_diagonal=1)
+    for model in (tiny_separable("prefix"), tiny_separable(), tiny_dense(), skipping):
         engines = open_engine(model), open_engine(model, "fast")
         generator = torch.Generator().manual_seed(0)
         noisy = torch.randn(2, *SHAPE.shape, generator=generator)
@@ -275,4 +323,4 @@ def test_graphs_give_the_same_frames(join, guidance):
     for _ in range(2):
         fast = stream(engine, spec, guidance=guidance)
         torch.testing.assert_close(fast, plain, atol=1e-3, rtol=0)
-    assert any("compiling" in line for line in told) and len(told) == 4
+    assert any("compiling" in line for line in told) and len(told) == 6

@@ -9,12 +9,15 @@ from scd.model.block import Block, BlockConfig
 from scd.model.build import build, num_parameters
 from scd.model.cache import CacheConfig
 from scd.model.separable import SeparableDiffuser
+from scd.model.skip import LayerSkip
 from scd.model.visibility import FrameCausal, TeacherForcing
 from scd.presets import preset
 from tests.tiny import ACTIONS, SHAPE, random_clips, random_conditions, tiny_dense, tiny_separable
 
 JOINS = ["token_concat", "token_concat_projected", "channel_concat", "add", "prefix"]
 BIASED = BlockConfig(width=32, head_dim=16, rotary_axes=(4, 6, 6), distance_bias=0.3)
+SKIP = LayerSkip(first=1, stop=3, below=0.5)
+"""Times of random clips lie on either side of it, within one batch too."""
 MODELS = {
     **{join: lambda join=join: tiny_separable(join) for join in JOINS},
     "no start frame": lambda: tiny_separable(start_frame=False),
@@ -30,6 +33,11 @@ MODELS = {
     "dense, clean estimate": lambda: tiny_dense(predict="clean"),
     "dense, distance bias": lambda: tiny_dense(block=BIASED),
     "dense, labels": lambda: tiny_dense(conditions=ConditionSpec(num_labels=3)),
+    "dense, skip": lambda: tiny_dense(skip=SKIP),
+    "dense, diagonal": lambda: tiny_dense(num_diagonal=1),
+    "dense, skip, diagonal, clean estimate": lambda: tiny_dense(
+        predict="clean", num_diagonal=2, skip=SKIP, block=BIASED
+    ),
 }
 
 

@@ -39,8 +39,8 @@ LAYERS = (
     (
         "model",
         "model.visibility model.attention model.block model.augment model.cache model.embed "
-        "model.encoder model.decoder model.sizes model.cost model.initialise model.pretrained "
-        "model.separable model.dense model.build",
+        "model.encoder model.decoder model.sizes model.skip model.cost model.initialise "
+        "model.pretrained model.separable model.dense model.build",
     ),
     ("objectives", "objective.denoise objective.score"),
     ("state of a run", "optim checkpoint"),

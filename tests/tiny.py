@@ -46,7 +46,9 @@ def tiny_separable(
     return shaken(build(config), amount)
 
 
-def tiny_dense(conditions=ACTIONS, predict="velocity", block=BLOCK, cache=None, amount=0.1):
+def tiny_dense(
+    conditions=ACTIONS, predict="velocity", block=BLOCK, cache=None, amount=0.1, **settings
+):
     config = DenseConfig(
         shape=SHAPE,
         block=block,
@@ -54,6 +56,7 @@ def tiny_dense(conditions=ACTIONS, predict="velocity", block=BLOCK, cache=None, 
         predict=predict,
         conditions=conditions,
         cache=cache or CacheConfig(window=16, num_sinks=1),
+        **settings,
     )
     return shaken(build(config), amount)
 

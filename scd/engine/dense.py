@@ -51,6 +51,7 @@ class FastDense(Engine):
         """
         model.eval()
         self.config, self.shape = model.config, model.shape
+        self.num_seeing, self.skip = model.config.num_seeing, model.config.skip
         self.needs_first_frame = model.needs_first_frame
         self.like = model.head.project.weight.detach().new_empty(0)
         self.device, self.dtype = self.like.device, self.like.dtype
@@ -77,7 +78,7 @@ class FastDense(Engine):
         cache = KVCache.for_blocks(
             self.config.cache.with_window(num_frames_in_memory),
             self.config.block,
-            len(self.blocks),
+            self.num_seeing,
             batch if clean is None else clean.shape[0],
             self.shape.num_tokens,
             self.like,
@@ -116,6 +117,7 @@ class FastDense(Engine):
         times: Sequence[float],
         solver: Solver = "euler",
         scale: float | None = None,
+        fresh: Tensor | None = None,
     ) -> Tensor:
         """Turn noise into frames; see interface.Engine. Between steps frames are float32."""
         modulations = self.modulations.at(times[:-1], context.conditions)
@@ -125,7 +127,8 @@ class FastDense(Engine):
             return self._velocity(context, patches, modulations[step[time]], time)
 
         patches = to_patches(noise.float(), self.shape.patch_size)
-        patches = solve(guided_velocity(velocity_at, scale), patches, times, solver)
+        new = None if fresh is None else to_patches(fresh.float(), self.shape.patch_size)
+        patches = solve(guided_velocity(velocity_at, scale), patches, times, solver, new)
         return from_patches(patches, self.shape).to(self.dtype)
 
     @torch.no_grad()
@@ -142,8 +145,19 @@ class FastDense(Engine):
         parts = split(modulation)
         x = self.embed(patches)
         for layer, block in enumerate(self.blocks):
-            x = self._run(block, layer, x, parts, context)
+            skipped = self._skipped(layer, time)
+            if skipped is True:
+                continue
+            after = self._run(block, layer, x, parts, context)
+            x = after if skipped is False else torch.where(skipped, x, after)
         return self.head(x, parts, patches, time)
+
+    def _skipped(self, layer: int, time: float | Tensor) -> bool | Tensor:
+        """Tell whether frames skip a layer: all, none, or which [f 1 1]."""
+        if self.skip is None or layer not in self.skip.layers:
+            return False
+        skipped = time < self.skip.below
+        return bool(skipped.all()) or skipped if isinstance(skipped, Tensor) else skipped
 
     def _run(
         self,
@@ -155,7 +169,10 @@ class FastDense(Engine):
     ) -> Tensor:
         part = parts[PARTS * layer : PARTS * (layer + 1)]
         q, k, v = block.queries_keys_values(x, part, context.turn, layer)
-        read = self.attend(q, *context.cache.write(layer, k, v), context.bias)
+        if layer < self.num_seeing:
+            read = self.attend(q, *context.cache.write(layer, k, v), context.bias)
+        else:
+            read = self.attend(q, k, v)
         return block.finish(x, read, part)
 
     @torch.no_grad()
@@ -165,8 +182,8 @@ class FastDense(Engine):
         context = self._place(state, conditions)
         parts = split(self.modulations.at((CLEAN_TIME,), conditions)[0])
         x = self.embed(to_patches(clean.float(), self.shape.patch_size))
-        last = len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks):
+        last = self.num_seeing - 1
+        for layer, block in enumerate(self.blocks[: last + 1]):
             if layer < last:
                 x = self._run(block, layer, x, parts, context)
                 continue

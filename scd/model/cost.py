@@ -6,11 +6,13 @@ pass, keys and values once where they are attended to, and activations stay on t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scd.model.decoder import DecoderConfig
 from scd.model.encoder import EncoderConfig
 from scd.model.sizes import Sizes
+from scd.model.skip import LayerSkip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,12 @@ class FrameCost:
     times and conditions alone, since the times of all steps are known."""
     step_bytes: int
     """Bytes that one denoising call moves."""
+    light_below: float = 0.0
+    """Steps at times below this are light: they skip layers. 0: none."""
+    light_flops: int = 0
+    """Operations that a light step saves."""
+    light_bytes: int = 0
+    """Bytes that a light step does not move."""
     memory_bytes: int
     """Bytes that the pass that writes the finished frame moves."""
     weight_bytes: int
@@ -74,15 +82,27 @@ class FrameCost:
     prefix_bytes: int
     """Keys and values that last for one frame (join "prefix")."""
 
-    def flops(self, num_steps: int) -> int:
-        """Return the operations of one frame of all streams."""
+    def flops(self, num_steps: int, times: Sequence[float] | None = None) -> int:
+        """Return the operations of one frame of all streams; see `bytes`."""
         once = self.encoder_flops + self.prepare_flops + self.memory_flops
-        return once + num_steps * self.step_flops
+        saved = self._num_light(num_steps, times) * self.light_flops
+        return once + num_steps * self.step_flops - saved
 
-    def bytes(self, num_steps: int) -> int:
-        """Return the least number of bytes that one frame of all streams moves."""
+    def bytes(self, num_steps: int, times: Sequence[float] | None = None) -> int:
+        """Return the least number of bytes that one frame of all streams moves.
+
+        Args:
+            num_steps: calls of the network that denoises.
+            times: of these calls; None: evenly spaced from 1. They matter if some skip layers.
+        """
         once = self.encoder_bytes + self.prepare_bytes + self.memory_bytes
-        return once + num_steps * self.step_bytes
+        saved = self._num_light(num_steps, times) * self.light_bytes
+        return once + num_steps * self.step_bytes - saved
+
+    def _num_light(self, num_steps: int, times: Sequence[float] | None) -> int:
+        if times is None:
+            times = [1 - step / num_steps for step in range(num_steps)]
+        return sum(time < self.light_below for time in times[:num_steps])
 
     @property
     def memory_needed(self) -> int:
@@ -188,16 +208,24 @@ def _align_parameters(sizes: Sizes, decoder: DecoderConfig) -> int:
     return (width + 3) * width if decoder.join == "token_concat_projected" else 0
 
 
-def dense_cost(sizes: Sizes, num_layers: int, load: Load) -> FrameCost:
+def dense_cost(
+    sizes: Sizes,
+    num_layers: int,
+    load: Load,
+    num_diagonal: int = 0,
+    skip: LayerSkip | None = None,
+) -> FrameCost:
     """Count a dense model's frame; DenseDiffuser.frame_cost states the formulas."""
+    num_seeing = num_layers - num_diagonal
     context = load.num_context_frames * sizes.tokens
-    blocks = sizes.block_flops(context)
-    step = sizes.embed_flops + sizes.time_flops + num_layers * blocks + sizes.head_flops
+    seeing, diagonal = sizes.block_flops(context), sizes.block_flops(sizes.tokens)
+    blocks = num_seeing * seeing + num_diagonal * diagonal
+    step = sizes.embed_flops + sizes.time_flops + blocks + sizes.head_flops
     remember = (
         sizes.embed_flops
         + sizes.time_flops
         + sizes.condition_flops
-        + (num_layers - 1) * blocks
+        + (num_seeing - 1) * seeing
         + sizes.keys_values_flops
     )
     maps = sizes.block_parameters - sizes.modulation_parameters
@@ -208,9 +236,13 @@ def dense_cost(sizes: Sizes, num_layers: int, load: Load) -> FrameCost:
         + sizes.output_modulation_parameters
     )
     last = 2 * (sizes.block.width + 1) * sizes.block.width + sizes.block.head_dim
-    remember_weights = sizes.embed_parameters + (num_layers - 1) * maps + last
-    remembered = load.num_encoded * num_layers * sizes.keys_values_size
-    cache = load.num_context_frames * remembered
+    remember_weights = sizes.embed_parameters + (num_seeing - 1) * maps + last
+    # Of one layer, for one frame.
+    remembered = load.num_encoded * sizes.keys_values_size
+    read = (load.num_context_frames - 1) * remembered
+    skipped = range(0) if skip is None else skip.layers
+    skipped_seeing = len([layer for layer in skipped if layer < num_seeing])
+    skipped_diagonal = len(skipped) - skipped_seeing
     size = load.bytes_per_value
     return FrameCost(
         encoder_flops=0,
@@ -220,11 +252,13 @@ def dense_cost(sizes: Sizes, num_layers: int, load: Load) -> FrameCost:
         encoder_bytes=0,
         prepare_bytes=size * time_weights,
         # The noisy frame's own keys and values need not leave the chip.
-        step_bytes=size * (step_weights + cache - remembered),
+        step_bytes=size * (step_weights + num_seeing * read),
+        light_below=0.0 if skip is None else skip.below,
+        light_flops=load.num_denoised * (skipped_seeing * seeing + skipped_diagonal * diagonal),
+        light_bytes=size * (len(skipped) * maps + skipped_seeing * read),
         # The older frames are read in all layers but the last, the new one written in all.
-        memory_bytes=size
-        * (remember_weights + (cache - remembered) * (num_layers - 1) // num_layers + remembered),
+        memory_bytes=size * (remember_weights + (num_seeing - 1) * read + num_seeing * remembered),
         weight_bytes=size * (step_weights + time_weights),
-        cache_bytes=size * cache,
+        cache_bytes=size * num_seeing * (read + remembered),
         prefix_bytes=0,
     )

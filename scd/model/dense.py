@@ -1,7 +1,8 @@
 """Dense causal diffuser, the baseline: causal attention in all layers, at every denoising step.
 
 It has every saving that the separable model has: a cache of clean frames, no mask where all is
-visible, one modulation per frame, no row that nobody reads. Source: paper, section 8 (FAR).
+visible, one modulation per frame, no row that nobody reads. Source: paper, section 8 (FAR); layers
+that are skipped or that see their own frame only: sections 5.4 and 5.5.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scd.clip import Conditions, ConditionSpec
+from scd.config import added
 from scd.flow import CLEAN_TIME
 from scd.model.attention import Rotary, attend, frame_positions, rotary_table
 from scd.model.augment import Augmentation
@@ -34,6 +36,7 @@ from scd.model.embed import (
 from scd.model.initialise import initialise
 from scd.model.pretrained import Pretrained
 from scd.model.sizes import Sizes
+from scd.model.skip import LayerSkip
 from scd.model.visibility import DistanceBias, FrameCausal, TeacherForcing, Visibility
 
 
@@ -53,10 +56,31 @@ class DenseConfig:
     """What steers the frames."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     """How much of the past a stream remembers."""
+    skip: LayerSkip | None = added(None)
+    """Layers that noisy frames pass by once they are nearly clean; None: none."""
+    num_diagonal: int = added(0)
+    """Last layers in which a frame sees itself only; nothing is remembered for them."""
 
     def __post_init__(self) -> None:
         if self.num_layers < 1:
             raise ValueError(f"num_layers must be 1 or more, got {self.num_layers}")
+        if not 0 <= self.num_diagonal < self.num_layers:
+            raise ValueError(
+                f"num_diagonal must leave one of {self.num_layers} layers that sees the past, "
+                f"got {self.num_diagonal}"
+            )
+        if self.skip is not None and (
+            self.skip.stop > self.num_layers or len(self.skip.layers) == self.num_layers
+        ):
+            raise ValueError(
+                f"skipped layers must be some of 0 .. {self.num_layers - 1}, not all, "
+                f"got {self.skip.first} .. {self.skip.stop - 1}"
+            )
+
+    @property
+    def num_seeing(self) -> int:
+        """Layers that see the past, the first ones."""
+        return self.num_layers - self.num_diagonal
 
 
 @dataclass(kw_only=True)
@@ -64,7 +88,7 @@ class DenseState:
     """A batch of streams: the clean frames so far."""
 
     cache: KVCache
-    """Keys and values of all clean frames."""
+    """Keys and values of all clean frames, of the layers that see the past."""
     next_frame: int
     """Position of the frame that comes next."""
 
@@ -132,9 +156,13 @@ class DenseDiffuser(nn.Module, Pretrained):
 
         Bytes: weights once per pass, those of times and conditions once per frame; 2 (C - 1) n d
         keys and values per layer read in every step, and 2 n d written once.
+
+        A diagonal layer: n keys in place of C n, no part in the pass that remembers, no memory. A
+        step that skips layers: those that are left.
         """
-        sizes = Sizes(shape=self.shape, block=self.config.block, conditions=self.config.conditions)
-        return dense_cost(sizes, self.config.num_layers, load)
+        config = self.config
+        sizes = Sizes(shape=self.shape, block=config.block, conditions=config.conditions)
+        return dense_cost(sizes, config.num_layers, load, config.num_diagonal, config.skip)
 
     def forward(
         self,
@@ -181,8 +209,9 @@ class DenseDiffuser(nn.Module, Pretrained):
             return attend(q, k, v, visible, bias)
 
         x = self.embed_frame(frames)
-        for block in self.blocks:
-            x = self._run(block, x, embedding, rotary, read)
+        for layer, block in enumerate(self.blocks):
+            reads = read if layer < self.config.num_seeing else self._read_own
+            x = self._kept(layer, time, x, self._run(block, x, embedding, rotary, reads))
         return self.head(x, embedding, frames, time)
 
     def _teacher_forced(
@@ -217,10 +246,14 @@ class DenseDiffuser(nn.Module, Pretrained):
         def read_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend(q, k, v, visible_past, bias_past)
 
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
+            if layer >= self.config.num_seeing:
+                after = self._run(block, x, embedding, rotary, self._read_own)
+                x = self._kept(layer, time, x, after)
+                continue
             past_inputs = (x_past, embedding_past, rotary_past)
-            if block is self.blocks[-1] or num_clean == 0:
+            if layer == self.config.num_seeing - 1 or num_clean == 0:
                 keys, values = block.keys_values(*past_inputs)
             else:
                 x_past, keys, values = self._run(block.with_keys_values, *past_inputs, read_past)
@@ -232,8 +265,22 @@ class DenseDiffuser(nn.Module, Pretrained):
                 keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
                 return attend(q, keys, values, visible, bias)
 
-            x = self._run(block, x, embedding, rotary, read)
+            x = self._kept(layer, time, x, self._run(block, x, embedding, rotary, read))
         return self.head(x, embedding, noisy, time)
+
+    def _read_own(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend within each frame: the attention of a diagonal layer."""
+        size = self.shape.num_tokens
+        num_frames = q.shape[2] // size
+        q, k, v = (rearrange(part, "b k (t n) e -> (b t) k n e", n=size) for part in (q, k, v))
+        return rearrange(attend(q, k, v), "(b t) k n e -> b k (t n) e", t=num_frames)
+
+    def _kept(self, layer: int, time: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """Return a layer's output [b t n d], but its input for noisy frames that skip it."""
+        skip = self.config.skip
+        if skip is None or layer not in skip.layers:
+            return after
+        return torch.where((time < skip.below)[..., None, None], before, after)
 
     def begin(
         self,
@@ -247,7 +294,7 @@ class DenseDiffuser(nn.Module, Pretrained):
         cache = KVCache.for_blocks(
             self.config.cache.with_window(num_frames_in_memory),
             self.config.block,
-            len(self.blocks),
+            self.config.num_seeing,
             batch if clean is None else clean.shape[0],
             self.shape.num_tokens,
             weight,
@@ -276,15 +323,25 @@ class DenseDiffuser(nn.Module, Pretrained):
         noisy: Float[Tensor, "b c h w"],
         time: Float[Tensor, " b"],
     ) -> Float[Tensor, "b c h w"]:
-        """Run all layers once, each over the whole memory and the noisy frame."""
+        """Run the layers once, each over the whole memory and the noisy frame, or itself only.
+
+        What all frames skip is not computed.
+        """
         embedding = self.embed_time(time[:, None])
         if context.steering is not None:
             embedding = embedding + context.steering
         bias = self._cache_bias(context.cache, [context.frame])
         x = self.embed_frame(noisy[:, None])
+        skip = self.config.skip
+        skipped = skip.layers if skip is not None and bool((time < skip.below).all()) else ()
         for layer, block in enumerate(self.blocks):
-            read = self._reader(context.cache, layer, None, bias)
-            x = block(x, embedding, context.rotary, read)
+            if layer in skipped:
+                continue
+            read = self._read_own
+            if layer < self.config.num_seeing:
+                read = self._reader(context.cache, layer, None, bias)
+            after = block(x, embedding, context.rotary, read)
+            x = self._kept(layer, time[:, None], x, after)
         return self.head(x, embedding, noisy[:, None], time[:, None])[:, 0]
 
     def observe(
@@ -313,9 +370,10 @@ class DenseDiffuser(nn.Module, Pretrained):
                 tokens_per_frame=self.shape.num_tokens,
             )
         x = self.embed_frame(clean)
-        for layer, block in enumerate(self.blocks):
+        last = self.config.num_seeing - 1
+        for layer, block in enumerate(self.blocks[: last + 1]):
             assert isinstance(block, Block)
-            if block is self.blocks[-1]:
+            if layer == last:
                 cache.write(layer, *block.keys_values(x, embedding, rotary))
             else:
                 x = block(x, embedding, rotary, self._reader(cache, layer, visible, bias))
