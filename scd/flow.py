@@ -1,21 +1,24 @@
 """Flow matching between a clean frame and noise: paths, times, schedules, solvers, guidance.
 
 Pure functions; the network is passed in as a callable. Time 0 is clean and 1 is noise, velocity is
-noise - clean. Source: paper, section 2.1 (training) and section 3 (sampling).
+noise - clean. Source: paper, section 2.1 (training), section 3 (sampling), section 6.4 (few steps).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Solver = Literal["euler", "heun"]
-"""Integrator of the denoising steps: see `solve`."""
+from scd.config import added
+
+Solver = Literal["euler", "heun", "renoise"]
+"""How the denoising steps lead from noise to a frame: see `solve`."""
 
 CLEAN_TIME = -1 / 1000
 """Time code of a frame that is known to be clean; just below every time that can be drawn.
@@ -32,13 +35,18 @@ class SamplingConfig:
 
     num_steps: int = 10
     """Denoising steps per frame."""
-    schedule: Literal["uniform", "shifted", "reference"] = "uniform"
-    """Times of the steps: evenly spaced; evenly spaced, then bent towards noise by `shift`; or the
-    release's grid from 1 to 0.001 and then 0."""
+    schedule: Literal["uniform", "shifted", "reference", "listed"] = "uniform"
+    """Times of the steps: evenly spaced; evenly spaced, then bent towards noise by `shift`; the
+    release's grid from 1 to 0.001 and then 0; or those of `times`."""
     shift: float = 1.0
     """Bend of the shifted schedule; above 1 spends more steps near noise. 1 elsewhere."""
     solver: Solver = "euler"
-    """Integrator: Euler takes one call of the network per step, Heun two."""
+    """Integrator: Euler takes one call of the network per step, Heun two. "renoise" is for models
+    distilled to few steps: each step ends at an estimate of the clean frame, and all but the last
+    mix it with fresh noise."""
+    times: tuple[float, ...] = added(())
+    """Of the schedule "listed": where each step begins, descending from 1; the last one ends at 0.
+    Empty elsewhere."""
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -47,6 +55,24 @@ class SamplingConfig:
             raise ValueError(f"shift must be positive, got {self.shift}")
         if self.schedule != "shifted" and self.shift != 1:
             raise ValueError(f"shift={self.shift} has no effect on schedule={self.schedule!r}")
+        if self.schedule == "listed":
+            self._check_times()
+        elif self.times:
+            raise ValueError(f"times={self.times} have no effect on schedule={self.schedule!r}")
+
+    def _check_times(self) -> None:
+        times = self.times
+        descend = all(later < earlier for earlier, later in pairwise(times))
+        if not times or times[0] != 1 or not descend or times[-1] <= 0:
+            raise ValueError(
+                "times must begin with 1, descend from each to the next and stay above 0, got "
+                f"{times}"
+            )
+        if len(times) != self.num_steps:
+            raise ValueError(
+                f"schedule 'listed' has {len(times)} times, one for each step: num_steps must be "
+                f"{len(times)}, got {self.num_steps}"
+            )
 
 
 def interpolate(
@@ -107,6 +133,8 @@ def schedule(sampling: SamplingConfig) -> Float[Tensor, " steps"]:
     "reference" is the release's grid, linspace(1000, 1, num_steps) / 1000 and then 0, whose last
     step is nearly wasted; it is kept for parity. Source: paper, section 3.
     """
+    if sampling.schedule == "listed":
+        return torch.tensor([*sampling.times, 0.0], dtype=torch.float64)
     if sampling.schedule == "reference":
         # Rounded to float32 as in the release: at 1000 its ticks are these to the last digit.
         grid = torch.linspace(1000, 1, sampling.num_steps, dtype=torch.float64) / 1000
@@ -120,8 +148,8 @@ def schedule(sampling: SamplingConfig) -> Float[Tensor, " steps"]:
 class Evaluation:
     """One call of the network on the way from noise to a frame, and what its velocity is for.
 
-    The next frame is that at the start of the step + gain * velocity + gain_before * the velocity
-    of the call before.
+    The next frame is keep * that at the start of the step + gain * velocity + gain_before * the
+    velocity of the call before + fresh * new noise.
     """
 
     index: int
@@ -132,19 +160,41 @@ class Evaluation:
     """Weight of the velocity before; 0: it is not used."""
     ends_step: bool = True
     """Whether the next frame is where the next step starts."""
+    keep: float = 1.0
+    """Weight of the frame at the start of the step."""
+    fresh: float = 0.0
+    """Weight of the step's own noise; 0: it has none."""
 
 
 def evaluations(times: Sequence[float], solver: Solver) -> list[Evaluation]:
     """List the calls of the network for one frame; see `solve`."""
     calls = []
-    for index, (time, next_time) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for index, (time, next_time) in enumerate(pairwise(times)):
         step = next_time - time
         if solver == "heun" and next_time > 0:
             calls.append(Evaluation(index=index, gain=step, ends_step=False))
             calls.append(Evaluation(index=index + 1, gain=step / 2, gain_before=step / 2))
+        elif solver == "renoise":
+            # The clean estimate, frame - time * velocity, on its way to other noise.
+            keep = 1 - next_time
+            calls.append(Evaluation(index=index, gain=-time * keep, keep=keep, fresh=next_time))
         else:
             calls.append(Evaluation(index=index, gain=step))
     return calls
+
+
+def num_fresh(times: Sequence[float], solver: Solver) -> int:
+    """Count the noises that `solve` needs besides the one it starts from."""
+    return sum(call.fresh > 0 for call in evaluations(times, solver))
+
+
+def check_fresh(fresh: Tensor | None, times: Sequence[float], solver: Solver) -> None:
+    """Refuse another number of fresh noises than the steps need (ValueError)."""
+    needed, given = num_fresh(times, solver), 0 if fresh is None else len(fresh)
+    if given != needed:
+        raise ValueError(
+            f"{len(times) - 1} steps of solver {solver!r} need {needed} fresh noises, got {given}"
+        )
 
 
 def solve(
@@ -152,24 +202,35 @@ def solve(
     noise: Float[Tensor, "..."],
     times: Sequence[float],
     solver: Solver = "euler",
+    fresh: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "..."]:
-    """Integrate a velocity field from noise to a clean frame.
+    """Lead frames from noise to clean ones by a velocity field.
 
     Args:
         velocity_at: network; takes noisy frames and a time in [0, 1].
         noise: standard normal frames.
         times: descending times, the first that of `noise`.
         solver: Euler is of order 1, Heun of order 2 (its last step to time 0 is an Euler step,
-            since a velocity at time 0 is not trained).
+            since a velocity at time 0 is not trained). "renoise" follows no path: each step goes to
+            the clean estimate at once and, but for the last, back to the next time with noise of
+            its own. Source: paper, section 7.1.
+        fresh: of "renoise": standard normal, one like `noise` for each step but the last.
+
+    Raises:
+        ValueError: another number of fresh noises than needed.
     """
+    check_fresh(fresh, times, solver)
     frames = start = noise
     before: Tensor | None = None
     for call in evaluations(times, solver):
         velocity = velocity_at(frames, times[call.index])
-        frames = start + call.gain * velocity
+        frames = (start if call.keep == 1 else call.keep * start) + call.gain * velocity
         if call.gain_before:
             assert before is not None
             frames = frames + call.gain_before * before
+        if call.fresh:
+            assert fresh is not None
+            frames = frames + call.fresh * fresh[call.index]
         before = velocity
         if call.ends_step:
             start = frames

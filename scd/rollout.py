@@ -17,7 +17,7 @@ from scd.checkpoint import World
 from scd.clip import Conditions
 from scd.engine.interface import Engine
 from scd.engine.plain import PlainEngine
-from scd.flow import SamplingConfig, schedule
+from scd.flow import SamplingConfig, num_fresh, schedule
 from scd.model.separable import SeparableConfig
 from scd.runtime import make_generator
 
@@ -71,6 +71,8 @@ class Draft:
     """Of the engine; of twice the batch with guidance."""
     noise: Tensor
     """Where denoising starts, [b c h w]."""
+    fresh: Tensor | None
+    """Noise of the steps, [steps b c h w]; None: they need none."""
     conditions: Conditions
     """Of the frame."""
 
@@ -276,7 +278,12 @@ class Rollout:
         """
         conditions = self._conditions(actions)
         noise = self._noise("frame", self.engine.shape.shape)
-        return Draft(context=self._context(conditions), noise=noise, conditions=conditions)
+        return Draft(
+            context=self._context(conditions),
+            noise=noise,
+            fresh=self._fresh(),
+            conditions=conditions,
+        )
 
     @torch.no_grad()
     def keep(self, draft: Draft, latent: Float[Tensor, "b c h w"]) -> None:
@@ -299,7 +306,7 @@ class Rollout:
     def _denoise(self, context: Any) -> Tensor:
         noise = self._noise("frame", self.engine.shape.shape)
         return self.engine.denoise(
-            context, noise, self.times, self.sampling.solver, self.guidance_scale
+            context, noise, self.times, self.sampling.solver, self.guidance_scale, self._fresh()
         )
 
     def _decode(self, latent: Tensor) -> Tensor:
@@ -386,7 +393,16 @@ class Rollout:
         return twin
 
     def _noise(self, use: NoiseUse, shape: tuple[int, ...]) -> Tensor:
-        noise = frame_noise(self.seed, self.num_frames, use, (self.batch, *shape))
+        return self._placed(frame_noise(self.seed, self.num_frames, use, (self.batch, *shape)))
+
+    def _fresh(self) -> Tensor | None:
+        number = num_fresh(self.times, self.sampling.solver)
+        if not number:
+            return None
+        shape = (self.batch, *self.engine.shape.shape)
+        return self._placed(step_noise(self.seed, self.num_frames, number, shape))
+
+    def _placed(self, noise: Tensor) -> Tensor:
         if self.engine.device.type == "cuda":
             # From pinned memory the copy does not wait for the frame before.
             noise = noise.pin_memory()
@@ -404,6 +420,15 @@ def frame_noise(seed: int, frame: int, use: NoiseUse, shape: tuple[int, ...]) ->
     shares its calls with others meets the same noise.
     """
     return torch.randn(*shape, generator=make_generator(seed, f"noise of a {use}", frame))
+
+
+def step_noise(seed: int, frame: int, number: int, shape: tuple[int, ...]) -> Tensor:
+    """Draw the noises with which the first steps of one frame end, [number *shape]; as frame_noise.
+
+    Fewer steps meet the first of the same draws.
+    """
+    generator = make_generator(seed, "noise of a step", frame)
+    return torch.stack([torch.randn(*shape, generator=generator) for _ in range(number)])
 
 
 class _Clock:

@@ -219,6 +219,7 @@ class Streams:
             rollout.times,
             rollout.sampling.solver,
             rollout.guidance_scale,
+            draft.fresh,
         )
         # Only now: a pass that is interrupted leaves the request where it was.
         del self._waiting[session]

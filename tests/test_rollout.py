@@ -13,7 +13,7 @@ from scd.data.source import DataCard
 from scd.engine.open import open_engine
 from scd.flow import SamplingConfig, schedule, solve
 from scd.model.cache import CacheConfig
-from scd.rollout import Guidance, Rollout, frame_noise
+from scd.rollout import Guidance, Rollout, frame_noise, step_noise
 from tests.tiny import SHAPE, tiny_dense, tiny_separable
 
 
@@ -63,9 +63,19 @@ def test_the_same_seed_is_the_same_stream(world):
     assert torch.equal(streams[0], streams[1]) and not torch.equal(streams[0], streams[2])
 
 
+FEW = {
+    "euler": SamplingConfig(num_steps=2),
+    "renoise": SamplingConfig(
+        num_steps=3, solver="renoise", schedule="listed", times=(1.0, 0.8, 0.4)
+    ),
+}
+
+
 @torch.no_grad()
-def test_a_step_is_context_then_solver_then_observe(world):
+@pytest.mark.parametrize("solver", list(FEW))
+def test_a_step_is_context_then_solver_then_observe(world, solver):
     frames, conditions = given()
+    world = replace(world, sampling=FEW[solver])
     rollout = Rollout(world, seed=3)
     rollout.begin(frames, conditions)
     streamed = play(rollout, 2)
@@ -76,15 +86,45 @@ def test_a_step_is_context_then_solver_then_observe(world):
         now = Conditions(actions=ACTIONS[:, index : index + 1])
         context = model.context(state, now)
         noise = frame_noise(3, 3 + index, "frame", (2, 3, 4, 6))
+        fresh = step_noise(3, 3 + index, 2, (2, 3, 4, 6)) if solver == "renoise" else None
         latent = solve(
             lambda x, t, context=context: model.velocity(context, x, torch.full((2,), t)),
             noise,
             schedule(world.sampling).tolist(),
+            world.sampling.solver,
+            fresh,
         )
         torch.testing.assert_close(
             streamed[:, index], autoencoder.decode(latent[:, None])[:, 0], atol=1e-5, rtol=0
         )
         model.observe(state, latent, now)
+
+
+def test_fewer_steps_meet_the_first_of_the_same_noise():
+    # 15 numbers: draws of such a size are where one long draw would differ from several.
+    shape = (1, 3, 5, 1)
+    many = step_noise(7, 4, 5, shape)
+    assert many.flatten(1).unique(dim=0).shape[0] == 5
+    for number in (1, 3):
+        assert torch.equal(step_noise(7, 4, number, shape), many[:number])
+    for seed, frame in ((8, 4), (7, 5)):
+        assert not torch.equal(step_noise(seed, frame, 5, shape), many)
+    assert not torch.equal(frame_noise(7, 4, "frame", shape), many[0])
+
+
+@pytest.mark.parametrize("kind", ["none", "conditions"])
+def test_few_steps_repeat_fork_and_follow_the_seed(world, kind):
+    guidance = Guidance(kind=kind, scale=1.0 if kind == "none" else 1.5)
+    streams = []
+    for seed in (0, 0, 1):
+        rollout = Rollout(world, FEW["renoise"], guidance, seed)
+        rollout.begin(*given())
+        first = rollout.generate(ACTIONS[:, :2], 2)
+        twin = rollout.fork()
+        rest = rollout.generate(ACTIONS[:, 2:], 3)
+        assert torch.equal(twin.generate(ACTIONS[:, 2:], 3), rest)
+        streams.append(torch.cat([first, rest], dim=1))
+    assert torch.equal(streams[0], streams[1]) and not torch.equal(streams[0], streams[2])
 
 
 def test_reset_goes_back_and_fork_goes_on(world):

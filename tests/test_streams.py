@@ -183,7 +183,7 @@ OPERATIONS = st.tuples(
     st.integers(0, 7),
     st.integers(0, 3),
     st.integers(1, 4),
-    st.sampled_from(["euler", "heun"]),
+    st.sampled_from(["euler", "heun", "renoise"]),
     st.sampled_from(list(GUIDED)),
 )  # fmt: skip
 
@@ -217,10 +217,11 @@ def test_a_session_has_the_frames_that_it_has_alone(join, window, max_rows, oper
 def test_every_engine_gives_the_frames_of_a_rollout(make, kind, precision):
     world, engine = make_world(make), make_engine(kind, precision, make)
     streams = Streams(world, engine)
-    kinds = ["none", "conditions"] + ["context_noise"] * (make is tiny_separable)
+    kinds = ["none", "conditions", "none"] + ["context_noise"] * (make is tiny_separable)
     diaries = []
     for number, guidance in enumerate(kinds):
-        sampling = SamplingConfig(num_steps=2 + number, solver=("euler", "heun")[number % 2])
+        solver = ("euler", "heun", "renoise", "renoise")[number]
+        sampling = SamplingConfig(num_steps=2 + number, solver=solver)
         session = streams.open(seed=number, sampling=sampling, guidance=GUIDED[guidance])
         diaries.append(Diary(session, 0, number, guidance))
     for index in (1, 3, 0):

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-Loop = Callable[[Tensor, Tensor], Tensor]
-"""From noisy patches [f n p] and modulations [times r parts d] to clean patches."""
+Loop = Callable[..., Tensor]
+"""From noisy patches [f n p], modulations [times r parts d] and fresh noise [steps f n p], which
+may be of no steps, to clean patches."""
 
 GRAPHS = 8
 """Graphs that are kept, one for each number of frames, schedule, solver and guidance scale."""
@@ -32,29 +33,29 @@ class LoopGraph:
     Everything else that the loop reads, such as contexts in their rows, must stay where it was.
     """
 
-    def __init__(self, loop: Loop, patches: Tensor, modulations: Tensor) -> None:
+    def __init__(self, loop: Loop, *inputs: Tensor) -> None:
         """Run the loop twice, as capturing demands, and capture it."""
         # The loop owns memory that the graph reads: it has to live as long.
         self.loop = loop
-        self.patches, self.modulations = patches.clone(), modulations.clone()
-        device = patches.device
+        self.inputs = tuple(one.clone() for one in inputs)
+        device = inputs[0].device
         # Capturing happens on the current device, which need not be that of the tensors.
         with torch.cuda.device(device):
             side, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
             side.wait_stream(here)
             with torch.cuda.stream(side):
                 for _ in range(2):
-                    loop(self.patches, self.modulations)
+                    loop(*self.inputs)
             here.wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             # Other threads may go on to use the GPU while this one captures.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.clean = loop(self.patches, self.modulations)
+                self.clean = loop(*self.inputs)
 
-    def __call__(self, patches: Tensor, modulations: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         """Run all steps."""
-        self.patches.copy_(patches)
-        self.modulations.copy_(modulations)
+        for held, given in zip(self.inputs, inputs, strict=True):
+            held.copy_(given)
         self.graph.replay()
         return self.clean.clone()
 
@@ -67,7 +68,9 @@ class LoopGraphs:
         self.report = report
         self._graphs: dict[tuple, LoopGraph] = {}
 
-    def run(self, key: tuple, loop: Loop, patches: Tensor, modulations: Tensor) -> Tensor:
+    def run(
+        self, key: tuple, loop: Loop, patches: Tensor, modulations: Tensor, fresh: Tensor
+    ) -> Tensor:
         """Run a loop through its graph; `key` names all that its arithmetic depends on."""
         if key not in self._graphs:
             if len(self._graphs) >= GRAPHS:
@@ -78,10 +81,10 @@ class LoopGraphs:
                 f"{modulations.shape[0]} steps: compiling and capturing; the compiled code is kept "
                 "for later runs"
             )
-            self._graphs[key] = LoopGraph(loop, patches, modulations)
+            self._graphs[key] = LoopGraph(loop, patches, modulations, fresh)
             torch.cuda.synchronize(patches.device)
             self.report(f"prepared in {time.perf_counter() - start:.1f} s")
-        return self._graphs[key](patches, modulations)
+        return self._graphs[key](patches, modulations, fresh)
 
     def clear(self) -> None:
         """Forget all graphs, because memory that they read has moved."""

@@ -56,6 +56,7 @@ class PlainEngine(Engine):
         times: Sequence[float],
         solver: Solver = "euler",
         scale: float | None = None,
+        fresh: Tensor | None = None,
     ) -> Tensor:
         """Turn noise into frames; see interface.Engine."""
 
@@ -64,7 +65,8 @@ class PlainEngine(Engine):
             time_of_each = noisy.new_full((noisy.shape[0],), time, dtype=torch.float64)
             return self.model.velocity(context, noisy, time_of_each)
 
-        return solve(guided_velocity(velocity_at, scale), noise.to(self.dtype), times, solver)
+        noise, fresh = noise.to(self.dtype), None if fresh is None else fresh.to(self.dtype)
+        return solve(guided_velocity(velocity_at, scale), noise, times, solver, fresh)
 
     @torch.no_grad()
     def velocity(self, context: Any, noisy: Tensor, time: Tensor) -> Tensor:

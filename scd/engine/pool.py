@@ -12,7 +12,7 @@ from torch import Tensor
 from scd.engine.decoder import DecoderRows
 from scd.engine.interface import Engine
 from scd.engine.separable import FastSeparable
-from scd.flow import Evaluation, Solver, evaluations, guide
+from scd.flow import Evaluation, Solver, check_fresh, evaluations, guide
 from scd.model.embed import from_patches, to_patches
 from scd.model.separable import SeparableConfig
 
@@ -29,6 +29,8 @@ class PoolFrame:
     """All calls of the network that it takes."""
     scale: float | None
     """Of the guidance; None: none."""
+    fresh: Tensor | None
+    """Noise of its steps, as patches [steps n p]; None: they need none."""
     rows: list[int]
     """Its rows of the pool now: one, or [unconditional, conditional]."""
     num_done: int = 0
@@ -104,12 +106,16 @@ class FramePool:
         times: Sequence[float],
         solver: Solver = "euler",
         scale: float | None = None,
+        fresh: Tensor | None = None,
     ) -> PoolFrame:
         """Put in a frame; see interface.Engine.denoise for the arguments, of one stream.
 
         Raises:
-            ValueError: there is no free row, or with guidance no two.
+            ValueError: there is no free row, or with guidance no two; or another number of fresh
+                noises than the steps need.
         """
+        check_fresh(fresh, times, solver)
+        patch_size = self.engine.shape.patch_size
         branches = 1 if scale is None else 2
         start, stop = self.num_rows, self.num_rows + branches
         if stop > self.max_rows:
@@ -119,10 +125,11 @@ class FramePool:
             times=times,
             calls=evaluations(times, solver),
             scale=scale,
+            fresh=None if fresh is None else to_patches(fresh[:, 0].float(), patch_size),
             rows=list(range(start, stop)),
         )
         self._calls.put(frame, start)
-        self._frames[start:stop] = to_patches(noise.float(), self.engine.shape.patch_size)
+        self._frames[start:stop] = to_patches(noise.float(), patch_size)
         self._starts[start:stop] = self._frames[start:stop]
         # Its weight is 0 where no call came before, but 0 * NaN is NaN.
         self._before[start:stop] = 0
@@ -137,11 +144,17 @@ class FramePool:
         used = slice(0, self.num_rows)
         velocity = self._guided(self._calls.velocity(self._frames[used], self._owners))
         calls = [frame.call for frame, _ in self._owners]
-        numbers = [[call.gain, call.gain_before, call.ends_step] for call in calls]
+        numbers = [
+            [call.keep, call.gain, call.gain_before, call.fresh, call.ends_step] for call in calls
+        ]
         weights = torch.tensor(numbers, device=self.engine.device)
-        gain, gain_before, ends_step = weights.t()[:, :, None, None]
+        keep, gain, gain_before, fresh, ends_step = weights.t()[:, :, None, None]
         # As in flow.solve, for all rows at once.
-        frames = self._starts[used] + gain * velocity + gain_before * self._before[used]
+        frames = keep * self._starts[used] + gain * velocity + gain_before * self._before[used]
+        renoised = [row for row, call in enumerate(calls) if call.fresh]
+        if renoised:
+            noise = torch.stack([_fresh_noise(self._owners[row][0]) for row in renoised])
+            frames[renoised] += fresh[renoised] * noise
         self._frames[used] = frames
         self._before[used] = velocity
         self._starts[used] = torch.where(ends_step.bool(), frames, self._starts[used])
@@ -179,6 +192,11 @@ class FramePool:
         )
         scale = torch.tensor(scales, device=velocity.device)[:, None, None]
         return guide(velocity[list(unconditional)], velocity[list(conditional)], scale)
+
+
+def _fresh_noise(frame: PoolFrame) -> Tensor:
+    assert frame.fresh is not None
+    return frame.fresh[frame.call.index]
 
 
 class _SharedCalls:
@@ -243,7 +261,8 @@ def pool_bytes(engine: Engine, max_rows: int) -> int:
 
     A frame is held 3 times in float32. A context is its tokens, n * d; or with the join "prefix"
     keys and values of both halves in each layer, 4 * layers * n * d. Each frame under way adds its
-    modulations, steps * parts * d, which are not counted: the steps are not known here.
+    modulations, steps * parts * d, and the noise of its steps, if they need any, which are not
+    counted: the steps are not known here.
     """
     shape, config = engine.shape, engine.config
     held = 3 * 4 * shape.num_tokens * shape.token_dim

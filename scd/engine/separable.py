@@ -121,6 +121,7 @@ class FastSeparable(Engine):
         times: Sequence[float],
         solver: Solver = "euler",
         scale: float | None = None,
+        fresh: Tensor | None = None,
     ) -> Tensor:
         """Turn noise into frames; see interface.Engine. Between steps frames are float32."""
         rows = self._put(context)
@@ -128,19 +129,20 @@ class FastSeparable(Engine):
         step = {time: index for index, time in enumerate(times)}
         tensors = self._as_tensors(tuple(times))
 
-        def loop(patches: Tensor, modulations: Tensor) -> Tensor:
+        def loop(patches: Tensor, modulations: Tensor, new: Tensor) -> Tensor:
             def velocity_at(patches: Tensor, time: float) -> Tensor:
                 index = step[time]
                 return self._step(rows, patches, modulations[index], tensors[index])
 
-            return solve(guided_velocity(velocity_at, scale), patches, times, solver)
+            return solve(guided_velocity(velocity_at, scale), patches, times, solver, new)
 
-        patches = to_patches(noise.float(), self.shape.patch_size)
+        fresh = noise.new_empty(0, *noise.shape) if fresh is None else fresh
+        patches, new = (to_patches(one.float(), self.shape.patch_size) for one in (noise, fresh))
         if self._graphs is None:
-            patches = loop(patches, modulations)
+            patches = loop(patches, modulations, new)
         else:
             key = (context.tokens.shape[0], tuple(times), solver, scale)
-            patches = self._graphs.run(key, loop, patches, modulations)
+            patches = self._graphs.run(key, loop, patches, modulations, new)
         return from_patches(patches, self.shape).to(self.dtype)
 
     def _as_tensors(self, times: Schedule) -> Tensor:
