@@ -8,6 +8,7 @@ A world folder holds `config.json` (format, model, autoencoder, data card, sampl
     step_000100/       a world folder of the averaged weights (EMA), and beside it
         raw.safetensors    the weights themselves
         optimizer.pt       state of the optimisers
+        companions.pt      networks trained beside the model, with their optimisers, if any
         progress.json      step, number of EMA updates, processes
     last               a text file that names the newest step folder
     lock               locked by the process that trains here
@@ -162,6 +163,7 @@ def save_step(
     optimizers: list[dict[str, Any]],
     progress: Progress,
     keep: int,
+    companions: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `step_<n>` of a run, point `last` at it and remove older ones.
 
@@ -172,6 +174,7 @@ def save_step(
         optimizers: state dict of each optimiser.
         progress: where the run stands.
         keep: how many of the newest steps stay, 1 or more.
+        companions: state of each network trained beside the model, by name; None: there is none.
 
     Raises:
         OSError: it could not be written, e.g. the disk is full; the earlier steps are untouched.
@@ -183,6 +186,8 @@ def save_step(
         _write_world(world, raw | dict(averaged), aside)
         _write_tensors(raw, aside / RAW_FILE)
         _guarded(lambda path: torch.save(optimizers, path), aside / "optimizer.pt")
+        if companions:
+            _guarded(lambda path: torch.save(companions, path), aside / "companions.pt")
         (aside / "progress.json").write_text(
             json.dumps(to_json(progress), indent=2) + "\n", encoding="utf-8"
         )
@@ -200,7 +205,19 @@ def load_optimizers(step_folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file is damaged or holds something else.
     """
-    path = step_folder / "optimizer.pt"
+    return _load_state(step_folder / "optimizer.pt")
+
+
+def load_companions(step_folder: Path) -> dict[str, Any]:
+    """Read the state of the networks trained beside the model; none where there is no such file.
+
+    Raises:
+        ValueError: the file is damaged or holds something else.
+    """
+    return _load_state(path) if (path := step_folder / "companions.pt").exists() else {}
+
+
+def _load_state(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:

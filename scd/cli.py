@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
@@ -22,8 +23,10 @@ from scd.bench.measure import BenchConfig, bench
 from scd.convert import ReferenceConfig, convert_reference
 from scd.data.record import DoomRecording, ToyRecording, record
 from scd.demo import DemoConfig, demo
+from scd.distill import DistillChoice, distillation
 from scd.evaluate import EvaluateConfig, evaluate, readable
 from scd.fit import fit_to_data, fit_window
+from scd.objective.distill import ConsistencyConfig
 from scd.plan import dry_run
 from scd.presets import PRESETS, preset
 from scd.run import TrainConfig
@@ -38,6 +41,7 @@ USAGE = """usage: scd COMMAND ...
   demo                      train a small world and its dense twin, and stream it (minutes)
   record toy|doom           record clips with actions
   train PRESET              train a model on clips
+  distill TEACHER           make a student of a few steps per frame from a trained model
   sample RUN                stream frames from a trained model
   evaluate RUN              measure a trained model on held-out clips
   bench                     seconds, memory and share of the machine's limit per frame
@@ -160,6 +164,18 @@ def _train(words: list[str]) -> None:
     Console().print(f"saved {train(config)}")
 
 
+def _distill(words: list[str]) -> None:
+    if any(word in ("-h", "--help") for word in words):
+        with suppress(SystemExit):
+            tyro.cli(DistillChoice, prog="scd distill", args=["--help"])
+        print("\nBesides, every field of the run, here as without a teacher:\n")
+        blank = TrainConfig(objective=ConsistencyConfig())
+        _parse(TrainConfig, ["--help"], "distill TEACHER", blank)
+    choice, rest = tyro.cli(DistillChoice, args=words, prog="scd distill", return_unknown_args=True)
+    config = _parse(TrainConfig, rest, f"distill {choice.teacher}", distillation(choice))
+    Console().print(f"saved {train(config)}")
+
+
 def _sample(words: list[str]) -> None:
     config = _parse(SampleConfig, _run_first(words), "sample")
     result = sample(config)
@@ -209,6 +225,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "record": _record,
     "train": _train,
+    "distill": _distill,
     "sample": _sample,
     "evaluate": _evaluate,
     "bench": _bench,

@@ -15,7 +15,7 @@ from scd.clip import Conditions
 from scd.config import to_json
 from scd.model.build import build, num_parameters
 from scd.model.visibility import forget
-from scd.objective.denoise import denoise
+from scd.objective.denoise import DenoiseConfig, denoise
 from scd.optim import parameter_groups
 from scd.run import TrainConfig, check_fit, check_window, open_loader
 
@@ -133,7 +133,13 @@ def count_micro_batch(config: TrainConfig) -> tuple[int, int]:
     Returns:
         Bytes that are kept between the passes, weights not included; floating-point operations of
         both passes.
+
+    Raises:
+        ValueError: the run distils a model: what that costs is not counted.
     """
+    objective = config.objective
+    if not isinstance(objective, DenoiseConfig):
+        raise ValueError(f"only denoising can be planned, got {type(objective).__name__}")
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -160,7 +166,7 @@ def count_micro_batch(config: TrainConfig) -> tuple[int, int]:
                         model,
                         clean,
                         _empty_conditions(config),
-                        config.objective,
+                        objective,
                         torch.Generator(),
                         model.needs_first_frame,
                     )

@@ -87,6 +87,7 @@ def _dense_twin(run: TrainConfig) -> TrainConfig:
         conditions=model.conditions,
         cache=replace(model.cache, num_sinks=1),
     )
+    assert isinstance(run.objective, DenoiseConfig)
     return replace(run, model=dense, objective=replace(run.objective, context_noise=0.0))
 
 

@@ -19,6 +19,7 @@ from scd.data.source import DataCard
 from scd.flow import SamplingConfig
 from scd.model.build import Diffuser, ModelConfig, SeparableConfig, build
 from scd.objective.denoise import DenoiseConfig
+from scd.objective.distill import ConsistencyConfig, RegressionConfig
 from scd.optim import OptimConfig
 from scd.runlog import Tracker
 from scd.runtime import Precision, derive_seed
@@ -27,6 +28,9 @@ Objective = Callable[
     [nn.Module, Batch, torch.Generator], tuple[Tensor, Mapping[str, Tensor | float]]
 ]
 """From the model, a batch of pixels and a generator of all draws to a loss and numbers to log."""
+
+ObjectiveConfig = DenoiseConfig | ConsistencyConfig | RegressionConfig
+"""What a model can learn to do."""
 
 FREE_FIELDS = (
     "out",
@@ -101,7 +105,7 @@ class TrainConfig:
     """Threads that read clips ahead."""
     model: ModelConfig = field(default_factory=SeparableConfig)
     """The network."""
-    objective: DenoiseConfig = field(default_factory=DenoiseConfig)
+    objective: ObjectiveConfig = field(default_factory=DenoiseConfig)
     """What it learns to do."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """How its weights move."""
@@ -145,9 +149,12 @@ def build_model(config: TrainConfig, card: DataCard) -> Diffuser:
 
 
 def check_window(config: TrainConfig) -> None:
-    """Refuse a memory that is longer than the clips of the training (ValueError)."""
+    """Refuse a memory that is longer than the clips of the training (ValueError).
+
+    A model that was trained before, and is only distilled, keeps the memory that it has.
+    """
     window = config.model.cache.window
-    if window > config.num_frames:
+    if window > config.num_frames and isinstance(config.objective, DenoiseConfig):
         raise ValueError(
             f"model.cache.window is {window}, but num_frames is {config.num_frames}: "
             "attention beyond num_frames is untrained"

@@ -13,7 +13,6 @@ from typing import Any, TextIO
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
 
 from scd.atomic import remove_leftovers, take_lock, write_file
 from scd.autoencoder.pixels import PixelAutoencoder
@@ -22,7 +21,6 @@ from scd.checkpoint import (
     Progress,
     World,
     last_step,
-    load_optimizers,
     load_progress,
     read_json,
     save_step,
@@ -30,13 +28,15 @@ from scd.checkpoint import (
 from scd.config import differences, from_json, to_json
 from scd.data.loader import Loader
 from scd.initial import load_initial
+from scd.learner import Learner, alone, build_learners
 from scd.model.build import num_parameters
 from scd.model.pretrained import WEIGHTS_FILE, load_weights
-from scd.optim import EMA, build_optimizers, parameter_groups
+from scd.optim import EMA
 from scd.results import command
 from scd.run import FREE_FIELDS, Objective, TrainConfig, build_model, open_loader
 from scd.runlog import RunLog
 from scd.runtime import describe_hardware, git_commit
+from scd.tasks import build_task
 
 SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
 """Accelerate's names of the ways to share the work that are supported: whole copies of the model.
@@ -102,8 +102,6 @@ class Run:
 
     config: TrainConfig
     """Its settings."""
-    objective: Objective
-    """What it minimises."""
     accelerator: Accelerator
     """Devices and processes."""
     folder: Path
@@ -114,10 +112,8 @@ class Run:
     """Its batches."""
     world: World
     """What is being made; `world.model` is the unwrapped network."""
-    model: nn.Module
-    """The network as accelerate wraps it."""
-    optimizers: list[Any]
-    """AdamW, and Muon if asked for."""
+    learners: list[Learner]
+    """Networks in the order in which a step trains them: companions, then the model."""
     ema: EMA
     """Averaged weights."""
     log: RunLog
@@ -132,9 +128,23 @@ class Run:
         """Number of this process."""
         return self.accelerator.process_index
 
+    @property
+    def updates_per_step(self) -> int:
+        """Updates of all networks in one step."""
+        return sum(learner.num_updates for learner in self.learners)
 
-def start_run(config: TrainConfig, objective: Objective) -> Run:
+    @property
+    def learner(self) -> Learner:
+        """The model with its loss and optimisers."""
+        return self.learners[-1]
+
+
+def start_run(config: TrainConfig, objective: Objective | None = None) -> Run:
     """Build all parts of a run, or take up the one in `config.out`.
+
+    Args:
+        config: the run.
+        objective: what to minimise; None: what `config.objective` says.
 
     Raises:
         ValueError, FileExistsError, OSError: as `train`.
@@ -172,13 +182,9 @@ def start_run(config: TrainConfig, objective: Objective) -> Run:
     if checkpoint is not None:
         load_weights(model, checkpoint / RAW_FILE)
         model.to(accelerator.device)
-    groups = parameter_groups(model, model.encoder_parameters(), config.optim)
-    optimizers = build_optimizers(groups, config.optim)
-    if checkpoint is not None:
-        for optimizer, state in zip(optimizers, load_optimizers(checkpoint), strict=True):
-            optimizer.load_state_dict(state)
     model.gradient_checkpointing = config.gradient_checkpointing
-    wrapped, *optimizers = accelerator.prepare(model, *optimizers)
+    task = alone(objective) if objective else build_task(config, model, ema, accelerator)
+    learners = build_learners(config, task, model, accelerator, checkpoint)
     accelerator.wait_for_everyone()
     lock = None
     if accelerator.is_main_process:
@@ -191,7 +197,6 @@ def start_run(config: TrainConfig, objective: Objective) -> Run:
     accelerator.wait_for_everyone()
     run = Run(
         config=config,
-        objective=objective,
         accelerator=accelerator,
         folder=folder,
         lock=lock,
@@ -202,8 +207,7 @@ def start_run(config: TrainConfig, objective: Objective) -> Run:
             card=loader.source.card,
             sampling=config.sampling,
         ),
-        model=wrapped,
-        optimizers=optimizers,
+        learners=learners,
         ema=ema,
         log=RunLog(
             folder,
@@ -240,9 +244,10 @@ def save(run: Run) -> None:
             num_processes=run.accelerator.num_processes,
             elapsed_s=run.clock.total_s,
         )
-        states = [optimizer.state_dict() for optimizer in run.optimizers]
+        states = [optimizer.state_dict() for optimizer in run.learner.optimizers]
         averaged, keep = run.ema.state_dict(), run.config.keep_checkpoints
-        folder = save_step(run.folder, run.world, averaged, states, progress, keep)
+        beside = {learner.name: learner.state() for learner in run.learners[:-1]}
+        folder = save_step(run.folder, run.world, averaged, states, progress, keep, beside)
         run.log.event("checkpoint", {"step": run.step, "folder": str(folder)})
     run.accelerator.wait_for_everyone()
 

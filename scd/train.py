@@ -8,20 +8,17 @@ bit. Source of the recipe: paper, section 2.5.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from scd.autoencoder.pixels import PixelAutoencoder
 from scd.clip import Batch
 from scd.held_out import read_held_out, sample, validate
-from scd.model.build import build
-from scd.objective.denoise import denoise
+from scd.learner import MODEL, Learner
 from scd.optim import lr_multiplier, set_lr
 from scd.run import Objective, TrainConfig
 from scd.running import Run, save, start_run
@@ -40,7 +37,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
 
     Args:
         config: the run.
-        objective: what to minimise; denoising by `config.objective` if None.
+        objective: what to minimise; as `config.objective` says if None.
 
     Returns:
         The run folder.
@@ -55,8 +52,8 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
     """
     with StopRequest(config.time_limit_s) as stop:
         held_out = read_held_out(config)
-        run = start_run(config, objective or denoising(config))
-        stream = run.loader.stream(run.step * config.num_accumulation)
+        run = start_run(config, objective)
+        stream = run.loader.stream(run.step * config.num_accumulation * run.updates_per_step)
         try:
             reason = _loop(run, stream, held_out, stop)
             run.log.event("end", {"step": run.step, "reason": reason or "all steps are done"})
@@ -80,30 +77,14 @@ def _loop(
 ) -> str:
     """Do the steps that are left; return why it stopped before the last one, or nothing."""
     config, clock = run.config, run.clock
-    sums: dict[str, Any] = {}
+    sums: dict[str, float] = {}
     for step in range(run.step, config.max_steps):
-        multiplier = lr_multiplier(config.optim, step, config.max_steps)
-        set_lr(run.optimizers, multiplier)
-        step_loss = torch.zeros((), device=run.accelerator.device)
-        for micro in range(config.num_accumulation):
-            with clock.waiting():
-                batch = next(stream).to(run.accelerator.device)
-            generator = make_generator(
-                config.seed, "train", run.rank, step, micro, device=run.accelerator.device
-            )
-            # Only the last micro-batch exchanges gradients between processes.
-            wait = micro < config.num_accumulation - 1
-            with run.accelerator.no_sync(run.model) if wait else nullcontext():
-                loss, logs = run.objective(run.model, batch, generator)
-                run.accelerator.backward(loss / config.num_accumulation)
-            step_loss += loss.detach() / config.num_accumulation
-            for name, value in logs.items():
-                sums[name] = sums.get(name, 0.0) + value / config.num_accumulation
-        report = _agree(run, step_loss, _clip(run), stop)
-        _refuse_non_finite(step, report)
-        for optimizer in run.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for learner in run.learners:
+            set_lr(learner.optimizers, lr_multiplier(learner.optim, step, config.max_steps))
+            for update in range(learner.num_updates):
+                report = _update(run, learner, step, update, stream, stop)
+                for name, value in report.logs.items():
+                    sums[name] = sums.get(name, 0.0) + value / learner.num_updates
         run.ema.update()
         run.step = step + 1
         clock.count_step()
@@ -111,7 +92,7 @@ def _loop(
 
         last = bool(report.reason) or run.step == config.max_steps
         if last or _due(run.step, config.log_every):
-            _log_step(run, sums, report.norm, multiplier)
+            _log_step(run, sums, report.norm)
             sums = {}
         with clock.away():
             if last or _due(run.step, config.save_every):
@@ -128,27 +109,46 @@ def _loop(
     return ""
 
 
-def denoising(config: TrainConfig) -> Objective:
-    """Return the objective of `config.objective`: denoising of encoded frames."""
-    autoencoder = PixelAutoencoder(config.autoencoder)
-    with torch.device("meta"):
-        needs_first_frame = build(config.model).needs_first_frame
+def _update(
+    run: Run,
+    learner: Learner,
+    step: int,
+    update: int,
+    stream: Generator[Batch, None, None],
+    stop: StopRequest,
+) -> _StepReport:
+    """Move one network once, by the gradients of as many batches as are accumulated."""
+    config, accelerator = run.config, run.accelerator
+    number = step * learner.num_updates + update
+    total = torch.zeros((), device=accelerator.device)
+    logs: dict[str, Tensor | float] = {}
+    for micro in range(config.num_accumulation):
+        with run.clock.waiting():
+            batch = next(stream).to(accelerator.device)
+        place = (learner.name, run.rank, number, micro)
+        own = make_generator(config.seed, *place, device=accelerator.device)
+        shared = make_generator(config.seed, f"{learner.name}, all processes", number, micro)
+        # Only the last micro-batch exchanges gradients between processes.
+        wait = micro < config.num_accumulation - 1
+        with accelerator.no_sync(learner.model) if wait else nullcontext():
+            loss, found = learner.loss(learner.model, batch, own, shared)
+            accelerator.backward(loss / config.num_accumulation)
+        total += loss.detach() / config.num_accumulation
+        for name, value in found.items():
+            logs[name] = logs.get(name, 0.0) + value / config.num_accumulation
+    report = _agree(run, total, _clip(run, learner), logs, stop)
+    _refuse_non_finite(step, learner, report)
+    learner.refuse(step, report.loss, report.logs)
+    for optimizer in learner.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return report
 
-    def objective(
-        model: nn.Module, batch: Batch, generator: torch.Generator
-    ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        clean = autoencoder.encode(batch.frames)
-        return denoise(
-            model, clean, batch.conditions, config.objective, generator, needs_first_frame
-        )
 
-    return objective
-
-
-def _clip(run: Run) -> Tensor:
+def _clip(run: Run, learner: Learner) -> Tensor:
     """Scale a long gradient down; return the norm that it had."""
-    limit = run.config.optim.clip_norm or math.inf
-    norm = run.accelerator.clip_grad_norm_(run.model.parameters(), limit)
+    limit = learner.optim.clip_norm or math.inf
+    norm = run.accelerator.clip_grad_norm_(learner.model.parameters(), limit)
     assert norm is not None
     return norm
 
@@ -161,33 +161,45 @@ class _StepReport:
     """Mean over processes."""
     norm: float
     """Of the gradient, before clipping."""
+    logs: dict[str, float]
+    """Numbers to log, means over processes."""
     reason: str
     """Why to stop after this step; empty if not."""
     hurry: bool
     """Whether to stop at once, with no more than a checkpoint."""
 
 
-def _agree(run: Run, loss: Tensor, norm: Tensor, stop: StopRequest) -> _StepReport:
-    """Exchange loss and wishes to stop: the only wait for the device in a step."""
+def _agree(
+    run: Run, loss: Tensor, norm: Tensor, logs: dict[str, Tensor | float], stop: StopRequest
+) -> _StepReport:
+    """Exchange numbers and wishes to stop: the only wait for the device in an update."""
     reason, hurry = stop.reason, bool(stop.signal_name)
-    wishes = norm.new_tensor([float(bool(reason)), float(hurry)])
-    numbers = torch.cat([torch.stack([loss, norm]).float(), wishes])
+    wishes = [float(bool(reason)), float(hurry)]
+    values = [loss, norm, *wishes, *logs.values()]
+    numbers = torch.stack([torch.as_tensor(value, device=norm.device).float() for value in values])
     if run.accelerator.num_processes > 1:
         numbers = torch.as_tensor(run.accelerator.reduce(numbers, "mean"))
-    mean_loss, mean_norm, stopping, hurrying = numbers.tolist()
+    mean_loss, mean_norm, stopping, hurrying, *means = numbers.tolist()
     if stopping and not reason:
         reason = "another process stopped"
     if hurrying and not hurry:
         # A signal to one process interrupts all.
         stop.signal_name = "SIGTERM"
-    return _StepReport(loss=mean_loss, norm=mean_norm, reason=reason, hurry=bool(hurrying))
+    return _StepReport(
+        loss=mean_loss,
+        norm=mean_norm,
+        logs=dict(zip(logs, means, strict=True)),
+        reason=reason,
+        hurry=bool(hurrying),
+    )
 
 
-def _refuse_non_finite(step: int, report: _StepReport) -> None:
+def _refuse_non_finite(step: int, learner: Learner, report: _StepReport) -> None:
     if not (math.isfinite(report.loss) and math.isfinite(report.norm)):
+        whose = "" if learner.name == MODEL else f" of the {learner.name}"
         raise ValueError(
-            f"step {step}: the loss is {report.loss} and the norm of the gradient {report.norm}, "
-            "but both must be finite: stopped before the weights moved"
+            f"step {step}: the loss{whose} is {report.loss} and the norm of the gradient "
+            f"{report.norm}, but both must be finite: stopped before the weights moved"
         )
 
 
@@ -195,11 +207,12 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _log_step(run: Run, sums: dict[str, Any], norm: float, multiplier: float) -> None:
+def _log_step(run: Run, sums: dict[str, float], norm: float) -> None:
+    multiplier = lr_multiplier(run.config.optim, run.step - 1, run.config.max_steps)
     run.log.event(
         "step",
         {"step": run.step}
-        | {name: float(total) / run.clock.num_steps for name, total in sums.items()}
+        | {name: total / run.clock.num_steps for name, total in sums.items()}
         | {"grad_norm": norm, "lr": run.config.optim.lr * multiplier}
         | run.clock.read()
         | {"memory_gib": peak_memory_gib(run.accelerator.device)},

@@ -16,7 +16,8 @@ from scd.optim import OptimConfig
 from scd.run import TrainConfig
 from scd.runlog import read_log
 from scd.runtime import make_generator
-from scd.train import denoising, train
+from scd.tasks import denoising
+from scd.train import train
 
 
 @pytest.fixture

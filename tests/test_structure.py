@@ -42,7 +42,7 @@ LAYERS = (
         "model.encoder model.decoder model.sizes model.skip model.cost model.initialise "
         "model.pretrained model.separable model.dense model.build",
     ),
-    ("objectives", "objective.denoise objective.score"),
+    ("objectives", "objective.denoise objective.distill objective.score"),
     ("state of a run", "optim checkpoint"),
     (
         "engine",
@@ -55,8 +55,8 @@ LAYERS = (
         "measurement",
         "metrics.image metrics.memory media plots predict evaluate sample side_by_side page report",
     ),
-    ("trainer", "run initial running fit held_out train plan"),
-    ("named runs", "presets"),
+    ("trainer", "run initial learner tasks running fit held_out train plan"),
+    ("named runs", "presets distill"),
     (
         "benchmark",
         "bench.limits bench.models bench.case bench.stream bench.crowd bench.timing bench.card "

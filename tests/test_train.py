@@ -28,7 +28,8 @@ from scd.results import command
 from scd.run import TrainConfig
 from scd.runlog import read_log
 from scd.stopping import Interrupted
-from scd.train import denoising, train
+from scd.tasks import denoising
+from scd.train import train
 
 SMALL = BlockConfig(width=16, head_dim=16, rotary_axes=(4, 6, 6), initial_gate=0.5)
 CONDITIONS = open_source("toy:32", "train").card.conditions

@@ -113,11 +113,7 @@ def denoise(
     noise = augment.noise_like(target)
     noisy = interpolate(target, noise, time)
     if config.history == "clean":
-        history = clean
-        if config.history_noise > 0:
-            amount = torch.rand(clean.shape[:2], generator=generator, device=generator.device)
-            amount = config.history_noise * amount.to(clean.device)[..., None, None, None]
-            history = clean + amount * augment.noise_like(clean)
+        history = noisy_history(clean, config.history_noise, augment)
         velocity = model(history, noisy, time, conditions, augment)
         given = torch.zeros_like(time, dtype=torch.bool)
     else:
@@ -134,6 +130,18 @@ def denoise(
         given[:, :, -num_targets:],
     )
     return loss, {"loss": loss.detach()}
+
+
+def noisy_history(
+    clean: Float[Tensor, "b t c h w"], strength: float, augment: Augmentation
+) -> Float[Tensor, "b t c h w"]:
+    """Add noise to a clean history, of a deviation that is drawn for each frame from 0 to this."""
+    if strength == 0:
+        return clean
+    generator = augment.generator
+    amount = torch.rand(clean.shape[:2], generator=generator, device=generator.device)
+    amount = strength * amount.to(clean.device)[..., None, None, None]
+    return clean + amount * augment.noise_like(clean)
 
 
 def velocity_loss(

@@ -1,0 +1,92 @@
+"""A distillation run from a trained teacher: what the teacher decides, and named sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import tyro
+
+from scd.checkpoint import load_world
+from scd.flow import SamplingConfig
+from scd.objective.distill import ConsistencyConfig, RegressionConfig
+from scd.optim import OptimConfig
+from scd.run import ObjectiveConfig, TrainConfig
+
+Method = Literal["consistency", "regression"]
+"""How a student learns: see `scd.objective.distill`."""
+Size = Literal["toy", "doom"]
+"""Named sizes of a distillation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillChoice:
+    """What a distillation run is made from, before any of its fields is changed."""
+
+    teacher: tyro.conf.Positional[str]
+    """World, run or step folder to learn from."""
+    data: str = "toy:32"
+    """Clips to learn on, as in `scd train`."""
+    initial: str = ""
+    """Run or world whose weights the student starts from, and whose model it is; empty: the
+    teacher."""
+    steps: int = 4
+    """Denoising steps per frame of the student."""
+    method: Method = "consistency"
+    """How it learns: consistency with the teacher's path; or regression, the plain baseline."""
+    preset: Size | None = None
+    """Sizes of clips, batches and steps; None: toy for the toy world, doom for any other data."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be 1 or more, got {self.steps}")
+
+    @property
+    def size(self) -> Size:
+        """The preset that is meant."""
+        return self.preset or ("toy" if self.data.startswith("toy:") else "doom")
+
+
+def distillation(choice: DistillChoice) -> TrainConfig:
+    """Return the run that a choice means: an ordinary run, whose every field may be changed.
+
+    Raises:
+        FileNotFoundError: there is no teacher, or nothing to start from.
+        ValueError: a folder is damaged.
+    """
+    start = choice.initial or choice.teacher
+    world = load_world(start)
+    run = TrainConfig(
+        data=choice.data,
+        out=f"runs/out/{choice.method}-{choice.steps}",
+        initial=start,
+        precision="bf16",
+        ema_decay=0.99,
+        validate_every=0,
+        model=world.model.config,
+        autoencoder=world.autoencoder.config,
+        objective=_objective(choice),
+        sampling=SamplingConfig(num_steps=choice.steps, solver="renoise"),
+        optim=OptimConfig(
+            optimizer="muon",
+            lr=3e-4,
+            muon_lr=2e-3,
+            decoder_lr_ratio=1.0,
+            warmup_steps=20,
+            decay_fraction=0.5,
+        ),
+    )
+    return replace(run, **SIZES[choice.size])
+
+
+def _objective(choice: DistillChoice) -> ObjectiveConfig:
+    if choice.method == "regression":
+        return RegressionConfig()
+    return ConsistencyConfig(teacher=choice.teacher)
+
+
+SIZES: dict[Size, dict[str, int]] = {
+    "toy": {"max_steps": 500, "batch_size": 4, "num_frames": 16, "sample_every": 500},
+    "doom": {"max_steps": 600, "batch_size": 4, "num_frames": 16, "sample_every": 300},
+}
+"""Fields of a run by preset, for a few minutes on one CPU core."""

@@ -1,0 +1,171 @@
+"""Settings of an objective -> what a run minimises, with the networks that this takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from scd.autoencoder.pixels import PixelAutoencoder
+from scd.checkpoint import World, load_world
+from scd.clip import Batch, Conditions
+from scd.flow import schedule
+from scd.learner import Loss, Task, alone
+from scd.model.build import Diffuser, build
+from scd.objective.denoise import DenoiseConfig, Network, denoise
+from scd.objective.distill import (
+    ConsistencyConfig,
+    RegressionConfig,
+    consistency_loss,
+    guided,
+    regression_loss,
+)
+from scd.optim import EMA
+from scd.run import Objective, TrainConfig
+
+Autocast = Callable[[], AbstractContextManager[None]]
+"""Makes a context in which networks run at the run's precision."""
+
+
+def build_task(config: TrainConfig, model: Diffuser, ema: EMA, accelerator: Accelerator) -> Task:
+    """Return what a run minimises.
+
+    Args:
+        config: the run.
+        model: its model, on its device.
+        ema: the model's averaged weights.
+        accelerator: device and precision.
+
+    Raises:
+        FileNotFoundError: there is no teacher.
+        ValueError: the teacher works on other latents or conditions than the model.
+    """
+    objective = config.objective
+    if isinstance(objective, DenoiseConfig):
+        return alone(denoising(config))
+    if isinstance(objective, RegressionConfig):
+        return alone(regressing(config, objective))
+    teacher = load_teacher(config, objective.teacher, accelerator.device)
+    return Task(
+        loss=following(config, objective, model, ema, teacher, lambda: accelerator.autocast()),
+        min_spread=objective.min_spread,
+    )
+
+
+def denoising(config: TrainConfig) -> Objective:
+    """Return the objective of `config.objective`: denoising of encoded frames."""
+    objective = config.objective
+    assert isinstance(objective, DenoiseConfig)
+    autoencoder, needs_first_frame = _frames_of(config)
+
+    def loss(
+        model: nn.Module, batch: Batch, generator: torch.Generator
+    ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        clean = autoencoder.encode(batch.frames)
+        return denoise(model, clean, batch.conditions, objective, generator, needs_first_frame)
+
+    return loss
+
+
+def regressing(config: TrainConfig, objective: RegressionConfig) -> Objective:
+    """Return the regression of encoded frames at the times of the run's own schedule."""
+    autoencoder, needs_first_frame = _frames_of(config)
+    times = schedule(config.sampling).tolist()[:-1]
+
+    def loss(
+        model: nn.Module, batch: Batch, generator: torch.Generator
+    ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        clean = autoencoder.encode(batch.frames)
+        return regression_loss(
+            model, clean, batch.conditions, times, objective, generator, needs_first_frame
+        )
+
+    return loss
+
+
+def following(
+    config: TrainConfig,
+    objective: ConsistencyConfig,
+    model: Diffuser,
+    ema: EMA,
+    teacher: Diffuser,
+    autocast: Autocast,
+) -> Loss:
+    """Return consistency with the teacher's path."""
+    autoencoder, needs_first_frame = _frames_of(config)
+    leader = guided(running(teacher, autocast), objective.guidance)
+
+    def averaged(*inputs: Tensor | Conditions) -> Tensor:
+        return functional_call(model, ema.state_dict(), inputs)
+
+    target = running(averaged if objective.target == "average" else model, autocast)
+
+    def loss(
+        student: nn.Module, batch: Batch, own: torch.Generator, _shared: torch.Generator
+    ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        return consistency_loss(
+            student,
+            target,
+            leader,
+            autoencoder.encode(batch.frames),
+            batch.conditions,
+            objective,
+            own,
+            needs_first_frame,
+        )
+
+    return loss
+
+
+def running(network: Network, autocast: Autocast) -> Network:
+    """Return a network that is not wrapped, run at the run's precision as if it were.
+
+    Each call has a context of its own: copies of weights that a context made without gradient
+    must not serve a later call with gradient.
+    """
+
+    def run(*inputs: Tensor | Conditions) -> Tensor:
+        with autocast():
+            return network(*inputs).float()
+
+    return run
+
+
+def load_teacher(config: TrainConfig, path: str, device: torch.device) -> Diffuser:
+    """Load a teacher whose weights stay as they are.
+
+    Raises:
+        FileNotFoundError: no world is there.
+        ValueError: it works on other latents or conditions than the run's model.
+    """
+    if not path:
+        raise ValueError("objective.teacher must name the run or world to learn from")
+    world = load_world(path, device=device)
+    check_teacher(config, world, path)
+    return world.model.requires_grad_(False)
+
+
+def check_teacher(config: TrainConfig, teacher: World, path: str) -> None:
+    """Refuse a teacher of other latents or conditions (ValueError, with both)."""
+    theirs, ours = teacher.model.config, config.model
+    for what, their, our in (
+        ("latent frames (channels, rows, columns)", theirs.shape.shape, ours.shape.shape),
+        ("latents of the autoencoder", teacher.autoencoder.config, config.autoencoder),
+        ("conditions", theirs.conditions, ours.conditions),
+    ):
+        if their != our:
+            raise ValueError(
+                f"the teacher {path} and the student must work on the same {what}: "
+                f"got {their} and {our}"
+            )
+
+
+def _frames_of(config: TrainConfig) -> tuple[PixelAutoencoder, bool]:
+    """Return the autoencoder, and whether the model must be given a first frame."""
+    with torch.device("meta"):
+        needs_first_frame = build(config.model).needs_first_frame
+    return PixelAutoencoder(config.autoencoder), needs_first_frame
