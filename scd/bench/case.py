@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from scd.bench.models import Subject, find_subject
 from scd.engine.interface import EngineKind
+from scd.flow import SamplingConfig, evaluations, schedule
 from scd.model.build import frame_cost
 from scd.model.cost import FrameCost, Load
 from scd.model.decoder import Join
@@ -30,7 +31,7 @@ class Case:
     context: int = 16
     """Frames of the full window."""
     steps: int = 10
-    """Denoising steps per frame."""
+    """Denoising steps per frame, with the schedule and solver of a trained world."""
     batch: int = 1
     """Streams that are stepped together."""
     sessions: int = 1
@@ -52,6 +53,16 @@ class Case:
         return find_subject(self.model, self.join)
 
     @property
+    def sampling(self) -> SamplingConfig:
+        """How a frame is denoised."""
+        return replace(self.subject.sampling, num_steps=self.steps)
+
+    @property
+    def num_calls(self) -> int:
+        """Calls of the network per frame: with most solvers one in each step."""
+        return len(evaluations(schedule(self.sampling).tolist(), self.sampling.solver))
+
+    @property
     def title(self) -> str:
         """The case in words, for people."""
         words = [self.model, self.engine, *([self.join] if self.join else []), self.precision]
@@ -63,9 +74,12 @@ class Case:
         """Refuse what the model cannot do.
 
         Raises:
-            ValueError: a context beyond its window, or guidance that it cannot give.
+            ValueError: a context beyond its window, guidance that it cannot give, or another
+                number of steps than its schedule lists.
         """
         config = subject.config
+        # Refuses another number of steps than a schedule lists.
+        replace(subject.sampling, num_steps=self.steps)
         if self.context > config.cache.window:
             raise ValueError(
                 f"context {self.context} is longer than the window of {self.model}, "
@@ -113,7 +127,7 @@ WORDS: dict[str, tuple[str, ...]] = {
 
 
 def make_case(values: Mapping[str, Any]) -> Case:
-    """Make a case of words and numbers by field.
+    """Make a case of words and numbers by field; without steps, a trained world has its own.
 
     Raises:
         ValueError: an unknown word, or what the model cannot do.
@@ -122,6 +136,9 @@ def make_case(values: Mapping[str, Any]) -> Case:
         value = values.get(name)
         if value is not None and value not in choices:
             raise ValueError(f"unknown {name} {value!r}; there are {', '.join(choices)}")
+    values = dict(values)
+    if values.get("steps") is None:
+        values["steps"] = find_subject(values["model"]).sampling.num_steps
     return Case(**values)
 
 

@@ -15,6 +15,7 @@ from scd.bench.card import LimitsOfDevice, RowFile, card, print_card
 from scd.bench.case import Case, numbers, parse_case
 from scd.bench.stream import TimedStreams
 from scd.bench.timing import Effort, warm_up, whole_and_denoise
+from scd.config import to_json
 from scd.device_memory import check_free, out_of_memory_named, release
 from scd.engine.interface import EngineKind
 from scd.model.separable import SeparableConfig
@@ -42,8 +43,8 @@ class CompareConfig:
     """The second, such as "model=scd-m engine=fast join=prefix"."""
     context: str = "16"
     """Frames of the full window, where a spec says nothing; a list compares at each."""
-    steps: str = "10"
-    """Denoising steps per frame, likewise."""
+    steps: str = ""
+    """Denoising steps per frame, likewise. Empty: as each trained world says, 10 for all else."""
     batch: str = "1"
     """Streams that are stepped together, likewise."""
     precision: Precision = "fp32"
@@ -107,7 +108,7 @@ def pairs_of(config: CompareConfig) -> list[tuple[Case, Case]]:
     """
     pairs: dict[tuple[Case, Case], None] = {}
     for context in numbers("context", config.context):
-        for steps in numbers("steps", config.steps):
+        for steps in numbers("steps", config.steps) if config.steps else [None]:
             for batch in numbers("batch", config.batch):
                 defaults = {
                     "context": context,
@@ -149,13 +150,14 @@ def compare_pair(
     result: dict[str, Any] = {}
     for name, case in (("a", a), ("b", b)):
         cost, denoise_s = case.cost(), median(denoise[name])
-        least_s = limits.at(case.precision).seconds(cost.flops(case.steps), cost.bytes(case.steps))
+        flops, num_bytes = cost.flops(case.num_calls), cost.bytes(case.num_calls)
+        least_s = limits.at(case.precision).seconds(flops, num_bytes)
         result[name] = {
             **_described(case),
             "seconds_per_frame_median": median(seconds[name]),
             "denoise_s": denoise_s,
-            "flops_per_frame": cost.flops(case.steps),
-            "bytes_per_frame": cost.bytes(case.steps),
+            "flops_per_frame": flops,
+            "bytes_per_frame": num_bytes,
             "fraction_of_limit": least_s / denoise_s / (case.batch * case.sessions),
         }
     ratios = [one / two for one, two in zip(seconds["a"], seconds["b"], strict=True)]
@@ -190,7 +192,7 @@ def _take_turns(
 def _described(case: Case) -> dict[str, Any]:
     subject = case.subject
     join = subject.config.decoder.join if isinstance(subject.config, SeparableConfig) else None
-    return {**asdict(case), "join": join, "note": subject.note}
+    return {**asdict(case), "join": join, "sampling": to_json(case.sampling), "note": subject.note}
 
 
 def readable(result: Mapping[str, Any]) -> str:

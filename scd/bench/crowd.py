@@ -17,7 +17,6 @@ from scd.checkpoint import World
 from scd.clip import Conditions
 from scd.data.source import DataCard
 from scd.engine.open import open_engine
-from scd.flow import SamplingConfig
 from scd.rollout import Guidance
 from scd.runtime import DTYPES, make_generator
 from scd.session import Session
@@ -72,8 +71,7 @@ class TimedSessions:
             conditions=spec,
             action_names=tuple(map(str, range(spec.num_actions or spec.action_dim))),
         )
-        sampling = SamplingConfig(num_steps=case.steps)
-        world = World(model, autoencoder or NoAutoencoder(), card, sampling)
+        world = World(model, autoencoder or NoAutoencoder(), card, case.sampling)
         rows = case.sessions * (1 if case.guidance == "none" else 2)
         self.streams = Streams(world, engine, max_rows=rows, window=case.context)
         self.generator = make_generator(0, "bench", device=device)

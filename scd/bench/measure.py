@@ -12,15 +12,19 @@ import tyro
 
 from scd.bench.card import LimitsOfDevice, RowFile, card, print_card
 from scd.bench.case import Case, every_case, names, numbers
-from scd.bench.models import find_subject
+from scd.bench.models import Subject, find_subject
 from scd.bench.stream import TimedStreams
 from scd.bench.timing import TIMED, Effort, time_case
+from scd.config import to_json
 from scd.device_memory import OutOfMemory, release
 from scd.model.separable import SeparableConfig
 from scd.runtime import choose_device
 
 DEFAULT_CONTEXTS = "16,64,144,300"
 """Contexts where none are asked for, as far as they fit into the model's window."""
+
+DEFAULT_STEPS = "1,4,10,50"
+"""Denoising steps where none are asked for, of models that are not trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,8 @@ class BenchConfig:
     """Presets (scd train), wan-1.3b, wan-1.3b-dense, or folders of runs or worlds."""
     context: str = ""
     """Frames of the full window. Empty: those of 16,64,144,300 that fit, or the window itself."""
-    steps: str = "1,4,10,50"
-    """Denoising steps per frame."""
+    steps: str = ""
+    """Denoising steps per frame. Empty: as each trained world says, 1,4,10,50 for all else."""
     batch: str = "1"
     """Streams that are stepped together."""
     sessions: str = "1"
@@ -120,7 +124,7 @@ def cases_of(config: BenchConfig) -> list[Case]:
                 "batch": numbers("batch", config.batch),
                 "sessions": numbers("sessions", config.sessions),
                 "context": _contexts(config.context, subjects[model].config.cache.window),
-                "steps": numbers("steps", config.steps),
+                "steps": _steps(config.steps, subjects[model]),
                 "join": joins if joins and model in separable else [None],
                 "engine": names("engine", config.engine),
             }
@@ -132,6 +136,12 @@ def _contexts(text: str, window: int) -> Sequence[int]:
     if text:
         return numbers("context", text)
     return [c for c in numbers("context", DEFAULT_CONTEXTS) if c <= window] or [window]
+
+
+def _steps(text: str, subject: Subject) -> Sequence[int]:
+    if not text and subject.folder is not None:
+        return [subject.sampling.num_steps]
+    return numbers("steps", text or DEFAULT_STEPS)
 
 
 def warm_process(cases: Sequence[Case], device: torch.device) -> None:
@@ -166,6 +176,7 @@ def row_of(
     return {
         **asdict(case),
         "join": join,
+        "sampling": to_json(case.sampling),
         **measured,
         "limits": asdict(limits.at(case.precision)),
         "note": subject.note,

@@ -5,7 +5,7 @@ Speed does not depend on the weights, so all but a trained world have random one
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
 from scd.checkpoint import load_world, resolve
 from scd.clip import ConditionSpec
 from scd.config import from_json
+from scd.flow import SamplingConfig
 from scd.model.block import BlockConfig
 from scd.model.build import Diffuser, ModelConfig, build
 from scd.model.cache import CacheConfig
@@ -69,6 +70,8 @@ class Subject:
     """Of a trained world; None: random weights."""
     note: str
     """What a reader of its numbers must know; may be empty."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How a trained world denoises a frame."""
 
     @property
     def has_pixels(self) -> bool:
@@ -97,7 +100,7 @@ def find_subject(name: str, join: Join | None = None) -> Subject:
         ValueError: nothing has that name, or the model's join cannot be changed.
         FileNotFoundError: the folder holds no world.
     """
-    folder, note = None, ""
+    folder, note, sampling = None, "", SamplingConfig()
     if name in PRESETS:
         config = PRESETS[name].model
         note = LATENT_NOTE if config.shape.channels != 3 else ""
@@ -106,13 +109,15 @@ def find_subject(name: str, join: Join | None = None) -> Subject:
     elif "/" in name or name.startswith("."):
         folder = str(resolve(name))
         path = resolve(name) / CONFIG_FILE
-        config = from_json(ModelConfig, read_settings(path)["model"], f"{path}: model")
+        settings = read_settings(path)
+        config = from_json(ModelConfig, settings["model"], f"{path}: model")
+        sampling = from_json(SamplingConfig, settings.get("sampling"), f"{path}: sampling")
     else:
         names = ", ".join([*PRESETS, *WAN_SHAPES])
         raise ValueError(f"unknown model {name!r}; there are {names}, or the folder of a run (a/b)")
     if join is not None:
         config = _with_join(name, config, join, trained=folder is not None)
-    return Subject(name=name, config=config, folder=folder, note=note)
+    return Subject(name=name, config=config, folder=folder, note=note, sampling=sampling)
 
 
 def _with_join(name: str, config: ModelConfig, join: Join, trained: bool) -> ModelConfig:

@@ -13,7 +13,7 @@ from scd.bench.limits import synchronize
 from scd.clip import Conditions
 from scd.engine.interface import Engine
 from scd.engine.open import open_engine
-from scd.flow import SamplingConfig, schedule
+from scd.flow import num_fresh, schedule
 from scd.model.separable import SeparableState
 from scd.runtime import DTYPES, make_generator
 from scd.streams import Lap
@@ -34,7 +34,7 @@ class TimedStreams:
         self.engine = open_engine(model, case.engine, case.precision, release=True)
         synchronize(device)
         self.cold_start_s = time.perf_counter() - began
-        self.times = schedule(SamplingConfig(num_steps=case.steps)).tolist()
+        self.times = schedule(case.sampling).tolist()
         self.generator = make_generator(0, "bench", device=device)
         self.state: Any = None
 
@@ -75,8 +75,10 @@ class TimedStreams:
             context = engine.with_noisy_branch(context, CONTEXT_NOISE, tokens)
         lap("encoder")
         scale = None if guidance == "none" else GUIDANCE_SCALE
-        noise = self._noise(*engine.shape.shape)
-        latent = engine.denoise(context, noise, self.times, "euler", scale)
+        solver, noise = self.case.sampling.solver, self._noise(*engine.shape.shape)
+        more = [self._noise(*engine.shape.shape) for _ in range(num_fresh(self.times, solver))]
+        fresh = torch.stack(more) if more else None
+        latent = engine.denoise(context, noise, self.times, solver, scale, fresh)
         lap("decoder")
         shown = latent
         if self.autoencoder is not None and decode:

@@ -79,7 +79,7 @@ def time_case(case: Case, device: torch.device, limits: Limits, effort: Effort) 
         else:
             measured = _measure(TimedStreams(case, device), effort, peak)
     num_streams = case.batch * case.sessions
-    flops, num_bytes = cost.flops(case.steps), cost.bytes(case.steps)
+    flops, num_bytes = cost.flops(case.num_calls), cost.bytes(case.num_calls)
     denoise_s, round_s = measured.pop("denoise_s"), measured.pop("round_s")
     return measured | {
         "frames_per_s_denoise": num_streams / denoise_s,
