@@ -10,11 +10,12 @@ import tyro
 from scd.checkpoint import load_world
 from scd.flow import SamplingConfig
 from scd.objective.distill import ConsistencyConfig, RegressionConfig
+from scd.objective.match import MatchConfig
 from scd.optim import OptimConfig
 from scd.run import ObjectiveConfig, TrainConfig
 
-Method = Literal["consistency", "regression"]
-"""How a student learns: see `scd.objective.distill`."""
+Method = Literal["dmd", "sid", "gan", "consistency", "regression"]
+"""How a student learns: see `scd.objective.match` (the first three) and `scd.objective.distill`."""
 Size = Literal["toy", "doom"]
 """Named sizes of a distillation."""
 
@@ -33,7 +34,9 @@ class DistillChoice:
     steps: int = 4
     """Denoising steps per frame of the student."""
     method: Method = "consistency"
-    """How it learns: consistency with the teacher's path; or regression, the plain baseline."""
+    """How it learns. On recorded clips: consistency with the teacher's path; regression, the plain
+    baseline. On its own rollouts, best from a student of consistency (`initial`): dmd, distribution
+    matching; sid, score identity; gan, against a discriminator."""
     preset: Size | None = None
     """Sizes of clips, batches and steps; None: toy for the toy world, doom for any other data."""
 
@@ -82,7 +85,9 @@ def distillation(choice: DistillChoice) -> TrainConfig:
 def _objective(choice: DistillChoice) -> ObjectiveConfig:
     if choice.method == "regression":
         return RegressionConfig()
-    return ConsistencyConfig(teacher=choice.teacher)
+    if choice.method == "consistency":
+        return ConsistencyConfig(teacher=choice.teacher)
+    return MatchConfig(teacher=choice.teacher, method=choice.method)
 
 
 SIZES: dict[Size, dict[str, int]] = {

@@ -15,6 +15,7 @@ from scd.checkpoint import load_companions, load_optimizers
 from scd.clip import Batch
 from scd.model.build import Diffuser
 from scd.model.separable import SeparableDiffuser
+from scd.objective.match import MatchConfig
 from scd.optim import OptimConfig, build_optimizers, parameter_groups
 from scd.run import Objective, TrainConfig
 
@@ -209,3 +210,12 @@ def build_learners(
         learner.model, *learner.optimizers = accelerator.prepare(learner.model, *optimizers)
         learners.append(learner)
     return learners
+
+
+def may_leave_unused(config: TrainConfig) -> bool:
+    """Tell whether a batch may leave a weight of the run without gradient."""
+    # A rollout begins without gradient, and a discriminator has an output nobody reads.
+    if isinstance(config.objective, MatchConfig):
+        return True
+    # Without dropout of conditions no batch reaches the null vector of continuous actions.
+    return config.model.conditions.action_dim > 0 and config.objective.condition_dropout == 0

@@ -20,6 +20,7 @@ from scd.flow import SamplingConfig
 from scd.model.build import Diffuser, ModelConfig, SeparableConfig, build
 from scd.objective.denoise import DenoiseConfig
 from scd.objective.distill import ConsistencyConfig, RegressionConfig
+from scd.objective.match import MatchConfig
 from scd.optim import OptimConfig
 from scd.runlog import Tracker
 from scd.runtime import Precision, derive_seed
@@ -29,7 +30,7 @@ Objective = Callable[
 ]
 """From the model, a batch of pixels and a generator of all draws to a loss and numbers to log."""
 
-ObjectiveConfig = DenoiseConfig | ConsistencyConfig | RegressionConfig
+ObjectiveConfig = DenoiseConfig | ConsistencyConfig | RegressionConfig | MatchConfig
 """What a model can learn to do."""
 
 FREE_FIELDS = (

@@ -28,7 +28,7 @@ from scd.checkpoint import (
 from scd.config import differences, from_json, to_json
 from scd.data.loader import Loader
 from scd.initial import load_initial
-from scd.learner import Learner, alone, build_learners
+from scd.learner import Learner, alone, build_learners, may_leave_unused
 from scd.model.build import num_parameters
 from scd.model.pretrained import WEIGHTS_FILE, load_weights
 from scd.optim import EMA
@@ -157,11 +157,7 @@ def start_run(config: TrainConfig, objective: Objective | None = None) -> Run:
         mixed_precision="bf16" if config.precision == "bf16" else "no",
         cpu=config.device == "cpu",
         kwargs_handlers=[
-            # Without dropout of conditions no batch reaches the null vector of continuous actions.
-            DistributedDataParallelKwargs(
-                find_unused_parameters=config.model.conditions.action_dim > 0
-                and config.objective.condition_dropout == 0
-            )
+            DistributedDataParallelKwargs(find_unused_parameters=may_leave_unused(config))
         ],
     )
     if accelerator.distributed_type not in SUPPORTED:

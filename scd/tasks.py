@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
@@ -11,12 +10,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from scd.autoencoder.pixels import PixelAutoencoder
-from scd.checkpoint import World, load_world
 from scd.clip import Batch, Conditions
 from scd.flow import schedule
 from scd.learner import Loss, Task, alone
+from scd.matching import matching
 from scd.model.build import Diffuser, build
-from scd.objective.denoise import DenoiseConfig, Network, denoise
+from scd.objective.denoise import DenoiseConfig, denoise
 from scd.objective.distill import (
     ConsistencyConfig,
     RegressionConfig,
@@ -24,11 +23,10 @@ from scd.objective.distill import (
     guided,
     regression_loss,
 )
+from scd.objective.match import MatchConfig
 from scd.optim import EMA
 from scd.run import Objective, TrainConfig
-
-Autocast = Callable[[], AbstractContextManager[None]]
-"""Makes a context in which networks run at the run's precision."""
+from scd.teacher import Autocast, load_teacher, running
 
 
 def build_task(config: TrainConfig, model: Diffuser, ema: EMA, accelerator: Accelerator) -> Task:
@@ -50,6 +48,8 @@ def build_task(config: TrainConfig, model: Diffuser, ema: EMA, accelerator: Acce
     if isinstance(objective, RegressionConfig):
         return alone(regressing(config, objective))
     teacher = load_teacher(config, objective.teacher, accelerator.device)
+    if isinstance(objective, MatchConfig):
+        return matching(config, objective, model, teacher, lambda: accelerator.autocast())
     return Task(
         loss=following(config, objective, model, ema, teacher, lambda: accelerator.autocast()),
         min_spread=objective.min_spread,
@@ -119,49 +119,6 @@ def following(
         )
 
     return loss
-
-
-def running(network: Network, autocast: Autocast) -> Network:
-    """Return a network that is not wrapped, run at the run's precision as if it were.
-
-    Each call has a context of its own: copies of weights that a context made without gradient
-    must not serve a later call with gradient.
-    """
-
-    def run(*inputs: Tensor | Conditions) -> Tensor:
-        with autocast():
-            return network(*inputs).float()
-
-    return run
-
-
-def load_teacher(config: TrainConfig, path: str, device: torch.device) -> Diffuser:
-    """Load a teacher whose weights stay as they are.
-
-    Raises:
-        FileNotFoundError: no world is there.
-        ValueError: it works on other latents or conditions than the run's model.
-    """
-    if not path:
-        raise ValueError("objective.teacher must name the run or world to learn from")
-    world = load_world(path, device=device)
-    check_teacher(config, world, path)
-    return world.model.requires_grad_(False)
-
-
-def check_teacher(config: TrainConfig, teacher: World, path: str) -> None:
-    """Refuse a teacher of other latents or conditions (ValueError, with both)."""
-    theirs, ours = teacher.model.config, config.model
-    for what, their, our in (
-        ("latent frames (channels, rows, columns)", theirs.shape.shape, ours.shape.shape),
-        ("latents of the autoencoder", teacher.autoencoder.config, config.autoencoder),
-        ("conditions", theirs.conditions, ours.conditions),
-    ):
-        if their != our:
-            raise ValueError(
-                f"the teacher {path} and the student must work on the same {what}: "
-                f"got {their} and {our}"
-            )
 
 
 def _frames_of(config: TrainConfig) -> tuple[PixelAutoencoder, bool]:

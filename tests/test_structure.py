@@ -42,8 +42,13 @@ LAYERS = (
         "model.encoder model.decoder model.sizes model.skip model.cost model.initialise "
         "model.pretrained model.separable model.dense model.build",
     ),
-    ("objectives", "objective.denoise objective.distill objective.score"),
-    ("state of a run", "optim checkpoint"),
+    ("optimizers", "optim"),
+    (
+        "objectives",
+        "objective.denoise objective.distill objective.score objective.self_forcing "
+        "objective.match objective.discriminator",
+    ),
+    ("state of a run", "checkpoint"),
     (
         "engine",
         "engine.interface engine.plain engine.linear engine.attention engine.block engine.embed "
@@ -53,16 +58,20 @@ LAYERS = (
     ("rollout", "rollout session streams"),
     (
         "measurement",
-        "metrics.image metrics.memory media plots predict evaluate sample side_by_side page report",
+        "metrics.image metrics.memory metrics.drift metrics.frechet metrics.judge media plots predict evaluate sample side_by_side page report",
     ),
-    ("trainer", "run initial learner tasks running fit held_out train plan"),
+    ("trainer", "run initial learner teacher matching tasks running fit held_out train plan"),
     ("named runs", "presets distill"),
     (
         "benchmark",
         "bench.limits bench.models bench.case bench.stream bench.crowd bench.timing bench.card "
         "bench.measure bench.compare",
     ),
-    ("probe", "probe.intercept probe.subject probe.ours probe.wan"),
+    (
+        "probe",
+        "probe.intercept probe.subject probe.ours probe.wan probe.trajectory probe.similarity "
+        "probe.colours probe.attention probe.leave_one_out probe.reuse probe.splice",
+    ),
     ("top", "convert demo cli __main__"),
 )
 """The only allowed direction of imports: a module imports from modules before it, never after.

@@ -7,7 +7,7 @@ which the student's distribution must move. Source: paper, section 7.2 to 7.4 (D
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -150,26 +150,18 @@ def adversarial_loss(
 
 
 def roughness(
-    logits_of: Callable[[Tensor], Tensor],
-    frames: Float[Tensor, "..."],
-    logits: Float[Tensor, "..."],
-    generator: torch.Generator,
-    distance: float,
+    moved: Float[Tensor, "..."], logits: Float[Tensor, "..."], distance: float
 ) -> Float[Tensor, ""]:
     """Estimate how fast a discriminator's logits change: R1 on real frames, R2 on generated ones.
 
-    Finite differences in a random direction, so that no second derivative is needed.
+    A finite difference in a random direction, so that no second derivative is needed.
 
     Args:
-        logits_of: the discriminator.
-        frames: where to measure.
-        logits: its logits there.
-        generator: of the direction.
-        distance: deviation of the step; 0.05 in Self-Forcing.
+        moved: logits of the frames + distance * standard normal noise.
+        logits: those of the frames themselves.
+        distance: 0.05 in Self-Forcing.
 
     Returns:
-        The mean of ((logits_of(frames + distance * noise) - logits) / distance) ** 2.
+        The mean square of the slope: of a linear judge, the square of its gradient's length.
     """
-    noise = torch.randn(frames.shape, generator=generator, device=generator.device)
-    moved = logits_of(frames + distance * noise.to(frames.device, frames.dtype))
     return ((moved - logits) / distance).square().mean()
