@@ -66,14 +66,26 @@ class _OurSubject(Subject):
 
 
 class DenseSubject(_OurSubject):
-    """A dense causal diffuser: every layer runs at every step, over the memory of the past."""
+    """A dense causal diffuser: every layer runs at every step, over the memory of the past.
+
+    Raises:
+        ValueError: a model that skips layers in some steps, which then have no features.
+    """
 
     def __init__(self, model: DenseDiffuser) -> None:
+        if model.config.skip is not None:
+            raise ValueError("the probe compares all layers at all steps, this model skips some")
         blocks = enumerate(model.blocks, 1)
         super().__init__(
             model, [Layer(name=f"layer {number}", block=block) for number, block in blocks]
         )
         self.model = model
+
+    def key_distances(self, layer: int, num_queries: int, num_keys: int) -> Sequence[int] | None:
+        """Tell the same of all layers but the diagonal ones, which see their own frame only."""
+        if layer >= self.model.config.num_seeing:
+            return [0] * num_keys
+        return super().key_distances(layer, num_queries, num_keys)
 
     @torch.no_grad()
     def begin(self, past: Float[Tensor, "b t c h w"], conditions: Conditions) -> OurState:
