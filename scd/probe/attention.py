@@ -145,7 +145,7 @@ class _Counter:
         if missing:
             raise ValueError(
                 f"no attention over frames was seen in {', '.join(missing)}: it must go through "
-                "scaled_dot_product_attention, or the subject's own watch_attention show it"
+                "PyTorch's fused kernel, or the subject's own watch_attention show it"
             )
         past = self.shares[..., 1:-1].sum(-1)
         if not (past > 0).any():
