@@ -42,7 +42,7 @@ def test_frozen_layers_are_the_same_at_all_steps_and_others_are_not():
     subject = third_party([TheirBlock] * 4, enters_before=2)
     found = step_similarity(layer_features(subject, their_task(), STEPS))
     assert found.layers == (1, 2, 3, 4) and found.cosine.shape == (4, 5, 5)
-    for name in ("cosine", "flattened", "centred", "cka"):
+    for name in ("cosine", "flattened", "centred", "centred_by_step", "cka"):
         matrices = getattr(found, name)
         np.testing.assert_allclose(matrices[:2], 1, atol=1e-5, err_msg=name)
         assert (matrices[2:, 0, -1] < 0.99).all(), name
@@ -59,6 +59,13 @@ def test_centring_takes_away_the_common_vector():
     assert abs(token_cosine(centred(inflated))[0, 1]) < 0.5
 
 
+def test_what_all_tokens_gain_in_common_over_the_steps_is_no_change_by_step():
+    tokens = random_tokens(steps=1).repeat(4, 1, 1, 1) + 20 * random_tokens(4, 1, 1, seed=1)
+    found = step_similarity([Features(layer=0, tokens=tokens)])
+    np.testing.assert_allclose(found.centred_by_step, 1, atol=1e-5)
+    assert found.centred[0, 0, -1] < 0.9 and found.cosine[0, 0, -1] < 0.9
+
+
 def test_cosines_are_those_of_the_formula():
     tokens = random_tokens()
     found = step_similarity([Features(layer=3, tokens=tokens)])
@@ -72,6 +79,7 @@ def test_cosines_are_those_of_the_formula():
                 "cosine": cosine(a, b, dim=-1),
                 "flattened": cosine(a.flatten(1), b.flatten(1), dim=-1),
                 "centred": cosine(a - mean, b - mean, dim=-1),
+                "centred_by_step": cosine(a - a.mean((0, 1)), b - b.mean((0, 1)), dim=-1),
             }
             for name, expected in pairs.items():
                 assert getattr(found, name)[0, one, other] == pytest.approx(

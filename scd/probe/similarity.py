@@ -38,6 +38,9 @@ class StepSimilarity:
     """Cosine of all tokens of a frame as one vector."""
     centred: Matrices
     """As `cosine`, after the layer's mean token over all tokens, clips and steps is taken away."""
+    centred_by_step: Matrices
+    """As `cosine`, after each step's own mean token over all tokens and clips is taken away: what
+    all tokens gain in common as the time goes by does not count as change."""
     cka: Float[np.ndarray, "layers some some"]
     """Linear centred kernel alignment of the tokens of all clips, which centres each step by
     itself: a check that needs no two features to lie in the same coordinates."""
@@ -50,7 +53,8 @@ def step_similarity(
     features: Iterable[Features], num_cka_steps: int = NUM_CKA_STEPS
 ) -> StepSimilarity:
     """Compare the features of every two steps, layer by layer."""
-    found: dict[str, list[Tensor]] = {name: [] for name in ("cosine", "flattened", "centred")}
+    kinds = ("cosine", "flattened", "centred", "centred_by_step")
+    found: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     layers, alignments, steps = [], [], []
     for one in features:
         tokens = one.tokens
@@ -59,6 +63,7 @@ def step_similarity(
         found["cosine"].append(token_cosine(tokens))
         found["flattened"].append(token_cosine(tokens.flatten(2)[:, :, None]))
         found["centred"].append(token_cosine(centred(tokens)))
+        found["centred_by_step"].append(token_cosine(centred(tokens, by_step=True)))
         alignments.append(alignment(tokens[steps]))
     if not layers:
         raise ValueError("needed the features of 1 or more layers, got none")
@@ -81,10 +86,18 @@ def token_cosine(tokens: Float[Tensor, "steps b n d"]) -> Float[Tensor, "steps s
     return (unit @ unit.T / num_tokens).clamp(-1, 1)
 
 
-def centred(tokens: Float[Tensor, "steps b n d"]) -> Float[Tensor, "steps b n d"]:
-    """Take away the mean token over all tokens, clips and steps: the common vector."""
+def centred(
+    tokens: Float[Tensor, "steps b n d"], by_step: bool = False
+) -> Float[Tensor, "steps b n d"]:
+    """Take away the common vector: the mean token over all tokens and clips, and all steps or each.
+
+    Args:
+        tokens: of one layer.
+        by_step: each step has a mean of its own.
+    """
+    axes = (1, 2) if by_step else (0, 1, 2)
     # In float64: the common vector may be a thousand times as long as what is left.
-    mean = tokens.mean(dim=(0, 1, 2), dtype=torch.float64)
+    mean = tokens.mean(dim=axes, keepdim=True, dtype=torch.float64)
     return (tokens - mean).float()
 
 
