@@ -58,7 +58,8 @@ LAYERS = (
     ("rollout", "rollout session streams"),
     (
         "measurement",
-        "metrics.image metrics.memory metrics.drift metrics.frechet metrics.judge media plots predict evaluate sample side_by_side page report",
+        "metrics.image metrics.memory metrics.drift metrics.frechet metrics.judge media plots predict "
+        "judged measure evaluate train_judge sample side_by_side page report",
     ),
     ("trainer", "run initial learner teacher matching tasks running fit held_out train plan"),
     ("named runs", "presets distill"),
@@ -70,7 +71,13 @@ LAYERS = (
     (
         "probe",
         "probe.intercept probe.subject probe.ours probe.wan probe.trajectory probe.similarity "
-        "probe.colours probe.attention probe.leave_one_out probe.reuse probe.splice",
+        "probe.colours probe.attention probe.leave_one_out probe.reuse probe.splice probe.split "
+        "probe.entries probe.measure probe.settings probe.maps probe.plots probe.sections "
+        "probe.page probe.run",
+    ),
+    (
+        "interventions",
+        "intervene.settings intervene.change intervene.models intervene.table intervene.compare",
     ),
     ("top", "convert demo cli __main__"),
 )
@@ -91,6 +98,7 @@ LINES_SOFT, LINES_HARD = 300, 500
 LONG_MODULES = {
     "data.toy": "the rules of a world, how it is drawn and who walks in it are one thing",
     "model.dense": "one model, read beside the separable one from top to bottom",
+    "model.separable": "one model, read beside the dense one from top to bottom",
     "rollout": "one class with every phase of a stream, and its settings",
     "streams": "one class with every phase of many streams; its parts are in session and pool",
 }
@@ -395,7 +403,8 @@ def help_of(words: list[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["", *COMMANDS, "train toy", "record toy", "record doom", "bench compare"]
+    "command",
+    ["", *COMMANDS, "train toy", "record toy", "record doom", "bench compare", "intervene skip"],
 )
 def test_every_command_explains_itself(command: str):
     assert "--" in help_of(command.split())
@@ -419,7 +428,7 @@ def shown_commands() -> list[str]:
 def test_flags_in_the_pages_exist(line: str):
     words = [word for word in shlex.split(line, comments=True)[1:] if word != "..."]
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    takes_name = names[0] in ("train", "record", "convert") and names[1] != "PRESET"
+    takes_name = names[0] in ("train", "record", "convert", "intervene") and names[1] != "PRESET"
     takes_name = takes_name or names[:2] == ["bench", "compare"]
     page = help_of(names[: 2 if takes_name else 1])
     for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
