@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scd.evaluate import find_row
+from scd.measure import find_row
 from scd.plots import speed_names
 from scd.results import hardware_line, write_text
 

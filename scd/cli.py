@@ -33,6 +33,8 @@ from scd.run import TrainConfig
 from scd.sample import SampleConfig, sample
 from scd.stopping import Interrupted
 from scd.train import train
+from scd.train_judge import TrainJudgeConfig, train_judge
+from scd.train_judge import readable as readable_judge
 
 Settings = TypeVar("Settings")
 
@@ -43,6 +45,7 @@ USAGE = """usage: scd COMMAND ...
   train PRESET              train a model on clips
   distill TEACHER           make a student of a few steps per frame from a trained model
   sample RUN                stream frames from a trained model
+  train-judge               train the network by which control is measured (minutes)
   evaluate RUN              measure a trained model on held-out clips
   bench                     seconds, memory and share of the machine's limit per frame
   bench compare             two configurations in turns, as a ratio with its spread
@@ -191,6 +194,12 @@ def _evaluate(words: list[str]) -> None:
     print(f"saved {config.out}")
 
 
+def _train_judge(words: list[str]) -> None:
+    config = _parse(TrainJudgeConfig, words, "train-judge")
+    print(readable_judge(train_judge(config).held_out))
+    print(f"saved {config.out}")
+
+
 def _run_first(words: list[str]) -> list[str]:
     """Let the run stand first, without its flag."""
     if words and not words[0].startswith("-"):
@@ -227,6 +236,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "distill": _distill,
     "sample": _sample,
+    "train-judge": _train_judge,
     "evaluate": _evaluate,
     "bench": _bench,
     "convert": _convert,

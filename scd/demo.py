@@ -19,8 +19,8 @@ from scd.checkpoint import World, last_step, load_progress, load_world, save_wor
 from scd.config import to_json
 from scd.data.folder import open_source
 from scd.data.toy import ToyWorld
-from scd.evaluate import Measurement, find_row, measure
 from scd.fit import fit_to_data
+from scd.measure import Measurement, find_row, measure
 from scd.model.build import num_parameters
 from scd.plots import Ink, plot_loss, plot_metrics
 from scd.predict import TIMED, Protocol, choose_windows, read_windows, summarize

@@ -22,6 +22,8 @@ COLOURS = {
     "dense_equal_time": "#7f4fb5",
     "repeat_last": "#8a8f98",
     "shuffled_actions": "#d98a2b",
+    "truth": "#2f8f5b",
+    "unsteered": "#b8483a",
 }
 """One colour per curve name, legible on white and on black and told apart by the colour-blind."""
 
@@ -32,6 +34,10 @@ LABELS = {
     "psnr_gain": "PSNR above repeating the last frame, dB",
     "ssim": "SSIM",
     "memory": "share of hidden shapes that come back",
+    "sharpness": "detail of the frames over the truth's",
+    "control": "share of actions that are read back",
+    "control_error": "error of actions that are read back",
+    "frechet_own": "Frechet distance of the judge's features",
     "loss": "loss",
 }
 """Axis labels of metrics."""

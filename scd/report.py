@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from scd.evaluate import find_row
+from scd.measure import find_row
 from scd.page import inline, origin, page_of, show_plot, table
 from scd.results import write_text
 

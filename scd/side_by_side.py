@@ -14,7 +14,7 @@ from torch import Tensor
 from scd.checkpoint import World
 from scd.clip import Batch
 from scd.data.toy import ToyWorld
-from scd.evaluate import row_of, score_memory
+from scd.measure import row_of, score_memory
 from scd.media import GAP, PictureRow, write_grid, write_video
 from scd.metrics.memory import find_memory_clips
 from scd.predict import Protocol

@@ -18,8 +18,8 @@ from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
 from scd.checkpoint import World
 from scd.config import to_json
 from scd.data.folder import open_source
-from scd.evaluate import measure
 from scd.flow import SamplingConfig
+from scd.measure import measure
 from scd.model.build import build
 from scd.predict import Protocol, choose_windows, read_windows
 from scd.runlog import RunLog

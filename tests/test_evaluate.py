@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from scd import evaluate, predict
+from scd import evaluate, measure, predict
 from scd.data.folder import open_source
 from scd.data.source import DataCard
 from scd.metrics import image, memory
@@ -34,7 +34,7 @@ def test_result_file_says_everything(run, folder, tmp_path):
     assert written == json.loads(json.dumps(result))
     found = {(row["metric"], row["baseline"], row["horizon"]) for row in written["rows"]}
     assert len(found) == len(written["rows"])
-    names = {"mse", "psnr", "psnr_per_frame", "ssim"}
+    names = {"mse", "psnr", "psnr_per_frame", "ssim", "sharpness", "contrast", "brightness"}
     baselines = {"model", "repeat_last", "shuffled_actions"}
     expected = {(m, b, h) for m in names for b in baselines for h in (1, 2, 3)}
     gains = {("psnr_gain", b, h) for b in baselines - {"repeat_last"} for h in (1, 2, 3)}
@@ -65,7 +65,7 @@ def test_table_for_people_shows_the_rows():
 def test_same_seed_same_rows_other_seed_other_rows(tiny_world, folder):
     source = open_source(folder, "val")
     first, again, other = (
-        evaluate.measure(
+        measure.measure(
             tiny_world,
             source,
             predict.Protocol(context=2, horizon=2, num_clips=3, batch_size=2, seed=seed),
@@ -80,7 +80,7 @@ def test_rows_are_the_metrics_of_the_rollout(tiny_world, folder):
     """The protocol by hand: the same windows, one batch, the plain formula."""
     source = open_source(folder, "val")
     protocol = predict.Protocol(context=2, horizon=3, num_clips=4, batch_size=4)
-    measured = evaluate.measure(tiny_world, source, protocol)
+    measured = measure.measure(tiny_world, source, protocol)
     windows = predict.choose_windows(source, 4, 5, seed=0)
     batch = predict.read_windows(source, windows, 5)
     predicted = predict.predict(tiny_world, batch, protocol).frames
@@ -95,7 +95,7 @@ def test_rows_are_the_metrics_of_the_rollout(tiny_world, folder):
             ("psnr", "model", 10 * math.log10(4 / model_error)),
             ("psnr_gain", "model", gain),
         ):
-            row = evaluate.find_row(measured.rows, metric, horizon, baseline)
+            row = measure.find_row(measured.rows, metric, horizon, baseline)
             assert row["mean"] == pytest.approx(value, rel=1e-4), (metric, baseline, horizon)
     (overall,) = [
         row for row in measured.overall if (row["metric"], row["baseline"]) == ("mse", "model")
@@ -107,12 +107,12 @@ def test_rows_are_the_metrics_of_the_rollout(tiny_world, folder):
 
 def test_shuffled_actions_are_those_of_another_clip(tiny_world, toy_source):
     protocol = predict.Protocol(context=2, horizon=2, num_clips=9, batch_size=4)
-    other = evaluate._another_clip(protocol)
+    other = measure._another_clip(protocol)
     assert sorted(other) == list(range(9))
     assert all(index != taken for index, taken in enumerate(other))
-    rows = evaluate.measure(tiny_world, toy_source, protocol, with_memory=False).rows
+    rows = measure.measure(tiny_world, toy_source, protocol, with_memory=False).rows
     model, misled = (
-        evaluate.find_row(rows, "mse", 2, name)["mean"] for name in ("model", "shuffled_actions")
+        measure.find_row(rows, "mse", 2, name)["mean"] for name in ("model", "shuffled_actions")
     )
     assert model != misled
 
@@ -175,7 +175,7 @@ def test_other_conditions_are_refused(tiny_world, toy_source):
 def test_memory_of_a_toy_world(tiny_world):
     source = open_source("toy:32", "val")
     protocol = predict.Protocol(context=8, horizon=8, num_clips=3, batch_size=2)
-    measured = evaluate.measure(tiny_world, source, protocol)
+    measured = measure.measure(tiny_world, source, protocol)
     rows = [row for row in measured.rows if row["metric"] == "memory"]
     assert {row["baseline"]: row["mean"] for row in rows} == {"model": 0.0, "repeat_last": 0.0}
     assert measured.memory_events >= 3
@@ -184,16 +184,16 @@ def test_memory_of_a_toy_world(tiny_world):
 def test_memory_of_shorter_contexts_is_on_the_same_events(tiny_world):
     clips = memory.find_memory_clips(open_source("toy:32", "val"), 2, 8, 8)
     protocol = predict.Protocol(context=2, horizon=8, num_clips=2)
-    score = evaluate.score_memory(tiny_world, clips, protocol)["model"]
+    score = measure.score_memory(tiny_world, clips, protocol)["model"]
     assert score.num_events == sum(len(events) for events in clips.events)
     with pytest.raises(ValueError, match="give 8 frames, a context of 9"):
-        evaluate.score_memory(tiny_world, clips, replace(protocol, context=9))
+        measure.score_memory(tiny_world, clips, replace(protocol, context=9))
 
 
 def test_too_short_a_horizon_for_memory_is_said(tiny_world, monkeypatch):
     monkeypatch.setattr(memory, "MAX_SEARCHED", 3)
     protocol = predict.Protocol(context=1, horizon=1, num_clips=2)
-    measured = evaluate.measure(tiny_world, open_source("toy:32", "val"), protocol)
+    measured = measure.measure(tiny_world, open_source("toy:32", "val"), protocol)
     assert "1 predicted frames there are 0 in 3 episodes" in measured.left_out["memory"]
 
 
@@ -207,7 +207,7 @@ def test_timing_summary():
 def test_ideal_prediction_has_ideal_rows():
     frames = torch.rand(4, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     perfect, flat = image.frame_values(frames, frames), image.frame_values(0 * frames, frames)
-    rows = evaluate._compare({"model": perfect, "repeat_last": flat}, slice(0, 2), seed=0)
+    rows = measure._compare({"model": perfect, "repeat_last": flat}, slice(0, 2), seed=0)
     found = {(row["metric"], row["baseline"]): row["mean"] for row in rows}
     assert found["psnr", "model"] == pytest.approx(image.MAX_PSNR)
     assert found["ssim", "model"] == pytest.approx(1.0)

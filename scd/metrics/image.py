@@ -99,6 +99,15 @@ def bootstrap(
         statistic: turns means [r ...] into the numbers wanted [r], one per resampling.
         seed: of the resampling.
     """
+    mean, drawn = bootstrap_draws(per_clip, statistic, seed)
+    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+    return Estimate(mean=mean, ci_low=low, ci_high=high)
+
+
+def bootstrap_draws(
+    per_clip: Float[Tensor, "b ..."], statistic: Callable[[Tensor], Tensor], seed: int = 0
+) -> tuple[float, Float[Tensor, " r"]]:
+    """Return a function of the mean over clips, and of the means over resampled clips."""
     num_clips = per_clip.shape[0]
     if num_clips == 0:
         raise ValueError("an estimate needs at least one clip, got none")
@@ -109,9 +118,7 @@ def bootstrap(
     weights = torch.zeros_like(share).scatter_add(1, chosen, share)
     shape = per_clip.shape[1:]
     drawn = statistic((weights @ values).reshape(NUM_RESAMPLES, *shape))
-    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
-    mean = statistic(values.mean(0).reshape(1, *shape)).item()
-    return Estimate(mean=mean, ci_low=low, ci_high=high)
+    return statistic(values.mean(0).reshape(1, *shape)).item(), drawn
 
 
 def psnr_gain(
