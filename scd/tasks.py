@@ -20,13 +20,13 @@ from scd.objective.distill import (
     ConsistencyConfig,
     RegressionConfig,
     consistency_loss,
-    guided,
+    guided_path,
     regression_loss,
 )
 from scd.objective.match import MatchConfig
 from scd.optim import EMA
 from scd.run import Objective, TrainConfig
-from scd.teacher import Autocast, load_teacher, running
+from scd.teacher import Autocast, load_teacher, path_of, running
 
 
 def build_task(config: TrainConfig, model: Diffuser, ema: EMA, accelerator: Accelerator) -> Task:
@@ -97,7 +97,7 @@ def following(
 ) -> Loss:
     """Return consistency with the teacher's path."""
     autoencoder, needs_first_frame = _frames_of(config)
-    leader = guided(running(teacher, autocast), objective.guidance)
+    leader = guided_path(path_of(teacher, autocast), objective.guidance)
 
     def averaged(*inputs: Tensor | Conditions) -> Tensor:
         return functional_call(model, ema.state_dict(), inputs)

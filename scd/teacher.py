@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from scd.checkpoint import World, load_world
 from scd.clip import Conditions
 from scd.model.build import Diffuser
+from scd.model.embed import Field
 from scd.objective.denoise import Network
+from scd.objective.distill import Path
 from scd.run import TrainConfig
 
 Autocast = Callable[[], AbstractContextManager[None]]
@@ -30,6 +32,22 @@ def running(network: Network, autocast: Autocast) -> Network:
             return network(*inputs).float()
 
     return run
+
+
+def path_of(model: Diffuser, autocast: Autocast) -> Path:
+    """Return a model's `field` at the run's precision."""
+
+    def begin(history: Tensor, conditions: Conditions, num_noisy: int, num_draws: int) -> Field:
+        with autocast():
+            field = model.field(history, conditions, num_noisy, num_draws)
+
+        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
+            with autocast():
+                return field(noisy, time).float()
+
+        return velocity
+
+    return begin
 
 
 def load_teacher(config: TrainConfig, path: str, device: torch.device) -> Diffuser:

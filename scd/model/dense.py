@@ -27,6 +27,7 @@ from scd.model.cache import CacheConfig, KVCache
 from scd.model.cost import FrameCost, Load, dense_cost
 from scd.model.embed import (
     ConditionEmbedder,
+    Field,
     FrameHead,
     FrameShape,
     Prediction,
@@ -196,6 +197,21 @@ class DenseDiffuser(nn.Module, Pretrained):
         else:
             velocity = self._teacher_forced(clean, frames, times, conditions)
         return rearrange(velocity, "(b r) m c h w -> b r m c h w", r=num_draws)
+
+    def field(
+        self,
+        clean: Float[Tensor, "b t c h w"],
+        conditions: Conditions,
+        num_noisy: int,
+        num_draws: int = 1,
+    ) -> Field:
+        """Return `forward` as a function of noisy frames and times; each call runs all of it."""
+
+        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
+            assert noisy.shape[1:3] == (num_draws, num_noisy)
+            return self(clean, noisy, time, conditions)
+
+        return velocity
 
     def _mixed(self, frames: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         num_frames = frames.shape[1]

@@ -6,6 +6,7 @@ Source: paper, section 1.2.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,9 @@ from torch.nn import functional
 from scd.clip import Conditions, ConditionSpec
 from scd.flow import velocity_from_clean
 from scd.model.block import Modulation, layer_norm
+
+Field = Callable[[Tensor, Tensor], Tensor]
+"""From noisy frames [b r m c h w] and the time of each [b r m] to their velocity."""
 
 Prediction = Literal["velocity", "clean"]
 """Meaning of a network's output. A clean estimate is far better where a token has more values than

@@ -19,7 +19,7 @@ from scd.model.block import BlockConfig
 from scd.model.cache import CacheConfig, KVCache
 from scd.model.cost import FrameCost, Load, separable_cost
 from scd.model.decoder import DecoderConfig, FrameDecoder, Prepared
-from scd.model.embed import FrameShape
+from scd.model.embed import Field, FrameShape
 from scd.model.encoder import CausalEncoder, Context, EncoderConfig
 from scd.model.initialise import initialise
 from scd.model.pretrained import Pretrained
@@ -175,6 +175,31 @@ class SeparableDiffuser(nn.Module, Pretrained):
                 f"{num_frames} clean frames give context to "
                 f"{num_frames - self.needs_first_frame} frames, got {num_noisy} noisy ones"
             )
+        prepared = self._prepared(clean, conditions, num_noisy, augment).repeat(num_draws)
+        return self._denoised(prepared, noisy, time)
+
+    def field(
+        self,
+        clean: Float[Tensor, "b t c h w"],
+        conditions: Conditions,
+        num_noisy: int,
+        num_draws: int = 1,
+    ) -> Field:
+        """Return `forward` as a function of noisy frames and times, for many steps on one history.
+
+        The encoder runs once, here, and each call of the function costs the decoder only.
+        """
+        prepared = self._prepared(clean, conditions, num_noisy, None).repeat(num_draws)
+
+        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
+            return self._denoised(prepared, noisy, time)
+
+        return velocity
+
+    def _prepared(
+        self, clean: Tensor, conditions: Conditions, num_noisy: int, augment: Augmentation | None
+    ) -> Prepared:
+        num_frames = clean.shape[1]
         past, present = conditions, conditions.frames(num_frames - num_noisy, num_frames)
         if augment is not None:
             past, present = augment.drop(past), augment.drop(present)
@@ -182,11 +207,13 @@ class SeparableDiffuser(nn.Module, Pretrained):
         if augment is not None and augment.context_noise > 0:
             noise = augment.noise_like(context.tokens)
             context = context.with_noise(augment.context_noise, noise)
-        prepared = self.decoder.prepare(
-            rearrange(context.tokens, "b m n d -> (b m) n d"), present.split(num_noisy)
-        )
+        tokens = rearrange(context.tokens, "b m n d -> (b m) n d")
+        return self.decoder.prepare(tokens, present.split(num_noisy))
+
+    def _denoised(self, prepared: Prepared, noisy: Tensor, time: Tensor) -> Tensor:
+        num_draws, num_noisy = noisy.shape[1:3]
         velocity = self.decoder.denoise(
-            prepared.repeat(num_draws),
+            prepared,
             rearrange(noisy, "b r m c h w -> (b m r) c h w"),
             rearrange(time, "b r m -> (b m r)"),
         )

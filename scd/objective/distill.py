@@ -8,7 +8,7 @@ each time of a schedule, the baseline. Matching the student's own rollouts: `scd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,15 @@ from torch import Tensor
 from scd.clip import Conditions
 from scd.flow import SamplingConfig, clean_from_velocity, guide, interpolate, schedule
 from scd.model.augment import Augmentation
+from scd.model.embed import Field
 from scd.objective.denoise import Network, noisy_history
 
 Logs = dict[str, Float[Tensor, ""]]
+"""Numbers of a loss for the log."""
+
+Path = Callable[[Tensor, Conditions, int, int], Field]
+"""A model's `field`, called with clean frames, their conditions, the number of noisy frames and of
+draws: many steps on one history."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +38,15 @@ class ConsistencyConfig:
     guidance: float = 1.0
     """Strength with which the teacher's velocity is pushed away from that with hidden conditions;
     1: none, and one pass of the teacher instead of two."""
-    num_grid_steps: int = 16
+    num_grid_steps: int = 8
     """Steps of the grid of times between noise and frame on which the teacher's path is walked."""
     grid_shift: float = 1.0
     """Bend of the grid; above 1 makes finer steps near noise."""
-    num_teacher_steps: int = 1
+    num_teacher_steps: int = 4
     """Steps on the grid that the teacher takes before the target network jumps to the end. As many
-    as the grid has: the teacher walks to the end, and the target network is not needed."""
+    as the grid has: the teacher walks to the end, and the target network is not needed. Few steps
+    on a fine grid are the published method; then nothing but the last of them holds the student to
+    the data, and one that predicts clean frames can collapse."""
     target: str = "online"
     """Weights of the network that jumps to the end: "online", the student's present ones, or
     "average", their moving average (`ema_decay`)."""
@@ -157,7 +165,7 @@ def draw(
 def consistency_loss(
     student: Network,
     target: Network,
-    teacher: Network,
+    teacher: Path,
     clean: Float[Tensor, "b t c h w"],
     conditions: Conditions,
     config: ConsistencyConfig,
@@ -169,7 +177,7 @@ def consistency_loss(
     Args:
         student: (history, noisy, time, conditions) -> velocity, with gradient.
         target: the same network without gradient; not called where the path has ended.
-        teacher: the velocity that is followed, guided if need be.
+        teacher: whose velocity is followed, guided if need be.
         clean: latent frames.
         conditions: of the same frames.
         config: settings.
@@ -188,10 +196,10 @@ def consistency_loss(
     )
     with torch.no_grad():
         moved, now = noisy, time
+        follow = teacher(drawn.history, drawn.conditions, noisy.shape[2], config.num_draws)
         for step in range(1, config.num_teacher_steps + 1):
             after = grid[(drawn.place + step).clamp(max=config.num_grid_steps)]
-            velocity = teacher(drawn.history, moved, now, drawn.conditions)
-            moved = moved + (after - now)[..., None, None, None] * velocity
+            moved = moved + (after - now)[..., None, None, None] * follow(moved, now)
             now = after
         if config.num_teacher_steps < config.num_grid_steps:
             # At time 0 the estimate is the frame itself, whatever the network says.
@@ -255,6 +263,26 @@ def spread(
         return flat.std((0, -2, -1), correction=0).mean()
 
     return deviation(generated) / deviation(real).clamp(min=1e-6)
+
+
+def guided_path(path: Path, scale: float) -> Path:
+    """Return a path of a network pushed away from its branch with all conditions hidden."""
+    if scale == 1:
+        return path
+
+    def begin(history: Tensor, conditions: Conditions, num_noisy: int, num_draws: int) -> Field:
+        both = path(
+            torch.cat([history, history]), conditions.with_null_branch(), num_noisy, num_draws
+        )
+
+        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
+            twice = both(torch.cat([noisy, noisy]), torch.cat([time, time]))
+            unconditional, conditional = twice.chunk(2)
+            return guide(unconditional, conditional, scale)
+
+        return velocity
+
+    return begin
 
 
 def guided(network: Network, scale: float) -> Network:
