@@ -26,9 +26,14 @@ from scd.demo import DemoConfig, demo
 from scd.distill import DistillChoice, distillation
 from scd.evaluate import EvaluateConfig, evaluate, readable
 from scd.fit import fit_to_data, fit_window
+from scd.intervene.compare import intervene
+from scd.intervene.settings import DiagonalConfig, RecomposeConfig, SkipConfig
+from scd.intervene.table import markdown
 from scd.objective.distill import ConsistencyConfig
 from scd.plan import dry_run
 from scd.presets import PRESETS, preset
+from scd.probe.run import probe
+from scd.probe.settings import ProbeConfig
 from scd.run import TrainConfig
 from scd.sample import SampleConfig, sample
 from scd.stopping import Interrupted
@@ -47,8 +52,11 @@ USAGE = """usage: scd COMMAND ...
   sample RUN                stream frames from a trained model
   train-judge               train the network by which control is measured (minutes)
   evaluate RUN              measure a trained model on held-out clips
+  probe RUN                 what each layer of a trained model does, and where to split it
   bench                     seconds, memory and share of the machine's limit per frame
   bench compare             two configurations in turns, as a ratio with its spread
+  intervene skip|diagonal|recompose RUN
+                            change a trained dense model, finetune it and compare
   convert reference FILE    turn a state dict of the paper's release, or of FAR, into ours
 
 `scd COMMAND --help` explains every flag. `scd --version` prints the version."""
@@ -200,6 +208,10 @@ def _train_judge(words: list[str]) -> None:
     print(f"saved {config.out}")
 
 
+def _probe(words: list[str]) -> None:
+    probe(_parse(ProbeConfig, _run_first(words), "probe"))
+
+
 def _run_first(words: list[str]) -> list[str]:
     """Let the run stand first, without its flag."""
     if words and not words[0].startswith("-"):
@@ -230,6 +242,18 @@ def _bench(words: list[str]) -> None:
     bench(_parse(BenchConfig, words, "bench"))
 
 
+def _intervene(words: list[str]) -> None:
+    kinds = {"skip": SkipConfig, "diagonal": DiagonalConfig, "recompose": RecomposeConfig}
+    name, rest = _split_name(words, "intervene", "kind", list(kinds))
+    if name is None:
+        print(f"usage: scd intervene {{{','.join(kinds)}}} RUN --out DIR ...")
+        print("try scd intervene skip --help")
+        return
+    config = _parse(kinds[name], _run_first(rest), f"intervene {name}")
+    print(markdown(intervene(config)))
+    print(f"saved {config.comparison.out}")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
     "record": _record,
@@ -238,7 +262,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": _sample,
     "train-judge": _train_judge,
     "evaluate": _evaluate,
+    "probe": _probe,
     "bench": _bench,
+    "intervene": _intervene,
     "convert": _convert,
 }
 """Subcommands by name."""
