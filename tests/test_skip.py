@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
+from scd.bench.case import Case
 from scd.checkpoint import World, load_world, resolve, save_world
 from scd.clip import Conditions
 from scd.config import from_json, to_json
@@ -160,6 +161,18 @@ def test_a_trained_model_takes_the_settings_on_and_keeps_them(world, tmp_path):
     )
     run = train(train_config(tmp_path, model=config, initial=initial))
     assert load_world(run).model.config == config
+
+
+def test_the_benchmark_counts_the_steps_that_skip(world, tmp_path):
+    """By the times of the world's own schedule, which spends most of its steps near noise."""
+    model = build(replace(world.model.config, skip=LayerSkip(first=1, stop=2, below=0.5)))
+    skipping = replace(world, model=model, sampling=SHIFTED)
+    folder = str(save_world(skipping, tmp_path / "world"))
+    case = Case(model=folder, context=4, steps=8)
+    assert case.num_calls == 8 and sum(time < 0.5 for time in case.call_times) == 1
+    cost = case.cost()
+    saved = cost.flops(8, [1.0] * 8) - cost.flops(case.num_calls, case.call_times)
+    assert saved == cost.light_flops > 0
 
 
 def test_a_world_from_before_there_were_the_settings_loads(world, tmp_path):

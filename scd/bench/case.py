@@ -58,9 +58,15 @@ class Case:
         return replace(self.subject.sampling, num_steps=self.steps)
 
     @property
+    def call_times(self) -> list[float]:
+        """Times of the calls of the network for a frame: with most solvers one in each step."""
+        times = schedule(self.sampling).tolist()
+        return [times[call.index] for call in evaluations(times, self.sampling.solver)]
+
+    @property
     def num_calls(self) -> int:
-        """Calls of the network per frame: with most solvers one in each step."""
-        return len(evaluations(schedule(self.sampling).tolist(), self.sampling.solver))
+        """Calls of the network per frame."""
+        return len(self.call_times)
 
     @property
     def title(self) -> str:

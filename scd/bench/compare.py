@@ -150,7 +150,8 @@ def compare_pair(
     result: dict[str, Any] = {}
     for name, case in (("a", a), ("b", b)):
         cost, denoise_s = case.cost(), median(denoise[name])
-        flops, num_bytes = cost.flops(case.num_calls), cost.bytes(case.num_calls)
+        calls = case.num_calls, case.call_times
+        flops, num_bytes = cost.flops(*calls), cost.bytes(*calls)
         least_s = limits.at(case.precision).seconds(flops, num_bytes)
         result[name] = {
             **_described(case),

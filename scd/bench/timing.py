@@ -79,7 +79,8 @@ def time_case(case: Case, device: torch.device, limits: Limits, effort: Effort) 
         else:
             measured = _measure(TimedStreams(case, device), effort, peak)
     num_streams = case.batch * case.sessions
-    flops, num_bytes = cost.flops(case.num_calls), cost.bytes(case.num_calls)
+    calls = case.num_calls, case.call_times
+    flops, num_bytes = cost.flops(*calls), cost.bytes(*calls)
     denoise_s, round_s = measured.pop("denoise_s"), measured.pop("round_s")
     return measured | {
         "frames_per_s_denoise": num_streams / denoise_s,

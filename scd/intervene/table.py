@@ -31,7 +31,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     titles = [
         f"{metric.replace('psnr', 'PSNR').replace('ssim', 'SSIM')} +{h}" for metric, h in columns
     ]
-    head = ["model", "steps", "training, petaFLOP", *titles, "ms per frame", "speed-up"]
+    head = ["model", "steps", "training, TFLOP", *titles, "ms per frame", "speed-up"]
     models = result["models"]
     slowest = models["untouched"]["seconds_per_frame"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -40,7 +40,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         cells = [_cell(rows, metric, h) for metric, h in columns]
         seconds = model["seconds_per_frame"]
         cells += [f"{1000 * seconds:.1f}", f"{slowest / seconds:.2f}"]
-        training = [str(model["steps"]), f"{model['train_flops'] / 1e15:.3g}"]
+        training = [str(model["steps"]), f"{model['train_flops'] / 1e12:.3g}"]
         lines.append(f"| {' | '.join([WORDS[name], *training, *cells])} |")
     notes = [
         f"{result['protocol']['num_clips']} held-out clips, the same for all; in brackets 95 % "
