@@ -69,8 +69,9 @@ def show_similarity(result: Mapping[str, Any], _: Any, plots: Plots) -> str:
             "Similarity of every two steps in some layers",
         )
         + '<p class="soft">Every row of matrices has its own scale of colours. Flattened: all '
-        "tokens of a frame as one vector. Centred by step: each step's own mean token is taken away, "
-        "so what all tokens gain in common as the time goes by is no change. CKA compares the steps "
+        "tokens of a frame as one vector. Centred by step: each step's own mean token is taken "
+        "away, so what all tokens gain in common as the time goes by is no change. CKA compares "
+        "the steps "
         f"{', '.join(map(str, result['cka_steps']))}, by linear kernel alignment, which centres "
         "each step by itself.</p>"
     )
