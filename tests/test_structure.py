@@ -58,8 +58,8 @@ LAYERS = (
     ("rollout", "rollout session streams"),
     (
         "measurement",
-        "metrics.image metrics.memory metrics.drift metrics.frechet metrics.judge media plots predict "
-        "judged measure evaluate train_judge sample side_by_side page report",
+        "metrics.image metrics.memory metrics.drift metrics.frechet metrics.judge media plots "
+        "predict judged measure evaluate train_judge sample side_by_side page report",
     ),
     ("trainer", "run initial learner teacher matching tasks running fit held_out train plan"),
     ("named runs", "presets distill"),
