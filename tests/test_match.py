@@ -94,6 +94,25 @@ def test_the_critics_loss_is_the_error_of_its_velocity(model):
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("method", ["dmd", "gan"])
+def test_what_the_critic_learns_falls(model, method):
+    critic = Discriminator(model) if method == "gan" else model
+    (fake, _), (real, _) = rolled(model), rolled(model, seed=5)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        if method == "gan":
+            config = MatchConfig(method="gan")
+            loss = judge_loss(critic, fake, real, config, torch.Generator())
+        else:
+            loss = critic_loss(critic, fake, CONFIG, torch.Generator())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
 def judging(model):
     """A discriminator whose heads are off their zeros."""
     judge = Discriminator(model)
