@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from cells import interval, markdown, milliseconds
+
 from scd.measure import find_row
 from scd.results import command, write_json
 
@@ -163,6 +165,93 @@ def read(folder: Path) -> tuple[dict[str, tuple[Evaluation, Evaluation]], Any]:
 
     evaluations = {name: (load(name), load(f"{name}-long")) for name in sorted(names, key=place)}
     return evaluations, load("turns")
+
+
+def few_steps(results: Mapping[str, Any]) -> str:
+    """One row per model and number of steps: quality, control, distance, seconds in turns."""
+    lines = [line for result in results.values() for line in result["rows"]]
+    horizons = next(iter(results.values()))["horizons"]
+    judged = [
+        (metric, label)
+        for metric, label in (("control", "control"), ("control_error", "control, error"))
+        if all(metric in line["quality"] for line in lines)
+    ]
+    if all("frechet_own" in line["quality"] for line in lines):
+        judged.append(("frechet_own", "Frechet, own"))
+    rows = []
+    for line in lines:
+        quality = line["quality"]
+        row = [_few_steps_name(line)]
+        row += [f"{quality['psnr'][str(horizon)]['mean']:.2f}" for horizon in horizons]
+        row += [f"{quality['ssim'][str(horizon)]['mean']:.3f}" for horizon in horizons]
+        row += [interval(quality[metric]["model"] | {"metric": metric}) for metric, _ in judged]
+        ratio = line["time_over_first"]
+        row.append(milliseconds(line["seconds_per_frame"]["total"]["p50"]))
+        row.append(f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]")
+        rows.append(row)
+    for metric, _ in judged:
+        rows += _baselines(lines[0], metric, [one for one, _ in judged], 2 * len(horizons))
+    head = ["model, steps", *(f"PSNR +{horizon}" for horizon in horizons)]
+    head += [*(f"SSIM +{horizon}" for horizon in horizons), *(label for _, label in judged)]
+    return markdown([*head, "ms per frame", "time over the first's"], rows)
+
+
+def _baselines(
+    line: Mapping[str, Any], metric: str, judged: Sequence[str], num_before: int
+) -> list[list[str]]:
+    """What one number of a judge is to be compared with, a row each; other cells stay empty."""
+    labels = {
+        "truth": "real frames",
+        "unsteered": "real frames, actions of another clip",
+        "repeat_last": "repeat the last frame",
+    }
+    rows = []
+    for baseline, label in labels.items():
+        if baseline in line["quality"][metric]:
+            cells = [""] * len(judged)
+            cells[judged.index(metric)] = interval(
+                line["quality"][metric][baseline] | {"metric": metric}
+            )
+            rows.append([label, *[""] * num_before, *cells, "", ""])
+    return rows
+
+
+def _few_steps_name(line: Mapping[str, Any]) -> str:
+    return f"{line['name']}, {line['steps']}"
+
+
+def drift(results: Mapping[str, Any]) -> str:
+    """One row per model and number of steps: the first and last quarter of a long stream."""
+    lines = [line for result in results.values() for line in result["rows"]]
+    labels = {
+        "psnr": "PSNR",
+        "sharpness": "sharpness",
+        "contrast": "contrast",
+        "control": "control",
+        "control_error": "control, error",
+        "frechet_own": "Frechet, own",
+    }
+    shown = [
+        metric
+        for metric in labels
+        if all(metric in part for line in lines for part in line["drift"])
+    ]
+    rows = [
+        [
+            _few_steps_name(line),
+            *(
+                " to ".join(
+                    f"{line['drift'][part][metric]:.{2 if metric == 'psnr' else 3}f}"
+                    for part in (0, -1)
+                )
+                for metric in shown
+            ),
+        ]
+        for line in lines
+    ]
+    parts = [lines[0]["drift"][part] for part in (0, -1)]
+    frames = " to ".join(f"+{part['first']}..{part['last']}" for part in parts)
+    return markdown([f"model, steps; frames {frames}", *(labels[name] for name in shown)], rows)
 
 
 def main(arguments: Sequence[str], docs: Path = DOCS) -> int:

@@ -17,13 +17,15 @@ A marker says what stands below it; the pages show no other measured numbers:
     <!-- table: pairs of NAME -->
     <!-- table: few_steps of NAME NAME ... -->
     <!-- table: drift of NAME NAME ... -->
+    <!-- table: probes of NAME -->
+    <!-- table: intervention of NAME -->
     <!-- table: origin of NAME NAME ... -->
     <!-- end of table -->
 
 NAME is a result file without its ending, written by `scd evaluate`, `scd demo` (report.json),
-docs/curves.py (runs), docs/pairs.py (pairs), docs/few_steps.py (few_steps, drift), the scripts in
-benchmarks/ (stream, recording), `scd bench` and `scd bench compare`, whose files hold one result
-per line (.jsonl).
+docs/curves.py (runs), docs/pairs.py (pairs), docs/few_steps.py (few_steps, drift), docs/probes.py
+(probes), `scd intervene` (intervention.json), the scripts in benchmarks/ (stream, recording),
+`scd bench` and `scd bench compare`, whose files hold one result per line (.jsonl).
 """
 
 from __future__ import annotations
@@ -36,6 +38,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cells import interval, markdown, millions, milliseconds
+from few_steps import drift, few_steps
+from probes import probes
+
+from scd.intervene.table import markdown as intervention
 from scd.measure import find_row
 from scd.plots import speed_names
 from scd.results import hardware_line, write_text
@@ -83,6 +90,8 @@ def table(request: str, folder: Path) -> str:
         "pairs": pairs,
         "few_steps": few_steps,
         "drift": drift,
+        "probes": probes,
+        "intervention": lambda results: intervention(*results.values()),
         "origin": origin,
     }
     found = re.fullmatch(r"(\w+) of ([\w\- ]+)", request)
@@ -180,12 +189,6 @@ def quality(results: Mapping[str, Result], metric: str, horizons: Sequence[int])
     unit = f", {UNITS[metric]}" if metric in UNITS else ""
     head = [f"{metric}{unit}", *(f"frame +{horizon}" for horizon in horizons)]
     return markdown(head, rows)
-
-
-def interval(row: Mapping[str, Any]) -> str:
-    """Return a number and its interval with a sensible number of digits."""
-    digits = 2 if abs(row["mean"]) >= 1 or row["metric"].startswith("psnr") else 3
-    return f"{row['mean']:.{digits}f} [{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}]"
 
 
 def speed(results: Mapping[str, Result]) -> str:
@@ -361,103 +364,6 @@ def pairs(results: Mapping[str, Result]) -> str:
     return markdown([*head, "difference"], rows)
 
 
-def few_steps(results: Mapping[str, Result]) -> str:
-    """One row per model and number of steps: quality, control, distance, seconds in turns."""
-    lines = [line for result in results.values() for line in result["rows"]]
-    horizons = next(iter(results.values()))["horizons"]
-    judged = [
-        (metric, label)
-        for metric, label in (("control", "control"), ("control_error", "control, error"))
-        if all(metric in line["quality"] for line in lines)
-    ]
-    if all("frechet_own" in line["quality"] for line in lines):
-        judged.append(("frechet_own", "Frechet, own"))
-    rows = []
-    for line in lines:
-        quality = line["quality"]
-        row = [_few_steps_name(line)]
-        row += [f"{quality['psnr'][str(horizon)]['mean']:.2f}" for horizon in horizons]
-        row += [f"{quality['ssim'][str(horizon)]['mean']:.3f}" for horizon in horizons]
-        row += [interval(quality[metric]["model"] | {"metric": metric}) for metric, _ in judged]
-        ratio = line["time_over_first"]
-        row.append(milliseconds(line["seconds_per_frame"]["total"]["p50"]))
-        row.append(f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]")
-        rows.append(row)
-    for metric, _ in judged:
-        rows += _baselines(lines[0], metric, [one for one, _ in judged], 2 * len(horizons))
-    head = ["model, steps", *(f"PSNR +{horizon}" for horizon in horizons)]
-    head += [*(f"SSIM +{horizon}" for horizon in horizons), *(label for _, label in judged)]
-    return markdown([*head, "ms per frame", "time over the first's"], rows)
-
-
-def _baselines(
-    line: Mapping[str, Any], metric: str, judged: Sequence[str], num_before: int
-) -> list[list[str]]:
-    """What one number of a judge is to be compared with, a row each; other cells stay empty."""
-    labels = {
-        "truth": "real frames",
-        "unsteered": "real frames, actions of another clip",
-        "repeat_last": "repeat the last frame",
-    }
-    rows = []
-    for baseline, label in labels.items():
-        if baseline in line["quality"][metric]:
-            cells = [""] * len(judged)
-            cells[judged.index(metric)] = interval(
-                line["quality"][metric][baseline] | {"metric": metric}
-            )
-            rows.append([label, *[""] * num_before, *cells, "", ""])
-    return rows
-
-
-def _few_steps_name(line: Mapping[str, Any]) -> str:
-    return f"{line['name']}, {line['steps']}"
-
-
-def drift(results: Mapping[str, Result]) -> str:
-    """One row per model and number of steps: the first and last quarter of a long stream."""
-    lines = [line for result in results.values() for line in result["rows"]]
-    labels = {
-        "psnr": "PSNR",
-        "sharpness": "sharpness",
-        "contrast": "contrast",
-        "control": "control",
-        "control_error": "control, error",
-        "frechet_own": "Frechet, own",
-    }
-    shown = [
-        metric
-        for metric in labels
-        if all(metric in part for line in lines for part in line["drift"])
-    ]
-    rows = [
-        [
-            _few_steps_name(line),
-            *(
-                " to ".join(
-                    f"{line['drift'][part][metric]:.{2 if metric == 'psnr' else 3}f}"
-                    for part in (0, -1)
-                )
-                for metric in shown
-            ),
-        ]
-        for line in lines
-    ]
-    parts = [lines[0]["drift"][part] for part in (0, -1)]
-    frames = " to ".join(f"+{part['first']}..{part['last']}" for part in parts)
-    return markdown([f"model, steps; frames {frames}", *(labels[name] for name in shown)], rows)
-
-
-def milliseconds(seconds: float) -> str:
-    """Return a duration with three digits that count."""
-    return f"{1000 * seconds:.0f}" if seconds >= 0.1 else f"{1000 * seconds:.3g}"
-
-
-def millions(parameters: int) -> str:
-    """Return a number of weights in millions."""
-    return f"{parameters / 1e6:.1f} M"
-
-
 def origin(results: Mapping[str, Result]) -> str:
     """One row per result and command: what made it, its commit and its hardware."""
     rows = [
@@ -473,12 +379,6 @@ def origin(results: Mapping[str, Result]) -> str:
     # The lines of a file that one command wrote have one origin.
     distinct = [list(row) for row in dict.fromkeys(map(tuple, rows))]
     return markdown(["result", "command", "commit", "hardware"], distinct)
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay a table out; all columns but the first are right-aligned."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def main(arguments: Sequence[str]) -> int:
