@@ -59,9 +59,9 @@ def load_teacher(config: TrainConfig, path: str, device: torch.device) -> Diffus
     """
     if not path:
         raise ValueError("objective.teacher must name the run or world to learn from")
-    world = load_world(path, device=device)
+    world = load_world(path)
     check_teacher(config, world, path)
-    return world.model.requires_grad_(False)
+    return world.model.to(device).requires_grad_(False)
 
 
 def check_teacher(config: TrainConfig, teacher: World, path: str) -> None:

@@ -198,18 +198,30 @@ def test_the_command_makes_a_run_that_streams_at_its_own_steps(teacher, tmp_path
 
 
 SCRIPT = """
-import json, sys
+import json, os, sys
+import torch
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parallel import DistributedDataParallel
 from scd.config import from_json
+from scd.model.embed import FrameHead
 from scd.run import TrainConfig
 from scd.train import train
+wrapped, num_frames = {}, []
+def note(module, inputs, output):
+    if isinstance(module, DistributedDataParallel):
+        wrapped[id(module)] = module
+    if isinstance(module, FrameHead):
+        num_frames.append(len(output))
+register_module_forward_hook(note)
 train(from_json(TrainConfig, json.load(open(sys.argv[1]))))
+weights = [module.module.state_dict() for module in wrapped.values()]
+torch.save([weights, num_frames], f"{sys.argv[1]}.{os.environ['RANK']}")
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dmd", "gan"])
 def test_two_processes_share_gradients_and_exit_steps(matching, teacher, tmp_path, name):
-    """Both processes end with the same weights, or the second part would not fit the first."""
     config = replace(change_of(matching, teacher, name), num_accumulation=2)
     (tmp_path / "train.py").write_text(SCRIPT)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -222,6 +234,11 @@ def test_two_processes_share_gradients_and_exit_steps(matching, teacher, tmp_pat
             [*command, str(tmp_path / "config.json")], env=environment, capture_output=True
         )
         assert process.returncode == 0, process.stderr.decode()
+        one, two = (torch.load(tmp_path / f"config.json.{rank}") for rank in (0, 1))
+        # The critic and the student; as many calls of each network in both processes.
+        assert len(one[0]) == len(two[0]) == 2 and one[1] == two[1]
+        for mine, theirs in zip(one[0], two[0], strict=True):
+            assert all(torch.equal(weight, theirs[name]) for name, weight in mine.items())
     run = tmp_path / "student"
     assert read_log(run, "start")[0]["num_processes"] == 2
     assert [event["step"] for event in read_log(run, "step")] == [1, 2, 3, 4]

@@ -44,9 +44,8 @@ class ConsistencyConfig:
     """Bend of the grid; above 1 makes finer steps near noise."""
     num_teacher_steps: int = 4
     """Steps on the grid that the teacher takes before the target network jumps to the end. As many
-    as the grid has: the teacher walks to the end, and the target network is not needed. Few steps
-    on a fine grid are the published method; then nothing but the last of them holds the student to
-    the data, and one that predicts clean frames can collapse."""
+    as the grid has: the teacher walks to the end, and the target network is not needed. One, as
+    published, made a student that predicts clean frames collapse: docs/log.md."""
     target: str = "online"
     """Weights of the network that jumps to the end: "online", the student's present ones, or
     "average", their moving average (`ema_decay`)."""
