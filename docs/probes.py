@@ -3,8 +3,9 @@
     python docs/probes.py NAME LABEL=FOLDER LABEL=FOLDER ...
 
 FOLDER is that of a `scd probe`, with attention, similarity and leave_one_out among its
-measurements; the order is that of the table. It writes docs/results/NAME.json, a few numbers per
-layer of each probe, and docs/images/NAME.png, their curves over the layers.
+measurements; the order is that of the table. A label may be "MODEL, CHECKPOINT". It writes
+docs/results/NAME.json, a few numbers per layer of each probe, and docs/images/NAME.png, curves
+over their layers.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ DOCS = Path(__file__).resolve().parent
 
 EARLY = 0.8
 """Share of the steps that counts as early. Source: paper, section 5.1 (40 of 50)."""
+
+INKS = ("#3b7dd8", "#c2568f", "#2f8f5b", "#d98a2b")
+"""Colours of the models in the plot."""
 
 SIMILARITIES = ("cosine", "centred", "centred_by_step")
 """Kinds of similarity that are kept."""
@@ -121,20 +125,36 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         ("attention on the past over uniform", lambda one: one["past_mass"] / one["uniform"]),
         ("relative loss without the layer", lambda one: one["relative_loss"]),
     )
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
     axes = figure.subplots(2, 2)
+    strokes = styles([probe["label"] for probe in result["probes"]])
     for (title, value), axis in zip(panels, axes.flat, strict=True):
         for probe in result["probes"]:
             # Models of different depth share an axis: 0 is the first layer and 1 the last.
             depth = np.linspace(0, 1, len(probe["layers"]))
             curve = [value(layer) for layer in probe["layers"]]
-            axis.plot(depth, curve, marker="o", markersize=3, label=probe["label"])
+            colour, alpha = strokes[probe["label"]]
+            axis.plot(
+                depth, curve, marker="o", ms=3, color=colour, alpha=alpha, label=probe["label"]
+            )
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("depth: first layer 0, last layer 1")
         axis.grid(alpha=0.3)
     axes[1, 1].set_yscale("symlog", linthresh=0.01)
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9
+    )
     write_figure(figure, path)
+
+
+def styles(labels: Sequence[str]) -> dict[str, tuple[str, float]]:
+    """Give each model, the part of a label before the comma, a colour; later probes stand out."""
+    models = [label.partition(",")[0] for label in labels]
+    colours = dict(zip(dict.fromkeys(models), INKS * len(models), strict=False))
+    return {
+        label: (colours[model], (models[: place + 1].count(model)) / models.count(model))
+        for place, (label, model) in enumerate(zip(labels, models, strict=True))
+    }
 
 
 def main(arguments: Sequence[str]) -> int:
