@@ -29,7 +29,6 @@ from scd.model.cache import CacheConfig
 from scd.model.decoder import Join
 from scd.objective.denoise import DenoiseConfig
 from scd.optim import OptimConfig
-from scd.plan import plan
 from scd.run import TrainConfig
 from scd.train import train
 from tests.tiny import random_clips, random_conditions, tiny_dense
@@ -76,7 +75,7 @@ def dense_run(data: str, out: str) -> TrainConfig:
         ),
         objective=DenoiseConfig(context_noise=0.0, num_draws=1),
         optim=OptimConfig(lr=1e-3, warmup_steps=1),
-        sampling=SAMPLING,
+        sampling=SamplingConfig(num_steps=2),
     )
 
 
@@ -160,7 +159,6 @@ def test_a_recomposed_model_trains_and_streams(join: Join, tmp_path):
         ({"encoder": 12, "decoder": "0+1"}, 12, (12,)),
         ({"encoder": 1, "decoder": "6+6"}, 1, tuple(range(1, 13))),
         ({"proposed": (8, [1, 2, 11, 12])}, 8, (1, 2, 11, 12)),
-        ({"proposed": ([1, 2, 3], [1, 4, 5])}, 3, (1, 4, 5)),
     ],
 )
 def test_splits_are_read(given, encoder, decoder, tmp_path):
@@ -193,9 +191,10 @@ def test_splits_that_cannot_be_are_refused(given, message):
 
 def test_a_result_without_a_split_is_refused(tmp_path):
     path = tmp_path / "probe.json"
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="holds no proposed_split"):
-        split_of(RecomposeConfig(comparison=NOWHERE, split=str(path)), 12)
+    for text in ("{}", '{"proposed_split": {"encoder_layers": [1, 2], "decoder_layers": [1]}}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="holds no proposed_split"):
+            split_of(RecomposeConfig(comparison=NOWHERE, split=str(path)), 12)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +263,7 @@ def weights(path) -> bytes:
 def skipped(run, tmp_path_factory) -> dict:
     """The result of skipping a layer."""
     common = comparison(run, tmp_path_factory.mktemp("skip") / "out")
-    return intervene(SkipConfig(comparison=common, layers="2", full_steps=2))
+    return intervene(SkipConfig(comparison=common, layers="2", full_steps=1))
 
 
 def test_an_intervention_from_end_to_end(run, skipped):
@@ -285,7 +284,7 @@ def test_an_intervention_from_end_to_end(run, skipped):
     assert (out / "intervention.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_recomposition_is_resumed_where_it_was(run, data, tmp_path, capsys):
+def test_a_recomposition_is_resumed_where_it_was(run, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["intervene", "recompose", run, "--out", str(out), "--encoder", "2"]
     words += ["--decoder", "1+1", "--max-steps", "2", "--warmup-steps", "0", "--context", "2"]
@@ -298,8 +297,7 @@ def test_a_recomposition_is_resumed_where_it_was(run, data, tmp_path, capsys):
     assert list(models) == ["untouched", "before", "after", "scratch"]
     assert models["after"]["kind"] == models["scratch"]["kind"] == "SeparableDiffuser"
     after, scratch = (models[name]["train_flops"] for name in ("after", "scratch"))
-    one_step = plan(replace(dense_run(data, ""), model=load_world(out / "scratch").model.config))
-    assert abs(after - scratch) <= one_step.flops_per_step
+    assert abs(after - scratch) <= scratch / models["scratch"]["steps"]
     assert load_progress(resolve(out / "scratch")).step == models["scratch"]["steps"]
 
     before = {name: weights(out / name) for name in ("after", "scratch")}

@@ -164,22 +164,21 @@ def candidates(
     before = load_world(out / "before", device=next(untouched.model.parameters()).device)
     after = finetuning(start, common, before, out / "before")
     after = _with_context_noise(after, intervention)
-    # Operations of one step. Noise on a context, and the seed, cost nothing.
-    step_flops = {"run": plan(start.base).flops_per_step, "after": plan(after).flops_per_step}
-    spent = start.steps * step_flops["run"]
     runs = {"after": after}
     if common.control:
         runs["control"] = finetuning(start, common, untouched, out / "untouched")
-        step_flops["control"] = step_flops["run"]
+    if common.control_from:
+        # Told before anything is trained.
+        same_control(runs["control"], Path(common.control_from))
+    # Operations of one step. Noise on a context, and the seed, cost nothing.
+    step_flops = {"after": plan(after).flops_per_step, "control": plan(start.base).flops_per_step}
+    spent = start.steps * step_flops["control"]
     if isinstance(intervention, RecomposeConfig) and intervention.scratch:
         scratch = replace(_unattended(start.base), model=before.model.config)
         total = spent + common.max_steps * step_flops["after"]
         num_steps = max(1, round(total / step_flops["after"]))
         scratch = _with_context_noise(replace(scratch, max_steps=num_steps), intervention)
         runs["scratch"], step_flops["scratch"] = scratch, step_flops["after"]
-    if common.control_from:
-        # Told before anything is trained.
-        same_control(runs["control"], Path(common.control_from))
     models = {
         name: Candidate(world=world, steps=start.steps, train_flops=spent)
         for name, world in (("untouched", untouched), ("before", before))

@@ -175,8 +175,7 @@ def _proposed(path: Path) -> tuple[int, Layers]:
     try:
         split = result["proposed_split"]
         encoder, decoder = split["encoder_layers"], split["decoder_layers"]
-        depth = encoder if isinstance(encoder, int) else len(encoder)
-        return depth, tuple(int(layer) for layer in decoder)
+        return int(encoder), tuple(int(layer) for layer in decoder)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no proposed_split of encoder_layers and decoder_layers"
