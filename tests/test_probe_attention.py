@@ -24,6 +24,18 @@ def own_only():
     return TheirBlock(sees_past=False)
 
 
+class MaskedBlock(TheirBlock):
+    """Hides the first frame of the past."""
+
+    def forward(self, tokens, past):
+        seen = torch.cat([past, tokens], dim=1)
+        q, k, v = self.qkv(self.norm(seen)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        mask = torch.arange(seen.shape[1]) >= tokens.shape[1]
+        q = q[:, :, -tokens.shape[1] :]
+        read = nn.functional.scaled_dot_product_attention(q, k, v, mask.expand(q.shape[2], -1))
+        return tokens + self.out(read.transpose(1, 2).flatten(2))
+
+
 def random_look(bias):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 3, 5, 8, generator=generator)
@@ -68,6 +80,15 @@ def test_equal_weights_are_the_uniform_baseline():
     np.testing.assert_allclose(found.profile, 1 / 4, atol=1e-6)
     np.testing.assert_allclose(found.maps, 1 / 24, atol=1e-6)
     assert found.maps.shape == (1, 4, 2, 2, 3) and found.chosen == (0, 4)
+
+
+@torch.no_grad()
+def test_hidden_keys_do_not_count_in_the_uniform_baseline():
+    """All frames are run, the oldest is hidden by a mask: two of three visible ones are past."""
+    subject = third_party([MaskedBlock])
+    found = attention_mass(subject, their_task(), STEPS)
+    np.testing.assert_allclose(found.uniform, 2 / 3, atol=1e-6)
+    assert (found.profile[..., 1:3] > 0).all() and found.profile.shape[-1] == 3
 
 
 @torch.no_grad()
@@ -116,7 +137,7 @@ def test_attention_that_cannot_be_measured_is_refused():
         attention_mass(third_party([own_only] * 2), task, STEPS)
     with pytest.raises(ValueError, match="seen in layer 2: it must go through"):
         attention_mass(third_party([TheirBlock, Doubling]), task, STEPS)
-    with pytest.raises(ValueError, match=r"0 \.\. 5, got \[6\]"):
+    with pytest.raises(ValueError, match=r"0 \.\. 5, one or more, got \[6\]"):
         attention_mass(third_party([TheirBlock]), task, STEPS, chosen=[6])
     with pytest.raises(ValueError, match="2 or more, got 1"):
         attention_mass(third_party([TheirBlock]), task, SamplingConfig(num_steps=1))

@@ -6,6 +6,7 @@ import torch
 
 from scd.flow import SamplingConfig
 from scd.metrics.image import MAX_PSNR, psnr_of
+from scd.probe.intercept import held, recorded
 from scd.probe.leave_one_out import leave_one_out, losses, relative
 from scd.probe.ours import subject_of
 from scd.probe.reuse import ReuseGrid, reuse_loss, reuse_rollout
@@ -121,11 +122,34 @@ def test_kept_layers_give_what_they_gave_in_the_step():
     assert found.relative_loss[0, 0] == pytest.approx(float(error / full - 1), rel=1e-3)
 
 
+@torch.no_grad()
+def test_a_rollout_that_keeps_layers_is_the_plain_loop():
+    subject = subject_of(tiny_dense())
+    task = task_for(subject.model)
+    state, times = task.begin(subject), step_times(STEPS)
+    noisy = task.noise
+    for number, (time, after) in enumerate(zip(times, times[1:], strict=False), 1):
+        if number <= 3:
+            with recorded(subject.layers[:2]) as calls:
+                velocity = subject.velocity(state, noisy, time)
+        else:
+            with held(subject.layers[:2], [calls[0], calls[1]]):
+                velocity = subject.velocity(state, noisy, time)
+        noisy = noisy + (after - time) * velocity
+    expected = float(psnr_of((noisy - task.frame).square().mean()))
+    grid = ReuseGrid(layers=(1, 2), steps=(2, 3))
+    found = reuse_rollout(subject, task, STEPS, grid)
+    assert found.psnr[1, 1] == pytest.approx(expected, abs=1e-4)
+    assert len(set(found.psnr.flatten().tolist())) == 4
+
+
 def test_quality_of_a_rollout_is_measured_in_pixels():
     subject = subject_of(tiny_separable())
     task = task_for(subject.model)
     grid = ReuseGrid.of(subject, 6, num_layers=2, num_starts=2)
     assert grid == ReuseGrid(layers=(1, 2), steps=(1, 5))
+    whole = ReuseGrid.of(subject, 6, num_layers=9, num_starts=5)
+    assert whole == ReuseGrid(layers=(1, 2), steps=(1, 2, 3, 4, 5))
     found = reuse_rollout(subject, task, STEPS, grid, decode=lambda frames: 0 * frames + 1)
     np.testing.assert_allclose(found.psnr, MAX_PSNR, atol=1e-4)
     doubled = reuse_rollout(subject, task, STEPS, grid, decode=lambda frames: 2 * frames)

@@ -16,11 +16,13 @@ from scd.cli import main
 from scd.flow import SamplingConfig
 from scd.model.block import BlockConfig
 from scd.model.build import build
+from scd.model.cache import CacheConfig
 from scd.model.dense import DenseConfig
 from scd.model.embed import FrameShape
 from scd.probe import measure
+from scd.probe.ours import subject_of
 from scd.probe.run import probe
-from scd.probe.settings import ProbeConfig, make_plan, memory_needed, training_times
+from scd.probe.settings import ProbeConfig, memory_needed, training_times
 from tests.tiny import shaken
 
 NUM_LAYERS = 3
@@ -53,7 +55,7 @@ def dense(toy_source, tmp_path_factory):
 def config_of(run, out, **changes):
     settings = dict(
         run=run, data="toy:32", out=str(out), num_clips=3, context=3, num_steps=4,
-        reuse_depths=2, reuse_steps=2, device="cpu",
+        reuse_depths=2, reuse_steps=2, tokens=(0, 3), device="cpu",
     )  # fmt: skip
     return ProbeConfig(**(settings | changes))
 
@@ -108,10 +110,11 @@ def test_the_page_is_whole_and_alone(done):
         "What is lost without a layer", "May features be reused", "What this does not claim",
     ):  # fmt: skip
         assert heading in page
-    assert "Plain cosine is inflated" in page
+    assert "Plain cosine is inflated" in page and "centred by step between" in page
+    assert "token in row 1, column 1" in page and "token in row 2, column 2" in page
     assert result["proposed_split"]["name"] in page
     light = re.findall(r'<img class="\w+" alt="([^"]+)"', page)
-    assert len(light) == page.count('<source media="(prefers-color-scheme: dark)"') == 9
+    assert len(light) == page.count('<source media="(prefers-color-scheme: dark)"') == 10
 
 
 def test_what_is_done_is_not_measured_again(done, dense, monkeypatch):
@@ -151,7 +154,7 @@ def test_other_settings_and_other_weights_are_refused(done, dense, toy_source, t
 def test_a_separable_model_is_probed_as_far_as_it_applies(separable_config, toy_source, tmp_path):
     world = world_of(separable_config, toy_source)
     run = str(save_world(world, tmp_path / "world"))
-    names = ("attention", "similarity", "leave_one_out", "splits")
+    names = ("attention", "similarity", "splits")
     result = probe(config_of(run, tmp_path / "out", measurements=names))
     assert result["left_out"] == {"splits": "splits: this model is split already"}
     assert "proposed_split" not in result
@@ -185,6 +188,7 @@ def test_settings_that_make_no_sense_are_refused(changes, message):
     [
         ({"layers": (2, 4)}, r"different numbers in 1 \.\. 3"),
         ({"data": "toy:64"}, "frames of 32x32"),
+        ({"tokens": (4,)}, r"tokens lie in 0 \.\. 3, one or more, got \[4\]"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(dense, tmp_path, changes, message):
@@ -198,14 +202,13 @@ def test_more_clips_than_there_are_is_refused(dense, folder, tmp_path):
         probe(config_of(dense, tmp_path / "out", data=folder, num_clips=16))
 
 
-def test_layers_that_see_their_own_frame_only_have_no_mass_on_the_past(toy_source, tmp_path):
-    config = replace(dense_of(toy_source), num_diagonal=2)
+def test_a_model_without_a_past_is_refused(toy_source, tmp_path, capsys):
+    """A memory of one frame: that which is denoised."""
+    config = replace(dense_of(toy_source), cache=CacheConfig(window=1, num_sinks=0))
     run = str(save_world(world_of(config, toy_source), tmp_path / "world"))
-    result = probe(config_of(run, tmp_path / "out", measurements=("attention",)))
-    masses = [layer["past_mass"] for layer in result["attention"]]
-    assert min(masses[0]) > 0 and masses[1:] == [[0.0, 0.0]] * 2
-    assert "step_similarity" not in result
-    assert (tmp_path / "out" / "report.html").exists()
+    words = ["probe", run, "--data", "toy:32", "--out", str(tmp_path / "out"), "--num-clips", "2"]
+    assert main([*words, "--context", "2", "--num-steps", "2", "--device", "cpu"]) == 2
+    assert "no layer of this model looks at earlier frames" in capsys.readouterr().err
 
 
 def test_the_command_reports_bad_input(dense, tmp_path, capsys):
@@ -221,15 +224,18 @@ def test_the_command_reports_bad_input(dense, tmp_path, capsys):
 
 def test_memory_is_stated_and_missing_memory_refused(dense, tmp_path, monkeypatch):
     monkeypatch.setattr("scd.device_memory.free_bytes", lambda device: 2**20)
+    # Told before any clip is read.
+    monkeypatch.setattr("scd.probe.settings.read_windows", None)
     with pytest.raises(ValueError, match="the probe needs .* MiB on cpu, 1.0 MiB are free"):
         probe(config_of(dense, tmp_path / "out"))
 
 
 def test_stated_memory_grows_with_what_is_held(dense):
-    world = load_world(dense)
-    few, many = (make_plan(config_of(dense, "out", num_clips=clips), world) for clips in (2, 20))
-    assert memory_needed(many.subject, many.task, 4) > memory_needed(few.subject, few.task, 4)
-    assert memory_needed(few.subject, few.task, 50) > memory_needed(few.subject, few.task, 4)
+    subject = subject_of(load_world(dense).model)
+    few = config_of(dense, "out")
+    needed = memory_needed(few, subject)
+    for more in ({"num_clips": 20}, {"num_noises": 7}, {"num_steps": 50}, {"context": 20}):
+        assert memory_needed(replace(few, **more), subject) > needed
 
 
 def test_noise_levels_follow_the_training(dense, tmp_path):

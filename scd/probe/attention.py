@@ -72,10 +72,7 @@ def attention_mass(
             fewer than two steps, or tokens that a frame has not.
     """
     times = step_times(sampling)
-    rows, columns = subject.grid
-    chosen = [rows // 2 * columns + columns // 2] if chosen is None else list(chosen)
-    if not all(0 <= token < subject.tokens_per_frame for token in chosen):
-        raise ValueError(f"tokens lie in 0 .. {subject.tokens_per_frame - 1}, got {chosen}")
+    chosen = chosen_tokens(subject, chosen)
     counter = _Counter(subject, task.num_past, len(times) - 1, chosen, max_block_bytes)
     # What runs once per frame is the same at all steps; what comes last in `begin` counts.
     with subject.watch_attention(counter.see):
@@ -86,6 +83,22 @@ def attention_mass(
             counter.step = step + 1
             progress((step + 1) / (len(times) - 1))
     return counter.result()
+
+
+def chosen_tokens(subject: Subject, chosen: Sequence[int] | None) -> list[int]:
+    """Return the tokens for the maps, from 0; None: that in the middle of the frame.
+
+    Raises:
+        ValueError: none, or tokens that a frame has not.
+    """
+    rows, columns = subject.grid
+    if chosen is None:
+        return [rows // 2 * columns + columns // 2]
+    if not chosen or not all(0 <= token < subject.tokens_per_frame for token in chosen):
+        raise ValueError(
+            f"tokens lie in 0 .. {subject.tokens_per_frame - 1}, one or more, got {list(chosen)}"
+        )
+    return list(chosen)
 
 
 class _Counter:
@@ -126,7 +139,7 @@ class _Counter:
         self.shares[look.layer, :, steps] = shares[:, None]
         self.seen.add(look.layer)
         if self.step in (0, self.num_steps // 2):
-            self.uniform[look.layer] = float(members[:, 1:-1].sum() / len(classes))
+            self.uniform[look.layer] = _uniform(look.bias, members[:, 1:-1].sum(1))
             self._map(look, classes)
 
     def _map(self, look: Look, classes: Tensor) -> None:
@@ -179,6 +192,14 @@ def mass(
         logits = _logits(look.q[:, :, block], look.k, _rows(look.bias, block))
         total += (logits.softmax(-1) @ members).sum(2)
     return total / num_queries
+
+
+def _uniform(bias: Tensor | None, past: Float[Tensor, " s"]) -> float:
+    """Return the share of past keys among those that a query may see, averaged over queries."""
+    if bias is None:
+        return float(past.mean())
+    seen = (bias > float("-inf")).float().cpu()
+    return float(((seen @ past) / seen.sum(-1)).mean())
 
 
 def _blocks(num: int, size: int) -> Iterator[list[int]]:

@@ -53,6 +53,8 @@ class Plan:
     """Times at which losses are taken."""
     layers: Sequence[int] | None
     """Numbers of the layers to look at; None: all."""
+    tokens: Sequence[int] | None
+    """Tokens whose attention is shown; None: the one in the middle of the frame."""
     grid: ReuseGrid
     """Axes of the map of reuse."""
     decode: Callable[[Tensor], Tensor]
@@ -82,7 +84,7 @@ Parts = Mapping[str, Mapping[str, Any]]
 
 def measure_attention(plan: Plan, progress: Progress) -> Entries:
     """Measure what a frame that is denoised looks at."""
-    found = attention_mass(plan.subject, plan.task, plan.sampling, progress=progress)
+    found = attention_mass(plan.subject, plan.task, plan.sampling, plan.tokens, progress=progress)
     return attention_entries(found, plan.names)
 
 

@@ -49,7 +49,7 @@ class _OurSubject(Subject):
         self.frame_shape = model.shape.shape
         self.num_heads, self.width = config.block.num_heads, config.block.width
         self.sizes = Sizes(shape=config.shape, block=config.block, conditions=config.conditions)
-        self._spec = config.conditions
+        self._spec, self._cache = config.conditions, config.cache
         # Which keys the attention that comes next looks at; None: it is none of the newest frame.
         self._distances: Sequence[int] | None = None
         self._in_begin = False
@@ -60,6 +60,10 @@ class _OurSubject(Subject):
             return None
         assert len(self._distances) == num_keys
         return self._distances
+
+    def _room(self, num_past: int) -> int:
+        """Frames of a stream's memory: no room for more than there are."""
+        return min(self._cache.window, max(num_past, self._cache.num_sinks) + 1)
 
     def _from_positions(self, positions: Sequence[int], newest: int) -> list[int]:
         return [newest - position for position in positions for _ in range(self.tokens_per_frame)]
@@ -97,7 +101,9 @@ class DenseSubject(_OurSubject):
         num_past = past.shape[1]
         self._spec.check(conditions, num_past + 1)
         self._distances = None
-        stream = self.model.begin(past, conditions.frames(0, num_past))
+        stream = self.model.begin(
+            past, conditions.frames(0, num_past), num_frames_in_memory=self._room(num_past)
+        )
         context = self.model.context(stream, conditions.frames(num_past, num_past + 1))
         positions = context.cache.positions_with([context.frame])
         return OurState(context=context, distances=self._from_positions(positions, context.frame))
@@ -142,7 +148,9 @@ class SeparableSubject(_OurSubject):
         num_past = past.shape[1]
         self._spec.check(conditions, num_past + 1)
         self._distances = None
-        stream = self.model.begin(past, conditions.frames(0, num_past))
+        stream = self.model.begin(
+            past, conditions.frames(0, num_past), num_frames_in_memory=self._room(num_past)
+        )
         stream.cache.make_room()
         positions = stream.cache.positions_with([stream.next_row])
         # A prefix decoder runs its layers over the context too: these are no frame's attention.

@@ -16,6 +16,14 @@ from scd.media import spread
 from scd.plots import Ink, curve_panels, finish, legend, text_colour
 from scd.probe.maps import draw_bar, draw_map
 
+LABELS = {
+    "cosine": "cosine (inflated by the common vector)",
+    "flattened": "flattened (inflated too)",
+    "centred_by_step": "centred by step",
+    "cka": "CKA",
+}
+"""How plots call measures of similarity whose name alone would not do."""
+
 CURVES = {
     "cosine": "#3b7dd8",
     "flattened": "#7f4fb5",
@@ -67,23 +75,11 @@ def plot_similarity(
     figure, (every, late) = curve_panels(2, ink)
     layers = range(1, len(names) + 1)
     for name, values in matrices.items():
-        means, lasts = pair_means(values)
-        every.plot(
-            layers,
-            means,
-            label=name.replace("_", " "),
-            color=CURVES[name],
-            marker="o",
-            markersize=3,
-        )
-        late.plot(
-            layers,
-            lasts,
-            label=name.replace("_", " "),
-            color=CURVES[name],
-            marker="o",
-            markersize=3,
-        )
+        for axes, means in zip((every, late), pair_means(values), strict=True):
+            axes.plot(
+                layers, means, label=LABELS.get(name, name), color=CURVES[name], marker="o",
+                markersize=3,
+            )  # fmt: skip
     every.set_ylabel("similarity, all pairs of steps")
     late.set_ylabel("similarity, last fifth of the steps\nwith the steps before")
     for axes in (every, late):

@@ -38,9 +38,14 @@ class ReuseGrid:
 
     @staticmethod
     def of(subject: Subject, num_steps: int, num_layers: int = 6, num_starts: int = 5) -> ReuseGrid:
-        """Spread a grid over all depths and over the steps, more of them early."""
+        """Spread a grid over all depths and over the steps, more of them early.
+
+        With as many of either as there are, or more, the map is complete.
+        """
         depth = len(subject.stepped)
         layers = spread(max(1, round(depth / num_layers)), depth, num_layers)
+        if num_starts >= num_steps - 1:
+            return ReuseGrid(layers=tuple(layers), steps=tuple(range(1, num_steps)))
         last = max(1, min(num_steps - 1, round(LATEST_SHARE * num_steps)))
         return ReuseGrid(layers=tuple(layers), steps=tuple(spread_early(last, num_starts)))
 
@@ -150,23 +155,22 @@ def reuse_rollout(
     grid.check(subject, len(times) - 1)
     state = task.begin(subject)
     true = decode(task.frame)
-    starts: dict[int, tuple[Tensor, dict[int, Call]]] = {}
-    noisy = task.noise
-    with recorded(_stepped(subject)) as calls:
-        for step, noisy in enumerate(denoise(subject, state, task.noise, times), 1):
-            if step in grid.steps:
-                starts[step] = (noisy, dict(calls))
-    untouched = decode(noisy)
-    psnr = np.zeros((len(grid.layers), len(grid.steps)), np.float32)
-    to_untouched = np.zeros_like(psnr)
-    for column, step in enumerate(grid.steps):
-        start, calls = starts.pop(step)
-        for row, depth in enumerate(grid.layers):
+    frames: dict[tuple[int, int], Tensor] = {}
+    noisy, num_cells = task.noise, len(grid.layers) * len(grid.steps)
+    for step in range(1, len(times)):
+        with recorded(_stepped(subject)) as calls:
+            (noisy,) = denoise(subject, state, noisy, times[step - 1 : step + 1])
+        # Finished at once: the features of one step are held, not those of all.
+        for depth in grid.layers if step in grid.steps else ():
             with _kept(subject, calls, depth):
-                *_, frame = denoise(subject, state, start, times, step)
-            psnr[row, column] = _psnr(decode(frame), true)
-            to_untouched[row, column] = _psnr(decode(frame), untouched)
-            progress((column + (row + 1) / len(grid.layers)) / len(grid.steps))
+                *_, frames[depth, step] = denoise(subject, state, noisy, times, step)
+            progress(len(frames) / num_cells)
+    untouched = decode(noisy)
+    finished = [[decode(frames[depth, step]) for step in grid.steps] for depth in grid.layers]
+    psnr, to_untouched = (
+        np.array([[_psnr(frame, goal) for frame in row] for row in finished], np.float32)
+        for goal in (true, untouched)
+    )
     return ReuseRollout(
         grid=grid,
         psnr=psnr,

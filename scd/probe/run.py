@@ -23,8 +23,9 @@ from scd.device_memory import PeakMemory, check_free, readable
 from scd.model.build import num_parameters
 from scd.model.pretrained import WEIGHTS_FILE
 from scd.probe.measure import MEASUREMENTS, Measurement, Plan, proposed_split
+from scd.probe.ours import subject_of
 from scd.probe.page import write_page
-from scd.probe.settings import ProbeConfig, make_plan, memory_needed
+from scd.probe.settings import ProbeConfig, make_plan, memory_needed, open_clips
 from scd.results import provenance, write_json
 from scd.runtime import choose_device
 
@@ -39,15 +40,16 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
         FileNotFoundError: no such run or data.
         FileExistsError: the folder holds something else than a probe.
         ValueError: a probe of other settings is there, data of another kind than the model's,
-            layers that it has not, fewer clips than asked for, or too little memory.
+            layers or tokens that it has not, fewer clips than asked for, or too little memory.
     """
     device = choose_device(config.device)
     world = load_world(config.run, config.weights, device)
-    plan = make_plan(config, world)
+    source = open_clips(config, world)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    needed = memory_needed(plan.subject, plan.task, config.num_steps)
+    needed = memory_needed(config, subject_of(world.model))
     console.print(f"memory: {readable(needed)} beside the weights, on {device}")
     check_free("the probe", needed, device)
+    plan = make_plan(config, world, source)
     out = Path(config.out)
     with _claimed(out, _settings(config)):
         peak = PeakMemory(device)

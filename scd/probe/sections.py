@@ -50,21 +50,23 @@ def show_similarity(result: Mapping[str, Any], _: Any, plots: Plots) -> str:
     names = [one["name"] for one in layers]
     kinds = ("cosine", "flattened", "centred", "centred_by_step", "cka")
     matrices = {kind: np.array([one[kind] for one in layers]) for kind in kinds}
-    plain, centred = (pair_means(matrices[kind])[0] for kind in ("cosine", "centred"))
+    shown = ("cosine", "centred", "centred_by_step")
+    plain, centred, by_step = (pair_means(matrices[kind])[0] for kind in shown)
     return (
         "<h2>Do features change from step to step?</h2>"
         "<p><strong>Plain cosine is inflated.</strong> All tokens of a transformer share a large "
         "common vector, so any two features look alike. Centred cosine takes each layer's mean "
         "token over tokens, clips and steps away first. Over all pairs of steps plain cosine lies "
         f"between {plain.min():.2f} and {plain.max():.2f}, depending on the layer, centred cosine "
-        f"between {centred.min():.2f} and {centred.max():.2f}.</p>"
+        f"between {centred.min():.2f} and {centred.max():.2f}, and centred by step between "
+        f"{by_step.min():.2f} and {by_step.max():.2f}.</p>"
         + plots(
             lambda path, ink: plot_similarity(matrices, names, path, ink),
             "Similarity of steps over layers",
         )
         + plots(
             lambda path, ink: plot_matrices(
-                {kind: matrices[kind] for kind in ("cosine", "centred")}, names, path, ink
+                {kind.replace("_", " "): matrices[kind] for kind in shown}, names, path, ink
             ),
             "Similarity of every two steps in some layers",
         )
@@ -120,7 +122,8 @@ def show_attention(result: Mapping[str, Any], pictures: Mapping[str, Any], plots
     uniform = np.array([one["uniform"][0] for one in layers])
     profile = np.array([one["by_distance"] for one in layers]).mean(1)
     shown = spread(len(layers), NUM_PICTURED)
-    maps = np.array(found["maps"])[shown][:, :, 0]
+    maps = np.array(found["maps"])[shown]
+    shown_names = [names[place] for place in shown]
     distances = ["itself", *(f"{back} back" for back in range(1, maps.shape[1]))]
     context = max(np.mean(one["context_mass"]) for one in layers)
     of_context = (
@@ -143,16 +146,26 @@ def show_attention(result: Mapping[str, Any], pictures: Mapping[str, Any], plots
             lambda path, ink: plot_distances(profile, names, path, ink),
             "Attention against the distance of frames",
         )
-        + plots(
-            lambda path, ink: plot_tiles(
-                _grey(maps), [names[place] for place in shown], distances, path, ink
-            ),
-            "What the token in the middle of a frame looks at",
-            "two",
+        + "".join(
+            plots(
+                lambda path, ink, at=at: plot_tiles(
+                    _grey(maps[:, :, at]), shown_names, distances, path, ink
+                ),
+                f"What the token in {_place(token, maps.shape[-1])} of a frame looks at",
+                "two",
+            )
+            for at, token in enumerate(found["chosen"])
         )
-        + '<p class="soft">Maps: what the token in the middle of the frame looks at, in one clip '
+        + '<p class="soft">Maps: what one token of the frame looks at '
+        f"({'; '.join(_place(token, maps.shape[-1]) for token in found['chosen'])}), in one clip "
         "at the middle step, averaged over heads; white is the largest weight of its row.</p>"
     )
+
+
+def _place(token: int, num_columns: int) -> str:
+    """Write a token's place for people, who count from 1."""
+    row, column = divmod(token, num_columns)
+    return f"row {row + 1}, column {column + 1}"
 
 
 def _grey(maps: np.ndarray) -> np.ndarray:

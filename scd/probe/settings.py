@@ -9,11 +9,12 @@ from typing import Literal, get_args
 
 from scd.checkpoint import World, resolve
 from scd.data.folder import open_source
+from scd.data.source import Source
 from scd.data.source import Split as DataSplit
 from scd.flow import SamplingConfig
 from scd.model.decoder import Join
 from scd.predict import check_fit, choose_windows, read_windows
-from scd.probe.attention import MAX_BLOCK_BYTES
+from scd.probe.attention import MAX_BLOCK_BYTES, chosen_tokens
 from scd.probe.measure import Measurement, Plan
 from scd.probe.ours import subject_of
 from scd.probe.reuse import ReuseGrid
@@ -45,10 +46,13 @@ class ProbeConfig:
     layers: tuple[int, ...] | None = None
     """Numbers, from 1, of the layers whose features are compared and that are left out; None:
     all."""
+    tokens: tuple[int, ...] | None = None
+    """Tokens, from 0, row after row, for which it is shown where they look; None: the one in the
+    middle of the frame."""
     reuse_depths: int = 6
-    """Depths of the map of reuse."""
+    """Depths of the map of reuse; as many as there are layers or more: all."""
     reuse_steps: int = 5
-    """Steps of the map of reuse; more of them early."""
+    """Steps of the map of reuse; more of them early. One less than num_steps, or more: all."""
     levels: tuple[float, ...] | None = None
     """Times at which losses are taken; None: the quantiles .1 .3 .5 .7 .9 of the density of times
     that the model was trained on."""
@@ -89,8 +93,8 @@ class ProbeConfig:
             raise ValueError(f"tolerance must not be negative, got {self.tolerance}")
 
 
-def make_plan(config: ProbeConfig, world: World) -> Plan:
-    """Read the clips and choose the steps, layers and noise levels of all measurements.
+def open_clips(config: ProbeConfig, world: World) -> Source:
+    """Open the data, and refuse what does not fit before anything is read.
 
     Raises:
         ValueError: as `probe`.
@@ -99,6 +103,20 @@ def make_plan(config: ProbeConfig, world: World) -> Plan:
     check_fit(world, source.card, config.data)
     subject = subject_of(world.model)
     subject.places(config.layers)
+    chosen_tokens(subject, config.tokens)
+    choose_windows(source, config.num_clips, config.context + 1, config.seed)
+    return source
+
+
+def make_plan(config: ProbeConfig, world: World, source: Source) -> Plan:
+    """Read the clips and choose the steps, layers and noise levels of all measurements.
+
+    Args:
+        config: what is asked for; see `open_clips`.
+        world: what is probed.
+        source: of the clips.
+    """
+    subject = subject_of(world.model)
     num_frames = config.context + 1
     windows = choose_windows(source, config.num_clips, num_frames, config.seed)
     batch = read_windows(source, windows, num_frames)
@@ -116,6 +134,7 @@ def make_plan(config: ProbeConfig, world: World) -> Plan:
         sampling=sampling,
         levels=config.levels or noise_levels(mean, std),
         layers=config.layers,
+        tokens=config.tokens,
         grid=ReuseGrid.of(subject, config.num_steps, config.reuse_depths, config.reuse_steps),
         decode=lambda latents: world.autoencoder.decode(latents[:, None])[:, 0],
         frame_steps=config.frame_steps or world.sampling.num_steps,
@@ -138,16 +157,16 @@ def training_times(run: Path) -> tuple[float, float]:
     return 0.0, 1.0
 
 
-def memory_needed(subject: Subject, task: Task, num_steps: int) -> int:
+def memory_needed(config: ProbeConfig, subject: Subject) -> int:
     """Return the bytes that a probe holds beside the weights, at the most.
 
     Features of all layers (or as many as fit into 2 GiB), five copies of those of one layer for
     their comparison, keys and values of the frames that are seen, the activations of one pass over
     them (16 d values per token), and a block of attention weights.
     """
-    frames, layers = task.clean.shape[0], len(subject.layers)
-    one = feature_bytes(subject, frames, num_steps)
-    tokens = frames * task.clean.shape[1] * subject.tokens_per_frame
+    frames, layers = config.num_clips * config.num_noises, len(subject.layers)
+    one = feature_bytes(subject, frames, config.num_steps)
+    tokens = frames * (config.context + 1) * subject.tokens_per_frame
     memory = 2 * 4 * layers * tokens * subject.width
     kept = max(one, min(layers * one, MAX_FEATURE_BYTES))
     return kept + 5 * one + memory + 16 * 4 * tokens * subject.width + 3 * MAX_BLOCK_BYTES
