@@ -42,6 +42,7 @@ def dense_of(source, num_layers=NUM_LAYERS):
         shape=FrameShape(height=32, width=32, patch_size=16),
         block=BlockConfig(width=16, head_dim=8, rotary_axes=(4, 2, 2)),
         num_layers=num_layers,
+        cache=CacheConfig(window=3, num_sinks=1),
         conditions=source.card.conditions,
     )
 
@@ -82,7 +83,8 @@ def test_probe_json_has_the_names_that_scripts_rely_on(done):
     for layer in result["attention"]:
         assert len(layer["past_mass"]) == len(layer["uniform"]) == 2
         assert all(0 < mass < 1 for mass in layer["past_mass"])
-        np.testing.assert_allclose(layer["uniform"], 3 / 4, atol=1e-6)
+        # The memory holds three frames, one of them the frame itself.
+        np.testing.assert_allclose(layer["uniform"], 2 / 3, atol=1e-6)
     for layer in result["leave_one_out"]:
         assert layer["ci_low"] <= layer["relative_loss"] <= layer["ci_high"]
     reuse = result["reuse"]
@@ -95,6 +97,7 @@ def test_probe_json_has_the_names_that_scripts_rely_on(done):
     assert split["predicted_relative_loss"] in [
         one["predicted_relative_loss"] for one in result["candidates"]
     ]
+    assert result["prediction"]["num_context_frames"] == 3
     assert result["measured_on"]["clips"] == 3 and result["command"] and result["hardware"]
     assert 0 < result["memory"]["peak_bytes"]
 

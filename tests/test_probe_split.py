@@ -1,11 +1,12 @@
 """Proposed splits: predicted seconds = the cost formulas, the front, the rule."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from scd.metrics.image import Estimate
-from scd.model.block import BlockConfig
 from scd.model.build import frame_cost
 from scd.model.cost import Load
 from scd.model.decoder import DecoderConfig
@@ -15,11 +16,11 @@ from scd.model.separable import SeparableConfig
 from scd.model.sizes import Sizes
 from scd.probe.entries import splice_entries, splice_losses_of
 from scd.probe.measure import chosen_splits
-from scd.probe.ours import subject_of
 from scd.probe.splice import SpliceLoss, Split, splits
 from scd.probe.split import Speed, candidates_of, front_of, propose, time_step
-from scd.probe.subject import Task
-from tests.tiny import ACTIONS, BLOCK, SHAPE, random_clips, tiny_dense
+from tests.test_probe_features import their_task
+from tests.third_party import TheirBlock, third_party
+from tests.tiny import ACTIONS, BLOCK, SHAPE
 
 
 def speed_of(sizes=None, join="prefix", num_steps=10):
@@ -133,16 +134,17 @@ def test_losses_survive_json():
     assert splice_losses_of(splice_entries(losses, 0.25)) == (losses, 0.25)
 
 
-def test_a_wider_model_is_timed_slower_and_left_as_it_was():
-    seconds = []
-    for block in (BLOCK, BlockConfig(width=256, head_dim=16, rotary_axes=(4, 6, 6))):
-        model = tiny_dense(block=block)
-        clean, *_, conditions = random_clips(model)
-        task = Task.of(clean, conditions)
-        subject = subject_of(model)
-        state = task.begin(subject)
-        with torch.no_grad():
-            before = subject.velocity(state, task.noise, 1.0)
-            seconds.append(time_step(subject, task))
-            assert torch.equal(subject.velocity(state, task.noise, 1.0), before)
-    assert 0 < seconds[0] < seconds[1]
+class Slow(TheirBlock):
+    def forward(self, tokens, past):
+        time.sleep(0.05)
+        return super().forward(tokens, past)
+
+
+def test_a_call_is_timed_and_leaves_the_model_as_it_was():
+    """The time of one call: not of the pass over the past, and not the sum of all calls."""
+    subject, task = third_party([TheirBlock, Slow]), their_task()
+    state = task.begin(subject)
+    with torch.no_grad():
+        before = subject.velocity(state, task.noise, 1.0)
+        assert 0.05 <= time_step(subject, task, num_timed=7) < 7 * 0.05
+        assert torch.equal(subject.velocity(state, task.noise, 1.0), before)

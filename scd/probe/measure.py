@@ -141,10 +141,11 @@ def proposed_split(plan: Plan, parts: Parts) -> Entries:
     """Recommend a split, from what all measurements found."""
     subject = plan.subject
     losses, seconds = splice_losses_of(parts["splits"])
+    num_frames = plan.task.clean.shape[1]
     speed = Speed(
         seconds_per_step=seconds,
         num_steps=plan.frame_steps,
-        num_context_frames=plan.task.clean.shape[1],
+        num_context_frames=min(num_frames, subject.window or num_frames),
         join=plan.join,
         sizes=subject.sizes,
     )

@@ -49,6 +49,7 @@ class _OurSubject(Subject):
         self.frame_shape = model.shape.shape
         self.num_heads, self.width = config.block.num_heads, config.block.width
         self.sizes = Sizes(shape=config.shape, block=config.block, conditions=config.conditions)
+        self.window = config.cache.window
         self._spec, self._cache = config.conditions, config.cache
         # Which keys the attention that comes next looks at; None: it is none of the newest frame.
         self._distances: Sequence[int] | None = None

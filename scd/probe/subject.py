@@ -73,6 +73,8 @@ class Subject(ABC):
     """Attention heads of a layer."""
     width: int
     """Width of a token inside the network."""
+    window: int | None = None
+    """Frames that attention sees at most, the one that is denoised included; None: all."""
     sizes: Sizes | None = None
     """Operations of its parts, where known: what a split would cost is predicted from them."""
 
