@@ -221,7 +221,7 @@ def _load_state(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or not an optimizer state: {error}") from error
+        raise ValueError(f"{path} is damaged or not a state of training: {error}") from error
 
 
 def load_progress(step_folder: Path) -> Progress:

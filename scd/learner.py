@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ draws that all processes share (on the CPU) to a loss and numbers to log."""
 MODEL = "train"
 """Name of the learner that the run is about; also what its draws are named after."""
 
+KNOWS_NOTHING = 2.0
+"""Loss of a critic that knows nothing, at most: that of velocity 0 for frames and noise of unit
+scale; a discriminator that always says 0 has 1.4. A rise that ends below it is no divergence."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Companion:
@@ -45,7 +49,7 @@ class Companion:
     num_updates: int
     """Updates before each of the model, each on a batch of its own."""
     max_rise: float
-    """A loss of more than this times its running level stops the run; 0: none does."""
+    """A loss of more than this times that of its first update stops the run; 0: none does."""
 
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that train at the encoder's learning rate: those of the diffuser in it."""
@@ -87,27 +91,6 @@ def alone(objective: Objective) -> Task:
 
 
 @dataclass(kw_only=True)
-class Level:
-    """Running mean of a loss, against which a sudden rise is told."""
-
-    value: float = 0.0
-    """Mean of the finite losses so far, the newest counting for a twentieth."""
-    num_seen: int = 0
-    """Losses so far."""
-
-    def rises(self, loss: float, factor: float) -> bool:
-        """Take a loss in; return whether it is more than `factor` times the level before.
-
-        The first twenty losses set the level.
-        """
-        rises = self.num_seen >= 20 and loss > factor * self.value
-        weight = max(1 / (self.num_seen + 1), 0.05)
-        self.value += weight * (loss - self.value)
-        self.num_seen += 1
-        return rises
-
-
-@dataclass(kw_only=True)
 class Learner:
     """A network with its loss and its optimisers, in a run that is going on."""
 
@@ -126,31 +109,32 @@ class Learner:
     num_updates: int = 1
     """Updates per step of the run."""
     max_rise: float = 0.0
-    """Largest loss over its level; 0: any."""
+    """Largest loss over the first one; 0: any."""
     min_spread: float = 0.0
     """Least spread in its log; 0: any."""
-    level: Level = field(default_factory=Level)
-    """Of its loss."""
+    first_loss: float = 0.0
+    """Loss of its first update, before its weights had moved. 0: there was none yet."""
 
     def refuse(self, step: int, loss: float, logs: Mapping[str, float]) -> None:
         """Stop a run that has gone astray, before the weights move.
 
         Raises:
-            ValueError: the loss has risen far above its level, or what the network generates has
-                collapsed.
+            ValueError: the loss has risen far above the first one, or what the network generates
+                has collapsed.
         """
-        before = self.level.value
-        if self.max_rise and self.level.rises(loss, self.max_rise):
+        # Not a mean of the losses before: a slow rise takes that along.
+        self.first_loss = self.first_loss or loss
+        if self.max_rise and loss > max(self.max_rise * self.first_loss, KNOWS_NOTHING):
             raise ValueError(
                 f"step {step}: the {self.name} diverges: its loss is {loss:.4g}, more than "
-                f"{self.max_rise:g} times its running level of {before:.4g}; the last checkpoint "
-                "is kept. A lower learning rate of it, or more of its updates per step, may help"
+                f"{self.max_rise:g} times that of its first update, {self.first_loss:.4g}; what "
+                "was saved before is kept. A lower learning rate of it may help"
             )
         if logs.get("spread", 1.0) < self.min_spread:
             raise ValueError(
                 f"step {step}: the generated frames have collapsed: they vary {logs['spread']:.3f} "
-                f"times as much as the data's, and {self.min_spread:g} is the least allowed; the "
-                "last checkpoint is kept. A lower learning rate may help"
+                f"times as much as the data's, and {self.min_spread:g} is the least allowed; what "
+                "was saved before is kept. A lower learning rate may help"
             )
 
     def state(self) -> dict[str, Any]:
@@ -158,7 +142,7 @@ class Learner:
         return {
             "weights": self.network.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "level": [self.level.value, self.level.num_seen],
+            "first_loss": self.first_loss,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -166,8 +150,8 @@ class Learner:
         self.network.load_state_dict(state["weights"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        value, num_seen = state["level"]
-        self.level = Level(value=value, num_seen=num_seen)
+        # Checkpoints from before there was the number begin anew.
+        self.first_loss = state.get("first_loss", 0.0)
 
 
 def build_learners(
@@ -180,7 +164,7 @@ def build_learners(
     """Give each network its optimisers and their saved state, and wrap it: the model comes last.
 
     Raises:
-        ValueError: the saved state is damaged.
+        ValueError: the saved state is damaged or incomplete.
     """
     itself = Companion(
         name=MODEL, network=model, loss=task.loss, optim=config.optim, num_updates=1, max_rise=0.0
@@ -206,6 +190,8 @@ def build_learners(
             for optimizer, state in zip(optimizers, load_optimizers(checkpoint), strict=True):
                 optimizer.load_state_dict(state)
         elif checkpoint is not None:
+            if part.name not in saved:
+                raise ValueError(f"{checkpoint} lacks companions.pt, the state of {part.name}")
             learner.load_state(saved[part.name])
         learner.model, *learner.optimizers = accelerator.prepare(learner.model, *optimizers)
         learners.append(learner)

@@ -173,6 +173,9 @@ def _critic(
     """Return the critic with its first weights, which move."""
     start = teacher if settings.critic_start == "teacher" else model
     critic = copy.deepcopy(start).requires_grad_(True)
+    # Where the student's gradient passes through the critic, blocks that are recomputed in the
+    # backward pass would find their weights no longer frozen.
+    critic.gradient_checkpointing = config.gradient_checkpointing and settings.method == "dmd"
     if settings.method != "gan":
         return critic
     with torch.random.fork_rng(devices=[]):

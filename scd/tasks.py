@@ -40,13 +40,17 @@ def build_task(config: TrainConfig, model: Diffuser, ema: EMA, accelerator: Acce
 
     Raises:
         FileNotFoundError: there is no teacher.
-        ValueError: the teacher works on other latents or conditions than the model.
+        ValueError: the teacher works on other latents or conditions than the model, or has no
+            conditions to be guided by.
     """
     objective = config.objective
     if isinstance(objective, DenoiseConfig):
         return alone(denoising(config))
     if isinstance(objective, RegressionConfig):
         return alone(regressing(config, objective))
+    spec = config.model.conditions
+    if objective.guidance > 1 and not (spec.has_actions or spec.num_labels):
+        raise ValueError("guidance by conditions needs a teacher with actions or labels")
     teacher = load_teacher(config, objective.teacher, accelerator.device)
     if isinstance(objective, MatchConfig):
         return matching(config, objective, model, teacher, lambda: accelerator.autocast())

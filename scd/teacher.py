@@ -61,6 +61,8 @@ def load_teacher(config: TrainConfig, path: str, device: torch.device) -> Diffus
         raise ValueError("objective.teacher must name the run or world to learn from")
     world = load_world(path)
     check_teacher(config, world, path)
+    # Scores may have gradient to their input, and a critic begins as a copy of its teacher.
+    world.model.gradient_checkpointing = config.gradient_checkpointing
     return world.model.to(device).requires_grad_(False)
 
 

@@ -39,7 +39,7 @@ def toy_batch(toy_source: Source) -> Batch:
     return Loader(toy_source, batch_size=2, num_frames=6, seed=0).batch(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def separable_config(toy_source: Source) -> SeparableConfig:
     """A separable model for the toy world: 1 + 1 layers of width 16."""
     return SeparableConfig(
@@ -51,7 +51,7 @@ def separable_config(toy_source: Source) -> SeparableConfig:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def dense_config(separable_config: SeparableConfig) -> DenseConfig:
     """A dense model of the same size."""
     return DenseConfig(

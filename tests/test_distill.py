@@ -162,6 +162,7 @@ def test_distances_by_hand():
         ({"num_draws": 0}, "num_draws must be 1 or more"),
         ({"condition_dropout": 1.0}, "condition_dropout must lie in"),
         ({"target": "both"}, "target must be online or average"),
+        ({"target": "average", "num_teacher_steps": 8}, "the teacher walks the whole grid"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(change, message):

@@ -187,6 +187,7 @@ def test_the_student_is_pushed_by_a_judge_that_tells_the_frames_apart(model, rel
         ({"guidance": 0.0}, "guidance must be 1 or more"),
         ({"alpha": 0.5}, "alpha=0.5 has no effect on method='dmd'"),
         ({"relativistic": True}, "no effect on method='dmd'"),
+        ({"method": "gan", "guidance": 2.0}, "guidance=2.0 has no effect on method='gan'"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(change, message):

@@ -76,6 +76,8 @@ class ConsistencyConfig:
             )
         if self.target not in ("online", "average"):
             raise ValueError(f"target must be online or average, got {self.target!r}")
+        if self.target == "average" and self.num_teacher_steps == self.num_grid_steps:
+            raise ValueError("target='average' has no effect: the teacher walks the whole grid")
         if self.guidance > 1 and self.condition_dropout > 0:
             raise ValueError(
                 "a teacher guided by conditions has none to hide: condition_dropout must be 0, "

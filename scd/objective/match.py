@@ -68,7 +68,8 @@ class MatchConfig:
     critic_start: Literal["teacher", "student"] = "teacher"
     """Whose weights the critic starts from, and whose model it is."""
     max_rise: float = 10.0
-    """Stop if the critic's loss is more than this times its running level. 0: never."""
+    """Stop if the critic's loss is more than this times that of its first update, and worse than
+    knowing nothing. 0: never."""
     min_spread: float = 0.2
     """Stop if what the student generates varies less than this times as much as the data."""
     alpha: float = 1.0
@@ -98,6 +99,8 @@ class MatchConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        if self.method == "gan" and self.guidance != 1:
+            raise ValueError(f"guidance={self.guidance} has no effect on method='gan'")
         if self.method != "sid" and self.alpha != 1:
             raise ValueError(f"alpha={self.alpha} has no effect on method={self.method!r}")
         if self.method != "gan" and (self.relativistic or self.roughness):
@@ -120,7 +123,8 @@ class MatchConfig:
                 f"clips of {num_frames} frames, {self.num_given_frames} of them given, leave "
                 f"{num_generated} to generate, of which {num_scored} are to be scored"
             )
-        if num_scored + min(1, self.num_given_frames) > window:
+        # What is scored must not look like the beginning of a clip where it is none.
+        if num_scored + (num_scored < num_frames) > window:
             raise ValueError(
                 f"{num_scored} scored frames and what they follow are more than the {window} "
                 "frames that the teacher was trained on: set num_scored_frames lower"
