@@ -12,7 +12,7 @@ TIME = 0.6
 MODELS = {
     **{
         join: lambda join=join: tiny_separable(join, cache=CACHE)
-        for join in ("token_concat", "token_concat_projected", "channel_concat", "add", "prefix")
+        for join in ("token_concat", "add", "prefix")
     },
     "no start frame": lambda: tiny_separable(start_frame=False, cache=CACHE),
     "clean estimate": lambda: tiny_separable("prefix", predict="clean", cache=CACHE),

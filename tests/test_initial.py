@@ -20,10 +20,9 @@ from scd.tasks import denoising
 from scd.train import train
 
 
-@pytest.fixture
-def config(tmp_path, separable_config) -> TrainConfig:
+def brief(model, out) -> TrainConfig:
     return TrainConfig(
-        out=str(tmp_path / "second"),
+        out=str(out),
         max_steps=2,
         num_frames=4,
         log_every=1,
@@ -32,15 +31,21 @@ def config(tmp_path, separable_config) -> TrainConfig:
         save_every=0,
         device="cpu",
         seed=1,
-        model=replace(separable_config, cache=CacheConfig(window=4)),
+        model=replace(model, cache=CacheConfig(window=4)),
         optim=OptimConfig(lr=1e-2, warmup_steps=1),
         sampling=SamplingConfig(num_steps=1),
     )
 
 
 @pytest.fixture
-def first(config, tmp_path) -> str:
-    return str(train(replace(config, seed=0, out=str(tmp_path / "first"))))
+def config(tmp_path, separable_config) -> TrainConfig:
+    return brief(separable_config, tmp_path / "second")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, separable_config) -> str:
+    config = brief(separable_config, tmp_path_factory.mktemp("first") / "run")
+    return str(train(replace(config, seed=0)))
 
 
 def test_a_run_begins_with_the_averaged_weights_of_the_first(config, first):
@@ -55,10 +60,11 @@ def test_a_run_begins_with_the_averaged_weights_of_the_first(config, first):
 
 
 def test_a_run_goes_on_without_the_world_it_started_from(config, first, tmp_path):
-    config = replace(config, initial=first)
+    copy = shutil.copytree(first, tmp_path / "copy")
+    config = replace(config, initial=str(copy))
     whole = train(replace(config, max_steps=4, out=str(tmp_path / "whole")))
     train(config)
-    shutil.rmtree(first)
+    shutil.rmtree(copy)
     part = train(replace(config, max_steps=4))
     names = ("model.safetensors", "raw.safetensors", "optimizer.pt")
     for name in names:
