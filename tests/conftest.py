@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scd import evaluate
 from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
 from scd.bench import card, limits, timing
 from scd.checkpoint import World, save_world
@@ -89,6 +90,12 @@ def brief_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "COPY_BYTES", {"cpu": 2**22})
     monkeypatch.setattr(card, "LIMIT_SECONDS", 0.02)
     monkeypatch.setattr(timing, "WARM_S", 0.0)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations without their picture, which takes longer than they do; test_evaluate sees it."""
+    monkeypatch.setattr(evaluate, "plot_metrics", lambda *_: None)
 
 
 @pytest.fixture

@@ -161,7 +161,6 @@ def test_distances_by_hand():
         ({"guidance": 0.5}, "guidance 1 or more"),
         ({"num_draws": 0}, "num_draws must be 1 or more"),
         ({"condition_dropout": 1.0}, "condition_dropout must lie in"),
-        ({"target": "both"}, "target must be online or average"),
         ({"target": "average", "num_teacher_steps": 8}, "the teacher walks the whole grid"),
     ],
 )

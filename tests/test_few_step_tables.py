@@ -25,7 +25,7 @@ def model_config(separable_config):
 
 
 @pytest.fixture
-def gathered(run, folder, tmp_path):
+def gathered(run, folder, tmp_path, no_pictures):
     """A folder as runs/few_steps.sh leaves it: one world at two numbers of steps."""
     card = open_source(folder, "val").card
     torch.manual_seed(0)

@@ -55,7 +55,7 @@ def test_a_checkpoint_carries_its_schedule(runs):
     assert load_world(runs["euler"]).sampling == SamplingConfig(num_steps=3)
 
 
-def test_sample_and_evaluate_follow_it(runs, folder, tmp_path):
+def test_sample_and_evaluate_follow_it(runs, folder, tmp_path, no_pictures):
     found = {}
     for name, run in runs.items():
         common = {"run": run, "data": folder, "context": 3, "device": "cpu"}

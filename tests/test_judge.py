@@ -219,7 +219,7 @@ def test_rows_are_the_judge_read_by_hand(tiny_world, toy_source, tmp_path):
     }
 
 
-def test_too_few_clips_for_a_distance_are_said(run, folder, tmp_path, toy_source):
+def test_too_few_clips_for_a_distance_are_said(run, folder, tmp_path, toy_source, no_pictures):
     save_judge(untrained(toy_source.card, feature_dim=8), tmp_path / "judge", {})
     result = evaluate.evaluate(
         evaluate.EvaluateConfig(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -46,7 +47,7 @@ class ConsistencyConfig:
     """Steps on the grid that the teacher takes before the target network jumps to the end. As many
     as the grid has: the teacher walks to the end, and the target network is not needed. One, as
     published, made a student that predicts clean frames collapse: docs/log.md."""
-    target: str = "online"
+    target: Literal["online", "average"] = "online"
     """Weights of the network that jumps to the end: "online", the student's present ones, or
     "average", their moving average (`ema_decay`)."""
     huber: float = 0.03
@@ -74,8 +75,6 @@ class ConsistencyConfig:
                 "grid_shift must be above 0, huber 0 or more and guidance 1 or more, got "
                 f"{self.grid_shift}, {self.huber} and {self.guidance}"
             )
-        if self.target not in ("online", "average"):
-            raise ValueError(f"target must be online or average, got {self.target!r}")
         if self.target == "average" and self.num_teacher_steps == self.num_grid_steps:
             raise ValueError("target='average' has no effect: the teacher walks the whole grid")
         if self.guidance > 1 and self.condition_dropout > 0:
@@ -292,10 +291,8 @@ def guided(network: Network, scale: float) -> Network:
         return network
 
     def field(history: Tensor, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
-        both = conditions.with_null_branch()
-        velocity = network(
-            torch.cat([history, history]), torch.cat([noisy, noisy]), torch.cat([time, time]), both
-        )
+        history, noisy, time = (torch.cat([part, part]) for part in (history, noisy, time))
+        velocity = network(history, noisy, time, conditions.with_null_branch())
         unconditional, conditional = velocity.chunk(2)
         return guide(unconditional, conditional, scale)
 
