@@ -167,7 +167,7 @@ class Bomb:
 def test_an_optimizer_file_that_carries_code_is_refused(tmp_path, capsys):
     folder = write_step(tmp_path / "run", make_world(), 1)
     torch.save([{"state": Bomb()}], folder / "optimizer.pt")
-    with pytest.raises(ValueError, match="damaged or not an optimizer state"):
+    with pytest.raises(ValueError, match="damaged or not a state of training"):
         load_optimizers(folder)
     assert "stranger" not in capsys.readouterr().out
 
