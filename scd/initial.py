@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from scd.checkpoint import load_world
@@ -46,5 +45,4 @@ def load_initial(model: Diffuser, config: TrainConfig) -> None:
 
 
 def _settings(model: Any, autoencoder: Any) -> Any:
-    settings = {"model": to_json(model), "autoencoder": to_json(autoencoder)}
-    return json.loads(json.dumps(settings))
+    return {"model": to_json(model), "autoencoder": to_json(autoencoder)}

@@ -266,7 +266,7 @@ def check_folder(config: TrainConfig) -> Path | None:
         raise FileExistsError(f"{folder} holds a run already, and resume is 'never'")
     different = [
         line
-        for line in differences(_settings(folder / "config.json"), _plain(config))
+        for line in differences(_settings(folder / "config.json"), to_json(config))
         if line.split(":")[0].split(".")[0] not in FREE_FIELDS
     ]
     if different:
@@ -281,11 +281,7 @@ def _settings(path: Path) -> Any:
     """Read a run's settings; a field that came after the run was started has its default."""
     values = read_json(path)
     try:
-        return _plain(from_json(TrainConfig, values, str(path)))
+        return to_json(from_json(TrainConfig, values, str(path)))
     except ValueError:
         # Told field by field, with all else that differs.
         return values
-
-
-def _plain(config: TrainConfig) -> Any:
-    return json.loads(json.dumps(to_json(config)))

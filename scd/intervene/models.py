@@ -6,7 +6,6 @@ A folder holds `settings.json`, the worlds `untouched` and `before`, and a run f
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def claim(intervention: Intervention, out: Path) -> Start:
         ValueError, FileNotFoundError: as `change` and `read_start`.
         FileExistsError: the folder holds another intervention, or something else.
     """
-    ours = json.loads(json.dumps(to_json(intervention)))
+    ours = to_json(intervention)
     path = out / SETTINGS_FILE
     if path.is_file():
         theirs = read_json(path)

@@ -138,7 +138,7 @@ def _settings(config: ProbeConfig) -> dict[str, Any]:
         digest = blake2b(digest_size=16)
         while chunk := file.read(2**24):
             digest.update(chunk)
-    return json.loads(json.dumps(settings | {"weights_hash": digest.hexdigest()}))
+    return settings | {"weights_hash": digest.hexdigest()}
 
 
 @contextmanager
