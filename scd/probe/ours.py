@@ -13,7 +13,7 @@ from torch import Tensor
 from scd.clip import Conditions
 from scd.model.block import BlockConfig
 from scd.model.build import Diffuser
-from scd.model.dense import DenseDiffuser
+from scd.model.dense import DenseContext, DenseDiffuser
 from scd.model.separable import SeparableDiffuser
 from scd.model.sizes import Sizes
 from scd.probe.intercept import Layer
@@ -42,7 +42,7 @@ class _OurSubject(Subject):
 
     def __init__(self, model: Diffuser, layers: Sequence[Layer]) -> None:
         config = model.config
-        model.eval()
+        self.model: Diffuser = model.eval()
         self.layers = layers
         self.tokens_per_frame = model.shape.num_tokens
         self.grid = (model.shape.rows, model.shape.columns)
@@ -62,9 +62,25 @@ class _OurSubject(Subject):
         assert len(self._distances) == num_keys
         return self._distances
 
-    def _room(self, num_past: int) -> int:
-        """Frames of a stream's memory: no room for more than there are."""
-        return min(self._cache.window, max(num_past, self._cache.num_sinks) + 1)
+    @torch.no_grad()
+    def velocity(
+        self, state: OurState, noisy: Float[Tensor, "b c h w"], time: float
+    ) -> Float[Tensor, "b c h w"]:
+        """Run all layers that are not `once`."""
+        self._distances, self._in_begin = state.distances, False
+        # In float64: the time embedding shows the rounding of a float32 time.
+        times = noisy.new_full(noisy.shape[:1], time, dtype=torch.float64)
+        return self.model.velocity(state.context, noisy, times)
+
+    def _stream(self, past: Tensor, conditions: Conditions) -> tuple[Any, Conditions]:
+        """Begin a stream with the past; return its state and the conditions of the next frame."""
+        num_past = past.shape[1]
+        self._spec.check(conditions, num_past + 1)
+        self._distances = None
+        # No room for more frames than there are.
+        room = min(self._cache.window, max(num_past, self._cache.num_sinks) + 1)
+        stream = self.model.begin(past, conditions.frames(0, num_past), num_frames_in_memory=room)
+        return stream, conditions.frames(num_past, num_past + 1)
 
     def _from_positions(self, positions: Sequence[int], newest: int) -> list[int]:
         return [newest - position for position in positions for _ in range(self.tokens_per_frame)]
@@ -84,7 +100,6 @@ class DenseSubject(_OurSubject):
         super().__init__(
             model, [Layer(name=f"layer {number}", block=block) for number, block in blocks]
         )
-        self.model = model
 
     def key_distances(self, layer: int, num_queries: int, num_keys: int) -> Sequence[int] | None:
         """Tell the same of all layers but the diagonal ones, which see their own frame only."""
@@ -99,23 +114,11 @@ class DenseSubject(_OurSubject):
         Raises:
             ValueError: conditions of another kind than the model's.
         """
-        num_past = past.shape[1]
-        self._spec.check(conditions, num_past + 1)
-        self._distances = None
-        stream = self.model.begin(
-            past, conditions.frames(0, num_past), num_frames_in_memory=self._room(num_past)
-        )
-        context = self.model.context(stream, conditions.frames(num_past, num_past + 1))
+        stream, now = self._stream(past, conditions)
+        context = self.model.context(stream, now)
+        assert isinstance(context, DenseContext)
         positions = context.cache.positions_with([context.frame])
         return OurState(context=context, distances=self._from_positions(positions, context.frame))
-
-    @torch.no_grad()
-    def velocity(
-        self, state: OurState, noisy: Float[Tensor, "b c h w"], time: float
-    ) -> Float[Tensor, "b c h w"]:
-        """Run all layers."""
-        self._distances, self._in_begin = state.distances, False
-        return _velocity(self.model, state, noisy, time)
 
 
 class SeparableSubject(_OurSubject):
@@ -137,7 +140,6 @@ class SeparableSubject(_OurSubject):
             for number, block in enumerate(model.decoder.blocks, 1)
         ]
         super().__init__(model, [*encoder, *decoder])
-        self.model = model
 
     @torch.no_grad()
     def begin(self, past: Float[Tensor, "b t c h w"], conditions: Conditions) -> OurState:
@@ -146,34 +148,15 @@ class SeparableSubject(_OurSubject):
         Raises:
             ValueError: conditions of another kind than the model's.
         """
-        num_past = past.shape[1]
-        self._spec.check(conditions, num_past + 1)
-        self._distances = None
-        stream = self.model.begin(
-            past, conditions.frames(0, num_past), num_frames_in_memory=self._room(num_past)
-        )
+        stream, now = self._stream(past, conditions)
         stream.cache.make_room()
         positions = stream.cache.positions_with([stream.next_row])
         # A prefix decoder runs its layers over the context too: these are no frame's attention.
         self._distances, self._in_begin = self._from_positions(positions, stream.next_row), True
-        context = self.model.context(stream, conditions.frames(num_past, num_past + 1))
+        context = self.model.context(stream, now)
         own = [0] * self.tokens_per_frame
         joined = self.model.config.decoder.join in ("channel_concat", "add")
         return OurState(context=context, distances=own if joined else [CONTEXT] * len(own) + own)
-
-    @torch.no_grad()
-    def velocity(
-        self, state: OurState, noisy: Float[Tensor, "b c h w"], time: float
-    ) -> Float[Tensor, "b c h w"]:
-        """Run the decoder."""
-        self._distances, self._in_begin = state.distances, False
-        return _velocity(self.model, state, noisy, time)
-
-
-def _velocity(model: Diffuser, state: OurState, noisy: Tensor, time: float) -> Tensor:
-    # In float64: the time embedding shows the rounding of a float32 time.
-    times = noisy.new_full(noisy.shape[:1], time, dtype=torch.float64)
-    return model.velocity(state.context, noisy, times)
 
 
 def _read_only(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
+from scd.bench.limits import synchronize
 from scd.clip import Conditions
 from scd.metrics.image import Estimate
 from scd.model.cost import Load, dense_cost, separable_cost
@@ -124,10 +125,12 @@ def time_step(subject: Subject, task: Task, num_timed: int = NUM_TIMED) -> float
     state = one.begin(subject)
     seconds = []
     for number in range(num_timed + 2):
-        began = _now(one.noise.device)
+        synchronize(one.noise.device)
+        began = time.perf_counter()
         subject.velocity(state, one.noise, 1.0)
+        synchronize(one.noise.device)
         if number >= 2:
-            seconds.append(_now(one.noise.device) - began)
+            seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 
 
@@ -215,9 +218,3 @@ def propose(candidates: Sequence[Candidate], dense_seconds: float, tolerance: fl
         chosen = min(candidates, key=lambda one: (one.with_past.mean, one.seconds))
         reason = "no split is predicted to be faster than the dense model; this one loses least"
     return Proposal(candidate=chosen, dense_seconds=dense_seconds, reason=reason)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
