@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,22 +65,37 @@ def measure_memory(
 def stream_in_turns(
     worlds: Mapping[str, World], batch: Batch, seed: int
 ) -> tuple[dict[str, Float[Tensor, "m 3 h w"]], dict[str, list[Timing]]]:
-    """Stream one clip from each world, one frame of each in turn: A B A B.
-
-    Whatever else the machine does meanwhile then hits all of them alike.
+    """Stream one clip from each world, one frame of each in turn.
 
     Returns:
         The generated frames [t 3 h w] and the timing of each, by world.
     """
     rollouts = {name: Rollout(world, seed=seed) for name, world in worlds.items()}
-    frames: dict[str, list[Tensor]] = {name: [] for name in worlds}
-    timings: dict[str, list[Timing]] = {name: [] for name in worlds}
     for rollout in rollouts.values():
         rollout.begin(batch.frames[:, :NUM_GIVEN], batch.conditions.frames(0, NUM_GIVEN))
     assert batch.conditions.actions is not None
-    for index in range(NUM_GIVEN, batch.frames.shape[1]):
+    return step_in_turns(rollouts, batch.conditions.actions[:, NUM_GIVEN:].unbind(1))
+
+
+def step_in_turns(
+    rollouts: Mapping[str, Rollout], actions: Sequence[Tensor | None]
+) -> tuple[dict[str, Float[Tensor, "m 3 h w"]], dict[str, list[Timing]]]:
+    """Step streams that have begun, one frame of each in turn: A B A B.
+
+    Whatever else the machine does meanwhile then hits all of them alike.
+
+    Args:
+        rollouts: streams by name.
+        actions: of each frame [b]; None: the models take none.
+
+    Returns:
+        The generated frames of the first stream of each, and the timing of each.
+    """
+    frames: dict[str, list[Tensor]] = {name: [] for name in rollouts}
+    timings: dict[str, list[Timing]] = {name: [] for name in rollouts}
+    for now in actions:
         for name, rollout in rollouts.items():
-            frames[name].append(rollout.step(batch.conditions.actions[:, index])[0].cpu())
+            frames[name].append(rollout.step(now)[0].cpu())
             timings[name].append(rollout.timing)
     return {name: torch.stack(made) for name, made in frames.items()}, timings
 

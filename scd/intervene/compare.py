@@ -33,6 +33,7 @@ from scd.predict import (
 from scd.results import provenance, write_json, write_text
 from scd.rollout import Rollout, Timing
 from scd.runtime import choose_device
+from scd.side_by_side import step_in_turns
 
 NUM_WARM_UP = 8
 """First frames of a timed stream that do not count: caches fill, tables are made."""
@@ -112,14 +113,13 @@ def time_in_turns(
         name: Rollout(world, engine=open_engine(world.model, common.engine))
         for name, world in worlds.items()
     }
-    timings: dict[str, list[Timing]] = {name: [] for name in worlds}
     for rollout in rollouts.values():
         rollout.begin(batch.frames[:, :given], batch.conditions.frames(0, given))
-    for index in range(NUM_WARM_UP + common.timed_frames):
-        now = None if actions is None else actions[:, given + index % protocol.horizon]
-        for name, rollout in rollouts.items():
-            rollout.step(now)
-            timings[name].append(rollout.timing)
+    steps = range(NUM_WARM_UP + common.timed_frames)
+    known = [
+        None if actions is None else actions[:, given + index % protocol.horizon] for index in steps
+    ]
+    _, timings = step_in_turns(rollouts, known)
     return {name: all_of[NUM_WARM_UP:] for name, all_of in timings.items()}
 
 
