@@ -38,6 +38,7 @@ def _pixel_run(
     batch_size: int,
     max_steps: int,
     muon_lr: float = 6e-3,
+    patch_size: int = 8,
     modulate_output: bool = True,
 ) -> TrainConfig:
     """Return a run on small frames whose latents are the pixels themselves.
@@ -53,7 +54,7 @@ def _pixel_run(
         precision="bf16",
         ema_decay=0.99,
         model=SeparableConfig(
-            shape=FrameShape(channels=3, height=size, width=size, patch_size=8),
+            shape=FrameShape(channels=3, height=size, width=size, patch_size=patch_size),
             block=BlockConfig(
                 width=width, rotary_theta=10.0, learned_positions=True, initial_condition_std=0.5
             ),
@@ -187,6 +188,19 @@ _DOOM_64 = _pixel_run(
     batch_size=4,
     max_steps=20_000,
 )
+# As many tokens per frame as doom-32, so that a CPU trains it in an hour and plays it.
+_DOOM_PLAY = _pixel_run(
+    "data/doom-64",
+    64,
+    DOOM_ACTIONS,
+    width=192,
+    encoder_layers=4,
+    decoder_layers=2,
+    num_frames=16,
+    batch_size=4,
+    max_steps=20_000,
+    patch_size=16,
+)
 _DOOM_128 = replace(
     _pixel_run(
         "data/doom-128",
@@ -209,6 +223,7 @@ _RUNS = {
     "doom-32-dense": _dense_twin(_DOOM_32),
     "doom-64": _DOOM_64,
     "doom-64-dense": _dense_twin(_DOOM_64),
+    "doom-play": _DOOM_PLAY,
     "doom-128": _DOOM_128,
     "scd-b": _ucf(_separable(768, 8, 4, ConditionSpec(), window=16)),
     "scd-m": _minecraft(8, 4),
