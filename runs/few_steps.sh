@@ -5,6 +5,9 @@
 #
 #   runs/few_steps.sh [FOLDER] [TEACHER] [DATA] [NAME] [FLAGS OF scd distill ...]
 #
+# ON_CLIPS, ON_ROLLOUTS and CLIPS in the environment are the updates of students that learn on
+# recorded clips, those of students that learn on their rollouts, and the clips that are measured.
+#
 # Doom: runs/few_steps.sh runs/out/few_steps/doom-32 runs/out/doom_cpu/doom-32 \
 #         runs/out/doom_cpu/data-32 few_steps_doom-32
 set -euo pipefail
@@ -25,13 +28,24 @@ mkdir -p "$out"
 
 [ -d "$judge" ] || run scd train-judge --data "$data" --out "$judge"
 
-# A student of consistency serves every number of steps; the others are of one.
-run scd distill "$teacher" --data "$data" --method consistency --steps 4 \
-  --out "$out/runs/consistency" "${flags[@]}"
+# Students of consistency and regression serve every number of steps; the others are of one, and
+# those of fewer steps start from that of four.
+students=(consistency regression)
+for method in "${students[@]}"; do
+  run scd distill "$teacher" --data "$data" --method "$method" --steps 4 \
+    --out "$out/runs/$method" --max-steps "${ON_CLIPS:-400}" "${flags[@]}"
+done
+initial=$out/runs/consistency updates=${ON_ROLLOUTS:-200}
 for steps in 4 2 1; do
   run scd distill "$teacher" --data "$data" --method dmd --steps "$steps" \
-    --initial "$out/runs/consistency" --out "$out/runs/dmd-$steps" "${flags[@]}"
+    --initial "$initial" --out "$out/runs/dmd-$steps" --max-steps "$updates" "${flags[@]}"
+  initial=$out/runs/dmd-4 updates=$((${ON_ROLLOUTS:-200} * 2 / 5))
 done
+# What corrupted histories are good for, and what a student's own rollouts add: the same training
+# on true histories alone. Only where the teacher is the demo's.
+if [ "$data" = toy:32 ]; then
+  run scd train toy --objective.history-noise 0 --out "$out/runs/teacher_forced" "${flags[@]}"
+fi
 
 worlds=()
 # measure NAME RUN STEPS: over the training's length, over four times that, and for the turns below.
@@ -39,15 +53,20 @@ measure() {
   worlds+=("$1-$3=$2@$3")
   common=(--data "$data" --judge "$judge" --context 8 --batch-size 32 --num-steps "$3")
   [ -f "$out/$1-$3.json" ] ||
-    run scd evaluate "$2" "${common[@]}" --horizon 8 --num-clips 256 \
+    run scd evaluate "$2" "${common[@]}" --horizon 8 --num-clips "${CLIPS:-256}" \
       --out "$out/$1-$3.json"
   [ -f "$out/$1-$3-long.json" ] ||
-    run scd evaluate "$2" "${common[@]}" --horizon 56 --num-clips 64 \
+    run scd evaluate "$2" "${common[@]}" --horizon 56 --num-clips "$((${CLIPS:-256} / 4))" \
       --out "$out/$1-$3-long.json"
 }
 for steps in 50 10 4 2 1; do measure teacher "$teacher" "$steps"; done
-for steps in 4 2 1; do measure consistency "$out/runs/consistency" "$steps"; done
+for method in "${students[@]}"; do
+  for steps in 4 2 1; do measure "$method" "$out/runs/$method" "$steps"; done
+done
 for steps in 4 2 1; do measure dmd "$out/runs/dmd-$steps" "$steps"; done
+if [ -d "$out/runs/teacher_forced" ]; then
+  for steps in 10 4; do measure teacher_forced "$out/runs/teacher_forced" "$steps"; done
+fi
 
 [ -f "$out/turns.json" ] ||
   run python benchmarks/turns.py "${worlds[@]}" --data "$data" --out "$out/turns.json"
