@@ -9,7 +9,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 run() { "$@" & wait "$!"; }
 out=${1:-runs/out/demo}
-run scd demo --out "$out"
+run scd demo --train --out "$out"
 cp "$out/report.json" docs/results/demo.json
 cp "$out/frames.png" docs/images/demo-frames.png
 run python benchmarks/stream.py "$out/separable" --frames 2000

@@ -45,7 +45,8 @@ Settings = TypeVar("Settings")
 
 USAGE = """usage: scd COMMAND ...
 
-  demo                      train a small world and its dense twin, and stream it (minutes)
+  demo                      stream and steer the world that comes with the package (seconds);
+                            --train: train a small one and its dense twin, compare (minutes)
   record toy|doom           record clips with actions
   train PRESET              train a model on clips
   distill TEACHER           make a student of a few steps per frame from a trained model

@@ -1,6 +1,7 @@
-"""The demo: train a small world and its dense twin, measure both, stream both, write a report.
+"""The demo: a first look at the shipped world, or a small world and its dense twin trained here.
 
-Everything happens in one run on one machine, so that the two can be compared. An interrupted demo
+With `train` both are trained, measured and streamed, and a report says what came of it. Everything
+happens in one run on one machine, so that the two can be compared. An interrupted demo
 continues where it was when the same command is given again.
 """
 
@@ -19,6 +20,7 @@ from scd.checkpoint import World, last_step, load_progress, load_world, save_wor
 from scd.config import to_json
 from scd.data.folder import open_source
 from scd.data.toy import ToyWorld
+from scd.first_look import first_look
 from scd.fit import fit_to_data
 from scd.measure import Measurement, find_row, measure
 from scd.model.build import num_parameters
@@ -30,6 +32,7 @@ from scd.results import provenance, write_json, write_text
 from scd.rollout import Timing
 from scd.runlog import read_curve
 from scd.runtime import choose_device
+from scd.shipped import shipped_world
 from scd.side_by_side import (
     NUM_GIVEN,
     NUM_STREAMED,
@@ -54,6 +57,9 @@ HORIZONS = (1, 4, 8)
 class DemoConfig:
     """One demo."""
 
+    train: bool = False
+    """Train a small world and its dense twin here, in minutes, and compare them; without it the
+    world that comes with the package is streamed and steered, in seconds."""
     quick: bool = False
     """Train and measure a little only, to see that everything works: the numbers mean nothing."""
     out: str = "demo"
@@ -64,6 +70,8 @@ class DemoConfig:
     """Optimiser steps of the separable model; None: those of the preset, or 60 if quick."""
 
     def __post_init__(self) -> None:
+        if not self.train and (self.quick or self.steps is not None):
+            raise ValueError("quick and steps have no effect without train: add --train")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be 1 or more, got {self.steps}")
 
@@ -103,10 +111,18 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
     Raises:
         FileExistsError: the folder holds something else than an earlier demo.
+        FileNotFoundError: without train: this installation has no shipped world.
         KeyboardInterrupt: it was interrupted; the training is saved.
     """
     out = Path(config.out)
     claim_folder(out)
+    if config.train:
+        return train_and_compare(config, out)
+    return first_look(shipped_world(), out, config.seed)
+
+
+def train_and_compare(config: DemoConfig, out: Path) -> dict[str, Any]:
+    """Train both models, measure both, stream both in turns, and write the report."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     kind = "quick" if config.quick else "full"
     runs = out / "runs" / f"{kind}-{config.num_steps}-steps-seed-{config.seed}"

@@ -101,7 +101,8 @@ def _summary(result: Mapping[str, Any]) -> str:
     if result["settings"]["quick"]:
         quick = (
             '<p class="warning">A quick run: trained far too little for its numbers to mean '
-            "anything. <code>scd demo</code> without <code>--quick</code> takes some minutes.</p>"
+            "anything. <code>scd demo --train</code> without <code>--quick</code> takes some "
+            "minutes.</p>"
         )
     return (
         f"{quick}<p>A small world was learnt twice, by a <em>separable</em> model, which reads the "

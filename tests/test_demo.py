@@ -72,7 +72,7 @@ class Page(HTMLParser):
 
 def test_report_of_tiny_worlds(worlds, tmp_path):
     source = open_source("toy:32", "val")
-    config = demo.DemoConfig(quick=True)
+    config = demo.DemoConfig(train=True, quick=True)
     protocol = Protocol(context=2, horizon=8, num_clips=2)
     measured = {name: measure(world, source, protocol, False) for name, world in worlds.items()}
     memory = measure_memory(worlds, source, Protocol(num_clips=2, horizon=8))
@@ -158,11 +158,11 @@ def test_only_an_earlier_demo_is_overwritten(tmp_path):
 
 
 def test_settings():
-    assert demo.DemoConfig(quick=True).num_steps < demo.DemoConfig().num_steps
-    assert demo.DemoConfig(steps=7).num_steps == 7
+    assert demo.DemoConfig(train=True, quick=True).num_steps < demo.DemoConfig().num_steps
+    assert demo.DemoConfig(train=True, steps=7).num_steps == 7
     assert demo.DemoConfig().protocol.num_clips == 64
     with pytest.raises(ValueError, match="steps must be 1 or more, got 0"):
-        demo.DemoConfig(steps=0)
+        demo.DemoConfig(train=True, steps=0)
 
 
 def test_results_are_json_or_an_error(tmp_path):
@@ -173,7 +173,7 @@ def test_results_are_json_or_an_error(tmp_path):
 
 @pytest.mark.slow
 def test_interrupted_demo_continues_and_finishes(tmp_path):
-    command = [sys.executable, "-m", "scd", "demo", "--quick", "--steps", "40"]
+    command = [sys.executable, "-m", "scd", "demo", "--train", "--quick", "--steps", "40"]
     command += ["--out", str(tmp_path / "demo")]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "demo" / "runs" / "quick-40-steps-seed-0" / "separable" / "log.jsonl"

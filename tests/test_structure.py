@@ -48,7 +48,7 @@ LAYERS = (
         "objective.denoise objective.distill objective.score objective.self_forcing "
         "objective.match objective.discriminator",
     ),
-    ("state of a run", "checkpoint"),
+    ("state of a run", "checkpoint shipped"),
     (
         "engine",
         "engine.interface engine.plain engine.linear engine.attention engine.block engine.embed "
@@ -59,7 +59,8 @@ LAYERS = (
     (
         "measurement",
         "metrics.image metrics.memory metrics.drift metrics.frechet metrics.judge media plots "
-        "predict judged measure evaluate train_judge sample side_by_side page report",
+        "predict judged measure evaluate train_judge sample side_by_side page report "
+        "first_look",
     ),
     ("trainer", "run initial learner teacher matching tasks running fit held_out train plan"),
     ("named runs", "presets distill"),

@@ -1,0 +1,45 @@
+"""A trained run -> a small folder to pass on: weights in bfloat16, and held-out clips.
+
+    python examples/ship_world.py RUN --data DATA --out FOLDER
+
+`scd play FOLDER`, `scd serve FOLDER` and `scd sample FOLDER` take it like any run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tyro
+
+from scd.data.folder import open_source
+from scd.predict import choose_windows, read_windows
+from scd.shipped import ship
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShipConfig:
+    """One folder to pass on."""
+
+    run: tyro.conf.Positional[str]
+    """World, run or step folder."""
+    data: str
+    """Where the clips are from, as in `scd train`."""
+    out: str
+    """A new folder."""
+    clips: int = 4
+    """Held-out clips."""
+    frames: int = 48
+    """Frames of each."""
+    seed: int = 0
+    """Seed of the choice of clips."""
+
+
+def main(config: ShipConfig) -> None:
+    """Choose clips of the test split and write the folder."""
+    source = open_source(config.data, "test")
+    windows = choose_windows(source, config.clips, config.frames, config.seed)
+    print(f"saved {ship(config.run, read_windows(source, windows, config.frames), config.out)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(ShipConfig))
