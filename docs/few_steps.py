@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cells import interval, markdown, milliseconds
+from cells import interval, markdown, millions, milliseconds
 
 from scd.measure import find_row
 from scd.results import command, write_json
@@ -252,6 +252,24 @@ def drift(results: Mapping[str, Any]) -> str:
     parts = [lines[0]["drift"][part] for part in (0, -1)]
     frames = " to ".join(f"+{part['first']}..{part['last']}" for part in parts)
     return markdown([f"model, steps; frames {frames}", *(labels[name] for name in shown)], rows)
+
+
+def updates(results: Mapping[str, Any]) -> str:
+    """One row per teacher: what an update of its student costs, in turns."""
+    rows = []
+    for result in results.values():
+        for name, one in result["worlds"].items():
+            ratio = one["time_over_first"]
+            rows.append(
+                [
+                    name,
+                    millions(one["parameters"]),
+                    f"{one['seconds_per_update']:.2f}",
+                    f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
+                    f"{one['peak_gib']:.2f}",
+                ]
+            )
+    return markdown(["student", "parameters", "s per update", "over the first's", "GiB"], rows)
 
 
 def main(arguments: Sequence[str], docs: Path = DOCS) -> int:

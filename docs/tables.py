@@ -17,6 +17,7 @@ A marker says what stands below it; the pages show no other measured numbers:
     <!-- table: pairs of NAME -->
     <!-- table: few_steps of NAME NAME ... -->
     <!-- table: drift of NAME NAME ... -->
+    <!-- table: updates of NAME NAME ... -->
     <!-- table: probes of NAME -->
     <!-- table: intervention of NAME -->
     <!-- table: origin of NAME NAME ... -->
@@ -24,8 +25,8 @@ A marker says what stands below it; the pages show no other measured numbers:
 
 NAME is a result file without its ending, written by `scd evaluate`, `scd demo` (report.json),
 docs/curves.py (runs), docs/pairs.py (pairs), docs/few_steps.py (few_steps, drift), docs/probes.py
-(probes), `scd intervene` (intervention.json), the scripts in benchmarks/ (stream, recording),
-`scd bench` and `scd bench compare`, whose files hold one result per line (.jsonl).
+(probes), `scd intervene` (intervention.json), the scripts in benchmarks/ (stream, recording,
+updates), `scd bench` and `scd bench compare`, whose files hold one result per line (.jsonl).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import interval, markdown, millions, milliseconds
-from few_steps import drift, few_steps
+from few_steps import drift, few_steps, updates
 from probes import probes
 
 from scd.intervene.table import markdown as intervention
@@ -90,6 +91,7 @@ def table(request: str, folder: Path) -> str:
         "pairs": pairs,
         "few_steps": few_steps,
         "drift": drift,
+        "updates": updates,
         "probes": probes,
         "intervention": lambda results: intervention(*results.values()),
         "origin": origin,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import turns
+from benchmarks import turns, updates
 from docs import few_steps, tables
 from scd.cli import main
 from scd.data.folder import open_source
@@ -159,11 +159,34 @@ def test_the_script_does_each_part_once(tmp_path):
         (tmp_path / "calls").unlink()
         kinds = [call.split()[1] for call in calls if call.startswith("scd")]
         # Distillation itself goes on or finds itself done.
-        assert kinds.count("distill") == 4
-        assert kinds.count("evaluate") == (0 if again else 2 * 11)
+        assert kinds.count("distill") == 5
+        assert kinds.count("evaluate") == (0 if again else 2 * 14)
         assert sum("benchmarks/turns.py" in call for call in calls) == (0 if again else 1)
         assert [call.split()[1] for call in calls[-2:]] == ["docs/few_steps.py", "docs/tables.py"]
         if not again:
             (timed,) = [call for call in calls if "benchmarks/turns.py" in call]
             assert "teacher-50=t@50" in timed and "dmd-1=out/runs/dmd-1@1" in timed
             assert "consistency-2=out/runs/consistency@2" in timed
+
+
+@pytest.mark.slow
+def test_updates_of_two_teachers_are_timed_in_turns(run, folder, tmp_path):
+    out = tmp_path / "updates.json"
+    words = [f"one={run}", f"two={run}", "--data", "toy:32", "--out", str(out)]
+    assert updates.main([*words, "--updates", "2", "--warm-up", "1", "--rounds", "2"]) == 0
+    result = json.loads(out.read_text())
+    one, two = result["worlds"].values()
+    assert one["parameters"] == two["parameters"] and one["time_over_first"]["median"] == 1
+    assert 0 < two["time_over_first"]["low"] <= two["time_over_first"]["high"]
+    table = few_steps.updates({"updates": result})
+    assert table.count("\n| ") == 3 and f"{one['peak_gib']:.2f}" in table
+
+
+def test_updates_refuse_what_cannot_be_compared(run, folder, tmp_path, capsys):
+    for words in (["one"], [f"one={run}", f"one={run}"], [f"one={tmp_path / 'nothing'}"]):
+        assert updates.main([*words, "--data", folder, "--out", str(tmp_path / "u.json")]) == 2
+        assert "updates.py: " in capsys.readouterr().err
+    flags = ["--data", folder, "--out", str(tmp_path / "u.json"), "--updates", "2"]
+    with pytest.raises(SystemExit, match="2"):
+        updates.main([f"one={run}", *flags, "--warm-up", "2"])
+    assert not (tmp_path / "u.json").exists()
