@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from scd.checkpoint import load_world
+from scd.checkpoint import load_world, resolve
 from scd.flow import SamplingConfig
 from scd.objective.distill import ConsistencyConfig, RegressionConfig
 from scd.objective.match import MatchConfig
@@ -81,11 +81,13 @@ def distillation(choice: DistillChoice) -> TrainConfig:
 def _objective(choice: DistillChoice) -> ObjectiveConfig:
     if choice.method == "regression":
         return RegressionConfig()
+    # One step of a run, so that the teacher stays the same when its own training goes on.
+    teacher = str(resolve(choice.teacher))
     if choice.method == "consistency":
-        return ConsistencyConfig(teacher=choice.teacher)
+        return ConsistencyConfig(teacher=teacher)
     # A critic that moves fast needs fewer updates than the published five.
     return MatchConfig(
-        teacher=choice.teacher,
+        teacher=teacher,
         method=choice.method,
         num_critic_updates=2,
         score_shift=3.0,
