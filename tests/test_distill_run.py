@@ -245,7 +245,8 @@ def test_the_command_makes_a_run_that_streams_at_its_own_steps(teacher, tmp_path
     flags = "--method dmd --objective.num-given-frames 2 --objective.critic.lr 1e-5"
     assert main([*words.split(), *flags.split()]) == 0
     settings = json.loads((after / "config.json").read_text())
-    assert settings["initial"] == str(run) and settings["objective"]["teacher"] == str(resolve(teacher))
+    assert settings["initial"] == str(run)
+    assert settings["objective"]["teacher"] == str(resolve(teacher))
     assert settings["objective"]["critic"]["lr"] == 1e-5
     capsys.readouterr()
     assert main(["distill", str(tmp_path / "nowhere"), "--data", "toy:32"]) == 2
