@@ -17,6 +17,7 @@ Letters of tensor dimensions, the same in every file:
     k  attention heads
     e  width of one head
     a  entries of a continuous action
+    l  tokens of a text
 """
 
 __version__ = "0.1.0"

@@ -14,10 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from scd.config import added
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionSpec:
-    """What steers a model: discrete actions, continuous actions, class labels, or nothing."""
+    """What steers a model: discrete or continuous actions, class labels, a text, or nothing."""
 
     num_actions: int = 0
     """Number of discrete actions; ids are 0 .. num_actions - 1. 0: no discrete actions."""
@@ -25,11 +27,20 @@ class ConditionSpec:
     """Entries of a continuous action vector. 0: no continuous actions."""
     num_labels: int = 0
     """Number of class labels of a whole clip; ids are 0 .. num_labels - 1. 0: no labels."""
+    text_length: int = added(0)
+    """Tokens of an embedded text, those that fill it up included. 0: no text."""
+    text_dim: int = added(0)
+    """Entries of an embedded token of the text. 0: no text."""
 
     def __post_init__(self) -> None:
-        for name in ("num_actions", "action_dim", "num_labels"):
+        for name in ("num_actions", "action_dim", "num_labels", "text_length", "text_dim"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if bool(self.text_length) != bool(self.text_dim):
+            raise ValueError(
+                "a text needs both a length and a dimension: "
+                f"got text_length={self.text_length} and text_dim={self.text_dim}"
+            )
         if self.num_actions and self.action_dim:
             raise ValueError(
                 "actions are either discrete or continuous: "
@@ -41,12 +52,17 @@ class ConditionSpec:
         """Whether each frame carries an action."""
         return bool(self.num_actions or self.action_dim)
 
+    @property
+    def has_text(self) -> bool:
+        """Whether a clip is steered by an embedded text."""
+        return bool(self.text_length)
+
     def check(self, conditions: Conditions, num_frames: int | None = None) -> None:
         """Refuse conditions that do not fit.
 
         Raises:
-            ValueError: missing or superfluous actions or labels, ids out of range, vectors of
-                another length, values that are not finite, or fewer actions than frames.
+            ValueError: missing or superfluous actions, labels or text, ids out of range, vectors
+                of another length, values that are not finite, or fewer actions than frames.
         """
         actions, labels = conditions.actions, conditions.labels
         if self.has_actions and actions is None:
@@ -66,6 +82,22 @@ class ConditionSpec:
             )
         if labels is not None:
             _check_ids("label", labels, self.num_labels)
+        for name, text in (("text", conditions.text), ("null_text", conditions.null_text)):
+            _check_text(self, name, text)
+
+
+def _check_text(spec: ConditionSpec, name: str, text: Tensor | None) -> None:
+    if text is None:
+        if name == "text" and spec.has_text:
+            raise ValueError("this model is steered by an embedded text, but none was given")
+        return
+    if not spec.has_text:
+        raise ValueError(f"a {name} was given, but this model was built without text")
+    if text.shape[1:] != (spec.text_length, spec.text_dim):
+        raise ValueError(
+            f"the {name} must be embedded as [streams, {spec.text_length}, {spec.text_dim}], "
+            f"filled up with zeros, got {list(text.shape)}"
+        )
 
 
 def check_actions(spec: ConditionSpec, actions: Tensor) -> None:
@@ -107,6 +139,10 @@ class Conditions:
     """Frames whose action is hidden; None: of no frame."""
     null_labels: Bool[Tensor, " b"] | None = None
     """Clips whose label is hidden; None: of no clip."""
+    text: Float[Tensor, "b l c"] | None = None
+    """Embedded text of each clip, filled up with zeros."""
+    null_text: Float[Tensor, "b l c"] | None = None
+    """What stands in for a text that is hidden: the embedded empty, or negative, prompt."""
 
     def to(self, device: torch.device | str) -> Conditions:
         """Move to a device."""
@@ -118,7 +154,7 @@ class Conditions:
         )
 
     def frames(self, start: int, stop: int | None) -> Conditions:
-        """Return the conditions of frames start .. stop - 1; labels hold for all of them."""
+        """Return the conditions of frames start .. stop - 1; label and text hold for all."""
         return replace(
             self,
             actions=None if self.actions is None else self.actions[:, start:stop],
@@ -136,6 +172,8 @@ class Conditions:
             labels=_repeat(self.labels, num_frames),
             null_actions=fold(self.null_actions),
             null_labels=_repeat(self.null_labels, num_frames),
+            text=_repeat(self.text, num_frames),
+            null_text=_repeat(self.null_text, num_frames),
         )
 
     def repeat(self, num: int) -> Conditions:
@@ -152,7 +190,13 @@ class Conditions:
         )
 
     def with_null_branch(self) -> Conditions:
-        """Return twice the batch: everything hidden first, then as it is (for guidance)."""
+        """Return twice the batch: everything hidden first, then as it is (for guidance).
+
+        Raises:
+            ValueError: there is a text, but nothing that stands in for it.
+        """
+        if self.text is not None and self.null_text is None:
+            raise ValueError("hiding the text needs null_text, the embedded negative prompt")
         masks = {}
         if self.actions is not None:
             masks["null_actions"] = torch.zeros(
@@ -161,7 +205,8 @@ class Conditions:
         if self.labels is not None:
             masks["null_labels"] = torch.zeros_like(self.labels, dtype=torch.bool)
         seen = replace(self, **masks)
-        return replace(seen, **{name: ~mask for name, mask in masks.items()}).concat(seen)
+        hidden = replace(seen, **{name: ~mask for name, mask in masks.items()})
+        return replace(hidden, text=self.null_text).concat(seen)
 
 
 def _repeat(value: Tensor | None, num: int) -> Tensor | None:

@@ -40,7 +40,7 @@ LAYERS = (
         "model",
         "model.visibility model.attention model.block model.augment model.cache model.embed "
         "model.encoder model.decoder model.sizes model.skip model.cost model.initialise "
-        "model.pretrained model.separable model.dense model.build",
+        "model.pretrained model.separable model.dense model.wan.config model.build",
     ),
     ("optimizers", "optim"),
     (
