@@ -80,6 +80,11 @@ LAYERS = (
         "interventions",
         "intervene.settings intervene.change intervene.models intervene.table intervene.compare",
     ),
+    (
+        "serving",
+        "serve.settings serve.client_messages serve.server_messages serve.protocol serve.errors "
+        "serve.events serve.history serve.host serve.picture serve.decode serve.upload",
+    ),
     ("top", "convert demo cli __main__"),
 )
 """The only allowed direction of imports: a module imports from modules before it, never after.
