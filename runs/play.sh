@@ -16,7 +16,7 @@ export OMP_NUM_THREADS=1
 out=${1:-runs/out/play}
 data=$out/data
 run scd record doom --episodes 430 --frames 300 --size 64 --seed 0 --out "$data"
-run scd train doom-play --data "$data" --out "$out/teacher" --precision fp32 --max-steps 3200
+run scd train doom-play --data "$data" --out "$out/teacher" --precision fp32 --max-steps 2800
 ON_CLIPS=300 run bash runs/few_steps.sh "$out/students" "$out/teacher" "$data" few_steps_doom \
   --precision fp32
 [ -d "$out/shipped" ] ||
