@@ -32,7 +32,7 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class FrameCausal:
-    """Every token sees the tokens of its own and of earlier frames."""
+    """Every token sees the tokens of its own block of frames and of earlier ones."""
 
     num_frames: int
     """Frames of the keys."""
@@ -40,6 +40,10 @@ class FrameCausal:
     """Frames in front that are keys only, as in a cache; the queries are of the frames after."""
     tokens_per_frame: int
     """Tokens of a frame."""
+    frames_per_block: int = 1
+    """Frames that see each other, the later ones too."""
+    num_local: int = 0
+    """Frames that a block sees, those before it that are newest, its own included. 0: all."""
 
     @property
     def num_query_frames(self) -> int:
@@ -54,12 +58,18 @@ class FrameCausal:
     def mask_mod(self) -> MaskMod:
         """Return what is visible as a function of token indices."""
         past, size = self.num_past, self.tokens_per_frame
-        return lambda batch, head, query, key: query // size + past >= key // size
+        if self.frames_per_block == 1 and self.num_local == 0:
+            return lambda batch, head, query, key: query // size + past >= key // size
+        block, local = self.frames_per_block, self.num_local or self.num_frames
+        return lambda batch, head, query, key: (
+            ((query // size + past) // block >= (key // size) // block)
+            & (((query // size + past) // block + 1) * block - key // size <= local)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherForcing:
-    """Tokens of noisy frames see the clean frames before their own, and their own noisy frame.
+    """Tokens of noisy frames see the clean frames before their block, and their own noisy block.
 
     Queries are the noisy frames; keys are the clean frames 0 .., then the noisy ones.
     """
@@ -72,6 +82,8 @@ class TeacherForcing:
     """Noisy frames."""
     tokens_per_frame: int
     """Tokens of a frame."""
+    frames_per_block: int = 1
+    """Frames that see each other; a block begins with the first noisy frame."""
 
     @property
     def num_query_frames(self) -> int:
@@ -86,9 +98,16 @@ class TeacherForcing:
     def mask_mod(self) -> MaskMod:
         """Return what is visible as a function of token indices."""
         clean, first, size = self.num_clean, self.first_noisy, self.tokens_per_frame
+        block = self.frames_per_block
+        if block == 1:
+            return lambda batch, head, query, key: (
+                ((key // size < clean) & (key // size < query // size + first))
+                | (key // size - clean == query // size)
+            )
+        # Below 0, where the key is a clean frame, the quotient is below that of every query.
         return lambda batch, head, query, key: (
-            ((key // size < clean) & (key // size < query // size + first))
-            | (key // size - clean == query // size)
+            ((key // size < clean) & (key // size < query // size // block * block + first))
+            | ((key // size - clean) // block == query // size // block)
         )
 
 
