@@ -60,9 +60,9 @@ LAYERS = (
     ("rollout", "rollout session streams"),
     (
         "measurement",
-        "metrics.image metrics.memory metrics.drift metrics.frechet metrics.judge media plots "
-        "predict judged measure evaluate train_judge sample side_by_side page report "
-        "first_look",
+        "metrics.image metrics.memory metrics.drift metrics.frechet metrics.weights metrics.lpips "
+        "metrics.fvd metrics.compress metrics.judge media plots predict judged measure evaluate "
+        "train_judge sample side_by_side page report first_look",
     ),
     ("trainer", "run initial learner teacher matching tasks running fit held_out train plan"),
     ("named runs", "presets distill"),

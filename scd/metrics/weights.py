@@ -1,0 +1,141 @@
+"""Weights of other people's networks: given by path, told apart by their hash, never replaced."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchmetrics
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownFile:
+    """A file that a published metric is computed with."""
+
+    what: str
+    """What it holds, for people."""
+    file: str
+    """Its usual name."""
+    origin: str
+    """Where it comes from."""
+    flag: str
+    """Flag of `scd evaluate --protocol` that takes its path; its hash is FLAG-sha256."""
+    sha256: str = ""
+    """SHA-256 of the file, or how it begins; empty: this project does not know it for certain, and
+    the caller states it."""
+
+    def described(self) -> str:
+        """Say in one line what is needed and where it comes from."""
+        known = f"SHA-256 {self.sha256}" if self.sha256 else "SHA-256 not known to this project"
+        return f"{self.what} ({self.file}, {known}; from {self.origin})"
+
+
+ALEXNET = KnownFile(
+    what="weights of AlexNet",
+    file="alexnet-owt-7be5be79.pth",
+    origin="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    flag="--alexnet",
+    # PyTorch puts the first eight digits of a file's hash into its name.
+    sha256="7be5be79",
+)
+
+LPIPS_HEADS = KnownFile(
+    what="linear heads of LPIPS 0.1 on AlexNet",
+    file="alex.pth",
+    origin="the packages torchmetrics and lpips, which hold the same file",
+    flag="--lpips-heads",
+    sha256="df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+)
+
+I3D_STYLEGAN_V = KnownFile(
+    what="I3D as TorchScript, as StyleGAN-V uses it",
+    file="i3d_torchscript.pt",
+    origin="https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1",
+    flag="--i3d",
+)
+
+I3D_TF_HUB = KnownFile(
+    what="I3D as TorchScript with the weights of TF-Hub",
+    file="any name",
+    origin="https://tfhub.dev/deepmind/i3d-kinetics-400/1, turned into TorchScript by you",
+    flag="--i3d",
+)
+
+MIN_DIGITS = 8
+"""Hexadecimal digits with which a stated hash must at least begin."""
+
+
+def check_weights(path: str, known: KnownFile, stated: str = "") -> str:
+    """Return the SHA-256 of a weights file that is the one wanted.
+
+    Args:
+        path: of the file; empty: not given.
+        known: what is wanted.
+        stated: SHA-256 by which the caller identifies the file, or how it begins, instead of the
+            one that is known.
+
+    Raises:
+        ValueError: no path, another hash, or one that neither the project nor the caller states.
+        FileNotFoundError: no such file.
+    """
+    if stated and not re.fullmatch(rf"[0-9a-f]{{{MIN_DIGITS},64}}", stated):
+        raise ValueError(
+            f"{known.flag}-sha256 must be {MIN_DIGITS} to 64 digits of 0-9a-f, got {stated!r}"
+        )
+    if not path:
+        raise ValueError(f"needed {known.described()}: give its path by {known.flag}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; needed {known.described()}")
+    with Path(path).open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    expected = stated or known.sha256
+    if not expected:
+        raise ValueError(
+            f"{path} has SHA-256 {found}; needed {known.described()}. If this is the file that you "
+            f"mean, say so by {known.flag}-sha256 {found}"
+        )
+    if not found.startswith(expected):
+        raise ValueError(
+            f"{path} has SHA-256 {found}, needed one that begins with {expected}: "
+            f"{known.described()}"
+        )
+    return found
+
+
+def shipped_heads() -> str:
+    """Return the path of the linear heads that come with torchmetrics, whether or not it exists."""
+    folder = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models"
+    return str(folder / LPIPS_HEADS.file)
+
+
+def read_state(path: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Read some tensors of a state dict, by name.
+
+    Args:
+        path: a file of torch.save.
+        shapes: the wanted names and their shapes; others in the file are left alone.
+
+    Raises:
+        ValueError: not such a file, a name that is missing, or another shape.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a state dict of PyTorch: {reason}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: needed a state dict, got {type(state).__name__}")
+    missing = sorted(set(shapes) - set(state))
+    if missing:
+        raise ValueError(f"{path}: missing {missing}; it holds {sorted(map(str, state))[:8]} ...")
+    for name, shape in shapes.items():
+        found = state[name]
+        if not isinstance(found, Tensor) or tuple(found.shape) != shape:
+            got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"{path}: {name} must be {list(shape)}, got {got}")
+    return {name: state[name].float() for name in shapes}
