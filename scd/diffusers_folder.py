@@ -1,0 +1,165 @@
+"""Parts of a pipeline that diffusers saved (vae/, text_encoder/, ...), on disk or from the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+CONFIG_FILE = "config.json"
+"""Settings of a part, beside its weights."""
+
+CONTACT_S = 10
+"""Seconds to wait for the hub's first answer."""
+
+OFFLINE = (
+    "where the hub cannot be reached, download the folder elsewhere (hf download {source}), copy "
+    "it here and name the copy"
+)
+"""What to do without a network."""
+
+WHOLE_BYTES, NUM_PIECES, PIECE_BYTES = 2**26, 256, 2**14
+"""Of a fingerprint: the size up to which a file is read whole; and what is read of larger ones."""
+
+
+def find_part(
+    source: str | os.PathLike[str], part: str, classes: tuple[str, ...] = (), what: str = "model"
+) -> Path:
+    """Return the folder of one part of a pipeline; from the hub it is downloaded, or found again.
+
+    Args:
+        source: folder that holds the part, or is the part; or the name of a repository on the hub.
+        part: name of the part's folder, as in model_index.json.
+        classes: names of classes that will do, of which config.json must name one. Empty: any, and
+            config.json may be absent.
+        what: what the part is, for errors.
+
+    Raises:
+        FileNotFoundError: neither the source nor the part is there, the hub cannot be reached, or
+            some of the part's files are missing.
+        ValueError: the part is another kind of model, or its settings cannot be read.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        # Without classes nothing would tell a part of another kind.
+        is_part = folder.name == part or (bool(classes) and (folder / CONFIG_FILE).is_file())
+        found = folder if is_part and not (folder / part).is_dir() else folder / part
+        if not found.is_dir():
+            raise FileNotFoundError(
+                f"{folder} has no {part}/: needed a folder as diffusers writes it, or its {part}/"
+            )
+    else:
+        found = _download(str(source), part)
+    if classes:
+        _check_class(found, classes, what)
+    _check_shards(found)
+    return found
+
+
+def class_of(folder: Path) -> str:
+    """Return the name of the class whose settings a part's config.json holds.
+
+    Raises:
+        ValueError: it cannot be read, or names none.
+    """
+    config = read_part_config(folder)
+    names = config.get("architectures") or [None]
+    name = config.get("_class_name") or names[0]
+    if not isinstance(name, str):
+        raise ValueError(f"{folder / CONFIG_FILE} names no class of model")
+    return name
+
+
+def read_part_config(folder: Path) -> dict[str, Any]:
+    """Read the settings of a part.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they are not readable.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is no part that was saved")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no settings")
+    return config
+
+
+def _download(source: str, part: str) -> Path:
+    if source.count("/") != 1 or source.startswith((".", "/")):
+        raise FileNotFoundError(
+            f"there is no folder {source}, and it is no name on the hub (owner/name) either"
+        )
+    try:
+        copy = snapshot_download(source, allow_patterns=[f"{part}/*"], etag_timeout=CONTACT_S)
+    except HFValidationError as error:
+        raise FileNotFoundError(f"there is no folder {source}: {error}") from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"there is no folder {source}, and the hub did not give it ({reason}); "
+            + OFFLINE.format(source=source)
+        ) from error
+    found = Path(copy) / part
+    if not found.is_dir():
+        raise FileNotFoundError(f"{source} on the hub has no {part}/")
+    return found
+
+
+def _check_class(folder: Path, classes: tuple[str, ...], what: str) -> None:
+    name = class_of(folder)
+    if name not in classes:
+        raise ValueError(f"{folder}: needed a {what} ({' or '.join(classes)}), it holds {name}")
+
+
+def _check_shards(folder: Path) -> None:
+    """Refuse a folder that lacks files which its index names (FileNotFoundError)."""
+    for path in folder.glob("*.index.json"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        missing = sorted(
+            name for name in set(index["weight_map"].values()) if not (folder / name).is_file()
+        )
+        if missing:
+            raise FileNotFoundError(
+                f"{folder} lacks {len(missing)} of the files that {path.name} names: {missing[:5]}"
+            )
+
+
+def fingerprint(*folders: Path) -> str:
+    """Name the contents of some folders, wherever they lie: 32 hexadecimal digits.
+
+    Of files above 64 MiB the size and 256 pieces spread over the file count, not every byte.
+
+    Raises:
+        FileNotFoundError: a folder holds no files.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for folder in folders:
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        if not files:
+            raise FileNotFoundError(f"{folder} holds no files")
+        for path in files:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                for piece in _pieces(file, path.stat().st_size):
+                    digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+    if size <= WHOLE_BYTES:
+        yield file.read()
+        return
+    for number in range(NUM_PIECES):
+        file.seek(number * (size - PIECE_BYTES) // (NUM_PIECES - 1))
+        yield file.read(PIECE_BYTES)
