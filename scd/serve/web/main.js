@@ -1,0 +1,327 @@
+// The page: parts joined, keys, and what is shown of the state.
+
+import { Controls } from "./controls.js";
+import { readToken, roundTrip } from "./connection.js";
+import { Meters } from "./meters.js";
+import { Pictures, whyNoH264 } from "./pictures.js";
+import { Player } from "./player.js";
+import { Recorder, recordingKind } from "./recorder.js";
+import { Sliders, actionText } from "./sliders.js";
+import { Stage } from "./stage.js";
+import { Steering } from "./steering.js";
+import { Timeline, colourOf } from "./timeline.js";
+
+const byId = (name) => document.getElementById(name);
+const LONGEST_TAP_MS = 400;
+
+const token = readToken();
+const headers = token ? { Authorization: `Bearer ${token}` } : {};
+const address = new URL("v1/stream", document.baseURI.replace(/^http/, "ws")).href.split("#")[0];
+
+const pictures = new Pictures((...of) => stage.push(...of), pictureFailed);
+const player = new Player(address, token, pictures);
+const stage = new Stage(byId("view"), byId("ambient"), byId("room"), drawn);
+const meters = new Meters(byId("chart"), byId("meters"));
+const recorder = new Recorder(byId("view"), byId("record"), byId("recording"), say);
+let steering = new Steering(byId("pad"), byId("view"), byId("stick"), hold, pressed);
+const controls = new Controls(player, headers, say);
+const timeline = new Timeline(byId("strip"), byId("strip-canvas"), byId("takes"), {
+  look,
+  choose: (take) => player.choose(take),
+  remove: (take) => player.remove(take, headers),
+  describe: (at, last) => {
+    const action = player.take?.frames.get(at)?.action ?? null;
+    return `frame ${at} of ${last}${action === null ? "" : `, ${actionText(action, player.world.actions)}`}`;
+  },
+});
+
+let looked = null; // the old frame that is shown; null: the newest
+let deferred = null; // letting go, put off until a frame has obeyed the press
+let lastSequence = 0;
+let lastObeyed = 0;
+
+// --- frames -----------------------------------------------------------------------------------
+
+async function drawn(header, arrived, blob, time) {
+  const { take } = player;
+  if (take === null || header.session !== take.id) return;
+  player.acknowledge(header);
+  meters.frame(header, arrived, time);
+  recorder.add();
+  take.record(header, blob);
+  if (blob === null && looked === null) {
+    // H.264: the picture is kept as it was drawn.
+    const copy = await stage.toBlob();
+    const seen = take.frames.get(header.frame);
+    if (seen) seen.blob ??= copy;
+  }
+  lastObeyed = Math.max(lastObeyed, header.sequence);
+  if (deferred !== null && lastObeyed >= lastSequence) letGo();
+  if (looked === null) showFrame(header.frame);
+  else timeline.refresh();
+}
+
+function showFrame(frame) {
+  const seen = player.take?.frames.get(frame);
+  const action = seen?.action ?? null;
+  byId("frame").textContent = frame < 0 ? "–" : frame;
+  byId("obeyed").hidden = action === null;
+  if (action !== null) {
+    byId("obeyed").lastElementChild.textContent = actionText(
+      action,
+      player.world.actions,
+    );
+    byId("obeyed").style.setProperty("--of", colourOf(action));
+  }
+  steering.obeyed(action);
+  timeline.refresh();
+}
+
+function pictureFailed(text) {
+  say(player.connection.codec === "h264" ? `${text} The page goes on with JPEG.` : text, "bad");
+  if (player.connection.codec !== "h264") return;
+  byId("codec").value = "jpeg";
+  player.useCodec("jpeg");
+}
+
+// --- steering ---------------------------------------------------------------------------------
+
+function hold(action, time) {
+  // Who taps a key for less than a frame wants one frame of it.
+  const soon = player.isRunning && lastObeyed < lastSequence;
+  if (action === steering.idle && soon && steering.idle !== null) {
+    deferred ??= setTimeout(letGo, LONGEST_TAP_MS);
+    return;
+  }
+  clearTimeout(deferred);
+  deferred = null;
+  lastSequence = player.hold(action);
+  if (player.isRunning) meters.acted(lastSequence, time);
+}
+
+function letGo() {
+  clearTimeout(deferred);
+  deferred = null;
+  if (steering.held === steering.idle) lastSequence = player.hold(steering.idle);
+}
+
+function pressed(action) {
+  byId("hint").classList.add("seen");
+  if (player.take !== null && !player.wantsRun) player.step(action);
+}
+
+// --- running, looking back ---------------------------------------------------------------------
+
+async function toggleRun() {
+  if (looked !== null) await goOn();
+  if (player.wantsRun && player.isRunning) await player.pause();
+  else await player.run();
+}
+
+async function step(by) {
+  if (player.take === null) return;
+  if (player.wantsRun) await player.pause();
+  const now = looked ?? player.newest;
+  if (by > 0 && looked === null) await player.step(steering.held);
+  else look(Math.max(player.take.from, now + by));
+}
+
+async function look(frame) {
+  if (player.take === null || frame < 0) return;
+  if (player.wantsRun) player.pause();
+  if (frame >= player.newest) {
+    toNow();
+    return;
+  }
+  looked = frame;
+  stage.showOld(frame, player.take.frames.get(frame)?.blob ?? null);
+  const last = player.newest;
+  const rest = last - frame === 1 ? `frame ${last} goes` : `frames ${frame + 1} to ${last} go`;
+  byId("looking").firstElementChild.textContent =
+    `Frame ${frame} of ${last}. Continued from here, ${rest}; a fork keeps them.`;
+  showFrame(frame);
+  refresh();
+  const blob = await player.fetchFrame(frame, headers);
+  if (looked === frame && blob !== null) stage.showOld(frame, blob);
+}
+
+function toNow() {
+  looked = null;
+  stage.showNew(player.take?.frames.get(player.newest)?.blob);
+  showFrame(player.newest);
+  refresh();
+}
+
+async function goOn() {
+  const frame = looked;
+  if ((await player.rewind(frame)) !== null) toNow();
+}
+
+async function fork() {
+  const frame = looked;
+  const answer = await player.fork(frame);
+  if (answer !== null)
+    say(`Take ${player.take.number}, forked at frame ${answer.frame}. The other one waits below.`);
+}
+
+// --- what is shown ------------------------------------------------------------------------------
+
+function refresh() {
+  const { take, link } = player;
+  const running = player.isRunning;
+  const state = link.name !== "live" ? link.name : running ? "running" : "paused";
+  const names = {
+    running: "live", paused: player.asleep ? "asleep on disk" : "paused", lost: "reconnecting",
+    connecting: "connecting", closed: "no connection",
+  };
+  byId("status").dataset.state = state;
+  byId("status").lastElementChild.textContent = names[state];
+  document.body.classList.toggle("running", player.wantsRun);
+  byId("run").setAttribute("aria-label", player.wantsRun ? "Pause" : "Run");
+  const text = veilText(link, take);
+  byId("veil").hidden = text === null;
+  byId("veil").firstElementChild.textContent = text ?? "";
+  byId("retry").hidden = link.name === "live" || link.name === "connecting";
+  byId("looking").hidden = looked === null || text !== null;
+  for (const name of ["run", "back", "step", "restart", "fork", "record"])
+    byId(name).disabled = take === null || link.name !== "live";
+  byId("hint").textContent = hintText();
+  if (take !== null) controls.follow(take.state);
+  timeline.set(player.takes, take, looked);
+}
+
+function veilText(link, take) {
+  if (link.name === "closed") return link.reason;
+  if (link.name === "lost")
+    return link.tries > 1
+      ? "The server does not answer. Trying again; your stream is kept."
+      : "The connection was lost. Connecting to the same stream again.";
+  if (link.name === "connecting") return "Connecting to the server";
+  if (take === null && player.world?.needs_start && !player.world.clips)
+    return "This world begins from a picture: choose one of yours.";
+  return take === null ? "No stream yet: begin one." : null;
+}
+
+function hintText() {
+  if (!player.world?.actions.length) return "";
+  const touch = window.matchMedia("(pointer: coarse)").matches;
+  if (!player.wantsRun) return touch ? "Paused: a key makes one frame" : "Paused: a key makes one frame, space runs";
+  return touch ? "Hold a key, or press the picture and pull" : "Steer with W A S D or the arrow keys";
+}
+
+function say(text, kind = "") {
+  const line = document.createElement("p");
+  line.className = kind;
+  line.textContent = text;
+  byId("words").append(line);
+  while (byId("words").children.length > 3) byId("words").firstElementChild.remove();
+  setTimeout(() => line.remove(), kind === "bad" ? 9000 : 4500);
+}
+
+player.addEventListener("change", () => {
+  if (!player.isRunning) meters.paused();
+  refresh();
+});
+player.addEventListener("take", () => {
+  stage.clear();
+  meters.sent.clear();
+  lastObeyed = lastSequence;
+  looked = null;
+  stage.showNew(player.take?.frames.get(player.newest)?.blob);
+  if (player.take) showFrame(player.newest);
+  refresh();
+});
+player.addEventListener("words", ({ detail }) => say(detail.text, detail.kind));
+player.addEventListener("world", async () => {
+  const { world } = player;
+  const kind = world.separable ? "separable" : "dense";
+  document.title = `${world.name} · scd play`;
+  recorder.name = world.name;
+  byId("world").textContent = world.name;
+  byId("facts").textContent =
+    `${world.width} × ${world.height} · ${kind} · ${world.default_steps} steps a frame`;
+  byId("about").textContent = `Recordings: ${recordingKind().words}.`;
+  stage.setSize(world.width, world.height);
+  timeline.aspect = world.width / world.height;
+  if (world.action_dim) steering = new Sliders(byId("pad"), hold, pressed);
+  steering.show(world.actions, world.action_dim);
+  byId("steer").hidden = world.actions.length === 0;
+  controls.show();
+  const why = await whyNoH264(player.codecs);
+  byId("codec").disabled = why !== null;
+  byId("codec-note").hidden = why === null;
+  byId("codec-note").textContent = why ?? "";
+});
+
+// --- keys and buttons ---------------------------------------------------------------------------
+
+const KEYS = {
+  Space: toggleRun, Comma: () => step(-1), Period: () => step(1), KeyF: fork, KeyV: () => recorder.toggle(),
+  KeyR: () => player.take && player.ask({ type: "restart" }), Escape: () => looked !== null && toNow(),
+  Enter: () => looked !== null && goOn(),
+};
+
+function isTyping(target, code) {
+  if (target.closest("dialog, textarea, select, input:not([type=range], [type=checkbox])")) return true;
+  if (target.closest("input[type=range]")) return code.startsWith("Arrow");
+  return Boolean(target.closest("button, summary, input")) && (code === "Space" || code === "Enter");
+}
+
+window.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || isTyping(event.target, event.code)) return;
+  if (event.key === "?") byId("help").showModal();
+  else if (steering.key(event, true)) event.preventDefault();
+  else if (event.code in KEYS && !event.repeat) {
+    event.preventDefault();
+    if (player.link.name === "live") KEYS[event.code]();
+  }
+});
+window.addEventListener("keyup", (event) => steering.key(event, false));
+
+byId("run").onclick = toggleRun;
+byId("back").onclick = () => step(-1);
+byId("step").onclick = () => step(1);
+byId("restart").onclick = KEYS.KeyR;
+byId("fork").onclick = fork;
+byId("fork-here").onclick = fork;
+byId("record").onclick = () => recorder.toggle();
+byId("go-on").onclick = async () => {
+  await goOn();
+  await player.run();
+};
+byId("to-now").onclick = toNow;
+byId("retry").onclick = () => player.open();
+byId("help-open").onclick = () => byId("help").showModal();
+byId("help-close").onclick = () => byId("help").close();
+byId("keep").onchange = () => {
+  steering.keeps = byId("keep").checked;
+  if (!steering.keeps) steering.release();
+};
+byId("smooth").onchange = () => {
+  stage.smooth = byId("smooth").checked;
+  stage.fit();
+};
+byId("codec").onchange = () => player.useCodec(byId("codec").value);
+
+// A page that nobody sees draws nothing, and so asks for nothing.
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden && player.isRunning) player.ask({ type: "pause" });
+  else if (!document.hidden && player.take && player.wantsRun) player.run();
+});
+
+setInterval(() => {
+  const pace = meters.framesPerSecond;
+  byId("pace").textContent = pace === null ? "" : `${pace.toFixed(1)} frames/s`;
+  recorder.tell();
+  if (byId("meters").open) meters.draw();
+}, 250);
+
+setInterval(async () => {
+  if (document.hidden || player.link.name !== "live") return;
+  meters.network = await roundTrip(headers).catch(() => null);
+}, 2000);
+
+if (window.matchMedia("(max-width: 60rem)").matches)
+  for (const card of document.querySelectorAll(".side details")) card.open = false;
+
+player.open();

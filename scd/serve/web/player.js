@@ -1,0 +1,282 @@
+// One player's sessions: what is asked of the server, and what the page knows of its answers.
+// Events: world, change, take, words. Frames go from the connection to `pictures`.
+
+import { Connection, Lost, Refused } from "./connection.js";
+import { Take } from "./takes.js";
+
+const REMEMBERED = "scd session";
+const BUSY_TRIES = 12;
+
+export class Player extends EventTarget {
+  constructor(address, token, pictures) {
+    super();
+    this.pictures = pictures;
+    this.takes = [];
+    this.take = null;
+    this.world = null;
+    this.limits = null;
+    this.codecs = [];
+    this.wantsRun = true;
+    this.fps = null;
+    this.asleep = false;
+    this.link = { name: "connecting", reason: "" };
+    this.sequence = 0;
+    this.connection = new Connection(address, token);
+    this._listen();
+  }
+
+  get isRunning() {
+    return Boolean(this.take?.state.running) && this.link.name === "live" && !this.asleep;
+  }
+
+  get newest() {
+    return this.take?.newest ?? -1;
+  }
+
+  open() {
+    this.connection.open();
+  }
+
+  _listen() {
+    const on = (name, react) =>
+      this.connection.addEventListener(name, (event) => react(event.detail));
+    on("welcome", (welcome) => this._welcomed(welcome));
+    on("state", (state) => this._stated(state));
+    on("frame", ({ header, payload, arrived }) => {
+      if (header.session === this.take?.id && header.generation === this.take.state.generation)
+        this.pictures.push(header, payload, arrived);
+    });
+    on("problem", (error) => this._say(error.message, "bad"));
+    on("status", (status) => {
+      if (status.name !== "connecting" || this.link.name !== "lost") this.link = status;
+      this.pictures.clear();
+      this._changed();
+    });
+    on("stopped", ({ session, reason }) => {
+      this._say(`This stream has ended: ${reason} Start another one.`, "bad");
+      this._drop(session);
+    });
+    on("evicted", () => {
+      this.asleep = true;
+      this._changed();
+    });
+  }
+
+  async _welcomed(welcome) {
+    const first = this.world === null;
+    Object.assign(this, { world: welcome.world, limits: welcome.limits, codecs: welcome.codecs });
+    this.link = { name: "live", reason: "" };
+    this.fps ??= Math.min(welcome.limits.max_fps, welcome.world.fps);
+    if (first) this.dispatchEvent(new Event("world"));
+    const known = this.take?.id ?? sessionStorage.getItem(REMEMBERED);
+    try {
+      if (known && (await this._attach(known, first))) return;
+      if (this.take === null) await this.begin(this.firstBeginning());
+    } catch (error) {
+      this.tell(error);
+    }
+  }
+
+  /** What a new player begins with. */
+  firstBeginning() {
+    return this.world.clips > 0 ? { start: "clip", clip: 0 } : { start: "nothing" };
+  }
+
+  async _attach(session, first) {
+    for (let tries = 0; ; tries += 1) {
+      try {
+        await this.connection.ask({ type: "attach", session });
+        this.asleep = false;
+        if (this.wantsRun) await this.run();
+        return true;
+      } catch (error) {
+        if (!(error instanceof Refused)) throw error;
+        // The server may not have noticed yet that the connection before this one is gone; another
+        // tab, though, keeps its session, and this one gets its own.
+        if (error.code === "session_busy" && !first && tries < BUSY_TRIES) {
+          await new Promise((resolve) => setTimeout(resolve, 500));
+          continue;
+        }
+        if (first) return false;
+        this._say(`The server no longer has this stream (${error.message}). Here is a new one.`);
+        this._drop(session);
+        return false;
+      }
+    }
+  }
+
+  _stated(state) {
+    let take = this.takes.find((one) => one.id === state.session);
+    const voided = take !== undefined && take.state.generation !== state.generation;
+    if (take === undefined) {
+      const parent = this.takes.find((one) => one.id === state.forked_from);
+      const number = 1 + Math.max(0, ...this.takes.map((one) => one.number));
+      take = parent
+        ? parent.fork(state, number)
+        : new Take(state, number, this.limits.history_frames);
+      // Branches stand right below what they were forked from.
+      const place = parent ? this.takes.indexOf(parent) + 1 : this.takes.length;
+      this.takes.splice(place, 0, take);
+    } else {
+      take.update(state);
+    }
+    const other = this.take !== take;
+    this.take = take;
+    sessionStorage.setItem(REMEMBERED, take.id);
+    if (voided || other) this.dispatchEvent(new Event("take"));
+    this._changed();
+  }
+
+  _drop(session) {
+    this.takes = this.takes.filter((one) => one.id !== session);
+    if (this.take?.id === session) {
+      this.take = null;
+      sessionStorage.removeItem(REMEMBERED);
+      this.dispatchEvent(new Event("take"));
+    }
+    this._changed();
+  }
+
+  /** Ask something; what goes wrong is told in words. Returns the answer, or null. */
+  async ask(message) {
+    try {
+      if (this.asleep) await this._attach(this.take.id, false);
+      return await this.connection.ask(message);
+    } catch (error) {
+      this.tell(error);
+      return null;
+    }
+  }
+
+  /** Begin a stream: in the session that there is, or in a new one. */
+  async begin(beginning) {
+    const old = this.take;
+    if (old !== null) this.pictures.clear();
+    const answer = await this.ask({ type: old === null ? "create" : "reset", ...beginning });
+    if (answer !== null && this.wantsRun) await this.run();
+    return answer;
+  }
+
+  async run() {
+    this.wantsRun = true;
+    if (this.take !== null) await this.ask({ type: "run", fps: this.fps });
+  }
+
+  async pause() {
+    this.wantsRun = false;
+    if (this.take !== null) await this.ask({ type: "pause" });
+  }
+
+  async step(action = null) {
+    await this.ask({ type: "step", action, count: 1 });
+  }
+
+  /** Hold an action from the next frame on; returns the number that its frames will carry. */
+  hold(action) {
+    this.sequence += 1;
+    this.connection.send({ type: "action", action, sequence: this.sequence });
+    return this.sequence;
+  }
+
+  set(settings) {
+    return this.ask({ type: "set", ...settings });
+  }
+
+  async rewind(frame) {
+    return this.ask({ type: "rewind", frame });
+  }
+
+  /** Go on in a copy that ends with `frame`; null: with the newest. */
+  async fork(frame) {
+    const running = this.wantsRun;
+    const answer = await this.ask({ type: "fork", frame });
+    if (answer !== null && running) await this.run();
+    return answer;
+  }
+
+  /** Go on in another take. */
+  async choose(take) {
+    const from = this.take;
+    if (take === from) return;
+    if (this.asleep || (await this.ask({ type: "detach" })) !== null) {
+      this.asleep = false;
+      const answer = await this.ask({ type: "attach", session: take.id });
+      if (answer === null && from !== null) await this.ask({ type: "attach", session: from.id });
+      else if (this.wantsRun) await this.run();
+    }
+  }
+
+  /** Delete a take that is not played. */
+  async remove(take, headers) {
+    try {
+      const address = `v1/sessions/${encodeURIComponent(take.id)}`;
+      const answer = await fetch(address, { method: "DELETE", headers });
+      if (!answer.ok && answer.status !== 404) throw await refusal(answer);
+      this._drop(take.id);
+      this.dispatchEvent(new Event("take"));
+    } catch (error) {
+      this.tell(error);
+    }
+  }
+
+  /** Ask for the picture of a frame that was made before this page was there; null: known. */
+  async fetchFrame(frame, headers) {
+    const { take } = this;
+    if (take.frames.get(frame)?.blob) return null;
+    const address = `v1/sessions/${encodeURIComponent(take.id)}/frames/${frame}`;
+    try {
+      const answer = await fetch(address, { headers });
+      if (!answer.ok) throw await refusal(answer);
+      const blob = await answer.blob();
+      take.frames.set(frame, { action: null, steps: 0, ...take.frames.get(frame), blob });
+      return blob;
+    } catch (error) {
+      if (!(error instanceof TypeError)) this.tell(error);
+      return null;
+    }
+  }
+
+  acknowledge(header) {
+    if (header.shown) return;
+    const { generation, frame } = header;
+    this.connection.send({ type: "ack", generation, frame });
+  }
+
+  useCodec(codec) {
+    if (codec === this.connection.codec) return;
+    this.pictures.clear();
+    this.connection.reopen(codec);
+  }
+
+  tell(error) {
+    // A loss shows by itself, and what was under way is asked for again.
+    if (error instanceof Lost) return;
+    this._say(ADVICE[error.code] ?? sentence(error.message), "bad");
+  }
+
+  _say(text, kind = "") {
+    this.dispatchEvent(new CustomEvent("words", { detail: { text, kind } }));
+  }
+
+  _changed() {
+    this.dispatchEvent(new Event("change"));
+  }
+}
+
+const ADVICE = {
+  too_many_sessions: "The server has no room for another take: delete one, or wait a little.",
+  session_busy: "Somebody else plays this stream: it can be seen in one place at a time.",
+};
+
+/** What an HTTP answer says went wrong. */
+export async function refusal(answer) {
+  const body = await answer.json().catch(() => null);
+  const error = body?.error ?? body;
+  const text = error?.message ?? `the server answered ${answer.status}`;
+  return new Refused(error?.code ?? String(answer.status), text);
+}
+
+function sentence(text) {
+  const whole = text.charAt(0).toUpperCase() + text.slice(1);
+  return /[.!?]$/.test(whole) ? whole : `${whole}.`;
+}

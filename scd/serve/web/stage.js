@@ -1,0 +1,103 @@
+// The picture: drawn when the screen is, crisp at whole multiples of its size.
+
+export class Stage {
+  /** `drawn(header, arrived, blob, time)` is told of every live frame, when it is on the screen. */
+  constructor(view, ambient, frame, drawn) {
+    this.view = view;
+    this.ambient = ambient;
+    this.frame = frame;
+    this.drawn = drawn;
+    this.context = view.getContext("2d", { alpha: false });
+    this.glow = ambient.getContext("2d", { alpha: false });
+    this.queue = [];
+    this.asked = 0;
+    this.preview = null;
+    this.smooth = false;
+    this.scale = 1;
+    new ResizeObserver(() => this.fit()).observe(frame);
+  }
+
+  /** Take over the size of a world's frames. */
+  setSize(width, height) {
+    this.view.width = width;
+    this.view.height = height;
+    this.ambient.width = this.ambient.height = 12;
+    this.frame.parentElement.style.setProperty("--aspect", width / height);
+    this.fit();
+  }
+
+  /** Enlarge by the largest whole number of screen pixels that there is room for. */
+  fit() {
+    const ratio = window.devicePixelRatio || 1;
+    const { width, height } = this.view;
+    const room = Math.min(this.frame.clientWidth / width, this.frame.clientHeight / height);
+    const exact = room * ratio;
+    this.scale = (exact >= 1 ? Math.floor(exact + 1e-6) : exact) / ratio;
+    this.view.style.width = `${width * this.scale}px`;
+    this.view.style.height = `${height * this.scale}px`;
+    const soft = this.smooth || exact < 1;
+    this.view.style.imageRendering = soft ? "auto" : "pixelated";
+  }
+
+  /** Draw a picture with the next frame of the screen; it is closed then. */
+  push(header, picture, arrived, blob) {
+    this.queue.push({ header, picture, arrived, blob });
+    if (!this.asked) this.asked = requestAnimationFrame(() => this._draw());
+  }
+
+  /** Drop what is not drawn yet. */
+  clear() {
+    for (const entry of this.queue) entry.picture.close();
+    this.queue = [];
+  }
+
+  _draw() {
+    this.asked = 0;
+    const entries = this.queue;
+    this.queue = [];
+    for (const { header, picture, arrived, blob } of entries) {
+      if (this.preview === null) this._paint(picture, header.width, header.height);
+      picture.close();
+      this.drawn(header, arrived, blob, performance.now());
+    }
+  }
+
+  _paint(picture, width, height) {
+    // An H.264 picture may have one row or column more than the frame.
+    this.context.drawImage(picture, 0, 0, width, height, 0, 0, this.view.width, this.view.height);
+    this.glow.drawImage(this.view, 0, 0, this.ambient.width, this.ambient.height);
+  }
+
+  /** Show an old frame instead of the stream; null: none is at hand, a blank. */
+  async showOld(frame, blob) {
+    this.preview = frame;
+    if (blob === null) {
+      this._blank();
+      return;
+    }
+    const picture = await createImageBitmap(blob);
+    if (this.preview === frame) this._paint(picture, picture.width, picture.height);
+    picture.close();
+  }
+
+  /** Back to the stream, whose newest frame is `blob`. */
+  async showNew(blob) {
+    this.preview = null;
+    if (!blob) return;
+    const picture = await createImageBitmap(blob);
+    if (this.preview === null) this._paint(picture, picture.width, picture.height);
+    picture.close();
+  }
+
+  _blank() {
+    this.context.fillStyle = "#15171b";
+    this.context.fillRect(0, 0, this.view.width, this.view.height);
+    this.glow.fillStyle = "#15171b";
+    this.glow.fillRect(0, 0, this.ambient.width, this.ambient.height);
+  }
+
+  /** The picture as JPEG, for streams whose payloads are none. */
+  toBlob() {
+    return new Promise((resolve) => this.view.toBlob(resolve, "image/jpeg", 0.9));
+  }
+}
