@@ -7,7 +7,7 @@ noise - clean. Source: paper, section 2.1 (training), section 3 (sampling), sect
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -142,6 +142,21 @@ def schedule(sampling: SamplingConfig) -> Float[Tensor, " steps"]:
         return torch.cat([grid, grid.new_zeros(1)])
     grid = torch.linspace(1, 0, sampling.num_steps + 1, dtype=torch.float64)
     return sampling.shift * grid / (1 + (sampling.shift - 1) * grid)
+
+
+def with_num_steps(sampling: SamplingConfig, num_steps: int) -> SamplingConfig:
+    """Return the same with another number of steps.
+
+    Of listed times others are taken in between: with half as many steps every other one.
+    """
+    if sampling.schedule != "listed" or num_steps < 1:
+        return replace(sampling, num_steps=num_steps)
+    ends = [*sampling.times, 0.0]
+    times = []
+    for step in range(num_steps):
+        index, part = divmod(step * sampling.num_steps, num_steps)
+        times.append(ends[index] + (ends[index + 1] - ends[index]) * part / num_steps)
+    return replace(sampling, num_steps=num_steps, times=tuple(times))
 
 
 @dataclass(frozen=True, kw_only=True)

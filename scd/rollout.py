@@ -19,6 +19,7 @@ from scd.engine.interface import Engine
 from scd.engine.plain import PlainEngine
 from scd.flow import SamplingConfig, num_fresh, schedule
 from scd.model.separable import SeparableConfig
+from scd.model.wan.config import WanSeparableConfig
 from scd.runtime import make_generator
 
 GuidanceKind = Literal["none", "conditions", "context_noise"]
@@ -84,6 +85,9 @@ class Rollout:
     of `step` puts in a frame from outside. `fork` copies the stream as it is; `reset` goes back to
     where `begin` left it. Everything is repeatable from `seed`: the noise of frame i depends on
     the seed and i alone.
+
+    The latent of the newest frame, `newest` [b c h w], can be kept: `replay` makes it part of the
+    past of an earlier fork, which is then as this stream was.
     """
 
     def __init__(
@@ -116,12 +120,13 @@ class Rollout:
         self.timing = Timing()
         self.sampling = sampling or world.sampling
         spec = self.engine.config.conditions
-        if self.guidance.kind == "conditions" and not (spec.has_actions or spec.num_labels):
-            raise ValueError("guidance by conditions needs a model with actions or labels")
+        if self.guidance.kind == "conditions" and not spec.is_steered:
+            raise ValueError("guidance by conditions needs a model with actions, labels or text")
         if self.guidance.kind == "context_noise" and not isinstance(
-            self.engine.config, SeparableConfig
+            self.engine.config, (SeparableConfig, WanSeparableConfig)
         ):
             raise ValueError("guidance by context noise needs a separable model")
+        self.newest: Tensor | None = None
         self._state: Any = None
         self._start: Any = None
 
@@ -157,6 +162,11 @@ class Rollout:
         return self._state
 
     @property
+    def labels(self) -> Tensor | None:
+        """Class of each stream, [b]; None: this model has none."""
+        return self._lasting.labels
+
+    @property
     def num_steps(self) -> int:
         """Denoising steps per frame; may be changed while the stream runs."""
         return self.sampling.num_steps
@@ -177,7 +187,7 @@ class Rollout:
 
         Args:
             frames: given first frames in [-1, 1]; None: from nothing.
-            conditions: the actions that led to those frames, and labels of the streams.
+            conditions: the actions that led to those frames; labels and text of the streams.
             batch: number of streams, where no frames are given.
             can_reset: keep a copy of the memory for `reset`.
 
@@ -195,20 +205,38 @@ class Rollout:
             batch = frames.shape[0]
             spec.check(conditions, frames.shape[1])
             latents = self._encode(frames)
-        elif spec.num_labels:
-            replace(spec, num_actions=0, action_dim=0).check(Conditions(labels=conditions.labels))
-        if conditions.labels is not None and conditions.labels.shape[0] != batch:
-            raise ValueError(
-                f"{batch} streams need as many labels, got {conditions.labels.shape[0]}"
-            )
-        self._labels = conditions.labels
         self.batch = batch
+        self._last(replace(conditions, actions=None, null_actions=None))
         past = self._doubled(conditions.to(self.engine.device), latents)
         both = batch * (1 + self._branches_state)
         self._state = self.engine.begin(past[1], past[0], both, self.window)
+        self.newest = None if latents is None else latents[:, -1]
         self.num_given = 0 if frames is None else frames.shape[1]
         self.num_frames = self.num_given
         self._start = self._state.fork() if can_reset else None
+        self._first = self.newest
+
+    def change_text(
+        self, text: Float[Tensor, "b l c"], null_text: Float[Tensor, "b l c"] | None = None
+    ) -> None:
+        """Steer the frames from the next one on by another text; the past stays as it is.
+
+        Raises:
+            ValueError: the stream has not begun, or the text does not fit.
+        """
+        if self._state is None:
+            raise ValueError("begin the stream first")
+        null_text = self._lasting.null_text if null_text is None else null_text
+        self._last(replace(self._lasting, text=text, null_text=null_text))
+
+    def _last(self, lasting: Conditions) -> None:
+        """Keep what steers all frames of the streams."""
+        spec = self.engine.config.conditions
+        replace(spec, num_actions=0, action_dim=0).check(lasting)
+        for name, value in (("labels", lasting.labels), ("texts", lasting.text)):
+            if value is not None and value.shape[0] != self.batch:
+                raise ValueError(f"{self.batch} streams need as many {name}, got {value.shape[0]}")
+        self._lasting = lasting.to(self.engine.device)
 
     def _check_size(self, frames: Tensor) -> None:
         card = self.world.card
@@ -233,9 +261,7 @@ class Rollout:
         """Return the conditions of one frame from its actions [b] or [b a]."""
         if self._state is None:
             raise ValueError("begin the stream first")
-        conditions = Conditions(
-            actions=None if actions is None else actions[:, None], labels=self._labels
-        )
+        conditions = replace(self._lasting, actions=None if actions is None else actions[:, None])
         self.engine.config.conditions.check(conditions, 1)
         if actions is not None and actions.shape[0] != self.batch:
             raise ValueError(f"{self.batch} streams need as many actions, got {actions.shape[0]}")
@@ -295,13 +321,20 @@ class Rollout:
         self._conditions(actions)
 
     def _context(self, conditions: Conditions) -> Any:
-        context = self.engine.context(self._state, conditions)
+        context = self.engine.context(self._state, conditions, self._encoder_noise())
         if self.guidance.kind != "context_noise":
             return context
         corruption = self._noise(
             "context", (self.engine.shape.num_tokens, self.engine.config.block.width)
         )
         return self.engine.with_noisy_branch(context, self.guidance.context_noise, corruption)
+
+    def _encoder_noise(self) -> Tensor | None:
+        if self.engine.encoder_noise == "none":
+            return None
+        use: NoiseUse = "frame" if self.engine.encoder_noise == "same" else "encoder"
+        noise = self._noise(use, self.engine.shape.shape)
+        return torch.cat([noise, noise]) if self._branches_state else noise
 
     def _denoise(self, context: Any) -> Tensor:
         noise = self._noise("frame", self.engine.shape.shape)
@@ -329,14 +362,29 @@ class Rollout:
             raise ValueError(f"{self.batch} streams need as many frames, got {frames.shape[0]}")
         self._remember(self._encode(frames[:, None])[:, 0], conditions)
 
+    @torch.no_grad()
+    def replay(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None,
+    ) -> None:
+        """Put in what was `newest` at the next frame, and the actions that led to it.
+
+        Raises:
+            ValueError: the stream has not begun, or the actions do not fit.
+        """
+        self._remember(latents, self._conditions(actions))
+
     def _encode(self, frames: Tensor) -> Tensor:
         latents = self.world.autoencoder.encode(frames.to(self.engine.device))
         return latents.to(self.engine.dtype)
 
     def _remember(self, latent: Tensor, conditions: Conditions) -> None:
+        newest = latent
         if self._branches_state:
             latent = torch.cat([latent, latent])
         self.engine.observe(self._state, latent, conditions)
+        self.newest = newest
         self.num_frames += 1
 
     def generate(
@@ -378,11 +426,12 @@ class Rollout:
         if self._start is None:
             raise ValueError("begin the stream first, with can_reset")
         self._state = self._start.fork()
+        self.newest = self._first
         self.num_frames = self.num_given
 
     def end(self) -> None:
         """Give up the streams' memory; `begin` starts anew."""
-        self._state = self._start = None
+        self._state = self._start = self.newest = None
 
     def fork(self) -> Rollout:
         """Return an independent copy of the streams as they are; the weights are shared."""
@@ -409,8 +458,9 @@ class Rollout:
         return noise.to(self.engine.device, non_blocking=True)
 
 
-NoiseUse = Literal["frame", "context"]
-"""What noise is for: the start of a frame's denoising, or the corruption of its context."""
+NoiseUse = Literal["frame", "context", "encoder"]
+"""What noise is for: the start of a frame's denoising, the corruption of its context, or what an
+encoder reads in the place of the frame."""
 
 
 def frame_noise(seed: int, frame: int, use: NoiseUse, shape: tuple[int, ...]) -> Tensor:

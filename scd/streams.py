@@ -26,6 +26,9 @@ Lap = Callable[[str], None]
 class Streams:
     """Sessions that come and go; `request` asks for a frame, `tick` brings all a call further.
 
+    Until its frame begins a session can be steered otherwise; until it is done, the frame can be
+    cancelled.
+
     A session's frames are those of a `Rollout` of its own with the same seed, whoever else is
     there. With the fast separable engine, whose decoder sees no past, all frames under way share
     one call per tick; with every other engine they are called one by one: the same frames, later.
@@ -114,9 +117,7 @@ class Streams:
         """
         sampling = sampling or self.sampling
         rollout = Rollout(self.world, sampling, guidance, seed, self.window, self.engine)
-        session = Session(self._num_opened, rollout)
-        if session.num_rows > self._pool.max_rows:
-            raise ValueError(f"a guided frame takes 2 rows, max_rows is {self._pool.max_rows}")
+        session = self._checked(Session(self._num_opened, rollout))
         if frames is not None:
             _check_finite(frames)
             frames = frames[None]
@@ -141,6 +142,16 @@ class Streams:
         rollout.seed = rollout.seed if seed is None else seed
         return self._join(Session(self._num_opened, rollout))
 
+    def adopt(self, rollout: Rollout) -> Session:
+        """Let a stream of this engine join that has begun, and that nobody steps any more.
+
+        Its memory is there already, so it is not checked.
+
+        Raises:
+            ValueError: a guided frame needs more rows than there are.
+        """
+        return self._join(self._checked(Session(self._num_opened, rollout)))
+
     def request(self, session: Session, action: Tensor | None = None) -> None:
         """Ask for the next frame of a session; a later `tick` returns it.
 
@@ -157,6 +168,30 @@ class Streams:
         session.rollout.check(session.as_batch(action))
         self._waiting[session] = action
         session.status = "waiting"
+
+    def steer(self, session: Session, action: Tensor | None = None) -> None:
+        """Change the action of a frame that was asked for and has not begun.
+
+        Raises:
+            ValueError: the session does not wait, or the action does not fit.
+        """
+        if session.status != "waiting":
+            raise ValueError(f"session {session.number} does not wait for a frame")
+        session.rollout.check(session.as_batch(action))
+        self._waiting[session] = action
+
+    def cancel(self, session: Session) -> bool:
+        """Drop the frame that a session waits for, begun or not; return whether there was one.
+
+        Raises:
+            ValueError: the session is not open here.
+        """
+        self._check_open(session)
+        was_asked = session.status != "idle"
+        self._waiting.pop(session, None)
+        self._drop_frame(session)
+        session.status = "idle"
+        return was_asked
 
     def observe(
         self, session: Session, frame: Float[Tensor, "3 h w"], action: Tensor | None = None
@@ -271,6 +306,11 @@ class Streams:
         session.reason = f"session {session.number} was stopped at frame {index}: {fault}"
         self._leave(session, "stopped")
         self._ended.append(Finished(session=session, index=index, frame=None, error=session.reason))
+
+    def _checked(self, session: Session) -> Session:
+        if session.num_rows > self._pool.max_rows:
+            raise ValueError(f"a guided frame takes 2 rows, max_rows is {self._pool.max_rows}")
+        return session
 
     def _join(self, session: Session) -> Session:
         self._sessions[session.number] = session

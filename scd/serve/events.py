@@ -144,36 +144,36 @@ class HostOverview:
     """Whether the model thread is there."""
     reason: str
     """Why it is not."""
-    uptime_s: float
+    uptime_s: float = 0.0
     """Seconds since `start`."""
-    tick_age_s: float
+    tick_age_s: float = 0.0
     """Seconds since the model thread last said that it is alive; it does so at least once a second
     unless a call of the network takes longer."""
-    num_sessions: int
+    num_sessions: int = 0
     """In memory."""
-    num_running: int
+    num_running: int = 0
     """Of these, that make frames until paused."""
-    num_attached: int
+    num_attached: int = 0
     """Of these, that have a client."""
-    num_evicted: int
+    num_evicted: int = 0
     """On disk."""
     max_sessions: int
     """That there may be in memory."""
-    reserved_bytes: int
+    reserved_bytes: int = 0
     """Memory promised to sessions, by formula."""
-    budget_bytes: int
+    budget_bytes: int = 0
     """Memory that may be promised."""
-    num_commands: int
+    num_commands: int = 0
     """Calls that wait for the model thread."""
-    num_frames: int
+    num_frames: int = 0
     """Made so far."""
-    num_dropped: int
+    num_dropped: int = 0
     """Made or begun for nothing: their generation was over, or their session gone."""
-    num_faults: int
+    num_faults: int = 0
     """Sessions stopped by a fault."""
-    num_evictions: int
+    num_evictions: int = 0
     """Sessions put on disk."""
-    num_restores: int
+    num_restores: int = 0
     """Sessions brought back."""
-    num_failed_evictions: int
+    num_failed_evictions: int = 0
     """That the disk refused; the sessions stayed in memory."""

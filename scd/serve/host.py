@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -17,42 +15,10 @@ from jaxtyping import UInt8
 from scd.checkpoint import World
 from scd.engine.interface import Engine
 from scd.rollout import Guidance
-from scd.serve.errors import HostStopped, Overloaded
+from scd.serve.admission import HostConfig
 from scd.serve.events import Action, Frame, HostOverview, Info, Sink, Start
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostConfig:
-    """How many sessions there may be, and how much each may take."""
-
-    max_sessions: int = 8
-    """Sessions in memory; those on disk do not count."""
-    max_rows: int = 16
-    """Frames denoised side by side; a guided one counts twice."""
-    memory_gib: float | None = None
-    """For sessions and their histories; None: four fifths of what is free at the start."""
-    history_frames: int = 300
-    """Frames that a session can be rewound by, at least, once it has them."""
-    keyframe_every: int = 16
-    """Frames between two copies of a session's memory; a rewind replays fewer than that."""
-    max_fps: float = 60.0
-    """Frames per second of one session."""
-    max_steps: int = 64
-    """Denoising steps per frame that a client may ask for."""
-    max_step_count: int = 256
-    """Frames of one `step` or one `frames`."""
-    max_start_frames: int = 64
-    """Given first frames."""
-    queue_frames: int = 4
-    """Frames of an attached client that it has not acknowledged; then no more are made for it."""
-    queue_commands: int = 1024
-    """Calls that wait for the model thread; more are refused."""
-    idle_s: float = 120.0
-    """After which a session that made no frame and got no call is put on disk."""
-    evict_dir: Path | None = None
-    """Where idle sessions go; None: they stay in memory."""
-    max_evicted: int = 1000
-    """Sessions on disk; then idle ones stay in memory."""
+from scd.serve.inbox import Call, Inbox
+from scd.serve.stage import Stage
 
 
 class Host:
@@ -65,45 +31,91 @@ class Host:
     frames and costs nothing but its memory.
     """
 
-    def __init__(self, world: World, engine: Engine, config: HostConfig) -> None:
-        """Prepare; nothing big is allocated before `start`."""
-        self.world, self.engine, self.config = world, engine, config
+    def __init__(
+        self,
+        world: World,
+        engine: Engine,
+        config: HostConfig | None = None,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        """Prepare; nothing big is allocated before `start`.
+
+        Args:
+            world: that is played.
+            engine: of its model; nobody else may use it from `start` to `stop`.
+            config: limits.
+            report: told on the model thread what a person should know; must not block.
+        """
+        self.world, self.engine, self.config = world, engine, config or HostConfig()
+        self._report = report
+        self._inbox = Inbox(self.config.queue_commands)
+        self._thread = Thread(target=self._live, name="scd-serve-model", daemon=True)
+        self._ready: Future[None] = Future()
+        self._began = time.monotonic()
+        self._stopping = False
+        self._view: HostOverview | None = None
+        self._alive_at = self._began
 
     def start(self) -> None:
-        """Allocate and begin; sessions that lie in `evict_dir` are there again."""
-        raise NotImplementedError
+        """Allocate and begin; sessions that lie in `evict_dir` are there again. Once only.
+
+        Raises:
+            ValueError: not even one session fits into memory, or limits that do not fit together.
+            OSError: `evict_dir` cannot be made.
+        """
+        self._began = self._alive_at = time.monotonic()
+        self._thread.start()
+        self._ready.result()
 
     def stop(self, timeout_s: float = 30.0) -> None:
-        """End: clients are told, sessions are written to `evict_dir` if there is one."""
-        raise NotImplementedError
+        """End: clients are told, sessions are written to `evict_dir` if there is one.
+
+        Harmless twice. After `timeout_s` seconds it returns, done or not.
+        """
+        self._stopping = True
+        self._inbox.ring()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
 
     def overview(self) -> HostOverview:
         """Say how all stands, without waiting."""
-        raise NotImplementedError
+        now, inbox, view = time.monotonic(), self._inbox, self._view
+        healthy = self._thread.is_alive() and not inbox.reason
+        if view is None:
+            reason = inbox.reason or "it has not started"
+            return HostOverview(healthy=False, reason=reason, max_sessions=self.config.max_sessions)
+        return replace(
+            view,
+            healthy=healthy,
+            reason="" if healthy else inbox.reason or "the model thread is gone",
+            uptime_s=now - self._began,
+            tick_age_s=now - self._alive_at,
+            num_commands=len(inbox),
+        )
 
     def create(self, start: Start) -> Future[Info]:
         """Open a session, paused and without a client."""
-        raise NotImplementedError
+        return self._ask(lambda stage: stage.players.create(start))
 
     def attach(self, session_id: str, sink: Sink) -> Future[Info]:
         """Let a client hear a session (SessionBusy: another does)."""
-        raise NotImplementedError
+        return self._ask(lambda stage: stage.commands.attach(session_id, sink), session_id)
 
     def detach(self, session_id: str, sink: Sink) -> Future[None]:
         """Let the client go; the session is paused. Harmless twice, or with a sink replaced."""
-        raise NotImplementedError
+        return self._ask(lambda stage: stage.commands.detach(session_id, sink))
 
     def act(self, session_id: str, action: Action, sequence: int = 0) -> Future[None]:
         """Hold an action until the next; obeyed by the next frame that begins."""
-        raise NotImplementedError
+        return self._ask(lambda stage: stage.commands.act(session_id, action, sequence))
 
     def run(self, session_id: str, fps: float | None = None) -> Future[Info]:
         """Make frames for the attached client until `pause`."""
-        raise NotImplementedError
+        return self._ask(lambda stage: stage.commands.run(session_id, fps), session_id)
 
     def pause(self, session_id: str) -> Future[Info]:
         """Begin no more frames; one that has begun still comes."""
-        raise NotImplementedError
+        return self._ask(lambda stage: stage.commands.pause(session_id), session_id)
 
     def step(
         self, session_id: str, action: Action = None, count: int = 1, sequence: int = 0
@@ -116,11 +128,13 @@ class Host:
             count: of the frames.
             sequence: with the action.
         """
-        raise NotImplementedError
+        return self._ask(
+            lambda stage: stage.commands.step(session_id, action, count, sequence), session_id
+        )
 
     def acknowledge(self, session_id: str, generation: int, index: int) -> Future[None]:
         """Say that a frame, and all before it, were drawn."""
-        raise NotImplementedError
+        return self._ask(lambda stage: stage.commands.acknowledge(session_id, generation, index))
 
     def change(
         self,
@@ -130,31 +144,40 @@ class Host:
         seed: int | None = None,
     ) -> Future[Info]:
         """Change how frames are made from the next that begins; None: as it is."""
-        raise NotImplementedError
+        return self._ask(
+            lambda stage: stage.commands.change(session_id, num_steps, guidance, seed), session_id
+        )
 
     def reset(self, session_id: str, start: Start | None = None) -> Future[Info]:
-        """Begin anew, as the session began (None) or as told; one generation later."""
-        raise NotImplementedError
+        """Begin anew, one generation later.
+
+        Args:
+            session_id: any.
+            start: None: as the session began, with the seed, steps and guidance that it has now.
+        """
+        return self._ask(lambda stage: stage.players.reset(session_id, start), session_id)
 
     def rewind(self, session_id: str, index: int) -> Future[Info]:
         """Make an earlier frame the newest again, exactly; one generation later."""
-        raise NotImplementedError
+        return self._ask(lambda stage: stage.players.rewind(session_id, index), session_id)
 
     def fork(
         self, session_id: str, index: int | None = None, seed: int | None = None
     ) -> Future[Info]:
         """Copy a session as it was at a frame (None: now) into a new one, paused, no client."""
-        raise NotImplementedError
+        return self._ask(lambda stage: stage.players.fork(session_id, index, seed), session_id)
 
     def observe(
         self, session_id: str, frame: UInt8[np.ndarray, "h w 3"], action: Action = None
     ) -> Future[Info]:
         """Put in the next frame of a paused session from outside."""
-        raise NotImplementedError
+        return self._ask(
+            lambda stage: stage.commands.observe(session_id, frame, action), session_id
+        )
 
     def frames(self, session_id: str, first: int, count: int = 1) -> Future[list[Frame]]:
         """Show frames of the history again, given ones too while they are kept."""
-        raise NotImplementedError
+        return self._ask(lambda stage: stage.commands.frames(session_id, first, count), session_id)
 
     def snapshot(self, session_id: str, history: bool = True) -> Future[bytes]:
         """Write a session as a file: safetensors with JSON.
@@ -163,16 +186,54 @@ class Host:
             session_id: any.
             history: with all frames that it can be rewound to; False: only as it is now.
         """
-        raise NotImplementedError
+        return self._ask(lambda stage: stage.snapshot(session_id, history), session_id)
 
     def restore(self, data: bytes) -> Future[Info]:
         """Open a session, under a new name, from what `snapshot` gave (BadSnapshot)."""
-        raise NotImplementedError
+        return self._ask(lambda stage: stage.restore(data))
 
     def delete(self, session_id: str) -> Future[None]:
         """End a session; its client hears `Stopped`."""
-        raise NotImplementedError
+        return self._ask(lambda stage: stage.delete(session_id))
 
     def info(self, session_id: str) -> Future[Info]:
         """Say how a session stands."""
-        raise NotImplementedError
+        return self._ask(lambda stage: stage.commands.info(session_id), session_id)
+
+    def _ask(self, do: Callable[[Stage], Any], wakes: str | None = None) -> Future[Any]:
+        """Let the model thread do something; a session that it wakes is brought back from disk."""
+        return self._inbox.put(Call(do=do, wakes=wakes))
+
+    def _live(self) -> None:
+        """Be the model thread."""
+        stage = None
+        try:
+            stage = Stage(self.world, self.engine, self.config, self._inbox, self._report)
+            self._view = stage.overview()
+            self._ready.set_result(None)
+            while not self._stopping:
+                self._alive_at = time.monotonic()
+                stage.turn()
+                self._view = stage.overview()
+            reason = "the server is stopping"
+            self._end(stage, reason, tell_evicted=True)
+        except BaseException as error:
+            reason = f"the model thread has ended: {type(error).__name__}: {error}"
+            if not self._ready.done():
+                self._inbox.close(reason)
+                self._ready.set_exception(error)
+                return
+            self._report(reason)
+            self._end(stage, reason, tell_evicted=False)
+
+    def _end(self, stage: Stage | None, reason: str, tell_evicted: bool) -> None:
+        # First of all, so that nobody who asks from now on waits in vain.
+        self._inbox.close(reason)
+        try:
+            if stage is not None:
+                stage.end(reason, tell_evicted)
+                self._view = stage.overview()
+        except BaseException as error:
+            self._report(f"while ending: {type(error).__name__}: {error}")
+        finally:
+            self._inbox.refuse_all(reason)

@@ -1,0 +1,142 @@
+"""Idle sessions on disk: one file each, written aside and renamed, read back exactly.
+
+Files are named by us after the session; a name that a client sends is only ever looked up in the
+list of what is there. Several hosts may share a folder: whoever removes a file has its session.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from scd.atomic import TEMPORARY, file_aside
+from scd.serve.errors import BadSnapshot, UnknownSession
+from scd.serve.identity import Identity
+from scd.serve.snapshot import Image, Parsed, parse, write
+
+SUFFIX = ".session.safetensors"
+"""Of the files."""
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""Of a session."""
+LEFTOVER_S = 3600.0
+"""Age at which a half written file is that of a process which was killed."""
+LOOK_S = 0.25
+"""Seconds between two looks for sessions that another host has put there."""
+
+
+class Shelf:
+    """Sessions in a folder. Files are read and written beside the model thread."""
+
+    def __init__(self, folder: Path, identity: Identity, max_sessions: int) -> None:
+        """Look at what is there.
+
+        Args:
+            folder: is made if it is not there.
+            identity: of world and engine.
+            max_sessions: that may lie there.
+
+        Raises:
+            OSError: there can be no such folder.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.identity, self.max_sessions = folder, identity, max_sessions
+        self._paths: dict[str, Path] = {}
+        self._looked_at = float("-inf")
+        for path in folder.glob(f"{TEMPORARY}*{SUFFIX}*"):
+            if time.time() - path.stat().st_mtime > LEFTOVER_S:
+                path.unlink(missing_ok=True)
+        self._look()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more fit."""
+        return len(self) >= self.max_sessions
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a session lies here."""
+        if name not in self._paths and time.monotonic() - self._looked_at > LOOK_S:
+            self._look()
+        return name in self._paths
+
+    def _look(self) -> None:
+        self._looked_at = time.monotonic()
+        found = {}
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            name = path.name.removesuffix(SUFFIX)
+            if NAME.fullmatch(name):
+                found[name] = path
+        self._paths = found
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}{SUFFIX}"
+
+    def put(self, image: Image) -> None:
+        """Write a session; slow, so beside the model thread. Call `keep` or `discard` afterwards.
+
+        Raises:
+            OSError: the disk is full, or the like; nothing is left there.
+        """
+        data = write(image, self.identity)
+        with file_aside(self._path(image.session_id)) as aside:
+            aside.write_bytes(data)
+
+    def keep(self, name: str) -> None:
+        """Note that a session which was put here is in memory no more."""
+        self._paths[name] = self._path(name)
+
+    def read(self, name: str) -> Parsed:
+        """Read a session; slow, so beside the model thread. It stays here until `claim`.
+
+        Raises:
+            UnknownSession: another host has taken it.
+            BadSnapshot: the file is damaged, or of another world or engine.
+        """
+        path = self._paths.get(name)
+        try:
+            data = b"" if path is None else path.read_bytes()
+        except OSError as error:
+            raise UnknownSession(f"its file cannot be read: {error}") from error
+        parsed = parse(data)
+        self.identity.refuse(parsed.identity)
+        if parsed.note.session_id != name:
+            raise BadSnapshot("the file is that of another session")
+        return parsed
+
+    def claim(self, name: str) -> None:
+        """Take a session away, once it is in memory (UnknownSession: another host was faster)."""
+        path = self._paths.pop(name, None)
+        try:
+            if path is None:
+                raise FileNotFoundError
+            path.unlink()
+        except FileNotFoundError:
+            raise UnknownSession("another host has taken this session") from None
+
+    def discard(self, name: str) -> None:
+        """Remove a session of ours that is in memory, or gone; harmless if it is not here."""
+        self._paths.pop(name, None)
+        self._path(name).unlink(missing_ok=True)
+
+
+class Aside:
+    """Work beside the model thread; what comes of it is handed to that thread."""
+
+    def __init__(self, hand_over: Callable[[Callable[[], None]], None]) -> None:
+        """Begin with nothing to do; `hand_over` lets the model thread call something."""
+        self._hand_over = hand_over
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="scd-serve-aside")
+
+    def do(self, work: Callable[[], object], then: Callable[[Future], None]) -> None:
+        """Do some work; the model thread calls `then` with it done, result or error."""
+        future = self._workers.submit(work)
+        future.add_done_callback(lambda done: self._hand_over(lambda: then(done)))
+
+    def end(self) -> None:
+        """Wait for what has begun; what has not is dropped."""
+        self._workers.shutdown(wait=True, cancel_futures=True)
