@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from scd.device_memory import OutOfMemory
-from scd.serve.errors import TooManySessions, UnknownSession
+from scd.serve.errors import HostStopped, TooManySessions, UnknownSession
 from scd.serve.events import Evicted, Info
 from scd.serve.player import Player
 from scd.serve.players import Players
@@ -157,4 +157,4 @@ class Evictions:
                         continue
             except Exception as error:
                 self.players.report(f"a session is lost, it could not be written: {error}")
-            self.players.stop(player, reason, is_fault=False)
+            self.players.stop(player, HostStopped(reason))

@@ -12,6 +12,8 @@ from scd.checkpoint import World
 from scd.clip import Conditions
 from scd.config import differences, from_json, to_json
 from scd.engine.interface import Engine
+from scd.flow import SamplingConfig
+from scd.rollout import Rollout
 from scd.runtime import make_generator
 from scd.serve.errors import BadSnapshot
 
@@ -51,7 +53,7 @@ def identity_of(world: World, engine: Engine) -> Identity:
     return Identity(
         settings=json.dumps(settings, sort_keys=True),
         engine=f"{type(engine).__name__} {dtype}",
-        fingerprint=_fingerprint(engine),
+        fingerprint=_fingerprint(world, engine),
         tolerance=1e-3 if engine.dtype == torch.float32 else 0.1,
     )
 
@@ -61,20 +63,20 @@ def read_identity(values: Any) -> Identity:
     return from_json(Identity, values, "world")
 
 
-@torch.no_grad()
-def _fingerprint(engine: Engine) -> tuple[float, ...]:
+def _fingerprint(world: World, engine: Engine) -> tuple[float, ...]:
+    """Return some numbers of the second frame of a stream, made in one step."""
     spec, generator = engine.config.conditions, make_generator(0, "fingerprint of a model")
-    actions = None
+    action = None
     if spec.has_actions:
-        entries = (spec.action_dim,) if spec.action_dim else ()
-        actions = torch.zeros(1, 2, *entries, dtype=torch.float32 if entries else torch.long)
+        action = torch.zeros(1, spec.action_dim) if spec.action_dim else torch.zeros(1).long()
     labels = torch.zeros(1, dtype=torch.long) if spec.num_labels else None
-    conditions = Conditions(actions=actions, labels=labels).to(engine.device)
-    size = (2, 1, *engine.shape.shape)
-    frame, noise = torch.randn(size, generator=generator).to(engine.device, engine.dtype)
-    state = engine.begin(frame[:, None], conditions.frames(0, 1))
-    context = engine.context(state, conditions.frames(1, 2))
-    made = engine.denoise(context, noise, [1.0, 0.0]).float().flatten().cpu()
+    frame = 2 * torch.rand(1, 1, 3, world.card.height, world.card.width, generator=generator) - 1
+    rollout = Rollout(world, SamplingConfig(num_steps=1), engine=engine)
+    actions = None if action is None else action[:, None]
+    rollout.begin(frame, Conditions(actions=actions, labels=labels), can_reset=False)
+    rollout.step(action)
+    assert rollout.newest is not None
+    made = rollout.newest.float().flatten().cpu()
     places = torch.linspace(0, made.numel() - 1, NUM_VALUES).long()
     return tuple(round(value, 6) for value in made[places].tolist())
 

@@ -17,7 +17,7 @@ from scd.serve.admission import (
     fitting_history,
     session_bytes,
 )
-from scd.serve.errors import SessionStopped, Superseded, UnknownSession
+from scd.serve.errors import PlayError, SessionStopped, Superseded, UnknownSession
 from scd.serve.events import Action, Event, Evicted, Info, Start, Stopped
 from scd.serve.history import History
 from scd.serve.player import Player
@@ -238,12 +238,12 @@ class Players:
         self.streams.close(player.session)
         self.admission.release(player.session_id)
 
-    def stop(self, player: Player, reason: str, is_fault: bool = True) -> None:
-        """End a session; its client hears why."""
-        name = player.session_id
+    def stop(self, player: Player, why: PlayError) -> None:
+        """End a session; its client hears why, and so does whoever asks for it after a fault."""
+        name, reason = player.session_id, str(why)
         stopped = Stopped(session_id=name, generation=player.generation, reason=reason)
-        self.leave(player, SessionStopped(reason), stopped)
-        if is_fault:
+        self.leave(player, why, stopped)
+        if isinstance(why, SessionStopped):
             self.num_faults += 1
             self._stopped[name] = reason
             while len(self._stopped) > REMEMBERED:

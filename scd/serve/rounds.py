@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from scd.device_memory import OutOfMemory
+from scd.serve.errors import SessionStopped
 from scd.serve.history import as_action
 from scd.serve.player import Player
 from scd.serve.players import Players
@@ -53,7 +54,7 @@ class Rounds:
             under_way = [one for one in players.playing.values() if one.session.status != "idle"]
             if not under_way:
                 raise
-            players.stop(under_way[-1], str(error))
+            players.stop(under_way[-1], SessionStopped(str(error)))
             return
         denoised = ends["decoder"]
         for one in ended:
@@ -72,7 +73,7 @@ class Rounds:
         (player,) = [one for one in players.playing.values() if one.session is ended.session]
         if ended.error is not None:
             players.report(ended.error)
-            players.stop(player, ended.error)
+            players.stop(player, SessionStopped(ended.error))
             return
         frame = player.finish(ended, denoised, decoded)
         self.num_frames += 1

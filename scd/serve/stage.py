@@ -11,7 +11,7 @@ from scd.device_memory import OutOfMemory
 from scd.engine.interface import Engine
 from scd.serve.admission import HostConfig
 from scd.serve.commands import Commands
-from scd.serve.errors import BadRequest, PlayError, TooManySessions
+from scd.serve.errors import BadRequest, PlayError, TooManySessions, UnknownSession
 from scd.serve.events import HostOverview, Info
 from scd.serve.eviction import Evictions, lacks_room
 from scd.serve.identity import identity_of
@@ -136,7 +136,7 @@ class Stage:
             shelf.discard(session_id)
             return
         player = self.players.player(session_id)
-        self.players.stop(player, "the session was deleted", is_fault=False)
+        self.players.stop(player, UnknownSession("the session was deleted"))
 
     def overview(self) -> HostOverview:
         """Say how all stands."""
