@@ -21,11 +21,17 @@ from scd import __version__
 from scd.bench.compare import CompareConfig, compare
 from scd.bench.measure import BenchConfig, bench
 from scd.convert import ReferenceConfig, convert_reference
+from scd.data.check import CheckConfig, check, refusal
+from scd.data.check import readable as readable_check
 from scd.data.record import DoomRecording, ToyRecording, record
 from scd.demo import DemoConfig, demo
 from scd.distill import DistillChoice, distillation
+from scd.encode import EncodeConfig, encode
+from scd.encode import readable as readable_encoding
 from scd.evaluate import EvaluateConfig, evaluate, readable
-from scd.fit import fit_to_data, fit_window
+from scd.evaluate_protocol import ProtocolConfig, evaluate_by_protocol
+from scd.evaluate_protocol import readable as readable_by_protocol
+from scd.fit import decides, fit_to_data, fit_window
 from scd.intervene.compare import intervene
 from scd.intervene.settings import DiagonalConfig, RecomposeConfig, SkipConfig
 from scd.intervene.table import markdown
@@ -34,12 +40,19 @@ from scd.plan import dry_run
 from scd.presets import PRESETS, preset
 from scd.probe.run import probe
 from scd.probe.settings import ProbeConfig
+from scd.protocols import listing, protocol
 from scd.run import TrainConfig
 from scd.sample import SampleConfig, sample
+from scd.sample_text import PromptSampleConfig, readable_speed, sample_prompt
+from scd.serve.play import PlayConfig, play
+from scd.serve.run import serve
+from scd.serve.settings import ServeConfig
 from scd.stopping import Interrupted
+from scd.text_to_video import is_steered_by_text
 from scd.train import train
 from scd.train_judge import TrainJudgeConfig, train_judge
 from scd.train_judge import readable as readable_judge
+from scd.vbench import VBenchConfig, vbench
 
 Settings = TypeVar("Settings")
 
@@ -47,12 +60,19 @@ USAGE = """usage: scd COMMAND ...
 
   demo                      stream and steer the world that comes with the package (seconds);
                             --train: train a small one and its dense twin, compare (minutes)
+  play [RUN]                a world in the browser, steered by keyboard, mouse or touch
   record toy|doom           record clips with actions
+  data check PATH           what there is of a collection of clips, and what is missing
+  encode DATA               write the latents of clips once, for training
   train PRESET              train a model on clips
   distill TEACHER           make a student of a few steps per frame from a trained model
-  sample RUN                stream frames from a trained model
+  serve [RUN]               a server of many streams: page, WebSocket, HTTP; without RUN of the
+                            world that comes with the package
+  sample RUN                stream frames from a trained model, or video of a prompt (--prompt)
+  vbench RUN                videos of many prompts, in VBench's folder layout
   train-judge               train the network by which control is measured (minutes)
   evaluate RUN              measure a trained model on held-out clips
+  protocols                 named protocols for evaluate --protocol, with every setting
   probe RUN                 what each layer of a trained model does, and where to split it
   bench                     seconds, memory and share of the machine's limit per frame
   bench compare             two configurations in turns, as a ratio with its spread
@@ -157,6 +177,23 @@ def _record(words: list[str]) -> None:
     record(_parse(kinds[name], rest, f"record {name}"))
 
 
+def _data(words: list[str]) -> None:
+    name, rest = _split_name(words, "data", "action", ["check"])
+    if name is None:
+        rest = ["--help"]
+    config = _parse(CheckConfig, rest, "data check")
+    findings = check(config)
+    print(readable_check(config, findings))
+    if findings.missing:
+        raise ValueError(refusal(config, findings))
+
+
+def _encode(words: list[str]) -> None:
+    if words and not words[0].startswith("-"):
+        words = ["--data", *words]
+    print(readable_encoding(encode(_parse(EncodeConfig, words, "encode"))))
+
+
 def _train(words: list[str]) -> None:
     name, rest = _split_name(words, "train", "preset", list(PRESETS))
     if name is None:
@@ -164,7 +201,7 @@ def _train(words: list[str]) -> None:
     base = preset(name or "toy")
     settings = _parse(TrainCommand, rest, f"train {name or 'PRESET'}", TrainCommand(run=base))
     config = fit_window(settings.run, base)
-    if config.model.shape.channels == 3:
+    if decides(config):
         try:
             config = fit_to_data(settings.run, base)
         except OSError:
@@ -189,7 +226,18 @@ def _distill(words: list[str]) -> None:
 
 
 def _sample(words: list[str]) -> None:
-    config = _parse(SampleConfig, _run_first(words), "sample")
+    words = _run_first(words)
+    if any(word in ("-h", "--help") for word in words):
+        with suppress(SystemExit):
+            _parse(SampleConfig, ["--help"], "sample RUN")
+        print("\nA run that a text steers takes these instead:\n")
+        _parse(PromptSampleConfig, ["--help"], "sample RUN --prompt TEXT")
+    run = _value_of(words, "--run")
+    if _value_of(words, "--prompt") is not None or (run and is_steered_by_text(run)):
+        config = _parse(PromptSampleConfig, words, "sample")
+        print(f"{readable_speed(sample_prompt(config))}\nsaved {config.out}")
+        return
+    config = _parse(SampleConfig, words, "sample")
     result = sample(config)
     print(
         f"{result['frames']} frames at {result['frames_per_second']:.2f} per second, the first "
@@ -197,10 +245,55 @@ def _sample(words: list[str]) -> None:
     )
 
 
+def _vbench(words: list[str]) -> None:
+    config = _parse(VBenchConfig, _run_first(words), "vbench")
+    print(f"rendered {vbench(config)} videos into {config.out}")
+
+
 def _evaluate(words: list[str]) -> None:
+    name = _value_of(words, "--protocol")
+    if name is not None:
+        _evaluate_by_protocol(words, name)
+        return
+    if any(word in ("-h", "--help") for word in words):
+        with suppress(SystemExit):
+            _parse(EvaluateConfig, ["--help"], "evaluate")
+        print("\nBy a named protocol (scd protocols), of which each setting is a flag:\n")
+        _evaluate_by_protocol(["--help"], "toy-8-8")
     config = _parse(EvaluateConfig, _run_first(words), "evaluate")
     print(readable(evaluate(config)))
     print(f"saved {config.out}")
+
+
+def _evaluate_by_protocol(words: list[str], name: str) -> None:
+    chosen = protocol(name)
+    default = ProtocolConfig(protocol=chosen)
+    config = _parse(ProtocolConfig, _run_first(words), f"evaluate --protocol {name}", default)
+    result = evaluate_by_protocol(config)
+    if result is not None:
+        print(readable_by_protocol(result))
+        print(f"saved {config.out}")
+
+
+def _value_of(words: list[str], flag: str) -> str | None:
+    """Return what follows a flag, or what stands behind its "="; None: the flag is not there."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == flag or word.startswith(f"{flag}="):
+            return following if word == flag else word.partition("=")[2]
+    return None
+
+
+def _protocols(words: list[str]) -> None:
+    if any(word in ("-h", "--help") for word in words):
+        print("usage: scd protocols\n\nLists the protocols of scd evaluate --protocol NAME.")
+        return
+    if words:
+        raise ValueError(f"scd protocols takes nothing else, got {' '.join(words)}")
+    print(listing())
+
+
+def _play(words: list[str]) -> None:
+    play(_parse(PlayConfig, _run_first(words), "play"))
 
 
 def _train_judge(words: list[str]) -> None:
@@ -211,6 +304,10 @@ def _train_judge(words: list[str]) -> None:
 
 def _probe(words: list[str]) -> None:
     probe(_parse(ProbeConfig, _run_first(words), "probe"))
+
+
+def _serve(words: list[str]) -> None:
+    serve(_parse(ServeConfig, _run_first(words), "serve"))
 
 
 def _run_first(words: list[str]) -> list[str]:
@@ -257,12 +354,18 @@ def _intervene(words: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
+    "play": _play,
     "record": _record,
+    "data": _data,
+    "encode": _encode,
     "train": _train,
     "distill": _distill,
     "sample": _sample,
+    "vbench": _vbench,
+    "serve": _serve,
     "train-judge": _train_judge,
     "evaluate": _evaluate,
+    "protocols": _protocols,
     "probe": _probe,
     "bench": _bench,
     "intervene": _intervene,

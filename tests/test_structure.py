@@ -31,18 +31,22 @@ LAYERS = (
     ("ground", "runtime device_memory atomic stopping runlog results config diffusers_folder"),
     (
         "data",
-        "clip data.video data.source data.toy data.manifest data.folder data.doom data.record "
-        "data.loader",
+        "clip data.video data.source data.toy data.manifest data.headers data.teco data.minecraft "
+        "data.dmlab data.ucf101 data.published data.latents data.folder data.check data.doom "
+        "data.record data.loader",
     ),
-    ("autoencoders, text", "autoencoder.pixels autoencoder.wan autoencoder.tiny text"),
+    (
+        "autoencoders, text",
+        "autoencoder.pixels autoencoder.wan autoencoder.tiny autoencoder.build text",
+    ),
     ("flow matching", "flow"),
     (
         "model",
         "model.visibility model.attention model.block model.augment model.cache model.embed "
         "model.encoder model.decoder model.sizes model.skip model.cost model.initialise "
         "model.pretrained model.separable model.dense model.wan.config model.wan.block "
-        "model.wan.transformer model.wan.text model.wan.times model.wan.names model.wan.dense "
-        "model.build",
+        "model.wan.transformer model.wan.text model.wan.times model.wan.names model.wan.cost "
+        "model.wan.dense model.wan.decoder model.wan.separable model.build",
     ),
     ("optimizers", "optim"),
     (
@@ -50,7 +54,7 @@ LAYERS = (
         "objective.denoise objective.distill objective.score objective.self_forcing "
         "objective.match objective.discriminator",
     ),
-    ("state of a run", "checkpoint shipped"),
+    ("state of a run", "checkpoint shipped encode"),
     (
         "engine",
         "engine.interface engine.plain engine.linear engine.attention engine.block engine.embed "
@@ -62,7 +66,8 @@ LAYERS = (
         "measurement",
         "metrics.image metrics.memory metrics.drift metrics.frechet metrics.weights metrics.lpips "
         "metrics.fvd metrics.compress metrics.judge media plots predict judged measure evaluate "
-        "train_judge sample side_by_side page report first_look",
+        "train_judge sample side_by_side page report first_look processes protocols trajectories "
+        "parts protocol_rows protocol_page evaluate_protocol",
     ),
     ("trainer", "run initial learner teacher matching tasks running fit held_out train plan"),
     ("named runs", "presets distill"),
@@ -85,7 +90,9 @@ LAYERS = (
     (
         "serving",
         "serve.settings serve.client_messages serve.server_messages serve.protocol serve.errors "
-        "serve.events serve.history serve.host serve.picture serve.decode serve.upload",
+        "serve.events serve.history serve.host serve.picture serve.decode serve.upload "
+        "serve.rate serve.statistics serve.checks serve.service serve.access serve.outlet serve.seat "
+        "serve.connection serve.http_api serve.app serve.run client",
     ),
     ("top", "convert demo cli __main__"),
 )
@@ -109,6 +116,7 @@ LONG_MODULES = {
     "data.toy": "the rules of a world, how it is drawn and who walks in it are one thing",
     "model.dense": "one model, read beside the separable one from top to bottom",
     "model.separable": "one model, read beside the dense one from top to bottom",
+    "model.wan.separable": "one model, read beside the dense one from top to bottom",
     "rollout": "one class with every phase of a stream, and its settings",
     "streams": "one class with every phase of many streams; its parts are in session and pool",
 }

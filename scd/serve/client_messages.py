@@ -12,6 +12,8 @@ SAFE = 2**53 - 1
 
 Count = Annotated[int, Field(ge=0, le=SAFE)]
 """A whole number from 0 on."""
+ActionValue = Count | Annotated[tuple[float, ...], Field(min_length=1, max_length=1024)]
+"""An action: its number in the world's list, or a vector where the world wants vectors."""
 Identity = Annotated[str, Field(max_length=64)]
 """Id of a session or an upload."""
 Codec = Literal["jpeg", "h264"]
@@ -75,8 +77,8 @@ class Beginning(ClientMessage):
     """Number of the clip, for start "clip"."""
     upload: Identity | None = None
     """Id of the upload, for start "upload"."""
-    action: Count | None = None
-    """That is said to have led to the frames of an upload; none: action 0."""
+    action: ActionValue | None = None
+    """That is said to have led to the frames of an upload; none: action 0, or a vector of zeros."""
     label: Count | None = None
     """Class of the stream, for worlds with labels."""
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -123,8 +125,8 @@ class Attach(ClientMessage):
 class Action(ClientMessage):
     """Hold an action from the next frame that begins until another is held; not answered."""
 
-    action: Count
-    """Number of the action in the world's list."""
+    action: ActionValue
+    """Number of the action in the world's list, or a vector."""
     sequence: Count = 0
     """Of the client's choice; frames say by which they were led."""
     type: Literal["action"] = "action"
@@ -153,7 +155,7 @@ class Pause(ClientMessage):
 class Step(ClientMessage):
     """Make some frames now; they follow, then `state`."""
 
-    action: Count | None = None
+    action: ActionValue | None = None
     """That leads to them; none: the held one."""
     count: Annotated[int, Field(ge=1, le=1000)] = 1
     """How many."""
@@ -194,6 +196,18 @@ class Fork(ClientMessage):
     seed: Count | None = None
     """Of the copy's noise; none: the same."""
     type: Literal["fork"] = "fork"
+    """Of the message."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observe(ClientMessage):
+    """Put in the next frame from outside; over HTTP only."""
+
+    upload: Identity
+    """Whose last frame it is."""
+    action: ActionValue | None = None
+    """That led to it; none: the held one."""
+    type: Literal["observe"] = "observe"
     """Of the message."""
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
-from scd.serve.client_messages import FromClient
+from scd.serve.client_messages import Count, FromClient
 from scd.serve.server_messages import FromServer, Header
 
 VERSION = 1
@@ -36,20 +37,24 @@ CLOSE_CODES = {
 class ProtocolError(ValueError):
     """A message or a request that cannot be obeyed."""
 
-    def __init__(self, code: str, message: str, fatal: bool = False) -> None:
+    def __init__(
+        self, code: str, message: str, fatal: bool = False, request: int | None = None
+    ) -> None:
         """Say what was needed and what came.
 
         Args:
             code: short name for machines.
             message: one sentence for people.
             fatal: whether the connection ends with it.
+            request: number of the message that is refused, where it had one.
         """
         super().__init__(message)
-        self.code, self.fatal = code, fatal
+        self.code, self.fatal, self.request = code, fatal, request
 
 
 _CLIENT = TypeAdapter(Annotated[FromClient, Field(discriminator="type")])
 _SERVER = TypeAdapter(Annotated[FromServer, Field(discriminator="type")])
+_REQUEST = TypeAdapter(TypedDict("Request", {"request": NotRequired[Count]}))
 _HEADER = TypeAdapter(Annotated[Header, Field(discriminator="type")])
 
 
@@ -62,7 +67,7 @@ def read_client(text: str | bytes) -> FromClient:
     try:
         return _CLIENT.validate_json(text)
     except ValidationError as error:
-        raise _refused(error) from None
+        raise _refused(error, _request(text)) from None
 
 
 def read_server(text: str | bytes) -> FromServer:
@@ -99,18 +104,40 @@ def unpack(data: bytes) -> tuple[Header, bytes]:
         raise _refused(error) from None
 
 
-def _refused(error: ValidationError) -> ProtocolError:
+def read_fields(kind: Any, text: bytes) -> Any:
+    """Read the JSON body of an HTTP request as one of the dataclasses; no body: all defaults.
+
+    Raises:
+        ProtocolError: bad_message, unknown_field or bad_field.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(text or b"{}")
+    except ValidationError as error:
+        raise _refused(error) from None
+
+
+def _request(text: str | bytes) -> int | None:
+    """Return the number that a refused message had, if it can be read."""
+    try:
+        return _REQUEST.validate_json(text, strict=True).get("request")
+    except ValidationError:
+        return None
+
+
+def _refused(error: ValidationError, request: int | None = None) -> ProtocolError:
     first = error.errors(include_url=False, include_input=False, include_context=True)[0]
     kind, says = first["type"], first["msg"]
     where = ".".join(str(part) for part in first["loc"])
-    if kind in ("json_invalid", "json_type") or not where and not kind.startswith("union_tag"):
-        return ProtocolError("bad_message", f"a message is one JSON object: {says}", fatal=True)
-    if kind.startswith("union_tag"):
+    if kind == "json_invalid" or (not where and not kind.startswith("union_tag")):
+        code, fatal, message = "bad_message", True, f"a message is one JSON object: {says}"
+    elif kind.startswith("union_tag"):
         context = first.get("ctx", {})
-        if "tag" not in context:
-            return ProtocolError("unknown_type", "a message needs a type")
-        tag, known = str(context["tag"])[:40], context["expected_tags"]
-        return ProtocolError("unknown_type", f"unknown type {tag!r}; there are {known}")
-    if kind == "unexpected_keyword_argument":
-        return ProtocolError("unknown_field", f"no such field: {where}"[:400])
-    return ProtocolError("bad_field", f"{where}: {says}"[:400])
+        tag = str(context["tag"])[:40] if "tag" in context else None
+        code, fatal, message = "unknown_type", False, "a message needs a type"
+        if tag is not None:
+            message = f"unknown type {tag!r}; there are {context['expected_tags']}"
+    elif kind == "unexpected_keyword_argument":
+        code, fatal, message = "unknown_field", False, f"no such field: {where}"
+    else:
+        code, fatal, message = "bad_field", False, f"{where}: {says}"
+    return ProtocolError(code, message[:400], fatal, request)

@@ -19,7 +19,9 @@ class WorldInfo:
     width: int
     """Columns of a frame."""
     actions: tuple[str, ...]
-    """Name of each action; empty: nothing steers this world."""
+    """Name of each action, or of each entry of the vector; empty: nothing steers this world."""
+    action_dim: int
+    """Entries of an action that is a vector; 0: actions are numbers."""
     num_labels: int
     """Classes of streams; 0: none."""
     separable: bool
@@ -100,7 +102,7 @@ class State:
     """Whether frames are made until `pause`."""
     fps: float | None
     """Limit that `run` set; none: none."""
-    action: int | None
+    action: int | tuple[float, ...] | None
     """The one held; none: the world has no actions."""
     steps: int
     """Denoising steps per frame."""
@@ -128,7 +130,7 @@ class FrameHeader:
     """In which it was made."""
     frame: int
     """Its index in the session."""
-    action: int | None
+    action: int | tuple[float, ...] | None
     """That led to it; none: the world has none, or the frame was given."""
     sequence: int
     """That came with the action; 0: none did."""

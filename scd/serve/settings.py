@@ -81,13 +81,18 @@ class ServeConfig:
     origins: tuple[str, ...] = ()
     """Further origins whose pages may connect, such as https://play.example.org; a proxy in front
     of the server needs its own here."""
+    tls_cert: str = ""
+    """File of a certificate, for https and wss; empty: none. Browsers show H.264 from another
+    machine only so."""
+    tls_key: str = ""
+    """File of the certificate's key."""
     sessions: int = 8
     """Sessions in memory at once."""
     max_rows: int = 16
     """Frames that are denoised side by side; guided ones count twice."""
     memory_gib: float | None = None
     """Memory that sessions may take in all; None: what is free."""
-    history_frames: int = 600
+    history_frames: int = 300
     """Frames that a session can be rewound by, about."""
     max_fps: float = 60.0
     """Frames per second of one session."""
@@ -125,6 +130,8 @@ class ServeConfig:
                 )
         if self.token and self.token_file:
             raise ValueError("token and token_file are two ways to say one thing: give one of them")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key go together: give both or none")
         for origin in self.origins:
             if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
                 raise ValueError(f"an origin is scheme://host[:port], got {origin!r}")
