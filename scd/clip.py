@@ -57,6 +57,11 @@ class ConditionSpec:
         """Whether a clip is steered by an embedded text."""
         return bool(self.text_length)
 
+    @property
+    def is_steered(self) -> bool:
+        """Whether there is anything that guidance could hide."""
+        return self.has_actions or bool(self.num_labels) or self.has_text
+
     def check(self, conditions: Conditions, num_frames: int | None = None) -> None:
         """Refuse conditions that do not fit.
 
@@ -217,12 +222,18 @@ def _repeat(value: Tensor | None, num: int) -> Tensor | None:
 class Clip:
     """Some consecutive frames of one episode, with the actions that led to them."""
 
-    frames: Float[Tensor, "t 3 h w"]
-    """Pixels in [-1, 1]."""
+    frames: Float[Tensor, "t c h w"]
+    """Pixels in [-1, 1], three channels; or latents of unit scale, where `encoded`."""
     actions: Int[Tensor, " t"] | Float[Tensor, "t a"] | None = None
     """Action i led from frame i-1 to frame i."""
     label: int | None = None
     """Class of the whole clip."""
+    encoded: bool = False
+    """Whether the frames are what an autoencoder made of them."""
+    text: Float[Tensor, "l d"] | None = None
+    """Embedded text of the whole clip, filled up with zeros."""
+    null_text: Float[Tensor, "l d"] | None = None
+    """What stands in for the text where it is hidden."""
     fps: float = 10.0
     """Frames per second at which the clip is meant to be watched."""
 
@@ -241,10 +252,12 @@ class Clip:
 class Batch:
     """Clips of equal length side by side."""
 
-    frames: Float[Tensor, "b t 3 h w"]
-    """Pixels in [-1, 1]."""
+    frames: Float[Tensor, "b t c h w"]
+    """Pixels in [-1, 1], three channels; or latents of unit scale, where `encoded`."""
     conditions: Conditions
     """What steers the clips, frame by frame."""
+    encoded: bool = False
+    """Whether the frames are what an autoencoder made of them."""
 
     @staticmethod
     def of(clips: Sequence[Clip]) -> Batch:
@@ -255,25 +268,37 @@ class Batch:
         """
         shapes = sorted({tuple(clip.frames.shape) for clip in clips})
         if len(shapes) != 1:
-            raise ValueError(f"clips of one batch need one shape [t, 3, h, w], got {shapes}")
-        actions = [clip.actions for clip in clips if clip.actions is not None]
+            raise ValueError(f"clips of one batch need one shape [t, c, h, w], got {shapes}")
+        if len({clip.encoded for clip in clips}) != 1:
+            raise ValueError("some clips of the batch are pixels and some are latents")
         labels = [clip.label for clip in clips if clip.label is not None]
-        if len(actions) not in (0, len(clips)) or len(labels) not in (0, len(clips)):
-            raise ValueError("some clips of the batch have actions or labels and some have none")
+        if len(labels) not in (0, len(clips)):
+            raise ValueError("some clips of the batch have labels and some have none")
         return Batch(
             frames=torch.stack([clip.frames for clip in clips]),
             conditions=Conditions(
-                actions=torch.stack(actions) if actions else None,
+                actions=_stacked("actions", [clip.actions for clip in clips]),
                 labels=torch.tensor(labels) if labels else None,
+                text=_stacked("a text", [clip.text for clip in clips]),
+                null_text=_stacked("a null text", [clip.null_text for clip in clips]),
             ),
+            encoded=clips[0].encoded,
         )
 
     def to(self, device: torch.device | str) -> Batch:
         """Move to a device."""
-        return Batch(
+        return replace(
+            self,
             frames=self.frames.to(device, non_blocking=True),
             conditions=self.conditions.to(device),
         )
+
+
+def _stacked(name: str, values: Sequence[Tensor | None]) -> Tensor | None:
+    found = [value for value in values if value is not None]
+    if len(found) not in (0, len(values)):
+        raise ValueError(f"some clips of the batch have {name} and some have none")
+    return torch.stack(found) if found else None
 
 
 def pixels_to_frames(pixels: UInt8[Tensor, "*t h w 3"]) -> Float[Tensor, "*t 3 h w"]:

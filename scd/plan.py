@@ -180,11 +180,13 @@ def count_micro_batch(config: TrainConfig) -> tuple[int, int]:
 
 def _empty_conditions(config: TrainConfig) -> Conditions:
     spec, shape = config.model.conditions, (config.batch_size, config.num_frames)
-    actions = labels = None
+    actions = labels = text = None
     if spec.num_actions:
         actions = torch.zeros(shape, dtype=torch.long)
     if spec.action_dim:
         actions = torch.zeros(*shape, spec.action_dim)
     if spec.num_labels:
         labels = torch.zeros(config.batch_size, dtype=torch.long)
-    return Conditions(actions=actions, labels=labels)
+    if spec.has_text:
+        text = torch.zeros(config.batch_size, spec.text_length, spec.text_dim)
+    return Conditions(actions=actions, labels=labels, text=text, null_text=text)

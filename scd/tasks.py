@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from scd.autoencoder.pixels import PixelAutoencoder
+from scd.autoencoder.build import Autoencoder, build_autoencoder, latents_of
 from scd.clip import Batch, Conditions
 from scd.flow import schedule
 from scd.learner import Loss, Task, alone
@@ -45,12 +45,12 @@ def build_task(config: TrainConfig, model: Diffuser, ema: EMA, accelerator: Acce
     """
     objective = config.objective
     if isinstance(objective, DenoiseConfig):
-        return alone(denoising(config))
+        return alone(denoising(config, accelerator.device))
     if isinstance(objective, RegressionConfig):
-        return alone(regressing(config, objective))
+        return alone(regressing(config, objective, accelerator.device))
     spec = config.model.conditions
-    if objective.guidance > 1 and not (spec.has_actions or spec.num_labels):
-        raise ValueError("guidance by conditions needs a teacher with actions or labels")
+    if objective.guidance > 1 and not spec.is_steered:
+        raise ValueError("guidance by conditions needs a teacher with actions, labels or text")
     teacher = load_teacher(config, objective.teacher, accelerator.device)
     if isinstance(objective, MatchConfig):
         return matching(config, objective, model, teacher, lambda: accelerator.autocast())
@@ -60,30 +60,32 @@ def build_task(config: TrainConfig, model: Diffuser, ema: EMA, accelerator: Acce
     )
 
 
-def denoising(config: TrainConfig) -> Objective:
+def denoising(config: TrainConfig, device: torch.device | str = "cpu") -> Objective:
     """Return the objective of `config.objective`: denoising of encoded frames."""
     objective = config.objective
     assert isinstance(objective, DenoiseConfig)
-    autoencoder, needs_first_frame = _frames_of(config)
+    autoencoder, needs_first_frame = _frames_of(config, device)
 
     def loss(
         model: nn.Module, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        clean = autoencoder.encode(batch.frames)
+        clean = latents_of(autoencoder, batch)
         return denoise(model, clean, batch.conditions, objective, generator, needs_first_frame)
 
     return loss
 
 
-def regressing(config: TrainConfig, objective: RegressionConfig) -> Objective:
+def regressing(
+    config: TrainConfig, objective: RegressionConfig, device: torch.device | str = "cpu"
+) -> Objective:
     """Return the regression of encoded frames at the times of the run's own schedule."""
-    autoencoder, needs_first_frame = _frames_of(config)
+    autoencoder, needs_first_frame = _frames_of(config, device)
     times = schedule(config.sampling).tolist()[:-1]
 
     def loss(
         model: nn.Module, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        clean = autoencoder.encode(batch.frames)
+        clean = latents_of(autoencoder, batch)
         return regression_loss(
             model, clean, batch.conditions, times, objective, generator, needs_first_frame
         )
@@ -100,7 +102,7 @@ def following(
     autocast: Autocast,
 ) -> Loss:
     """Return consistency with the teacher's path."""
-    autoencoder, needs_first_frame = _frames_of(config)
+    autoencoder, needs_first_frame = _frames_of(config, next(model.parameters()).device)
     leader = guided_path(path_of(teacher, autocast), objective.guidance)
 
     def averaged(*inputs: Tensor | Conditions) -> Tensor:
@@ -115,7 +117,7 @@ def following(
             student,
             target,
             leader,
-            autoencoder.encode(batch.frames),
+            latents_of(autoencoder, batch),
             batch.conditions,
             objective,
             own,
@@ -125,8 +127,8 @@ def following(
     return loss
 
 
-def _frames_of(config: TrainConfig) -> tuple[PixelAutoencoder, bool]:
+def _frames_of(config: TrainConfig, device: torch.device | str) -> tuple[Autoencoder, bool]:
     """Return the autoencoder, and whether the model must be given a first frame."""
     with torch.device("meta"):
         needs_first_frame = build(config.model).needs_first_frame
-    return PixelAutoencoder(config.autoencoder), needs_first_frame
+    return build_autoencoder(config.autoencoder, device), needs_first_frame

@@ -284,7 +284,7 @@ def test_guidance_a_model_cannot_give_is_refused():
     with pytest.raises(ValueError, match="needs a separable model"):
         Rollout(world_of(tiny_dense()), guidance=Guidance(kind="context_noise", scale=1.5))
     unsteered = world_of(tiny_separable(conditions=ConditionSpec()))
-    with pytest.raises(ValueError, match="needs a model with actions or labels"):
+    with pytest.raises(ValueError, match="needs a model with actions, labels or text"):
         Rollout(unsteered, guidance=Guidance(kind="conditions", scale=1.5))
 
 

@@ -14,6 +14,7 @@ from scd.model.build import frame_cost
 from scd.model.cost import FrameCost, Load
 from scd.model.decoder import Join
 from scd.model.separable import SeparableConfig
+from scd.model.wan.config import WanSeparableConfig
 from scd.rollout import GuidanceKind
 from scd.runtime import DTYPES, Precision
 
@@ -101,14 +102,16 @@ class Case:
                 f"several sessions have one stream each: got sessions={self.sessions} and "
                 f"batch={self.batch}"
             )
-        if self.guidance == "context_noise" and not isinstance(config, SeparableConfig):
+        if self.guidance == "context_noise" and not isinstance(
+            config, (SeparableConfig, WanSeparableConfig)
+        ):
             raise ValueError(
                 f"guidance context_noise needs a separable model: {self.model} is dense"
             )
-        spec = config.conditions
-        if self.guidance == "conditions" and not (spec.has_actions or spec.num_labels):
+        if self.guidance == "conditions" and not config.conditions.is_steered:
             raise ValueError(
-                f"guidance conditions needs a model with actions or labels: {self.model} has none"
+                "guidance conditions needs a model with actions, labels or text: "
+                f"{self.model} has none"
             )
 
     def cost(self) -> FrameCost:

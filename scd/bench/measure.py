@@ -42,7 +42,7 @@ class BenchConfig:
     sessions: str = "1"
     """Streams that are stepped independently, each at its own step; they share calls."""
     guidance: str = "none"
-    """none, context_noise (separable models), conditions (models with actions or labels)."""
+    """none, context_noise (separable models), conditions (models with actions, labels or text)."""
     precision: str = "fp32"
     """fp32, bf16: of weights, memory and products."""
     engine: str = "plain,fast"

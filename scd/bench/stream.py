@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ class TimedStreams:
     def begin(self) -> None:
         """Start from nothing, or from one random frame where the model needs one."""
         self.state = None
-        clean, conditions = None, Conditions(labels=self._labels())
+        clean, conditions = None, self._lasting
         if self.engine.needs_first_frame:
             clean = self._noise(*self.engine.shape.shape)[:, None]
             conditions = self._conditions()
@@ -69,7 +71,10 @@ class TimedStreams:
         conditions = self._conditions()
         if guidance == "conditions":
             conditions = conditions.with_null_branch()
-        context = engine.context(self.state, conditions)
+        read = self._noise(*engine.shape.shape) if engine.encoder_noise != "none" else None
+        if read is not None and guidance == "conditions":
+            read = torch.cat([read, read])
+        context = engine.context(self.state, conditions, read)
         if guidance == "context_noise":
             tokens = self._noise(engine.shape.num_tokens, engine.config.block.width)
             context = engine.with_noisy_branch(context, CONTEXT_NOISE, tokens)
@@ -99,10 +104,15 @@ class TimedStreams:
             self.case.batch, *shape, generator=self.generator, device=self.device
         ).to(self.engine.dtype)
 
-    def _labels(self) -> Tensor | None:
-        if not self.engine.config.conditions.num_labels:
-            return None
-        return torch.zeros(self.case.batch, dtype=torch.long, device=self.device)
+    @cached_property
+    def _lasting(self) -> Conditions:
+        """What steers all frames of a stream: label and text."""
+        spec, batch, labels, text = self.engine.config.conditions, self.case.batch, None, None
+        if spec.num_labels:
+            labels = torch.zeros(batch, dtype=torch.long, device=self.device)
+        if spec.has_text:
+            text = self._noise(spec.text_length, spec.text_dim)
+        return Conditions(labels=labels, text=text, null_text=text)
 
     def _conditions(self) -> Conditions:
         """Return actions of one frame, which come from the machine that the player sits at."""
@@ -111,7 +121,7 @@ class TimedStreams:
             actions = torch.randint(spec.num_actions, (batch, 1))
         elif spec.action_dim:
             actions = torch.rand(batch, 1, spec.action_dim) * 2 - 1
-        return Conditions(actions=actions, labels=self._labels()).to(self.device)
+        return replace(self._lasting, actions=actions).to(self.device)
 
 
 def fill_window(state: Any, engine: Engine, generator: torch.Generator) -> None:

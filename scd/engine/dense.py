@@ -21,7 +21,7 @@ from scd.engine.interface import Engine
 from scd.engine.modulation import Modulations
 from scd.flow import CLEAN_TIME, Solver, guided_velocity, solve
 from scd.model.cache import KVCache
-from scd.model.dense import DenseDiffuser, DenseState
+from scd.model.dense import DenseConfig, DenseDiffuser, DenseState
 from scd.model.embed import from_patches, to_patches
 
 
@@ -41,6 +41,10 @@ class FastDenseContext:
 
 class FastDense(Engine):
     """All layers at every step, each over the whole memory."""
+
+    config: DenseConfig
+
+    config: DenseConfig
 
     def __init__(self, model: DenseDiffuser, free: bool = False) -> None:
         """Lay the weights out.
@@ -91,7 +95,9 @@ class FastDense(Engine):
         return state
 
     @torch.no_grad()
-    def context(self, state: DenseState, conditions: Conditions) -> FastDenseContext:
+    def context(
+        self, state: DenseState, conditions: Conditions, noise: Tensor | None = None
+    ) -> FastDenseContext:
         """Return what every step of the next frame needs; see interface.Engine."""
         state.cache.make_room()
         return self._place(state, conditions)

@@ -12,7 +12,7 @@ from torch import Tensor
 from scd.clip import Conditions
 from scd.flow import Solver
 from scd.model.build import ModelConfig
-from scd.model.embed import FrameShape
+from scd.model.embed import EncoderNoise, FrameShape
 
 EngineKind = Literal["plain", "fast"]
 """How a model is run: as it is written, or laid out for the machine."""
@@ -50,9 +50,18 @@ class Engine(ABC):
     ) -> Any:
         """Start a batch of streams from given frames [b t c h w], or (None) from nothing."""
 
+    encoder_noise: EncoderNoise = "none"
+    """What noise `context` needs."""
+
     @abstractmethod
-    def context(self, state: Any, conditions: Conditions) -> Any:
-        """Do the causal work of the next frame, whose conditions are given as [b 1]."""
+    def context(self, state: Any, conditions: Conditions, noise: Tensor | None = None) -> Any:
+        """Do the causal work of the next frame.
+
+        Args:
+            state: of the streams.
+            conditions: of the frame, as [b 1].
+            noise: that the encoder reads, [b c h w], where `encoder_noise` asks for it.
+        """
 
     @abstractmethod
     def with_noisy_branch(self, context: Any, strength: float, noise: Tensor) -> Any:

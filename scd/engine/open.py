@@ -44,7 +44,7 @@ def open_engine(
             eval mode.
 
     Raises:
-        ValueError: no such kind of engine, or no such precision.
+        ValueError: no such kind of engine, none for this kind of model, or no such precision.
     """
     if kind not in ENGINES:
         raise ValueError(f"engine must be one of {list(ENGINES)}, got {kind!r}")
@@ -59,5 +59,6 @@ def open_engine(
         return PlainEngine(model)
     if isinstance(model, SeparableDiffuser):
         return FastSeparable(model, free=mine)
-    assert isinstance(model, DenseDiffuser)
+    if not isinstance(model, DenseDiffuser):
+        raise ValueError("there is no fast engine for Wan models yet: engine must be 'plain'")
     return FastDense(model, free=mine)

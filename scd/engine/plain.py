@@ -13,6 +13,7 @@ from scd.engine.interface import Engine
 from scd.flow import Solver, guided_velocity, solve
 from scd.model.build import Diffuser
 from scd.model.separable import SeparableDiffuser
+from scd.model.wan.separable import WanSeparableDiffuser
 
 
 class PlainEngine(Engine):
@@ -24,6 +25,7 @@ class PlainEngine(Engine):
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.needs_first_frame = model.needs_first_frame
+        self.encoder_noise = model.encoder_noise
 
     @torch.no_grad()
     def begin(
@@ -37,14 +39,18 @@ class PlainEngine(Engine):
         return self.model.begin(clean, conditions, batch, num_frames_in_memory)
 
     @torch.no_grad()
-    def context(self, state: Any, conditions: Conditions) -> Any:
+    def context(self, state: Any, conditions: Conditions, noise: Tensor | None = None) -> Any:
         """Do the causal work of the next frame; see interface.Engine."""
-        return self.model.context(state, conditions)
+        if self.encoder_noise == "none":
+            return self.model.context(state, conditions)
+        assert isinstance(self.model, WanSeparableDiffuser)
+        noise = None if noise is None else noise.to(self.dtype)
+        return self.model.context(state, conditions, noise)
 
     @torch.no_grad()
     def with_noisy_branch(self, context: Any, strength: float, noise: Tensor) -> Any:
         """Double the batch by a corrupted context; see interface.Engine."""
-        assert isinstance(self.model, SeparableDiffuser)
+        assert isinstance(self.model, (SeparableDiffuser, WanSeparableDiffuser))
         noise = noise.to(self.dtype)[:, None]
         return self.model.with_noisy_branch(context, strength, noise)
 

@@ -94,7 +94,9 @@ class FastSeparable(Engine):
         return SeparableState(cache=cache, newest=clean[:, max(row, 0) :], next_row=row)
 
     @torch.no_grad()
-    def context(self, state: SeparableState, conditions: Conditions) -> FastContext:
+    def context(
+        self, state: SeparableState, conditions: Conditions, noise: Tensor | None = None
+    ) -> FastContext:
         """Run the encoder for the next frame; see interface.Engine."""
         tokens, gain = self.encoder.extend(state.cache, state.newest, conditions, state.next_row)
         state.encoded_for = conditions

@@ -18,7 +18,7 @@ class Augmentation:
     generator: torch.Generator
     """Source of all draws."""
     condition_dropout: float = 0.0
-    """Chance that an action (frame by frame) or a label (clip by clip) is hidden."""
+    """Chance that an action (frame by frame), or a label or text (clip by clip), is hidden."""
     context_noise: float = 0.0
     """Strength eta of the noise on the context. Source: paper, section 2.3 (equation 7)."""
 
@@ -36,6 +36,15 @@ class Augmentation:
             if conditions.null_labels is not None:
                 hidden = hidden | conditions.null_labels
             conditions = replace(conditions, null_labels=hidden)
+        if conditions.text is not None:
+            if conditions.null_text is None:
+                raise ValueError(
+                    "hiding the text at random needs null_text, the embedded empty prompt; "
+                    "else condition_dropout must be 0"
+                )
+            hidden = self._hidden(conditions.text.shape[:1], conditions.text.device)
+            text = torch.where(hidden[:, None, None], conditions.null_text, conditions.text)
+            conditions = replace(conditions, text=text)
         return conditions
 
     def _hidden(self, shape: torch.Size, device: torch.device) -> Tensor:

@@ -8,15 +8,22 @@ from torch import nn
 from scd.model.cost import FrameCost, Load
 from scd.model.dense import DenseConfig, DenseDiffuser
 from scd.model.separable import SeparableConfig, SeparableDiffuser
+from scd.model.wan.config import WanConfig, WanSeparableConfig
+from scd.model.wan.dense import WanDiffuser
+from scd.model.wan.separable import WanSeparableDiffuser
 
-ModelConfig = SeparableConfig | DenseConfig
-Diffuser = SeparableDiffuser | DenseDiffuser
+ModelConfig = SeparableConfig | DenseConfig | WanConfig | WanSeparableConfig
+Diffuser = SeparableDiffuser | DenseDiffuser | WanDiffuser | WanSeparableDiffuser
 
 
 def build(config: ModelConfig) -> Diffuser:
     """Build the model that a configuration describes, with fresh weights."""
     if isinstance(config, SeparableConfig):
         return SeparableDiffuser(config)
+    if isinstance(config, WanSeparableConfig):
+        return WanSeparableDiffuser(config)
+    if isinstance(config, WanConfig):
+        return WanDiffuser(config)
     return DenseDiffuser(config)
 
 

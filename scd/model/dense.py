@@ -27,6 +27,7 @@ from scd.model.cache import CacheConfig, KVCache
 from scd.model.cost import FrameCost, Load, dense_cost
 from scd.model.embed import (
     ConditionEmbedder,
+    EncoderNoise,
     Field,
     FrameHead,
     FrameShape,
@@ -120,6 +121,7 @@ class DenseDiffuser(nn.Module, Pretrained):
     """
 
     config_class = DenseConfig
+    encoder_noise: EncoderNoise = "none"
 
     def __init__(self, config: DenseConfig) -> None:
         super().__init__()

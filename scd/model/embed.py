@@ -28,6 +28,11 @@ Prediction = Literal["velocity", "clean"]
 the model is wide, as with pixels; it is turned into a velocity at once."""
 
 
+EncoderNoise = Literal["none", "fresh", "same"]
+"""What noise an encoder reads once per frame: none; noise of its own; or that from which the frame
+is denoised. `context` takes it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FrameShape:
     """Shape of one latent frame and how it is cut into tokens."""

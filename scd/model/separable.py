@@ -19,7 +19,7 @@ from scd.model.block import BlockConfig
 from scd.model.cache import CacheConfig, KVCache
 from scd.model.cost import FrameCost, Load, separable_cost
 from scd.model.decoder import DecoderConfig, FrameDecoder, Prepared
-from scd.model.embed import Field, FrameShape
+from scd.model.embed import EncoderNoise, Field, FrameShape
 from scd.model.encoder import CausalEncoder, Context, EncoderConfig
 from scd.model.initialise import initialise
 from scd.model.pretrained import Pretrained
@@ -84,6 +84,7 @@ class SeparableDiffuser(nn.Module, Pretrained):
     """
 
     config_class = SeparableConfig
+    encoder_noise: EncoderNoise = "none"
 
     def __init__(self, config: SeparableConfig) -> None:
         super().__init__()

@@ -18,9 +18,13 @@ from scd.clip import Conditions
 from scd.model.augment import Augmentation
 from scd.model.build import Diffuser
 from scd.model.separable import SeparableDiffuser
+from scd.model.wan.separable import WanSeparableDiffuser
 from scd.objective.denoise import Network
 from scd.objective.match import MatchConfig, Noised, Rolled, noised
 from scd.objective.score import adversarial_loss, discriminator_loss, roughness
+
+SEPARABLE = (SeparableDiffuser, WanSeparableDiffuser)
+"""Models whose noisy frames only the decoder sees."""
 
 DISTANCE = 0.05
 """Step of the finite differences of R1 and R2. Source: paper, section 7.4."""
@@ -55,8 +59,8 @@ class Discriminator(nn.Module):
     def __init__(self, network: Diffuser) -> None:
         super().__init__()
         self.network = network
-        separable = isinstance(network, SeparableDiffuser)
-        blocks = network.decoder.blocks if separable else network.blocks
+        blocks = network.decoder.blocks if isinstance(network, SEPARABLE) else network.blocks
+        assert isinstance(blocks, nn.ModuleList)
         last = len(blocks) - 1
         # The middle and the end, as the paper's 13, 21 and 29 of 30 blocks.
         self.places = sorted({last // 2, (3 * last) // 4, last})
@@ -85,10 +89,15 @@ class Discriminator(nn.Module):
         num_tokens = self.network.shape.num_tokens
         logits = torch.zeros(noisy.shape[:3], device=noisy.device)
         for place in self.places:
-            # Joined with its context, the noisy frame's tokens are the last ones.
-            tokens = self._features.pop(place)[:, :, -num_tokens:].flatten(0, 1)
+            tokens = self._noisy(self._features.pop(place), num_tokens)
             logits = logits + self._placed(self.heads[str(place)](tokens), logits.shape)
         return logits / len(self.places)
+
+    def _noisy(self, features: Tensor, num_tokens: int) -> Tensor:
+        """Return the tokens [f n d] of noisy frames; joined with context, they are the last."""
+        if isinstance(self.network, WanSeparableDiffuser):
+            return features[:, -1]
+        return features[:, :, -num_tokens:].flatten(0, 1)
 
     def _placed(self, logits: Tensor, shape: torch.Size) -> Tensor:
         b, r, m = shape

@@ -8,7 +8,7 @@ paper, sections 7.1 and 7.7.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from scd.clip import Conditions
 from scd.flow import clean_from_velocity
 from scd.model.build import Diffuser
+from scd.model.wan.separable import WanSeparableDiffuser
 
 
 def draw_exit(num_steps: int, generator: torch.Generator) -> int:
@@ -69,9 +70,9 @@ def self_forced(
         carries = torch.is_grad_enabled() and index >= first_with_gradient
         if carries and index == first_with_gradient:
             _forget_copies()
-        with torch.set_grad_enabled(carries):
-            context: Any = model.context(state, now)
         noisy = noise()
+        with torch.set_grad_enabled(carries):
+            context: Any = _context(model, state, now, noisy, noise)
         clean = noisy
         for step in range(exit_step + 1):
             exits = step == exit_step
@@ -86,6 +87,19 @@ def self_forced(
             model.observe(state, clean.detach(), now)
         generated.append(clean)
     return torch.stack(generated, dim=1)
+
+
+def _context(
+    model: Diffuser,
+    state: Any,
+    now: Conditions,
+    start: Tensor,
+    noise: Callable[[], Tensor],
+) -> Any:
+    """Return the context of a frame, of a model whose encoder may read noise."""
+    if isinstance(model, WanSeparableDiffuser):
+        return model.context(state, now, start if model.encoder_noise == "same" else noise())
+    return model.context(state, now)
 
 
 def _forget_copies() -> None:

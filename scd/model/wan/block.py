@@ -55,6 +55,12 @@ class WanAttention(nn.Module):
         return heads if rotary is None else rotate(heads, rotary)
 
 
+def _read_text(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    num_sharing = q.shape[0] // k.shape[0]
+    queries = rearrange(q, "(b f) k s e -> b k (f s) e", f=num_sharing)
+    return rearrange(attend(queries, k, v), "b k (f s) e -> (b f) k s e", f=num_sharing)
+
+
 class WanRise(nn.Module):
     """Linear map and tanh-GELU."""
 
@@ -103,7 +109,7 @@ class WanBlock(nn.Module):
         modulation: Float[Tensor, "b t 6 d"],
         rotary: Rotary,
         read: Attend,
-        text: TextKeysValues,
+        text: tuple[Tensor, Tensor],
         num_read: int | None = None,
     ) -> Float[Tensor, "b t2 n d"]:
         """Run the block.
@@ -113,7 +119,8 @@ class WanBlock(nn.Module):
             modulation: of each frame's time.
             rotary: positions of all t * n tokens.
             read: from rotated queries, keys and values to what is read.
-            text: keys and values of the text, from `text_keys_values`.
+            text: keys and values of the text, from `text_keys_values`; of fewer rows, where as many
+                rows of x in a row share each.
             num_read: how many frames, the last ones, somebody will read; the others only give keys
                 and values. None: all.
         """
@@ -129,7 +136,7 @@ class WanBlock(nn.Module):
         x = self._added(x, self.attn1.out(read(q, k, v)), parts[2])
         normed = x if self.norm2 is None else self._normed(x, self.norm2.weight, self.norm2.bias)
         q = self.attn2.queries(normed.flatten(1, 2))
-        x = x + self.attn2.out(attend(q, *text)).view(x.shape)
+        x = x + self.attn2.out(_read_text(q, *text)).view(x.shape)
         return self._added(x, self.ffn(self._modulated(x, parts[3], parts[4])), parts[5])
 
     def with_keys_values(
@@ -138,7 +145,7 @@ class WanBlock(nn.Module):
         modulation: Float[Tensor, "b t 6 d"],
         rotary: Rotary,
         read: Attend,
-        text: TextKeysValues,
+        text: tuple[Tensor, Tensor],
     ) -> tuple[Float[Tensor, "b t n d"], Float[Tensor, "b k s e"], Float[Tensor, "b k s e"]]:
         """Run the block and return the keys and values of its tokens too, for others to read."""
         seen: list[KeysValues] = []

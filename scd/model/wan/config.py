@@ -10,10 +10,7 @@ from typing import Literal
 
 from scd.clip import ConditionSpec
 from scd.model.cache import CacheConfig
-from scd.model.embed import FrameShape
-
-EncoderNoise = Literal["none", "fresh", "same"]
-"""What noise an encoder reads: none; its own; or that from which the frame is denoised."""
+from scd.model.embed import EncoderNoise, FrameShape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,13 @@ from scd.clip import Conditions
 from scd.model.attention import Rotary
 from scd.model.augment import Augmentation
 from scd.model.cache import KVCache
-from scd.model.embed import Field, FrameShape
+from scd.model.cost import FrameCost, Load
+from scd.model.embed import EncoderNoise, Field, FrameShape
 from scd.model.pretrained import Pretrained
 from scd.model.visibility import FrameCausal
 from scd.model.wan.block import TextKeysValues
-from scd.model.wan.config import EncoderNoise, WanConfig
+from scd.model.wan.config import WanConfig
+from scd.model.wan.cost import wan_cost
 from scd.model.wan.text import TextMemory, remember_text, text_of
 from scd.model.wan.transformer import WanTransformer
 
@@ -85,6 +87,10 @@ class WanDiffuser(WanTransformer, Pretrained):
     def encoder_parameters(self) -> Iterator[torch.nn.Parameter]:
         """Parameters that train at the encoder's learning rate: none, there is no encoder."""
         return iter(())
+
+    def frame_cost(self, load: Load) -> FrameCost:
+        """Count one frame; `wan_cost` states the formula."""
+        return wan_cost(self.config, load)
 
     def forward(
         self,

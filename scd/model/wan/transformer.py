@@ -206,10 +206,6 @@ class WanTransformer(nn.Module):
                     block.with_keys_values, x_past, past_modulation, past_rotary, read_past, words
                 )
             keys, values = (part.repeat_interleave(num_draws, 0) for part in (keys, values))
-            words = (
-                words[0].repeat_interleave(num_draws, 0),
-                words[1].repeat_interleave(num_draws, 0),
-            )
             read = _reading_also(keys, values, visible)
             x = self.run(block, x, modulation, rotary, read, words)
         return x
