@@ -134,7 +134,7 @@ class Evictions:
                 players.reach,
                 players.every,
             ),
-            parsed.note.guidance,
+            parsed.note.guidance.guidance,
             name,
         )
         self.num_restores += 1

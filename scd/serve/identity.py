@@ -40,9 +40,10 @@ class Identity:
             raise BadSnapshot(f"the snapshot is of engine {other.engine}, this is {self.engine}")
         if other.settings != self.settings:
             raise BadSnapshot(f"the snapshot is of another world: {_first_difference(other, self)}")
-        gaps = [abs(a - b) for a, b in zip(other.fingerprint, self.fingerprint, strict=False)]
+        theirs, ours = other.fingerprint, self.fingerprint
         # Written so that NaN is refused too.
-        if len(gaps) != len(other.fingerprint) or not all(gap <= self.tolerance for gap in gaps):
+        same = [abs(a - b) <= self.tolerance for a, b in zip(theirs, ours, strict=False)]
+        if len(theirs) != len(ours) or not all(same):
             raise BadSnapshot("the snapshot is of a model of this shape with other weights")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from scd.model.cache import KVCache
@@ -46,7 +47,11 @@ def tensors_of(rollout: Rollout, prefix: str) -> dict[str, Tensor]:
         tensors["sink_keys"] = cache.sink_keys
     if isinstance(state, SeparableState):
         tensors["newest"] = state.newest
-    return {f"{prefix}.{name}": tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    # Copied, since a file holds no two tensors that share their memory.
+    return {
+        f"{prefix}.{name}": tensor.cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
 
 
 def fill(rollout: Rollout, note: MemoryNote, tensors: Mapping[str, Tensor], prefix: str) -> None:

@@ -4,13 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scd.rollout import Guidance
+from scd.rollout import Guidance, GuidanceKind
 from scd.serve.errors import BadSnapshot
 from scd.serve.events import Action
 from scd.serve.memory import MemoryNote
 
 LARGEST_NUMBER = 2**53
 """Seeds, sequences and generations are below: what JSON carries everywhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceNote:
+    """A `Guidance`, whose `kind` JSON needs for the dataclass."""
+
+    branch: GuidanceKind
+    """That frames are pushed away from."""
+    scale: float
+    """Strength."""
+    context_noise: float
+    """Strength of the noise in the branch "context_noise"."""
+
+    @staticmethod
+    def of(guidance: Guidance) -> GuidanceNote:
+        """Return the note of a guidance."""
+        return GuidanceNote(
+            branch=guidance.kind, scale=guidance.scale, context_noise=guidance.context_noise
+        )
+
+    @property
+    def guidance(self) -> Guidance:
+        """What it notes (ValueError: values that a guidance refuses)."""
+        return Guidance(kind=self.branch, scale=self.scale, context_noise=self.context_noise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +49,7 @@ class StartNote:
     """Class of the stream."""
     num_steps: int | None
     """Denoising steps per frame."""
-    guidance: Guidance | None
+    guidance: GuidanceNote | None
     """None: none."""
 
 
@@ -57,7 +81,7 @@ class SessionNote:
     """Of the noise."""
     num_steps: int
     """Denoising steps per frame."""
-    guidance: Guidance
+    guidance: GuidanceNote
     """As it is."""
     num_given: int
     """Frames with which it began."""

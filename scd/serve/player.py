@@ -192,7 +192,6 @@ class Player:
     def go_on_from(self, now: float) -> None:
         """Note that the newest frame is another one now, which nobody has to acknowledge."""
         self._heard = self._acknowledged = self.index
-        self.begun = None
         self._free_at = now
 
     def info(self) -> Info:

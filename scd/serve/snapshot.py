@@ -29,7 +29,7 @@ from scd.serve.events import Action, Start
 from scd.serve.history import History, Kept, as_action
 from scd.serve.identity import Identity, read_identity
 from scd.serve.memory import MemoryNote, fill, note_of, tensors_of
-from scd.serve.notes import FrameNote, SessionNote, StartNote, check_numbers
+from scd.serve.notes import FrameNote, GuidanceNote, SessionNote, StartNote, check_numbers
 
 FORMAT = "scd session 1"
 """Of the file."""
@@ -88,11 +88,11 @@ def write(image: Image, identity: Identity) -> bytes:
             actions=start.actions,
             label=start.label,
             num_steps=start.num_steps,
-            guidance=start.guidance,
+            guidance=start.guidance and GuidanceNote.of(start.guidance),
         ),
         seed=live.seed,
         num_steps=live.num_steps,
-        guidance=live.guidance,
+        guidance=GuidanceNote.of(live.guidance),
         num_given=live.num_given,
         action=image.action,
         sequence=image.sequence,
@@ -185,7 +185,7 @@ def _memory(
     """Begin a stream and give it a memory of the file."""
     world, engine, window = place
     sampling = with_num_steps(world.sampling, note.num_steps)
-    rollout = Rollout(world, sampling, note.guidance, note.seed, window, engine)
+    rollout = Rollout(world, sampling, note.guidance.guidance, note.seed, window, engine)
     labels = None if note.start.label is None else torch.tensor([note.start.label])
     frames = actions = None
     if engine.needs_first_frame:
@@ -233,4 +233,12 @@ def _start(parsed: Parsed, size: tuple[int, int, int]) -> Start:
     frames = parsed.tensors.get("start")
     if frames is not None and (frames.dtype != torch.uint8 or frames.shape[1:] != size):
         raise BadSnapshot(f"start must be bytes of shape [t, *{size}], got {tuple(frames.shape)}")
-    return Start(frames=None if frames is None else frames.numpy(), **vars(parsed.note.start))
+    note = parsed.note.start
+    return Start(
+        frames=None if frames is None else frames.numpy(),
+        seed=note.seed,
+        actions=note.actions,
+        label=note.label,
+        num_steps=note.num_steps,
+        guidance=note.guidance and note.guidance.guidance,
+    )
