@@ -153,6 +153,33 @@ def test_one_client_per_session():
         assert not done(host.info(name)).attached
 
 
+def test_a_client_may_go_and_another_come_while_a_frame_is_under_way():
+    world = make_world()
+    with hosting() as host:
+        name = done(host.create(Start(seed=5, num_steps=8))).session_id
+        client = Client(host)
+        heard = [client]
+        done(host.attach(name, client))
+        host.act(name, 2)
+        for number in range(2, 20):
+            host.run(name)
+            client.wait_frames(1)
+            # The next frame has begun, or is about to.
+            time.sleep(0.0004 * (number % 4))
+            host.detach(name, client)
+            client = Client(host)
+            heard.append(client)
+            done(host.attach(name, client))
+        done(host.pause(name))
+        done(host.step(name))
+        frames = [frame for one in heard for frame in one.frames]
+        assert host.overview().healthy, host.overview().reason
+        assert len(frames) >= 18
+        # What ended between two clients nobody heard; it is in the history all the same.
+        pixels = alone(world, make_engine(world), [2] * (frames[-1].index + 1), None, 5, 8)
+        equal(frames, [pixels[frame.index] for frame in frames])
+
+
 def test_frames_come_at_the_pace_that_was_asked_for():
     with hosting(max_fps=40.0) as host:
         clients = [Client(host) for _ in range(2)]

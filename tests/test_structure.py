@@ -92,7 +92,7 @@ LAYERS = (
         "serve.settings serve.client_messages serve.server_messages serve.protocol serve.errors "
         "serve.events serve.history serve.host serve.picture serve.decode serve.upload "
         "serve.rate serve.statistics serve.checks serve.service serve.access serve.outlet serve.seat "
-        "serve.connection serve.http_api serve.app serve.run client",
+        "serve.connection serve.http_api serve.app serve.run serve.play client",
     ),
     ("top", "convert demo cli __main__"),
 )

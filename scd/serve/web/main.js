@@ -196,6 +196,7 @@ function veilText(link, take) {
     return link.tries > 1
       ? "The server does not answer. Trying again; your stream is kept."
       : "The connection was lost. Connecting to the same stream again.";
+  if (player.isBusy) return "The server still holds the connection that was lost. A moment.";
   if (link.name === "connecting") return "Connecting to the server";
   if (take === null && player.world?.needs_start && !player.world.clips)
     return "This world begins from a picture: choose one of yours.";

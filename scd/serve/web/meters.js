@@ -82,13 +82,14 @@ export class Meters {
   draw() {
     const numbers = {
       fps: this.framesPerSecond,
+      steps: this.frames.at(-1)?.steps ?? null,
       p50: quantile(this.latencies, 0.5),
       p99: quantile(this.latencies, 0.99),
       ...this.medians,
     };
     for (const cell of this.table.querySelectorAll("[data-number]")) {
       const value = numbers[cell.dataset.number];
-      const digits = value >= 100 ? 0 : 1;
+      const digits = value >= 100 || cell.dataset.number === "steps" ? 0 : 1;
       const text = value === null || value === undefined ? "–" : value.toFixed(digits);
       if (cell.textContent !== text) cell.textContent = text;
     }

@@ -5,7 +5,10 @@ import { Connection, Lost, Refused } from "./connection.js";
 import { Take } from "./takes.js";
 
 const REMEMBERED = "scd session";
-const BUSY_TRIES = 12;
+const BUSY_MS = 400;
+// A server may take so long to notice that a connection is gone which was cut, not closed.
+const BUSY_TRIES = 110;
+const BUSY_TRIES_AFTER_RELOAD = 5;
 
 export class Player extends EventTarget {
   constructor(address, token, pictures) {
@@ -19,6 +22,7 @@ export class Player extends EventTarget {
     this.wantsRun = true;
     this.fps = null;
     this.asleep = false;
+    this.isBusy = false;
     this.link = { name: "connecting", reason: "" };
     this.sequence = 0;
     this.connection = new Connection(address, token);
@@ -86,17 +90,18 @@ export class Player extends EventTarget {
     for (let tries = 0; ; tries += 1) {
       try {
         await this.connection.ask({ type: "attach", session });
-        this.asleep = false;
+        this.asleep = this.isBusy = false;
         if (this.wantsRun) await this.run();
         return true;
       } catch (error) {
         if (!(error instanceof Refused)) throw error;
-        // The server may not have noticed yet that the connection before this one is gone; another
-        // tab, though, keeps its session, and this one gets its own.
-        if (error.code === "session_busy" && !first && tries < BUSY_TRIES) {
-          await new Promise((resolve) => setTimeout(resolve, 500));
+        if (error.code === "session_busy" && tries < (first ? BUSY_TRIES_AFTER_RELOAD : BUSY_TRIES)) {
+          this.isBusy = !first;
+          this._changed();
+          await new Promise((resolve) => setTimeout(resolve, BUSY_MS));
           continue;
         }
+        // A copy of this tab plays it: this one begins its own.
         if (first) return false;
         this._say(`The server no longer has this stream (${error.message}). Here is a new one.`);
         this._drop(session);

@@ -12,6 +12,7 @@ export class Stage {
     this.queue = [];
     this.asked = 0;
     this.preview = null;
+    this.painted = 0;
     this.smooth = false;
     this.scale = 1;
     new ResizeObserver(() => this.fit()).observe(frame);
@@ -64,6 +65,7 @@ export class Stage {
 
   _paint(picture, width, height) {
     // An H.264 picture may have one row or column more than the frame.
+    this.painted += 1;
     this.context.drawImage(picture, 0, 0, width, height, 0, 0, this.view.width, this.view.height);
     this.glow.drawImage(this.view, 0, 0, this.ambient.width, this.ambient.height);
   }
@@ -71,25 +73,26 @@ export class Stage {
   /** Show an old frame instead of the stream; null: none is at hand, a blank. */
   async showOld(frame, blob) {
     this.preview = frame;
-    if (blob === null) {
-      this._blank();
-      return;
-    }
-    const picture = await createImageBitmap(blob);
-    if (this.preview === frame) this._paint(picture, picture.width, picture.height);
-    picture.close();
+    if (blob === null) this._blank();
+    else await this._show(blob);
   }
 
   /** Back to the stream, whose newest frame is `blob`. */
   async showNew(blob) {
     this.preview = null;
-    if (!blob) return;
+    if (blob) await this._show(blob);
+  }
+
+  // What is painted while the picture is read is newer, and stays.
+  async _show(blob) {
+    const painted = (this.painted += 1);
     const picture = await createImageBitmap(blob);
-    if (this.preview === null) this._paint(picture, picture.width, picture.height);
+    if (this.painted === painted) this._paint(picture, picture.width, picture.height);
     picture.close();
   }
 
   _blank() {
+    this.painted += 1;
     this.context.fillStyle = "#15171b";
     this.context.fillRect(0, 0, this.view.width, this.view.height);
     this.glow.fillStyle = "#15171b";

@@ -163,7 +163,7 @@ export class Steering {
       if (!Object.keys(this.directions).length || !this.enabled() || event.button > 0) return;
       this.view.setPointerCapture(event.pointerId);
       from = { x: event.clientX, y: event.clientY };
-      const box = this.stick.offsetParent.getBoundingClientRect();
+      const box = this.stick.parentElement.getBoundingClientRect();
       this.stick.style.left = `${from.x - box.left}px`;
       this.stick.style.top = `${from.y - box.top}px`;
       this.stick.firstElementChild.style.transform = "";
