@@ -48,7 +48,7 @@ def test_numbers_of_frames():
     assert [num_latent_frames(num) for num in (1, 5, 81)] == [1, 2, 21]
     assert [num_pixel_frames(num) for num in (0, 1, 2, 21)] == [0, 1, 5, 81]
     for wrong in (0, 2, 4, 80):
-        with pytest.raises(ValueError, match="will do"):
+        with pytest.raises(ValueError, match="4 at a time"):
             num_latent_frames(wrong)
 
 

@@ -1,8 +1,8 @@
 """Wan2.1's causal video autoencoder, whole clips or one latent frame after another.
 
-The first latent frame stands for one frame of video, each later one for four. Encoder and decoder
-look back in time only, through convolutions that remember the last frames they saw; a stream hands
-that memory on from one latent frame to the next and gives exactly the frames of the whole clip.
+The first latent frame stands for one frame of video, each later one for four. Convolutions look
+back in time only and remember the last frames they saw; a stream hands that memory on and gives
+exactly the frames of the whole clip.
 
 The network is diffusers' AutoencoderKLWan. Needs the extra `wan`: pip install -e ".[wan]".
 """
@@ -56,11 +56,7 @@ def num_latent_frames(num_frames: int) -> int:
     """
     whole, rest = divmod(num_frames - 1, FRAMES_PER_LATENT)
     if num_frames < 1 or rest:
-        lower = max(num_frames - 1, 0) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
-        raise ValueError(
-            "Wan's autoencoder takes 1 frame and then 4 at a time (1, 5, 9, ..., 81): "
-            f"got {num_frames}; {lower} or {lower + FRAMES_PER_LATENT} will do"
-        )
+        raise ValueError(f"Wan's autoencoder takes 1 frame and then 4 at a time, got {num_frames}")
     return 1 + whole
 
 
