@@ -30,6 +30,40 @@ CLIPS_PER_FEATURE = 2
 """Clips that a distance needs for each feature: the frames of one clip are much alike."""
 
 
+@torch.no_grad()
+def judge_clips(
+    judge: TrainedJudge,
+    given: Float[Tensor, "b 1 3 h w"],
+    made: Mapping[str, Float[Tensor, "b t 3 h w"]],
+    steering: Mapping[str, Conditions],
+) -> tuple[dict[str, Float[Tensor, "b t"]], dict[str, Float[Tensor, "b t d"]]]:
+    """Return how wrong the actions of some clips are read, and the features of their frames.
+
+    Args:
+        judge: who reads.
+        given: the last frame before those of `made`.
+        made: frames by baseline; "truth" is one.
+        steering: what each baseline was steered by, of the same frames. "unsteered" judges the
+            frames of "truth"; a baseline without is not judged by its actions.
+
+    Returns:
+        `Judge.errors` by the names of `steering`, and features by those of `made`.
+    """
+    network = judge.network
+    device, num_frames = network.feature_mean.device, made["truth"].shape[1]
+    errors, features = {}, {}
+    for name, frames in made.items():
+        whole = torch.cat([given.to(device), frames.to(device)], dim=1)
+        features[name] = network.features(*pairs(whole)).unflatten(0, (-1, num_frames)).cpu()
+    for name, conditions in steering.items():
+        seen = features["truth" if name == "unsteered" else name].to(device)
+        assert conditions.actions is not None
+        actions = conditions.actions.to(device).flatten(0, 1)
+        found = network.errors(seen.flatten(0, 1), actions)
+        errors[name] = found.unflatten(0, (-1, num_frames)).cpu()
+    return errors, features
+
+
 class JudgedClips:
     """Judged frames of an evaluation. Phases: `add` for each batch of clips; then `estimates`."""
 
@@ -39,33 +73,18 @@ class JudgedClips:
         self._errors: dict[str, list[Float[Tensor, "b t"]]] = {}
         self._features: dict[str, list[Float[Tensor, "b t d"]]] = {}
 
-    @torch.no_grad()
     def add(
         self,
         given: Float[Tensor, "b 1 3 h w"],
         made: Mapping[str, Float[Tensor, "b t 3 h w"]],
         steering: Mapping[str, Conditions],
     ) -> None:
-        """Judge some clips.
-
-        Args:
-            given: the last frame before those of `made`.
-            made: frames by baseline; "truth" is one.
-            steering: what each baseline was steered by, of the same frames. "unsteered" judges the
-                frames of "truth"; a baseline without is not judged by its actions.
-        """
-        network = self.judge.network
-        device, num_frames = network.feature_mean.device, made["truth"].shape[1]
-        for name, frames in made.items():
-            whole = torch.cat([given.to(device), frames.to(device)], dim=1)
-            features = network.features(*pairs(whole)).unflatten(0, (-1, num_frames))
-            self._features.setdefault(name, []).append(features.cpu())
-        for name, conditions in steering.items():
-            features = self._features["truth" if name == "unsteered" else name][-1].to(device)
-            assert conditions.actions is not None
-            actions = conditions.actions.to(device).flatten(0, 1)
-            errors = network.errors(features.flatten(0, 1), actions)
-            self._errors.setdefault(name, []).append(errors.unflatten(0, (-1, num_frames)).cpu())
+        """Judge some clips; the arguments are those of `judge_clips`."""
+        errors, features = judge_clips(self.judge, given, made, steering)
+        for name, found in features.items():
+            self._features.setdefault(name, []).append(found)
+        for name, found in errors.items():
+            self._errors.setdefault(name, []).append(found)
 
     def left_out(self, num_clips: int) -> dict[str, str]:
         """Say what these clips do not allow, and why."""

@@ -76,10 +76,10 @@ def measure(
         rows=[
             row | {"horizon": index + 1}
             for index in range(protocol.horizon)
-            for make, numbers in ((_compare, values), (_drift, looks))
+            for make, numbers in ((compare_rows, values), (drift_rows, looks))
             for row in make(numbers, slice(index, index + 1), seed)
         ],
-        overall=_compare(values, whole, seed) + _drift(looks, whole, seed),
+        overall=compare_rows(values, whole, seed) + drift_rows(looks, whole, seed),
         # The first step of a process also pays for what is set up once.
         timings=timings[1:] or timings,
         left_out=left_out,
@@ -117,7 +117,7 @@ def _roll_out(
     """Return metrics and looks of all clips by baseline, looks of the truth too, and timings."""
     context, num_frames = protocol.context, protocol.context + protocol.horizon
     windows = choose_windows(source, protocol.num_clips, num_frames, protocol.seed)
-    shuffled = _another_clip(protocol)
+    shuffled = another_clip(protocol)
     values: list[dict[str, PerFrame]] = []
     looks: list[dict[str, PerFrame]] = []
     timings: list[Timing] = []
@@ -162,7 +162,7 @@ def _add_memory(result: Measurement, world: World, source: ToyWorld, protocol: P
         result.memory_events = score.num_events
 
 
-def _drift(looks: Mapping[str, PerFrame], frames: slice, seed: int) -> list[dict[str, Any]]:
+def drift_rows(looks: Mapping[str, PerFrame], frames: slice, seed: int) -> list[dict[str, Any]]:
     """Make one row per baseline and look, over some predicted frames."""
     some = {
         baseline: {name: value[:, frames] for name, value in found.items()}
@@ -176,7 +176,7 @@ def _drift(looks: Mapping[str, PerFrame], frames: slice, seed: int) -> list[dict
     ]
 
 
-def _compare(values: Mapping[str, PerFrame], frames: slice, seed: int) -> list[dict[str, Any]]:
+def compare_rows(values: Mapping[str, PerFrame], frames: slice, seed: int) -> list[dict[str, Any]]:
     """Make one row per baseline and metric of the mean over some predicted frames."""
     rows = []
     reference = values["repeat_last"]["mse"][:, frames].mean(1)
@@ -237,7 +237,7 @@ def score_memory(world: World, clips: MemoryClips, protocol: Protocol) -> dict[s
     }
 
 
-def _another_clip(protocol: Protocol) -> list[int]:
+def another_clip(protocol: Protocol) -> list[int]:
     """For each clip choose another one, each once: a random cycle through all of them."""
     generator = make_generator(protocol.seed, "shuffle")
     order = torch.randperm(protocol.num_clips, generator=generator)

@@ -33,6 +33,7 @@ LABELS = {
     "psnr_per_frame": "mean of per-frame PSNR, dB",
     "psnr_gain": "PSNR above repeating the last frame, dB",
     "ssim": "SSIM",
+    "lpips": "LPIPS",
     "memory": "share of hidden shapes that come back",
     "sharpness": "detail of the frames over the truth's",
     "control": "share of actions that are read back",

@@ -107,7 +107,7 @@ def test_rows_are_the_metrics_of_the_rollout(tiny_world, folder):
 
 def test_shuffled_actions_are_those_of_another_clip(tiny_world, toy_source):
     protocol = predict.Protocol(context=2, horizon=2, num_clips=9, batch_size=4)
-    other = measure._another_clip(protocol)
+    other = measure.another_clip(protocol)
     assert sorted(other) == list(range(9))
     assert all(index != taken for index, taken in enumerate(other))
     rows = measure.measure(tiny_world, toy_source, protocol, with_memory=False).rows
@@ -207,7 +207,7 @@ def test_timing_summary():
 def test_ideal_prediction_has_ideal_rows():
     frames = torch.rand(4, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     perfect, flat = image.frame_values(frames, frames), image.frame_values(0 * frames, frames)
-    rows = measure._compare({"model": perfect, "repeat_last": flat}, slice(0, 2), seed=0)
+    rows = measure.compare_rows({"model": perfect, "repeat_last": flat}, slice(0, 2), seed=0)
     found = {(row["metric"], row["baseline"]): row["mean"] for row in rows}
     assert found["psnr", "model"] == pytest.approx(image.MAX_PSNR)
     assert found["ssim", "model"] == pytest.approx(1.0)

@@ -11,6 +11,7 @@ import io
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from jaxtyping import Float
 from torch import Tensor
 
@@ -56,8 +57,11 @@ def _encoded(pixels: np.ndarray) -> bytes:
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
+        reformatter = VideoReformatter()
         for picture in pixels:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            # Converted by the encoder itself, the same pictures did not always give the same file.
+            frame = reformatter.reformat(frame, format="yuv420p", threads=1)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return file.getvalue()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -112,13 +113,19 @@ def bootstrap_draws(
     if num_clips == 0:
         raise ValueError("an estimate needs at least one clip, got none")
     values = per_clip.double().reshape(num_clips, -1)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(num_clips, (NUM_RESAMPLES, num_clips), generator=generator)
-    share = torch.full(chosen.shape, 1 / num_clips, dtype=torch.float64)
-    weights = torch.zeros_like(share).scatter_add(1, chosen, share)
+    weights = _resampled(num_clips, NUM_RESAMPLES, seed)
     shape = per_clip.shape[1:]
     drawn = statistic((weights @ values).reshape(NUM_RESAMPLES, *shape))
     return statistic(values.mean(0).reshape(1, *shape)).item(), drawn
+
+
+@lru_cache(maxsize=4)
+def _resampled(num_clips: int, num_draws: int, seed: int) -> Float[Tensor, "r b"]:
+    """Draw clips with replacement and return each one's share; kept, for rows by the hundred."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(num_clips, (num_draws, num_clips), generator=generator)
+    share = torch.full(chosen.shape, 1 / num_clips, dtype=torch.float64)
+    return torch.zeros_like(share).scatter_add(1, chosen, share)
 
 
 def psnr_gain(
