@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scd.atomic import write_file, written_aside
-from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoder.build import Autoencoder, AutoencoderConfig, build_autoencoder
 from scd.config import from_json, to_json
 from scd.data.source import DataCard
 from scd.flow import SamplingConfig
@@ -43,6 +43,7 @@ from scd.model.pretrained import (
     load_weights,
     read_settings,
 )
+from scd.model.shards import is_stored
 
 RAW_FILE = "raw.safetensors"
 """Weights that the optimiser moves, in a checkpoint of a run."""
@@ -54,7 +55,7 @@ class World:
 
     model: Diffuser
     """The network."""
-    autoencoder: PixelAutoencoder
+    autoencoder: Autoencoder
     """Between pixels and the network's latents."""
     card: DataCard
     """What the frames and actions mean."""
@@ -114,14 +115,16 @@ def load_world(
     """
     folder = resolve(path)
     parts = _read_world_config(folder)
-    model = build(parts["model"])
+    with torch.device("meta"):
+        # No weights are drawn, only to be replaced.
+        model = build(parts["model"])
     name = WEIGHTS_FILE if weights == "ema" else RAW_FILE
     if weights == "raw" and not (folder / name).exists():
         raise FileNotFoundError(f"{folder} has no raw weights ({name}): only runs keep them")
     load_weights(model, folder / name, str(device))
     return World(
         model=model.to(device).eval(),
-        autoencoder=PixelAutoencoder(parts["autoencoder"]),
+        autoencoder=build_autoencoder(parts["autoencoder"], device),
         card=parts["card"],
         sampling=parts["sampling"],
     )
@@ -138,7 +141,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         folder = folder / (folder / "last").read_text().strip()
     if not folder.is_dir():
         raise FileNotFoundError(f"needed a world or run folder, there is none at {folder}")
-    if not (folder / WEIGHTS_FILE).exists():
+    if not is_stored(folder / WEIGHTS_FILE):
         raise FileNotFoundError(
             f"{folder} is neither a world (model.safetensors) nor a run with a checkpoint (last)"
         )
@@ -246,15 +249,29 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not readable JSON: {error}") from error
 
 
-def _write_world(world: World, state: Mapping[str, Tensor], folder: Path) -> None:
+def write_world_settings(
+    folder: Path,
+    model: ModelConfig,
+    autoencoder: AutoencoderConfig,
+    card: DataCard,
+    sampling: SamplingConfig,
+) -> dict[str, Any]:
+    """Write the config.json of a world folder and return what it holds."""
     config = {
         "format": FORMAT,
-        "model": to_json(world.model.config),
-        "autoencoder": to_json(world.autoencoder.config),
-        "card": to_json(world.card),
-        "sampling": to_json(world.sampling),
+        "model": to_json(model),
+        "autoencoder": to_json(autoencoder),
+        "card": to_json(card),
+        "sampling": to_json(sampling),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    return config
+
+
+def _write_world(world: World, state: Mapping[str, Tensor], folder: Path) -> None:
+    config = write_world_settings(
+        folder, world.model.config, world.autoencoder.config, world.card, world.sampling
+    )
     _write_tensors(state, folder / WEIGHTS_FILE, {"config": json.dumps(config)})
 
 
@@ -263,7 +280,7 @@ def _read_world_config(folder: Path) -> dict[str, Any]:
     values = read_settings(path)
     kinds = {
         "model": ModelConfig,
-        "autoencoder": PixelConfig,
+        "autoencoder": AutoencoderConfig,
         "card": DataCard,
         "sampling": SamplingConfig,
     }

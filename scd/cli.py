@@ -21,16 +21,19 @@ from scd import __version__
 from scd.bench.compare import CompareConfig, compare
 from scd.bench.measure import BenchConfig, bench
 from scd.convert import ReferenceConfig, convert_reference
+from scd.convert_wan import ConvertWanConfig, convert_wan
 from scd.data.check import CheckConfig, check, refusal
 from scd.data.check import readable as readable_check
 from scd.data.record import DoomRecording, ToyRecording, record
 from scd.demo import DemoConfig, demo
 from scd.distill import DistillChoice, distillation
-from scd.encode import EncodeConfig, encode
+from scd.encode import encode
 from scd.encode import readable as readable_encoding
+from scd.encode_settings import EncodeConfig
 from scd.evaluate import EvaluateConfig, evaluate, readable
 from scd.evaluate_protocol import ProtocolConfig, evaluate_by_protocol
 from scd.evaluate_protocol import readable as readable_by_protocol
+from scd.export import ExportConfig, export_diffusers
 from scd.fit import decides, fit_to_data, fit_window
 from scd.intervene.compare import intervene
 from scd.intervene.settings import DiagonalConfig, RecomposeConfig, SkipConfig
@@ -79,6 +82,8 @@ USAGE = """usage: scd COMMAND ...
   intervene skip|diagonal|recompose RUN
                             change a trained dense model, finetune it and compare
   convert reference FILE    turn a state dict of the paper's release, or of FAR, into ours
+  convert wan               make a causal world of Wan2.1: separable, or dense
+  export diffusers RUN      turn a Wan world back into what diffusers loads
 
 `scd COMMAND --help` explains every flag. `scd --version` prints the version."""
 
@@ -318,7 +323,10 @@ def _run_first(words: list[str]) -> list[str]:
 
 
 def _convert(words: list[str]) -> None:
-    name, rest = _split_name(words, "convert", "layout", ["reference"])
+    name, rest = _split_name(words, "convert", "layout", ["reference", "wan"])
+    if name == "wan":
+        Console().print(f"saved {convert_wan(_parse(ConvertWanConfig, rest, 'convert wan'))}")
+        return
     paths = [word for word in rest[:2] if not word.startswith("-")]
     if len(paths) < 2:
         if not any(word in ("-h", "--help") for word in rest):
@@ -329,6 +337,16 @@ def _convert(words: list[str]) -> None:
         rest = rest[2:]
     config = _parse(ReferenceConfig, rest, "convert reference STATE_DICT OUT")
     Console().print(f"saved {convert_reference(paths[0], paths[1], config)}")
+
+
+def _export(words: list[str]) -> None:
+    name, rest = _split_name(words, "export", "format", ["diffusers"])
+    if name is None:
+        print("usage: scd export diffusers RUN --out DIR")
+        return
+    config = _parse(ExportConfig, _run_first(rest), "export diffusers")
+    for folder in export_diffusers(config.run, config.out):
+        Console().print(f"saved {folder}")
 
 
 def _bench(words: list[str]) -> None:
@@ -370,5 +388,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "bench": _bench,
     "intervene": _intervene,
     "convert": _convert,
+    "export": _export,
 }
 """Subcommands by name."""

@@ -32,7 +32,7 @@ LAYERS = (
     (
         "data",
         "clip data.video data.source data.toy data.manifest data.headers data.teco data.minecraft "
-        "data.dmlab data.ucf101 data.published data.latents data.folder data.check data.doom "
+        "data.dmlab data.square data.ucf101 data.published data.latents data.latent_writer data.folder data.check data.doom "
         "data.record data.loader",
     ),
     (
@@ -44,9 +44,10 @@ LAYERS = (
         "model",
         "model.visibility model.attention model.block model.augment model.cache model.embed "
         "model.encoder model.decoder model.sizes model.skip model.cost model.initialise "
-        "model.pretrained model.separable model.dense model.wan.config model.wan.block "
-        "model.wan.transformer model.wan.text model.wan.times model.wan.names model.wan.cost "
-        "model.wan.dense model.wan.decoder model.wan.separable model.build",
+        "model.shards model.pretrained model.separable model.dense model.wan.config "
+        "model.wan.block model.wan.transformer model.wan.text model.wan.times model.wan.names "
+        "model.wan.cost model.wan.dense model.wan.decoder model.wan.compose model.wan.separable "
+        "model.build",
     ),
     ("optimizers", "optim"),
     (
@@ -54,14 +55,14 @@ LAYERS = (
         "objective.denoise objective.distill objective.score objective.self_forcing "
         "objective.match objective.discriminator",
     ),
-    ("state of a run", "checkpoint shipped encode"),
+    ("state of a run", "checkpoint shipped encode_settings encode"),
     (
         "engine",
         "engine.interface engine.plain engine.linear engine.attention engine.block engine.embed "
         "engine.modulation engine.encoder engine.decoder engine.graph engine.separable "
         "engine.dense engine.open engine.pool",
     ),
-    ("rollout", "rollout session streams"),
+    ("rollout", "rollout session streams text_stream"),
     (
         "measurement",
         "metrics.image metrics.memory metrics.drift metrics.frechet metrics.weights metrics.lpips "
@@ -69,6 +70,7 @@ LAYERS = (
         "train_judge sample side_by_side page report first_look processes protocols trajectories "
         "parts protocol_rows protocol_page evaluate_protocol",
     ),
+    ("text to video", "text_to_video sample_text vbench pipeline"),
     ("trainer", "run initial learner teacher matching tasks running fit held_out train plan"),
     ("named runs", "presets distill"),
     (
@@ -94,7 +96,7 @@ LAYERS = (
         "serve.rate serve.statistics serve.checks serve.service serve.access serve.outlet serve.seat "
         "serve.connection serve.http_api serve.app serve.run serve.play client",
     ),
-    ("top", "convert demo cli __main__"),
+    ("top", "convert wan_source convert_wan export demo cli __main__"),
 )
 """The only allowed direction of imports: a module imports from modules before it, never after.
 docs/architecture.md shows the same list."""
@@ -446,7 +448,9 @@ def shown_commands() -> list[str]:
 def test_flags_in_the_pages_exist(line: str):
     words = [word for word in shlex.split(line, comments=True)[1:] if word != "..."]
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    takes_name = names[0] in ("train", "record", "convert", "intervene") and names[1] != "PRESET"
+    takes_name = (
+        names[0] in ("train", "record", "convert", "export", "intervene") and names[1] != "PRESET"
+    )
     takes_name = takes_name or names[:2] == ["bench", "compare"]
     page = help_of(names[: 2 if takes_name else 1])
     for flag in (word.partition("=")[0] for word in words if word.startswith("--")):

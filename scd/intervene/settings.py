@@ -148,7 +148,7 @@ def split_of(config: RecomposeConfig, num_layers: int) -> Split:
     if bool(config.split) == bool(config.encoder or config.decoder):
         raise ValueError("a split is given by encoder and decoder, or by a probe.json, not by both")
     if config.split:
-        encoder, decoder = _proposed(Path(config.split))
+        encoder, decoder = proposed_layers(Path(config.split))
     else:
         found = re.fullmatch(r"(\d+)\+(\d+)", config.decoder.strip())
         if found is None:
@@ -169,8 +169,13 @@ def split_of(config: RecomposeConfig, num_layers: int) -> Split:
     return Split(encoder=tuple(range(1, encoder + 1)), decoder=decoder)
 
 
-def _proposed(path: Path) -> tuple[int, Layers]:
-    """Read the split that a probe proposes: depth of the encoder, layers of the decoder."""
+def proposed_layers(path: Path) -> tuple[int, Layers]:
+    """Read the split that a probe proposes: depth of the encoder, layers of the decoder.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it holds no such proposal.
+    """
     result: Any = read_json(path)
     try:
         split = result["proposed_split"]

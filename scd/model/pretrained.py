@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from scd.atomic import file_aside, write_file
 from scd.config import from_json, to_json
+from scd.model.shards import StoredWeights
 
 FORMAT = "scd-1"
 """Name and version of the layout of config.json."""
@@ -68,7 +69,9 @@ class Pretrained(PyTorchModelHubMixin):
                     )
                 )
         settings = read_settings(paths[CONFIG_FILE])
-        model = cls(from_json(cls.config_class, settings["model"], "model"))  # type: ignore[call-arg]
+        config = from_json(cls.config_class, settings["model"], "model")
+        with torch.device("meta"):
+            model = cls(config)  # type: ignore[call-arg]
         assert isinstance(model, nn.Module)
         load_weights(model, paths[WEIGHTS_FILE], map_location)
         return model.eval()
@@ -103,27 +106,33 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path, device: str = "cpu") -> None:
-    """Load a model's weights.
+    """Load a model's weights, one after another, and move the model.
+
+    A model that was built without weights, on the device "meta", takes them in the type in which
+    they were stored; one that has some keeps its own.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or not all of several.
         ValueError: it is cut off or no safetensors file, or holds another architecture's weights.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no model weights at {path}")
-    try:
-        state = load_file(path, device=device)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    check_state(model, state, str(path))
-    model.load_state_dict(state)
+    empty = any(weight.is_meta for weight in model.parameters())
+    with StoredWeights(path) as stored:
+        shapes = {name: stored.shape(name) for name in stored.names()}
+        check_shapes(model, shapes, str(path))
+        for name in stored.names():
+            weight = {name: stored.get(name).to(device) if empty else stored.get(name)}
+            model.load_state_dict(weight, strict=False, assign=empty)
     model.to(device)
 
 
 def check_state(model: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
     """Refuse weights whose names or shapes are not the model's (ValueError, with examples)."""
+    check_shapes(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, where)
+
+
+def check_shapes(model: nn.Module, given: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse names or shapes that are not those of a model's weights (ValueError)."""
     needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
     problems = [
         f"{len(names)} {what} such as {sorted(names)[0]!r}"
         for what, names in (

@@ -134,7 +134,10 @@ class WanBlock(nn.Module):
             rotary = rotary[0][-num_tokens:], rotary[1][-num_tokens:]
         q = self.attn1.queries(normed.flatten(1, 2), rotary)
         x = self._added(x, self.attn1.out(read(q, k, v)), parts[2])
-        normed = x if self.norm2 is None else self._normed(x, self.norm2.weight, self.norm2.bias)
+        normed = x
+        if self.norm2 is not None:
+            weight, bias = self.norm2.weight, self.norm2.bias
+            normed = self._normed(x.to(weight.dtype), weight, bias).to(x.dtype)
         q = self.attn2.queries(normed.flatten(1, 2))
         x = x + self.attn2.out(_read_text(q, *text)).view(x.shape)
         return self._added(x, self.ffn(self._modulated(x, parts[3], parts[4])), parts[5])

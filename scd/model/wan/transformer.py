@@ -61,8 +61,10 @@ class WanEmbedder(nn.Module):
         self, time: Float[Tensor, "b t"]
     ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b t 6 d"]]:
         """Embed times: for the head, and for the blocks."""
+        # diffusers may keep this part, norms and tables in more digits than the rest.
         sinusoids = time_sinusoids(time, self.num_sinusoids)
-        embedding = self.time_embedder(sinusoids.to(self.time_proj.weight.dtype))
+        embedding = self.time_embedder(sinusoids.to(self.time_embedder.linear_1.weight.dtype))
+        embedding = embedding.to(self.time_proj.weight.dtype)
         modulation = self.time_proj(functional.silu(embedding))
         return embedding, rearrange(modulation, "b t (parts d) -> b t parts d", parts=6)
 
