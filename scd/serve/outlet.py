@@ -45,6 +45,8 @@ class Outlet:
         """The client's session; frames of others are left out."""
         self.generation = -1
         """The client has been told of; frames of earlier ones are left out."""
+        self.is_file_waiting = False
+        """Whether a snapshot is on its way; there is one at a time, since they are large."""
         self.num_refused = 0
         """Messages refused in a row."""
 
@@ -98,6 +100,7 @@ class Outlet:
                     await self._socket.send_text(item)
                 elif isinstance(item, bytes):
                     await self._socket.send_bytes(item)
+                    self.is_file_waiting = False
                 else:
                     await self._send_frame(*item)
 

@@ -54,7 +54,6 @@ class Seat:
         self._checks = service.checks
         self._loop = asyncio.get_running_loop()
         self._num_pending = 0
-        self._snapshotting = False
         self._sink = self._hear
 
     async def obey(self, message: FromClient) -> None:
@@ -105,12 +104,12 @@ class Seat:
                 asked = self._host.step(session, action, count)
                 self._ask(asked, message, lambda _: self._tell_state(session, message.request))
             case Snapshot():
-                if self._snapshotting:
+                if self._outlet.is_file_waiting:
                     raise ProtocolError("overloaded", "a snapshot is on its way")
-                self._snapshotting = True
+                self._outlet.is_file_waiting = True
                 header = SnapshotHeader(session=session, request=message.request)
                 asked = self._host.snapshot(session)
-                asked.add_done_callback(lambda _: setattr(self, "_snapshotting", False))
+                asked.add_done_callback(lambda done: self._call(self._note_file, done))
                 self._ask(asked, message, lambda data: self._outlet.put(pack(header, data)))
 
     def _obey_change(self, message: FromClient, session: str) -> None:
@@ -250,6 +249,11 @@ class Seat:
             case Evicted():
                 self._outlet.enter(None)
                 self._outlet.put(EvictedMessage(session=event.session_id))
+
+    def _note_file(self, done: Future[bytes]) -> None:
+        """Expect no file any more, where there will be none."""
+        if done.cancelled() or done.exception() is not None:
+            self._outlet.is_file_waiting = False
 
     def _tell_state(self, session: str, request: int | None) -> None:
         asked = self._host.info(session)

@@ -80,9 +80,8 @@ class _HostNumbers:
             if isinstance(value, str):
                 continue
             name = field.name.removeprefix("num_")
-            name = (
-                f"scd_{name.removesuffix('_s')}_seconds" if name.endswith("_s") else f"scd_{name}"
-            )
+            if name.endswith("_s"):
+                name = f"{name.removesuffix('_s')}_seconds"
             made = CounterMetricFamily if field.name in COUNTED else GaugeMetricFamily
             yield made(f"scd_{name}", HELP[field.name], value=float(value))
 
