@@ -5,7 +5,7 @@ Source: paper, section 3.
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from scd.clip import Conditions
 from scd.engine.interface import Engine
 from scd.engine.plain import PlainEngine
 from scd.flow import SamplingConfig, num_fresh, schedule
+from scd.frame_timing import Clock, Timing
 from scd.model.separable import SeparableConfig
 from scd.model.wan.config import WanSeparableConfig
 from scd.runtime import make_generator
@@ -44,24 +45,6 @@ class Guidance:
             raise ValueError(f"scale={self.scale} has no effect on guidance kind='none'")
         if self.context_noise <= 0:
             raise ValueError(f"context_noise must be positive, got {self.context_noise}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Wall-clock seconds of one frame, by part; with a GPU each part is synchronised."""
-
-    encoder_s: float = 0.0
-    """Causal work outside the denoising loop: the context, and for a dense model the pass that
-    writes the frame before into memory."""
-    decoder_s: float = 0.0
-    """All denoising steps."""
-    autoencoder_s: float = 0.0
-    """Latent to pixels."""
-
-    @property
-    def total_s(self) -> float:
-        """Sum of the parts."""
-        return self.encoder_s + self.decoder_s + self.autoencoder_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +262,7 @@ class Rollout:
             ValueError: the stream has not begun, or the actions do not fit.
         """
         conditions = self._conditions(actions)
-        clock = _Clock(self.engine.device)
+        clock = Clock(self.engine.device)
         context = self._context(conditions)
         encoder_s = clock.lap()
         latent = self._denoise(context)
@@ -292,7 +275,6 @@ class Rollout:
         )
         return frame
 
-    @torch.no_grad()
     def draft(self, actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None) -> Draft:
         """Do the first part of `step`, for a caller who denoises himself.
 
@@ -302,14 +284,7 @@ class Rollout:
         Raises:
             ValueError: the stream has not begun, or the actions do not fit.
         """
-        conditions = self._conditions(actions)
-        noise = self._noise("frame", self.engine.shape.shape)
-        return Draft(
-            context=self._context(conditions),
-            noise=noise,
-            fresh=self._fresh(),
-            conditions=conditions,
-        )
+        return draft_all([self], [actions])[0]
 
     @torch.no_grad()
     def keep(self, draft: Draft, latent: Float[Tensor, "b c h w"]) -> None:
@@ -321,7 +296,9 @@ class Rollout:
         self._conditions(actions)
 
     def _context(self, conditions: Conditions) -> Any:
-        context = self.engine.context(self._state, conditions, self._encoder_noise())
+        return self._branched(self.engine.context(self._state, conditions, self._encoder_noise()))
+
+    def _branched(self, context: Any) -> Any:
         if self.guidance.kind != "context_noise":
             return context
         corruption = self._noise(
@@ -458,6 +435,34 @@ class Rollout:
         return noise.to(self.engine.device, non_blocking=True)
 
 
+@torch.no_grad()
+def draft_all(rollouts: Sequence[Rollout], actions: Sequence[Tensor | None]) -> list[Draft]:
+    """Do what `draft` does for streams of one engine, which then shares the causal work of all.
+
+    Args:
+        rollouts: that have begun.
+        actions: of each.
+
+    Raises:
+        ValueError: the actions of any do not fit.
+    """
+    conditions = [one._conditions(now) for one, now in zip(rollouts, actions, strict=True)]
+    contexts = rollouts[0].engine.contexts(
+        [one._state for one in rollouts],
+        conditions,
+        [one._encoder_noise() for one in rollouts],
+    )
+    return [
+        Draft(
+            context=one._branched(context),
+            noise=one._noise("frame", one.engine.shape.shape),
+            fresh=one._fresh(),
+            conditions=condition,
+        )
+        for one, context, condition in zip(rollouts, contexts, conditions, strict=True)
+    ]
+
+
 NoiseUse = Literal["frame", "context", "encoder"]
 """What noise is for: the start of a frame's denoising, the corruption of its context, or what an
 encoder reads in the place of the frame."""
@@ -479,19 +484,3 @@ def step_noise(seed: int, frame: int, number: int, shape: tuple[int, ...]) -> Te
     """
     generator = make_generator(seed, "noise of a step", frame)
     return torch.stack([torch.randn(*shape, generator=generator) for _ in range(number)])
-
-
-class _Clock:
-    """Seconds between laps; waits for the GPU where there is one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.lap()
-
-    def lap(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        seconds = now - getattr(self, "_last", now)
-        self._last = now
-        return seconds

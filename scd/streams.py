@@ -14,9 +14,9 @@ from scd.clip import Conditions
 from scd.device_memory import OutOfMemory, check_free, out_of_memory_named
 from scd.engine.interface import Engine
 from scd.engine.plain import PlainEngine
-from scd.engine.pool import FramePool, PoolFrame, pool_bytes
+from scd.engine.pool import FramePool, NewFrame, PoolFrame, pool_bytes
 from scd.flow import SamplingConfig
-from scd.rollout import Draft, Guidance, Rollout
+from scd.rollout import Draft, Guidance, Rollout, draft_all
 from scd.session import Finished, Session, Status
 
 Lap = Callable[[str], None]
@@ -34,11 +34,11 @@ class Streams:
     one call per tick; with every other engine they are called one by one: the same frames, later.
 
     Fairness: every frame under way advances by one call in every tick, whoever waits. Requests
-    begin in the order they came, when rows are free. The causal pass with which a frame begins is
-    made for each alone and holds up those under way: so beside them no more frames begin in a tick
-    than bring `max_rows` calls in all, which is what a full pool works off in a tick. Rows never
-    lie idle for long, a crowd at once is spread over some ticks, and nobody waits for ever. Where
-    no frame is under way, all begin together.
+    begin in the order they came, when rows are free. Frames that begin in one tick share their
+    causal pass where the engine can; it holds up those under way: so beside them no more frames
+    begin in a tick than bring `max_rows` calls in all, which is what a full pool works off in a
+    tick. Rows never lie idle for long, a crowd at once is spread over some ticks, and nobody waits
+    for ever. Where no frame is under way, all begin together.
 
     A fault of a session's own pass, or a frame that is not finite, stops that session alone. A
     device that is full in a call that all share is an error of `tick`: nothing is lost, and once
@@ -235,31 +235,52 @@ class Streams:
         return ended
 
     def _begin_frames(self) -> None:
-        brought = 0
-        nobody_is_held_up = not self._denoising
-        while self._waiting and (nobody_is_held_up or brought < self._pool.max_rows):
-            session = next(iter(self._waiting))
-            if session.num_rows > self._pool.max_rows - self._pool.num_rows:
-                break
+        chosen = self._that_begin()
+        if len(chosen) > 1:
+            try:
+                self._begin(chosen)
+                return
+            except Exception:
+                # Whose fault it is shows when each is alone.
+                pass
+        for session in chosen:
             with self._fault_stops(session):
-                self._begin_frame(session)
-                brought += session.num_rows * session.num_calls
+                self._begin([session])
 
-    def _begin_frame(self, session: Session) -> None:
-        rollout = session.rollout
-        draft = rollout.draft(session.as_batch(self._waiting[session]))
-        frame = self._pool.add(
-            draft.context,
-            draft.noise,
-            rollout.times,
-            rollout.sampling.solver,
-            rollout.guidance_scale,
-            draft.fresh,
+    def _that_begin(self) -> list[Session]:
+        """Choose of those who wait, in their order."""
+        chosen: list[Session] = []
+        rows, brought = self._pool.num_rows, 0
+        for session in self._waiting:
+            rows += session.num_rows
+            held_up = self._denoising and brought >= self._pool.max_rows
+            if held_up or rows > self._pool.max_rows:
+                break
+            chosen.append(session)
+            brought += session.num_rows * session.num_calls
+        return chosen
+
+    def _begin(self, sessions: list[Session]) -> None:
+        actions = [one.as_batch(self._waiting[one]) for one in sessions]
+        drafts = draft_all([one.rollout for one in sessions], actions)
+        frames = self._pool.add(
+            [
+                NewFrame(
+                    context=draft.context,
+                    noise=draft.noise,
+                    times=one.rollout.times,
+                    solver=one.rollout.sampling.solver,
+                    scale=one.rollout.guidance_scale,
+                    fresh=draft.fresh,
+                )
+                for one, draft in zip(sessions, drafts, strict=True)
+            ]
         )
-        # Only now: a pass that is interrupted leaves the request where it was.
-        del self._waiting[session]
-        self._denoising[session] = frame, draft
-        session.status = "denoising"
+        # Only now: a pass that is interrupted leaves the requests where they were.
+        for session, frame, draft in zip(sessions, frames, drafts, strict=True):
+            del self._waiting[session]
+            self._denoising[session] = frame, draft
+            session.status = "denoising"
 
     def _done(self) -> list[Session]:
         return [session for session, (frame, _) in self._denoising.items() if frame.is_done]

@@ -16,7 +16,7 @@ from scd.data.source import DataCard
 from scd.device_memory import OutOfMemory
 from scd.engine.open import open_engine
 from scd.engine.plain import PlainEngine
-from scd.engine.pool import FramePool, pool_bytes
+from scd.engine.pool import FramePool, NewFrame, pool_bytes
 from scd.flow import SamplingConfig
 from scd.model.cache import CacheConfig
 from scd.rollout import Guidance, Rollout
@@ -277,6 +277,43 @@ def test_sessions_in_step_cost_as_many_calls_as_one(monkeypatch):
     assert calls == [3, 3, 1]
 
 
+def test_frames_that_begin_together_share_their_causal_pass(monkeypatch):
+    engine, passes = make_engine("fast"), []
+    embed, put = engine.encoder.embed, engine.decoder.put
+
+    def counted_embed(patches):
+        passes.append(("encoder", patches.shape[0]))
+        return embed(patches)
+
+    def counted_put(rows, start, tokens, conditions):
+        passes.append(("put", tokens.shape[0]))
+        return put(rows, start, tokens, conditions)
+
+    monkeypatch.setattr(engine.encoder, "embed", counted_embed)
+    monkeypatch.setattr(engine.decoder, "put", counted_put)
+    streams = streams_of(max_rows=8)
+    sessions = []
+    # Memories that are not filled alike, and one that is full.
+    for seed, num_frames in enumerate((1, 4, 9)):
+        guidance = GUIDED["conditions"] if seed == 1 else None
+        sessions.append(streams.open(seed=seed, guidance=guidance))
+        for _ in range(num_frames):
+            streams.request(sessions[-1], action(seed))
+            run(streams)
+    passes.clear()
+    for session in sessions:
+        streams.request(session, action(2))
+    frames = {one.session: one.frame for one in run(streams)}
+    assert passes == [("encoder", 4), ("put", 4)]
+    for seed, (session, num_frames) in enumerate(zip(sessions, (1, 4, 9), strict=True)):
+        rollout = Rollout(streams.world, None, session.rollout.guidance, seed, None, streams.engine)
+        rollout.begin()
+        for _ in range(num_frames):
+            rollout.step(action(seed)[None])
+        wanted = rollout.step(action(2)[None])[0]
+        torch.testing.assert_close(frames[session], wanted, atol=FP32, rtol=0)
+
+
 def test_the_order_of_requests_is_kept_and_nobody_is_held_up_long(monkeypatch):
     calls = counted(make_engine("fast"), monkeypatch)
     streams = streams_of(max_rows=4)
@@ -428,19 +465,19 @@ def test_a_pass_without_memory_stops_its_session_alone(monkeypatch):
     def full(*words):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(session.rollout, "draft", full)
+    monkeypatch.setattr(session.rollout, "_branched", full)
     stopped, ended = run(streams)
     assert stopped.session is session and "frame 0: session 0" in stopped.error
     assert "ran out of memory on cpu" in stopped.error and "no room" in stopped.error
     assert ended.session is other and ended.frame is not None
 
 
-@pytest.mark.parametrize("part", ["draft", "velocity", "decode"])
+@pytest.mark.parametrize("part", ["_branched", "velocity", "decode"])
 def test_an_interrupted_tick_can_be_made_again(part, monkeypatch):
     streams = streams_of()
     session = streams.open()
     streams.request(session, action())
-    owner = {"draft": session.rollout, "velocity": streams.engine.decoder}.get(
+    owner = {"_branched": session.rollout, "velocity": streams.engine.decoder}.get(
         part, streams.world.autoencoder
     )
 
@@ -469,10 +506,12 @@ def test_a_full_pool_refuses_more():
     engine, pool = make_engine(), FramePool(make_engine(), 1)
     conditions = Conditions(actions=action()[None, None])
     context = engine.context(engine.begin(None, conditions), conditions)
-    words = (context, torch.zeros(1, *SHAPE.shape), [1.0, 0.0])
-    pool.add(*words)
+    new = NewFrame(context=context, noise=torch.zeros(1, *SHAPE.shape), times=[1.0, 0.0])
+    with pytest.raises(ValueError, match="2 rows are needed, 1 are free"):
+        pool.add([new, new])
+    pool.add([new])
     with pytest.raises(ValueError, match="1 rows are needed, 0 are free"):
-        pool.add(*words)
+        pool.add([new])
 
 
 class Forgetful(PlainEngine):

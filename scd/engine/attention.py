@@ -5,6 +5,8 @@ The plain twin is model/attention.py; a test compares the two.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -43,13 +45,14 @@ class Turn:
     / |x|, where swapped exchanges the halves of a head.
     """
 
-    def __init__(self, norm_weights: Tensor, rotary: Rotary) -> None:
+    def __init__(self, norm_weights: Tensor, rotary: tuple[Tensor, Tensor]) -> None:
         """Tabulate.
 
         Args:
             norm_weights: [l 2 e]: of queries (times the logits' scale) and keys, in each layer, by
                 halves.
-            rotary: cosines and sines [n e/2] of the tokens.
+            rotary: cosines and sines of the tokens, [n e/2], or [f 1 n e/2] for frames side by side
+                at places of their own.
         """
         cosine, sine = rotary
         size = norm_weights.shape[-1]
@@ -149,6 +152,19 @@ def frame_turn(norm_weights: Tensor, frame: int, shape: FrameShape, block: Block
     frames = torch.full((1,), frame, dtype=torch.long, device=norm_weights.device)
     positions = frame_positions(frames, shape.rows, shape.columns)
     return Turn(norm_weights, rotary_table(positions, block.rotary_axes, block.rotary_theta))
+
+
+def frames_turn(
+    norm_weights: Tensor, frames: Sequence[int], shape: FrameShape, block: BlockConfig
+) -> Turn:
+    """Tabulate the turn of all tokens of frames side by side, each at its place in its stream."""
+    places = torch.tensor(frames, dtype=torch.long).to(norm_weights.device, non_blocking=True)
+    positions = frame_positions(places, shape.rows, shape.columns)
+    cosine, sine = (
+        table.unflatten(0, (len(frames), 1, -1))
+        for table in rotary_table(positions, block.rotary_axes, block.rotary_theta)
+    )
+    return Turn(norm_weights, (cosine, sine))
 
 
 def key_bias(block: BlockConfig, frame: int, cache: KVCache, num_tokens: int) -> Tensor | None:

@@ -63,6 +63,18 @@ class Engine(ABC):
             noise: that the encoder reads, [b c h w], where `encoder_noise` asks for it.
         """
 
+    def contexts(
+        self,
+        states: Sequence[Any],
+        conditions: Sequence[Conditions],
+        noises: Sequence[Tensor | None],
+    ) -> list[Any]:
+        """Do what `context` does for several states, each of other streams with their own past.
+
+        An engine that can makes the products of all in one call; here it is one after the other.
+        """
+        return [self.context(*each) for each in zip(states, conditions, noises, strict=True)]
+
     @abstractmethod
     def with_noisy_branch(self, context: Any, strength: float, noise: Tensor) -> Any:
         """Return a context of twice the batch: corrupted by noise [b n d] first, then as it was.

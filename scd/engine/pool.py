@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scd.engine.decoder import DecoderRows
 from scd.engine.interface import Engine
-from scd.engine.separable import FastSeparable
+from scd.engine.separable import FastSeparable, side_by_side
 from scd.flow import Evaluation, Solver, check_fresh, evaluations, guide
 from scd.model.embed import from_patches, to_patches
 from scd.model.separable import SeparableConfig
@@ -52,6 +52,29 @@ class PoolFrame:
     def time(self) -> float:
         """Time of the call that comes next."""
         return self.times[self.call.index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewFrame:
+    """What a pool needs to know of a frame; as the arguments of interface.Engine.denoise."""
+
+    context: Any
+    """Of the engine: for one frame, or for [unconditional ; conditional]."""
+    noise: Tensor
+    """Where it starts, [1 c h w]."""
+    times: Sequence[float]
+    """Of its steps, descending from 1 to 0."""
+    solver: Solver = "euler"
+    """Integrator."""
+    scale: float | None = None
+    """Of the guidance; None: none."""
+    fresh: Tensor | None = None
+    """Noise of its steps, [steps 1 c h w]; None: they need none."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it takes."""
+        return 1 if self.scale is None else 2
 
 
 Owner = tuple[PoolFrame, int]
@@ -99,42 +122,39 @@ class FramePool:
         return held + self._calls.num_bytes
 
     @torch.no_grad()
-    def add(
-        self,
-        context: Any,
-        noise: Tensor,
-        times: Sequence[float],
-        solver: Solver = "euler",
-        scale: float | None = None,
-        fresh: Tensor | None = None,
-    ) -> PoolFrame:
-        """Put in a frame; see interface.Engine.denoise for the arguments, of one stream.
+    def add(self, new: Sequence[NewFrame]) -> list[PoolFrame]:
+        """Put in frames, all or, after an error, none.
 
         Raises:
-            ValueError: there is no free row, or with guidance no two; or another number of fresh
-                noises than the steps need.
+            ValueError: there are not enough free rows, or another number of fresh noises than the
+                steps need.
         """
-        check_fresh(fresh, times, solver)
         patch_size = self.engine.shape.patch_size
-        branches = 1 if scale is None else 2
-        start, stop = self.num_rows, self.num_rows + branches
-        if stop > self.max_rows:
-            raise ValueError(f"{branches} rows are needed, {self.max_rows - start} are free")
-        frame = PoolFrame(
-            context=context,
-            times=times,
-            calls=evaluations(times, solver),
-            scale=scale,
-            fresh=None if fresh is None else to_patches(fresh[:, 0].float(), patch_size),
-            rows=list(range(start, stop)),
-        )
-        self._calls.put(frame, start)
-        self._frames[start:stop] = to_patches(noise.float(), patch_size)
-        self._starts[start:stop] = self._frames[start:stop]
+        start, needed = self.num_rows, sum(one.num_rows for one in new)
+        if start + needed > self.max_rows:
+            raise ValueError(f"{needed} rows are needed, {self.max_rows - start} are free")
+        frames, row = [], start
+        for one in new:
+            check_fresh(one.fresh, one.times, one.solver)
+            fresh = None if one.fresh is None else to_patches(one.fresh[:, 0].float(), patch_size)
+            frame = PoolFrame(
+                context=one.context,
+                times=one.times,
+                calls=evaluations(one.times, one.solver),
+                scale=one.scale,
+                fresh=fresh,
+                rows=list(range(row, row + one.num_rows)),
+            )
+            self._frames[frame.rows] = to_patches(one.noise.float(), patch_size)
+            frames.append(frame)
+            row += one.num_rows
+        self._calls.put(frames, start)
+        used = slice(start, row)
+        self._starts[used] = self._frames[used]
         # Its weight is 0 where no call came before, but 0 * NaN is NaN.
-        self._before[start:stop] = 0
-        self._owners += [(frame, branch) for branch in range(branches)]
-        return frame
+        self._before[used] = 0
+        self._owners += [(frame, branch) for frame in frames for branch in range(len(frame.rows))]
+        return frames
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -210,10 +230,14 @@ class _SharedCalls:
     def num_bytes(self) -> int:
         return self.rows.num_bytes
 
-    def put(self, frame: PoolFrame, start: int) -> None:
-        context, frame.context = frame.context, None
-        self.decoder.put(self.rows, start, context.tokens, context.conditions)
-        frame.modulations = self.decoder.modulations.at(frame.times[:-1], context.conditions)
+    def put(self, frames: Sequence[PoolFrame], start: int) -> None:
+        contexts = [frame.context for frame in frames]
+        tokens = torch.cat([context.tokens for context in contexts])
+        conditions = side_by_side([context.conditions for context in contexts])
+        self.decoder.put(self.rows, start, tokens, conditions)
+        for frame, context in zip(frames, contexts, strict=True):
+            frame.modulations = self.decoder.modulations.at(frame.times[:-1], context.conditions)
+            frame.context = None
 
     def move(self, source: int, target: int) -> None:
         self.rows.move(source, target)
@@ -239,7 +263,7 @@ class _SingleCalls:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    def put(self, frame: PoolFrame, start: int) -> None:
+    def put(self, frames: Sequence[PoolFrame], start: int) -> None:
         pass
 
     def move(self, source: int, target: int) -> None:

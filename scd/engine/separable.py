@@ -103,6 +103,29 @@ class FastSeparable(Engine):
         return FastContext(tokens=tokens, gain=gain, conditions=conditions)
 
     @torch.no_grad()
+    def contexts(
+        self,
+        states: Sequence[SeparableState],
+        conditions: Sequence[Conditions],
+        noises: Sequence[Tensor | None],
+    ) -> list[FastContext]:
+        """Run the encoder once for several states; see interface.Engine."""
+        if len(states) == 1:
+            return super().contexts(states, conditions, noises)
+        found = self.encoder.extend_all(
+            [state.cache for state in states],
+            [state.newest for state in states],
+            side_by_side(conditions),
+            [state.next_row for state in states],
+        )
+        for state, condition in zip(states, conditions, strict=True):
+            state.encoded_for = condition
+        return [
+            FastContext(tokens=tokens, gain=gain, conditions=condition)
+            for (tokens, gain), condition in zip(found, conditions, strict=True)
+        ]
+
+    @torch.no_grad()
     def with_noisy_branch(
         self, context: FastContext, strength: float, noise: Tensor
     ) -> FastContext:
@@ -184,3 +207,28 @@ class FastSeparable(Engine):
                 self._graphs.clear()
         self.decoder.put(self._rows, 0, context.tokens, context.conditions)
         return self._rows
+
+
+def side_by_side(conditions: Sequence[Conditions]) -> Conditions:
+    """Join conditions of one frame, of which only some may hide something."""
+
+    def joined(name: str, shown_like: str) -> Tensor | None:
+        values = [getattr(one, name) for one in conditions]
+        if all(value is None for value in values):
+            return None
+        likes = [getattr(one, shown_like) for one in conditions]
+        return torch.cat(
+            [
+                torch.zeros(like.shape[:2], dtype=torch.bool, device=like.device)
+                if value is None
+                else value
+                for value, like in zip(values, likes, strict=True)
+            ]
+        )
+
+    return Conditions(
+        actions=joined("actions", "actions"),
+        labels=joined("labels", "labels"),
+        null_actions=joined("null_actions", "actions"),
+        null_labels=joined("null_labels", "labels"),
+    )
