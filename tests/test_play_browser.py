@@ -1,4 +1,4 @@
-"""The page of `scd play` in a real browser, served by the real command."""
+"""The page of `scd play` in a real browser, served by the real command; run with -m browser."""
 
 from __future__ import annotations
 
@@ -240,6 +240,7 @@ def test_a_rewound_stream_repeats_itself_and_goes_elsewhere(player: Player):
     page.locator("#view").focus()
     player.press("KeyW")
     up = player.picture
+    assert player.text("obeyed") == "up"
     player.press("KeyW")
     page.keyboard.press("Comma")
     page.keyboard.press("Comma")
@@ -273,6 +274,7 @@ def test_other_actions_lead_elsewhere_and_forks_keep_both(player: Player):
     player.until(lambda: player.frame == begun, "the fork's frame")
     page.locator("#view").focus()
     player.press("KeyS")
+    assert player.text("obeyed") == "down"
     assert player.picture != up
     page.locator(".take").first.click()
     player.until(lambda: player.picture == up, "the first take")

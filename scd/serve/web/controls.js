@@ -32,7 +32,7 @@ export class Controls {
     const own = Math.min(world.fps, limits.max_fps);
     const paces = PACES.filter((pace) => pace <= limits.max_fps);
     byId("speed").replaceChildren(
-      element("option", "", { value: own }, `${number(own)}, the world's own`),
+      element("option", "", { value: own }, `world's ${number(own)}`),
       ...paces.map((pace) => element("option", "", { value: pace }, String(pace))),
       element("option", "", { value: "" }, "as fast as it goes"),
     );

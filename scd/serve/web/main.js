@@ -37,7 +37,6 @@ const timeline = new Timeline(byId("strip"), byId("strip-canvas"), byId("takes")
 
 let looked = null; // the old frame that is shown; null: the newest
 let deferred = null; // letting go, put off until a frame has obeyed the press
-let lastSequence = 0;
 let lastObeyed = 0;
 
 // --- frames -----------------------------------------------------------------------------------
@@ -56,7 +55,7 @@ async function drawn(header, arrived, blob, time) {
     if (seen) seen.blob ??= copy;
   }
   lastObeyed = Math.max(lastObeyed, header.sequence);
-  if (deferred !== null && lastObeyed >= lastSequence) letGo();
+  if (deferred !== null && lastObeyed >= player.sequence) letGo();
   if (looked === null) showFrame(header.frame);
   else timeline.refresh();
 }
@@ -87,22 +86,25 @@ function pictureFailed(text) {
 // --- steering ---------------------------------------------------------------------------------
 
 function hold(action, time) {
+  player.held = action;
+  // A paused stream steps with the action that is pressed, whatever is let go meanwhile.
+  if (!player.wantsRun) return;
   // Who taps a key for less than a frame wants one frame of it.
-  const soon = player.isRunning && lastObeyed < lastSequence;
+  const soon = player.isRunning && lastObeyed < player.sequence;
   if (action === steering.idle && soon && steering.idle !== null) {
     deferred ??= setTimeout(letGo, LONGEST_TAP_MS);
     return;
   }
   clearTimeout(deferred);
   deferred = null;
-  lastSequence = player.hold(action);
-  if (player.isRunning) meters.acted(lastSequence, time);
+  player.hold(action);
+  if (player.isRunning) meters.acted(player.sequence, time);
 }
 
 function letGo() {
   clearTimeout(deferred);
   deferred = null;
-  if (steering.held === steering.idle) lastSequence = player.hold(steering.idle);
+  if (steering.held === steering.idle && player.wantsRun) player.hold(steering.idle);
 }
 
 function pressed(action) {
@@ -226,7 +228,7 @@ player.addEventListener("change", () => {
 player.addEventListener("take", () => {
   stage.clear();
   meters.sent.clear();
-  lastObeyed = lastSequence;
+  lastObeyed = player.sequence;
   looked = null;
   stage.showNew(player.take?.frames.get(player.newest)?.blob);
   if (player.take) showFrame(player.newest);
@@ -246,6 +248,7 @@ player.addEventListener("world", async () => {
   timeline.aspect = world.width / world.height;
   if (world.action_dim) steering = new Sliders(byId("pad"), hold, pressed);
   steering.show(world.actions, world.action_dim);
+  player.held = world.actions.length ? steering.held : null;
   byId("steer").hidden = world.actions.length === 0;
   controls.show();
   const why = await whyNoH264(player.codecs);

@@ -25,6 +25,7 @@ export class Player extends EventTarget {
     this.isBusy = false;
     this.link = { name: "connecting", reason: "" };
     this.sequence = 0;
+    this.held = null;
     this.connection = new Connection(address, token);
     this._listen();
   }
@@ -164,7 +165,9 @@ export class Player extends EventTarget {
 
   async run() {
     this.wantsRun = true;
-    if (this.take !== null) await this.ask({ type: "run", fps: this.fps });
+    if (this.take === null) return;
+    if (this.held !== null) this.hold(this.held);
+    await this.ask({ type: "run", fps: this.fps });
   }
 
   async pause() {
@@ -176,11 +179,10 @@ export class Player extends EventTarget {
     await this.ask({ type: "step", action, count: 1 });
   }
 
-  /** Hold an action from the next frame on; returns the number that its frames will carry. */
+  /** Hold an action from the next frame on; its frames carry the number of now. */
   hold(action) {
     this.sequence += 1;
     this.connection.send({ type: "action", action, sequence: this.sequence });
-    return this.sequence;
   }
 
   set(settings) {
