@@ -110,7 +110,7 @@ class TextToVideo:
         described = from_json(AutoencoderConfig, settings["autoencoder"], where)
         if not isinstance(described, WanAutoencoderConfig):
             raise ValueError(f"{config.run}: its frames are no latents of Wan's autoencoder")
-        self.source = config.source or described.source
+        self.source = config.source or _parts_beside(config.run) or described.source
         if not self.source:
             raise ValueError(
                 f"{config.run} does not say where Wan's autoencoder and text encoder lie: name the "
@@ -264,6 +264,12 @@ def _settings_of(run: str) -> dict[str, Any]:
     if not is_steered_by_text(run):
         raise ValueError(f"{run} is not steered by a text: it takes no prompt")
     return read_settings(resolve(run) / CONFIG_FILE)
+
+
+def _parts_beside(run: str) -> str:
+    """Return the world's own folder if it holds the parts, wherever it was moved; else nothing."""
+    folder = resolve(run)
+    return str(folder) if (folder / "vae").is_dir() else ""
 
 
 def first_frame_of(latent: int) -> int:
