@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
+from scd.autoencoder.build import AutoencoderConfig
 from scd.autoencoder.pixels import PixelAutoencoder
+from scd.config import from_json
 from scd.data.folder import open_source
+from scd.data.latents import INFO_FILE, LatentSource, is_latents
 from scd.data.loader import Loader
+from scd.data.source import Source
 from scd.run import TrainConfig, check_window
 
 NUM_MEASURED_BATCHES = 16
@@ -36,7 +40,8 @@ def fit_window(config: TrainConfig, base: TrainConfig | None = None) -> TrainCon
 def fit_to_data(config: TrainConfig, base: TrainConfig | None = None) -> TrainConfig:
     """Return the run with frame size, conditions and pixel statistics of its data.
 
-    The memory becomes as long as the clips: `fit_window`.
+    Stored latents decide on the shape of the latents and on the autoencoder instead. The memory
+    becomes as long as the clips: `fit_window`.
 
     Args:
         config: the run.
@@ -47,12 +52,42 @@ def fit_to_data(config: TrainConfig, base: TrainConfig | None = None) -> TrainCo
         ValueError: the frames cannot be cut into the model's patches, the model does not work on
             pixels, or a field was changed from `base` to another value than that of the data.
     """
-    source = open_source(config.data, "train", strict=config.strict)
+    source = open_source(config.data, "train", strict=config.strict, latents=True)
+    if isinstance(source, LatentSource):
+        fitted = _fit_to_latents(config, source)
+    else:
+        fitted = _fit_to_frames(config, source)
+    given, found = _decided(config), _decided(fitted)
+    before = given if base is None else _decided(base)
+    for name, value in given.items():
+        if value != before.get(name) and value != found.get(name):
+            raise ValueError(
+                f"{name} is {value}, but {config.data} says {found.get(name)}: leave it to the data"
+            )
+    return fit_window(fitted, base)
+
+
+def decides(config: TrainConfig) -> bool:
+    """Tell whether the run's data decides on its frames: pixels do, and stored latents."""
+    return config.model.shape.channels == 3 or is_latents(config.data)
+
+
+def _fit_to_latents(config: TrainConfig, source: LatentSource) -> TrainConfig:
+    info = source.info
+    channels, height, width = info.shape
+    shape = replace(config.model.shape, channels=channels, height=height, width=width)
+    model = replace(config.model, shape=shape, conditions=info.card.conditions)
+    where = f"{source.path / INFO_FILE}: autoencoder"
+    autoencoder = from_json(AutoencoderConfig, info.autoencoder, where)
+    return replace(config, model=model, autoencoder=autoencoder)
+
+
+def _fit_to_frames(config: TrainConfig, source: Source) -> TrainConfig:
     card = source.card
     if config.model.shape.channels != 3:
         raise ValueError(
             f"pixels have 3 channels, but this model works on latents of "
-            f"{config.model.shape.channels}: it needs an autoencoder that is not in this version"
+            f"{config.model.shape.channels}: encode {config.data} first (scd encode)"
         )
     shape = replace(config.model.shape, height=card.height, width=card.width)
     model = replace(config.model, shape=shape, conditions=card.conditions)
@@ -62,15 +97,7 @@ def fit_to_data(config: TrainConfig, base: TrainConfig | None = None) -> TrainCo
     )
     # Rounded, so that a rerun on another machine has the same settings to the last digit.
     measured = replace(measured, mean=round(measured.mean, 3), std=round(measured.std, 3))
-    fitted = replace(config, model=model, autoencoder=measured)
-    given, found = _decided(config), _decided(fitted)
-    before = given if base is None else _decided(base)
-    for name, value in given.items():
-        if value != before[name] and value != found[name]:
-            raise ValueError(
-                f"{name} is {value}, but {config.data} says {found[name]}: leave it to the data"
-            )
-    return fit_window(fitted, base)
+    return replace(config, model=model, autoencoder=measured)
 
 
 def _decided(config: TrainConfig) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
+from scd.autoencoder.build import latents_of
 from scd.checkpoint import World
 from scd.clip import Batch
-from scd.data.folder import open_source
 from scd.media import PictureRow, write_grid
 from scd.objective.denoise import validation_loss
 from scd.rollout import Rollout
-from scd.run import TrainConfig
+from scd.run import TrainConfig, open_training
 from scd.running import Run
 from scd.runtime import derive_seed
 
@@ -30,7 +30,7 @@ def read_held_out(config: TrainConfig) -> list[Batch]:
     """
     if not config.validate_every and not config.sample_every:
         return []
-    source = open_source(config.data, "val", config.strict)
+    source = open_training(config, "val")
     lengths = [source.num_frames(episode) for episode in range(source.num_episodes)]
     usable = [episode for episode, length in enumerate(lengths) if length >= config.num_frames]
     if not usable:
@@ -60,7 +60,7 @@ def validate(run: Run, held_out: list[Batch]) -> dict[str, float]:
     with _evaluating(run):
         for index, batch in enumerate(mine):
             batch = batch.to(accelerator.device)
-            clean = run.world.autoencoder.encode(batch.frames)
+            clean = latents_of(run.world.autoencoder, batch)
             seed = derive_seed(0, "validation", index * accelerator.num_processes + run.rank)
             losses = validation_loss(
                 model,
@@ -99,20 +99,24 @@ def sample(run: Run, held_out: list[Batch]) -> None:
 
 
 def write_sample(world: World, batch: Batch, path: Path, seed: int = 0) -> None:
-    """Roll the second half of each clip out from the first, and write both as rows of a PNG."""
-    num_frames = batch.frames.shape[1]
+    """Roll the second half of each clip out from the first, and write both as rows of a PNG.
+
+    The truth of stored latents is what the autoencoder makes of them.
+    """
+    true = world.autoencoder.decode(batch.frames) if batch.encoded else batch.frames
+    num_frames = true.shape[1]
     num_given = max(1, num_frames // 2)
     rollout = Rollout(world, seed=seed)
-    rollout.begin(batch.frames[:, :num_given], batch.conditions.frames(0, num_given))
+    rollout.begin(true[:, :num_given], batch.conditions.frames(0, num_given))
     actions = batch.conditions.actions
     predicted = [
         rollout.step(None if actions is None else actions[:, index])
         for index in range(num_given, num_frames)
     ]
-    frames = torch.cat([batch.frames[:, :num_given], torch.stack(predicted, dim=1)], dim=1)
+    frames = torch.cat([true[:, :num_given], torch.stack(predicted, dim=1)], dim=1)
     rows = []
     for clip in range(min(len(frames), 4)):
-        rows.append(PictureRow(name="truth", frames=batch.frames[clip].cpu()))
+        rows.append(PictureRow(name="truth", frames=true[clip].float().cpu()))
         rows.append(PictureRow(name="model", frames=frames[clip].float().cpu()))
     labels = ["given"] * num_given + [f"+{n + 1}" for n in range(num_frames - num_given)]
     write_grid(rows, labels, path)

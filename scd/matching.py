@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from scd.autoencoder.pixels import PixelAutoencoder
+from scd.autoencoder.build import Autoencoder, build_autoencoder, latents_of
 from scd.clip import Batch
 from scd.flow import schedule
 from scd.learner import Companion, Task
@@ -49,7 +49,7 @@ class Matching:
     """A diffuser, or a discriminator on one; unwrapped."""
     teacher: Network
     """Guided if need be, at the run's precision."""
-    autoencoder: PixelAutoencoder
+    autoencoder: Autoencoder
     """Of all three."""
     times: list[float]
     """Of the student's steps."""
@@ -69,7 +69,7 @@ class Matching:
         num_with_gradient: int,
     ) -> tuple[Rolled, Rolled]:
         """Return clips as the student goes on with them, and as they were recorded."""
-        clean = self.autoencoder.encode(batch.frames)
+        clean = latents_of(self.autoencoder, batch)
         given, recorded = clean.split(
             [self.settings.num_given_frames, clean.shape[1] - self.settings.num_given_frames], 1
         )
@@ -145,7 +145,7 @@ def matching(
         model=model,
         critic=_critic(config, settings, model, teacher),
         teacher=guided(running(teacher, autocast), settings.guidance),
-        autoencoder=PixelAutoencoder(config.autoencoder),
+        autoencoder=build_autoencoder(config.autoencoder, next(model.parameters()).device),
         times=schedule(config.sampling).tolist()[:-1],
         num_scored=settings.num_scored(config.num_frames, window),
         window=window,

@@ -10,12 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoder.build import AutoencoderConfig, build_autoencoder, fingerprint
+from scd.autoencoder.pixels import PixelConfig
 from scd.clip import Batch
-from scd.config import added
+from scd.config import added, differences, to_json
 from scd.data.folder import open_source
+from scd.data.latents import LatentSource
 from scd.data.loader import Loader
-from scd.data.source import DataCard
+from scd.data.source import DataCard, Source, Split
 from scd.flow import SamplingConfig
 from scd.model.build import Diffuser, ModelConfig, SeparableConfig, build
 from scd.objective.denoise import DenoiseConfig
@@ -55,7 +57,8 @@ class TrainConfig:
     """One training run."""
 
     data: str = "toy:32"
-    """What to learn: "toy:32", "toy:64", or a folder of episodes."""
+    """What to learn: "toy:32", "toy:64", a folder of episodes or of their latents, or a published
+    collection ("minecraft:PATH", "ucf101:PATH", "dmlab:PATH")."""
     out: str = "runs/train"
     """Run folder: checkpoints, log and sample pictures go there."""
     initial: str = added("")
@@ -112,7 +115,7 @@ class TrainConfig:
     """How its weights move."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How frames are denoised in sample pictures, and by whoever loads the result."""
-    autoencoder: PixelConfig = field(default_factory=PixelConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=PixelConfig)
     """Between pixels and latents."""
 
     def __post_init__(self) -> None:
@@ -165,7 +168,7 @@ def check_window(config: TrainConfig) -> None:
 def check_fit(config: TrainConfig, card: DataCard) -> None:
     """Refuse a model for other frames, conditions or lengths than the data's (ValueError)."""
     check_window(config)
-    shape = PixelAutoencoder(config.autoencoder).latent_shape(card.height, card.width)
+    shape = build_autoencoder(config.autoencoder).latent_shape(card.height, card.width)
     if config.model.shape.shape != shape:
         raise ValueError(
             f"{config.data} gives latent frames of {shape} (channels, rows, columns), "
@@ -178,6 +181,34 @@ def check_fit(config: TrainConfig, card: DataCard) -> None:
         )
 
 
+def open_training(config: TrainConfig, split: Split) -> Source:
+    """Open a split as training sees it: stored latents where the data holds such, else videos.
+
+    Raises:
+        ValueError, OSError: the data cannot be read, or its latents are of another autoencoder.
+    """
+    source = open_source(config.data, split, config.strict, latents=True)
+    if isinstance(source, LatentSource):
+        _check_autoencoder(config, source)
+    return source
+
+
+def _check_autoencoder(config: TrainConfig, source: LatentSource) -> None:
+    """Refuse latents of another autoencoder than the run's (ValueError)."""
+    different = differences(source.info.autoencoder, to_json(config.autoencoder))
+    if different:
+        raise ValueError(
+            f"{config.data} holds latents of another autoencoder than the run's (its setting, then "
+            f"the run's): {'; '.join(different)}"
+        )
+    found = fingerprint(build_autoencoder(config.autoencoder))
+    if found != source.info.fingerprint:
+        raise ValueError(
+            f"{config.data} holds latents of an autoencoder with other weights: it was encoded by "
+            f"{source.info.fingerprint}, the one that the settings name is now {found}"
+        )
+
+
 def open_loader(config: TrainConfig, rank: int, num_processes: int) -> Loader:
     """Open the training split as a stream of this process's batches.
 
@@ -185,7 +216,7 @@ def open_loader(config: TrainConfig, rank: int, num_processes: int) -> Loader:
         ValueError, OSError: no episode is long enough, fewer episodes than processes, or the data
             cannot be read.
     """
-    source = open_source(config.data, "train", config.strict)
+    source = open_training(config, "train")
     return Loader(
         source,
         config.batch_size,

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from scd.atomic import remove_leftovers, take_lock, write_file
-from scd.autoencoder.pixels import PixelAutoencoder
+from scd.autoencoder.build import build_autoencoder
 from scd.checkpoint import (
     RAW_FILE,
     Progress,
@@ -199,7 +199,7 @@ def start_run(config: TrainConfig, objective: Objective | None = None) -> Run:
         loader=loader,
         world=World(
             model=model,
-            autoencoder=PixelAutoencoder(config.autoencoder),
+            autoencoder=build_autoencoder(config.autoencoder, accelerator.device),
             card=loader.source.card,
             sampling=config.sampling,
         ),

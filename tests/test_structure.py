@@ -32,8 +32,8 @@ LAYERS = (
     (
         "data",
         "clip data.video data.source data.toy data.manifest data.headers data.teco data.minecraft "
-        "data.dmlab data.square data.ucf101 data.published data.latents data.latent_writer data.folder data.check data.doom "
-        "data.record data.loader",
+        "data.dmlab data.square data.ucf101 data.published data.latents data.latent_writer "
+        "data.folder data.check data.doom data.record data.loader",
     ),
     (
         "autoencoders, text",
@@ -115,6 +115,7 @@ OPTIONAL_PACKAGES = {
 
 LINES_SOFT, LINES_HARD = 300, 500
 LONG_MODULES = {
+    "clip": "clips, batches and what steers them: every other module knows them by this one",
     "data.toy": "the rules of a world, how it is drawn and who walks in it are one thing",
     "model.dense": "one model, read beside the separable one from top to bottom",
     "model.separable": "one model, read beside the dense one from top to bottom",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from scd.clip import Clip, check_actions, pixels_to_frames
+from scd.data.latents import LatentSource, is_latents, read_info
 from scd.data.manifest import (
     CARD_FILE,
     MANIFEST_FILE,
@@ -18,7 +19,8 @@ from scd.data.manifest import (
     read_card,
     read_manifest,
 )
-from scd.data.source import DataCard, Source, Split
+from scd.data.published import open_published, parse_published
+from scd.data.source import DataCard, EmptySplit, Source, Split
 from scd.data.toy import ToyWorld
 from scd.data.video import frame_times, probe_video, read_video
 
@@ -68,7 +70,7 @@ class FolderSource:
             counts = {
                 name: sum(entry.split == name for entry in manifest) for name in get_args(Split)
             }
-            raise ValueError(
+            raise (ValueError if chosen else EmptySplit)(
                 f"{self.path}: split {split!r} has no readable episodes; in the manifest: {counts}"
             )
         self._times: dict[int, np.ndarray] = {}
@@ -109,6 +111,23 @@ class FolderSource:
             label=entry.label,
             fps=self._card.fps,
         )
+
+    def prompt(self, episode: int) -> str:
+        """Return what an episode shows, in words: its `prompt`, or the .txt beside its video.
+
+        Raises:
+            ValueError: it has neither.
+        """
+        entry = self._entries[episode]
+        beside = (self.path / entry.video).with_suffix(".txt")
+        if entry.prompt is not None:
+            return entry.prompt
+        if not beside.is_file():
+            raise ValueError(
+                f"{self.path / entry.video} has no prompt: needed the field prompt in "
+                f"{MANIFEST_FILE}, or {beside.name} beside it"
+            )
+        return beside.read_text(encoding="utf-8").strip()
 
     def _check_video(self, entry: Entry) -> None:
         try:
@@ -169,13 +188,21 @@ class _Unreadable(Exception):
     """A video that is missing, cut off, or no video at all."""
 
 
-def open_source(data: str, split: Split, strict: bool = False) -> Source:
-    """Open "toy:32", "toy:64", or a folder.
+def open_source(
+    data: str, split: Split, strict: bool = False, latents: bool = False, whole: bool = False
+) -> Source:
+    """Open a toy world, a folder of episodes, a published collection, or stored latents.
+
+    Stored latents are opened as the videos that they were made of, unless `latents` says otherwise:
+    only training reads them, everything else wants pixels.
 
     Args:
-        data: name of a toy world, or path of a folder.
+        data: "toy:32", "toy:64", path of a folder of episodes or of their latents, or
+            "minecraft:PATH", "ucf101:PATH", "dmlab:PATH".
         split: which episodes.
-        strict: stop at the first unreadable video of a folder, instead of leaving it out.
+        strict: stop at the first episode that cannot be used, instead of leaving it out.
+        latents: give stored latents as they are.
+        whole: episodes as they are: nothing cut out at random, published latents not scaled.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -185,4 +212,17 @@ def open_source(data: str, split: Split, strict: bool = False) -> Source:
         if data not in ("toy:32", "toy:64"):
             raise ValueError(f"toy worlds are 'toy:32' and 'toy:64', got {data!r}")
         return ToyWorld(size=32 if data == "toy:32" else 64, split=split)
-    return FolderSource(data, split, strict)
+    published = parse_published(data)
+    if published is not None:
+        return open_published(published, split, strict, whole)
+    if not is_latents(data):
+        return FolderSource(data, split, strict)
+    if latents:
+        return LatentSource(data, split)
+    videos = read_info(Path(data)).data
+    try:
+        return open_source(videos, split, strict)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{data} holds latents of {videos}, and this needs the videos: {error}"
+        ) from error

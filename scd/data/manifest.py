@@ -61,6 +61,8 @@ class Entry:
     """Actions file (.npz with the key `actions`), relative to the folder."""
     label: int | None = None
     """Class of the whole episode."""
+    prompt: str | None = None
+    """What the episode shows, in words."""
 
     def __post_init__(self) -> None:
         if self.num_frames < 1:
@@ -96,7 +98,7 @@ def read_manifest(path: Path) -> list[Entry]:
         FileNotFoundError: no manifest.
         ValueError: a line that is not JSON, or with a missing, unknown or wrong field.
     """
-    optional = {"actions": None, "label": None}
+    optional = {"actions": None, "label": None, "prompt": None}
     return [
         from_json(Entry, _fields(optional, _parse(where, line)), where)
         for number, line in enumerate((path / MANIFEST_FILE).read_text().splitlines(), start=1)

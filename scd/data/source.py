@@ -11,6 +11,10 @@ Split = Literal["train", "val", "test"]
 """Part of a collection; episodes of one part never appear in another."""
 
 
+class EmptySplit(ValueError):
+    """A split to which no episode of the collection belongs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataCard:
     """Size, speed and steering that all episodes of a collection share."""

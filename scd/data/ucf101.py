@@ -1,0 +1,299 @@
+"""UCF-101: class folders of .avi videos and the lists of its three splits, by two protocols.
+
+    UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi
+    ucfTrainTestlist/classInd.txt            1 ApplyEyeMakeup
+    ucfTrainTestlist/trainlist03.txt         ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi 1
+    ucfTrainTestlist/testlist03.txt          ApplyEyeMakeup/v_ApplyEyeMakeup_g21_c01.avi
+
+`mcvd`: prediction at 64 x 64; learn from trainlist03, test on every tenth video of testlist03.
+`latte`: generation at 256 x 256, every third frame; learn from all videos, and compare with them.
+
+Source: the settings of MCVD, Latte and FAR; paper, sections 2.5 and 4.2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from scd.clip import Clip, ConditionSpec, pixels_to_frames
+from scd.data.headers import Files, Header, read_headers
+from scd.data.source import DataCard, Split
+from scd.data.square import square
+from scd.data.video import frame_times, probe_video, read_video
+
+ORIGIN = (
+    "videos: https://www.crcv.ucf.edu/data/UCF101/UCF101.rar; lists: "
+    "https://www.crcv.ucf.edu/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip"
+)
+"""Where the collection comes from."""
+
+NUM_CLASSES = 101
+"""Classes of the whole collection."""
+
+FPS = 25.0
+"""Frames per second of most videos; frames are taken one by one as they are stored."""
+
+EVERY = 10
+"""MCVD tests on every tenth video of the test list."""
+
+MEANWHILE = 5
+# While a model trains it is watched on videos that MCVD does not test on: those half way between.
+
+EVERY_WATCHED = 100
+# Latte holds nothing back: to watch the training every hundredth video does.
+
+VIDEO_FOLDERS = ("UCF-101", "UCF101", "videos", ".")
+LIST_FOLDERS = ("ucfTrainTestlist", "UCF101TrainTestSplits-RecognitionTask/ucfTrainTestlist", ".")
+# Where the two archives put things, and where people do.
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UCF101Config:
+    """How the collection is read."""
+
+    protocol: Literal["mcvd", "latte"] = "mcvd"
+    """Which videos belong to which split."""
+    size: int = 0
+    """Height and width of a frame, in pixels; 0: 64 for mcvd, 256 for latte."""
+    interval: int = 0
+    """Every how manieth frame is taken; 0: 1 for mcvd, 3 for latte."""
+    list: int = 3
+    """Which of the three pairs of lists."""
+    labels: bool = False
+    """Steer by the class."""
+    augment: bool = True
+    """Cut clips to learn from out of a random place and mirror half of them. The same clip is
+    always cut in the same way: place and side follow from its episode and first frame."""
+
+    def __post_init__(self) -> None:
+        if self.list not in (1, 2, 3):
+            raise ValueError(f"list must be 1, 2 or 3, got {self.list}")
+        if self.size < 0 or self.interval < 0:
+            raise ValueError(
+                f"size and interval must be 0 or more, got {self.size} and {self.interval}"
+            )
+
+    @property
+    def filled(self) -> UCF101Config:
+        """The same with the protocol's own size and interval where none was chosen."""
+        is_mcvd = self.protocol == "mcvd"
+        return replace(
+            self,
+            size=self.size or (64 if is_mcvd else 256),
+            interval=self.interval or (1 if is_mcvd else 3),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UCF101Files:
+    """Where things are, and what the lists say."""
+
+    videos: Path
+    """Folder of the class folders."""
+    classes: dict[str, int]
+    """Class by name, from 0."""
+    train: tuple[str, ...]
+    """Videos of the training list, relative to `videos`."""
+    test: tuple[str, ...]
+    """Videos of the test list."""
+
+    def missing_classes(self) -> list[str]:
+        """Say which class folders are not there, and which folder may be meant."""
+        found = sorted(entry.name for entry in self.videos.iterdir() if entry.is_dir())
+        strangers = [name for name in found if name not in self.classes]
+        lines = []
+        for name in self.classes:
+            if name not in found:
+                close = difflib.get_close_matches(name.lower(), [s.lower() for s in strangers], 1)
+                meant = [stranger for stranger in strangers if stranger.lower() in close]
+                hint = f": is it {meant[0]}? Then rename that folder" if meant else ""
+                lines.append(f"{self.videos / name}: no such class folder{hint}")
+        return lines
+
+
+def list_paths(root: Path, number: int) -> list[Path]:
+    """Return the three list files where they are, or where they should be."""
+    names = ["classInd.txt", f"trainlist{number:02d}.txt", f"testlist{number:02d}.txt"]
+    folder = next(
+        (
+            root / name
+            for name in LIST_FOLDERS
+            if any((root / name / one).is_file() for one in names)
+        ),
+        root / LIST_FOLDERS[0],
+    )
+    return [folder / name for name in names]
+
+
+def video_folder(root: Path) -> Path:
+    """Return the folder of the class folders: the first that has a folder with videos."""
+    for name in VIDEO_FOLDERS:
+        folder = root / name
+        if folder.is_dir() and next(folder.glob("*/*.avi"), None) is not None:
+            return folder
+    return root / VIDEO_FOLDERS[0]
+
+
+def find_ucf101(root: Path, number: int = 3) -> UCF101Files:
+    """Read the lists.
+
+    Raises:
+        FileNotFoundError: no such folder, no videos, or a list is missing: says which.
+        ValueError: a line that is not as it should be.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; {ORIGIN}")
+    paths = list_paths(root, number)
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"missing list files: {', '.join(missing)}; {ORIGIN}")
+    videos = video_folder(root)
+    if not videos.is_dir():
+        raise FileNotFoundError(f"{videos}: no class folders with .avi videos; {ORIGIN}")
+    classes: dict[str, int] = {}
+    for place, words in _lines(paths[0]):
+        if len(words) != 2 or not words[0].isdigit():
+            raise ValueError(f"{place}: needed a number and a class, got {' '.join(words)!r}")
+        classes[words[1]] = int(words[0]) - 1
+    found = []
+    for path in paths[1:]:
+        names = []
+        for place, words in _lines(path):
+            name = words[0]
+            if name.count("/") != 1 or name.split("/")[0] not in classes:
+                raise ValueError(
+                    f"{place}: needed Class/video.avi of a class that {paths[0].name} "
+                    f"names, got {name!r}"
+                )
+            names.append(name)
+        found.append(tuple(names))
+    return UCF101Files(videos=videos, classes=classes, train=found[0], test=found[1])
+
+
+def _lines(path: Path) -> list[tuple[str, list[str]]]:
+    return [
+        (f"{path} line {number}", words)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if (words := line.split())
+    ]
+
+
+def videos_of(files: UCF101Files, config: UCF101Config, split: Split) -> tuple[str, ...]:
+    """Return the videos of a split, in the order of the lists.
+
+    Latte's `val` and `test` are parts of what it learns from: the protocol holds nothing back.
+    """
+    if config.protocol == "mcvd":
+        if split == "train":
+            return files.train
+        return files.test[::EVERY] if split == "test" else files.test[MEANWHILE::EVERY]
+    every = files.train + files.test
+    return every[::EVERY_WATCHED] if split == "val" else every
+
+
+class UCF101Source:
+    """Videos of one split; opening looks at each file once, and recalls it after.
+
+    Raises:
+        FileNotFoundError: no such folder, or a list is missing.
+        ValueError: a class folder is missing or misspelt, a damaged list, no videos left, or one
+            that cannot be used under `strict`.
+    """
+
+    def __init__(
+        self, root: Path, split: Split, config: UCF101Config, strict: bool = False
+    ) -> None:
+        self.root, self.split, self.config = root, split, config.filled
+        self.files = find_ucf101(root, config.list)
+        if missing := self.files.missing_classes():
+            raise ValueError("; ".join(missing[:3]) + f" ({len(missing)} in all)")
+        chosen = videos_of(self.files, self.config, split)
+        paths: list[Files] = [(self.files.videos / name,) for name in chosen]
+        headers = read_headers(f"ucf101:{root.absolute()}", paths, read_header)
+        wrong = [header.error for header in headers if header.error]
+        if wrong and strict:
+            raise ValueError(wrong[0])
+        if wrong:
+            logger.warning(
+                "%s: left out %d of %d %s videos, the first: %s",
+                *(root, len(wrong), len(chosen), split, wrong[0]),
+            )
+        kept = [number for number, header in enumerate(headers) if not header.error]
+        if not kept:
+            raise ValueError(f"{root}: split {split!r} has no videos that can be read: {wrong[:1]}")
+        self.names = [chosen[number] for number in kept]
+        self.headers = [headers[number] for number in kept]
+        self._times: dict[int, np.ndarray] = {}
+
+    @property
+    def card(self) -> DataCard:
+        """Size and speed of the clips."""
+        return DataCard(
+            height=self.config.size,
+            width=self.config.size,
+            fps=FPS / self.config.interval,
+            conditions=ConditionSpec(
+                num_labels=len(self.files.classes) if self.config.labels else 0
+            ),
+            action_names=(),
+        )
+
+    @property
+    def num_episodes(self) -> int:
+        """Number of videos of the split that can be read."""
+        return len(self.names)
+
+    def num_frames(self, episode: int) -> int:
+        """Return the length of an episode, in frames that are taken."""
+        return 1 + (self.headers[episode].num_frames - 1) // self.config.interval
+
+    def read(self, episode: int, start: int, num_frames: int) -> Clip:
+        """Decode, reduce and cut some frames of a video.
+
+        Raises:
+            ValueError: the video has no such frames, or is damaged.
+        """
+        length, name = self.num_frames(episode), self.names[episode]
+        if not 0 <= start < start + num_frames <= length:
+            raise ValueError(
+                f"{name}: frames {start} .. {start + num_frames - 1} were asked for, but it has "
+                f"{length}"
+            )
+        path, interval = self.files.videos / name, self.config.interval
+        if episode not in self._times:
+            self._times[episode] = frame_times(path)
+        wanted = 1 + (num_frames - 1) * interval
+        pixels = read_video(path, start * interval, wanted, self._times[episode])[::interval]
+        frames = pixels_to_frames(torch.from_numpy(pixels))
+        place, mirrored = 0.5, False
+        if self.split == "train" and self.config.augment:
+            draws = np.random.default_rng((episode, start)).random(2)
+            place, mirrored = float(draws[0]), bool(draws[1] < 0.5)
+        frames = square(frames, self.config.size, place)
+        return Clip(
+            frames=frames.flip(-1) if mirrored else frames,
+            label=self.files.classes[name.split("/")[0]] if self.config.labels else None,
+            fps=self.card.fps,
+        )
+
+
+def read_header(files: Files) -> Header:
+    """Read a video's header.
+
+    Raises:
+        ValueError: it cannot be read, or does not say how fast it is.
+        FileNotFoundError: no such file.
+    """
+    info = probe_video(files[0])
+    if not 0 < info.fps < float("inf"):
+        raise ValueError(f"{files[0]}: says no frame rate")
+    return Header(**vars(info))
