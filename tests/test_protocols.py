@@ -97,7 +97,9 @@ def test_an_unknown_protocol_is_answered_with_all_of_them():
 
 
 class Lengths:
-    """Only the lengths of episodes."""
+    """A source of which only the lengths of episodes are asked for."""
+
+    card = None
 
     def __init__(self, *lengths):
         self.lengths = lengths
@@ -105,6 +107,9 @@ class Lengths:
 
     def num_frames(self, episode):
         return self.lengths[episode]
+
+    def read(self, episode, start, num_frames):
+        raise AssertionError("choosing clips reads none")
 
 
 def test_first_clips_are_the_beginnings_in_order_and_short_ones_are_counted():

@@ -23,6 +23,9 @@ FPS = 8
 CRF = 25
 """Constant rate factor of imageio's default quality, 5 of 10: int((1 - 5/10) * 51)."""
 
+PLAIN_CODE = "asm=0"
+"""x264 without assembler code, whose choices for small pictures differed from call to call."""
+
 MULTIPLE = 16
 """imageio scales pictures whose sides are no multiples of this, which is not done here."""
 
@@ -32,7 +35,7 @@ def through_h264(
 ) -> tuple[Float[Tensor, "t 3 h w"], Float[Tensor, "t 3 h w"]]:
     """Return both sides as they are read back; pixels in [-1, 1].
 
-    The same frames always give the same result: one thread encodes.
+    The same frames always give the same result: one thread encodes, in plain code.
 
     Raises:
         ValueError: two frames side by side have sides that are no multiples of 16.
@@ -52,7 +55,8 @@ def through_h264(
 def _encoded(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": str(CRF)})
+        options = {"crf": str(CRF), "x264-params": PLAIN_CODE}
+        stream = container.add_stream("libx264", rate=FPS, options=options)
         assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = pixels.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -60,7 +64,6 @@ def _encoded(pixels: np.ndarray) -> bytes:
         reformatter = VideoReformatter()
         for picture in pixels:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            # Converted by the encoder itself, the same pictures did not always give the same file.
             frame = reformatter.reformat(frame, format="yuv420p", threads=1)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
