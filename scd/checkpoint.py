@@ -44,6 +44,7 @@ from scd.model.pretrained import (
     read_settings,
 )
 from scd.model.shards import is_stored
+from scd.model.wan.config import WanConfig, WanSeparableConfig
 
 RAW_FILE = "raw.safetensors"
 """Weights that the optimiser moves, in a checkpoint of a run."""
@@ -107,7 +108,8 @@ def load_world(
         device: where the model goes.
 
     Returns:
-        The world; its model is in eval mode.
+        The world; its model is in eval mode and float32, one of Wan's in the type in which its
+        weights are stored.
 
     Raises:
         FileNotFoundError: no world is there.
@@ -122,6 +124,10 @@ def load_world(
     if weights == "raw" and not (folder / name).exists():
         raise FileNotFoundError(f"{folder} has no raw weights ({name}): only runs keep them")
     load_weights(model, folder / name, str(device))
+    if not isinstance(parts["model"], WanConfig | WanSeparableConfig):
+        # Small worlds are passed on in fewer bits than they compute with; Wan's stay as stored,
+        # since twice their size may not fit.
+        model.float()
     return World(
         model=model.to(device).eval(),
         autoencoder=build_autoencoder(parts["autoencoder"], device),
