@@ -62,7 +62,7 @@ LAYERS = (
         "engine.modulation engine.encoder engine.decoder engine.graph engine.separable "
         "engine.dense engine.open engine.pool",
     ),
-    ("rollout", "rollout session streams text_stream"),
+    ("rollout", "frame_timing rollout session streams text_stream"),
     (
         "measurement",
         "metrics.image metrics.memory metrics.drift metrics.frechet metrics.weights metrics.lpips "
@@ -92,7 +92,10 @@ LAYERS = (
     (
         "serving",
         "serve.settings serve.client_messages serve.server_messages serve.protocol serve.errors "
-        "serve.events serve.history serve.host serve.picture serve.decode serve.upload "
+        "serve.events serve.history serve.identity serve.memory serve.notes serve.snapshot "
+        "serve.player serve.admission serve.starts serve.players serve.commands serve.rounds "
+        "serve.shelf serve.eviction serve.inbox serve.stage serve.host serve.picture serve.decode "
+        "serve.upload "
         "serve.rate serve.statistics serve.checks serve.service serve.access serve.outlet serve.seat "
         "serve.connection serve.http_api serve.app serve.run serve.play client",
     ),
