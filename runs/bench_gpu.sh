@@ -31,7 +31,7 @@ run scd bench $common --model scd-m,dense-m --join token_concat,prefix --engine 
   --context 16,64,144,300 --steps 4,50 --json "$out/bench_gpu.jsonl"
 # The shapes of Wan2.1 1.3B at few steps.
 # shellcheck disable=SC2086
-run scd bench $common --model wan-1.3b,wan-1.3b-dense --join token_concat,prefix --engine fast \
+run scd bench $common --model wan-shape,wan-shape-dense --join token_concat,prefix --engine fast \
   --context 1,3,7,14,21 --steps 2,4 --json "$out/bench_gpu_wan.jsonl"
 
 # In turns: fast against plain, separable against dense, the paper's join against the prefix.

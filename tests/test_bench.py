@@ -12,6 +12,7 @@ import torch
 import tyro
 
 from scd import device_memory
+from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
 from scd.bench.card import LimitsOfDevice, RowFile
 from scd.bench.case import Case, numbers, parse_case
 from scd.bench.compare import CompareConfig, compare, pairs_of
@@ -21,11 +22,15 @@ from scd.bench.measure import BenchConfig, bench, cases_of
 from scd.bench.models import Subject, find_subject, random_model
 from scd.bench.stream import TimedStreams
 from scd.bench.timing import Effort, time_case
+from scd.checkpoint import World, save_world
 from scd.cli import main
 from scd.clip import Conditions
+from scd.data.source import DataCard
 from scd.device_memory import OutOfMemory, PeakMemory, check_free, out_of_memory_named
+from scd.flow import SamplingConfig
 from scd.model.build import build, frame_cost, num_parameters
 from scd.model.cost import Load
+from tests.tiny_wan import tiny_wan, tiny_wan_separable
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -262,15 +267,50 @@ def test_a_trained_world_is_timed_as_it_is(run):
 
 
 def test_wan_has_its_tokens_and_its_size():
-    for name, layers in (("wan-1.3b", 35), ("wan-1.3b-dense", 30)):
+    for name, layers in (("wan-shape", 35), ("wan-shape-dense", 30)):
         subject = find_subject(name)
         assert subject.config.shape.num_tokens == 1560
         with torch.device("meta"):
             model = build(subject.config)
         assert num_parameters(model) == pytest.approx(layers * 18 * 1536**2, rel=0.03)
         assert "no text cross-attention" in subject.note
-    cases = cases_of(BenchConfig(model="wan-1.3b", context="1,5,21", steps="2,4"))
+    cases = cases_of(BenchConfig(model="wan-shape", context="1,5,21", steps="2,4"))
     assert len(cases) == 12
+
+
+def test_wan_models_have_their_weights_and_any_size():
+    for name, weights in (("wan-1.3b", 1_676_874_560), ("wan-1.3b-dense", 1_418_996_800)):
+        subject = find_subject(name)
+        with torch.device("meta"):
+            assert num_parameters(build(subject.config)) == weights
+        assert not subject.has_pixels and "latents only" in subject.note
+        assert find_subject(f"{name}@64x96").config.shape.shape == (16, 8, 12)
+        assert find_subject(name).config.shape.num_tokens == 1560
+    cases = cases_of(BenchConfig(model="wan-1.3b,wan-1.3b-dense@64x96", context="1,21", steps="4"))
+    assert [case.engine for case in cases] == ["plain"] * 4
+    with pytest.raises(ValueError, match="no fast engine"):
+        cases_of(BenchConfig(model="wan-1.3b", engine="fast"))
+    for size in ("64", "60x96", "0x16"):
+        with pytest.raises(ValueError, match="multiples of 16"):
+            find_subject(f"wan-1.3b@{size}")
+
+
+def test_wan_worlds_are_timed(tmp_path):
+    models = {"separable": tiny_wan_separable(), "dense": tiny_wan()}
+    for name, model in models.items():
+        card = DataCard(
+            height=32, width=48, fps=16.0, conditions=model.config.conditions, action_names=()
+        )
+        sampling = SamplingConfig(num_steps=2)
+        autoencoder = PixelAutoencoder(PixelConfig())
+        world = World(model=model, autoencoder=autoencoder, card=card, sampling=sampling)
+        save_world(world, tmp_path / name)
+    folders = ",".join(str(tmp_path / name) for name in models)
+    rows = bench(BenchConfig(model=folders, guidance="none,conditions", frames=2, device="cpu"))
+    assert [row["context"] for row in rows] == [8] * 4
+    for row, alone in zip(rows[1::2], rows[::2], strict=True):
+        assert row["flops_per_frame"] == 2 * alone["flops_per_frame"]
+        assert row["seconds_per_frame_median"] > 0
 
 
 def test_a_comparison_takes_turns(tmp_path, capsys):

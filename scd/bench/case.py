@@ -14,7 +14,7 @@ from scd.model.build import frame_cost
 from scd.model.cost import FrameCost, Load
 from scd.model.decoder import Join
 from scd.model.separable import SeparableConfig
-from scd.model.wan.config import WanSeparableConfig
+from scd.model.wan.config import WanConfig, WanSeparableConfig
 from scd.rollout import GuidanceKind
 from scd.runtime import DTYPES, Precision
 
@@ -97,6 +97,8 @@ class Case:
                 f"context {self.context} leaves no room beside the first frames that "
                 f"{self.model} always remembers, {config.cache.num_sinks}"
             )
+        if self.engine == "fast" and isinstance(config, (WanConfig, WanSeparableConfig)):
+            raise ValueError(f"{self.model} has no fast engine yet: engine must be plain")
         if self.sessions > 1 and self.batch > 1:
             raise ValueError(
                 f"several sessions have one stream each: got sessions={self.sessions} and "

@@ -18,6 +18,7 @@ from scd.bench.timing import TIMED, Effort, time_case
 from scd.config import to_json
 from scd.device_memory import OutOfMemory, release
 from scd.model.separable import SeparableConfig
+from scd.model.wan.config import WanConfig, WanSeparableConfig
 from scd.runtime import choose_device
 
 DEFAULT_CONTEXTS = "16,64,144,300"
@@ -32,7 +33,8 @@ class BenchConfig:
     """Rows of measurements: all combinations of the lists, whose entries have commas between."""
 
     model: str = "toy"
-    """Presets (scd train), wan-1.3b, wan-1.3b-dense, or folders of runs or worlds."""
+    """Presets (scd train), wan-1.3b, wan-1.3b-dense (with a size: wan-1.3b@256x448), or folders of
+    runs or worlds."""
     context: str = ""
     """Frames of the full window. Empty: those of 16,64,144,300 that fit, or the window itself."""
     steps: str = ""
@@ -46,7 +48,8 @@ class BenchConfig:
     precision: str = "fp32"
     """fp32, bf16: of weights, memory and products."""
     engine: str = "plain,fast"
-    """plain: the model as it is written; fast: laid out for the machine."""
+    """plain: the model as it is written; fast: laid out for the machine (not for Wan models, which
+    have the plain one only)."""
     join: str = ""
     """Joins of separable models' decoders: token_concat, token_concat_projected, channel_concat,
     add, prefix. Empty: each model's own."""
@@ -126,7 +129,7 @@ def cases_of(config: BenchConfig) -> list[Case]:
                 "context": _contexts(config.context, subjects[model].config.cache.window),
                 "steps": _steps(config.steps, subjects[model]),
                 "join": joins if joins and model in separable else [None],
-                "engine": names("engine", config.engine),
+                "engine": _engines(config.engine, subjects[model]),
             }
         )
     return cases
@@ -136,6 +139,12 @@ def _contexts(text: str, window: int) -> Sequence[int]:
     if text:
         return numbers("context", text)
     return [c for c in numbers("context", DEFAULT_CONTEXTS) if c <= window] or [window]
+
+
+def _engines(text: str, subject: Subject) -> Sequence[str]:
+    is_wan = isinstance(subject.config, (WanConfig, WanSeparableConfig))
+    default = is_wan and text == BenchConfig.engine
+    return ["plain"] if default else names("engine", text)
 
 
 def _steps(text: str, subject: Subject) -> Sequence[int]:

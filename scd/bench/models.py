@@ -5,10 +5,12 @@ Speed does not depend on the weights, so all but a trained world have random one
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from scd.autoencoder.build import Autoencoder
 from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
 from scd.checkpoint import load_world, resolve
 from scd.clip import ConditionSpec
@@ -23,6 +25,7 @@ from scd.model.embed import FrameShape
 from scd.model.encoder import EncoderConfig
 from scd.model.pretrained import CONFIG_FILE, read_settings
 from scd.model.separable import SeparableConfig
+from scd.model.wan.config import WanConfig, WanSeparableConfig
 from scd.presets import PRESETS
 from scd.runtime import make_generator
 
@@ -31,8 +34,14 @@ _WAN_BLOCK = BlockConfig(width=1536, head_dim=128, rotary_axes=(44, 42, 42))
 _WAN_CACHE = CacheConfig(window=21, num_sinks=0)
 """81 frames of video are 21 latent ones."""
 
+WAN_MODELS: dict[str, WanConfig | WanSeparableConfig] = {
+    "wan-1.3b": WanSeparableConfig(),
+    "wan-1.3b-dense": WanConfig(),
+}
+"""Wan2.1 1.3B at 480x832: encoder of 25 layers and decoder of 5 + 5, and all 30 at every step."""
+
 WAN_SHAPES: dict[str, ModelConfig] = {
-    "wan-1.3b": SeparableConfig(
+    "wan-shape": SeparableConfig(
         shape=_WAN_SHAPE,
         block=_WAN_BLOCK,
         encoder=EncoderConfig(num_layers=25),
@@ -40,7 +49,7 @@ WAN_SHAPES: dict[str, ModelConfig] = {
         conditions=ConditionSpec(),
         cache=_WAN_CACHE,
     ),
-    "wan-1.3b-dense": DenseConfig(
+    "wan-shape-dense": DenseConfig(
         shape=_WAN_SHAPE,
         block=_WAN_BLOCK,
         num_layers=30,
@@ -55,6 +64,11 @@ WAN_NOTE = (
     "made of this project's blocks: no text cross-attention, an MLP of 4 times the width (Wan's is "
     "5.8 times), no autoencoder"
 )
+WAN_MODEL_NOTE = "latents only: the video autoencoder and the text encoder are not timed here"
+NORMS = ("q_norm", "k_norm", "norm_q.weight", "norm_k.weight", "norm2.weight")
+"""Ends of the names of weights that scale what was normalised."""
+CELL = 8
+"""Pixels along a latent cell of Wan."""
 LATENT_NOTE = "the latents' autoencoder is not part of this project: end to end ends at latents"
 
 
@@ -76,15 +90,16 @@ class Subject:
     @property
     def has_pixels(self) -> bool:
         """Whether its latents can be turned into pixels here."""
+        if isinstance(self.config, (WanConfig, WanSeparableConfig)):
+            # Its autoencoder makes four frames of a latent one, and remembers those before.
+            return False
         return self.folder is not None or self.config.shape.channels == 3
 
-    def load(
-        self, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Diffuser, PixelAutoencoder | None]:
+    def load(self, device: torch.device, dtype: torch.dtype) -> tuple[Diffuser, Autoencoder | None]:
         """Return the model in eval mode, and what turns its latents into pixels, if anything."""
         if self.folder is not None:
             world = load_world(self.folder, device=device)
-            return world.model.to(dtype), world.autoencoder
+            return world.model.to(dtype), world.autoencoder if self.has_pixels else None
         autoencoder = PixelAutoencoder(PixelConfig()) if self.has_pixels else None
         return random_model(self.config, device, dtype), autoencoder
 
@@ -93,7 +108,8 @@ def find_subject(name: str, join: Join | None = None) -> Subject:
     """Find a model by name.
 
     Args:
-        name: a preset, a shape, or the folder of a run or world.
+        name: a preset, a shape, or the folder of a run or world; of Wan models also with their size
+            in pixels, "wan-1.3b@256x448".
         join: of the decoder, in place of the model's own.
 
     Raises:
@@ -104,6 +120,8 @@ def find_subject(name: str, join: Join | None = None) -> Subject:
     if name in PRESETS:
         config = PRESETS[name].model
         note = LATENT_NOTE if config.shape.channels != 3 else ""
+    elif name.partition("@")[0] in WAN_MODELS:
+        config, note = _wan_model(name), WAN_MODEL_NOTE
     elif name in WAN_SHAPES:
         config, note = WAN_SHAPES[name], WAN_NOTE
     elif "/" in name or name.startswith("."):
@@ -113,11 +131,27 @@ def find_subject(name: str, join: Join | None = None) -> Subject:
         config = from_json(ModelConfig, settings["model"], f"{path}: model")
         sampling = from_json(SamplingConfig, settings.get("sampling"), f"{path}: sampling")
     else:
-        names = ", ".join([*PRESETS, *WAN_SHAPES])
+        names = ", ".join([*PRESETS, *WAN_MODELS, *WAN_SHAPES])
         raise ValueError(f"unknown model {name!r}; there are {names}, or the folder of a run (a/b)")
     if join is not None:
         config = _with_join(name, config, join, trained=folder is not None)
     return Subject(name=name, config=config, folder=folder, note=note, sampling=sampling)
+
+
+def _wan_model(name: str) -> WanConfig | WanSeparableConfig:
+    kind, _, size = name.partition("@")
+    config = WAN_MODELS[kind]
+    if not size:
+        return config
+    found = re.fullmatch(r"(\d+)x(\d+)", size)
+    step = CELL * config.shape.patch_size
+    if found is None or int(found[1]) % step or int(found[2]) % step or "0" in found.groups():
+        raise ValueError(
+            f"the size in {name!r} must be rows x columns of pixels, multiples of {step}, "
+            "as 256x448"
+        )
+    height, width = int(found[1]) // CELL, int(found[2]) // CELL
+    return replace(config, shape=replace(config.shape, height=height, width=width))
 
 
 def _with_join(name: str, config: ModelConfig, join: Join, trained: bool) -> ModelConfig:
@@ -139,7 +173,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     generator = make_generator(0, "random weights", device=device)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("q_norm", "k_norm")):
+            if name.endswith(NORMS):
                 weight.fill_(1)
             else:
                 weight.normal_(0, 0.02, generator=generator)
