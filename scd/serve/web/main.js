@@ -22,7 +22,9 @@ const pictures = new Pictures((...of) => stage.push(...of), pictureFailed);
 const player = new Player(address, token, pictures);
 const stage = new Stage(byId("view"), byId("ambient"), byId("room"), drawn);
 const meters = new Meters(byId("chart"), byId("meters"));
-const recorder = new Recorder(byId("view"), byId("record"), byId("recording"), say);
+const recorder = new Recorder(byId("view"), byId("record"), byId("recording"), say, () =>
+  player.fetchVideo(headers),
+);
 let steering = new Steering(byId("pad"), byId("view"), byId("stick"), hold, pressed);
 const controls = new Controls(player, headers, say);
 const timeline = new Timeline(byId("strip"), byId("strip-canvas"), byId("takes"), {

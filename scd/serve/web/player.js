@@ -22,7 +22,7 @@ export class Player extends EventTarget {
     this.wantsRun = true;
     this.fps = null;
     this.asleep = false;
-    this.isBusy = false;
+    this.isBusy = this.isRewinding = false;
     this.link = { name: "connecting", reason: "" };
     this.sequence = 0;
     this.held = null;
@@ -124,7 +124,7 @@ export class Player extends EventTarget {
       const place = parent ? this.takes.indexOf(parent) + 1 : this.takes.length;
       this.takes.splice(place, 0, take);
     } else {
-      take.update(state);
+      take.update(state, this.isRewinding);
     }
     const other = this.take !== take;
     this.take = take;
@@ -190,7 +190,10 @@ export class Player extends EventTarget {
   }
 
   async rewind(frame) {
-    return this.ask({ type: "rewind", frame });
+    this.isRewinding = true;
+    const answer = await this.ask({ type: "rewind", frame });
+    this.isRewinding = false;
+    return answer;
   }
 
   /** Go on in a copy that ends with `frame`; null: with the newest. */
@@ -241,6 +244,14 @@ export class Player extends EventTarget {
       if (!(error instanceof TypeError)) this.tell(error);
       return null;
     }
+  }
+
+  /** Ask for the stream as MP4, as far back as the server keeps it; null: it cannot be had. */
+  async fetchVideo(headers) {
+    if (this.take === null) return null;
+    const address = `v1/sessions/${encodeURIComponent(this.take.id)}/video`;
+    const answer = await fetch(address, { headers }).catch(() => null);
+    return answer?.ok ? answer.blob() : null;
   }
 
   acknowledge(header) {

@@ -13,14 +13,16 @@ function supported(kinds) {
 /** How this browser would record: {kind, words}. */
 export function recordingKind() {
   if (supported(MP4)) return { kind: "mp4", words: "MP4, by this browser" };
-  if (supported(WEBM)) return { kind: "webm", words: "WebM: this browser records no H.264 in MP4" };
+  if (supported(WEBM))
+    return { kind: "webm", words: "this browser makes no MP4, so the server does, of the whole stream" };
   return { kind: null, words: "this browser cannot record" };
 }
 
 export class Recorder {
-  /** `button` starts and stops, `chip` shows the seconds, `say` tells what became of it. */
-  constructor(view, button, chip, say) {
-    Object.assign(this, { view, button, chip, say });
+  /** `button` starts and stops, `chip` shows the seconds, `say` tells what became of it.
+   *  `fetchVideo` asks the server for the stream as MP4. */
+  constructor(view, button, chip, say, fetchVideo) {
+    Object.assign(this, { view, button, chip, say, fetchVideo });
     this.name = "world";
     this.canvas = document.createElement("canvas");
     this.recorder = null;
@@ -36,8 +38,15 @@ export class Recorder {
     try {
       if (this.isOn) {
         const { blob, ending, num } = await this.stop();
-        download(blob, `${this.name.replace(/[^\w-]+/g, "-")}-${num}-frames.${ending}`);
-        this.say(`Saved ${num} frames as ${ending === "mp4" ? "MP4" : "WebM"}.`);
+        const name = this.name.replace(/[^\w-]+/g, "-");
+        const whole = ending === "webm" ? await this.fetchVideo() : null;
+        if (whole !== null) {
+          download(whole, `${name}-stream.mp4`);
+          this.say("Saved the whole stream as MP4, made by the server: this browser makes none.");
+        } else {
+          download(blob, `${name}-${num}-frames.${ending}`);
+          this.say(`Saved ${num} frames as ${ending === "mp4" ? "MP4" : "WebM"}.`);
+        }
       } else {
         this.start();
       }

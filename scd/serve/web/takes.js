@@ -14,12 +14,13 @@ export class Take {
     this.update(state);
   }
 
-  /** Take over what the server says; frames of a cut-off future go. */
-  update(state) {
+  /** Take over what the server says; a new generation has the past up to its newest frame in
+   *  common with this one (`keeps`), or nothing. */
+  update(state, keeps = false) {
     const began = this.state && state.generation !== this.state.generation;
     this.state = state;
     this.newest = state.frame;
-    if (began) this.cut(state.frame);
+    if (began) this.cut(keeps ? state.frame : -1);
   }
 
   /** Oldest frame that can be gone back to; states are rarer than frames, hence the sum. */
