@@ -9,7 +9,7 @@ from torch import nn
 
 from scd.flow import SamplingConfig
 from scd.probe.attention import attention_mass, mass
-from scd.probe.ours import subject_of
+from scd.probe.open import subject_of
 from scd.probe.subject import Look
 from scd.probe.trajectory import step_times
 from tests.test_probe_features import their_task

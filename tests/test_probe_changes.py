@@ -8,7 +8,7 @@ from scd.flow import SamplingConfig
 from scd.metrics.image import MAX_PSNR, psnr_of
 from scd.probe.intercept import held, recorded
 from scd.probe.leave_one_out import leave_one_out, losses, relative
-from scd.probe.ours import subject_of
+from scd.probe.open import subject_of
 from scd.probe.reuse import ReuseGrid, reuse_loss, reuse_rollout
 from scd.probe.splice import Split, splice_losses, splits
 from scd.probe.subject import Task

@@ -8,7 +8,7 @@ from scd.clip import Conditions
 from scd.flow import SamplingConfig, draw_times, solve
 from scd.model.skip import LayerSkip
 from scd.probe.colours import agreement, coloured, pca_view, principal
-from scd.probe.ours import subject_of
+from scd.probe.open import subject_of
 from scd.probe.similarity import alignment, centred, step_similarity, token_cosine
 from scd.probe.subject import Task
 from scd.probe.trajectory import (

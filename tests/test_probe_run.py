@@ -20,7 +20,7 @@ from scd.model.cache import CacheConfig
 from scd.model.dense import DenseConfig
 from scd.model.embed import FrameShape
 from scd.probe import measure
-from scd.probe.ours import subject_of
+from scd.probe.open import subject_of
 from scd.probe.run import probe
 from scd.probe.settings import ProbeConfig, memory_needed, training_times
 from tests.tiny import shaken

@@ -17,7 +17,7 @@ from scd.probe.intercept import (
     replaced,
     without,
 )
-from scd.probe.ours import subject_of
+from scd.probe.open import subject_of
 from scd.probe.subject import CONTEXT, Task
 from tests.tiny import ACTIONS, random_conditions, tiny_dense, tiny_separable
 

@@ -80,10 +80,10 @@ LAYERS = (
     ),
     (
         "probe",
-        "probe.intercept probe.subject probe.ours probe.wan probe.trajectory probe.similarity "
-        "probe.colours probe.attention probe.leave_one_out probe.reuse probe.splice probe.split "
-        "probe.entries probe.measure probe.settings probe.maps probe.plots probe.sections "
-        "probe.page probe.run",
+        "probe.intercept probe.subject probe.ours probe.our_wan probe.open probe.wan "
+        "probe.trajectory probe.similarity probe.colours probe.attention probe.leave_one_out "
+        "probe.reuse probe.splice probe.split probe.entries probe.measure probe.settings "
+        "probe.maps probe.plots probe.sections probe.page probe.run",
     ),
     (
         "interventions",

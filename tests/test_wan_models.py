@@ -28,6 +28,9 @@ from scd.model.wan.dense import WanDiffuser
 from scd.model.wan.separable import WanSeparableDiffuser
 from scd.objective.denoise import DenoiseConfig, denoise
 from scd.objective.self_forcing import self_forced
+from scd.probe.intercept import without
+from scd.probe.open import subject_of
+from scd.probe.subject import Task
 from scd.rollout import Guidance, Rollout
 from tests.tiny_wan import (
     BLOCK,
@@ -477,3 +480,26 @@ def test_a_full_size_model_has_as_many_weights_as_published():
         sizes = [num_parameters(build(config)) for config in (WanConfig(), WanSeparableConfig())]
     # Wan2.1's own count; and 35 of its layers, with embedders for each part.
     assert sizes == [1_418_996_800, 1_676_874_560]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dense", "separable", "separable, joined in the middle"])
+def test_the_probe_sees_frames_and_not_the_text(name):
+    model = MODELS[name]()
+    clean, _, _, conditions, _ = wan_clips(num_frames=4)
+    subject, looks = subject_of(model), []
+    task = Task(clean=clean, conditions=conditions, noise=torch.randn(2, *SHAPE.shape))
+    with subject.watch_attention(looks.append):
+        state = task.begin(subject)
+        subject.velocity(state, task.noise, 1.0)
+    assert [look.layer for look in looks] == list(range(len(subject.layers)))
+    for look in looks:
+        layer = subject.layers[look.layer]
+        assert len(look.distances) == look.k.shape[-2]
+        if isinstance(model, WanDiffuser) or layer.once:
+            assert sorted(set(look.distances)) == [0, 1, 2, 3]
+    full = task.error(subject, task.begin(subject), 0.5)
+    for layer in subject.layers:
+        with without([layer]):
+            less = task.error(subject, task.begin(subject), 0.5)
+        assert not torch.allclose(full, less)

@@ -1,4 +1,4 @@
-"""The models of this package as subjects of the probe."""
+"""The models of this package that are not Wan's as subjects of the probe."""
 
 from __future__ import annotations
 
@@ -20,13 +20,6 @@ from scd.probe.intercept import Layer
 from scd.probe.subject import CONTEXT, Subject
 
 
-def subject_of(model: Diffuser) -> Subject:
-    """Make a model probeable; it is put into eval mode."""
-    if isinstance(model, DenseDiffuser):
-        return DenseSubject(model)
-    return SeparableSubject(model)
-
-
 @dataclass(frozen=True, kw_only=True)
 class OurState:
     """What the denoising steps of a frame need."""
@@ -37,8 +30,8 @@ class OurState:
     """Of each key that an attention of the steps looks at; see `Look.distances`."""
 
 
-class _OurSubject(Subject):
-    """What both kinds share."""
+class OurSubject(Subject):
+    """What all kinds share."""
 
     def __init__(self, model: Diffuser, layers: Sequence[Layer]) -> None:
         config = model.config
@@ -48,7 +41,8 @@ class _OurSubject(Subject):
         self.grid = (model.shape.rows, model.shape.columns)
         self.frame_shape = model.shape.shape
         self.num_heads, self.width = config.block.num_heads, config.block.width
-        self.sizes = Sizes(shape=config.shape, block=config.block, conditions=config.conditions)
+        if isinstance(config.block, BlockConfig):
+            self.sizes = Sizes(shape=config.shape, block=config.block, conditions=config.conditions)
         self.window = config.cache.window
         self._spec, self._cache = config.conditions, config.cache
         # Which keys the attention that comes next looks at; None: it is none of the newest frame.
@@ -72,7 +66,7 @@ class _OurSubject(Subject):
         times = noisy.new_full(noisy.shape[:1], time, dtype=torch.float64)
         return self.model.velocity(state.context, noisy, times)
 
-    def _stream(self, past: Tensor, conditions: Conditions) -> tuple[Any, Conditions]:
+    def stream(self, past: Tensor, conditions: Conditions) -> tuple[Any, Conditions]:
         """Begin a stream with the past; return its state and the conditions of the next frame."""
         num_past = past.shape[1]
         self._spec.check(conditions, num_past + 1)
@@ -82,11 +76,12 @@ class _OurSubject(Subject):
         stream = self.model.begin(past, conditions.frames(0, num_past), num_frames_in_memory=room)
         return stream, conditions.frames(num_past, num_past + 1)
 
-    def _from_positions(self, positions: Sequence[int], newest: int) -> list[int]:
+    def from_positions(self, positions: Sequence[int], newest: int) -> list[int]:
+        """Return how far back from the newest frame each token of frames at positions lies."""
         return [newest - position for position in positions for _ in range(self.tokens_per_frame)]
 
 
-class DenseSubject(_OurSubject):
+class DenseSubject(OurSubject):
     """A dense causal diffuser: every layer runs at every step, over the memory of the past.
 
     Raises:
@@ -114,14 +109,14 @@ class DenseSubject(_OurSubject):
         Raises:
             ValueError: conditions of another kind than the model's.
         """
-        stream, now = self._stream(past, conditions)
+        stream, now = self.stream(past, conditions)
         context = self.model.context(stream, now)
         assert isinstance(context, DenseContext)
         positions = context.cache.positions_with([context.frame])
-        return OurState(context=context, distances=self._from_positions(positions, context.frame))
+        return OurState(context=context, distances=self.from_positions(positions, context.frame))
 
 
-class SeparableSubject(_OurSubject):
+class SeparableSubject(OurSubject):
     """A separable diffuser: encoder layers run once per frame, decoder layers at every step.
 
     An encoder's row belongs to the frame before the one that is denoised; its distances are counted
@@ -148,11 +143,11 @@ class SeparableSubject(_OurSubject):
         Raises:
             ValueError: conditions of another kind than the model's.
         """
-        stream, now = self._stream(past, conditions)
+        stream, now = self.stream(past, conditions)
         stream.cache.make_room()
         positions = stream.cache.positions_with([stream.next_row])
         # A prefix decoder runs its layers over the context too: these are no frame's attention.
-        self._distances, self._in_begin = self._from_positions(positions, stream.next_row), True
+        self._distances, self._in_begin = self.from_positions(positions, stream.next_row), True
         context = self.model.context(stream, now)
         own = [0] * self.tokens_per_frame
         joined = self.model.config.decoder.join in ("channel_concat", "add")

@@ -23,7 +23,7 @@ from scd.device_memory import PeakMemory, check_free, readable
 from scd.model.build import num_parameters
 from scd.model.pretrained import WEIGHTS_FILE
 from scd.probe.measure import MEASUREMENTS, Measurement, Plan, proposed_split
-from scd.probe.ours import subject_of
+from scd.probe.open import subject_of
 from scd.probe.page import write_page
 from scd.probe.settings import ProbeConfig, make_plan, memory_needed, open_clips
 from scd.results import provenance, write_json

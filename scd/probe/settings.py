@@ -16,7 +16,7 @@ from scd.model.decoder import Join
 from scd.predict import check_fit, choose_windows, read_windows
 from scd.probe.attention import MAX_BLOCK_BYTES, chosen_tokens
 from scd.probe.measure import Measurement, Plan
-from scd.probe.ours import subject_of
+from scd.probe.open import subject_of
 from scd.probe.reuse import ReuseGrid
 from scd.probe.subject import MIN_PAST, Subject, Task
 from scd.probe.trajectory import MAX_FEATURE_BYTES, feature_bytes, noise_levels
