@@ -147,7 +147,7 @@ def test_folders_that_hold_no_autoencoder_of_wan(source, tmp_path):
     shutil.copytree(source / "vae", part)
     (part / "x.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match="lacks 2 of the files"):
-        find_part(part, "vae")
+        find_part(part, "vae", ("AutoencoderKLWan",))
     assert find_part(source / "vae", "vae") == source / "vae"
 
 
