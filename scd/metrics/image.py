@@ -15,7 +15,6 @@ from functools import lru_cache
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 DATA_RANGE = 2.0
 """Distance from black to white: pixels are in [-1, 1]."""
@@ -75,6 +74,9 @@ def ssim(
         )
     # Unlike PSNR, SSIM compares means by their ratio: it is defined for black at 0. It takes small
     # variances as differences of squares, for which single precision is too rough on flat pictures.
+    # Here, because it takes a third of the time in which every command starts.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     values = structural_similarity_index_measure(
         (predicted.double().reshape(-1, channels, height, width) + 1) / 2,
         (true.double().reshape(-1, channels, height, width) + 1) / 2,
