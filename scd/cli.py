@@ -31,7 +31,7 @@ from scd.encode import encode
 from scd.encode import readable as readable_encoding
 from scd.encode_settings import EncodeConfig
 from scd.evaluate import EvaluateConfig, evaluate, readable
-from scd.evaluate_protocol import ProtocolConfig, evaluate_by_protocol
+from scd.evaluate_protocol import evaluate_by_protocol
 from scd.evaluate_protocol import readable as readable_by_protocol
 from scd.export import ExportConfig, export_diffusers
 from scd.fit import decides, fit_to_data, fit_window
@@ -43,6 +43,7 @@ from scd.plan import dry_run
 from scd.presets import PRESETS, preset
 from scd.probe.run import probe
 from scd.probe.settings import ProbeConfig
+from scd.protocol_settings import ProtocolConfig
 from scd.protocols import listing, protocol
 from scd.run import TrainConfig
 from scd.sample import SampleConfig, sample

@@ -67,8 +67,8 @@ LAYERS = (
         "measurement",
         "metrics.image metrics.memory metrics.drift metrics.frechet metrics.weights metrics.lpips "
         "metrics.fvd metrics.compress metrics.judge media plots predict judged measure evaluate "
-        "train_judge sample side_by_side page report first_look processes protocols trajectories "
-        "parts protocol_rows protocol_page evaluate_protocol",
+        "train_judge sample side_by_side page report first_look processes protocols "
+        "protocol_settings trajectories parts protocol_rows protocol_page evaluate_protocol",
     ),
     ("text to video", "text_to_video sample_text vbench pipeline"),
     ("trainer", "run initial learner teacher matching tasks running fit held_out train plan"),
