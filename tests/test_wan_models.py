@@ -43,16 +43,23 @@ from tests.tiny_wan import (
     wan_clips,
 )
 
+
+def separable(decoder=None, **encoder):
+    return tiny_wan_separable(
+        encoder=WanEncoderConfig(num_layers=2, **encoder),
+        decoder=decoder or WanDecoderConfig(num_first=1, num_last=1),
+    )
+
+
 MODELS = {
-    "dense": tiny_wan,
-    "separable": tiny_wan_separable,
-    "separable, joined in the middle": lambda: tiny_wan_separable(
-        decoder=WanDecoderConfig(num_first=2, num_last=2, join="middle", context_time="clean")
+    "dense": lambda: tiny_wan(num_layers=2),
+    "separable": separable,
+    "separable, joined in the middle": lambda: separable(
+        WanDecoderConfig(num_first=1, num_last=1, join="middle", context_time="clean")
     ),
-    "separable, the same noise": lambda: tiny_wan_separable(
-        encoder=WanEncoderConfig(num_layers=4, noise="same")
-    ),
+    "separable, the same noise": lambda: separable(noise="same"),
 }
+"""Each with two layers: the first ones are read by others, the last ones are not."""
 
 
 @pytest.fixture(params=list(MODELS), scope="module")
@@ -372,15 +379,17 @@ def world_of(model):
 
 
 @pytest.mark.parametrize("kind", ["none", "conditions"])
-def test_a_rollout_streams_it(model, kind):
+@pytest.mark.parametrize("name", ["dense", "separable"])
+def test_a_rollout_streams_it(name, kind):
+    model = MODELS[name]()
     guidance = Guidance() if kind == "none" else Guidance(kind="conditions", scale=2.0)
     rollout = Rollout(world_of(model), guidance=guidance, seed=3)
     steering = Conditions(text=random_text(), null_text=torch.zeros(2, 8, 32))
     rollout.begin(None, steering, batch=2, can_reset=True)
     # Latents of 16 channels are no pictures: each is kept before anything would show it.
-    first = [stepped(rollout) for _ in range(3)]
+    first = [stepped(rollout) for _ in range(2)]
     rollout.reset()
-    again = [stepped(rollout) for _ in range(3)]
+    again = [stepped(rollout) for _ in range(2)]
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one, other)
     rollout.reset()
@@ -483,7 +492,7 @@ def test_a_full_size_model_has_as_many_weights_as_published():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["dense", "separable", "separable, joined in the middle"])
+@pytest.mark.parametrize("name", ["dense", "separable, joined in the middle"])
 def test_the_probe_sees_frames_and_not_the_text(name):
     model = MODELS[name]()
     clean, _, _, conditions, _ = wan_clips(num_frames=4)
