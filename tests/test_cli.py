@@ -28,7 +28,7 @@ def measure_little(monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("dance", "unknown command 'dance'; there are demo, record"),
+        ("dance", "unknown command 'dance'; there are demo, "),
         ("train nothing", "unknown preset 'nothing'; there are toy"),
         ("train", "needs a preset first: toy"),
         ("train toy --data {folder}/nowhere", "nowhere: no such data folder"),

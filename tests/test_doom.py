@@ -1,6 +1,8 @@
 """Doom: recordings repeat bit for bit, go on after an interruption, and align with actions."""
 
 import dataclasses
+import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,6 +108,15 @@ def test_episodes_do_not_depend_on_what_was_played_before(scenario):
     np.testing.assert_array_equal(later[1].actions, first.actions)
     assert first.pixels.std() > 10
     assert not np.array_equal(later[0].pixels, later[1].pixels)
+
+
+@needs_doom
+def test_the_doom_maze_is_the_one_that_the_page_describes():
+    page = Path(__file__).resolve().parent.parent / "docs/datasets.md"
+    with doom.DoomGame("my_way_home", 128, 2) as game:
+        played = game.play(0, 0, 300)
+    content = played.pixels.tobytes() + played.actions.tobytes()
+    assert hashlib.blake2b(content, digest_size=16).hexdigest() in page.read_text("utf-8")
 
 
 def test_shrinking_averages_whole_blocks_of_the_middle():
