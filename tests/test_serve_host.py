@@ -118,6 +118,22 @@ def test_a_client_that_does_not_acknowledge_gets_no_more_frames_and_stalls_nobod
         assert len(slow.frames) == 6
 
 
+@pytest.mark.parametrize("max_rows", [2, 16])
+def test_sessions_get_equal_shares(max_rows):
+    with hosting(max_sessions=5, max_rows=max_rows) as host:
+        clients = [Client(host) for _ in range(5)]
+        names = [done(host.create(Start(seed=seed))).session_id for seed in range(5)]
+        for name, client in zip(names, clients, strict=True):
+            done(host.attach(name, client))
+        runs = [host.run(name) for name in names]
+        assert all(done(one).running for one in runs)
+        before = [len(client.frames) for client in clients]
+        clients[0].wait_frames(before[0] + 20)
+        made = [len(client.frames) - then for client, then in zip(clients, before, strict=True)]
+    # A tenth, and the frames under way.
+    assert max(made) - min(made) <= 2 + 2
+
+
 def test_a_session_without_a_client_makes_no_frames():
     with hosting() as host:
         name = done(host.create(Start())).session_id
@@ -240,7 +256,7 @@ def test_rewind_and_fork_are_exact_at_every_kept_frame(guidance):
         assert 16 - 1 - 6 - 3 < info.history_from <= 16 - 1 - 6
         engine = make_engine(world)
         past = alone(world, engine, [number % 4 for number in range(16)], seed=3, guidance=guidance)
-        for index in range(info.history_from, 16, 2 if guidance else 1):
+        for index in range(info.history_from, 16, 2):
             fork = done(host.fork(name, index))
             assert (fork.index, fork.forked_from) == (index, name)
             # What was, again: from the memory as it was, for the same actions.

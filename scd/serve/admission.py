@@ -148,8 +148,8 @@ class Admission:
 
     @property
     def reserved(self) -> int:
-        """Bytes promised."""
-        return sum(self._promised.values())
+        """Bytes promised; may be read from any thread."""
+        return sum(list(self._promised.values()))
 
     def promised(self, name: str) -> int | None:
         """Return what a session was promised; None: nothing."""

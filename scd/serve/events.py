@@ -138,7 +138,7 @@ class Info:
 
 @dataclass(frozen=True, kw_only=True)
 class HostOverview:
-    """What a host does, as of a moment ago; read without waiting for it."""
+    """What a host does, read without waiting for it."""
 
     healthy: bool
     """Whether the model thread is there."""

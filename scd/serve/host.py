@@ -53,7 +53,7 @@ class Host:
         self._ready: Future[None] = Future()
         self._began = time.monotonic()
         self._stopping = False
-        self._view: HostOverview | None = None
+        self._stage: Stage | None = None
         self._alive_at = self._began
 
     def start(self) -> None:
@@ -78,14 +78,14 @@ class Host:
             self._thread.join(timeout_s)
 
     def overview(self) -> HostOverview:
-        """Say how all stands, without waiting."""
-        now, inbox, view = time.monotonic(), self._inbox, self._view
+        """Say how all stands now, without waiting for the model thread."""
+        now, inbox, stage = time.monotonic(), self._inbox, self._stage
         healthy = self._thread.is_alive() and not inbox.reason
-        if view is None:
+        if stage is None:
             reason = inbox.reason or "it has not started"
             return HostOverview(healthy=False, reason=reason, max_sessions=self.config.max_sessions)
         return replace(
-            view,
+            stage.overview(),
             healthy=healthy,
             reason="" if healthy else inbox.reason or "the model thread is gone",
             uptime_s=now - self._began,
@@ -209,12 +209,11 @@ class Host:
         stage = None
         try:
             stage = Stage(self.world, self.engine, self.config, self._inbox, self._report)
-            self._view = stage.overview()
+            self._stage = stage
             self._ready.set_result(None)
             while not self._stopping:
                 self._alive_at = time.monotonic()
                 stage.turn()
-                self._view = stage.overview()
             reason = "the server is stopping"
             self._end(stage, reason, tell_evicted=True)
         except BaseException as error:
@@ -232,7 +231,6 @@ class Host:
         try:
             if stage is not None:
                 stage.end(reason, tell_evicted)
-                self._view = stage.overview()
         except BaseException as error:
             self._report(f"while ending: {type(error).__name__}: {error}")
         finally:

@@ -64,6 +64,8 @@ class Player:
         self.forked_from: str | None = None
         self.orders: deque[Order] = deque()
         self.begun: Begun | None = None
+        # Of its last frame among those of all sessions; a new one comes first.
+        self.num_turn = 0
         self.last_used = now
         # Raised by every use: an eviction under way that finds it raised is off.
         self.uses = 0

@@ -16,7 +16,7 @@ class Rounds:
     def __init__(self, players: Players) -> None:
         """Make frames for these sessions."""
         self.players = players
-        self.num_frames = 0
+        self.num_frames = self._num_begun = 0
         # Asked for, not begun.
         self._asked: dict[Session, Player] = {}
 
@@ -27,12 +27,14 @@ class Rounds:
         return min(whens, default=float("inf"))
 
     def ask(self) -> None:
-        """Ask for the frames that are due."""
+        """Ask for the frames that are due, first for those whose last one began first."""
         now, queue = self.players.clock(), self.players.config.queue_frames
-        for player in self.players.playing.values():
-            if player.could_begin_at(queue) <= now:
-                self.players.streams.request(player.session, as_action(player.action))
-                self._asked[player.session] = player
+        playing = self.players.playing.values()
+        due = [player for player in playing if player.could_begin_at(queue) <= now]
+        # In the order in which they joined, the first would always be ahead of whom they end with.
+        for player in sorted(due, key=lambda player: player.num_turn):
+            self.players.streams.request(player.session, as_action(player.action))
+            self._asked[player.session] = player
 
     def tick(self) -> None:
         """Bring all frames under way a call of the network further; hand out those that are done.
@@ -66,6 +68,8 @@ class Rounds:
                 continue
             del self._asked[session]
             if session.status == "denoising" and player.session is session:
+                self._num_begun += 1
+                player.num_turn = self._num_begun
                 player.begin(began, encoded, self.players.config.max_fps)
 
     def _hand_out(self, ended: Finished, denoised: float, decoded: float) -> None:

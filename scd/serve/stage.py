@@ -139,7 +139,7 @@ class Stage:
         self.players.stop(player, UnknownSession("the session was deleted"))
 
     def overview(self) -> HostOverview:
-        """Say how all stands."""
+        """Say how all stands; from any thread, since it only reads, and copies what may grow."""
         players, evictions = self.players, self.evictions
         playing = list(players.playing.values())
         return HostOverview(
