@@ -5,7 +5,6 @@ Needs neither a model nor a GPU. Not for several threads at once.
 
 from __future__ import annotations
 
-import io
 import ssl
 from collections import deque
 from collections.abc import Iterator
@@ -13,11 +12,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-import av
 import numpy as np
-from av.codec.context import Flags
 from jaxtyping import UInt8
-from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -42,6 +38,7 @@ from scd.serve.client_messages import (
     Snapshot,
     Step,
 )
+from scd.serve.picture import Decoder
 from scd.serve.protocol import VERSION, ProtocolError, read_server, unpack, write
 from scd.serve.server_messages import (
     Detached,
@@ -121,7 +118,7 @@ class Client:
             raise ConnectionError(f"no scd server answers at {url}: {error}") from error
         self._timeout_s = timeout_s
         self._frames: deque[Received] = deque()
-        self._decoder = _Decoder()
+        self._decoder = Decoder()
         self._num_requests = 0
         self._shown: tuple[int, int] | None = None
         self.state: State | None = None
@@ -239,10 +236,12 @@ class Client:
         self.state = None
 
     def _change(self, message: FromClient) -> State:
+        state = self._ask(message, State)
         if isinstance(message, (Create, Attach, Reset, Restart, Rewind, Fork)):
+            # Also those that came while the server had not answered.
             self._frames.clear()
             self._shown = None
-        return self._ask(message, State)
+        return state
 
     def _ask(self, message: FromClient, kind: type[Message]) -> Message:
         request = self._send(message)
@@ -262,6 +261,10 @@ class Client:
             raise _ended(error) from error
         return self._num_requests
 
+    def _decode(self, header: FrameHeader, payload: bytes) -> np.ndarray:
+        pixels = self._decoder.decode(payload, header.codec, header.key)
+        return pixels[: header.height, : header.width]
+
     def _is_answered(self, request: int) -> bool:
         return self.state is not None and self.state.request == request
 
@@ -278,7 +281,7 @@ class Client:
             header, payload = unpack(data)
             if isinstance(header, SnapshotHeader):
                 return payload
-            return Received(header=header, pixels=self._decoder.decode(header, payload))
+            return Received(header=header, pixels=self._decode(header, payload))
         message = read_server(data)
         if isinstance(message, State):
             self.state = message
@@ -289,28 +292,6 @@ class Client:
             why = message.reason if isinstance(message, Stopped) else "it was idle, and is on disk"
             raise SessionEnded(f"session {message.session} has ended: {why}")
         return message
-
-
-class _Decoder:
-    """Pictures of one connection, in their order."""
-
-    def __init__(self) -> None:
-        self._context: av.VideoCodecContext | None = None
-
-    def decode(self, header: FrameHeader, payload: bytes) -> np.ndarray:
-        if header.codec == "jpeg":
-            return np.asarray(Image.open(io.BytesIO(payload)).convert("RGB"))
-        if header.key or self._context is None:
-            context = av.CodecContext.create("h264", "r")
-            assert isinstance(context, av.VideoCodecContext)
-            # Every picture comes out at once: there are no B frames to wait for.
-            context.flags |= Flags.low_delay
-            context.thread_count = 1
-            self._context = context
-        frames = self._context.decode(av.Packet(payload))
-        if len(frames) != 1:
-            raise ProtocolError("bad_message", f"one picture was needed, {len(frames)} came")
-        return frames[0].to_ndarray(format="rgb24")[: header.height, : header.width]
 
 
 def _ended(error: ConnectionClosed) -> SessionEnded:

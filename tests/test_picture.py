@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scd.serve.picture import KEY_INTERVAL, H264Encoder, JpegEncoder, codec_string, make_encoder
+from scd.serve.client_messages import Codec
+from scd.serve.picture import (
+    KEY_INTERVAL,
+    Decoder,
+    H264Encoder,
+    JpegEncoder,
+    codec_string,
+    make_encoder,
+)
 
 
 def scene(index: int, height: int = 64, width: int = 48) -> np.ndarray:
@@ -83,3 +91,13 @@ def test_odd_sizes_repeat_an_edge(height: int, width: int):
     (frame,) = decoded([packed.payload])
     assert frame.shape == (height + height % 2, width + width % 2, 3)
     assert psnr(frame[:height, :width], scene(1, height, width)) > 20
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "h264"])
+def test_the_decoder_undoes_the_encoder(codec: Codec):
+    encoder, decoder = make_encoder(codec, 95, 64, 48), Decoder()
+    for index in range(6):
+        packed = encoder.encode(scene(index))
+        assert psnr(decoder.decode(packed.payload, codec, packed.key), scene(index)) > 30
+    with pytest.raises(ValueError):
+        Decoder().decode(encoder.encode(scene(6)).payload[:30], codec, key=codec == "jpeg")

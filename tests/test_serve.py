@@ -188,6 +188,19 @@ def test_after_a_reset_no_frame_of_before_arrives(server: Serving):
         client.close()
 
 
+def test_frames_that_were_not_read_before_a_reset_are_void(server: Serving):
+    before = server.metric('scd_sent_frames_total{codec="jpeg"}')
+    with Client(server.url) as client:
+        client.create(seed=1)
+        client.run()
+        while server.metric('scd_sent_frames_total{codec="jpeg"}') == before:
+            time.sleep(0.01)
+        client.reset(seed=2)
+        first = next(client.frames()).header
+        assert (first.generation, first.frame) == (1, 0)
+        client.close()
+
+
 def test_rewind_repeats_exactly_and_goes_elsewhere(server: Serving):
     with Client(server.url, quality=100) as client:
         client.create(seed=5)

@@ -129,6 +129,9 @@ class Connection:
         if not self._bucket.take():
             rate = self._limits.messages_per_s
             raise ProtocolError("too_many_messages", f"at most {rate:g} messages a second", True)
-        if message.get("text") is None:
+        text, most = message.get("text"), self._limits.max_message_bytes
+        if text is None:
             raise ProtocolError("bad_message", "messages of a client are text", fatal=True)
-        return message["text"]
+        if len(text) > most or len(text.encode()) > most:
+            raise ProtocolError("too_large", f"a message has at most {most} bytes", fatal=True)
+        return text

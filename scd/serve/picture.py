@@ -1,4 +1,4 @@
-"""Frames packed for the wire: each as a JPEG picture, or all as one H.264 stream."""
+"""Frames packed for the wire, and unpacked: JPEG pictures, or one H.264 stream."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.codec.context import Flags
+from av.error import FFmpegError
 from av.video.frame import PictureType
 from jaxtyping import UInt8
 from PIL import Image
@@ -110,6 +112,39 @@ Encoder = JpegEncoder | H264Encoder
 def make_encoder(codec: Codec, quality: int, height: int, width: int) -> Encoder:
     """Open the encoder of one connection."""
     return JpegEncoder(quality) if codec == "jpeg" else H264Encoder(height, width)
+
+
+class Decoder:
+    """Frames of one connection, unpacked in their order."""
+
+    def __init__(self) -> None:
+        """Wait for a key frame."""
+        self._context: av.VideoCodecContext | None = None
+
+    def decode(self, payload: bytes, codec: Codec, key: bool) -> UInt8[np.ndarray, "_ _ 3"]:
+        """Unpack one frame; an H.264 picture may have a row and a column more than the frame.
+
+        Raises:
+            ValueError: it is damaged, or no key frame came before it.
+        """
+        try:
+            if codec == "jpeg":
+                return np.asarray(Image.open(io.BytesIO(payload)).convert("RGB"))
+            if key:
+                context = av.CodecContext.create("h264", "r")
+                assert isinstance(context, av.VideoCodecContext)
+                # Every picture comes out at once: there are no B frames to wait for.
+                context.flags |= Flags.low_delay
+                context.thread_count = 1
+                self._context = context
+            if self._context is None:
+                raise ValueError("a key frame comes first")
+            frames = self._context.decode(av.Packet(payload))
+        except (FFmpegError, OSError) as error:
+            raise ValueError(f"the picture is damaged: {error}") from error
+        if len(frames) != 1:
+            raise ValueError(f"one picture was needed, {len(frames)} came")
+        return frames[0].to_ndarray(format="rgb24")
 
 
 def codec_string(unit: bytes) -> str:

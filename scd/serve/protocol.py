@@ -21,6 +21,7 @@ VERSION = 1
 """Of the protocol; raised when an older client could misunderstand a message."""
 
 CLOSE_CODES = {
+    "too_large": 1009,
     "bad_message": 4000,
     "wrong_version": 4001,
     "unauthorised": 4003,

@@ -189,7 +189,8 @@ def uvicorn_config(service: Service) -> uvicorn.Config:
         make_app(service),
         http="h11",
         ws="websockets-sansio",
-        ws_max_size=config.limits.max_message_bytes,
+        # Larger ones are cut off at once; those above the limit of clients end with a reason.
+        ws_max_size=max(2**20, 2 * config.limits.max_message_bytes),
         # Pictures are compressed already, and small messages could unfold to large ones.
         ws_per_message_deflate=False,
         limit_concurrency=4 * config.limits.max_connections,

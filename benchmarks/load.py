@@ -1,0 +1,381 @@
+"""Many clients of bad manners: does a server stay whole, fair and of one size?
+
+    python benchmarks/load.py RUN --clients 8 --duration-s 1800
+
+starts `scd serve RUN` on a free port of this machine and lets clients join, play, stall, reset,
+leave, come back and die without a word. Every frame that comes is compared with the one that a
+rollout of its own makes: one of another session would show. Then all play at once, for fairness.
+Exit status 1 where a check fails.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import psutil
+import torch
+import tyro
+
+from scd.checkpoint import load_world
+from scd.client import Client, Received, Refused, SessionEnded
+from scd.clip import frames_to_pixels
+from scd.config import to_json
+from scd.engine.open import advised_threads, open_engine
+from scd.results import provenance, write_json
+from scd.rollout import Rollout
+
+MEMORY_LIMIT, FAIR_LIMIT = 0.05, 0.10
+"""How much memory may grow, and how much slower than the fastest the slowest may be."""
+
+JPEG_ERROR = 6.0
+"""Levels of 255 by which a picture of quality 95 is off on average, at most; frames of two seeds
+differ by more, which is checked before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig:
+    """A load."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """World, run or step folder."""
+    clients: int = 8
+    """Clients at once."""
+    duration_s: float = 60.0
+    """Of their coming and going."""
+    fair_s: float = 15.0
+    """Of all playing at once afterwards."""
+    frames: int = 24
+    """Of a session that are compared; clients stay so long, at most."""
+    seeds: int = 4
+    """Different streams."""
+    seed: int = 0
+    """Of what clients do."""
+    out: str = ""
+    """JSON file of the result; empty: none."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.clients <= 64 or self.seeds < 1 or self.frames < 2:
+            raise ValueError("needed 1 .. 64 clients, 1 or more seeds and 2 or more frames")
+        if not 0 < self.duration_s <= 86400:
+            raise ValueError(f"duration_s must lie in 0 .. 86400, got {self.duration_s}")
+
+
+@dataclass
+class Tally:
+    """What all clients together have seen."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """Of what they did and met."""
+    faults: list[str] = field(default_factory=list)
+    """What should not have been."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Of both."""
+
+    def add(self, what: str, number: int = 1) -> None:
+        """Count something."""
+        with self.lock:
+            self.counts[what] += number
+
+    def fault(self, what: str) -> None:
+        """Note what should not have been."""
+        with self.lock:
+            self.faults.append(what)
+
+
+def references(config: LoadConfig) -> list[np.ndarray]:
+    """Make the frames [t h w 3] of each seed alone; seed s is played with action s throughout."""
+    world = load_world(config.run)
+    torch.set_num_threads(advised_threads(world.model.config))
+    engine = open_engine(world.model, "fast", release=True)
+    num_actions = len(world.card.action_names)
+    kept = []
+    for seed in range(config.seeds):
+        rollout = Rollout(world, seed=seed, engine=engine)
+        rollout.begin()
+        action = torch.tensor([seed % num_actions]) if num_actions else None
+        frames = [rollout.step(action) for _ in range(config.frames)]
+        kept.append(frames_to_pixels(torch.cat(frames)).numpy())
+    for one in range(config.seeds):
+        for other in range(one):
+            apart = np.abs(kept[one].astype(int) - kept[other]).mean((1, 2, 3)).min()
+            if apart < 2 * JPEG_ERROR:
+                raise ValueError(
+                    f"streams {other} and {one} look alike ({apart:.1f}): use other seeds"
+                )
+    return kept
+
+
+class Guest:
+    """One client after the other, in a thread of its own."""
+
+    def __init__(
+        self, config: LoadConfig, url: str, wanted: list[np.ndarray], tally: Tally, number: int
+    ):
+        """Prepare."""
+        self.config, self.url, self.wanted, self.tally = config, url, wanted, tally
+        self.random = random.Random(f"{config.seed} {number}")
+        self.last = -1
+
+    def visit(self, until: float) -> None:
+        """Come and go until the time is over."""
+        while time.monotonic() < until:
+            try:
+                self.once()
+            except Refused as error:
+                self.tally.add(f"refused {error.code}")
+                if error.code != "too_many_sessions":
+                    self.tally.fault(f"refused: {error.code}: {error}")
+                time.sleep(self.random.uniform(0.1, 0.5))
+            except (SessionEnded, ConnectionError, TimeoutError) as error:
+                self.tally.fault(f"{type(error).__name__}: {error}")
+                time.sleep(0.5)
+
+    def once(self) -> None:
+        """Join, play, do something, and leave in some way."""
+        codec = "jpeg"
+        with Client(self.url, codec=codec, quality=95) as client:
+            self.tally.add("joined")
+            seed = self.random.randrange(self.config.seeds)
+            client.create(seed=seed)
+            self.begin(client, seed)
+            self.watch(client, seed)
+            deed = self.random.choice(["reset", "rewind", "stall", "leave", "kill", "close"])
+            self.tally.add(deed)
+            if deed == "reset":
+                seed = self.random.randrange(self.config.seeds)
+                client.pause()
+                client.reset(seed=seed)
+                self.begin(client, seed)
+                self.watch(client, seed)
+            elif deed == "rewind":
+                client.pause()
+                assert client.state is not None
+                self.last = client.rewind(self.random.randrange(client.state.frame + 1)).frame
+                client.run()
+                self.watch(client, seed, goes_on=True)
+            elif deed == "stall":
+                time.sleep(self.random.uniform(0.5, 3.0))
+                self.watch(client, seed, goes_on=True)
+            elif deed == "leave":
+                self.come_back(client, seed)
+                return
+            elif deed == "kill":
+                die(client)
+                return
+            client.close()
+
+    def begin(self, client: Client, seed: int) -> None:
+        """Let a stream run with the action of its seed."""
+        actions = client.welcome.world.actions
+        if actions:
+            client.act(seed % len(actions))
+        client.run()
+
+    def come_back(self, client: Client, seed: int) -> None:
+        """Leave without a word and attach again."""
+        assert client.state is not None
+        session = client.state.session
+        client.disconnect()
+        time.sleep(self.random.uniform(0.0, 1.0))
+        until = time.monotonic() + 30
+        with Client(self.url, quality=95) as again:
+            while True:
+                try:
+                    # A frame that was under way may come before `run` is answered.
+                    self.last = again.attach(session).frame
+                    break
+                except Refused as error:
+                    if error.code not in ("session_busy", "too_many_sessions"):
+                        raise
+                    if time.monotonic() > until:
+                        raise
+                    time.sleep(0.1)
+            again.run()
+            self.watch(again, seed, goes_on=True)
+            again.close()
+
+    def watch(self, client: Client, seed: int, goes_on: bool = False) -> None:
+        """Look at some frames, and at each of them closely; `goes_on`: after those of before."""
+        assert client.state is not None
+        session, generation = client.state.session, client.state.generation
+        last = self.last if goes_on else client.state.frame
+        number = self.random.randrange(1, self.config.frames // 2 + 1)
+        for received in client.frames():
+            self.compare(received, session, generation, seed)
+            if not received.header.shown:
+                if received.header.frame != last + 1:
+                    self.tally.fault(f"frame {received.header.frame} came after {last}")
+                self.last = last = received.header.frame
+                number -= 1
+            if number <= 0 or last >= self.config.frames - 1:
+                return
+
+    def compare(self, received: Received, session: str, generation: int, seed: int) -> None:
+        """See that a frame is of this session, this generation and this stream."""
+        header = received.header
+        self.tally.add("frames")
+        if (header.session, header.generation) != (session, generation):
+            self.tally.fault(f"a frame of {header.session} {header.generation} came to {session}")
+        if header.frame < self.config.frames:
+            wanted = self.wanted[seed][header.frame]
+            apart = np.abs(received.pixels.astype(int) - wanted).mean()
+            if apart > JPEG_ERROR:
+                self.tally.fault(f"frame {header.frame} of seed {seed} is off by {apart:.1f}")
+
+
+def die(client: Client) -> None:
+    """End a connection as a killed process does: no farewell, and a reset."""
+    raw = client._socket.socket
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    raw.close()
+
+
+def play_fairly(config: LoadConfig, url: str) -> list[int]:
+    """Have all play at once as fast as they can; return how many frames each got."""
+    counts = [0] * config.clients
+    gate = threading.Barrier(config.clients)
+
+    def play(number: int) -> None:
+        with Client(url) as client:
+            client.create(seed=number)
+            client.step()
+            gate.wait(60)
+            client.run()
+            until = time.monotonic() + config.fair_s
+            for received in client.frames():
+                counts[number] += not received.header.shown
+                if time.monotonic() >= until:
+                    break
+            client.close()
+
+    threads = [threading.Thread(target=play, args=(one,)) for one in range(config.clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return counts
+
+
+@contextmanager
+def server(config: LoadConfig) -> Iterator[tuple[str, psutil.Process]]:
+    """Run a server on a free port of this machine."""
+    with tempfile.TemporaryDirectory(prefix="scd-load-") as folder:
+        sessions = ["--sessions", str(2 * config.clients), "--evict-dir", folder, "--idle-s", "20"]
+        limits = ["--limits.max-connections", str(4 * config.clients + 8), "--max-fps", "1000"]
+        words = [
+            sys.executable,
+            "-m",
+            "scd",
+            "serve",
+            config.run,
+            "--port",
+            "0",
+            *sessions,
+            *limits,
+        ]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            try:
+                if "http://" not in line:
+                    raise ValueError("the server did not start")
+                yield line[line.index("http://") :].strip(), psutil.Process(process.pid)
+            finally:
+                process.terminate()
+                process.wait(60)
+
+
+def get(url: str) -> bytes:
+    """Read an address of the server, without a proxy."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=30) as answer:
+        return answer.read()
+
+
+def load(config: LoadConfig) -> dict[str, Any]:
+    """Make the load and return what was seen."""
+    wanted = references(config)
+    tally = Tally()
+    memory: list[tuple[float, int]] = []
+    with server(config) as (url, process):
+        begin = time.monotonic()
+        until = begin + config.duration_s
+        guests = [
+            threading.Thread(target=Guest(config, url, wanted, tally, one).visit, args=(until,))
+            for one in range(config.clients)
+        ]
+        for guest in guests:
+            guest.start()
+        while any(guest.is_alive() for guest in guests):
+            memory.append((time.monotonic() - begin, process.memory_info().rss))
+            time.sleep(1.0)
+        counts = play_fairly(config, url)
+        health = json.loads(get(f"{url}health"))
+        metrics = dict(
+            line.rsplit(" ", 1)
+            for line in get(f"{url}metrics").decode().splitlines()
+            if line[0] != "#"
+        )
+    # The first third warms up: libraries, pools, and sessions that have not been there yet.
+    later = [size for when, size in memory if when >= config.duration_s / 3]
+    third = max(1, len(later) // 3)
+    growth = median(later[-third:]) / median(later[:third]) - 1
+    return {
+        "settings": to_json(config),
+        "counts": dict(sorted(tally.counts.items())),
+        "faults": tally.faults[:20],
+        "num_faults": len(tally.faults),
+        "healthy": health["ok"],
+        "server_faults": float(metrics["scd_faults_total"]),
+        "evictions": float(metrics["scd_evictions_total"]),
+        "restores": float(metrics["scd_restores_total"]),
+        "memory_growth": growth,
+        "memory_mib": round(later[-1] / 2**20, 1),
+        "fair_frames": counts,
+        "fair_frames_per_s": sum(counts) / config.fair_s,
+        "unfairness": 1 - min(counts) / max(counts),
+    }
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """Name the checks that a result fails."""
+    checks = {
+        "faults seen by clients": result["num_faults"] == 0,
+        "faults of the server": result["healthy"] and result["server_faults"] == 0,
+        f"memory grew by more than {MEMORY_LIMIT:.0%}": result["memory_growth"] <= MEMORY_LIMIT,
+        f"unfair by more than {FAIR_LIMIT:.0%}": result["unfairness"] <= FAIR_LIMIT,
+    }
+    return [name for name, holds in checks.items() if not holds]
+
+
+def main(config: LoadConfig) -> int:
+    """Make the load, print and keep what was seen; 1 where a check fails."""
+    result = load(config)
+    print(json.dumps(result, indent=2))
+    if config.out:
+        write_json({"result": result} | provenance(), Path(config.out))
+    failed = failures(result)
+    for name in failed:
+        print(f"failed: {name}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(LoadConfig)))
