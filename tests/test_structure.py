@@ -113,11 +113,16 @@ OPTIONAL_PACKAGES = {
     "diffusers": {"probe.wan", "autoencoder.wan", "autoencoder.tiny"},
     "transformers": {"text"},
     "ftfy": {"text"},
+    "torchmetrics": {"metrics.image"},
 }
-"""Packages that an install may lack -> the modules that may import them."""
+"""Packages that an install may lack, or that are slow to load -> the modules that may import them,
+inside functions too."""
 
 LINES_SOFT, LINES_HARD = 300, 500
 LONG_MODULES = {
+    "checkpoint": "all that is written of a world and of a run, and how it is read again",
+    "cli": "one small function per command, and what they share",
+    "convert_wan": "one conversion from its settings to its last file",
     "clip": "clips, batches and what steers them: every other module knows them by this one",
     "data.toy": "the rules of a world, how it is drawn and who walks in it are one thing",
     "model.dense": "one model, read beside the separable one from top to bottom",
