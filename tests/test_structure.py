@@ -96,8 +96,8 @@ LAYERS = (
         "serve.player serve.admission serve.starts serve.players serve.commands serve.rounds "
         "serve.shelf serve.eviction serve.inbox serve.stage serve.host serve.picture serve.decode "
         "serve.upload "
-        "serve.rate serve.statistics serve.checks serve.service serve.access serve.outlet serve.seat "
-        "serve.connection serve.http_api serve.app serve.run serve.play client",
+        "serve.rate serve.statistics serve.checks serve.service serve.access serve.outlet "
+        "serve.seat serve.connection serve.http_api serve.app serve.run serve.play client",
     ),
     ("top", "convert wan_source convert_wan export demo cli __main__"),
 )
