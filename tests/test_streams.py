@@ -22,7 +22,7 @@ from scd.model.cache import CacheConfig
 from scd.rollout import Guidance, Rollout
 from scd.session import Session
 from scd.streams import Streams
-from tests.tiny import SHAPE, tiny_dense, tiny_separable
+from tests.tiny import BLOCK, SHAPE, random_conditions, tiny_dense, tiny_separable
 
 FP32 = 1e-5
 """Largest difference of a frame in [-1, 1] from that of the same session alone."""
@@ -312,6 +312,46 @@ def test_frames_that_begin_together_share_their_causal_pass(monkeypatch):
             rollout.step(action(seed)[None])
         wanted = rollout.step(action(2)[None])[0]
         torch.testing.assert_close(frames[session], wanted, atol=FP32, rtol=0)
+
+
+BIASED = replace(BLOCK, distance_bias=0.3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "block"),
+    [
+        (ConditionSpec(), BLOCK),
+        (ConditionSpec(num_labels=3), BLOCK),
+        (ConditionSpec(num_actions=4, num_labels=2), BIASED),
+        (ConditionSpec(action_dim=2), BIASED),
+    ],
+)
+def test_contexts_of_several_states_are_those_of_each(spec, block):
+    world = make_world(conditions=spec, block=block)
+    engine, generator = make_engine(conditions=spec, block=block), torch.Generator().manual_seed(0)
+    states, conditions = [], []
+    # Batches of other sizes, memories not yet written, half full and full, some with a branch.
+    for batch, num_frames, guided in ((1, 0, False), (2, 3, True), (1, 8, False), (2, 0, True)):
+        if guided and not (spec.has_actions or spec.num_labels):
+            guided = False
+        size = batch // 2 if guided else batch
+        known = random_conditions(spec, size, num_frames + 1, generator)
+        known = known.with_null_branch() if guided else known
+        frames = torch.randn(batch, num_frames, *SHAPE.shape, generator=generator)
+        past = frames if num_frames else None
+        states.append(engine.begin(past, known.frames(0, num_frames), batch))
+        conditions.append(known.frames(num_frames, num_frames + 1))
+    alone = [
+        engine.context(state.fork(), now) for state, now in zip(states, conditions, strict=True)
+    ]
+    together = engine.contexts(states, conditions, [None] * len(states))
+    for found, wanted, state, now in zip(together, alone, states, conditions, strict=True):
+        torch.testing.assert_close(found.tokens, wanted.tokens, atol=FP32, rtol=0)
+        gain = found.gain.expand(wanted.gain.shape)
+        torch.testing.assert_close(gain, wanted.gain, atol=FP32, rtol=0)
+        # What was written is kept without another pass.
+        assert found.conditions is now and state.encoded_for is now
+    assert world.model.config.block == block
 
 
 def test_the_order_of_requests_is_kept_and_nobody_is_held_up_long(monkeypatch):
