@@ -20,4 +20,13 @@ Letters of tensor dimensions, the same in every file:
     l  tokens of a text
 """
 
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Give the names that users take from the root; nothing is loaded before they ask."""
+    if name in ("WorldEnv", "WorldVectorEnv"):
+        return getattr(import_module("scd.environment"), name)
+    raise AttributeError(f"module 'scd' has no attribute {name!r}")

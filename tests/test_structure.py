@@ -96,7 +96,8 @@ LAYERS = (
         "serve.shelf serve.eviction serve.inbox serve.stage serve.host serve.picture serve.decode "
         "serve.upload "
         "serve.rate serve.statistics serve.checks serve.service serve.access serve.outlet "
-        "serve.seat serve.connection serve.http_api serve.app serve.run serve.play client",
+        "serve.seat serve.connection serve.http_api serve.app serve.run serve.play client "
+        "environment",
     ),
     ("top", "convert wan_source convert_wan export demo cli __main__"),
 )
@@ -221,7 +222,9 @@ def test_imports_go_one_way(module: str):
 def test_folders_have_empty_roots():
     for folder in {path.parent for path in source_files()} - {ROOT / "scd"}:
         assert (folder / "__init__.py").read_text(encoding="utf-8") == "", folder
-    assert not list(imported_modules(parsed(ROOT / "scd/__init__.py")))
+    # The root gives two names when asked for them, and loads nothing before.
+    found = {name for name, _ in imported_modules(parsed(ROOT / "scd/__init__.py"))}
+    assert found <= {"importlib", "importlib.import_module"}
 
 
 def test_imports_stand_at_the_top_unless_the_package_is_optional():
