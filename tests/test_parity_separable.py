@@ -19,6 +19,9 @@ from tests.reference import cases, grid_of, load_case, load_tables
 
 ATOL = 2e-5
 GRADIENT_ATOL = 2e-6
+SINUSOID_ATOL = 2e-5 + 1000 * 2**-24
+"""The last bit of a frequency is the processor's own, and a thousand ticks raise it: the tables are
+met to the bit with MKL_CBWR=COMPATIBLE, and on other processors without it."""
 
 
 def close(ours, theirs, atol=ATOL):
@@ -282,7 +285,7 @@ def test_tables():
     close(cosine.repeat_interleave(2, -1), tables["rope_cos"])
     close(sine.repeat_interleave(2, -1), tables["rope_sin"])
     close(rotate(tables["rope_x"], (cosine, sine)), tables["rope_x_rotated"])
-    close(time_sinusoids(times(tables["time_values"]), 128), tables["time_proj"])
+    close(time_sinusoids(times(tables["time_values"]), 128), tables["time_proj"], SINUSOID_ATOL)
     mask = tables["mask_3frames_2tok"][0]
     visible = FrameCausal(num_frames=3, tokens_per_frame=2)
     assert torch.equal(dense_mask(visible, torch.device("cpu")), mask == 0)
