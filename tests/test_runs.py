@@ -36,7 +36,11 @@ def start(tmp_path: Path, name: str, body: str) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize(
     ("name", "trained"),
-    [("demo.sh", ["--train"]), ("doom_cpu.sh", ["doom-32", "doom-64"]), ("doom_gpu.sh", ["doom-64"])],
+    [
+        ("demo.sh", ["--train"]),
+        ("doom_cpu.sh", ["doom-32", "doom-64"]),
+        ("doom_gpu.sh", ["doom-64"]),
+    ],
 )
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_script_ends_what_it_started(tmp_path, name, trained, number, status):
