@@ -17,8 +17,8 @@ out=${1:-runs/out/play}
 data=$out/data
 run scd record doom --episodes 430 --frames 300 --size 64 --seed 0 --out "$data"
 run scd train doom-play --data "$data" --out "$out/teacher" --precision fp32 --max-steps 2800
-ON_CLIPS=300 run bash runs/few_steps.sh "$out/students" "$out/teacher" "$data" few_steps_doom \
-  --precision fp32
+ON_CLIPS=250 ON_ROLLOUTS=150 run bash runs/few_steps.sh "$out/students" "$out/teacher" "$data" \
+  few_steps_doom --precision fp32
 [ -d "$out/shipped" ] ||
   run python examples/ship_world.py "$out/students/runs/dmd-4" --data "$data" --out "$out/shipped"
 cp "$out"/shipped/* scd/worlds/doom/

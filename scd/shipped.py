@@ -10,7 +10,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from jaxtyping import Float, Int, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from scd.atomic import written_aside
 from scd.checkpoint import World, load_world, resolve, save_world
-from scd.clip import Batch
+from scd.clip import Batch, frames_to_pixels, pixels_to_frames
 
 CLIPS_FILE = "clips.safetensors"
 """Beside the weights of a world."""
@@ -38,7 +37,7 @@ class Clips:
 
     def pixels(self, number: int, num_frames: int | None = None) -> Float[Tensor, "t 3 h w"]:
         """Return frames of one clip in [-1, 1]; None: all."""
-        return self.frames[number, :num_frames].float() / 127.5 - 1
+        return pixels_to_frames(self.frames[number, :num_frames].movedim(-3, -1))
 
 
 def shipped_world() -> Path:
@@ -92,7 +91,7 @@ def ship(run: str | os.PathLike[str], clips: Batch, folder: str | os.PathLike[st
             f"clips must be {world.card.height}x{world.card.width}, got "
             f"{clips.frames.shape[-2]}x{clips.frames.shape[-1]}"
         )
-    pixels = ((clips.frames + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    pixels = frames_to_pixels(clips.frames).movedim(-1, -3)
     with written_aside(Path(folder)) as aside:
         light = World(world.model.bfloat16(), world.autoencoder, world.card, world.sampling)
         save_world(light, aside)
