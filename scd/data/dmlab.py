@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,11 @@ from scd.clip import pixels_to_frames
 from scd.data.headers import Files, Header
 from scd.data.source import Split
 from scd.data.teco import (
-    HELD_OUT_FOLDERS,
-    TRAIN_FOLDERS,
     Listing,
     TecoConfig,
     TecoSource,
     check_header,
-    find_folder,
-    listed,
+    find_split,
     read_ids,
 )
 
@@ -55,16 +52,10 @@ def list_dmlab(root: Path, split: Split) -> Listing:
         FileNotFoundError: no such folder.
         ValueError: a damaged list.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; {ORIGIN}")
-    is_train = split == "train"
-    folder = find_folder(root, TRAIN_FOLDERS if is_train else HELD_OUT_FOLDERS)
-    list_file = f"dmlab_{'train' if is_train else 'val'}.json"
-    found = listed(root, list_file, ("video_path",), folder)
-    if found is not None:
+    found = find_split(root, split, "dmlab", ("video_path",), ORIGIN)
+    if found.list_file is not None or found.folder is None:
         return found
-    files = tuple((file,) for file in sorted(folder.rglob("*.npz"))) if folder else ()
-    return Listing(folder=folder, list_file=None, episodes=files)
+    return replace(found, episodes=tuple((file,) for file in sorted(found.folder.rglob("*.npz"))))
 
 
 def open_dmlab(root: Path, split: Split, config: DMLabConfig, strict: bool = False) -> TecoSource:

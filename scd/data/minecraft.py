@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,11 @@ from scd.clip import pixels_to_frames
 from scd.data.headers import Files, Header
 from scd.data.source import Split
 from scd.data.teco import (
-    HELD_OUT_FOLDERS,
-    TRAIN_FOLDERS,
     Listing,
     TecoConfig,
     TecoSource,
     check_header,
-    find_folder,
-    listed,
+    find_split,
     read_ids,
 )
 from scd.data.video import probe_video, read_video
@@ -65,22 +62,18 @@ def list_minecraft(root: Path, split: Split) -> Listing:
         FileNotFoundError: no such folder.
         ValueError: a damaged list.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; {ORIGIN}")
-    is_train = split == "train"
-    folder = find_folder(root, TRAIN_FOLDERS if is_train else HELD_OUT_FOLDERS)
-    list_file = f"minecraft_{'train' if is_train else 'val'}.json"
-    found = listed(root, list_file, ("video_path", "latent_path", "action_path"), folder)
-    if found is not None:
+    keys = ("video_path", "latent_path", "action_path")
+    found = find_split(root, split, "minecraft", keys, ORIGIN)
+    if found.list_file is not None or found.folder is None:
         return found
-    files = sorted(folder.rglob("*")) if folder else []
+    files = sorted(found.folder.rglob("*"))
     pictures = [file for file in files if file.suffix == ".mp4"]
     pictures = pictures or [file for file in files if file.suffix in LATENT_ENDINGS]
     if pictures:
         pairs = tuple((file, file.with_suffix(".npz")) for file in pictures)
-        return Listing(folder=folder, list_file=None, episodes=pairs)
+        return replace(found, episodes=pairs)
     alone = tuple((file,) for file in files if file.suffix == ".npz")
-    return Listing(folder=folder, list_file=None, episodes=alone)
+    return replace(found, episodes=alone)
 
 
 def open_minecraft(

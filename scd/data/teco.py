@@ -129,15 +129,30 @@ def locate(root: Path, written: str) -> Path:
     return (there or ends)[0]
 
 
-def listed(root: Path, name: str, keys: Sequence[str], folder: Path | None) -> Listing | None:
-    """Return the episodes that a list names; None: there is no such list.
+def find_split(root: Path, split: Split, name: str, keys: Sequence[str], origin: str) -> Listing:
+    """Find the folder that holds a split, and its episodes if a list of FAR's names them.
+
+    Args:
+        root: the collection.
+        split: `val` and `test` share the held-out folder.
+        name: of the collection, as its lists are called.
+        keys: names of the paths in a list.
+        origin: where the collection comes from.
+
+    Returns:
+        The folder, and the episodes of the list; without a list there are none yet.
 
     Raises:
+        FileNotFoundError: no such collection.
         ValueError: the list is damaged.
     """
-    found = read_list(root, name, keys)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; {origin}")
+    is_train = split == "train"
+    folder = find_folder(root, TRAIN_FOLDERS if is_train else HELD_OUT_FOLDERS)
+    found = read_list(root, f"{name}_{'train' if is_train else 'val'}.json", keys)
     if found is None:
-        return None
+        return Listing(folder=folder, list_file=None, episodes=())
     path, entries = found
     episodes = tuple(tuple(locate(root, written) for written in entry) for entry in entries)
     return Listing(folder=folder, list_file=path, episodes=episodes)
