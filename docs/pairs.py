@@ -27,12 +27,17 @@ QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.3
 """Of Student's distribution at 97.5 %, by number of seeds."""
 
 
-def compare(kinds: tuple[str, str], evaluations: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
+def compare(
+    kinds: tuple[str, str],
+    evaluations: Mapping[tuple[str, str], Any],
+    free: Sequence[str] = (),
+) -> dict[str, Any]:
     """Compare two kinds seed by seed.
 
     Args:
         kinds: A and B.
         evaluations: the evaluation of each (kind, seed).
+        free: settings of the evaluation in which the kinds may differ.
 
     Raises:
         ValueError: a seed of one kind has no partner, there are too few or too many, or the two
@@ -45,7 +50,7 @@ def compare(kinds: tuple[str, str], evaluations: Mapping[tuple[str, str], Any]) 
             f"needed {min(QUANTILES)} to {max(QUANTILES)} seeds, each with {kinds[0]} and "
             f"{kinds[1]}; got {seeds}, without a partner {lonely}"
         )
-    measured = {json.dumps(_protocol(one), sort_keys=True) for one in evaluations.values()}
+    measured = {json.dumps(_protocol(one, free), sort_keys=True) for one in evaluations.values()}
     if len(measured) != 1:
         raise ValueError("the evaluations differ in data, clips, horizon, steps or seed")
     values: dict[tuple[str, int], dict[str, list[float]]] = {}
@@ -63,14 +68,14 @@ def compare(kinds: tuple[str, str], evaluations: Mapping[tuple[str, str], Any]) 
             {"metric": metric, "horizon": horizon} | _difference(kinds, by_kind)
             for (metric, horizon), by_kind in values.items()
         ],
-        "protocol": _protocol(first),
+        "protocol": _protocol(first, free),
         "settings": {kind: evaluations[kind, seeds[0]]["model"] for kind in kinds},
         "command": command(),
     } | {key: first[key] for key in ("commit", "hardware")}
 
 
-def _protocol(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    skipped = ("run", "out")
+def _protocol(evaluation: Mapping[str, Any], free: Sequence[str]) -> dict[str, Any]:
+    skipped = ("run", "out", *free)
     return {key: value for key, value in evaluation["settings"].items() if key not in skipped}
 
 

@@ -15,6 +15,7 @@ A marker says what stands below it; the pages show no other measured numbers:
     <!-- table: bench of NAME NAME ... -->
     <!-- table: comparison of NAME NAME ... -->
     <!-- table: pairs of NAME -->
+    <!-- table: ablations of NAME -->
     <!-- table: few_steps of NAME NAME ... -->
     <!-- table: drift of NAME NAME ... -->
     <!-- table: updates of NAME NAME ... -->
@@ -24,9 +25,10 @@ A marker says what stands below it; the pages show no other measured numbers:
     <!-- end of table -->
 
 NAME is a result file without its ending, written by `scd evaluate`, `scd demo` (report.json),
-docs/curves.py (runs), docs/pairs.py (pairs), docs/few_steps.py (few_steps, drift), docs/probes.py
-(probes), `scd intervene` (intervention.json), the scripts in benchmarks/ (stream, recording,
-updates), `scd bench` and `scd bench compare`, whose files hold one result per line (.jsonl).
+docs/curves.py (runs), docs/pairs.py (pairs), docs/ablations.py (ablations), docs/few_steps.py
+(few_steps, drift), docs/probes.py (probes), `scd intervene` (intervention.json), the scripts in
+benchmarks/ (stream, recording, updates), `scd bench` and `scd bench compare`, whose files hold one
+result per line (.jsonl).
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ablations import ablations
 from cells import interval, markdown, millions, milliseconds
 from few_steps import drift, few_steps, updates
 from probes import probes
@@ -89,6 +92,7 @@ def table(request: str, folder: Path) -> str:
         "bench": bench,
         "comparison": comparison,
         "pairs": pairs,
+        "ablations": ablations,
         "few_steps": few_steps,
         "drift": drift,
         "updates": updates,

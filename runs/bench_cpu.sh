@@ -4,12 +4,7 @@
 #   runs/bench_cpu.sh [FOLDER]    result files go to FOLDER, docs/results if none is given
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# A signal to this script reaches the command that it waits for; the rows so far are kept.
-set -m
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-run() { "$@" & wait "$!"; }
+source runs/start.sh
 out=${1:-docs/results}
 mkdir -p "$out"
 common="--device cpu --frames 20 --seconds 8"

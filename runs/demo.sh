@@ -2,12 +2,7 @@
 # The tables of the toy world and of the long stream in docs/results.md: 9 minutes on 2 CPU cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# A signal to this script reaches the command that it waits for, which saves before it ends.
-set -m
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-run() { "$@" & wait "$!"; }
+source runs/start.sh
 out=${1:-runs/out/demo}
 run scd demo --train --out "$out"
 cp "$out/report.json" docs/results/demo.json

@@ -3,12 +3,7 @@
 # Stop it at any time and start it again: recording and training continue where they were.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# A signal to this script reaches the commands that it waits for, which save before they end.
-set -m
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-run() { "$@" & wait "$!"; }
+source runs/start.sh
 out=${1:-runs/out/doom_cpu}
 for size in 32 64; do
   run scd record doom --episodes 430 --frames 300 --size "$size" --seed 0 --out "$out/data-$size"

@@ -5,12 +5,7 @@
 #   runs/doom_gpu.sh [FOLDER] [SECONDS]    train at most SECONDS per model in this call
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# A signal to this script reaches the commands that it waits for, which save before they end.
-set -m
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-run() { "$@" & wait "$!"; }
+source runs/start.sh
 out=${1:-runs/out/doom_gpu}
 seconds=${2:-1500}
 # 1,700 episodes of 300 frames are 510,000 frames.

@@ -12,12 +12,7 @@
 #         runs/out/doom_cpu/data-32 few_steps_doom-32
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# A signal to this script reaches the command that it waits for, which saves before it ends.
-set -m
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-run() { "$@" & wait "$!"; }
+source runs/start.sh
 out=${1:-runs/out/few_steps/toy}
 teacher=${2:-runs/out/demo/separable}
 data=${3:-toy:32}

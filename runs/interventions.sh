@@ -12,12 +12,7 @@
 #   runs/interventions.sh runs/out/probes/models/doom-32-6 runs/out/interventions 250 3-4 2 2 4 1+2
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# A signal to this script reaches the commands that it waits for, which save before they end.
-set -m
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-run() { "$@" & wait "$!"; }
+source runs/start.sh
 model=${1:?needs the folder of a dense run first}
 out=${2:-runs/out/interventions}
 steps=${3:-300}

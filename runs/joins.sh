@@ -7,12 +7,7 @@
 # On a GPU, over Doom: runs/joins.sh runs/out/joins-doom doom-64 runs/out/doom_gpu/data 0 1 2
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# A signal to this script reaches the commands that it waits for, which save before they end.
-set -m
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-run() { "$@" & wait "$!"; }
+source runs/start.sh
 out=${1:-runs/out/joins}
 preset=${2:-toy}
 data=${3:-toy:32}

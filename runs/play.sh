@@ -6,12 +6,7 @@
 #   runs/play.sh [FOLDER]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# A signal to this script reaches the command that it waits for, which saves before it ends.
-set -m
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-run() { "$@" & wait "$!"; }
+source runs/start.sh
 export OMP_NUM_THREADS=1
 out=${1:-runs/out/play}
 data=$out/data

@@ -7,12 +7,7 @@
 #   runs/probes.sh [FOLDER] [DOOM DATA]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# A signal to this script reaches the commands that it waits for, which save before they end.
-set -m
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-run() { "$@" & wait "$!"; }
+source runs/start.sh
 out=${1:-runs/out/probes}
 doom=${2:-runs/out/doom_cpu/data-32}
 run scd record doom --episodes 430 --frames 300 --size 32 --seed 0 --out "$doom"

@@ -25,7 +25,8 @@ def start(tmp_path: Path, name: str, body: str) -> subprocess.Popen[bytes]:
     """Start a copy of a script where the programs that it calls are stand-ins."""
     for folder in ("runs", "bin"):
         (tmp_path / folder).mkdir()
-    shutil.copy(ROOT / "runs" / name, tmp_path / "runs" / name)
+    for script_file in (name, "start.sh"):
+        shutil.copy(ROOT / "runs" / script_file, tmp_path / "runs" / script_file)
     for program in ("scd", "python"):
         (tmp_path / "bin" / program).write_text(STAND_IN.replace("{body}", body))
         (tmp_path / "bin" / program).chmod(0o755)

@@ -1,0 +1,119 @@
+"""Changes of one thing at a time against a base: what each does to prediction and to time.
+
+    python docs/ablations.py NAME FOLDER
+
+FOLDER is that of runs/ablations.sh: evaluations KIND-SEED.json, `base` among the kinds, and
+turns.json, seconds per frame in turns of the kinds that change them. It writes
+docs/results/NAME.json: for each kind the mean over seeds of each metric, and the mean difference to
+the base with its 95 % interval over seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cells import markdown, milliseconds
+from pairs import compare
+
+from scd.results import command, write_json
+
+DOCS = Path(__file__).resolve().parent
+
+BASE = "base"
+
+SHOWN = ("psnr", "ssim")
+"""Metrics in the table."""
+
+
+def gather(evaluations: Mapping[tuple[str, str], Any], turns: Mapping[str, Any]) -> dict[str, Any]:
+    """Compare every kind with the base.
+
+    Args:
+        evaluations: by kind and seed.
+        turns: what benchmarks/turns.py wrote.
+
+    Raises:
+        ValueError: there is no base, or evaluations that cannot be compared.
+    """
+    kinds = list(dict.fromkeys(kind for kind, _ in evaluations))
+    if BASE not in kinds or len(kinds) < 2:
+        raise ValueError(f"needed {BASE}-SEED.json and those of other kinds, got {kinds}")
+    rows, compared = [], {}
+    for kind in kinds:
+        if kind != BASE:
+            pair = {key: one for key, one in evaluations.items() if key[0] in (kind, BASE)}
+            compared = compare((kind, BASE), pair, free=("guidance",))
+            rows.append({"kind": kind, "rows": compared["rows"], "seeds": compared["seeds"]})
+    timed = {name: one["time_over_first"] for name, one in turns["worlds"].items()}
+    return {
+        "kinds": rows,
+        "seconds_per_frame": turns["worlds"][BASE]["seconds_per_frame"]["total"]["p50"],
+        "time_over_base": {kind: ratio for kind, ratio in timed.items() if kind != BASE},
+        "timed": turns["timed"],
+        "protocol": compared["protocol"],
+        "command": command(),
+        "commit": compared["commit"],
+        "hardware": compared["hardware"],
+    }
+
+
+def ablations(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return one row per kind: its differences to the base, and its time over the base's."""
+    (result,) = results.values()
+    found = {row["horizon"] for row in result["kinds"][0]["rows"]}
+    horizons = sorted({1, 8, max(found)} & found)
+    places = [(metric, horizon) for metric in SHOWN for horizon in horizons]
+    head = ["against the base, over seeds"]
+    head += [f"{metric.upper()}, frame +{horizon}" for metric, horizon in places]
+    first = {(row["metric"], row["horizon"]): row for row in result["kinds"][0]["rows"]}
+    base = [f"{first[place]['means'][BASE]:.{digits(place[0])}f}" for place in places]
+    seconds = milliseconds(result["seconds_per_frame"])
+    lines = [["base, itself", *base, f"{seconds} ms"]]
+    for kind in result["kinds"]:
+        of = {(row["metric"], row["horizon"]): row for row in kind["rows"]}
+        ratio = result["time_over_base"].get(kind["kind"])
+        time = "as the base" if ratio is None else f"{ratio['median']:.2f}"
+        name = f"{kind['kind'].replace('_', ' ')} ({len(kind['seeds'])} seeds)"
+        lines.append([name, *(difference(of[place]) for place in places), time])
+    return markdown([*head, "time per frame"], lines)
+
+
+def difference(row: Mapping[str, Any]) -> str:
+    """Return a difference with its interval."""
+    places = digits(row["metric"])
+    low, high = (f"{row[end]:+.{places}f}" for end in ("ci_low", "ci_high"))
+    return f"{row['difference']:+.{places}f} [{low}, {high}]"
+
+
+def digits(metric: str) -> int:
+    """Return how many decimals of a metric are shown."""
+    return 2 if metric == "psnr" else 3
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Gather; return the exit status."""
+    if len(arguments) != 2:
+        print(__doc__)
+        return 2
+    name, folder = arguments[0], Path(arguments[1])
+    try:
+        evaluations = {
+            (found[1], found[2]): json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(folder.glob("*.json"))
+            if (found := re.fullmatch(r"(.+)-(\d+)\.json", path.name))
+        }
+        turns = json.loads((folder / "turns.json").read_text(encoding="utf-8"))
+        write_json(gather(evaluations, turns), DOCS / f"results/{name}.json")
+    except (ValueError, OSError) as error:
+        print(f"ablations.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# The paper's Minecraft table: the separable model against the dense one, the same data, steps and
+# seeds; quality by protocol and seconds per frame in turns. Stop it at any time and start it again.
+#
+#   runs/minecraft.sh [small|doom|paper] [FOLDER]
+#
+# small: DoomMaze at 32x32 with the doom-32 presets, 1,200 steps of 4 clips, about an hour and a half
+# on one CPU core. doom: DoomMaze at 128x128 in pixels, one GPU. paper: TECO-Minecraft in MINECRAFT,
+# encoded by AUTOENCODER, SCD-M and its dense twin on 8 GPUs as in the paper; LPIPS and FVD need
+# ALEXNET and I3D, files of published weights. In the environment: SEEDS, STEPS.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source runs/start.sh
+scale=${1:-small}
+out=${2:-runs/out/minecraft/$scale}
+data=$out/data
+launch=(scd)
+flags=()
+case $scale in
+small)
+  separable=doom-32 dense=doom-32-dense steps=1200
+  flags=(--batch-size 4)
+  protocols=(doom-36-264)
+  measured=(--size 0 --context 16 --horizon 24 --num-clips 64 --batch-size 32)
+  run scd record doom --size 32 --frames 300 --episodes 430 --seed 0 --out "$data"
+  ;;
+doom)
+  separable=doom-128 dense=doom-128-dense steps=20000
+  protocols=(doom-144-156 doom-36-264)
+  measured=()
+  run scd record doom --size 128 --frames 300 --episodes 2000 --seed 0 --out "$data"
+  ;;
+paper)
+  separable=scd-m dense=dense-m steps=1000000
+  protocols=(teco-144-156 teco-36-264 teco-144-156-published teco-36-264-published)
+  measured=(--alexnet "${ALEXNET:?file of AlexNet weights}" --i3d "${I3D:?file of I3D weights}")
+  measured+=(--guidance.kind context_noise --guidance.scale 1.5)
+  launch=(torchrun --nproc-per-node 8 -m scd)
+  for shard in 0 1 2 3 4 5 6 7; do
+    scd encode "minecraft:${MINECRAFT:?folder of TECO-Minecraft}" --shard "$shard/8" \
+      --autoencoder "${AUTOENCODER:?folder of the autoencoder}" --out "$data" \
+      --device "cuda:$shard" &
+  done
+  for job in $(jobs -p); do wait "$job"; done
+  ;;
+*)
+  echo "minecraft.sh: needed small, doom or paper, got $scale" >&2
+  exit 2
+  ;;
+esac
+read -ra seeds <<<"${SEEDS:-0 1 2}"
+for seed in "${seeds[@]}"; do
+  for kind in base dense; do
+    preset=$separable
+    if [ "$kind" = dense ]; then preset=$dense; fi
+    run "${launch[@]}" train "$preset" --data "$data" --seed "$seed" \
+      --max-steps "${STEPS:-$steps}" "${flags[@]}" --out "$out/runs/$kind-$seed"
+    for protocol in "${protocols[@]}"; do
+      mkdir -p "$out/$protocol"
+      guidance=("${measured[@]}")
+      # A dense model has no context to put noise on.
+      if [ "$scale-$kind" = paper-dense ]; then guidance=("${measured[@]:0:4}"); fi
+      run "${launch[@]}" evaluate "$out/runs/$kind-$seed" --data "$data" --protocol "$protocol" \
+        "${guidance[@]}" --out "$out/$protocol/$kind-$seed.json"
+    done
+  done
+done
+[ -f "$out/turns.json" ] || run python benchmarks/turns.py --data "$data" --out "$out/turns.json" \
+  "base=$out/runs/base-${seeds[0]}" "dense=$out/runs/dense-${seeds[0]}"
+for protocol in "${protocols[@]}"; do
+  cp "$out/turns.json" "$out/$protocol/turns.json"
+  python docs/ablations.py "minecraft_${scale}_${protocol//-/_}" "$out/$protocol"
+done
+python docs/tables.py
