@@ -116,7 +116,7 @@ def load_world(
         ValueError: the files are damaged, of another format, or do not fit together.
     """
     folder = resolve(path)
-    parts = _read_world_config(folder)
+    parts = read_world_parts(folder)
     with torch.device("meta"):
         # No weights are drawn, only to be replaced.
         model = build(parts["model"])
@@ -281,7 +281,13 @@ def _write_world(world: World, state: Mapping[str, Tensor], folder: Path) -> Non
     _write_tensors(state, folder / WEIGHTS_FILE, {"config": json.dumps(config)})
 
 
-def _read_world_config(folder: Path) -> dict[str, Any]:
+def read_world_parts(folder: Path) -> dict[str, Any]:
+    """Read the settings of a world folder: "model", "autoencoder", "card" and "sampling".
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they are damaged, of another format, or not complete.
+    """
     path = folder / CONFIG_FILE
     values = read_settings(path)
     kinds = {

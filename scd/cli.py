@@ -35,6 +35,7 @@ from scd.evaluate_protocol import evaluate_by_protocol
 from scd.evaluate_protocol import readable as readable_by_protocol
 from scd.export import ExportConfig, export_diffusers
 from scd.fit import decides, fit_to_data, fit_window
+from scd.initial import is_of_wan, like_initial
 from scd.intervene.compare import intervene
 from scd.intervene.settings import DiagonalConfig, RecomposeConfig, SkipConfig
 from scd.intervene.table import markdown
@@ -205,6 +206,9 @@ def _train(words: list[str]) -> None:
     if name is None:
         print(f"scd train PRESET ...; presets: {', '.join(PRESETS)}. Flags, as of preset toy:\n")
     base = preset(name or "toy")
+    initial = _value_of(rest, "--initial")
+    if is_of_wan(base) and initial:
+        base = like_initial(base, initial)
     settings = _parse(TrainCommand, rest, f"train {name or 'PRESET'}", TrainCommand(run=base))
     config = fit_window(settings.run, base)
     if decides(config):
@@ -216,6 +220,11 @@ def _train(words: list[str]) -> None:
     if settings.dry_run:
         dry_run(config)
         return
+    if is_of_wan(config) and not config.initial:
+        raise ValueError(
+            f"scd train {name} needs --initial RUN, a Wan world (scd convert wan), and --data "
+            "LATENTS (scd encode)"
+        )
     Console().print(f"saved {train(config)}")
 
 

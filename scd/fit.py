@@ -7,11 +7,13 @@ from typing import Any
 
 from scd.autoencoder.build import AutoencoderConfig
 from scd.autoencoder.pixels import PixelAutoencoder
+from scd.autoencoder.wan import WanAutoencoderConfig
 from scd.config import from_json
 from scd.data.folder import open_source
 from scd.data.latents import INFO_FILE, LatentSource, is_latents
 from scd.data.loader import Loader
 from scd.data.source import Source
+from scd.initial import is_of_wan
 from scd.run import TrainConfig, check_window
 
 NUM_MEASURED_BATCHES = 16
@@ -74,11 +76,21 @@ def decides(config: TrainConfig) -> bool:
 
 def _fit_to_latents(config: TrainConfig, source: LatentSource) -> TrainConfig:
     info = source.info
+    if is_of_wan(config) and not info.card.conditions.has_text:
+        raise ValueError(
+            f"{config.data} holds latents without prompts, but a text steers a Wan model: "
+            "write them with scd encode --text-encoder"
+        )
     channels, height, width = info.shape
     shape = replace(config.model.shape, channels=channels, height=height, width=width)
     model = replace(config.model, shape=shape, conditions=info.card.conditions)
     where = f"{source.path / INFO_FILE}: autoencoder"
     autoencoder = from_json(AutoencoderConfig, info.autoencoder, where)
+    if isinstance(autoencoder, WanAutoencoderConfig) and config.autoencoder == replace(
+        autoencoder, source=getattr(config.autoencoder, "source", "")
+    ):
+        # The same settings elsewhere: weights are compared where they are opened.
+        autoencoder = config.autoencoder
     return replace(config, model=model, autoencoder=autoencoder)
 
 

@@ -9,15 +9,17 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
-from scd.autoencoder.build import latents_of
+from scd.autoencoder.build import frames_per_latent, latents_of
 from scd.checkpoint import World
 from scd.clip import Batch
+from scd.engine.plain import PlainEngine
 from scd.media import PictureRow, write_grid
 from scd.objective.denoise import validation_loss
 from scd.rollout import Rollout
 from scd.run import TrainConfig, open_training
 from scd.running import Run
 from scd.runtime import derive_seed
+from scd.text_stream import TextStream
 
 
 def read_held_out(config: TrainConfig) -> list[Batch]:
@@ -94,7 +96,15 @@ def sample(run: Run, held_out: list[Batch]) -> None:
     if run.accelerator.is_main_process:
         with _evaluating(run), run.accelerator.autocast():
             batch = held_out[0].to(run.accelerator.device)
-            write_sample(run.world, batch, run.folder / "samples" / f"step_{run.step:06d}.png")
+            path = run.folder / "samples" / f"step_{run.step:06d}.png"
+            if run.world.model.config.conditions.has_text:
+                try:
+                    write_text_sample(run.world, batch, path)
+                except FileNotFoundError as error:
+                    # Training needs latents only; pictures need their decoder too.
+                    run.log.event("sample", {"step": run.step, "skipped": str(error)})
+            else:
+                write_sample(run.world, batch, path)
     run.accelerator.wait_for_everyone()
 
 
@@ -120,3 +130,31 @@ def write_sample(world: World, batch: Batch, path: Path, seed: int = 0) -> None:
         rows.append(PictureRow(name="model", frames=frames[clip].float().cpu()))
     labels = ["given"] * num_given + [f"+{n + 1}" for n in range(num_frames - num_given)]
     write_grid(rows, labels, path)
+
+
+def write_text_sample(world: World, batch: Batch, path: Path, seed: int = 0) -> None:
+    """Write video of held-out prompts, made from nothing, below the clips that they describe.
+
+    One frame is shown of each latent frame, the last one that it stands for.
+
+    Raises:
+        FileNotFoundError: the world's decoder is not at hand.
+    """
+    assert batch.encoded and batch.conditions.text is not None
+    frames, text = batch.frames[:1], batch.conditions.text[:1]
+    # Opened before any frame is made: where it is not at hand nothing is made.
+    true = world.autoencoder.decode(frames)
+    stream = TextStream(world, PlainEngine(world.model), None, seed=seed)
+    stream.begin(text)
+    latents = []
+    for _ in range(0, frames.shape[1], stream.block_size):
+        stream.step()
+        assert stream.newest is not None
+        latents.append(stream.newest)
+    made = world.autoencoder.decode(torch.cat(latents, dim=1).float())
+    per_latent = frames_per_latent(world.autoencoder.config)
+    rows = [
+        PictureRow(name=name, frames=video[0, ::per_latent].float().cpu())
+        for name, video in (("truth", true), ("model", made))
+    ]
+    write_grid(rows, [f"{number}" for number in range(frames.shape[1])], path)

@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scd.clip import Conditions
 from scd.config import to_json
-from scd.model.build import build, num_parameters
+from scd.model.build import Diffuser, build, num_parameters
 from scd.model.visibility import forget
 from scd.objective.denoise import DenoiseConfig, denoise
+from scd.objective.teacher_forcing import TeacherForcingConfig, teacher_forced_loss
 from scd.optim import parameter_groups
 from scd.run import TrainConfig, check_fit, check_window, open_loader
 
@@ -138,7 +139,7 @@ def count_micro_batch(config: TrainConfig) -> tuple[int, int]:
         ValueError: the run distils a model: what that costs is not counted.
     """
     objective = config.objective
-    if not isinstance(objective, DenoiseConfig):
+    if not isinstance(objective, DenoiseConfig | TeacherForcingConfig):
         raise ValueError(f"only denoising can be planned, got {type(objective).__name__}")
     kept: dict[int, tuple[int, Tensor]] = {}
 
@@ -162,20 +163,23 @@ def count_micro_batch(config: TrainConfig) -> tuple[int, int]:
                     torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
                     torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"),
                 ):
-                    loss, _ = denoise(
-                        model,
-                        clean,
-                        _empty_conditions(config),
-                        objective,
-                        torch.Generator(),
-                        model.needs_first_frame,
-                    )
+                    loss = _loss(config, model, clean)
                 num_bytes = sum(size for size, _ in kept.values())
                 loss.backward()
             return num_bytes, counter.get_total_flops()
     finally:
         # Masks without numbers must not be taken for real ones later.
         forget()
+
+
+def _loss(config: TrainConfig, model: Diffuser, clean: Tensor) -> Tensor:
+    conditions, generator = _empty_conditions(config), torch.Generator()
+    if isinstance(config.objective, TeacherForcingConfig):
+        size = int(getattr(config.model, "frames_per_block", 1))
+        return teacher_forced_loss(model, clean, conditions, config.objective, generator, size)[0]
+    assert isinstance(config.objective, DenoiseConfig)
+    needs_first = model.needs_first_frame
+    return denoise(model, clean, conditions, config.objective, generator, needs_first)[0]
 
 
 def _empty_conditions(config: TrainConfig) -> Conditions:

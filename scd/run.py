@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from scd.autoencoder.build import AutoencoderConfig, build_autoencoder, fingerprint
 from scd.autoencoder.pixels import PixelConfig
+from scd.autoencoder.wan import WanAutoencoderConfig
 from scd.clip import Batch
 from scd.config import added, differences, to_json
 from scd.data.folder import open_source
-from scd.data.latents import LatentSource
+from scd.data.latents import PLACE, LatentSource
 from scd.data.loader import Loader
 from scd.data.source import DataCard, Source, Split
 from scd.flow import SamplingConfig
@@ -23,17 +25,23 @@ from scd.model.build import Diffuser, ModelConfig, SeparableConfig, build
 from scd.objective.denoise import DenoiseConfig
 from scd.objective.distill import ConsistencyConfig, RegressionConfig
 from scd.objective.match import MatchConfig
+from scd.objective.teacher_forcing import TeacherForcingConfig
 from scd.optim import OptimConfig
 from scd.runlog import Tracker
 from scd.runtime import Precision, derive_seed
+from scd.text import text_fingerprint
 
 Objective = Callable[
     [nn.Module, Batch, torch.Generator], tuple[Tensor, Mapping[str, Tensor | float]]
 ]
 """From the model, a batch of pixels and a generator of all draws to a loss and numbers to log."""
 
-ObjectiveConfig = DenoiseConfig | ConsistencyConfig | RegressionConfig | MatchConfig
+ObjectiveConfig = (
+    DenoiseConfig | TeacherForcingConfig | ConsistencyConfig | RegressionConfig | MatchConfig
+)
 """What a model can learn to do."""
+
+logger = logging.getLogger(__name__)
 
 FREE_FIELDS = (
     "out",
@@ -158,7 +166,8 @@ def check_window(config: TrainConfig) -> None:
     A model that was trained before, and is only distilled, keeps the memory that it has.
     """
     window = config.model.cache.window
-    if window > config.num_frames and isinstance(config.objective, DenoiseConfig):
+    from_data = isinstance(config.objective, DenoiseConfig | TeacherForcingConfig)
+    if window > config.num_frames and from_data:
         raise ValueError(
             f"model.cache.window is {window}, but num_frames is {config.num_frames}: "
             "attention beyond num_frames is untrained"
@@ -190,22 +199,56 @@ def open_training(config: TrainConfig, split: Split) -> Source:
     source = open_source(config.data, split, config.strict, latents=True)
     if isinstance(source, LatentSource):
         _check_autoencoder(config, source)
+        _check_text_encoder(config, source)
+    elif isinstance(config.objective, TeacherForcingConfig):
+        raise ValueError(
+            f"{config.data} holds no latents: write them first (scd encode {config.data} "
+            "--autoencoder RUN --text-encoder RUN --out LATENTS), and name those"
+        )
     return source
 
 
 def _check_autoencoder(config: TrainConfig, source: LatentSource) -> None:
     """Refuse latents of another autoencoder than the run's (ValueError)."""
-    different = differences(source.info.autoencoder, to_json(config.autoencoder))
+    theirs, ours = (
+        {name: value for name, value in settings.items() if name != PLACE}
+        for settings in (source.info.autoencoder, to_json(config.autoencoder))
+    )
+    different = differences(theirs, ours)
     if different:
         raise ValueError(
             f"{config.data} holds latents of another autoencoder than the run's (its setting, then "
             f"the run's): {'; '.join(different)}"
         )
-    found = fingerprint(build_autoencoder(config.autoencoder))
+    try:
+        found = fingerprint(build_autoencoder(config.autoencoder))
+    except FileNotFoundError as error:
+        # Latents need no autoencoder to be trained on: only the comparison does.
+        logger.warning("whether the run's autoencoder made %s was not seen: %s", source.path, error)
+        return
     if found != source.info.fingerprint:
         raise ValueError(
             f"{config.data} holds latents of an autoencoder with other weights: it was encoded by "
             f"{source.info.fingerprint}, the one that the settings name is now {found}"
+        )
+
+
+def _check_text_encoder(config: TrainConfig, source: LatentSource) -> None:
+    """Refuse prompts that another text encoder embedded than the one beside the run's autoencoder
+    (ValueError), which is what the result will be steered by."""
+    autoencoder = config.autoencoder
+    if not source.info.text or not isinstance(autoencoder, WanAutoencoderConfig):
+        return
+    try:
+        found = text_fingerprint(autoencoder.source)
+    except FileNotFoundError as error:
+        logger.warning("whether its text encoder made %s was not seen: %s", source.path, error)
+        return
+    # The arithmetic of the text encoder stands behind its name, and may be another.
+    if found != source.info.text.rpartition("-")[0]:
+        raise ValueError(
+            f"{config.data} holds prompts that another text encoder embedded: {source.info.text}, "
+            f"the one at {autoencoder.source} is {found}"
         )
 
 

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from scd.autoencoder.build import Autoencoder, build_autoencoder, latents_of
 from scd.clip import Batch, Conditions
 from scd.flow import schedule
+from scd.initial import is_of_wan
 from scd.learner import Loss, Task, alone
 from scd.matching import matching
 from scd.model.build import Diffuser, build
@@ -24,6 +25,7 @@ from scd.objective.distill import (
     regression_loss,
 )
 from scd.objective.match import MatchConfig
+from scd.objective.teacher_forcing import TeacherForcingConfig, teacher_forced_loss
 from scd.optim import EMA
 from scd.run import Objective, TrainConfig
 from scd.teacher import Autocast, load_teacher, path_of, running
@@ -46,6 +48,8 @@ def build_task(config: TrainConfig, model: Diffuser, ema: EMA, accelerator: Acce
     objective = config.objective
     if isinstance(objective, DenoiseConfig):
         return alone(denoising(config, accelerator.device))
+    if isinstance(objective, TeacherForcingConfig):
+        return alone(forcing(config, objective, accelerator.device))
     if isinstance(objective, RegressionConfig):
         return alone(regressing(config, objective, accelerator.device))
     spec = config.model.conditions
@@ -71,6 +75,24 @@ def denoising(config: TrainConfig, device: torch.device | str = "cpu") -> Object
     ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         clean = latents_of(autoencoder, batch)
         return denoise(model, clean, batch.conditions, objective, generator, needs_first_frame)
+
+    return loss
+
+
+def forcing(
+    config: TrainConfig, objective: TeacherForcingConfig, device: torch.device | str = "cpu"
+) -> Objective:
+    """Return teacher forcing of a Wan model on encoded frames."""
+    if not is_of_wan(config):
+        raise ValueError("teacher forcing on Wan's noise levels is for Wan models: see denoise")
+    autoencoder = build_autoencoder(config.autoencoder, device)
+    size = int(getattr(config.model, "frames_per_block", 1))
+
+    def loss(
+        model: nn.Module, batch: Batch, generator: torch.Generator
+    ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        clean = latents_of(autoencoder, batch)
+        return teacher_forced_loss(model, clean, batch.conditions, objective, generator, size)
 
     return loss
 

@@ -71,8 +71,7 @@ class PromptEmbedder:
             ValueError: a text encoder of another kind, or transformers is not installed.
         """
         self.config = config
-        self._words = find_part(source, "tokenizer")
-        self._weights = find_part(source, "text_encoder", ENCODERS, "text encoder of Wan")
+        self._words, self._weights = _find(source)
         self._tokenizer = _load_tokenizer(self._words)
         self._encoder: Any = None
         self._name = ""
@@ -141,6 +140,24 @@ class PromptEmbedder:
         key = f"{self.name}\n{clean_prompt(prompt)}".encode()
         digest = hashlib.blake2b(key, digest_size=16).hexdigest()
         return Path(self.config.cache) / f"{digest}.safetensors"
+
+
+def text_fingerprint(source: str | os.PathLike[str]) -> str:
+    """Name a source's tokenizer and text encoder, wherever they lie; none of them is loaded.
+
+    Raises:
+        FileNotFoundError: they are not there, or the hub cannot be reached.
+        ValueError: a text encoder of another kind.
+    """
+    if not str(source):
+        raise FileNotFoundError("no folder of a text encoder is named")
+    return fingerprint(*_find(source))
+
+
+def _find(source: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Return the folders of tokenizer and text encoder."""
+    words = find_part(source, "tokenizer")
+    return words, find_part(source, "text_encoder", ENCODERS, "text encoder of Wan")
 
 
 def clean_prompt(prompt: str) -> str:

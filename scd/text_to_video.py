@@ -110,7 +110,7 @@ class TextToVideo:
         described = from_json(AutoencoderConfig, settings["autoencoder"], where)
         if not isinstance(described, WanAutoencoderConfig):
             raise ValueError(f"{config.run}: its frames are no latents of Wan's autoencoder")
-        self.source = config.source or _parts_beside(config.run) or described.source
+        self.source = config.source or parts_beside(config.run) or described.source
         if not self.source:
             raise ValueError(
                 f"{config.run} does not say where Wan's autoencoder and text encoder lie: name the "
@@ -266,7 +266,7 @@ def _settings_of(run: str) -> dict[str, Any]:
     return read_settings(resolve(run) / CONFIG_FILE)
 
 
-def _parts_beside(run: str) -> str:
+def parts_beside(run: str) -> str:
     """Return the world's own folder if it holds the parts, wherever it was moved; else nothing."""
     folder = resolve(run)
     return str(folder) if (folder / "vae").is_dir() else ""

@@ -36,7 +36,8 @@ LAYERS = (
     ),
     (
         "autoencoders, text",
-        "autoencoder.pixels autoencoder.wan autoencoder.tiny autoencoder.build text",
+        "autoencoder.pixels autoencoder.deep autoencoder.networks autoencoder.pictures "
+        "autoencoder.wan autoencoder.tiny autoencoder.build text",
     ),
     ("flow matching", "flow"),
     (
@@ -51,8 +52,8 @@ LAYERS = (
     ("optimizers", "optim"),
     (
         "objectives",
-        "objective.denoise objective.distill objective.score objective.self_forcing "
-        "objective.match objective.discriminator",
+        "objective.denoise objective.teacher_forcing objective.distill objective.score "
+        "objective.self_forcing objective.match objective.discriminator",
     ),
     ("state of a run", "checkpoint shipped encode_settings encode"),
     (
@@ -110,7 +111,7 @@ OPTIONAL_PACKAGES = {
     "vizdoom": {"data.doom"},
     "tensorboard": {"runlog"},
     "wandb": {"runlog"},
-    "diffusers": {"probe.wan", "autoencoder.wan", "autoencoder.tiny"},
+    "diffusers": {"probe.wan", "autoencoder.wan", "autoencoder.tiny", "autoencoder.networks"},
     "transformers": {"text"},
     "ftfy": {"text"},
     "torchmetrics": {"metrics.image"},
