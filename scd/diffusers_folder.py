@@ -15,6 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 CONFIG_FILE = "config.json"
 """Settings of a part, beside its weights."""
 
+AT_ROOT = "diffusion_pytorch_model*.safetensors*"
+"""Weights, and their index, of a repository that is one model."""
+
 CONTACT_S = 10
 """Seconds to wait for the hub's first answer."""
 
@@ -29,7 +32,11 @@ WHOLE_BYTES, NUM_PIECES, PIECE_BYTES = 2**26, 256, 2**14
 
 
 def find_part(
-    source: str | os.PathLike[str], part: str, classes: tuple[str, ...] = (), what: str = "model"
+    source: str | os.PathLike[str],
+    part: str,
+    classes: tuple[str, ...] = (),
+    what: str = "model",
+    at_root: bool = False,
 ) -> Path:
     """Return the folder of one part of a pipeline; from the hub it is downloaded, or found again.
 
@@ -39,6 +46,7 @@ def find_part(
         classes: names of classes that will do, of which config.json must name one. Empty: any, and
             config.json may be absent.
         what: what the part is, for errors.
+        at_root: a repository on the hub may be the part itself, as a folder may.
 
     Raises:
         FileNotFoundError: neither the source nor the part is there, the hub cannot be reached, or
@@ -55,7 +63,10 @@ def find_part(
                 f"{folder} has no {part}/: needed a folder as diffusers writes it, or its {part}/"
             )
     else:
-        found = _download(str(source), part)
+        found = _download(str(source), part, [CONFIG_FILE] if at_root else [])
+        if at_root and found.name != part:
+            _check_class(found, classes, what)
+            found = _download(str(source), part, [CONFIG_FILE, AT_ROOT])
     if classes:
         _check_class(found, classes, what)
     _check_shards(found)
@@ -95,13 +106,16 @@ def read_part_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _download(source: str, part: str) -> Path:
+def _download(source: str, part: str, at_root: list[str]) -> Path:
+    """Return the folder of a part, or of the whole where there is no part but files at its root."""
     if source.count("/") != 1 or source.startswith((".", "/")):
         raise FileNotFoundError(
             f"there is no folder {source}, and it is no name on the hub (owner/name) either"
         )
     try:
-        copy = snapshot_download(source, allow_patterns=[f"{part}/*"], etag_timeout=CONTACT_S)
+        copy = snapshot_download(
+            source, allow_patterns=[f"{part}/*", *at_root], etag_timeout=CONTACT_S
+        )
     except HFValidationError as error:
         raise FileNotFoundError(f"there is no folder {source}: {error}") from error
     except (HfHubHTTPError, OSError) as error:
@@ -111,6 +125,8 @@ def _download(source: str, part: str) -> Path:
             + OFFLINE.format(source=source)
         ) from error
     found = Path(copy) / part
+    if not found.is_dir() and at_root and (Path(copy) / CONFIG_FILE).is_file():
+        return Path(copy)
     if not found.is_dir():
         raise FileNotFoundError(f"{source} on the hub has no {part}/")
     return found

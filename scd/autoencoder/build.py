@@ -12,6 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from scd.autoencoder.networks import KINDS, find_network
+from scd.autoencoder.pictures import (
+    PictureAutoencoder,
+    PictureAutoencoderConfig,
+    computed_by,
+    open_picture_autoencoder,
+)
 from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
 from scd.autoencoder.wan import (
     FRAMES_PER_LATENT,
@@ -22,10 +29,14 @@ from scd.autoencoder.wan import (
 from scd.clip import Batch
 from scd.config import to_json
 from scd.data.latents import PLACE
+from scd.diffusers_folder import class_of
 from scd.runtime import Precision
 
-AutoencoderConfig = PixelConfig | WanAutoencoderConfig
+AutoencoderConfig = PixelConfig | WanAutoencoderConfig | PictureAutoencoderConfig
 """Settings of every kind of autoencoder."""
+
+WAN = "AutoencoderKLWan"
+"""Class of diffusers whose settings a folder with Wan's autoencoder names."""
 
 
 @runtime_checkable
@@ -58,6 +69,8 @@ def build_autoencoder(
     """Build what the settings describe; weights may be read later, when they are first needed."""
     if isinstance(config, PixelConfig):
         return PixelAutoencoder(config)
+    if isinstance(config, PictureAutoencoderConfig):
+        return PictureAutoencoder(config).place(device, precision)
     return WanAutoencoder(config).place(device, precision)
 
 
@@ -66,12 +79,15 @@ def open_autoencoder(
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
 ) -> Autoencoder:
-    """Open an autoencoder's own folder, or its name on the hub.
+    """Open an autoencoder's own folder, a training of one, or its name on the hub.
 
     Raises:
         FileNotFoundError: it is not there, or the hub cannot be reached.
         ValueError: a kind that is not known, or a package is missing.
     """
+    folder = find_network(source, (*KINDS, WAN), "autoencoder")
+    if class_of(folder) in KINDS:
+        return open_picture_autoencoder(source, device, precision)
     return open_wan_autoencoder(source, device, precision)
 
 
@@ -93,6 +109,9 @@ def fingerprint(autoencoder: Autoencoder) -> str:
         for name in ("latents_mean", "latents_std"):
             digest.update(f"{name} {list(settings[name])}\n".encode())
         _add_weights(digest, autoencoder.vae.state_dict())
+    elif isinstance(autoencoder, PictureAutoencoder):
+        digest.update(json.dumps(computed_by(autoencoder), sort_keys=True).encode())
+        _add_weights(digest, autoencoder.network.state_dict())
     return digest.hexdigest()
 
 
