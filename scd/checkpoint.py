@@ -194,9 +194,9 @@ def save_step(
     with written_aside(folder) as aside:
         _write_world(world, raw | dict(averaged), aside)
         _write_tensors(raw, aside / RAW_FILE)
-        _guarded(lambda path: torch.save(optimizers, path), aside / "optimizer.pt")
+        guarded(lambda path: torch.save(optimizers, path), aside / "optimizer.pt")
         if companions:
-            _guarded(lambda path: torch.save(companions, path), aside / "companions.pt")
+            guarded(lambda path: torch.save(companions, path), aside / "companions.pt")
         (aside / "progress.json").write_text(
             json.dumps(to_json(progress), indent=2) + "\n", encoding="utf-8"
         )
@@ -214,7 +214,7 @@ def load_optimizers(step_folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file is damaged or holds something else.
     """
-    return _load_state(step_folder / "optimizer.pt")
+    return load_state(step_folder / "optimizer.pt")
 
 
 def load_companions(step_folder: Path) -> dict[str, Any]:
@@ -223,10 +223,15 @@ def load_companions(step_folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged or holds something else.
     """
-    return _load_state(path) if (path := step_folder / "companions.pt").exists() else {}
+    return load_state(path) if (path := step_folder / "companions.pt").exists() else {}
 
 
-def _load_state(path: Path) -> Any:
+def load_state(path: Path) -> Any:
+    """Read what `torch.save` wrote; nothing but tensors and numbers is accepted.
+
+    Raises:
+        ValueError: the file is damaged or holds something else.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -315,10 +320,10 @@ def _write_tensors(
         seen.add(tensor.data_ptr())
         tensors[name] = tensor.clone() if tied else tensor
     # One entry at most: several would be written in a random order, and equal weights differ.
-    _guarded(lambda path: save_file(tensors, path, metadata=metadata), path)
+    guarded(lambda path: save_file(tensors, path, metadata=metadata), path)
 
 
-def _guarded(write: Callable[[Path], object], path: Path) -> None:
+def guarded(write: Callable[[Path], object], path: Path) -> None:
     """Run a writer; whatever way it has of saying that the disk refused becomes an OSError."""
     try:
         write(path)

@@ -89,10 +89,11 @@ class Lpips(nn.Module):
         sides = [
             frames.reshape(-1, 3, height, width).split(NUM_AT_ONCE) for frames in (predicted, true)
         ]
-        found = [self._distances(one, other, given) for one, other in zip(*sides, strict=True)]
+        found = [self.distances(one, other, given) for one, other in zip(*sides, strict=True)]
         return torch.cat(found).reshape(batch)
 
-    def _distances(self, predicted: Tensor, true: Tensor, given: InputRange) -> Tensor:
+    def distances(self, predicted: Tensor, true: Tensor, given: InputRange) -> Tensor:
+        """Return the distance of each pair of pictures [f 3 h w] at once; gradient flows."""
         pixels = torch.cat([predicted, true]).to(self.scale).float()
         if given == "unit":
             pixels = (pixels + 1) / 2
