@@ -25,7 +25,16 @@ from scd.results import command, write_json
 
 DOCS = Path(__file__).resolve().parent
 
-ORDER = ("teacher", "regression", "consistency", "sid", "gan", "dmd")
+ORDER = (
+    "teacher",
+    "teacher_forced",
+    "context_noise",
+    "regression",
+    "consistency",
+    "sid",
+    "gan",
+    "dmd",
+)
 """Models, as they stand in the table; others come after them."""
 
 HORIZONS = (1, 4, 8)

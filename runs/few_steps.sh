@@ -36,10 +36,18 @@ for steps in 4 2 1; do
     --initial "$initial" --out "$out/runs/dmd-$steps" --max-steps "$updates" "${flags[@]}"
   initial=$out/runs/dmd-4 updates=$((${ON_ROLLOUTS:-200} * 2 / 5))
 done
-# What corrupted histories are good for, and what a student's own rollouts add: the same training
-# on true histories alone. Only where the teacher is the demo's.
+# The other losses on rollouts, at four steps, from the same start.
+for method in sid gan; do
+  run scd distill "$teacher" --data "$data" --method "$method" --steps 4 \
+    --initial "$out/runs/consistency" --out "$out/runs/$method-4" \
+    --max-steps "${ON_ROLLOUTS:-200}" "${flags[@]}"
+done
+# What a student's own rollouts add to the means against drift that training on clips has: none, noise
+# on the context alone, and the teacher's noise on the history. Only where the teacher is the demo's.
 if [ "$data" = toy:32 ]; then
-  run scd train toy --objective.history-noise 0 --out "$out/runs/teacher_forced" "${flags[@]}"
+  run scd train toy --objective.history-noise 0 --objective.context-noise 0 \
+    --out "$out/runs/teacher_forced"
+  run scd train toy --objective.history-noise 0 --out "$out/runs/context_noise"
 fi
 
 worlds=()
@@ -59,9 +67,10 @@ for method in "${students[@]}"; do
   for steps in 4 2 1; do measure "$method" "$out/runs/$method" "$steps"; done
 done
 for steps in 4 2 1; do measure dmd "$out/runs/dmd-$steps" "$steps"; done
-if [ -d "$out/runs/teacher_forced" ]; then
-  for steps in 10 4; do measure teacher_forced "$out/runs/teacher_forced" "$steps"; done
-fi
+for method in sid gan; do measure "$method" "$out/runs/$method-4" 4; done
+for world in teacher_forced context_noise; do
+  if [ -d "$out/runs/$world" ]; then measure "$world" "$out/runs/$world" 10; fi
+done
 
 [ -f "$out/turns.json" ] ||
   run python benchmarks/turns.py "${worlds[@]}" --data "$data" --out "$out/turns.json"
