@@ -20,7 +20,14 @@ from scd.engine.open import open_engine
 from scd.flow import SamplingConfig
 from scd.model.cache import CacheConfig
 from scd.rollout import Guidance, Rollout
-from scd.serve.errors import BadSnapshot, HostStopped, PlayError, TooManySessions, UnknownSession
+from scd.serve.errors import (
+    BadSnapshot,
+    HostStopped,
+    PlayError,
+    SessionBusy,
+    TooManySessions,
+    UnknownSession,
+)
 from scd.serve.events import Evicted, Start
 from scd.serve.history import History, Kept, as_action
 from scd.serve.identity import identity_of
@@ -115,6 +122,11 @@ def rewritten(data, change):
     notes = {name: json.loads(text) for name, text in texts.items()}
     change(notes, tensors)
     return save(tensors, {name: json.dumps(note) for name, note in notes.items()})
+
+
+def files(folder):
+    """Names of the sessions on disk that are in nobody's memory."""
+    return [path.name for path in folder.glob(f"*{SUFFIX}")]
 
 
 def set_note(*path, value):
@@ -248,7 +260,7 @@ def test_an_idle_session_is_evicted_and_comes_back_exactly(tmp_path):
         client.wait(lambda one: isinstance(one.events[-1], Evicted))
         until(lambda: host.overview().num_evicted == 1)
         assert host.overview().num_sessions == host.overview().reserved_bytes == 0
-        assert [path.name for path in tmp_path.iterdir()] == [f"{name}{SUFFIX}"]
+        assert files(tmp_path) == [f"{name}{SUFFIX}"]
         # Words that are late do not bring it back.
         with pytest.raises(UnknownSession):
             done(host.acknowledge(name, 0, 13))
@@ -259,13 +271,13 @@ def test_an_idle_session_is_evicted_and_comes_back_exactly(tmp_path):
         equal(done(second), alone(world, engine, [2] * 16, seed=6)[-2:])
         until(lambda: host.overview().num_evicted == 1)
         done(host.rewind(name, 9))
-        assert list(tmp_path.iterdir()) == []
+        assert files(tmp_path) == []
         equal(done(host.step(name, 3)), alone(world, engine, [2] * 10 + [3], seed=6)[-1:])
         until(lambda: host.overview().num_evicted == 1)
         done(host.delete(name))
         with pytest.raises(UnknownSession):
             done(host.info(name))
-        assert list(tmp_path.iterdir()) == []
+        assert files(tmp_path) == []
         assert host.overview().num_evictions >= 3
 
 
@@ -281,7 +293,7 @@ def test_a_disk_that_is_full_loses_nothing(tmp_path, monkeypatch):
             name = done(host.create(Start(seed=1))).session_id
             frames = done(host.step(name, 1, count=3))
             until(lambda: host.overview().num_failed_evictions >= 2)
-            assert list(tmp_path.iterdir()) == []
+            assert files(tmp_path) == []
         frames += done(host.step(name, 1, count=2))
         equal(frames, alone(world, make_engine(world), [1] * 5, seed=1))
         until(lambda: host.overview().num_evicted == 1)
@@ -339,6 +351,59 @@ def test_a_host_that_stops_hands_its_sessions_to_the_next(tmp_path):
         assert done(second.info(late)).seed == 9
 
 
+def test_what_a_killed_host_had_written_is_another_ones(tmp_path):
+    world, engine = make_world(), make_engine(make_world())
+    with hosting(world, said=[], evict_dir=tmp_path, backup_s=0.02) as first:
+        name, gone = (done(first.create(Start(seed=seed))).session_id for seed in (3, 4))
+        client = Client(first)
+        done(first.attach(name, client))
+        made = done(first.step(name, 1, count=9))
+        until(
+            lambda: newest_at_desks(tmp_path).get(name) == 8 and gone in newest_at_desks(tmp_path)
+        )
+        done(first.delete(gone))
+        until(lambda: gone not in newest_at_desks(tmp_path))
+        with hosting(world, evict_dir=tmp_path) as second:
+            # As long as the first lives, what it has written is its own.
+            with pytest.raises(UnknownSession):
+                done(second.info(name))
+            # The lock goes with the process, the session as it was written last stays.
+            first._stage.evictions.shelf._lock.close()
+            until(lambda: done(second.is_here(name)))
+            info = done(second.info(name))
+            assert (info.index, info.history_from, info.attached) == (8, 8, False)
+            wanted = alone(world, engine, [1] * 9 + [2], seed=3)
+            equal(made + done(second.step(name, 2)), wanted)
+            assert not done(second.is_here(gone))
+
+
+def newest_at_desks(folder):
+    """Frames of the sessions that hosts have written and still play, by name."""
+    paths = list(folder.glob(f".host-*/*{SUFFIX}"))
+    notes = [parse(path.read_bytes()).note for path in paths]
+    return {note.session_id: note.first + len(note.frames) - 1 for note in notes}
+
+
+def test_a_session_is_released_to_another_host_unless_somebody_plays_it(tmp_path):
+    world = make_world()
+    with hosting(world, evict_dir=tmp_path) as first, hosting(world, evict_dir=tmp_path) as second:
+        name = done(first.create(Start(seed=3))).session_id
+        client = Client(first)
+        done(first.attach(name, client))
+        made = done(first.step(name, 1, count=5))
+        with pytest.raises(SessionBusy):
+            done(first.release(name))
+        done(first.detach(name, client))
+        until(lambda: done(first.release(name)))
+        assert not first.overview().num_sessions and done(second.is_here(name))
+        made += done(second.step(name, 2, count=2))
+        equal(made, alone(world, make_engine(world), [1] * 5 + [2] * 2, seed=3))
+        with pytest.raises(UnknownSession):
+            done(first.release(name))
+        # The history has come too.
+        assert done(second.rewind(name, 1)).index == 1
+
+
 def test_a_damaged_file_on_disk_is_said_and_left_there(tmp_path):
     with hosting(evict_dir=tmp_path, idle_s=0.02) as host:
         name = done(host.create(Start())).session_id
@@ -369,6 +434,7 @@ def test_a_shelf_looks_at_nothing_but_its_files(tmp_path):
     assert shelf.is_full and "a-name" in shelf
     assert shelf.read("a-name").note.seed == 2
     shelf.put(replace(image, session_id="another"))
+    shelf.keep("another")
     (tmp_path / f"another{SUFFIX}").rename(tmp_path / f"a-name{SUFFIX}")
     with pytest.raises(BadSnapshot, match="that of another session"):
         shelf.read("a-name")

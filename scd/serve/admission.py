@@ -49,6 +49,9 @@ class HostConfig:
     """After which a session that made no frame and got no call is put on disk."""
     evict_dir: Path | None = None
     """Where idle sessions go; None: they stay in memory."""
+    backup_s: float | None = None
+    """Between two copies of each session that are written to evict_dir while it stays in memory,
+    for another host to go on with if this process is killed; None: there are none."""
     max_evicted: int = 1000
     """Sessions on disk; then idle ones stay in memory."""
 

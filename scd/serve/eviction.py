@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from scd.device_memory import OutOfMemory
-from scd.serve.errors import HostStopped, TooManySessions, UnknownSession
+from scd.serve.errors import HostStopped, SessionBusy, TooManySessions, UnknownSession
 from scd.serve.events import Evicted, Info
 from scd.serve.player import Player
 from scd.serve.players import Players
@@ -42,9 +42,53 @@ class Evictions:
     def sweep(self) -> None:
         """Let those go that were idle for long enough."""
         now, idle_s = self.players.clock(), self.players.config.idle_s
+        if self.shelf is not None:
+            self.shelf.tidy(self.players.playing)
         for player in list(self.players.playing.values()):
             if player.is_idle(now, idle_s):
                 self._begin(player, lambda error: None)
+            else:
+                self._back_up(player, now)
+
+    def _back_up(self, player: Player, now: float) -> None:
+        """Write a session that stays in memory, as it is now and without its history."""
+        every_s, shelf = self.players.config.backup_s, self.shelf
+        is_due = every_s is not None and now - player.written_at >= every_s
+        if shelf is None or not is_due or player.is_on_its_way or player.written == player.mark:
+            return
+        player.is_on_its_way, player.written_at, mark = True, now, player.mark
+        image = self.players.image(player, history=False)
+
+        def end(done: Future) -> None:
+            player.is_on_its_way = False
+            if (error := done.exception()) is None:
+                player.written = mark
+                return
+            self.num_failed += 1
+            self.players.report(f"a copy of a session could not be written: {error}")
+
+        self._aside.do(lambda: shelf.put(image), end)
+
+    def release(self, name: str) -> Future[bool]:
+        """Put a session on disk now, for another host; False: it is busy for a moment.
+
+        Raises:
+            UnknownSession: it is not in memory here.
+            SessionBusy: it has a client.
+        """
+        player = self.players.playing.get(name)
+        if player is None:
+            raise UnknownSession("there is no session of this name")
+        if player.sink is not None:
+            raise SessionBusy("another client is attached to this session")
+        released: Future[bool] = Future()
+
+        def end(_: Exception | None) -> None:
+            released.set_result(name not in self.players.playing)
+
+        if not player.is_idle(self.players.clock(), 0.0) or not self._begin(player, end):
+            released.set_result(False)
+        return released
 
     def make_room(self, retry: Retry) -> bool:
         """Let the session go that nobody has wanted for longest; False: there is none to go."""
@@ -58,7 +102,7 @@ class Evictions:
         shelf = self.shelf
         if shelf is None or shelf.is_full:
             return False
-        player.is_leaving, uses = True, player.uses
+        player.is_on_its_way, uses = True, player.uses
         image = self.players.image(player)
         self._aside.do(lambda: shelf.put(image), lambda done: self._end(player, uses, done, retry))
         return True
@@ -66,7 +110,7 @@ class Evictions:
     def _end(self, player: Player, uses: int, done: Future, retry: Retry) -> None:
         shelf, name = self.shelf, player.session_id
         assert shelf is not None
-        player.is_leaving = False
+        player.is_on_its_way = False
         if (error := done.exception()) is not None:
             self.num_failed += 1
             # Not again before it has been idle as long once more.
@@ -76,11 +120,8 @@ class Evictions:
             )
             retry(error if isinstance(error, Exception) else None)
             return
-        is_there = self.players.playing.get(name) is player
-        if is_there and player.uses == uses:
+        if self.players.playing.get(name) is player and player.uses == uses:
             self._let_go(player)
-        else:
-            shelf.discard(name)
         retry(None)
 
     def _let_go(self, player: Player) -> None:
@@ -147,6 +188,8 @@ class Evictions:
             reason: for clients of those that end.
             tell_evicted: clients hear `Evicted`; False: they hear the reason in any case.
         """
+        if self.shelf is not None:
+            self.shelf.tidy(self.players.playing)
         for player in list(self.players.playing.values()):
             try:
                 self.players.drop(player)
@@ -155,6 +198,9 @@ class Evictions:
                     if tell_evicted:
                         self._let_go(player)
                         continue
+                    self.shelf.keep(player.session_id)
             except Exception as error:
                 self.players.report(f"a session is lost, it could not be written: {error}")
             self.players.stop(player, HostStopped(reason))
+        if self.shelf is not None:
+            self.shelf.end()

@@ -196,6 +196,17 @@ class Host:
         """End a session; its client hears `Stopped`."""
         return self._ask(lambda stage: stage.delete(session_id))
 
+    def is_here(self, session_id: str) -> Future[bool]:
+        """Say whether a session is in memory or in `evict_dir`; its use is not noted."""
+        return self._ask(lambda stage: stage.is_here(session_id))
+
+    def release(self, session_id: str) -> Future[bool]:
+        """Put a session without a client on disk, for another host; False: not at this moment.
+
+        The future is an UnknownSession where it is not in memory, a SessionBusy if it has a client.
+        """
+        return self._ask(lambda stage: stage.evictions.release(session_id))
+
     def info(self, session_id: str) -> Future[Info]:
         """Say how a session stands."""
         return self._ask(lambda stage: stage.commands.info(session_id), session_id)

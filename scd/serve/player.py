@@ -69,7 +69,9 @@ class Player:
         self.last_used = now
         # Raised by every use: an eviction under way that finds it raised is off.
         self.uses = 0
-        self.is_leaving = False
+        # While it is written, which one at a time does.
+        self.is_on_its_way = False
+        self.written, self.written_at = (-1, -1, -1), float("-inf")
         self._due = self._free_at = now
         self._heard = self._acknowledged = session.num_frames - 1
 
@@ -78,13 +80,18 @@ class Player:
         """Newest frame; -1: there is none."""
         return self.session.num_frames - 1
 
+    @property
+    def mark(self) -> tuple[int, int, int]:
+        """Is another one once there is something new to be written."""
+        return self.generation, self.index, self.uses
+
     def use(self, now: float) -> None:
         """Note that somebody wants the session."""
         self.last_used, self.uses = now, self.uses + 1
 
     def is_idle(self, now: float, idle_s: float) -> bool:
         """Whether nothing has happened for so long, and nothing is about to."""
-        waits = self.session.status == "idle" and not self.orders and not self.is_leaving
+        waits = self.session.status == "idle" and not self.orders and not self.is_on_its_way
         return waits and now - self.last_used >= idle_s
 
     def could_begin_at(self, queue_frames: int) -> float:

@@ -1,18 +1,25 @@
 """Idle sessions on disk: one file each, written aside and renamed, read back exactly.
 
 Files are named by us after the session; a name that a client sends is only ever looked up in the
-list of what is there. Several hosts may share a folder: whoever removes a file has its session.
+list of what is there. Several hosts may share a folder: whoever moves a file away has its session.
+
+Each host has a desk there, a folder of its own that it locks. Sessions are written at the desk; one
+that leaves memory is then moved to the shelf, and one that comes back is moved to the desk again.
+So the desk holds what its host plays as it was written last, which other hosts inherit when the lock
+is gone, because the process is.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from scd.atomic import TEMPORARY, file_aside
+from scd.atomic import TEMPORARY, file_aside, take_lock
 from scd.serve.errors import BadSnapshot, UnknownSession
 from scd.serve.identity import Identity
 from scd.serve.snapshot import Image, Parsed, parse, write
@@ -25,13 +32,19 @@ LEFTOVER_S = 3600.0
 """Age at which a half written file is that of a process which was killed."""
 LOOK_S = 0.25
 """Seconds between two looks for sessions that another host has put there."""
+DESK, LOCK = ".host-", "lock"
+"""How the folders of hosts begin, and the file in each that its host has locked."""
 
 
 class Shelf:
-    """Sessions in a folder. Files are read and written beside the model thread."""
+    """Sessions in a folder. Files are read and written beside the model thread.
+
+    A session that is here: `read`, then `claim`. One in memory: `put` any number of times, then
+    `keep` once it leaves memory, or `discard` once it is gone for good.
+    """
 
     def __init__(self, folder: Path, identity: Identity, max_sessions: int) -> None:
-        """Look at what is there.
+        """Look at what is there, and at what hosts have left that were killed.
 
         Args:
             folder: is made if it is not there.
@@ -47,7 +60,13 @@ class Shelf:
         self._looked_at = float("-inf")
         for path in folder.glob(f"{TEMPORARY}*{SUFFIX}*"):
             if time.time() - path.stat().st_mtime > LEFTOVER_S:
-                path.unlink(missing_ok=True)
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        number = secrets.token_hex(8)
+        aside = folder / f"{TEMPORARY}{number}{SUFFIX}"
+        aside.mkdir()
+        self._lock = take_lock(aside / LOCK)
+        # Locked before others can see it: the lock goes with the file, whatever the folder's name.
+        self._desk = aside.rename(folder / f"{DESK}{number}")
         self._look()
 
     def __len__(self) -> int:
@@ -66,6 +85,7 @@ class Shelf:
 
     def _look(self) -> None:
         self._looked_at = time.monotonic()
+        self._inherit()
         found = {}
         for path in self.folder.glob(f"*{SUFFIX}"):
             name = path.name.removesuffix(SUFFIX)
@@ -73,22 +93,37 @@ class Shelf:
                 found[name] = path
         self._paths = found
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}{SUFFIX}"
+    def _inherit(self) -> None:
+        """Move to the shelf what lies at desks whose hosts are no more."""
+        for desk in self.folder.glob(f"{DESK}*"):
+            try:
+                if desk == self._desk or not (desk / LOCK).is_file():
+                    continue
+                lock = take_lock(desk / LOCK)
+            except OSError:
+                # Its host lives, or another one inherits it at this moment.
+                continue
+            with lock:
+                for path in desk.glob(f"*{SUFFIX}"):
+                    path.replace(self.folder / path.name)
+                shutil.rmtree(desk, ignore_errors=True)
+
+    def _written(self, name: str) -> Path:
+        return self._desk / f"{name}{SUFFIX}"
 
     def put(self, image: Image) -> None:
-        """Write a session; slow, so beside the model thread. Call `keep` or `discard` afterwards.
+        """Write a session at the desk; slow, so beside the model thread, one image at a time.
 
         Raises:
-            OSError: the disk is full, or the like; nothing is left there.
+            OSError: the disk is full, or the like; what was there before is still there.
         """
         data = write(image, self.identity)
-        with file_aside(self._path(image.session_id)) as aside:
+        with file_aside(self._written(image.session_id)) as aside:
             aside.write_bytes(data)
 
     def keep(self, name: str) -> None:
-        """Note that a session which was put here is in memory no more."""
-        self._paths[name] = self._path(name)
+        """Move to the shelf what was put: the session is in memory no more."""
+        self._paths[name] = self._written(name).replace(self.folder / f"{name}{SUFFIX}")
 
     def read(self, name: str) -> Parsed:
         """Read a session; slow, so beside the model thread. It stays here until `claim`.
@@ -114,14 +149,29 @@ class Shelf:
         try:
             if path is None:
                 raise FileNotFoundError
-            path.unlink()
+            path.replace(self._written(name))
         except FileNotFoundError:
             raise UnknownSession("another host has taken this session") from None
 
     def discard(self, name: str) -> None:
-        """Remove a session of ours that is in memory, or gone; harmless if it is not here."""
-        self._paths.pop(name, None)
-        self._path(name).unlink(missing_ok=True)
+        """Remove a session that is gone; harmless if it is not here."""
+        path = self._paths.pop(name, None)
+        for one in (path, self._written(name)):
+            if one is not None:
+                one.unlink(missing_ok=True)
+
+    def tidy(self, playing: Collection[str]) -> None:
+        """Remove from the desk what is of none of the sessions in memory: they were deleted."""
+        for path in self._desk.glob(f"*{SUFFIX}"):
+            if path.name.removesuffix(SUFFIX) not in playing:
+                path.unlink(missing_ok=True)
+
+    def end(self) -> None:
+        """Leave; what is still at the desk is for other hosts. Nothing may be called afterwards."""
+        for path in self._desk.glob(f"*{SUFFIX}"):
+            path.replace(self.folder / path.name)
+        shutil.rmtree(self._desk, ignore_errors=True)
+        self._lock.close()
 
 
 class Aside:

@@ -137,6 +137,12 @@ class Stage:
             return
         player = self.players.player(session_id)
         self.players.stop(player, UnknownSession("the session was deleted"))
+        if shelf is not None:
+            shelf.discard(session_id)
+
+    def is_here(self, session_id: str) -> bool:
+        """Whether a session is in memory or on disk."""
+        return session_id in self.players.playing or self.evictions.lies_here(session_id)
 
     def overview(self) -> HostOverview:
         """Say how all stands; from any thread, since it only reads, and copies what may grow."""
