@@ -146,7 +146,8 @@ def test_the_script_does_each_part_once(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "bin").mkdir()
     script = tmp_path / "runs/few_steps.sh"
-    script.write_text((ROOT / "runs/few_steps.sh").read_text())
+    for name in ("few_steps.sh", "start.sh"):
+        (tmp_path / "runs" / name).write_text((ROOT / "runs" / name).read_text())
     for program in ("scd", "python"):
         (tmp_path / "bin" / program).write_text(STAND_IN)
         (tmp_path / "bin" / program).chmod(0o755)
@@ -159,8 +160,8 @@ def test_the_script_does_each_part_once(tmp_path):
         (tmp_path / "calls").unlink()
         kinds = [call.split()[1] for call in calls if call.startswith("scd")]
         # Distillation itself goes on or finds itself done.
-        assert kinds.count("distill") == 5
-        assert kinds.count("evaluate") == (0 if again else 2 * 14)
+        assert kinds.count("distill") == 7
+        assert kinds.count("evaluate") == (0 if again else 2 * 16)
         assert sum("benchmarks/turns.py" in call for call in calls) == (0 if again else 1)
         assert [call.split()[1] for call in calls[-2:]] == ["docs/few_steps.py", "docs/tables.py"]
         if not again:
