@@ -269,11 +269,10 @@ def test_a_port_in_use_is_one_line(run: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_held_out_clips_of_a_dataset(folder: str, tiny_world: World):
-    clips = held_out_clips(folder, tiny_world.card)
+    clips = held_out_clips(folder, tiny_world)
     assert clips.frames.shape == (3, 16, 3, 32, 32) and clips.actions.shape == (3, 16)
-    other = tiny_playable().card
     with pytest.raises(ValueError, match="32x32"):
-        held_out_clips(folder, other)
+        held_out_clips(folder, tiny_playable())
 
 
 def test_the_command_serves_and_stops_at_a_signal(tmp_path: Path):

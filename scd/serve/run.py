@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 import uvicorn
+from starlette.types import ASGIApp
 
-from scd.checkpoint import load_world, resolve
+from scd.checkpoint import World, load_world, resolve
 from scd.clip import frames_to_pixels
 from scd.data.folder import open_source
-from scd.data.source import DataCard
 from scd.engine.open import advised_threads, open_engine
+from scd.predict import check_fit
 from scd.runtime import choose_device
 from scd.serve.admission import HostConfig
 from scd.serve.app import make_app
@@ -64,16 +65,32 @@ def run_server(
     service: Service, listener: socket.socket, on_ready: Callable[[str], None] = print
 ) -> None:
     """Serve a service whose host has started until a signal comes (Interrupted)."""
-    config = service.config
-    server = Server(uvicorn_config(service), lambda: on_ready(address(config, listener)))
+    run_app(service.config, make_app(service), listener, on_ready)
+
+
+def run_app(
+    config: ServeConfig,
+    app: ASGIApp,
+    listener: socket.socket,
+    on_ready: Callable[[str], None] = print,
+) -> None:
+    """Let an application answer until a signal comes (Interrupted)."""
+    server = Server(uvicorn_config(config, app), lambda: on_ready(address(config, listener)))
     server.run(sockets=[listener])
     if server.signal is not None:
         kept = f"; sessions are in {config.evict_dir}" if config.evict_dir else ""
         raise Interrupted(server.signal.name, f"stopped by {server.signal.name}{kept}")
 
 
-def open_service(config: ServeConfig, evict_dir: Path | None) -> Service:
+def open_service(
+    config: ServeConfig, evict_dir: Path | None, shared: Path | None = None
+) -> Service:
     """Load the world and put the server's parts together; the host is not started.
+
+    Args:
+        config: of the server.
+        evict_dir: of its host.
+        shared: folder of uploads that several servers share; None: there is one server.
 
     Raises:
         OSError, ValueError: as `serve`.
@@ -84,11 +101,11 @@ def open_service(config: ServeConfig, evict_dir: Path | None) -> Service:
     world = load_world(folder, device=device)
     if device.type == "cpu":
         torch.set_num_threads(advised_threads(world.model.config))
-    clips = held_out_clips(config.data, world.card) if config.data else read_clips(folder)
+    clips = held_out_clips(config.data, world) if config.data else read_clips(folder)
     engine = open_engine(world.model, config.engine, config.precision, release=True)
     host = Host(world, engine, host_config(config, evict_dir), LOG.warning)
     name = resolve(folder).name if not (folder / "last").is_file() else folder.name
-    return Service(host, config, name, clips, token)
+    return Service(host, config, name, clips, token, shared)
 
 
 def host_config(config: ServeConfig, evict_dir: Path | None) -> HostConfig:
@@ -105,25 +122,22 @@ def host_config(config: ServeConfig, evict_dir: Path | None) -> HostConfig:
         queue_frames=config.queue_frames,
         idle_s=config.idle_s,
         evict_dir=evict_dir,
+        backup_s=config.backup_s,
     )
 
 
-def held_out_clips(data: str, card: DataCard) -> Clips:
+def held_out_clips(data: str, world: World) -> Clips:
     """Read the first held-out clips of a dataset, one of each episode.
 
     Raises:
         OSError, ValueError: no such dataset, none that fits the world, or no long enough episode.
     """
     source = open_source(data, "val")
-    size = (card.height, card.width)
-    if (source.card.height, source.card.width) != size:
+    check_fit(world, source.card, data)
+    if world.card.conditions.action_dim:
         raise ValueError(
-            f"{data} is {source.card.height}x{source.card.width}, the world {size[0]}x{size[1]}"
-        )
-    if source.card.conditions != card.conditions or card.conditions.action_dim:
-        raise ValueError(
-            f"clips to begin with need the world's own actions, by number; {data} has "
-            f"{source.card.conditions}, the world {card.conditions}"
+            f"clips to begin with need actions by number, those of {data} are "
+            f"{world.card.conditions.action_dim} values each"
         )
     long = [one for one in range(source.num_episodes) if source.num_frames(one) >= CLIP_FRAMES]
     if not long:
@@ -182,11 +196,10 @@ def address(config: ServeConfig, listener: socket.socket) -> str:
     return f"{scheme}://{host}:{listener.getsockname()[1]}/"
 
 
-def uvicorn_config(service: Service) -> uvicorn.Config:
+def uvicorn_config(config: ServeConfig, app: ASGIApp) -> uvicorn.Config:
     """Return the web server's settings: quiet, without compression, with bounds."""
-    config = service.config
     return uvicorn.Config(
-        make_app(service),
+        app,
         http="h11",
         ws="websockets-sansio",
         # Larger ones are cut off at once; those above the limit of clients end with a reason.
