@@ -4,7 +4,8 @@
 
 starts `scd serve RUN` on a free port of this machine and lets clients join, play, stall, reset,
 leave, come back and die without a word. Every frame that comes is compared with the one that a
-rollout of its own makes: one of another session would show. Then all play at once, for fairness.
+rollout of its own makes: one of another session would show. Then one plays alone, then all at once:
+is it fair, and how many more frames do all get together?
 Exit status 1 where a check fails.
 """
 
@@ -60,7 +61,7 @@ class LoadConfig:
     duration_s: float = 60.0
     """Of their coming and going."""
     fair_s: float = 15.0
-    """Of all playing at once afterwards."""
+    """Of one playing alone afterwards, and of all at once."""
     frames: int = 24
     """Of a session that are compared; clients stay so long, at most."""
     seeds: int = 4
@@ -247,10 +248,10 @@ def die(client: Client) -> None:
     raw.close()
 
 
-def play_fairly(config: LoadConfig, url: str) -> list[int]:
-    """Have all play at once as fast as they can; return how many frames each got."""
-    counts = [0] * config.clients
-    gate = threading.Barrier(config.clients)
+def play_fairly(config: LoadConfig, url: str, clients: int) -> list[int]:
+    """Have some play at once as fast as they can; return how many frames each got."""
+    counts = [0] * clients
+    gate = threading.Barrier(clients)
 
     def play(number: int) -> None:
         with Client(url) as client:
@@ -265,7 +266,7 @@ def play_fairly(config: LoadConfig, url: str) -> list[int]:
                     break
             client.close()
 
-    threads = [threading.Thread(target=play, args=(one,)) for one in range(config.clients)]
+    threads = [threading.Thread(target=play, args=(one,)) for one in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -326,7 +327,8 @@ def load(config: LoadConfig) -> dict[str, Any]:
         while any(guest.is_alive() for guest in guests):
             memory.append((time.monotonic() - begin, process.memory_info().rss))
             time.sleep(1.0)
-        counts = play_fairly(config, url)
+        (alone,) = play_fairly(config, url, 1)
+        counts = play_fairly(config, url, config.clients)
         health = json.loads(get(f"{url}health"))
         metrics = dict(
             line.rsplit(" ", 1)
@@ -350,6 +352,8 @@ def load(config: LoadConfig) -> dict[str, Any]:
         "memory_mib": round(later[-1] / 2**20, 1),
         "fair_frames": counts,
         "fair_frames_per_s": sum(counts) / config.fair_s,
+        "alone_frames_per_s": alone / config.fair_s,
+        "over_alone": sum(counts) / alone,
         "unfairness": 1 - min(counts) / max(counts),
     }
 

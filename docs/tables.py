@@ -19,6 +19,8 @@ A marker says what stands below it; the pages show no other measured numbers:
     <!-- table: few_steps of NAME NAME ... -->
     <!-- table: drift of NAME NAME ... -->
     <!-- table: updates of NAME NAME ... -->
+    <!-- table: played of NAME NAME ... -->
+    <!-- table: loads of NAME NAME ... -->
     <!-- table: probes of NAME -->
     <!-- table: intervention of NAME -->
     <!-- table: origin of NAME NAME ... -->
@@ -27,8 +29,8 @@ A marker says what stands below it; the pages show no other measured numbers:
 NAME is a result file without its ending, written by `scd evaluate`, `scd demo` (report.json),
 docs/curves.py (runs), docs/pairs.py (pairs), docs/ablations.py (ablations), docs/few_steps.py
 (few_steps, drift), docs/probes.py (probes), `scd intervene` (intervention.json), the scripts in
-benchmarks/ (stream, recording, updates), `scd bench` and `scd bench compare`, whose files hold one
-result per line (.jsonl).
+benchmarks/ (stream, recording, updates, played, loads), `scd bench` and `scd bench compare`, whose
+files hold one result per line (.jsonl).
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from ablations import ablations
 from cells import interval, markdown, millions, milliseconds
 from few_steps import drift, few_steps, updates
 from probes import probes
+from served import loads, played
 
 from scd.intervene.table import markdown as intervention
 from scd.measure import find_row
@@ -96,6 +99,8 @@ def table(request: str, folder: Path) -> str:
         "few_steps": few_steps,
         "drift": drift,
         "updates": updates,
+        "played": played,
+        "loads": loads,
         "probes": probes,
         "intervention": lambda results: intervention(*results.values()),
         "origin": origin,

@@ -103,3 +103,22 @@ def test_an_unknown_table_is_refused(request_, tmp_path):
 def test_a_missing_result_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         tables.render(PAGE, tmp_path)
+
+
+def test_tables_of_serving():
+    page = {"steps": 4.0, "first_frame_s": 3.21, "frames_per_s": 41.5, "encoder_ms": 5.0}
+    page |= {"decoder_ms": 8.0, "action_to_frame_p50_ms": 33.0, "action_to_frame_p99_ms": 61.0}
+    assert "| `one` | 4 | 3.2 | 41.5 | 33 | 61 | 5.0 | 8.0 |" in tables.played({"one": page})
+    result = {
+        "settings": {"duration_s": 1800, "clients": 8},
+        "counts": {"joined": 300, "frames": 9000},
+        "num_faults": 0,
+        "server_faults": 0.0,
+        "memory_growth": -0.004,
+        "alone_frames_per_s": 40.0,
+        "fair_frames_per_s": 64.0,
+        "over_alone": 1.6,
+        "unfairness": 0.03,
+    }
+    (*_, row) = tables.loads({"two": {"result": result}}).splitlines()
+    assert row == "| `two` | 30 | 8 | 300 | 9000 | 0 / 0 | -0.4 % | 40.0 | 64.0 (1.60) | 3 % |"

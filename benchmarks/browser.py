@@ -1,0 +1,165 @@
+"""The page of `scd play` in a real browser: first frame, frames per second, action to drawn frame.
+
+    python benchmarks/browser.py [RUN] --seconds 30 --out FILE
+
+needs playwright and a Chromium in the PATH. The browser is open before the command starts, as a
+player's is; then keys go down and up at random. What is read is what the page itself shows.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from playwright.sync_api import Page, sync_playwright
+
+from scd.config import to_json
+from scd.results import provenance, write_json
+
+KEYS = ("ArrowUp", "ArrowLeft", "ArrowRight")
+"""What is pressed."""
+
+START_S = 120.0
+"""Seconds to wait for the command and for the first frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrowserConfig:
+    """A measurement."""
+
+    run: Annotated[str, tyro.conf.Positional] = ""
+    """World, run or step folder; empty: the shipped world."""
+    seconds: float = 30.0
+    """Of playing, after as many of warming up as `warm_up`."""
+    warm_up: float = 5.0
+    """Seconds that are played before."""
+    fps: int = 0
+    """Frames per second that the page asks for, one of its choices; 0: as many as there are."""
+    presses_per_s: float = 3.0
+    """Keys that go down per second, on average."""
+    seed: int = 0
+    """Of the keys and their times."""
+    out: str = ""
+    """JSON file of the result; empty: none."""
+
+    def __post_init__(self) -> None:
+        if self.seconds <= 0 or self.warm_up < 0 or self.presses_per_s <= 0:
+            raise ValueError("needed seconds and presses_per_s above 0, and warm_up of 0 or more")
+
+
+@contextmanager
+def playing(config: BrowserConfig) -> Iterator[str]:
+    """Run `scd play` without opening a browser; give its address."""
+    words = [sys.executable, "-m", "scd", "play", *([config.run] if config.run else [])]
+    words += ["--no-browser", "--port", "0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        try:
+            if "http://" not in line:
+                raise ValueError("scd play did not start")
+            yield line[line.index("http://") :].split()[0]
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def frame_of(page: Page) -> int:
+    """Return the number of the newest drawn frame; -1: there is none."""
+    text = page.locator("#frame").inner_text()
+    return int(text) if text.isdecimal() else -1
+
+
+def press(page: Page, config: BrowserConfig, draw: random.Random, seconds: float) -> None:
+    """Press and release keys for some time."""
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        key = draw.choice(KEYS)
+        page.keyboard.down(key)
+        page.wait_for_timeout(1000 * draw.uniform(0.05, 0.5) / config.presses_per_s)
+        page.keyboard.up(key)
+        page.wait_for_timeout(1000 * draw.expovariate(config.presses_per_s))
+
+
+def meter(page: Page, name: str) -> float:
+    """Return a number of the page's panel."""
+    return float(page.locator(f"[data-number='{name}']").first.inner_text())
+
+
+def measure(config: BrowserConfig) -> dict[str, Any]:
+    """Play in a browser and return what the page showed.
+
+    Raises:
+        FileNotFoundError: there is no Chromium.
+        ValueError: the command did not start, or no frame came.
+    """
+    names = ("chromium", "chromium-browser", "chrome", "google-chrome")
+    chromium = next(filter(None, map(shutil.which, names)), None)
+    if chromium is None:
+        raise FileNotFoundError(f"needed a browser in the PATH, one of {', '.join(names)}")
+    draw = random.Random(config.seed)
+    with sync_playwright() as driver:
+        # A container has no sandbox to give.
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        begin = time.perf_counter()
+        with playing(config) as address:
+            listening_s = time.perf_counter() - begin
+            page.goto(address)
+            while frame_of(page) < 1:
+                if time.perf_counter() - begin > START_S:
+                    raise ValueError(f"no frame came within {START_S:.0f} s")
+                page.wait_for_timeout(10)
+            first_frame_s = time.perf_counter() - begin
+            page.locator("#speed").select_option(str(config.fps or ""))
+            page.locator("#view").focus()
+            press(page, config, draw, config.warm_up)
+            frames, since = frame_of(page), time.perf_counter()
+            press(page, config, draw, config.seconds)
+            played = time.perf_counter() - since
+            result = {
+                "listening_s": listening_s,
+                "first_frame_s": first_frame_s,
+                "frames_per_s": (frame_of(page) - frames) / played,
+                "action_to_frame_p50_ms": meter(page, "p50"),
+                "action_to_frame_p99_ms": meter(page, "p99"),
+                "encoder_ms": meter(page, "encoder"),
+                "decoder_ms": meter(page, "decoder"),
+                "browser_ms": meter(page, "browser"),
+                "steps": meter(page, "steps"),
+            }
+            page.close()
+        browser.close()
+    return {
+        "settings": to_json(config),
+        "timed": "from the command to the first drawn frame, the browser being open; frames drawn "
+        "over the seconds played; from the event of a key to the frame that obeys it being drawn",
+    } | result
+
+
+def main(config: BrowserConfig) -> int:
+    """Measure, print and keep; return the exit status."""
+    try:
+        result = measure(config) | provenance()
+    except (ValueError, OSError) as error:
+        print(f"browser.py: {error}", file=sys.stderr)
+        return 2
+    for name, value in result.items():
+        if isinstance(value, float):
+            print(f"{name:24} {value:8.2f}")
+    if config.out:
+        write_json(result, Path(config.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(BrowserConfig, description=__doc__)))
