@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 
 from scd import __version__
+from scd.autoencoder_settings import TrainAutoencoderConfig
 from scd.bench.compare import CompareConfig, compare
 from scd.bench.measure import BenchConfig, bench
 from scd.convert import ReferenceConfig, convert_reference
@@ -55,6 +56,8 @@ from scd.serve.settings import ServeConfig
 from scd.stopping import Interrupted
 from scd.text_to_video import is_steered_by_text
 from scd.train import train
+from scd.train_autoencoder import readable as readable_reconstruction
+from scd.train_autoencoder import train_autoencoder
 from scd.train_judge import TrainJudgeConfig, train_judge
 from scd.train_judge import readable as readable_judge
 from scd.vbench import VBenchConfig, vbench
@@ -69,6 +72,7 @@ USAGE = """usage: scd COMMAND ...
   record toy|doom           record clips with actions
   data check PATH           what there is of a collection of clips, and what is missing
   encode DATA               write the latents of clips once, for training
+  train-autoencoder         train the network between pixels and latents
   train PRESET              train a model on clips
   distill TEACHER           make a student of a few steps per frame from a trained model
   serve [RUN]               a server of many streams: page, WebSocket, HTTP; without RUN of the
@@ -311,6 +315,12 @@ def _play(words: list[str]) -> None:
     play(_parse(PlayConfig, _run_first(words), "play"))
 
 
+def _train_autoencoder(words: list[str]) -> None:
+    config = _parse(TrainAutoencoderConfig, words, "train-autoencoder")
+    print(readable_reconstruction(train_autoencoder(config)))
+    print(f"saved {config.out}")
+
+
 def _train_judge(words: list[str]) -> None:
     config = _parse(TrainJudgeConfig, words, "train-judge")
     print(readable_judge(train_judge(config).held_out))
@@ -391,6 +401,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": _sample,
     "vbench": _vbench,
     "serve": _serve,
+    "train-autoencoder": _train_autoencoder,
     "train-judge": _train_judge,
     "evaluate": _evaluate,
     "protocols": _protocols,

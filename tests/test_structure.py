@@ -53,7 +53,8 @@ LAYERS = (
     (
         "objectives",
         "objective.denoise objective.teacher_forcing objective.distill objective.score "
-        "objective.self_forcing objective.match objective.discriminator",
+        "objective.self_forcing objective.match objective.discriminator objective.perceptual "
+        "objective.reconstruct",
     ),
     ("state of a run", "checkpoint shipped encode_settings encode"),
     (
@@ -71,7 +72,11 @@ LAYERS = (
         "protocol_settings trajectories parts protocol_rows protocol_page evaluate_protocol",
     ),
     ("text to video", "text_to_video sample_text vbench pipeline"),
-    ("trainer", "run initial learner teacher matching tasks running fit held_out train plan"),
+    (
+        "trainer",
+        "run initial learner teacher matching tasks running fit held_out train plan "
+        "autoencoder_settings autoencoder_parts autoencoder_run train_autoencoder",
+    ),
     ("named runs", "presets distill"),
     (
         "benchmark",

@@ -31,6 +31,9 @@ KINDS: tuple[PictureKind, ...] = ("AutoencoderDC", "AutoencoderKL", "Autoencoder
 STATISTICS_FILE = "statistics.json"
 """Mean and deviation of each channel of the latents, measured; beside the weights."""
 
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+"""Weights of a network, as diffusers names them."""
+
 LAST_FILE = "last"
 """Names the newest step in the folder of a training."""
 
