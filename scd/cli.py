@@ -22,6 +22,7 @@ from scd.autoencoder_settings import TrainAutoencoderConfig
 from scd.bench.compare import CompareConfig, compare
 from scd.bench.measure import BenchConfig, bench
 from scd.convert import ReferenceConfig, convert_reference
+from scd.convert_autoencoder import ConvertAutoencoderConfig, convert_autoencoder
 from scd.convert_wan import ConvertWanConfig, convert_wan
 from scd.data.check import CheckConfig, check, refusal
 from scd.data.check import readable as readable_check
@@ -88,6 +89,7 @@ USAGE = """usage: scd COMMAND ...
   intervene skip|diagonal|recompose RUN
                             change a trained dense model, finetune it and compare
   convert reference FILE    turn a state dict of the paper's release, or of FAR, into ours
+  convert autoencoder FILE  turn weights of FAR's autoencoders into a folder for scd encode
   convert wan               make a causal world of Wan2.1: separable, or dense
   export diffusers RUN      turn a Wan world back into what diffusers loads
 
@@ -343,7 +345,12 @@ def _run_first(words: list[str]) -> list[str]:
 
 
 def _convert(words: list[str]) -> None:
-    name, rest = _split_name(words, "convert", "layout", ["reference", "wan"])
+    name, rest = _split_name(words, "convert", "layout", ["reference", "autoencoder", "wan"])
+    if name == "autoencoder":
+        rest = ["--file", *rest] if rest and not rest[0].startswith("-") else rest
+        chosen = _parse(ConvertAutoencoderConfig, rest, "convert autoencoder")
+        Console().print(f"saved {convert_autoencoder(chosen)}")
+        return
     if name == "wan":
         Console().print(f"saved {convert_wan(_parse(ConvertWanConfig, rest, 'convert wan'))}")
         return

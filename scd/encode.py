@@ -6,7 +6,6 @@ there and whole is left alone, so the same command continues what was interrupte
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -23,13 +22,10 @@ from scd.autoencoder.build import (
     Autoencoder,
     fingerprint,
     frames_per_latent,
-    open_autoencoder,
 )
-from scd.autoencoder.pixels import PixelAutoencoder
-from scd.checkpoint import load_world, resolve
 from scd.clip import Clip
 from scd.config import to_json
-from scd.data.folder import FolderSource, open_source
+from scd.data.folder import FolderSource
 from scd.data.latent_writer import (
     EncodedEpisode,
     begin,
@@ -38,23 +34,15 @@ from scd.data.latent_writer import (
     write_episodes,
     write_null_text,
 )
-from scd.data.latents import FORMAT, LatentsInfo, is_latents
-from scd.data.loader import Loader
-from scd.data.source import EmptySplit, Source, Split
+from scd.data.latents import FORMAT, LatentsInfo
+from scd.data.source import Source, Split
+from scd.encode_parts import choose_autoencoder, choose_texts, embed, open_sources
 from scd.encode_settings import EncodeConfig
 from scd.runtime import choose_device
-from scd.text import PromptEmbedder, TextConfig, default_cache
-
-PIXELS = "pixels"
-"""Name of the autoencoder that only standardises."""
-
-MEASURED_BATCHES, MEASURED_CLIPS, MEASURED_FRAMES = 16, 4, 8
-"""Clips on which mean and deviation of pixels are measured."""
+from scd.text import PromptEmbedder
 
 READ_AHEAD = 2
 """Episodes that are read while another is encoded."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +74,9 @@ def encode(config: EncodeConfig) -> Encoded:
         OSError: the folder cannot be written.
     """
     out, device = Path(config.out), choose_device(config.device)
-    sources = _open_sources(config)
-    autoencoder = _choose_autoencoder(config, sources, device)
-    embedder, null_text = _choose_texts(config, device)
+    sources = open_sources(config)
+    autoencoder = choose_autoencoder(config, sources, device)
+    embedder, null_text = choose_texts(config, device)
     info = _describe(config, sources, autoencoder, embedder, null_text)
     begin(out, info)
     if null_text is not None:
@@ -125,57 +113,6 @@ def readable(encoded: Encoded) -> str:
     if encoded.files_left:
         line += f"; {encoded.files_left} files are left to other processes (--shard)"
     return line
-
-
-def _open_sources(config: EncodeConfig) -> dict[Split, Source]:
-    if config.data.startswith("toy:"):
-        raise ValueError(f"{config.data} is made while it is read: record it first (scd record)")
-    if is_latents(config.data):
-        raise ValueError(f"{config.data} holds latents already: name the videos")
-    sources: dict[Split, Source] = {}
-    for split in config.splits:
-        try:
-            sources[split] = open_source(config.data, split, config.strict, whole=True)
-        except EmptySplit as error:
-            logger.warning("%s", error)
-    if not sources:
-        raise ValueError(f"{config.data} has no episodes in {', '.join(config.splits)}")
-    return sources
-
-
-def _choose_autoencoder(
-    config: EncodeConfig, sources: dict[Split, Source], device: torch.device
-) -> Autoencoder:
-    if config.autoencoder == PIXELS:
-        source = next(iter(sources.values()))
-        lengths = [source.num_frames(episode) for episode in range(source.num_episodes)]
-        loader = Loader(source, MEASURED_CLIPS, min(MEASURED_FRAMES, max(lengths)), seed=0)
-        batches = (loader.batch(index).frames for index in range(MEASURED_BATCHES))
-        measured = PixelAutoencoder.measure(batches)
-        # Rounded, so that another machine has the same settings to the last digit.
-        return PixelAutoencoder(
-            replace(measured, mean=round(measured.mean, 3), std=round(measured.std, 3))
-        )
-    try:
-        resolve(config.autoencoder)
-    except FileNotFoundError:
-        return open_autoencoder(config.autoencoder, device, config.precision)
-    return load_world(config.autoencoder, device=device).autoencoder
-
-
-def _choose_texts(
-    config: EncodeConfig, device: torch.device
-) -> tuple[PromptEmbedder | None, Tensor | None]:
-    """Return what embeds prompts, and the embedded empty prompt."""
-    if not config.text_encoder:
-        return None, None
-    settings = TextConfig(length=config.text_length, device=str(device), cache=default_cache())
-    embedder = PromptEmbedder(config.text_encoder, settings)
-    return embedder, _embed(embedder, "")
-
-
-def _embed(embedder: PromptEmbedder, prompt: str) -> Float[Tensor, "l d"]:
-    return embedder.embed([prompt])[0, : len(embedder.tokens(prompt))]
 
 
 def _describe(
@@ -241,7 +178,7 @@ def _encode_file(
         latents = latents[: info.lengths(split)[episode]]
         text = None
         if embedder is not None:
-            text = _embed(embedder, _prompt(config, source, episode))
+            text = embed(embedder, _prompt(config, source, episode))
         encoded.append(
             EncodedEpisode(latents=latents, actions=clip.actions, label=clip.label, text=text)
         )

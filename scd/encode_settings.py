@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from scd.data.latents import Stored
 from scd.data.source import Split
@@ -32,6 +33,9 @@ class EncodeConfig:
     latent_scale: float = 1.0
     """What published latents are multiplied by to be of unit scale: 0.2889 for TECO-Minecraft's.
     Videos have no use for it."""
+    statistics: Literal["given", "measured"] = "given"
+    """Mean and deviation that bring an autoencoder's latents to unit scale, channel by channel:
+    those that come with its weights, or those of this data. Only for autoencoders of pictures."""
     stored: Stored = "fp16"
     """Arithmetic in which latents are kept."""
     episodes_per_file: int = 32

@@ -56,7 +56,7 @@ LAYERS = (
         "objective.self_forcing objective.match objective.discriminator objective.perceptual "
         "objective.reconstruct",
     ),
-    ("state of a run", "checkpoint shipped encode_settings encode"),
+    ("state of a run", "checkpoint shipped encode_settings encode_parts encode"),
     (
         "engine",
         "engine.interface engine.plain engine.linear engine.attention engine.block engine.embed "
@@ -105,7 +105,7 @@ LAYERS = (
         "serve.seat serve.connection serve.http_api serve.app serve.run serve.play client "
         "environment",
     ),
-    ("top", "convert wan_source convert_wan export demo cli __main__"),
+    ("top", "convert convert_autoencoder wan_source convert_wan export demo cli __main__"),
 )
 """The only allowed direction of imports: a module imports from modules before it, never after.
 docs/architecture.md shows the same list."""
