@@ -29,6 +29,8 @@ from scd.data.check import readable as readable_check
 from scd.data.record import DoomRecording, ToyRecording, record
 from scd.demo import DemoConfig, demo
 from scd.distill import DistillChoice, distillation
+from scd.distill_wan import PRESET as WAN_DMD
+from scd.distill_wan import WanDmdChoice, wan_distillation, with_prompts
 from scd.encode import encode
 from scd.encode import readable as readable_encoding
 from scd.encode_settings import EncodeConfig
@@ -235,6 +237,9 @@ def _train(words: list[str]) -> None:
 
 
 def _distill(words: list[str]) -> None:
+    if words[:1] == ["wan-dmd"]:
+        _distill_wan(words[1:])
+        return
     if any(word in ("-h", "--help") for word in words):
         with suppress(SystemExit):
             tyro.cli(DistillChoice, prog="scd distill", args=["--help"])
@@ -243,6 +248,23 @@ def _distill(words: list[str]) -> None:
         _parse(TrainConfig, ["--help"], "distill TEACHER", blank)
     choice, rest = tyro.cli(DistillChoice, args=words, prog="scd distill", return_unknown_args=True)
     config = _parse(TrainConfig, rest, f"distill {choice.teacher}", distillation(choice))
+    Console().print(f"saved {train(config)}")
+
+
+def _distill_wan(words: list[str]) -> None:
+    prog = "scd distill wan-dmd"
+    if any(word in ("-h", "--help") for word in words):
+        with suppress(SystemExit):
+            tyro.cli(WanDmdChoice, prog=prog, args=["--help"])
+        print("\nBesides, every field of the run, here as without a world:\n")
+        _parse(TrainConfig, ["--help"], "distill wan-dmd RUN", WAN_DMD)
+    choice, rest = tyro.cli(WanDmdChoice, args=words, prog=prog, return_unknown_args=True)
+    base = wan_distillation(choice)
+    config = _parse(TrainConfig, rest, f"distill wan-dmd {choice.run}", base)
+    config, info = with_prompts(choice, config)
+    if choice.only_embed:
+        print(f"{len(info.prompts)} prompts in {config.data}")
+        return
     Console().print(f"saved {train(config)}")
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 
-from scd.autoencoder.build import frames_per_latent, latents_of
+from scd.autoencoder.build import Autoencoder, frames_per_latent, latents_of
+from scd.autoencoder.wan import WanAutoencoder
 from scd.checkpoint import World
 from scd.clip import Batch
 from scd.engine.plain import PlainEngine
@@ -99,7 +101,7 @@ def sample(run: Run, held_out: list[Batch]) -> None:
             path = run.folder / "samples" / f"step_{run.step:06d}.png"
             if run.world.model.config.conditions.has_text:
                 try:
-                    write_text_sample(run.world, batch, path)
+                    write_text_sample(run.world, batch, path, run.config.num_frames)
                 except FileNotFoundError as error:
                     # Training needs latents only; pictures need their decoder too.
                     run.log.event("sample", {"step": run.step, "skipped": str(error)})
@@ -132,10 +134,13 @@ def write_sample(world: World, batch: Batch, path: Path, seed: int = 0) -> None:
     write_grid(rows, labels, path)
 
 
-def write_text_sample(world: World, batch: Batch, path: Path, seed: int = 0) -> None:
-    """Write video of held-out prompts, made from nothing, below the clips that they describe.
+def write_text_sample(
+    world: World, batch: Batch, path: Path, num_frames: int, seed: int = 0
+) -> None:
+    """Write video of a held-out prompt, made from nothing, below the clip that it describes.
 
-    One frame is shown of each latent frame, the last one that it stands for.
+    One frame is shown of each latent frame, the last one that it stands for. A prompt may come
+    without a clip: then `num_frames` latent frames are made of it.
 
     Raises:
         FileNotFoundError: the world's decoder is not at hand.
@@ -143,18 +148,26 @@ def write_text_sample(world: World, batch: Batch, path: Path, seed: int = 0) -> 
     assert batch.encoded and batch.conditions.text is not None
     frames, text = batch.frames[:1], batch.conditions.text[:1]
     # Opened before any frame is made: where it is not at hand nothing is made.
-    true = world.autoencoder.decode(frames)
+    decode = open_decoder(world.autoencoder)
     stream = TextStream(world, PlainEngine(world.model), None, seed=seed)
     stream.begin(text)
     latents = []
-    for _ in range(0, frames.shape[1], stream.block_size):
+    for _ in range(0, num_frames, stream.block_size):
         stream.step()
         assert stream.newest is not None
         latents.append(stream.newest)
-    made = world.autoencoder.decode(torch.cat(latents, dim=1).float())
+    shown = {"truth": frames, "model": torch.cat(latents, dim=1).float()}
     per_latent = frames_per_latent(world.autoencoder.config)
     rows = [
-        PictureRow(name=name, frames=video[0, ::per_latent].float().cpu())
-        for name, video in (("truth", true), ("model", made))
+        PictureRow(name=name, frames=decode(video)[0, ::per_latent].float().cpu())
+        for name, video in shown.items()
+        if video.shape[1]
     ]
-    write_grid(rows, [f"{number}" for number in range(frames.shape[1])], path)
+    write_grid(rows, [f"{number}" for number in range(num_frames)], path)
+
+
+def open_decoder(autoencoder: Autoencoder) -> Callable[[Tensor], Tensor]:
+    """Return what decodes latents, its weights read (FileNotFoundError: they are not at hand)."""
+    if isinstance(autoencoder, WanAutoencoder):
+        _ = autoencoder.vae
+    return autoencoder.decode

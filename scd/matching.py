@@ -14,6 +14,7 @@ from scd.clip import Batch
 from scd.flow import schedule
 from scd.learner import Companion, Task
 from scd.model.build import Diffuser
+from scd.model.wan.config import WanConfig, WanSeparableConfig
 from scd.objective.denoise import Network
 from scd.objective.discriminator import Discriminator, adversary_loss, judge_loss
 from scd.objective.distill import guided, spread
@@ -21,7 +22,7 @@ from scd.objective.match import MatchConfig, Rolled, critic_loss, score_loss
 from scd.objective.self_forcing import draw_exit, self_forced
 from scd.run import TrainConfig
 from scd.runtime import derive_seed
-from scd.teacher import Autocast, frozen, running
+from scd.teacher import Autocast, Bidirectional, frozen, load_bidirectional, running
 
 
 class Entrance(nn.Module):
@@ -53,6 +54,8 @@ class Matching:
     """Of all three."""
     times: list[float]
     """Of the student's steps."""
+    num_frames: int
+    """Frames of a clip, given and generated."""
     num_scored: int
     """Last frames of a clip that carry gradient and are scored."""
     window: int
@@ -68,11 +71,11 @@ class Matching:
         shared: torch.Generator,
         num_with_gradient: int,
     ) -> tuple[Rolled, Rolled]:
-        """Return clips as the student goes on with them, and as they were recorded."""
+        """Return clips as the student goes on with them, and as they were recorded, if they were:
+        a prompt is a clip without frames."""
         clean = latents_of(self.autoencoder, batch)
-        given, recorded = clean.split(
-            [self.settings.num_given_frames, clean.shape[1] - self.settings.num_given_frames], 1
-        )
+        num_given = self.settings.num_given_frames
+        given, recorded = clean[:, :num_given], clean[:, num_given:]
         exit_step = draw_exit(len(self.times), shared)
 
         def use(student: Diffuser) -> Tensor:
@@ -80,7 +83,7 @@ class Matching:
                 student,
                 given,
                 batch.conditions,
-                recorded.shape[1],
+                self.num_frames - num_given,
                 self.times,
                 exit_step,
                 own,
@@ -129,24 +132,30 @@ def matching(
     config: TrainConfig,
     settings: MatchConfig,
     model: Diffuser,
-    teacher: Diffuser,
+    teacher: Diffuser | Bidirectional,
     autocast: Autocast,
 ) -> Task:
     """Return the matching of the student's rollouts, with its critic as a companion.
 
     Raises:
-        ValueError: the rollout leaves nothing to score, or more than the teacher's window allows.
+        ValueError: the rollout leaves nothing to score, or more than the teacher's window allows;
+            or the student cannot be rolled out so.
     """
-    window = teacher.config.cache.window
+    whole = isinstance(teacher, Bidirectional)
+    window = teacher.window if whole else teacher.config.cache.window
     if model.needs_first_frame and settings.num_given_frames == 0:
         raise ValueError("this model must be given a first frame: num_given_frames is 0")
+    check_rollout(config)
     parts = Matching(
         settings=settings,
         model=model,
-        critic=_critic(config, settings, model, teacher),
+        critic=_bidirectional_critic(config, settings, model)
+        if whole
+        else _critic(config, settings, model, teacher),
         teacher=guided(running(teacher, autocast), settings.guidance),
         autoencoder=build_autoencoder(config.autoencoder, next(model.parameters()).device),
         times=schedule(config.sampling).tolist()[:-1],
+        num_frames=config.num_frames,
         num_scored=settings.num_scored(config.num_frames, window),
         window=window,
         autocast=autocast,
@@ -165,6 +174,35 @@ def matching(
         entrance=Entrance,
         min_spread=settings.min_spread,
     )
+
+
+def check_rollout(config: TrainConfig) -> None:
+    """Refuse rollouts that a Wan student cannot do (ValueError); its settings tell."""
+    model = config.model
+    if not isinstance(model, (WanConfig, WanSeparableConfig)):
+        return
+    size = getattr(model, "frames_per_block", 1)
+    if size != 1:
+        raise ValueError(
+            f"rollouts with gradient go frame by frame: frames_per_block must be 1, got {size}"
+        )
+    window = model.cache.window
+    if config.gradient_checkpointing and config.num_frames > window:
+        raise ValueError(
+            f"a rollout of {config.num_frames} frames leaves the student's window of {window}, and "
+            "what has left it cannot be recomputed: lengthen model.cache.window, or set "
+            "gradient_checkpointing off"
+        )
+
+
+def _bidirectional_critic(
+    config: TrainConfig, settings: MatchConfig, model: Diffuser
+) -> Bidirectional:
+    """Return a critic that sees whole clips, with its first weights, which move."""
+    path, device = settings.critic_model or settings.teacher, next(model.parameters()).device
+    critic = load_bidirectional(config, path, device, torch.float32).requires_grad_(True)
+    critic.model.gradient_checkpointing = config.gradient_checkpointing and settings.method == "dmd"
+    return critic
 
 
 def _critic(

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from scd.autoencoder.build import AutoencoderConfig, build_autoencoder, fingerprint
 from scd.autoencoder.pixels import PixelConfig
 from scd.autoencoder.wan import WanAutoencoderConfig
+from scd.checkpoint import read_world_parts, resolve
 from scd.clip import Batch
 from scd.config import added, differences, to_json
 from scd.data.folder import open_source
 from scd.data.latents import PLACE, LatentSource
 from scd.data.loader import Loader
+from scd.data.prompts import PromptSource, is_prompts
 from scd.data.source import DataCard, Source, Split
 from scd.flow import SamplingConfig
 from scd.model.build import Diffuser, ModelConfig, SeparableConfig, build
@@ -196,6 +198,8 @@ def open_training(config: TrainConfig, split: Split) -> Source:
     Raises:
         ValueError, OSError: the data cannot be read, or its latents are of another autoencoder.
     """
+    if is_prompts(config.data):
+        return open_prompts(config)
     source = open_source(config.data, split, config.strict, latents=True)
     if isinstance(source, LatentSource):
         _check_autoencoder(config, source)
@@ -205,6 +209,33 @@ def open_training(config: TrainConfig, split: Split) -> Source:
             f"{config.data} holds no latents: write them first (scd encode {config.data} "
             "--autoencoder RUN --text-encoder RUN --out LATENTS), and name those"
         )
+    return source
+
+
+def open_prompts(config: TrainConfig) -> PromptSource:
+    """Open a folder of embedded prompts, which train and hold out the same ones.
+
+    Raises:
+        ValueError, OSError: it cannot be read, another text encoder embedded them, or the run needs
+            recorded clips.
+    """
+    objective = config.objective
+    if (
+        not isinstance(objective, MatchConfig)
+        or objective.method == "gan"
+        or objective.num_given_frames
+    ):
+        raise ValueError(
+            f"{config.data} holds prompts without frames: only rollouts from nothing learn from "
+            "them (num_given_frames=0), by method 'dmd' or 'sid'"
+        )
+    if config.validate_every:
+        raise ValueError("prompts have no frames to measure a loss on: validate_every must be 0")
+    if not config.initial:
+        raise ValueError("a run on prompts starts from a world: initial must name it")
+    card = read_world_parts(resolve(config.initial))["card"]
+    source = PromptSource(config.data, card, config.model.shape.shape, config.num_frames)
+    _check_text_encoder(config, source)
     return source
 
 
@@ -233,7 +264,7 @@ def _check_autoencoder(config: TrainConfig, source: LatentSource) -> None:
         )
 
 
-def _check_text_encoder(config: TrainConfig, source: LatentSource) -> None:
+def _check_text_encoder(config: TrainConfig, source: LatentSource | PromptSource) -> None:
     """Refuse prompts that another text encoder embedded than the one beside the run's autoencoder
     (ValueError), which is what the result will be steered by."""
     autoencoder = config.autoencoder

@@ -28,7 +28,7 @@ from scd.objective.match import MatchConfig
 from scd.objective.teacher_forcing import TeacherForcingConfig, teacher_forced_loss
 from scd.optim import EMA
 from scd.run import Objective, TrainConfig
-from scd.teacher import Autocast, load_teacher, path_of, running
+from scd.teacher import Autocast, load_bidirectional, load_teacher, path_of, running
 
 
 def build_task(config: TrainConfig, model: Diffuser, ema: EMA, accelerator: Accelerator) -> Task:
@@ -55,6 +55,11 @@ def build_task(config: TrainConfig, model: Diffuser, ema: EMA, accelerator: Acce
     spec = config.model.conditions
     if objective.guidance > 1 and not spec.is_steered:
         raise ValueError("guidance by conditions needs a teacher with actions, labels or text")
+    if isinstance(objective, MatchConfig) and objective.view == "bidirectional":
+        # It stays as it is, and products are made in 16 bits either way.
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        whole = load_bidirectional(config, objective.teacher, accelerator.device, dtype)
+        return matching(config, objective, model, whole, lambda: accelerator.autocast())
     teacher = load_teacher(config, objective.teacher, accelerator.device)
     if isinstance(objective, MatchConfig):
         return matching(config, objective, model, teacher, lambda: accelerator.autocast())

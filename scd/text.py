@@ -119,7 +119,7 @@ class PromptEmbedder:
         self._encoder = None
 
     def _embed(self, prompt: str, ids: list[int]) -> Tensor:
-        path = self._path(prompt)
+        path = self.path_of(prompt)
         words = None if path is None else _read(path)
         if words is None:
             words = self._encode(ids)
@@ -134,7 +134,8 @@ class PromptEmbedder:
         given = torch.tensor([ids], device=self.config.device)
         return self._encoder(input_ids=given).last_hidden_state[0].cpu()
 
-    def _path(self, prompt: str) -> Path | None:
+    def path_of(self, prompt: str) -> Path | None:
+        """Return the file in which what was made of a prompt is kept; None: nowhere."""
         if not self.config.cache:
             return None
         key = f"{self.name}\n{clean_prompt(prompt)}".encode()

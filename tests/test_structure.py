@@ -32,7 +32,7 @@ LAYERS = (
         "data",
         "clip data.video data.source data.toy data.manifest data.headers data.teco data.minecraft "
         "data.dmlab data.square data.ucf101 data.published data.latents data.latent_writer "
-        "data.folder data.check data.doom data.record data.loader",
+        "data.folder data.check data.doom data.record data.loader data.prompts",
     ),
     (
         "autoencoders, text",
@@ -71,13 +71,13 @@ LAYERS = (
         "train_judge sample side_by_side page report first_look processes protocols "
         "protocol_settings trajectories parts protocol_rows protocol_page evaluate_protocol",
     ),
-    ("text to video", "text_to_video sample_text vbench pipeline"),
+    ("text to video", "text_to_video sample_text vbench pipeline embed_prompts"),
     (
         "trainer",
-        "run initial learner teacher matching tasks running fit held_out train plan "
+        "run initial learner wan_source teacher matching tasks running fit held_out train plan "
         "autoencoder_settings autoencoder_parts autoencoder_run train_autoencoder",
     ),
-    ("named runs", "presets distill"),
+    ("named runs", "presets distill distill_wan"),
     (
         "benchmark",
         "bench.limits bench.models bench.case bench.stream bench.crowd bench.timing bench.card "
@@ -105,7 +105,7 @@ LAYERS = (
         "serve.seat serve.connection serve.http_api serve.app serve.run serve.play client "
         "environment",
     ),
-    ("top", "convert convert_autoencoder wan_source convert_wan export demo cli __main__"),
+    ("top", "convert convert_autoencoder convert_wan export demo cli __main__"),
 )
 """The only allowed direction of imports: a module imports from modules before it, never after.
 docs/architecture.md shows the same list."""

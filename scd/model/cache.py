@@ -16,6 +16,20 @@ from scd.model.block import BlockConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where in memory the keys and values of some tokens stand, and what they see there."""
+
+    start: int
+    """First token."""
+    stop: int
+    """Behind the last one."""
+    filled: int
+    """Tokens in memory, these included."""
+    num_evicted: int
+    """Frames that had left the window."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """How much of the past a stream remembers."""
 
@@ -183,16 +197,34 @@ class KVCache:
                 f"{num_frames} frames at once need as many free places in a row, got "
                 f"{self.num_free} of {self.config.window}; call make_room for one"
             )
-        start = self._next_slot() * self.tokens_per_frame
-        stop = start + k.shape[2]
-        self.keys[layer, :, :, start:stop] = k.detach()
-        self.values[layer, :, :, start:stop] = v.detach()
-        filled = max(stop, len(self.slots) * self.tokens_per_frame)
-        keys, values = self.keys[layer, :, :, :filled], self.values[layer, :, :, :filled]
+        place = self.next_place(k.shape[2])
+        self.keys[layer, :, :, place.start : place.stop] = k.detach()
+        self.values[layer, :, :, place.start : place.stop] = v.detach()
         if torch.is_grad_enabled():
             # What a backward pass reads must not be overwritten by the frames to come.
-            return _with_new(keys, k, start), _with_new(values, v, start)
-        return keys, values
+            return self.read_again(layer, k, v, place)
+        return self.keys[layer, :, :, : place.filled], self.values[layer, :, :, : place.filled]
+
+    def next_place(self, num_tokens: int) -> Place:
+        """Return where `write` puts so many tokens."""
+        start = self._next_slot() * self.tokens_per_frame
+        stop = start + num_tokens
+        filled = max(stop, len(self.slots) * self.tokens_per_frame)
+        return Place(start=start, stop=stop, filled=filled, num_evicted=self.num_evicted)
+
+    def read_again(
+        self, layer: int, k: Float[Tensor, "b k s e"], v: Float[Tensor, "b k s e"], place: Place
+    ) -> tuple[Float[Tensor, "b k s2 e"], Float[Tensor, "b k s2 e"]]:
+        """Return what `write` returned at an earlier place, and write nothing.
+
+        Frames may have been kept since, but none may have left the window.
+        """
+        assert self.num_evicted == place.num_evicted, "frames have left the memory since"
+        keys, values = (
+            self.keys[layer, :, :, : place.filled],
+            self.values[layer, :, :, : place.filled],
+        )
+        return _with_new(keys, k, place.start), _with_new(values, v, place.start)
 
     def positions_with(self, frames: list[int]) -> list[int]:
         """Return the frame position of each slot that `write` returns for these new frames."""

@@ -254,14 +254,19 @@ def pseudo_huber(
 
 
 def spread(
-    generated: Float[Tensor, "*b c h w"], real: Float[Tensor, "*b c h w"]
+    generated: Float[Tensor, "*b c h w"], real: Float[Tensor, "*b2 c h w"]
 ) -> Float[Tensor, ""]:
-    """Return how much generated frames vary over clips and places, over how much real ones do."""
+    """Return how much generated frames vary over clips and places, over how much real ones do.
+
+    Where there are no real ones, over the unit scale of latents.
+    """
 
     def deviation(frames: Tensor) -> Tensor:
         flat = frames.flatten(0, -4).float()
         return flat.std((0, -2, -1), correction=0).mean()
 
+    if not real.numel():
+        return deviation(generated)
     return deviation(generated) / deviation(real).clamp(min=1e-6)
 
 

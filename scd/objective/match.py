@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.clip import Conditions
+from scd.config import added
 from scd.flow import clean_from_velocity, interpolate, velocity_between
 from scd.model.augment import Augmentation
 from scd.objective.denoise import Network
@@ -35,6 +36,13 @@ class MatchConfig:
 
     teacher: str = ""
     """World, run or step folder of the teacher; its latents and conditions are the student's."""
+    view: Literal["causal", "bidirectional"] = added("causal")
+    """What teacher and critic see when they look at a frame: the clean frames before it; or all
+    scored frames of the clip, as noisy as it is, as the published Wan does. Of dense Wan models
+    only, with time_per "clip"."""
+    critic_model: str = added("")
+    """View "bidirectional": world of a dense Wan model, or folder of diffusers, that the critic
+    begins as; empty: the teacher's. A smaller one saves memory."""
     method: Literal["dmd", "sid", "gan"] = "dmd"
     """How the student is pushed: by the difference of the scores, a constant (distribution
     matching); by score identity, with gradient through both networks; or by a discriminator on the
@@ -99,6 +107,16 @@ class MatchConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        if self.view == "bidirectional":
+            found = (self.time_per, self.critic_start, self.num_given_frames)
+            if found != ("clip", "teacher", 0) or self.method == "gan":
+                raise ValueError(
+                    "view='bidirectional' needs time_per='clip', critic_start='teacher', "
+                    "num_given_frames=0 and method 'dmd' or 'sid', got "
+                    f"{', '.join(map(repr, found))} and {self.method!r}"
+                )
+        elif self.critic_model:
+            raise ValueError("critic_model has no effect on view='causal'")
         if self.method == "gan" and self.guidance != 1:
             raise ValueError(f"guidance={self.guidance} has no effect on method='gan'")
         if self.method != "sid" and self.alpha != 1:
@@ -124,7 +142,8 @@ class MatchConfig:
                 f"{num_generated} to generate, of which {num_scored} are to be scored"
             )
         # What is scored must not look like the beginning of a clip where it is none.
-        if num_scored + (num_scored < num_frames) > window:
+        num_before = int(num_scored < num_frames and self.view == "causal")
+        if num_scored + num_before > window:
             raise ValueError(
                 f"{num_scored} scored frames and what they follow are more than the {window} "
                 "frames that the teacher was trained on: set num_scored_frames lower"

@@ -1,0 +1,165 @@
+"""Prompts without videos: what a model learns from that is trained on its own rollouts.
+
+    prompts.json                  the prompts, which text encoder embedded them, and their files
+    0f3a...c1.safetensors         the embedded tokens of one prompt, without filling
+
+A clip of such a collection has a text and no frames: those are the model's to make. The folder is
+written by scd/embed_prompts.py, and training needs no text encoder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from scd.clip import Clip, ConditionSpec
+from scd.config import from_json
+from scd.data.source import DataCard
+
+INFO_FILE = "prompts.json"
+"""What a folder of embedded prompts says about itself."""
+
+FORMAT = 1
+"""Version of the layout."""
+
+WORDS = "words"
+"""Name of the tensor in the file of a prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsInfo:
+    """What a folder of embedded prompts holds."""
+
+    format: int
+    """Version of the layout."""
+    text: str
+    """What tells this text encoder from another."""
+    length: int
+    """Tokens of an embedded prompt, those that fill it up included."""
+    dim: int
+    """Entries of an embedded token."""
+    prompts: tuple[str, ...]
+    """In the order of the list that they came from."""
+    files: tuple[str, ...]
+    """Of the same prompts."""
+    negative: str
+    """What guidance leads away from; may be the empty prompt."""
+    negative_file: str
+    """Its file."""
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"this version reads prompts of format {FORMAT}, got {self.format}")
+        if not self.prompts or len(self.prompts) != len(self.files):
+            raise ValueError(
+                f"needed prompts and as many files, got {len(self.prompts)} and {len(self.files)}"
+            )
+        if min(self.length, self.dim) < 1:
+            raise ValueError(f"length and dim must be 1 or more, got {self.length} and {self.dim}")
+
+    @property
+    def conditions(self) -> ConditionSpec:
+        """What the prompts steer."""
+        return ConditionSpec(text_length=self.length, text_dim=self.dim)
+
+
+def is_prompts(path: Path | str) -> bool:
+    """Tell whether a folder holds embedded prompts."""
+    return (Path(path) / INFO_FILE).is_file()
+
+
+def read_prompts_info(path: Path | str) -> PromptsInfo:
+    """Read what a folder of embedded prompts says about itself.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or of another format.
+    """
+    file = Path(path) / INFO_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"needed a folder of embedded prompts, there is no {file}")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    return from_json(PromptsInfo, values, str(file))
+
+
+class PromptSource:
+    """A folder of embedded prompts, as a collection of clips that nobody has recorded."""
+
+    def __init__(
+        self, path: Path | str, card: DataCard, shape: tuple[int, int, int], num_frames: int
+    ) -> None:
+        """Open a folder.
+
+        Args:
+            path: the folder.
+            card: of the world that is to make the clips; what steers them the folder knows.
+            shape: channels, rows and columns of its latent frames.
+            num_frames: latent frames that are to be made of each prompt.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or a file of it is gone.
+            ValueError: it is damaged.
+        """
+        self.path = Path(path)
+        self.info = read_prompts_info(path)
+        self._card = replace(card, conditions=self.info.conditions)
+        self._no_frames = torch.zeros(0, *shape)
+        self._num_frames = num_frames
+        self._null_text = self._read(self.info.negative_file)
+
+    @property
+    def card(self) -> DataCard:
+        """Size, speed and steering of the clips."""
+        return self._card
+
+    @property
+    def num_episodes(self) -> int:
+        """Number of prompts."""
+        return len(self.info.prompts)
+
+    def num_frames(self, episode: int) -> int:
+        """Return how many frames are to be made of a prompt; none of them is there."""
+        return self._num_frames
+
+    def read(self, episode: int, start: int, num_frames: int) -> Clip:
+        """Return a prompt, as a clip without frames.
+
+        Raises:
+            FileNotFoundError: its file is gone.
+            ValueError: its file is damaged.
+        """
+        return Clip(
+            frames=self._no_frames,
+            encoded=True,
+            text=self._read(self.info.files[episode]),
+            null_text=self._null_text,
+            fps=self._card.fps,
+        )
+
+    def _read(self, name: str) -> Float[Tensor, "l c"]:
+        """Read an embedded prompt and fill it up with zeros."""
+        file, info = self.path / name, self.info
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is gone, which {INFO_FILE} beside it names: embed the prompts again"
+            )
+        try:
+            with safe_open(file, framework="pt") as opened:
+                words = opened.get_tensor(WORDS)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged, remove it: {error}") from error
+        if words.ndim != 2 or len(words) > info.length or words.shape[1] != info.dim:
+            raise ValueError(
+                f"{file}: needed up to {info.length} tokens of {info.dim} entries, "
+                f"got {list(words.shape)}"
+            )
+        return torch.cat([words, words.new_zeros(info.length - len(words), info.dim)])
