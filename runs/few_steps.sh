@@ -6,7 +6,8 @@
 #   runs/few_steps.sh [FOLDER] [TEACHER] [DATA] [NAME] [FLAGS OF scd distill ...]
 #
 # ON_CLIPS, ON_ROLLOUTS and CLIPS in the environment are the updates of students that learn on
-# recorded clips, those of students that learn on their rollouts, and the clips that are measured.
+# recorded clips, those of students that learn on their rollouts, and the clips that are measured;
+# BESIDE are the methods that are compared with consistency and dmd.
 #
 # Doom: runs/few_steps.sh runs/out/few_steps/doom-32 runs/out/doom_cpu/doom-32 \
 #         runs/out/doom_cpu/data-32 few_steps_doom-32
@@ -23,9 +24,14 @@ mkdir -p "$out"
 
 [ -d "$judge" ] || run scd train-judge --data "$data" --out "$judge"
 
+read -ra beside <<<"${BESIDE-regression sid gan}"
+
 # Students of consistency and regression serve every number of steps; the others are of one, and
 # those of fewer steps start from that of four.
-students=(consistency regression)
+students=(consistency)
+for method in "${beside[@]}"; do
+  if [ "$method" = regression ]; then students+=(regression); fi
+done
 for method in "${students[@]}"; do
   run scd distill "$teacher" --data "$data" --method "$method" --steps 4 \
     --out "$out/runs/$method" --max-steps "${ON_CLIPS:-400}" "${flags[@]}"
@@ -37,8 +43,8 @@ for steps in 4 2 1; do
   initial=$out/runs/dmd-4 updates=$((${ON_ROLLOUTS:-200} * 2 / 5))
 done
 # The other losses on rollouts, at four steps, from the same start.
-for method in sid gan; do
-  run scd distill "$teacher" --data "$data" --method "$method" --steps 4 \
+for method in "${beside[@]}"; do
+  [ "$method" = regression ] || run scd distill "$teacher" --data "$data" --method "$method" --steps 4 \
     --initial "$out/runs/consistency" --out "$out/runs/$method-4" \
     --max-steps "${ON_ROLLOUTS:-200}" "${flags[@]}"
 done
@@ -67,7 +73,9 @@ for method in "${students[@]}"; do
   for steps in 4 2 1; do measure "$method" "$out/runs/$method" "$steps"; done
 done
 for steps in 4 2 1; do measure dmd "$out/runs/dmd-$steps" "$steps"; done
-for method in sid gan; do measure "$method" "$out/runs/$method-4" 4; done
+for method in "${beside[@]}"; do
+  [ "$method" = regression ] || measure "$method" "$out/runs/$method-4" 4
+done
 for world in teacher_forced context_noise; do
   if [ -d "$out/runs/$world" ]; then measure "$world" "$out/runs/$world" 10; fi
 done
