@@ -43,7 +43,7 @@ from scd.model.pretrained import (
     load_weights,
     read_settings,
 )
-from scd.model.shards import is_stored
+from scd.model.shards import SHARD_BYTES, is_stored, write_shards
 from scd.model.wan.config import WanConfig, WanSeparableConfig
 
 RAW_FILE = "raw.safetensors"
@@ -121,7 +121,7 @@ def load_world(
         # No weights are drawn, only to be replaced.
         model = build(parts["model"])
     name = WEIGHTS_FILE if weights == "ema" else RAW_FILE
-    if weights == "raw" and not (folder / name).exists():
+    if weights == "raw" and not is_stored(folder / name):
         raise FileNotFoundError(f"{folder} has no raw weights ({name}): only runs keep them")
     load_weights(model, folder / name, str(device))
     if not isinstance(parts["model"], WanConfig | WanSeparableConfig):
@@ -173,6 +173,7 @@ def save_step(
     progress: Progress,
     keep: int,
     companions: Mapping[str, Any] | None = None,
+    raw: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `step_<n>` of a run, point `last` at it and remove older ones.
 
@@ -184,12 +185,13 @@ def save_step(
         progress: where the run stands.
         keep: how many of the newest steps stay, 1 or more.
         companions: state of each network trained beside the model, by name; None: there is none.
+        raw: the weights that the optimiser moves; None: those in the world's model.
 
     Raises:
         OSError: it could not be written, e.g. the disk is full; the earlier steps are untouched.
     """
     assert keep >= 1
-    raw = world.model.state_dict()
+    raw = world.model.state_dict() if raw is None else raw
     folder = run / f"step_{progress.step:06d}"
     with written_aside(folder) as aside:
         _write_world(world, raw | dict(averaged), aside)
@@ -311,6 +313,12 @@ def read_world_parts(folder: Path) -> dict[str, Any]:
 def _write_tensors(
     state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > SHARD_BYTES:
+        # In several files, one tensor after another: no second copy of a large model.
+        parts = ((name, tensor.detach().to("cpu")) for name, tensor in state.items())
+        stem = path.name.removesuffix(".safetensors")
+        guarded(lambda path: write_shards(parts, path.parent, stem, SHARD_BYTES), path)
+        return
     # Tied weights share memory, which the format refuses: the file gets a copy of each.
     seen: set[int] = set()
     tensors = {}

@@ -60,12 +60,15 @@ def validate(run: Run, held_out: list[Batch]) -> dict[str, float]:
     """
     model, accelerator = run.world.model, run.accelerator
     totals: dict[str, float] = {}
-    mine = held_out[run.rank :: accelerator.num_processes]
+    mine = list(range(run.rank, len(held_out), accelerator.num_processes))
+    # Processes that share the weights run the model equally often; what is too much counts nothing.
+    num_rounds = -(-len(held_out) // accelerator.num_processes)
+    spare = [0] * (num_rounds - len(mine)) if run.sharded else []
     with _evaluating(run):
-        for index, batch in enumerate(mine):
-            batch = batch.to(accelerator.device)
+        for place, index in enumerate([*mine, *spare]):
+            batch = held_out[index].to(accelerator.device)
             clean = latents_of(run.world.autoencoder, batch)
-            seed = derive_seed(0, "validation", index * accelerator.num_processes + run.rank)
+            seed = derive_seed(0, "validation", index)
             losses = validation_loss(
                 model,
                 clean,
@@ -74,8 +77,9 @@ def validate(run: Run, held_out: list[Batch]) -> dict[str, float]:
                 seed,
                 model.needs_first_frame,
             )
+            counted = len(batch.frames) if place < len(mine) else 0
             for name, loss in losses.items():
-                totals[name] = totals.get(name, 0.0) + loss * len(batch.frames)
+                totals[name] = totals.get(name, 0.0) + loss * counted
     shares = gather_object([totals])
     num_clips = sum(len(batch.frames) for batch in held_out)
     return {name: sum(share.get(name, 0.0) for share in shares) / num_clips for name in shares[0]}
@@ -95,10 +99,11 @@ def _evaluating(run: Run) -> Iterator[None]:
 @torch.no_grad()
 def sample(run: Run, held_out: list[Batch]) -> None:
     """Write a picture: held-out clips above what the model makes of their first half."""
-    if run.accelerator.is_main_process:
+    writes = run.accelerator.is_main_process
+    if writes or run.sharded:
         with _evaluating(run), run.accelerator.autocast():
             batch = held_out[0].to(run.accelerator.device)
-            path = run.folder / "samples" / f"step_{run.step:06d}.png"
+            path = run.folder / "samples" / f"step_{run.step:06d}.png" if writes else None
             if run.world.model.config.conditions.has_text:
                 try:
                     write_text_sample(run.world, batch, path, run.config.num_frames)
@@ -110,10 +115,11 @@ def sample(run: Run, held_out: list[Batch]) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def write_sample(world: World, batch: Batch, path: Path, seed: int = 0) -> None:
+def write_sample(world: World, batch: Batch, path: Path | None, seed: int = 0) -> None:
     """Roll the second half of each clip out from the first, and write both as rows of a PNG.
 
-    The truth of stored latents is what the autoencoder makes of them.
+    The truth of stored latents is what the autoencoder makes of them. Without a path only the model
+    is run, for another process that holds a part of its weights.
     """
     true = world.autoencoder.decode(batch.frames) if batch.encoded else batch.frames
     num_frames = true.shape[1]
@@ -125,6 +131,8 @@ def write_sample(world: World, batch: Batch, path: Path, seed: int = 0) -> None:
         rollout.step(None if actions is None else actions[:, index])
         for index in range(num_given, num_frames)
     ]
+    if path is None:
+        return
     frames = torch.cat([true[:, :num_given], torch.stack(predicted, dim=1)], dim=1)
     rows = []
     for clip in range(min(len(frames), 4)):

@@ -18,6 +18,7 @@ from scd.model.separable import SeparableDiffuser
 from scd.objective.match import MatchConfig
 from scd.optim import OptimConfig, build_optimizers, parameter_groups
 from scd.run import Objective, TrainConfig
+from scd.sharding import cut_state
 
 Loss = Callable[
     [nn.Module, Batch, torch.Generator, torch.Generator],
@@ -160,8 +161,11 @@ def build_learners(
     model: Diffuser,
     accelerator: Accelerator,
     checkpoint: Path | None,
+    sharded: bool = False,
 ) -> list[Learner]:
     """Give each network its optimisers and their saved state, and wrap it: the model comes last.
+
+    A model whose weights were cut up is wrapped already.
 
     Raises:
         ValueError: the saved state is damaged or incomplete.
@@ -188,12 +192,13 @@ def build_learners(
         )
         if checkpoint is not None and part is itself:
             for optimizer, state in zip(optimizers, load_optimizers(checkpoint), strict=True):
-                optimizer.load_state_dict(state)
+                optimizer.load_state_dict(cut_state(optimizer, state) if sharded else state)
         elif checkpoint is not None:
             if part.name not in saved:
                 raise ValueError(f"{checkpoint} lacks companions.pt, the state of {part.name}")
             learner.load_state(saved[part.name])
-        learner.model, *learner.optimizers = accelerator.prepare(learner.model, *optimizers)
+        if not sharded:
+            learner.model, *learner.optimizers = accelerator.prepare(learner.model, *optimizers)
         learners.append(learner)
     return learners
 

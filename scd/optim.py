@@ -14,7 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from scd.config import added
 from scd.model.block import Modulation
+from scd.optim_states import OffloadedAdamW, eight_bit_adamw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,10 @@ class OptimConfig:
     decay_fraction: float = 0.0
     """Last fraction of max_steps over which the learning rate falls linearly to 0, in [0, 1].
     0: constant after warm-up."""
+    state: Literal["fp32", "8bit", "offload"] = added("fp32")
+    """Where AdamW keeps its two averages per weight. fp32: beside the weights, 8 bytes. 8bit: 2
+    bytes, which rounds them (needs torchao). offload: in the memory of the CPU, where the update is
+    computed too; slower by what has to travel."""
     clip_norm: float = 1.0
     """Largest norm of the gradient of all weights together; longer ones are scaled down. 0: no
     clipping."""
@@ -53,6 +59,8 @@ class OptimConfig:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        if self.optimizer == "muon" and self.state != "fp32":
+            raise ValueError(f"state is for adamw: muon needs state fp32, got {self.state}")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction must lie in [0, 1], got {self.decay_fraction}")
 
@@ -158,7 +166,7 @@ def build_optimizers(groups: list[ParameterGroup], config: OptimConfig) -> list[
     Each of their param_groups remembers its rate before the schedule as `base_lr`.
 
     Raises:
-        ValueError: Muon is asked for and this PyTorch has none.
+        ValueError: Muon is asked for and this PyTorch has none, or a package is missing.
     """
     optimizers: list[Any] = []
     for kind in ("adamw", "muon"):
@@ -174,7 +182,11 @@ def build_optimizers(groups: list[ParameterGroup], config: OptimConfig) -> list[
         ]
         if not chosen:
             continue
-        if kind == "adamw":
+        if kind == "adamw" and config.state == "offload":
+            optimizers.append(OffloadedAdamW(chosen, config.betas))
+        elif kind == "adamw" and config.state == "8bit":
+            optimizers.append(eight_bit_adamw(chosen, config.betas))
+        elif kind == "adamw":
             on_gpu = all(p.is_cuda for group in chosen for p in group["params"])
             optimizers.append(torch.optim.AdamW(chosen, betas=config.betas, fused=on_gpu or None))
         elif hasattr(torch.optim, "Muon"):
@@ -192,7 +204,12 @@ def set_lr(optimizers: Iterable[Any], multiplier: float) -> None:
     """Set every learning rate to its base times a factor."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * multiplier
+            lr = group["base_lr"] * multiplier
+            if isinstance(group["lr"], Tensor):
+                # What is compiled must not see another number at every step.
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
 
 class EMA:

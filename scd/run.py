@@ -56,6 +56,7 @@ FREE_FIELDS = (
     "num_validation_clips",
     "tracker",
     "time_limit_s",
+    "shard_weights",
     "resume",
     "strict",
 )
@@ -91,6 +92,9 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more
     time."""
+    shard_weights: bool = added(False)
+    """Cut weights, gradients, averages and optimiser states up among the processes (FSDP2), instead
+    of a whole copy in each. Also on where accelerate's configuration says fsdp_version 2."""
     ema_decay: float = 0.9999
     """Weight of the past in the averaged weights, in [0, 1); rises to this from 0.1."""
     validate_every: int = 1000

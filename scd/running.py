@@ -36,11 +36,19 @@ from scd.results import command
 from scd.run import FREE_FIELDS, Objective, TrainConfig, build_model, open_loader
 from scd.runlog import RunLog
 from scd.runtime import describe_hardware, git_commit
+from scd.sharding import (
+    fsdp_version,
+    gathered,
+    gathered_state,
+    is_sharded,
+    load_parts,
+    shard,
+)
 from scd.tasks import build_task
 
-SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
-"""Accelerate's names of the ways to share the work that are supported: whole copies of the model.
-Sharded ones (FSDP, DeepSpeed) are not: the averaged weights and the checkpoints need all of it."""
+SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
+"""Accelerate's names of the ways to share the work that are supported: whole copies of the model,
+or weights cut up by FSDP2."""
 
 LOCK_FILE = "lock"
 """File of a run folder that is locked while the run is going on."""
@@ -122,6 +130,9 @@ class Run:
     """Times since the last line of the log."""
     step: int
     """Optimiser steps done."""
+    sharded: bool
+    """Whether each process holds a part of the weights only; then all of them run a model
+    together."""
 
     @property
     def rank(self) -> int:
@@ -162,10 +173,11 @@ def start_run(config: TrainConfig, objective: Objective | None = None) -> Run:
     )
     if accelerator.distributed_type not in SUPPORTED:
         raise ValueError(
-            f"training runs in one process or data-parallel in several ({SUPPORTED}), "
+            f"training runs in one process, data-parallel in several, or by FSDP2 ({SUPPORTED}), "
             f"got {accelerator.distributed_type}"
         )
     num_processes = accelerator.num_processes
+    sharded = is_sharded(config, num_processes, fsdp_version(accelerator))
     loader = open_loader(config, accelerator.process_index, num_processes)
     model = build_model(config, loader.source.card)
     progress = Progress(step=0, num_ema_updates=0, num_processes=num_processes, elapsed_s=0.0)
@@ -174,13 +186,17 @@ def start_run(config: TrainConfig, objective: Objective | None = None) -> Run:
         load_weights(model, checkpoint / WEIGHTS_FILE)
     elif config.initial:
         load_initial(model, config)
-    ema = EMA(model.to(accelerator.device), config.ema_decay, progress.num_ema_updates)
-    if checkpoint is not None:
-        load_weights(model, checkpoint / RAW_FILE)
-        model.to(accelerator.device)
+    model.to(accelerator.device)
+    if sharded:
+        shard(model, accelerator)
+    ema = EMA(model, config.ema_decay, progress.num_ema_updates)
+    if checkpoint is not None and sharded:
+        load_parts(model, checkpoint / RAW_FILE)
+    elif checkpoint is not None:
+        load_weights(model, checkpoint / RAW_FILE, str(accelerator.device))
     model.gradient_checkpointing = config.gradient_checkpointing
     task = alone(objective) if objective else build_task(config, model, ema, accelerator)
-    learners = build_learners(config, task, model, accelerator, checkpoint)
+    learners = build_learners(config, task, model, accelerator, checkpoint, sharded)
     accelerator.wait_for_everyone()
     lock = None
     if accelerator.is_main_process:
@@ -214,6 +230,7 @@ def start_run(config: TrainConfig, objective: Objective | None = None) -> Run:
         ),
         clock=Clock(progress.elapsed_s),
         step=progress.step,
+        sharded=sharded,
     )
     run.log.event(
         "start" if checkpoint is None else "resume",
@@ -224,6 +241,7 @@ def start_run(config: TrainConfig, objective: Objective | None = None) -> Run:
             "device": str(accelerator.device),
             "precision": config.precision,
             "parameters": num_parameters(model),
+            "sharded": sharded,
         },
     )
     machine = {"command": command(), "commit": git_commit()} | describe_hardware()
@@ -233,6 +251,11 @@ def start_run(config: TrainConfig, objective: Objective | None = None) -> Run:
 
 def save(run: Run) -> None:
     """Write a checkpoint; only the first process writes, all wait."""
+    states = [optimizer.state_dict() for optimizer in run.learner.optimizers]
+    averaged, raw = run.ema.state_dict(), run.world.model.state_dict()
+    if run.sharded:
+        states = [gathered_state(part, run.accelerator) for part in run.learner.optimizers]
+        averaged, raw = (gathered(part, run.accelerator) for part in (averaged, raw))
     if run.accelerator.is_main_process:
         progress = Progress(
             step=run.step,
@@ -240,10 +263,9 @@ def save(run: Run) -> None:
             num_processes=run.accelerator.num_processes,
             elapsed_s=run.clock.total_s,
         )
-        states = [optimizer.state_dict() for optimizer in run.learner.optimizers]
-        averaged, keep = run.ema.state_dict(), run.config.keep_checkpoints
+        keep = run.config.keep_checkpoints
         beside = {learner.name: learner.state() for learner in run.learners[:-1]}
-        folder = save_step(run.folder, run.world, averaged, states, progress, keep, beside)
+        folder = save_step(run.folder, run.world, averaged, states, progress, keep, beside, raw)
         run.log.event("checkpoint", {"step": run.step, "folder": str(folder)})
     run.accelerator.wait_for_everyone()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from scd.clip import Batch
 from scd.held_out import read_held_out, sample, validate
@@ -150,7 +151,8 @@ def _clip(run: Run, learner: Learner) -> Tensor:
     limit = learner.optim.clip_norm or math.inf
     norm = run.accelerator.clip_grad_norm_(learner.model.parameters(), limit)
     assert norm is not None
-    return norm
+    # Of weights that are cut up each process knows a part.
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from scd.model.build import DenseConfig, SeparableConfig, build
 from scd.model.encoder import EncoderConfig
@@ -154,3 +155,68 @@ def test_swap_shows_the_average_and_restores_the_weights_bit_for_bit():
         raise RuntimeError("inside")
     assert torch.equal(layer.weight, weights["weight"])
     assert torch.equal(ema.state_dict()["weight"], average["weight"])
+
+
+def trained_with(state: str, num_steps: int = 4, saved=None, weights=None):
+    """A small network after some steps of AdamW with its averages kept in some way."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 64))
+    if weights is not None:
+        model.load_state_dict(weights)
+    config = OptimConfig(lr=1e-2, weight_decay=0.1, state=state)
+    (optimizer,) = build_optimizers(parameter_groups(model, [], config), config)
+    if saved is not None:
+        optimizer.load_state_dict(saved)
+    first = 0 if saved is None else 2
+    for step in range(first, first + num_steps):
+        set_lr([optimizer], 1 / (1 + step))
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(16, 64, generator=generator)
+        (model(x) - x.flip(1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("state", ["offload", "8bit"])
+def test_states_elsewhere_or_in_fewer_bits_move_the_weights_as_adamw_does(state):
+    plain, moved = trained_with("fp32")[0], trained_with(state)[0]
+    start = trained_with("fp32", num_steps=0)[0]
+    change, difference = 0.0, 0.0
+    for before, ours, theirs in zip(
+        start.parameters(), moved.parameters(), plain.parameters(), strict=True
+    ):
+        change += (theirs - before).square().sum().item()
+        difference += (ours - theirs).square().sum().item()
+    # The fused update rounds in another order; 8 bits keep two digits of each average.
+    assert difference < {"offload": 1e-10, "8bit": 4e-3}[state] * change
+    assert difference > 0 or state == "offload"
+
+
+@pytest.mark.parametrize("state", ["offload", "8bit"])
+def test_states_elsewhere_or_in_fewer_bits_are_saved_and_taken_up(state, tmp_path):
+    whole = trained_with(state)[0]
+    model, optimizer = trained_with(state, num_steps=2)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    saved = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    again, _ = trained_with(state, num_steps=2, saved=saved, weights=model.state_dict())
+    for ours, theirs in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_averages_in_eight_bits_take_a_quarter_of_the_bytes():
+    _, optimizer = trained_with("8bit", num_steps=1)
+    for weight, state in optimizer.state.items():
+        held = sum(
+            part.numel() * part.element_size()
+            for name in ("exp_avg", "exp_avg_sq")
+            for part in _tensors_in(state[name])
+        )
+        small = weight.numel() < 4096
+        assert held / weight.numel() == (8 if small else pytest.approx(2 + 2 * 4 / 256, abs=0.4))
+
+
+def _tensors_in(value):
+    if not hasattr(value, "__tensor_flatten__"):
+        return [value]
+    return [getattr(value, name) for name in value.__tensor_flatten__()[0]]

@@ -49,7 +49,7 @@ LAYERS = (
         "model.wan.cost model.wan.dense model.wan.decoder model.wan.compose model.wan.separable "
         "model.build",
     ),
-    ("optimizers", "optim"),
+    ("optimizers", "optim_states optim"),
     (
         "objectives",
         "objective.denoise objective.teacher_forcing objective.distill objective.score "
@@ -74,7 +74,7 @@ LAYERS = (
     ("text to video", "text_to_video sample_text vbench pipeline embed_prompts"),
     (
         "trainer",
-        "run initial learner wan_source teacher matching tasks running fit held_out train plan "
+        "run initial sharding learner wan_source teacher matching tasks running fit held_out train plan "
         "autoencoder_settings autoencoder_parts autoencoder_run train_autoencoder",
     ),
     ("named runs", "presets distill distill_wan"),
@@ -120,6 +120,7 @@ OPTIONAL_PACKAGES = {
     "transformers": {"text"},
     "ftfy": {"text"},
     "torchmetrics": {"metrics.image"},
+    "torchao": {"optim_states"},
 }
 """Packages that an install may lack, or that are slow to load -> the modules that may import them,
 inside functions too."""

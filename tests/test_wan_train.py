@@ -11,27 +11,16 @@ import torch
 
 from scd.checkpoint import load_world
 from scd.cli import main
-from scd.clip import Conditions, ConditionSpec
+from scd.clip import Conditions
 from scd.data.latents import LatentSource
-from scd.data.manifest import Entry, write_card, write_manifest
-from scd.data.source import DataCard
-from scd.data.video import write_video
 from scd.flow import velocity_between
 from scd.model.wan.config import WanEncoderConfig
 from scd.model.wan.times import time_table, training_weights
 from scd.objective.teacher_forcing import TeacherForcingConfig, teacher_forced_loss
 from scd.runlog import read_log
-from tests.layouts import moving_pictures
-from tests.tiny_wan import (
-    random_text,
-    tiny_wan,
-    tiny_wan_separable,
-    wan_clips,
-    write_tiny_transformer,
-)
+from tests.tiny_wan import random_text, tiny_wan, tiny_wan_separable, wan_clips
+from tests.tiny_wan_run import PROMPTS, encode_with, words_of, write_clips, write_world
 from tests.tiny_wan_vae import write_tiny_parts
-
-PROMPTS = ("the red dog runs", "snow at night", "a blue ball", "the cat jumps over the dog")
 
 
 @pytest.fixture(scope="module")
@@ -43,45 +32,19 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wan(tmp_path_factory) -> Path:
-    """What Wan2.1 looks like on disk, small."""
-    folder = write_tiny_parts(tmp_path_factory.mktemp("wan"))
-    return write_tiny_transformer(folder, num_layers=3)
+def made(cache, tmp_path_factory) -> tuple[str, str]:
+    """What Wan2.1 looks like on disk, small; and it recomposed."""
+    return write_world(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(scope="module")
-def world(wan, cache, tmp_path_factory) -> str:
-    """It, recomposed, with all its parts inside."""
-    out = str(tmp_path_factory.mktemp("world") / "world")
-    words = ["--split", "2,1+1", "--height", "32", "--width", "32", "--text-length", "16"]
-    words += ["--num-steps", "2", "--window", "5", "--copy-parts"]
-    assert main(["convert", "wan", "--model", str(wan), "--out", out, *words]) == 0
-    return out
+def wan(made) -> str:
+    return made[0]
 
 
-def write_clips(folder: Path) -> str:
-    """Six clips of 17 frames, which are 5 latent frames, with their prompts."""
-    card = DataCard(height=32, width=32, fps=16.0, conditions=ConditionSpec(), action_names=())
-    (folder / "videos").mkdir(parents=True)
-    write_card(folder, card)
-    entries = []
-    for number in range(6):
-        name = f"videos/{number}.mp4"
-        pixels = moving_pictures(17, 32, 32, seed=number)
-        write_video(folder / name, pixels, fps=16.0, lossless=True)
-        split = "val" if number > 3 else "train"
-        entries.append(
-            Entry(video=name, num_frames=17, split=split, prompt=PROMPTS[number % len(PROMPTS)])
-        )
-    write_manifest(folder, entries)
-    return str(folder)
-
-
-def encode_with(source: str, clips: str, out: Path, text: str | None = None) -> str:
-    words = ["encode", clips, "--autoencoder", source, "--out", str(out), "--device", "cpu"]
-    texts = ["--text-encoder", source if text is None else text, "--text-length", "16"]
-    assert main([*words, *(texts if text != "" else [])]) == 0
-    return str(out)
+@pytest.fixture(scope="module")
+def world(made) -> str:
+    return made[1]
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +56,6 @@ def clips(tmp_path_factory) -> str:
 def latents(clips, world, cache, tmp_path_factory) -> str:
     """The clips, encoded by the world's own parts."""
     return encode_with(world, clips, tmp_path_factory.mktemp("latents") / "all")
-
-
-def words_of(latents: str, world: str, out: Path, *changes: str) -> list[str]:
-    words = ["train", "wan-tf", "--data", latents, "--initial", world, "--out", str(out)]
-    words += ["--num-frames", "5", "--batch-size", "2", "--device", "cpu", "--precision", "fp32"]
-    words += ["--max-steps", "4", "--save-every", "2", "--log-every", "1", "--validate-every", "0"]
-    words += ["--sample-every", "0", "--num-validation-clips", "2", "--optim.warmup-steps", "1"]
-    return [*words, *changes]
 
 
 def newest(run: Path) -> dict[str, bytes]:
@@ -269,7 +224,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     assert "longest of 4 episodes has 5" in refusal(long, capsys)
     other = tmp_path / "other"
     write_tiny_parts(other, seed=1)
-    by_other = encode_with(str(other), clips, tmp_path / "by_other", text=str(wan))
+    by_other = encode_with(str(other), clips, tmp_path / "by_other", text=wan)
     message = refusal(words_of(by_other, world, out), capsys)
     assert "latents of an autoencoder with other weights" in message
     by_other = encode_with(world, clips, tmp_path / "other_text", text=str(other))
