@@ -143,12 +143,13 @@ def write_sample(world: World, batch: Batch, path: Path | None, seed: int = 0) -
 
 
 def write_text_sample(
-    world: World, batch: Batch, path: Path, num_frames: int, seed: int = 0
+    world: World, batch: Batch, path: Path | None, num_frames: int, seed: int = 0
 ) -> None:
     """Write video of a held-out prompt, made from nothing, below the clip that it describes.
 
     One frame is shown of each latent frame, the last one that it stands for. A prompt may come
-    without a clip: then `num_frames` latent frames are made of it.
+    without a clip: then `num_frames` latent frames are made of it. Without a path only the model is
+    run, as in `write_sample`.
 
     Raises:
         FileNotFoundError: the world's decoder is not at hand.
@@ -164,6 +165,8 @@ def write_text_sample(
         stream.step()
         assert stream.newest is not None
         latents.append(stream.newest)
+    if path is None:
+        return
     shown = {"truth": frames, "model": torch.cat(latents, dim=1).float()}
     per_latent = frames_per_latent(world.autoencoder.config)
     rows = [
