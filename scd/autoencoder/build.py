@@ -85,7 +85,7 @@ def open_autoencoder(
         FileNotFoundError: it is not there, or the hub cannot be reached.
         ValueError: a kind that is not known, or a package is missing.
     """
-    folder = find_network(source, (*KINDS, WAN), "autoencoder")
+    folder = find_network(source, (*KINDS, WAN), "picture or video autoencoder")
     if class_of(folder) in KINDS:
         return open_picture_autoencoder(source, device, precision)
     return open_wan_autoencoder(source, device, precision)

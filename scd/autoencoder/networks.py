@@ -57,7 +57,7 @@ TOLD_APART_BY: dict[PictureKind, tuple[str, ...]] = {
 def find_network(
     source: str | os.PathLike[str],
     classes: tuple[str, ...] = KINDS,
-    what: str = "autoencoder of pictures",
+    what: str = "picture autoencoder",
 ) -> Path:
     """Return the folder of an autoencoder; of a training, its newest step.
 
