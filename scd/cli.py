@@ -54,6 +54,7 @@ from scd.run import TrainConfig
 from scd.sample import SampleConfig, sample
 from scd.sample_text import PromptSampleConfig, readable_speed, sample_prompt
 from scd.serve.play import PlayConfig, play
+from scd.serve.ray_app import serve_replicas
 from scd.serve.run import serve
 from scd.serve.settings import ServeConfig
 from scd.stopping import Interrupted
@@ -356,7 +357,8 @@ def _probe(words: list[str]) -> None:
 
 
 def _serve(words: list[str]) -> None:
-    serve(_parse(ServeConfig, _run_first(words), "serve"))
+    config = _parse(ServeConfig, _run_first(words), "serve")
+    serve(config) if config.replicas is None else serve_replicas(config)
 
 
 def _run_first(words: list[str]) -> list[str]:

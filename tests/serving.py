@@ -21,6 +21,7 @@ from scd.checkpoint import World
 from scd.data.source import DataCard
 from scd.engine.open import open_engine
 from scd.flow import SamplingConfig
+from scd.serve.app import make_app
 from scd.serve.host import Host
 from scd.serve.run import Server, host_config, listening, uvicorn_config
 from scd.serve.service import Service
@@ -128,7 +129,7 @@ def serving(
         async def run() -> None:
             # Made where it runs: what it holds belongs to that event loop.
             parts["service"] = service = Service(host, config, "tiny", clips, token)
-            parts["server"] = server = Server(uvicorn_config(service), ready.set)
+            parts["server"] = server = Server(uvicorn_config(config, make_app(service)), ready.set)
             await server.serve(sockets=[listener])
 
         parts: dict[str, Any] = {}

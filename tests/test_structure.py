@@ -102,7 +102,8 @@ LAYERS = (
         "serve.shelf serve.eviction serve.inbox serve.stage serve.host serve.picture serve.decode "
         "serve.upload "
         "serve.rate serve.statistics serve.checks serve.service serve.access serve.outlet "
-        "serve.seat serve.connection serve.http_api serve.app serve.run serve.play client "
+        "serve.seat serve.connection serve.http_api serve.app serve.run serve.ray_replica "
+        "serve.ray_front serve.ray_app serve.play client "
         "environment",
     ),
     ("top", "convert convert_autoencoder convert_wan export demo cli __main__"),
@@ -121,6 +122,9 @@ OPTIONAL_PACKAGES = {
     "ftfy": {"text"},
     "torchmetrics": {"metrics.image"},
     "torchao": {"optim_states"},
+    "ray": {"serve.ray_app", "serve.ray_replica"},
+    "aiohttp": {"serve.ray_front"},
+    "yarl": {"serve.ray_front"},
 }
 """Packages that an install may lack, or that are slow to load -> the modules that may import them,
 inside functions too."""

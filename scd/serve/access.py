@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scd.serve.protocol import ProtocolError
 from scd.serve.rate import Buckets
-from scd.serve.service import Service
-from scd.serve.settings import is_loopback
+from scd.serve.settings import ServeConfig, is_loopback
+from scd.serve.statistics import Statistics
 
 HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9.-]{1,253})(:\d{1,5})?")
 """A Host header."""
@@ -52,10 +53,22 @@ def error_json(error: ProtocolError) -> tuple[int, bytes]:
 class Access:
     """Middleware: names, origins, token and rate; and headers that shut the page in."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        """Stand before an application."""
-        self._app, self._service = app, service
-        config = service.config
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: ServeConfig,
+        statistics: Statistics,
+        check_token: Callable[[str | None], None],
+    ) -> None:
+        """Stand before an application.
+
+        Args:
+            app: for those who are let through.
+            config: of the server.
+            statistics: where requests and refusals are counted.
+            check_token: raises where a request shows another token than the server's.
+        """
+        self._app, self._statistics, self._check_token = app, statistics, check_token
         self._origins = {origin.lower() for origin in config.origins}
         self._hosts = {urlsplit(origin).netloc for origin in self._origins}
         self._local = config.is_local
@@ -71,7 +84,7 @@ class Access:
         try:
             self._check(scope, headers)
         except ProtocolError as error:
-            self._service.statistics.errors.labels(error.code).inc()
+            self._statistics.errors.labels(error.code).inc()
             await _refuse(scope, send, error)
             return
         if scope["type"] == "websocket":
@@ -80,7 +93,7 @@ class Access:
 
         async def send_shut_in(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._service.statistics.requests.labels(str(message["status"])).inc()
+                self._statistics.requests.labels(str(message["status"])).inc()
                 message["headers"] = [*message["headers"], *_shutting_in(headers["host"])]
             await send(message)
 
@@ -102,7 +115,7 @@ class Access:
         if not self._buckets.take(str((scope.get("client") or ("",))[0])):
             raise ProtocolError("too_many_requests", "too many requests: wait a second")
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        self._service.check_token(token if scheme.lower() == "bearer" else None)
+        self._check_token(token if scheme.lower() == "bearer" else None)
 
     def _is_ours(self, host: str) -> bool:
         if host in self._hosts or not self._local:

@@ -36,6 +36,12 @@ def make_app(service: Service, page: Path = PAGE) -> ASGIApp:
         service: of the host.
         page: folder of the page. Its files are read now: no path of a client is ever looked up.
     """
+    inner = make_inner_app(service, page)
+    return Access(inner, service.config, service.statistics, service.check_token)
+
+
+def make_inner_app(service: Service, page: Path = PAGE) -> ASGIApp:
+    """Build what stands behind the check of who may ask; arguments as for `make_app`."""
     files = read_page(page)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     app.include_router(make_router(service))
@@ -60,7 +66,7 @@ def make_app(service: Service, page: Path = PAGE) -> ASGIApp:
 
     app.add_exception_handler(HTTPException, refuse)
     app.add_api_route("/{path:path}", show, methods=["GET"], response_model=None)
-    return Access(app, service)
+    return app
 
 
 def read_page(folder: Path) -> Mapping[str, tuple[str, bytes]]:

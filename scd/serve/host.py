@@ -196,6 +196,10 @@ class Host:
         """End a session; its client hears `Stopped`."""
         return self._ask(lambda stage: stage.delete(session_id))
 
+    def names(self) -> Future[list[str]]:
+        """Return the sessions in memory."""
+        return self._ask(lambda stage: list(stage.players.playing))
+
     def is_here(self, session_id: str) -> Future[bool]:
         """Say whether a session is in memory or in `evict_dir`; its use is not noted."""
         return self._ask(lambda stage: stage.is_here(session_id))

@@ -76,6 +76,7 @@ def _guarded(handler: Handler, service: Service) -> Handler:
             if session is None:
                 return await handler(request)
             check_known(session)
+            await service.find(session)
             return await handler(request, session)
         except Exception as error:
             said = as_error(error)

@@ -208,7 +208,7 @@ def uvicorn_config(config: ServeConfig, app: ASGIApp) -> uvicorn.Config:
         ws_per_message_deflate=False,
         limit_concurrency=4 * config.limits.max_connections,
         timeout_graceful_shutdown=int(FAREWELL_S),
-        lifespan="off",
+        lifespan="auto",
         log_level="warning",
         access_log=False,
         server_header=False,

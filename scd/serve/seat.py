@@ -75,6 +75,7 @@ class Seat:
             case Attach():
                 self._check_free()
                 check_known(message.session)
+                await self._service.find(message.session)
                 await self._join(message.session, message.request)
             case Fork():
                 mine = self._mine()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from scd import __version__
@@ -54,6 +56,7 @@ class Service:
         name: str = "world",
         clips: Clips | None = None,
         token: str | None = None,
+        shared: Path | None = None,
     ) -> None:
         """Put the parts together; the host need not have started.
 
@@ -63,6 +66,7 @@ class Service:
             name: of the world, for people.
             clips: that streams may begin with.
             token: that clients must show; None: none.
+            shared: folder in which several servers find each other's uploads; None: there is one.
 
         Raises:
             ValueError: clips that do not fit the world.
@@ -75,8 +79,10 @@ class Service:
                 f"got {clips.frames.shape[-2]}x{clips.frames.shape[-1]}"
             )
         self._token = token
+        self.find: Callable[[str], Awaitable[None]] = _find_nowhere
+        """Is awaited before a session is asked for: brings it here if another server has it."""
         self.statistics = Statistics(host.overview)
-        self.uploads = Uploads(card.height, card.width, card.fps, config.limits)
+        self.uploads = Uploads(card.height, card.width, card.fps, config.limits, shared)
         self.world = _world_info(host, name, clips)
         self.limits = _limits(config)
         self.checks = Checks(self.world, self.limits, clips, self.uploads)
@@ -95,10 +101,7 @@ class Service:
 
     def check_token(self, token: str | None) -> None:
         """Refuse a stranger (ProtocolError unauthorised)."""
-        if self._token is None:
-            return
-        if not secrets.compare_digest((token or "").encode(), self._token.encode()):
-            raise ProtocolError("unauthorised", "this server wants its token", fatal=True)
+        check_token(self._token, token)
 
     def health(self) -> Health:
         """Say whether the model thread is there and answers."""
@@ -131,6 +134,13 @@ class Service:
         )
 
 
+def check_token(wanted: str | None, shown: str | None) -> None:
+    """Refuse who shows another token than the one that is wanted (ProtocolError unauthorised)."""
+    if wanted is None or secrets.compare_digest((shown or "").encode(), wanted.encode()):
+        return
+    raise ProtocolError("unauthorised", "this server wants its token", fatal=True)
+
+
 async def answer(future: Future[Result]) -> Result:
     """Wait for the host without blocking the event loop; who gives up waiting cancels nothing."""
     return await asyncio.shield(asyncio.wrap_future(future))
@@ -154,6 +164,10 @@ def check_known(session: str) -> None:
     """Refuse what cannot be a session's id before anybody looks for it (UnknownSession)."""
     if not 1 <= len(session) <= 64 or not session.replace("-", "").replace("_", "").isalnum():
         raise UnknownSession("there is no such session")
+
+
+async def _find_nowhere(session: str) -> None:
+    """There is no other server."""
 
 
 def _world_info(host: Host, name: str, clips: Clips | None) -> WorldInfo:

@@ -103,6 +103,22 @@ class ServeConfig:
     evict_dir: str = ""
     """Folder for idle sessions, and for all when the server stops; empty: a temporary one, which
     is removed then."""
+    backup_s: float | None = None
+    """Seconds between two copies of each session that are written to evict-dir while it stays in
+    memory, from which it goes on if this process is killed; None: there are none, but with replicas
+    every 2 seconds."""
+    replicas: int | None = None
+    """Serve with so many processes, each with the world and sessions of its own, through Ray Serve;
+    None: with this process alone. What is said of sessions and memory is of each."""
+    max_replicas: int | None = None
+    """Start more replicas, up to so many, while there are more clients than clients-per-replica;
+    None: there are always as many as replicas says."""
+    clients_per_replica: float = 4.0
+    """WebSockets of one replica above which another one is started, on average."""
+    replica_gpus: float = 0.0
+    """GPUs of one replica; 0.5: two share one."""
+    ray_address: str = ""
+    """Ray cluster to join, such as auto; empty: one of this machine alone is started."""
     device: str = "auto"
     """Where the model runs: auto, cpu, cuda, cuda:1."""
     engine: Annotated[str, tyro.conf.arg(metavar="{plain,fast}")] = "fast"
@@ -135,7 +151,27 @@ class ServeConfig:
         for origin in self.origins:
             if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
                 raise ValueError(f"an origin is scheme://host[:port], got {origin!r}")
+        self._check_replicas()
         self._check_reach()
+
+    def _check_replicas(self) -> None:
+        if self.backup_s is not None and not 0 < self.backup_s < float("inf"):
+            raise ValueError(f"backup_s must be finite and above 0, got {self.backup_s}")
+        if self.clients_per_replica <= 0 or self.replica_gpus < 0:
+            raise ValueError("clients_per_replica must be above 0, replica_gpus 0 or more")
+        if self.replicas is None:
+            if self.max_replicas is not None or self.ray_address:
+                raise ValueError("max_replicas and ray_address need replicas")
+            return
+        if self.replicas < 1:
+            raise ValueError(f"replicas must be 1 or more, got {self.replicas}")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas must be {self.replicas} or more, as replicas, "
+                f"got {self.max_replicas}"
+            )
+        if self.ray_address and not self.evict_dir:
+            raise ValueError("ray_address needs an evict_dir that all machines of it reach")
 
     def _check_reach(self) -> None:
         if self.is_local:

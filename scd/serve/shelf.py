@@ -5,8 +5,8 @@ list of what is there. Several hosts may share a folder: whoever moves a file aw
 
 Each host has a desk there, a folder of its own that it locks. Sessions are written at the desk; one
 that leaves memory is then moved to the shelf, and one that comes back is moved to the desk again.
-So the desk holds what its host plays as it was written last, which other hosts inherit when the lock
-is gone, because the process is.
+So the desk holds what its host plays as it was written last, which other hosts inherit when the
+lock is gone, because the process is.
 """
 
 from __future__ import annotations
@@ -79,6 +79,10 @@ class Shelf:
 
     def __contains__(self, name: str) -> bool:
         """Whether a session lies here."""
+        path = self._paths.get(name)
+        if path is not None and not path.exists():
+            # Another host has taken it.
+            self._paths.pop(name)
         if name not in self._paths and time.monotonic() - self._looked_at > LOOK_S:
             self._look()
         return name in self._paths

@@ -71,7 +71,8 @@ class Stage:
         if streams.is_busy:
             self.rounds.tick()
         if time.monotonic() >= self._sweep_at:
-            self._sweep_at = time.monotonic() + min(SWEEP_S, self.config.idle_s)
+            often_s = self.config.backup_s or SWEEP_S
+            self._sweep_at = time.monotonic() + min(SWEEP_S, self.config.idle_s, often_s)
             self.evictions.sweep()
 
     def _obey_for(self, wait_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 
@@ -27,8 +28,8 @@ COUNTED = (
 class Statistics:
     """Counters of one server; `text` is what GET /metrics returns."""
 
-    def __init__(self, overview: Callable[[], HostOverview]) -> None:
-        """Begin at zero; `overview` is asked whenever the text is."""
+    def __init__(self, overview: Callable[[], HostOverview] | None) -> None:
+        """Begin at zero; `overview` is asked whenever the text is; None: there is no host here."""
         self.registry = registry = CollectorRegistry()
 
         def counter(name: str, help: str, *labels: str) -> Counter:
@@ -54,7 +55,8 @@ class Statistics:
             "From the arrival of an action to the sending of the first frame that obeys it.",
         )
         self._parts = times("frame", "Time of a frame by part.", "part")
-        self.registry.register(_HostNumbers(overview))
+        if overview is not None:
+            self.registry.register(_HostNumbers(overview))
 
     def note_frame(self, frame: Frame) -> None:
         """Count the times of a new frame."""
@@ -84,6 +86,28 @@ class _HostNumbers:
                 name = f"{name.removesuffix('_s')}_seconds"
             made = CounterMetricFamily if field.name in COUNTED else GaugeMetricFamily
             yield made(f"scd_{name}", HELP[field.name], value=float(value))
+
+
+def merged(texts: list[tuple[str, str]]) -> bytes:
+    """Join what several servers say to Prometheus, with a label that says which of them."""
+    families: dict[str, list[str]] = {}
+    comments: dict[str, dict[str, str]] = {}
+    for name, text in texts:
+        family = ""
+        for line in text.splitlines():
+            if line.startswith("# "):
+                kind, family = line.split(" ", 3)[1:3]
+                comments.setdefault(family, {}).setdefault(kind, line)
+                continue
+            metric, labels, value = re.fullmatch(r"(\w+)(?:\{(.*)\})? (.*)", line).groups()  # type: ignore[union-attr]
+            labels = ",".join(one for one in (f'replica="{name}"', labels) if one)
+            families.setdefault(family, []).append(f"{metric}{{{labels}}} {value}")
+    lines = [
+        line
+        for family, samples in families.items()
+        for line in [*comments[family].values(), *samples]
+    ]
+    return ("\n".join(lines) + "\n").encode()
 
 
 HELP = {

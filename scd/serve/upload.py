@@ -8,10 +8,12 @@ import secrets
 import time
 from asyncio.subprocess import DEVNULL, PIPE
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
+from scd.atomic import file_aside
 from scd.serve.decode import REFUSED, DecodeLimits, command
 from scd.serve.protocol import ProtocolError
 from scd.serve.settings import ClientLimits
@@ -40,9 +42,24 @@ class Uploads:
     For one event loop.
     """
 
-    def __init__(self, height: int, width: int, fps: float, limits: ClientLimits) -> None:
-        """Prepare for frames of one size and pace."""
-        self._limits = limits
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        fps: float,
+        limits: ClientLimits,
+        shared: Path | None = None,
+    ) -> None:
+        """Prepare for frames of one size and pace.
+
+        Args:
+            height: of the frames.
+            width: of the frames.
+            fps: of the frames.
+            limits: of one server; where a folder is shared, each has them.
+            shared: folder in which other servers find the uploads of this one, and this one theirs.
+        """
+        self._limits, self._shared = limits, shared
         self._decode = DecodeLimits(
             height=height,
             width=width,
@@ -98,8 +115,18 @@ class Uploads:
             self._num_inside -= 1
         identity = secrets.token_urlsafe(16)
         expires_s = time.monotonic() + self._limits.upload_kept_s
+        if self._shared is not None:
+            await asyncio.to_thread(self._share, self._shared, identity, frames)
         self._kept[identity] = Upload(frames=frames, expires_s=expires_s)
         return identity, len(frames)
+
+    def _share(self, folder: Path, identity: str, frames: np.ndarray) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("*.npy"):
+            if time.time() - path.stat().st_mtime > self._limits.upload_kept_s:
+                path.unlink(missing_ok=True)
+        with file_aside(folder / f"{identity}.npy") as aside, aside.open("wb") as file:
+            np.save(file, frames, allow_pickle=False)
 
     def frames(self, identity: str) -> UInt8[np.ndarray, "t h w 3"]:
         """Return the frames of an upload.
@@ -108,9 +135,21 @@ class Uploads:
             ProtocolError: unknown_upload.
         """
         self._drop_expired()
+        if identity not in self._kept and self._shared is not None:
+            self._fetch(self._shared, identity)
         if identity not in self._kept:
             raise ProtocolError("unknown_upload", "no such upload, or it has expired: send it anew")
         return self._kept[identity].frames
+
+    def _fetch(self, folder: Path, identity: str) -> None:
+        """Take what another server has put there, if it has not expired."""
+        # Looked up in what is there: what a client says becomes no path.
+        for path in folder.glob("*.npy"):
+            left_s = path.stat().st_mtime + self._limits.upload_kept_s - time.time()
+            if path.stem == identity and left_s > 0:
+                frames = np.load(path, allow_pickle=False)
+                expires_s = time.monotonic() + left_s
+                self._kept[identity] = Upload(frames=frames, expires_s=expires_s)
 
     def _drop_expired(self) -> None:
         now = time.monotonic()

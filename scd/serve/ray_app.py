@@ -1,0 +1,197 @@
+"""`scd serve RUN --replicas N`: several processes with the same world, kept by Ray Serve."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from scd.device_memory import GIB, free_bytes
+from scd.runtime import choose_device
+from scd.serve.admission import SHARE
+from scd.serve.ray_front import Front
+from scd.serve.ray_replica import ASK_S, LEASE_S, Crew, Replica, Report
+from scd.serve.run import STOP_S, kept_in, listening, run_app
+from scd.serve.settings import ServeConfig, read_token
+from scd.shipped import shipped_world
+
+NAME = "scd"
+"""Of the application and its deployment in Ray Serve."""
+
+BACKUP_S = 2.0
+"""Between two copies of each session, unless told otherwise."""
+
+UPSCALE_S, DOWNSCALE_S = 5.0, 300.0
+"""How long there must have been too many clients, or too few, before replicas start or end."""
+
+STORE_BYTES = 100 * 2**20
+"""Of Ray's own memory for objects, the least that it takes: frames do not pass through it."""
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Every call needs a token, which the processes of this command share.
+    "RAY_AUTH_MODE": "token",
+    # No exporters of metrics, which would listen on all addresses.
+    "RAY_enable_metrics_collection": "0",
+}
+"""Environment of a Ray that this command starts."""
+
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Off, Ray takes the loopback address for that of the machine. Source: Ray's own default where
+firewalls ask about every port."""
+
+
+def serve_replicas(config: ServeConfig, on_ready: Callable[[str], None] = print) -> None:
+    """Serve a world with several replicas until SIGINT or SIGTERM.
+
+    Args:
+        config: what, where, and with how many replicas.
+        on_ready: is told the address of the page once it can be opened.
+
+    Raises:
+        OSError, ValueError: as `scd.serve.run.serve`; ray is not installed, or does not start.
+        Interrupted: a signal came; all sessions are on disk where there is an evict_dir.
+    """
+    check_installed()
+    token = read_token(config)
+    folder = Path(config.run) if config.run else shipped_world()
+    if not folder.exists():
+        raise FileNotFoundError(f"there is no {folder}")
+    with listening(config) as listener, kept_in(config) as kept, ray_running(config):
+        secret = secrets.token_urlsafe()
+        handle = deploy(config, token, kept, secret)
+        crew = crew_of(handle, config)
+        crew.start()
+        try:
+            app = Front(crew, secret).with_access(config, token)
+            run_app(config, app, listener, on_ready)
+        finally:
+            crew.stop()
+            withdraw()
+
+
+def check_installed() -> None:
+    """Say what is missing for replicas (ValueError)."""
+    for package in ("ray", "aiohttp"):
+        if find_spec(package) is None:
+            raise ValueError(
+                f"--replicas needs {package}, which is not installed: pip install 'scd[ray]'"
+            )
+
+
+@contextmanager
+def ray_running(config: ServeConfig) -> Iterator[None]:
+    """Join a cluster, or start one of this machine alone that only this machine reaches.
+
+    Raises:
+        OSError: there is no such cluster.
+    """
+    os.environ |= {name: os.environ.get(name, value) for name, value in QUIET.items()}
+    if not config.ray_address:
+        os.environ[LOOPBACK] = "0"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
+    import ray
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if config.ray_address:
+            ray.init(config.ray_address, **quiet)
+        else:
+            most = config.max_replicas or config.replicas
+            ray.init(
+                include_dashboard=False,
+                num_cpus=most,
+                object_store_memory=STORE_BYTES,
+                **quiet,
+            )
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+    except (ConnectionError, RuntimeError) as error:
+        raise OSError(f"Ray does not start: {str(error)[:500]}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def deploy(config: ServeConfig, token: str | None, folder: Path, secret: str) -> Any:
+    """Start the replicas and wait for them; return Ray Serve's handle of the deployment.
+
+    Raises:
+        ValueError: a replica does not start; Ray's log says why at length.
+    """
+    from ray import serve
+
+    is_local = not config.ray_address
+    num_most = config.max_replicas or config.replicas or 1
+    memory_gib = config.memory_gib
+    if memory_gib is None and is_local:
+        memory_gib = SHARE * free_bytes(choose_device(config.device)) / num_most / GIB
+    config = replace(
+        config,
+        run=str(Path(config.run).resolve()) if config.run else "",
+        data=str(Path(config.data).resolve()) if config.data else "",
+        token=token or "",
+        token_file="",
+        tls_cert="",
+        tls_key="",
+        memory_gib=memory_gib,
+        backup_s=config.backup_s or BACKUP_S,
+    )
+    options: dict[str, Any] = {"num_replicas": config.replicas}
+    if config.max_replicas is not None:
+        options = {
+            "autoscaling_config": {
+                "min_replicas": config.replicas,
+                "max_replicas": config.max_replicas,
+                "target_ongoing_requests": config.clients_per_replica,
+                "upscale_delay_s": UPSCALE_S,
+                "downscale_delay_s": DOWNSCALE_S,
+                "look_back_period_s": UPSCALE_S,
+            }
+        }
+    deployment = serve.deployment(
+        Replica,
+        name=NAME,
+        ray_actor_options={"num_cpus": 1, "num_gpus": config.replica_gpus},
+        max_ongoing_requests=10_000,
+        health_check_period_s=5.0,
+        health_check_timeout_s=30.0,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=2 * STOP_S + LEASE_S,
+        **options,
+    )
+    bound = deployment.bind(config, str(folder.resolve()), secret, "127.0.0.1" if is_local else "")
+    try:
+        return serve.run(bound, name=NAME, route_prefix=None)
+    except RuntimeError as error:
+        raise ValueError(f"a replica does not start: {str(error)[-1500:]}") from error
+
+
+def crew_of(handle: Any, config: ServeConfig) -> Crew:
+    """Return the replicas behind a handle."""
+
+    def report() -> list[Report]:
+        said = handle.broadcast("report").results(timeout_s=ASK_S, return_exceptions=True)
+        return [Report(**one) for one in said if not isinstance(one, BaseException)]
+
+    def lease(count: int) -> None:
+        if config.max_replicas is not None:
+            for _ in range(count):
+                handle.lease.remote(LEASE_S)
+
+    return Crew(report, lease)
+
+
+def withdraw() -> None:
+    """End the replicas; each writes its sessions first."""
+    from ray import serve
+
+    serve.delete(NAME)
