@@ -13,7 +13,7 @@ data=$out/data
 run scd record doom --episodes 430 --frames 300 --size 64 --seed 0 --out "$data"
 # In two parts, since that is how it came to be: the rate rose and fell twice.
 run scd train doom-play --data "$data" --out "$out/first" --precision fp32 --max-steps 2800
-run scd train doom-play --data "$data" --out "$out/teacher" --initial "$out/first" --max-steps 7500
+run scd train doom-play --data "$data" --out "$out/teacher" --initial "$out/first" --max-steps 7000
 ON_CLIPS=250 ON_ROLLOUTS=150 CLIPS=128 BESIDE="" run bash runs/few_steps.sh "$out/students" \
   "$out/teacher" "$data" few_steps_doom
 [ -d "$out/shipped" ] ||
