@@ -1,7 +1,10 @@
 """Stage two of Wan on tiny random weights: what is drawn, scored, trained, refused and written."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -301,8 +304,22 @@ def test_a_dense_student(wan, embedded, tmp_path):
     """Self-Forcing itself, the comparison."""
     start = convert(wan, tmp_path / "start", "dense")
     words = ["--max-steps", "1", "--precision", "fp32"]
+    words += ["--optim.state", "offload", "--objective.critic.state", "offload"]
     assert main(words_of(start, wan, embedded, tmp_path / "run", *words)) == 0
     check_learnt(tmp_path / "run", start, wan, num_updates=2)
+
+
+@pytest.mark.slow
+def test_two_processes(world, wan, embedded, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    words = words_of(world, wan, embedded, tmp_path / "run", "--precision", "fp32")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [*command, "2", "-m", "scd", *words], env=environment, capture_output=True
+    )
+    assert process.returncode == 0, process.stderr.decode()
+    assert read_log(tmp_path / "run", "start")[0]["num_processes"] == 2
+    check_learnt(tmp_path / "run", world, wan, num_updates=4)
 
 
 def test_a_dense_world_teaches_as_the_folder_that_it_was_made_of(
