@@ -15,6 +15,10 @@ from torch.optim.adamw import adamw
 AVERAGES = ("exp_avg", "exp_avg_sq")
 """PyTorch's names of AdamW's averages of the gradient and of its square."""
 
+EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST = 256, 4096
+"""Entries that share a scale; entries of the smallest weight whose averages are rounded, if these
+are whole blocks. Source: torchao."""
+
 EXTRA = 'optimiser states in 8 bits need torchao: pip install -c constraints.txt -e ".[small]"'
 """What to do where the package is missing."""
 
@@ -69,10 +73,10 @@ class OffloadedAdamW(torch.optim.AdamW):
 
 
 def eight_bit_adamw(groups: Sequence[dict[str, Any]], betas: tuple[float, float]) -> Any:
-    """Return AdamW whose averages are rounded to 8 bits, in blocks of 256 with a scale each.
+    """Return AdamW whose averages are rounded to 8 bits, in blocks with a scale each.
 
-    Weights of fewer than 4096 entries keep them in 32 bits. Its updates are compiled on a GPU, and
-    run as they are written on a CPU.
+    Small weights, and those that are no whole blocks, keep them in 32 bits. Its updates are
+    compiled on a GPU, and run as they are written on a CPU.
 
     Raises:
         ValueError: torchao is not installed.
@@ -90,4 +94,4 @@ def eight_bit_adamw(groups: Sequence[dict[str, Any]], betas: tuple[float, float]
             with torch.compiler.set_stance("default" if on_gpu else "force_eager"):
                 super().step(closure)
 
-    return EightBitAdamW(list(groups), betas=betas)
+    return EightBitAdamW(list(groups), betas=betas, block_size=EIGHT_BIT_BLOCK)

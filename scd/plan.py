@@ -17,15 +17,18 @@ from scd.model.build import Diffuser, build, num_parameters
 from scd.model.visibility import forget
 from scd.objective.denoise import DenoiseConfig, denoise
 from scd.objective.teacher_forcing import TeacherForcingConfig, teacher_forced_loss
-from scd.optim import parameter_groups
+from scd.optim import OptimConfig, ParameterGroup, parameter_groups
+from scd.optim_states import EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST
 from scd.run import TrainConfig, check_fit, check_window, open_loader
 
 GIB = 2**30
 MEMORY_FORMULA = (
     "per parameter 4 bytes each for weights, gradients and averaged weights, and for the optimizer "
-    "8 (AdamW) or 4 (Muon); activations: all tensors that one micro-batch keeps for its backward "
-    "pass, counted by running it on shapes alone, as on a CPU (training on a GPU keeps no dense "
-    "masks). Working memory of single operations comes on top"
+    "8 (AdamW), 4 (Muon), 2 (AdamW in 8 bits), or 8 of the CPU's memory (offloaded); all of this "
+    "divided by the processes where they share the weights; activations: all tensors that one "
+    "micro-batch keeps for its backward pass, counted by running it on shapes alone, as on a CPU "
+    "(training on a GPU keeps no dense masks). What a recomputed block keeps meanwhile, and the "
+    "working memory of single operations, come on top"
 )
 """How `Memory` is counted, in words."""
 
@@ -39,13 +42,15 @@ class Memory:
     gradients_gib: float
     """One per weight."""
     optimizer_gib: float
-    """Averages that the optimisers keep."""
+    """Averages that the optimisers keep, beside the weights."""
+    offloaded_gib: float
+    """Averages that they keep in the memory of the CPU; not in the sum."""
     average_gib: float
     """Averaged weights (EMA)."""
     activations_gib: float
     """What the forward pass keeps for the backward pass."""
     total_gib: float
-    """Sum of all."""
+    """Sum of all but what is offloaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +87,18 @@ def plan(config: TrainConfig, num_processes: int = 1) -> Plan:
     num_total = num_parameters(model)
     num_encoder = sum(parameter.numel() for parameter in model.encoder_parameters())
     groups = parameter_groups(model, model.encoder_parameters(), config.optim)
-    optimizer_bytes = sum(
-        parameter.numel() * (4 if group.optimizer == "muon" else 8)
+    offloaded = config.optim.state == "offload"
+    state = sum(
+        parameter.numel() * state_bytes(group, parameter, config.optim)
         for group in groups
         for parameter in group.parameters
     )
-    weights = 4 * num_total / GIB
+    parts = GIB * (num_processes if config.shard_weights else 1)
+    weights = 4 * num_total / parts
     sizes = {
         "weights_gib": weights,
         "gradients_gib": weights,
-        "optimizer_gib": optimizer_bytes / GIB,
+        "optimizer_gib": 0.0 if offloaded else state / parts,
         "average_gib": weights,
         "activations_gib": activations / GIB,
     }
@@ -103,8 +110,23 @@ def plan(config: TrainConfig, num_processes: int = 1) -> Plan:
         tokens_per_frame=config.model.shape.num_tokens,
         frames_per_step=config.batch_size * config.num_frames * num_batches,
         flops_per_step=flops * num_batches,
-        memory=Memory(**sizes, total_gib=sum(sizes.values())),
+        memory=Memory(
+            **sizes,
+            offloaded_gib=state / GIB if offloaded else 0.0,
+            total_gib=sum(sizes.values()),
+        ),
     )
+
+
+def state_bytes(group: ParameterGroup, parameter: Tensor, config: OptimConfig) -> float:
+    """Return the bytes per entry of what an optimiser remembers of a parameter."""
+    if group.optimizer == "muon":
+        return 4.0
+    size, block = parameter.numel(), EIGHT_BIT_BLOCK
+    if config.state == "8bit" and size >= EIGHT_BIT_LEAST and size % block == 0:
+        # One byte and a share of a block's scale, for each of the two averages.
+        return 2 * (1 + 4 / block)
+    return 8.0
 
 
 def dry_run(config: TrainConfig, num_processes: int = 1) -> None:

@@ -10,9 +10,11 @@ from scd.data.loader import Loader
 from scd.model.build import ModelConfig, build
 from scd.model.cache import CacheConfig
 from scd.objective.denoise import DenoiseConfig, denoise
+from scd.objective.teacher_forcing import TeacherForcingConfig, teacher_forced_loss
 from scd.optim import OptimConfig, build_optimizers, parameter_groups
 from scd.plan import GIB, count_micro_batch, dry_run, plan
 from scd.run import TrainConfig
+from tests.tiny_wan import tiny_wan_separable, wan_clips
 
 
 @pytest.fixture
@@ -117,3 +119,65 @@ def test_a_real_pass_still_has_numbers_after_a_plan(config, toy_source):
         build(config.model).needs_first_frame,
     )
     assert 0 < float(loss.detach()) < 10
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_of_teacher_forcing_are_those_of_a_real_pass(recompute):
+    model = tiny_wan_separable()
+    config = TrainConfig(
+        model=model.config,
+        num_frames=5,
+        gradient_checkpointing=recompute,
+        objective=TeacherForcingConfig(),
+    )
+    model.gradient_checkpointing = recompute
+    clean, _, _, conditions, _ = wan_clips(batch=config.batch_size, num_frames=5)
+    conditions = replace(conditions, null_text=conditions.text)
+    sizes = {}
+
+    def keep(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        teacher_forced_loss(model, clean, conditions, config.objective, torch.Generator())
+    for weight in model.parameters():
+        sizes.pop(weight.data_ptr(), None)
+    measured = sum(size for size, _ in sizes.values())
+    assert count_micro_batch(config)[0] == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("state", ["fp32", "8bit", "offload"])
+def test_averages_take_what_was_planned(config, state):
+    config = replace(config, optim=OptimConfig(state=state))
+    memory, model = plan(config).memory, build(config.model)
+    groups = parameter_groups(model, model.encoder_parameters(), config.optim)
+    (optimizer,) = build_optimizers(groups, config.optim)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    held = sum(
+        part.numel() * part.element_size()
+        for entry in optimizer.state.values()
+        for name in ("exp_avg", "exp_avg_sq")
+        for part in stored_in(entry[name])
+    )
+    planned = memory.offloaded_gib if state == "offload" else memory.optimizer_gib
+    # 8 bits bring a table of 256 numbers along with each average.
+    assert planned * GIB == pytest.approx(held, rel=0.1 if state == "8bit" else 1e-6)
+    assert (memory.offloaded_gib > 0) == (state == "offload")
+
+
+def stored_in(value):
+    """The plain tensors of which a rounded one is made."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return [value]
+    return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+
+
+def test_processes_that_share_the_weights_divide_all_but_activations(config):
+    whole = plan(config, num_processes=4).memory
+    cut = plan(replace(config, shard_weights=True), num_processes=4).memory
+    for name in ("weights_gib", "gradients_gib", "optimizer_gib", "average_gib"):
+        assert getattr(cut, name) == pytest.approx(getattr(whole, name) / 4)
+    assert cut.activations_gib == whole.activations_gib

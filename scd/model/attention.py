@@ -29,6 +29,9 @@ from scd.model.visibility import (
     score_mod,
 )
 
+MASKED_TOKENS = 16_384
+"""Queries beyond which a dense mask is never made: it would take a gigabyte and more."""
+
 Rotary = tuple[Float[Tensor, "s half"], Float[Tensor, "s half"]]
 """Cosines and sines of every token's angles, one for each pair of entries of a head."""
 
@@ -122,11 +125,12 @@ def attend(
 def _trains_on_tiles(q: Tensor) -> bool:
     """Whether FlexAttention is used where there is a mask: on a GPU, in training.
 
-    Not without gradients: a stream begins with any number of frames, and each number would be
-    compiled anew. Not where there is no Triton to compile with, as on Windows.
+    Without gradients only for very many tokens: a stream begins with any number of frames, and each
+    number would be compiled anew. Not where there is no Triton to compile with, as on Windows.
     """
     can = q.device.type == "cuda" and q.shape[-1] in FLEX_HEAD_DIMS
-    return can and torch.is_grad_enabled() and find_spec("triton") is not None
+    wants = torch.is_grad_enabled() or q.shape[-2] > MASKED_TOKENS
+    return can and wants and find_spec("triton") is not None
 
 
 @lru_cache(maxsize=1)
