@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,17 @@ needs_ray = pytest.mark.skipif(
 class Replicas:
     """A server with two replicas, as a command."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *flags: str, before: str = "") -> None:
         run = save_world(tiny_playable(), folder / "world")
         (folder / "token").write_text(TOKEN)
         self.kept = folder / "kept"
-        words = ["serve", str(run), "--replicas", "2", "--port", "0", "--evict-dir", str(self.kept)]
+        words = ["serve", str(run), "--port", "0", "--evict-dir", str(self.kept)]
         words += ["--token-file", str(folder / "token"), "--backup-s", str(BACKUP_S)]
-        words += ["--memory-gib", "0.5", "--limits.messages-per-s", "2000"]
+        words += ["--memory-gib", "0.5", "--limits.messages-per-s", "2000", *flags]
+        program = f"import sys; {before}; from scd.cli import main; sys.exit(main({words!r}))"
         with (folder / "errors").open("w") as self.errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-u", "-m", "scd", *words],
+                [sys.executable, "-u", "-c", program],
                 stdout=subprocess.PIPE,
                 stderr=self.errors,
                 text=True,
@@ -109,7 +110,7 @@ class Replicas:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
-    running = Replicas(tmp_path_factory.mktemp("ray"))
+    running = Replicas(tmp_path_factory.mktemp("ray"), "--replicas", "2")
     try:
         yield running
     finally:
@@ -285,10 +286,7 @@ def test_a_session_goes_on_when_its_replica_is_killed_while_it_streams(server: R
             equal(server.step(other, 1), alone([2] * 3 + [1] * 2, seed=1)[-1:])
             again.close()
         safe.close()
-    until = time.monotonic() + START_S
-    while server.call("GET", "/health")[1]["replicas"] < 2 and time.monotonic() < until:
-        time.sleep(0.5)
-    assert len(server.metric("scd_healthy")) == 2
+    wait_for(lambda: len(server.metric("scd_healthy")) == 2)
 
 
 @needs_ray
@@ -319,6 +317,84 @@ def test_a_server_that_ends_writes_every_session(server: Replicas):
         assert host.create(Start()).result(30.0).index == -1
     finally:
         host.stop()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_replicas_start_for_many_clients_and_end_for_few_without_loss(tmp_path: Path):
+    flags = ("--replicas", "1", "--max-replicas", "2", "--clients-per-replica", "2")
+    hurry = "import scd.serve.ray_app as app; app.UPSCALE_S, app.DOWNSCALE_S = 1.0, 2.0"
+    server = Replicas(tmp_path, *flags, before=hurry)
+    try:
+        (first,) = server.metric("scd_healthy")
+        clients = [server.client() for _ in range(4)]
+        wait_for(lambda: len(server.metric("scd_healthy")) == 2)
+        began = time.monotonic()
+        # Who comes now goes to the new one, which has nobody.
+        with server.client() as late:
+            name = late.create(seed=3).session
+            seen = [frame.header.frame for frame in late.step(2, count=6)]
+            late.run(fps=20.0)
+            (second,) = (one for one, many in server.metric("scd_attached").items() if many)
+            assert second != first
+            for client in clients:
+                client.disconnect()
+            with pytest.raises(SessionEnded):
+                for frame in late.frames():
+                    seen.append(frame.header.frame)
+            print(f"ended {time.monotonic() - began:.1f} s after the clients had gone")
+            with server.client() as again:
+                state = again.attach(name)
+                # Every frame that was made is there, seen or not, and the history too.
+                assert state.frame >= seen[-1] and state.history_from == -1
+                assert seen == list(range(len(seen)))
+                wanted = alone([2] * (state.frame + 1) + [1], seed=3)
+                equal(server.step(name, 1), wanted[-1:])
+                assert server.metric("scd_attached") == {first: 1}
+                again.close()
+    finally:
+        server.stop()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_cluster_is_given_the_server_as_an_application(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    run = save_world(tiny_playable(), tmp_path / "world")
+    args = {"run": str(run), "replicas": 2, "port": port, "evict_dir": str(tmp_path / "kept")}
+    program = f"""
+import sys
+from scd.serve.ray_app import build, ray_running
+from scd.serve.settings import ServeConfig
+with ray_running(ServeConfig(replicas=3)):
+    from ray import serve
+    serve.run(build({args | {"memory_gib": 0.5}!r}), route_prefix=None)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    serve.shutdown()
+"""
+    words = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as cluster:
+        assert cluster.stdin and cluster.stdout and cluster.stdout.readline() == "ready\n"
+        try:
+            with Client(f"http://127.0.0.1:{port}", timeout_s=60.0) as client:
+                name = client.create(seed=4).session
+                assert client.step(1, count=3)[-1].header.frame == 2
+        finally:
+            cluster.stdin.write("\n")
+            cluster.stdin.flush()
+            assert cluster.wait(120) == 0
+    assert [path.name for path in (tmp_path / "kept").glob(f"*{SUFFIX}")] == [f"{name}{SUFFIX}"]
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    until = time.monotonic() + START_S
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.5)
 
 
 def test_settings_that_no_replicas_can_have():

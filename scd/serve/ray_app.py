@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from scd.config import from_json, to_json
 from scd.device_memory import GIB, free_bytes
 from scd.runtime import choose_device
 from scd.serve.admission import SHARE
 from scd.serve.ray_front import Front
 from scd.serve.ray_replica import ASK_S, LEASE_S, Crew, Replica, Report
-from scd.serve.run import STOP_S, kept_in, listening, run_app
+from scd.serve.run import STOP_S, Server, kept_in, listening, run_app, uvicorn_config
 from scd.serve.settings import ServeConfig, read_token
 from scd.shipped import shipped_world
 
@@ -89,6 +92,8 @@ def check_installed() -> None:
 def ray_running(config: ServeConfig) -> Iterator[None]:
     """Join a cluster, or start one of this machine alone that only this machine reaches.
 
+    Ray reads the environment when it is imported, so nobody may have done that before.
+
     Raises:
         OSError: there is no such cluster.
     """
@@ -126,6 +131,24 @@ def deploy(config: ServeConfig, token: str | None, folder: Path, secret: str) ->
 
     Raises:
         ValueError: a replica does not start; Ray's log says why at length.
+    """
+    from ray import serve
+
+    bound = replicas_of(config, token, folder, secret)
+    try:
+        return serve.run(bound, name=NAME, route_prefix=None)
+    except RuntimeError as error:
+        raise ValueError(f"a replica does not start: {str(error)[-1500:]}") from error
+
+
+def replicas_of(config: ServeConfig, token: str | None, folder: Path, secret: str) -> Any:
+    """Return the replicas as an application of Ray Serve, not started.
+
+    Args:
+        config: of the server.
+        token: that clients must show.
+        folder: of sessions, that all replicas reach.
+        secret: that the front must show.
     """
     from ray import serve
 
@@ -168,11 +191,7 @@ def deploy(config: ServeConfig, token: str | None, folder: Path, secret: str) ->
         graceful_shutdown_timeout_s=2 * STOP_S + LEASE_S,
         **options,
     )
-    bound = deployment.bind(config, str(folder.resolve()), secret, "127.0.0.1" if is_local else "")
-    try:
-        return serve.run(bound, name=NAME, route_prefix=None)
-    except RuntimeError as error:
-        raise ValueError(f"a replica does not start: {str(error)[-1500:]}") from error
+    return deployment.bind(config, str(folder.resolve()), secret, "127.0.0.1" if is_local else "")
 
 
 def crew_of(handle: Any, config: ServeConfig) -> Crew:
@@ -195,3 +214,64 @@ def withdraw() -> None:
     from ray import serve
 
     serve.delete(NAME)
+
+
+class Gate:
+    """The front as a deployment of Ray Serve, for clusters that are given their applications."""
+
+    def __init__(self, config: ServeConfig, token: str | None, secret: str, handle: Any) -> None:
+        """Take the port and begin to answer.
+
+        Raises:
+            OSError: the port is in use, or there is no such address on this machine.
+        """
+        self._stack = ExitStack()
+        listener = self._stack.enter_context(listening(config))
+        self._crew = crew_of(handle, config)
+        self._crew.start()
+        app = Front(self._crew, secret).with_access(config, token)
+        self._server = Server(uvicorn_config(config, app), lambda: None)
+        self._thread = threading.Thread(
+            target=lambda: self._server.run(sockets=[listener]), daemon=True
+        )
+        self._thread.start()
+
+    def check_health(self) -> None:
+        """Raise if the web server has ended."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the web server has ended")
+
+    async def __del__(self) -> None:
+        """Say farewell to clients."""
+        self._server.should_exit = True
+        await asyncio.to_thread(self._thread.join, STOP_S)
+        await asyncio.to_thread(self._crew.stop)
+        self._stack.close()
+
+
+def build(args: dict[str, Any]) -> Any:
+    """Return the whole server as an application, for `serve run` and `serve deploy`.
+
+    Args:
+        args: fields of `scd.serve.settings.ServeConfig`; `run` and `evict_dir` are paths on every
+            machine of the cluster, `token_file` on that which builds it.
+
+    Raises:
+        ValueError: settings that no server can have.
+    """
+    from ray import serve
+
+    usual = to_json(ServeConfig(replicas=1))
+    limits = usual["limits"] | args.get("limits", {})
+    values = usual | {"ray_address": "auto"} | args | {"limits": limits}
+    config = from_json(ServeConfig, values, "args")
+    secret, token = secrets.token_urlsafe(), read_token(config)
+    replicas = replicas_of(config, token, Path(config.evict_dir), secret)
+    gate = serve.deployment(
+        Gate,
+        name="gate",
+        num_replicas=1,
+        # Where its address is known: on the machine that began the cluster.
+        ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
+    )
+    return gate.bind(config, token, secret, replicas)

@@ -159,7 +159,9 @@ class Replica:
             return []
 
     def _is_at_a_desk(self, session: str) -> bool:
-        return any(self._folder.glob(f"{DESK}*/{session}{SUFFIX}"))
+        # Looked up in what is there: what a client says becomes no path.
+        written = self._folder.glob(f"{DESK}*/*{SUFFIX}")
+        return any(path.name == f"{session}{SUFFIX}" for path in written)
 
 
 class Guard:
