@@ -137,12 +137,7 @@ def start(config: TrainAutoencoderConfig) -> AutoencoderRun:
     ema = EMA(network, config.ema_decay, progress.num_ema_updates)
     optimizers, judge_optimizers = _optimizers(network, config), _optimizers(judge, config)
     if checkpoint is not None:
-        load_weights(network, checkpoint / RAW_FILE, str(device))
-        state = load_state(checkpoint / STATE_FILE)
-        judge.load_state_dict(state["judge"])
-        for key, ones in (("optimizers", optimizers), ("judge_optimizers", judge_optimizers)):
-            for optimizer, saved in zip(ones, state[key], strict=True):
-                optimizer.load_state_dict(saved)
+        _restore(checkpoint, network, judge, optimizers, judge_optimizers)
     folder.mkdir(parents=True, exist_ok=True)
     lock = take_lock(folder / LOCK_FILE)
     remove_leftovers(folder)
@@ -176,6 +171,24 @@ def start(config: TrainAutoencoderConfig) -> AutoencoderRun:
         clock=Clock(progress.elapsed_s),
         step=progress.step,
     )
+
+
+def _restore(
+    checkpoint: Path,
+    network: nn.Module,
+    judge: nn.Module,
+    optimizers: list[Any],
+    judge_optimizers: list[Any],
+) -> None:
+    """Take up what a checkpoint holds besides the averaged weights."""
+    load_weights(network, checkpoint / RAW_FILE, str(next(network.parameters()).device))
+    state = load_state(checkpoint / STATE_FILE)
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    if "judge" in state:
+        judge.load_state_dict(state["judge"])
+        for optimizer, saved in zip(judge_optimizers, state["judge_optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
 
 
 def check_folder(config: TrainAutoencoderConfig) -> Path | None:
@@ -230,11 +243,11 @@ def save(run: AutoencoderRun) -> Path:
         num_processes=1,
         elapsed_s=run.clock.total_s,
     )
-    state = {
-        "judge": run.judge.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
-        "judge_optimizers": [optimizer.state_dict() for optimizer in run.judge_optimizers],
-    }
+    state: dict[str, Any] = {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers]}
+    if run.step > run.config.reconstruction_steps:
+        # Before, it is as the seed made it.
+        state["judge"] = run.judge.state_dict()
+        state["judge_optimizers"] = [one.state_dict() for one in run.judge_optimizers]
     folder = run.folder / f"step_{run.step:06d}"
     with written_aside(folder) as aside:
         raw = {name: value.cpu().contiguous() for name, value in run.network.state_dict().items()}
@@ -242,7 +255,7 @@ def save(run: AutoencoderRun) -> Path:
         guarded(lambda path: torch.save(state, path), aside / STATE_FILE)
         text = json.dumps(to_json(progress), indent=2)
         (aside / "progress.json").write_text(text + "\n", encoding="utf-8")
-        with run.averaged():
+        with run.averaged(), torch.no_grad():
             mean, std = measure_statistics(_raw_latents(run))
             power = sum(m**2 + s**2 for m, s in zip(mean, std, strict=True)) / len(mean)
             # What diffusers alone would scale by: one number for all channels.
@@ -256,7 +269,6 @@ def save(run: AutoencoderRun) -> Path:
     return folder
 
 
-@torch.no_grad()
 def _raw_latents(run: AutoencoderRun) -> Iterator[Tensor]:
     per_batch = run.config.batch_size * run.config.num_frames
     for index in range(-(-MEASURED_FRAMES // per_batch)):

@@ -200,17 +200,13 @@ def test_what_is_no_whole_autoencoder_is_refused(tmp_path):
         open_autoencoder(str(tmp_path / "other"))
     (tmp_path / "text").mkdir()
     (tmp_path / "text/config.json").write_text('{"_class_name": "CLIPTextModel"}')
-    with pytest.raises(
-        ValueError, match="needed a picture or video autoencoder .*it holds CLIPTextModel"
-    ):
+    with pytest.raises(ValueError, match="needed a picture or video .*it holds CLIPText"):
         open_autoencoder(str(tmp_path / "text"))
     with pytest.raises(FileNotFoundError, match="hf download some-owner/some-autoencoder"):
         open_autoencoder("some-owner/some-autoencoder")
     tiny_vae().save_pretrained(tmp_path / "wan/vae")
     assert isinstance(open_autoencoder(str(tmp_path / "wan")), WanAutoencoder)
-    with pytest.raises(
-        ValueError, match="needed a picture autoencoder .*it holds AutoencoderKLWan"
-    ):
+    with pytest.raises(ValueError, match="needed a picture autoencoder .*it holds .*KLWan"):
         load_network(tmp_path / "wan")
 
 
