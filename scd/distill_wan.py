@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from scd.checkpoint import resolve
 from scd.data.prompts import PromptsInfo, is_prompts, read_prompts_info
 from scd.embed_prompts import embed_prompts, num_processes
 from scd.flow import SamplingConfig
@@ -28,6 +30,16 @@ from scd.text import TextConfig
 
 STEPS = (1000, 750, 500, 250)
 """Steps of Self-Forcing, counted before the shift."""
+
+OPTIM = OptimConfig(
+    lr=2e-6,
+    decoder_lr_ratio=1.0,
+    betas=(0.0, 0.999),
+    weight_decay=0.01,
+    warmup_steps=0,
+    clip_norm=10.0,
+)
+"""How the student's weights move."""
 
 PRESET = TrainConfig(
     max_steps=120,
@@ -50,23 +62,9 @@ PRESET = TrainConfig(
         num_draws=1,
         time_per="clip",
         min_spread=0.1,
-        critic=OptimConfig(
-            lr=4e-7,
-            decoder_lr_ratio=1.0,
-            betas=(0.0, 0.999),
-            weight_decay=0.01,
-            warmup_steps=0,
-            clip_norm=10.0,
-        ),
+        critic=replace(OPTIM, lr=4e-7),
     ),
-    optim=OptimConfig(
-        lr=2e-6,
-        decoder_lr_ratio=1.0,
-        betas=(0.0, 0.999),
-        weight_decay=0.01,
-        warmup_steps=0,
-        clip_norm=10.0,
-    ),
+    optim=OPTIM,
 )
 """Preset "wan" of a distillation: Self-Forcing's numbers. Its 600 updates of the critic are 120
 steps of ours, five of the critic and one of the student each; 8 clips to a step on each of 8 cards
@@ -134,7 +132,11 @@ def wan_distillation(choice: WanDmdChoice) -> TrainConfig:
             num_steps=len(times), schedule="listed", times=times, solver="renoise"
         ),
     )
-    return replace(run, objective=replace(run.objective, teacher=choice.teacher))
+    teacher = choice.teacher
+    if (Path(teacher) / "last").is_file():
+        # One step of a run, so that the teacher stays the same when its own training goes on.
+        teacher = str(resolve(teacher))
+    return replace(run, objective=replace(run.objective, teacher=teacher))
 
 
 def check_fit(config: TrainConfig) -> None:

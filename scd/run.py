@@ -224,17 +224,11 @@ def open_prompts(config: TrainConfig) -> PromptSource:
             recorded clips.
     """
     objective = config.objective
-    if (
-        not isinstance(objective, MatchConfig)
-        or objective.method == "gan"
-        or objective.num_given_frames
-    ):
+    if not isinstance(objective, MatchConfig) or objective.needs_clips or config.validate_every:
         raise ValueError(
             f"{config.data} holds prompts without frames: only rollouts from nothing learn from "
-            "them (num_given_frames=0), by method 'dmd' or 'sid'"
+            "them (num_given_frames=0, method 'dmd' or 'sid'), and validate_every must be 0"
         )
-    if config.validate_every:
-        raise ValueError("prompts have no frames to measure a loss on: validate_every must be 0")
     if not config.initial:
         raise ValueError("a run on prompts starts from a world: initial must name it")
     card = read_world_parts(resolve(config.initial))["card"]

@@ -443,7 +443,16 @@ def help_of(words: list[str]) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    ["", *COMMANDS, "train toy", "record toy", "record doom", "bench compare", "intervene skip"],
+    [
+        "",
+        *COMMANDS,
+        "train toy",
+        "record toy",
+        "record doom",
+        "distill wan-dmd",
+        "bench compare",
+        "intervene skip",
+    ],
 )
 def test_every_command_explains_itself(command: str):
     assert "--" in help_of(command.split())
@@ -470,7 +479,7 @@ def test_flags_in_the_pages_exist(line: str):
     takes_name = (
         names[0] in ("train", "record", "convert", "export", "intervene") and names[1] != "PRESET"
     )
-    takes_name = takes_name or names[:2] == ["bench", "compare"]
+    takes_name = takes_name or names[:2] in (["bench", "compare"], ["distill", "wan-dmd"])
     page = help_of(names[: 2 if takes_name else 1])
     for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
         assert re.search(rf"{flag}\b", page), f"{flag} is no flag of scd {' '.join(names)}"

@@ -331,7 +331,8 @@ def test_a_dense_world_teaches_as_the_folder_that_it_was_made_of(
     losses = []
     for name, teacher, critic in (("a", wan, ""), ("b", dense, ""), ("c", wan, str(other))):
         changes = ["--max-steps", "1", "--precision", "fp32"]
-        changes += ["--objective.critic-model", critic] if critic else []
+        if critic:
+            changes += ["--objective.critic-model", critic, "--objective.method", "sid"]
         assert main(words_of(world, teacher, embedded, tmp_path / name, *changes)) == 0
         (event,) = read_log(tmp_path / name, "step")
         losses.append((event["loss"], event["critic_loss"]))

@@ -197,28 +197,41 @@ class KVCache:
                 f"{num_frames} frames at once need as many free places in a row, got "
                 f"{self.num_free} of {self.config.window}; call make_room for one"
             )
-        place = self.next_place(k.shape[2])
+        place = self._next_place(k.shape[2])
         self.keys[layer, :, :, place.start : place.stop] = k.detach()
         self.values[layer, :, :, place.start : place.stop] = v.detach()
         if torch.is_grad_enabled():
             # What a backward pass reads must not be overwritten by the frames to come.
-            return self.read_again(layer, k, v, place)
+            return self._read_again(layer, k, v, place)
         return self.keys[layer, :, :, : place.filled], self.values[layer, :, :, : place.filled]
 
-    def next_place(self, num_tokens: int) -> Place:
+    def writer(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return `write` of a layer for one use, and for its recomputation in a backward pass.
+
+        By then later frames may have been kept, but none may have left the window.
+        """
+        place: Place | None = None
+
+        def put(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal place
+            if place is not None:
+                return self._read_again(layer, k, v, place)
+            place = self._next_place(k.shape[2])
+            return self.write(layer, k, v)
+
+        return put
+
+    def _next_place(self, num_tokens: int) -> Place:
         """Return where `write` puts so many tokens."""
         start = self._next_slot() * self.tokens_per_frame
         stop = start + num_tokens
         filled = max(stop, len(self.slots) * self.tokens_per_frame)
         return Place(start=start, stop=stop, filled=filled, num_evicted=self.num_evicted)
 
-    def read_again(
+    def _read_again(
         self, layer: int, k: Float[Tensor, "b k s e"], v: Float[Tensor, "b k s e"], place: Place
     ) -> tuple[Float[Tensor, "b k s2 e"], Float[Tensor, "b k s2 e"]]:
-        """Return what `write` returned at an earlier place, and write nothing.
-
-        Frames may have been kept since, but none may have left the window.
-        """
+        """Return what `write` returned at an earlier place, and write nothing."""
         assert self.num_evicted == place.num_evicted, "frames have left the memory since"
         keys, values = (
             self.keys[layer, :, :, : place.filled],

@@ -256,18 +256,14 @@ def pseudo_huber(
 def spread(
     generated: Float[Tensor, "*b c h w"], real: Float[Tensor, "*b2 c h w"]
 ) -> Float[Tensor, ""]:
-    """Return how much generated frames vary over clips and places, over how much real ones do.
-
-    Where there are no real ones, over the unit scale of latents.
-    """
+    """Return how much generated frames vary over clips and places, over how much real ones do."""
 
     def deviation(frames: Tensor) -> Tensor:
         flat = frames.flatten(0, -4).float()
         return flat.std((0, -2, -1), correction=0).mean()
 
-    if not real.numel():
-        return deviation(generated)
-    return deviation(generated) / deviation(real).clamp(min=1e-6)
+    # Latents have unit scale: that stands in for real frames where there are none.
+    return deviation(generated) / (deviation(real).clamp(min=1e-6) if real.numel() else 1.0)
 
 
 def guided_path(path: Path, scale: float) -> Path:

@@ -124,6 +124,11 @@ class MatchConfig:
         if self.method != "gan" and (self.relativistic or self.roughness):
             raise ValueError(f"relativistic, roughness have no effect on method={self.method!r}")
 
+    @property
+    def needs_clips(self) -> bool:
+        """Whether it learns from recorded frames, not from prompts alone."""
+        return self.method == "gan" or self.num_given_frames > 0
+
     def num_scored(self, num_frames: int, window: int) -> int:
         """Return how many frames of a clip are scored.
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from scd.clip import ConditionSpec
 from scd.model.attention import Rotary, attend, frame_positions, rotary_table
 from scd.model.block import Attend
-from scd.model.cache import CacheConfig, KVCache, Place
+from scd.model.cache import CacheConfig, KVCache
 from scd.model.embed import FrameShape, to_patches
 from scd.model.visibility import FrameCausal, TeacherForcing, Visibility
 from scd.model.wan.block import TextKeysValues, WanBlock
@@ -223,8 +223,6 @@ class WanTransformer(nn.Module):
     ) -> Float[Tensor, "b t n d"] | None:
         """Run frames that see each other and a memory, and write them into its next place.
 
-        Where blocks are recomputed in the backward pass, no frame may leave the memory before it.
-
         Args:
             cache: has room for them; the caller advances it to keep them.
             frames: next frames of each stream.
@@ -295,14 +293,5 @@ def _reading_also(keys: Tensor, values: Tensor, visible: Visibility | None) -> A
 
 
 def _remembering(cache: KVCache, layer: int) -> Attend:
-    place: Place | None = None
-
-    def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        nonlocal place
-        if place is not None:
-            # Recomputed in a backward pass: later frames are in memory by now, behind this one.
-            return attend(q, *cache.read_again(layer, k, v, place))
-        place = cache.next_place(k.shape[2])
-        return attend(q, *cache.write(layer, k, v))
-
-    return read
+    write = cache.writer(layer)
+    return lambda q, k, v: attend(q, *write(k, v))
