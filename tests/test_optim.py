@@ -16,6 +16,7 @@ from scd.optim import (
     parameter_groups,
     set_lr,
 )
+from tests.tiny import stored_in
 
 
 def models():
@@ -210,13 +211,7 @@ def test_averages_in_eight_bits_take_a_quarter_of_the_bytes():
         held = sum(
             part.numel() * part.element_size()
             for name in ("exp_avg", "exp_avg_sq")
-            for part in _tensors_in(state[name])
+            for part in stored_in(state[name])
         )
         small = weight.numel() < 4096
         assert held / weight.numel() == (8 if small else pytest.approx(2 + 2 * 4 / 256, abs=0.4))
-
-
-def _tensors_in(value):
-    if not hasattr(value, "__tensor_flatten__"):
-        return [value]
-    return [getattr(value, name) for name in value.__tensor_flatten__()[0]]

@@ -14,6 +14,7 @@ from scd.objective.teacher_forcing import TeacherForcingConfig, teacher_forced_l
 from scd.optim import OptimConfig, build_optimizers, parameter_groups
 from scd.plan import GIB, count_micro_batch, dry_run, plan
 from scd.run import TrainConfig
+from tests.tiny import stored_in
 from tests.tiny_wan import tiny_wan_separable, wan_clips
 
 
@@ -166,13 +167,6 @@ def test_averages_take_what_was_planned(config, state):
     # 8 bits bring a table of 256 numbers along with each average.
     assert planned * GIB == pytest.approx(held, rel=0.1 if state == "8bit" else 1e-6)
     assert (memory.offloaded_gib > 0) == (state == "offload")
-
-
-def stored_in(value):
-    """The plain tensors of which a rounded one is made."""
-    if not hasattr(value, "__tensor_flatten__"):
-        return [value]
-    return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
 
 
 def test_processes_that_share_the_weights_divide_all_but_activations(config):

@@ -81,3 +81,10 @@ def random_clips(model, batch=2, num_frames=5, num_draws=1, seed=0):
     time = torch.rand(batch, num_draws, num_noisy, generator=generator)
     conditions = random_conditions(model.config.conditions, batch, num_frames, generator)
     return clean, noisy, time, conditions
+
+
+def stored_in(value):
+    """The plain tensors of which one is made that a subclass keeps rounded."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return [value]
+    return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
