@@ -138,7 +138,9 @@ def deploy(config: ServeConfig, token: str | None, folder: Path, secret: str) ->
     try:
         return serve.run(bound, name=NAME, route_prefix=None)
     except RuntimeError as error:
-        raise ValueError(f"a replica does not start: {str(error)[-1500:]}") from error
+        # Ray Serve gives the trace of the replica, which ends with its error.
+        said = serve.status().applications[NAME].deployments[NAME].message.strip() or str(error)
+        raise ValueError(f"a replica does not start: {said.splitlines()[-1]}") from error
 
 
 def replicas_of(config: ServeConfig, token: str | None, folder: Path, secret: str) -> Any:
