@@ -51,7 +51,7 @@ needs_ray = pytest.mark.skipif(
 class Replicas:
     """A server with two replicas, as a command."""
 
-    def __init__(self, folder: Path, *flags: str, before: str = "") -> None:
+    def __init__(self, folder: Path, *flags: str, before: str = "pass") -> None:
         run = save_world(tiny_playable(), folder / "world")
         (folder / "token").write_text(TOKEN)
         self.kept = folder / "kept"
