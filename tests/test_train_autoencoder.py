@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scd import autoencoder_run
 from scd.autoencoder.build import open_autoencoder
 from scd.autoencoder_run import check_folder
 from scd.autoencoder_settings import TrainAutoencoderConfig
@@ -45,6 +46,16 @@ from scd.stopping import StopRequest
 from scd.train import train
 from scd.train_autoencoder import train_autoencoder
 from tests.tiny_wan_vae import tiny_vae
+
+NUM_MEASURED = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_measured_frames():
+    """Every checkpoint measures the scale of the latents: on fewer frames, that takes no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autoencoder_run, "MEASURED_FRAMES", NUM_MEASURED)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +196,9 @@ def test_the_second_part_leaves_the_encoder_where_the_average_was(trained):
 def test_the_folder_is_an_autoencoder_at_unit_scale(videos, trained):
     autoencoder = open_autoencoder(str(trained))
     loader = Loader(open_source(videos, "train"), 2, 2, seed=0)
-    latents = torch.cat([autoencoder.encode(loader.batch(n).frames) for n in range(128)])
+    latents = torch.cat(
+        [autoencoder.encode(loader.batch(n).frames) for n in range(NUM_MEASURED // 4)]
+    )
     latents = latents.movedim(2, 0).flatten(1)
     torch.testing.assert_close(latents.mean(1), torch.zeros(32), atol=5e-3, rtol=0)
     torch.testing.assert_close(latents.std(1), torch.ones(32), atol=5e-3, rtol=0)
