@@ -46,10 +46,6 @@ from scd.sharding import (
 )
 from scd.tasks import build_task
 
-SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
-"""Accelerate's names of the ways to share the work that are supported: whole copies of the model,
-or weights cut up by FSDP2."""
-
 LOCK_FILE = "lock"
 """File of a run folder that is locked while the run is going on."""
 
@@ -171,11 +167,6 @@ def start_run(config: TrainConfig, objective: Objective | None = None) -> Run:
             DistributedDataParallelKwargs(find_unused_parameters=may_leave_unused(config))
         ],
     )
-    if accelerator.distributed_type not in SUPPORTED:
-        raise ValueError(
-            f"training runs in one process, data-parallel in several, or by FSDP2 ({SUPPORTED}), "
-            f"got {accelerator.distributed_type}"
-        )
     num_processes = accelerator.num_processes
     sharded = is_sharded(config, num_processes, fsdp_version(accelerator))
     loader = open_loader(config, accelerator.process_index, num_processes)

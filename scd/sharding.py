@@ -33,8 +33,22 @@ BLOCK_METHODS = ("keys_values", "text_keys_values")
 """What runs a block besides its forward."""
 
 
+SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
+"""Accelerate's names of the ways to share the work that are supported: whole copies of the model,
+or weights cut up by FSDP2."""
+
+
 def fsdp_version(accelerator: Accelerator) -> int:
-    """Return the version of FSDP that accelerate's configuration asks for; 0: none."""
+    """Return the version of FSDP that accelerate's configuration asks for; 0: none.
+
+    Raises:
+        ValueError: it asks for another way to share the work.
+    """
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ValueError(
+            f"training runs in one process, data-parallel in several, or by FSDP2 ({SUPPORTED}), "
+            f"got {accelerator.distributed_type}"
+        )
     if accelerator.distributed_type != DistributedType.FSDP:
         return 0
     return 2 if accelerator.is_fsdp2 else 1
