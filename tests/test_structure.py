@@ -120,7 +120,6 @@ OPTIONAL_PACKAGES = {
     "diffusers": {"probe.wan", "autoencoder.wan", "autoencoder.tiny", "autoencoder.networks"},
     "transformers": {"text"},
     "ftfy": {"text"},
-    "torchmetrics": {"metrics.image"},
     "torchao": {"optim_states"},
     "ray": {"serve.ray_app", "serve.ray_replica"},
     "aiohttp": {"serve.ray_front"},

@@ -25,8 +25,15 @@ over one grey level: its variance is 1/12). Identical frames get this instead of
 would swallow every mean."""
 
 SSIM_WINDOW = 11
-"""Rows and columns of SSIM's Gaussian window (sigma 1.5): frames must be at least as large.
+"""Rows and columns of SSIM's Gaussian window: frames must be at least as large.
 Source: Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity"."""
+
+SSIM_SIGMA = 1.5
+"""Deviation of that window in pixels. Source: the same."""
+
+SSIM_CONSTANTS = (0.01**2, 0.03**2)
+"""What keeps SSIM's ratios of means and of variances defined, for pixels in [0, 1]. Source: the
+same."""
 
 NUM_RESAMPLES = 1000
 """Resamplings of the clips from which an interval is read."""
@@ -74,17 +81,39 @@ def ssim(
         )
     # Unlike PSNR, SSIM compares means by their ratio: it is defined for black at 0. It takes small
     # variances as differences of squares, for which single precision is too rough on flat pictures.
-    # Here, because it takes a third of the time in which every command starts.
-    from torchmetrics.functional.image import structural_similarity_index_measure
+    seen, wanted = ((frames.double() + 1) / 2 for frames in (predicted, true))
+    rows, columns = (_window(side).to(seen) for side in (height, width))
 
-    values = structural_similarity_index_measure(
-        (predicted.double().reshape(-1, channels, height, width) + 1) / 2,
-        (true.double().reshape(-1, channels, height, width) + 1) / 2,
-        data_range=1.0,
-        reduction="none",
+    def blurred(values: Tensor) -> Tensor:
+        return rows @ values @ columns.T
+
+    means, products = (blurred(seen), blurred(wanted)), blurred(seen * wanted)
+    squares = means[0].square(), means[1].square()
+    variances = sum(
+        (blurred(values.square()) - square).clamp(min=0)
+        for values, square in zip((seen, wanted), squares, strict=True)
     )
-    assert isinstance(values, Tensor)
-    return values.float().reshape(batch)
+    both = means[0] * means[1]
+    low, high = SSIM_CONSTANTS
+    likeness = (2 * both + low) * (2 * (products - both) + high)
+    values = likeness / ((squares[0] + squares[1] + low) * (variances + high))
+    return values.mean(dim=(-3, -2, -1)).float()
+
+
+@lru_cache
+def _window(side: int) -> Float[Tensor, "side side"]:
+    """Return SSIM's window along rows or columns as a matrix: each line averages around a pixel.
+
+    The Gaussian is a product of one along rows and one along columns. As products of matrices it
+    takes a fortieth of the time of a convolution in double precision, and no memory to speak of.
+    Beyond its borders a picture goes on as its mirror image, as in torchmetrics and the paper.
+    """
+    places = torch.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    weights = torch.exp(-places.double().square() / (2 * SSIM_SIGMA**2))
+    around = (torch.arange(side)[:, None] + places).abs()
+    around = torch.minimum(around, 2 * (side - 1) - around)
+    matrix = torch.zeros(side, side, dtype=torch.float64)
+    return matrix.scatter_add(1, around, (weights / weights.sum()).expand(side, -1))
 
 
 def bootstrap(
