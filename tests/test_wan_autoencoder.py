@@ -103,7 +103,9 @@ def test_streamed_latents_are_those_of_the_whole_clip(autoencoder):
     clip = clip_of()
     stream = WanStreamEncoder(autoencoder)
     parts = [stream.next(part) for part in (clip[:, :1], clip[:, 1:5], clip[:, 5:])]
-    assert torch.equal(torch.stack(parts, dim=1), autoencoder.encode(clip))
+    # The last layer takes all latent frames at once there, which rounds otherwise on some CPUs.
+    whole = autoencoder.encode(clip)
+    torch.testing.assert_close(torch.stack(parts, dim=1), whole, atol=1e-6, rtol=1e-6)
     with pytest.raises(ValueError, match="needed 4, got 1"):
         stream.next(clip[:, :1])
     stream.reset()
