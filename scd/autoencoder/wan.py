@@ -225,7 +225,7 @@ class WanStreamDecoder:
 
 
 class WanStreamEncoder:
-    """Frames of video of a batch of streams to latent frames, as `WanAutoencoder.encode` up to rounding.
+    """Frames of video of a batch of streams to latent frames, up to rounding those of `encode`.
 
     `next` with the first frame, then with four frames at a time; `reset` begins anew.
     """
