@@ -26,8 +26,8 @@ DOCS = Path(__file__).resolve().parent
 
 BASE = "base"
 
-SHOWN = ("psnr", "ssim")
-"""Metrics in the table."""
+SHOWN = ("psnr", "ssim", "lpips", "fvd")
+"""Metrics in the table, as far as they were measured."""
 
 
 def gather(evaluations: Mapping[tuple[str, str], Any], turns: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,10 +67,11 @@ def ablations(results: Mapping[str, Mapping[str, Any]]) -> str:
     (result,) = results.values()
     found = {row["horizon"] for row in result["kinds"][0]["rows"]}
     horizons = sorted({1, 8, max(found)} & found)
+    first = {(row["metric"], row["horizon"]): row for row in result["kinds"][0]["rows"]}
     places = [(metric, horizon) for metric in SHOWN for horizon in horizons]
+    places = [place for place in places if place in first]
     head = ["against the base, over seeds"]
     head += [f"{metric.upper()}, frame +{horizon}" for metric, horizon in places]
-    first = {(row["metric"], row["horizon"]): row for row in result["kinds"][0]["rows"]}
     base = [f"{first[place]['means'][BASE]:.{digits(place[0])}f}" for place in places]
     seconds = milliseconds(result["seconds_per_frame"])
     lines = [["base, itself", *base, f"{seconds} ms"]]
@@ -92,7 +93,7 @@ def difference(row: Mapping[str, Any]) -> str:
 
 def digits(metric: str) -> int:
     """Return how many decimals of a metric are shown."""
-    return 2 if metric == "psnr" else 3
+    return 2 if metric in ("psnr", "fvd") else 3
 
 
 def main(arguments: Sequence[str]) -> int:

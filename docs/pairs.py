@@ -20,8 +20,8 @@ from scd.results import command, write_json
 
 DOCS = Path(__file__).resolve().parent
 
-METRICS = ("psnr_gain", "psnr", "ssim")
-"""What is compared."""
+METRICS = ("psnr_gain", "psnr", "ssim", "lpips", "fvd")
+"""What is compared, as far as it was measured."""
 
 QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
 """Of Student's distribution at 97.5 %, by number of seeds."""

@@ -11,11 +11,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/start.sh
+source runs/against_dense.sh
 scale=${1:-small}
 out=${2:-runs/out/minecraft/$scale}
 data=$out/data
 launch=(scd)
 flags=()
+guided=()
 case $scale in
 small)
   separable=doom-32 dense=doom-32-dense steps=1200
@@ -34,7 +36,7 @@ paper)
   separable=scd-m dense=dense-m steps=1000000
   protocols=(teco-144-156 teco-36-264 teco-144-156-published teco-36-264-published)
   measured=(--alexnet "${ALEXNET:?file of AlexNet weights}" --i3d "${I3D:?file of I3D weights}")
-  measured+=(--guidance.kind context_noise --guidance.scale 1.5)
+  guided=(--guidance.kind context_noise --guidance.scale 1.5)
   launch=(torchrun --nproc-per-node 8 -m scd)
   for shard in 0 1 2 3 4 5 6 7; do
     scd encode "minecraft:${MINECRAFT:?folder of TECO-Minecraft}" --shard "$shard/8" \
@@ -48,27 +50,4 @@ paper)
   exit 2
   ;;
 esac
-read -ra seeds <<<"${SEEDS:-0 1 2}"
-for seed in "${seeds[@]}"; do
-  for kind in base dense; do
-    preset=$separable
-    if [ "$kind" = dense ]; then preset=$dense; fi
-    run "${launch[@]}" train "$preset" --data "$data" --seed "$seed" \
-      --max-steps "${STEPS:-$steps}" "${flags[@]}" --out "$out/runs/$kind-$seed"
-    for protocol in "${protocols[@]}"; do
-      mkdir -p "$out/$protocol"
-      guidance=("${measured[@]}")
-      # A dense model has no context to put noise on.
-      if [ "$scale-$kind" = paper-dense ]; then guidance=("${measured[@]:0:4}"); fi
-      run "${launch[@]}" evaluate "$out/runs/$kind-$seed" --data "$data" --protocol "$protocol" \
-        "${guidance[@]}" --out "$out/$protocol/$kind-$seed.json"
-    done
-  done
-done
-[ -f "$out/turns.json" ] || run python benchmarks/turns.py --data "$data" --out "$out/turns.json" \
-  "base=$out/runs/base-${seeds[0]}" "dense=$out/runs/dense-${seeds[0]}"
-for protocol in "${protocols[@]}"; do
-  cp "$out/turns.json" "$out/$protocol/turns.json"
-  python docs/ablations.py "minecraft_${scale}_${protocol//-/_}" "$out/$protocol"
-done
-python docs/tables.py
+against_dense "minecraft_$scale"

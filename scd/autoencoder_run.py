@@ -39,8 +39,8 @@ from scd.autoencoder.networks import (
 )
 from scd.autoencoder_parts import build_network, choose_distance
 from scd.autoencoder_settings import FREE_FIELDS, TrainAutoencoderConfig
-from scd.checkpoint import RAW_FILE, Progress, guarded, load_progress, load_state, read_json
-from scd.config import differences, to_json
+from scd.checkpoint import RAW_FILE, Progress, guarded, load_progress, load_state
+from scd.config import to_json
 from scd.data.folder import open_source
 from scd.data.loader import Loader
 from scd.data.source import Source
@@ -49,8 +49,9 @@ from scd.model.pretrained import load_weights
 from scd.objective.reconstruct import Distance, PatchJudge
 from scd.optim import EMA, build_optimizers, parameter_groups
 from scd.results import command
+from scd.run_folder import LOCK_FILE, goes_on
 from scd.runlog import RunLog
-from scd.running import LOCK_FILE, Clock
+from scd.running import Clock
 from scd.runtime import choose_device, derive_seed, describe_hardware, git_commit
 
 STATE_FILE = "training.pt"
@@ -195,29 +196,13 @@ def check_folder(config: TrainAutoencoderConfig) -> Path | None:
     """Return the checkpoint to continue from, or None for a new training.
 
     Raises:
-        FileExistsError: `config.out` holds a training with other settings, or something else.
+        FileExistsError: `config.out` holds a run with other settings, or no run at all.
         FileNotFoundError: its newest checkpoint is gone.
         ValueError: its settings are damaged.
     """
+    if not goes_on(config, FREE_FIELDS):
+        return None
     folder = Path(config.out)
-    if not folder.exists():
-        return None
-    if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK_FILE}:
-        return None
-    if not (folder / "config.json").is_file():
-        raise FileExistsError(f"{folder} exists and is no training: choose another out")
-    if config.resume == "never":
-        raise FileExistsError(f"{folder} holds a training already, and resume is 'never'")
-    different = [
-        line
-        for line in differences(read_json(folder / "config.json"), to_json(config))
-        if line.split(":")[0].split(".")[0] not in FREE_FIELDS
-    ]
-    if different:
-        raise FileExistsError(
-            f"{folder} holds another training (its value, then the one given): "
-            + "; ".join(different)
-        )
     if not (folder / LAST_FILE).is_file():
         return None
     checkpoint = folder / (folder / LAST_FILE).read_text().strip()

@@ -25,7 +25,7 @@ from scd.checkpoint import (
     read_json,
     save_step,
 )
-from scd.config import differences, from_json, to_json
+from scd.config import from_json, to_json
 from scd.data.loader import Loader
 from scd.initial import load_initial
 from scd.learner import Learner, alone, build_learners, may_leave_unused
@@ -34,6 +34,7 @@ from scd.model.pretrained import WEIGHTS_FILE, load_weights
 from scd.optim import EMA
 from scd.results import command
 from scd.run import FREE_FIELDS, Objective, TrainConfig, build_model, open_loader
+from scd.run_folder import LOCK_FILE, goes_on
 from scd.runlog import RunLog
 from scd.runtime import describe_hardware, git_commit
 from scd.sharding import (
@@ -45,9 +46,6 @@ from scd.sharding import (
     shard,
 )
 from scd.tasks import build_task
-
-LOCK_FILE = "lock"
-"""File of a run folder that is locked while the run is going on."""
 
 
 class Clock:
@@ -268,26 +266,9 @@ def check_folder(config: TrainConfig) -> Path | None:
         FileExistsError: `config.out` holds a run with other settings, or no run at all.
         ValueError: its config or checkpoint is damaged.
     """
-    folder = Path(config.out)
-    if not folder.exists():
+    if not goes_on(config, FREE_FIELDS, _settings):
         return None
-    if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK_FILE}:
-        return None
-    if not (folder / "config.json").is_file():
-        raise FileExistsError(f"{folder} exists and is not the folder of a run: choose another out")
-    if config.resume == "never":
-        raise FileExistsError(f"{folder} holds a run already, and resume is 'never'")
-    different = [
-        line
-        for line in differences(_settings(folder / "config.json"), to_json(config))
-        if line.split(":")[0].split(".")[0] not in FREE_FIELDS
-    ]
-    if different:
-        raise FileExistsError(
-            f"{folder} holds a run with other settings (its value, then the one given): "
-            + "; ".join(different)
-        )
-    return last_step(folder)
+    return last_step(Path(config.out))
 
 
 def _settings(path: Path) -> Any:

@@ -74,8 +74,9 @@ LAYERS = (
     ("text to video", "text_to_video sample_text vbench pipeline embed_prompts"),
     (
         "trainer",
-        "run initial sharding learner wan_source teacher matching tasks running fit held_out train "
-        "plan autoencoder_settings autoencoder_parts autoencoder_run train_autoencoder",
+        "run run_folder initial sharding learner wan_source teacher matching tasks running fit "
+        "held_out train plan autoencoder_settings autoencoder_parts autoencoder_run "
+        "train_autoencoder",
     ),
     ("named runs", "presets distill distill_wan"),
     (

@@ -390,7 +390,7 @@ def test_other_and_damaged_trainings_are_refused(videos, tmp_path):
     out = tmp_path / "ae"
     config = settings(videos, out, reconstruction_steps=1, adversarial_steps=0)
     train_autoencoder(config)
-    with pytest.raises(FileExistsError, match="holds another training .*seed: 0, 1"):
+    with pytest.raises(FileExistsError, match="holds a run with other settings .*seed: 0, 1"):
         train_autoencoder(replace(config, seed=1))
     with pytest.raises(FileExistsError, match="resume is 'never'"):
         train_autoencoder(replace(config, resume="never"))
@@ -412,7 +412,7 @@ def test_other_and_damaged_trainings_are_refused(videos, tmp_path):
         train_autoencoder(more)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is no training"):
+    with pytest.raises(FileExistsError, match="not the folder of a run"):
         train_autoencoder(replace(config, out=str(tmp_path / "mine")))
 
 
@@ -424,4 +424,4 @@ def test_the_command_says_what_was_reached(videos, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "held-out reconstruction: PSNR " in printed and "saved" in printed
     assert main([*words, "--device", "cpu", "--seed", "1"]) == 2
-    assert "holds another training" in capsys.readouterr().err
+    assert "holds a run with other settings" in capsys.readouterr().err
