@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from scd.checkpoint import read_json
 from scd.config import differences, to_json
@@ -16,6 +16,7 @@ CONFIG_FILE = "config.json"
 """File of a run folder with the settings of the run."""
 
 
+@runtime_checkable
 class Settings(Protocol):
     """What settings of a run say of its folder; a dataclass."""
 
