@@ -21,10 +21,14 @@ class Settings(Protocol):
     """What settings of a run say of its folder; a dataclass."""
 
     @property
-    def out(self) -> str: ...
+    def out(self) -> str:
+        """Folder of the run."""
+        ...
 
     @property
-    def resume(self) -> Literal["auto", "never"]: ...
+    def resume(self) -> Literal["auto", "never"]:
+        """Whether a run that is there goes on, or is refused."""
+        ...
 
 
 def goes_on(
