@@ -194,7 +194,7 @@ def save_step(
     raw = world.model.state_dict() if raw is None else raw
     folder = run / f"step_{progress.step:06d}"
     with written_aside(folder) as aside:
-        _write_world(world, raw | dict(averaged), aside)
+        _write_world(world, {**raw, **averaged}, aside)
         _write_tensors(raw, aside / RAW_FILE)
         guarded(lambda path: torch.save(optimizers, path), aside / "optimizer.pt")
         if companions:
