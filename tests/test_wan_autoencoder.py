@@ -71,7 +71,8 @@ def test_decoding_is_that_of_diffusers(autoencoder):
     assert frames.shape == (2, 13, 3, 24, 32) and frames.std() > 0.01
     raw = autoencoder.from_unit_scale(latents).transpose(1, 2)
     theirs = autoencoder.vae.decode(raw).sample.transpose(1, 2)
-    assert torch.equal(frames, theirs)
+    # Its first layer takes all latent frames at once, which rounds otherwise on some processors.
+    torch.testing.assert_close(frames, theirs, atol=1e-6, rtol=1e-5)
 
 
 def test_streamed_frames_are_those_of_the_whole_clip(autoencoder):
@@ -103,9 +104,7 @@ def test_streamed_latents_are_those_of_the_whole_clip(autoencoder):
     clip = clip_of()
     stream = WanStreamEncoder(autoencoder)
     parts = [stream.next(part) for part in (clip[:, :1], clip[:, 1:5], clip[:, 5:])]
-    # The last layer takes all latent frames at once there, which rounds otherwise on some CPUs.
-    whole = autoencoder.encode(clip)
-    torch.testing.assert_close(torch.stack(parts, dim=1), whole, atol=1e-6, rtol=1e-6)
+    assert torch.equal(torch.stack(parts, dim=1), autoencoder.encode(clip))
     with pytest.raises(ValueError, match="needed 4, got 1"):
         stream.next(clip[:, :1])
     stream.reset()

@@ -148,15 +148,17 @@ class WanAutoencoder:
         """
         num_latent_frames(frames.shape[1])
         self.latent_shape(*frames.shape[-2:])
-        pixels = rearrange(frames, "b t c h w -> b c t h w").to(self._device, self._dtype)
-        mean = self.vae.encode(pixels).latent_dist.mode()
-        return self.to_unit_scale(rearrange(mean, "b c t h w -> b t c h w"))
+        # As a stream, so that it is the same to the last bit: diffusers' own call takes its last
+        # layer over all latent frames at once, which rounds otherwise on some processors.
+        stream = WanStreamEncoder(self)
+        parts = [frames[:, :1], *frames[:, 1:].split(FRAMES_PER_LATENT, dim=1)]
+        return torch.stack([stream.next(part) for part in parts if part.shape[1]], dim=1)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t2 3 h2 w2"]:
         """Turn 1 + n latent frames into 1 + 4n frames in [-1, 1]."""
-        raw = rearrange(self.from_unit_scale(latents), "b t c h w -> b c t h w")
-        return rearrange(self.vae.decode(raw).sample.float(), "b c t h w -> b t c h w")
+        stream = WanStreamDecoder(self)
+        return torch.cat([stream.next(latent) for latent in latents.unbind(1)], dim=1)
 
     def to_unit_scale(self, raw: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
         """Turn what the network makes into latents, by the statistics that come with it."""
@@ -225,7 +227,7 @@ class WanStreamDecoder:
 
 
 class WanStreamEncoder:
-    """Frames of video of a batch of streams to latent frames, up to rounding those of `encode`.
+    """Frames of video of a batch of streams to latent frames, exactly as `WanAutoencoder.encode`.
 
     `next` with the first frame, then with four frames at a time; `reset` begins anew.
     """
