@@ -32,7 +32,14 @@ def start(tmp_path: Path, name: str, body: str) -> subprocess.Popen[bytes]:
         (tmp_path / "bin" / program).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     script = str(tmp_path / "runs" / name)
-    return subprocess.Popen(["bash", script], env=environment, start_new_session=True)
+
+    def heed() -> None:
+        # Where the tests run in the background, SIGINT is ignored, which bash would take over.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        ["bash", script], env=environment, start_new_session=True, preexec_fn=heed
+    )
 
 
 @pytest.mark.parametrize(

@@ -348,6 +348,7 @@ def test_a_host_that_stops_hands_its_sessions_to_the_next(tmp_path):
         # What one puts there while both run, the other finds.
         late = done(first.create(Start(seed=9))).session_id
         first.stop(WAIT_S)
+        until(lambda: done(second.is_here(late)))
         assert done(second.info(late)).seed == 9
 
 

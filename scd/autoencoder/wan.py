@@ -148,8 +148,7 @@ class WanAutoencoder:
         """
         num_latent_frames(frames.shape[1])
         self.latent_shape(*frames.shape[-2:])
-        # As a stream, so that it is the same to the last bit: diffusers' own call takes its last
-        # layer over all latent frames at once, which rounds otherwise on some processors.
+        # As a stream, so that it is the same: diffusers takes the last layer over all at once.
         stream = WanStreamEncoder(self)
         parts = [frames[:, :1], *frames[:, 1:].split(FRAMES_PER_LATENT, dim=1)]
         return torch.stack([stream.next(part) for part in parts if part.shape[1]], dim=1)
