@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from playwright.sync_api import Page, sync_playwright
+from started import started
 
 from scd.config import to_json
 from scd.results import provenance, write_json
@@ -54,23 +52,6 @@ class BrowserConfig:
     def __post_init__(self) -> None:
         if self.seconds <= 0 or self.warm_up < 0 or self.presses_per_s <= 0:
             raise ValueError("needed seconds and presses_per_s above 0, and warm_up of 0 or more")
-
-
-@contextmanager
-def playing(config: BrowserConfig) -> Iterator[str]:
-    """Run `scd play` without opening a browser; give its address."""
-    words = [sys.executable, "-m", "scd", "play", *([config.run] if config.run else [])]
-    words += ["--no-browser", "--port", "0"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        try:
-            if "http://" not in line:
-                raise ValueError("scd play did not start")
-            yield line[line.index("http://") :].split()[0]
-        finally:
-            process.terminate()
-            process.wait(60)
 
 
 def frame_of(page: Page) -> int:
@@ -112,7 +93,8 @@ def measure(config: BrowserConfig) -> dict[str, Any]:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         begin = time.perf_counter()
-        with playing(config) as address:
+        words = ["play", *([config.run] if config.run else []), "--no-browser", "--port", "0"]
+        with started(words) as (address, _):
             listening_s = time.perf_counter() - begin
             page.goto(address)
             while frame_of(page) < 1:

@@ -15,7 +15,6 @@ import json
 import random
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import threading
@@ -33,6 +32,7 @@ import numpy as np
 import psutil
 import torch
 import tyro
+from started import started
 
 from scd.checkpoint import load_world
 from scd.client import Client, Received, Refused, SessionEnded
@@ -280,27 +280,9 @@ def server(config: LoadConfig) -> Iterator[tuple[str, psutil.Process]]:
     with tempfile.TemporaryDirectory(prefix="scd-load-") as folder:
         sessions = ["--sessions", str(2 * config.clients), "--evict-dir", folder, "--idle-s", "20"]
         limits = ["--limits.max-connections", str(4 * config.clients + 8), "--max-fps", "1000"]
-        words = [
-            sys.executable,
-            "-m",
-            "scd",
-            "serve",
-            config.run,
-            "--port",
-            "0",
-            *sessions,
-            *limits,
-        ]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            try:
-                if "http://" not in line:
-                    raise ValueError("the server did not start")
-                yield line[line.index("http://") :].strip(), psutil.Process(process.pid)
-            finally:
-                process.terminate()
-                process.wait(60)
+        words = ["serve", config.run, "--port", "0", *sessions, *limits]
+        with started(words) as (url, pid):
+            yield url, psutil.Process(pid)
 
 
 def get(url: str) -> bytes:

@@ -16,6 +16,10 @@ run scd train doom-play --data "$data" --out "$out/first" --precision fp32 --max
 run scd train doom-play --data "$data" --out "$out/teacher" --initial "$out/first" --max-steps 7000
 ON_CLIPS=250 ON_ROLLOUTS=150 CLIPS=128 BESIDE="" run bash runs/few_steps.sh "$out/students" \
   "$out/teacher" "$data" few_steps_doom
+# What is played, and the world of many steps that it was distilled from.
 [ -d "$out/shipped" ] ||
   run python examples/ship_world.py "$out/students/runs/dmd-4" --data "$data" --out "$out/shipped"
+[ -d "$out/shipped-teacher" ] ||
+  run python examples/ship_world.py "$out/teacher" --data "$data" --out "$out/shipped-teacher"
 cp "$out"/shipped/* scd/worlds/doom/
+cp "$out"/shipped-teacher/* scd/worlds/doom-teacher/

@@ -15,6 +15,16 @@ TEMPORARY = ".writing-"
 """How the names of things begin that are being written."""
 
 
+def refuse_used(folder: Path) -> None:
+    """Refuse to write a new folder where something is.
+
+    Raises:
+        FileExistsError: the path is there, and is not an empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder")
+
+
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
     """Give a new folder to fill; when the block ends it is flushed and takes `folder`'s place.

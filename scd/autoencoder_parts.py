@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from scd.autoencoder.deep import deep_name, deep_settings
+from scd.autoencoder.latents import cells
 from scd.autoencoder.networks import new_network, shape_of
-from scd.autoencoder.pictures import cells
 from scd.autoencoder_settings import TrainAutoencoderConfig
 from scd.data.source import Source
 from scd.metrics.lpips import load_lpips

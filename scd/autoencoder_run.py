@@ -18,7 +18,6 @@ The folder as a whole is an autoencoder to everybody who is given its name: that
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from scd.autoencoder.networks import (
 )
 from scd.autoencoder_parts import build_network, choose_distance
 from scd.autoencoder_settings import FREE_FIELDS, TrainAutoencoderConfig
-from scd.checkpoint import RAW_FILE, Progress, guarded, load_progress, load_state
+from scd.checkpoint import RAW_FILE, Progress, guarded, keep_newest, load_progress, load_state
 from scd.config import to_json
 from scd.data.folder import open_source
 from scd.data.loader import Loader
@@ -247,9 +246,7 @@ def save(run: AutoencoderRun) -> Path:
             run.network.register_to_config(scaling_factor=float(f"{power**-0.5:.4g}"))
             guarded(lambda path: save_network(run.network, path.parent, (mean, std)), aside / "_")
     write_file(run.folder / LAST_FILE, folder.name)
-    steps = sorted(run.folder.glob("step_*"), key=lambda old: int(old.name.removeprefix("step_")))
-    for old in steps[: -run.config.keep_checkpoints]:
-        shutil.rmtree(old)
+    keep_newest(run.folder, run.config.keep_checkpoints)
     run.log.event("checkpoint", {"step": run.step, "folder": str(folder)})
     return folder
 

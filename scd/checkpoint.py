@@ -203,11 +203,21 @@ def save_step(
             json.dumps(to_json(progress), indent=2) + "\n", encoding="utf-8"
         )
     write_file(run / "last", folder.name)
-    steps = sorted(run.glob("step_*"), key=lambda old: int(old.name.removeprefix("step_")))
-    for old in steps[:-keep]:
-        if old != folder:
-            shutil.rmtree(old)
+    keep_newest(run, keep)
     return folder
+
+
+def keep_newest(run: Path, number: int) -> None:
+    """Remove the oldest step folders of a run; `number` of the newest stay, and what `last` names.
+
+    Raises:
+        OSError: they could not be removed.
+    """
+    named = (run / "last").read_text().strip()
+    steps = sorted(run.glob("step_*"), key=lambda old: int(old.name.removeprefix("step_")))
+    for old in steps[:-number]:
+        if old.name != named:
+            shutil.rmtree(old)
 
 
 def load_optimizers(step_folder: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from scd.atomic import refuse_used
 from scd.clip import ConditionSpec
 from scd.model.block import BlockConfig
 from scd.model.build import Diffuser, build
@@ -211,8 +212,7 @@ def convert_reference(source: str, out: str, config: ReferenceConfig) -> Path:
         ValueError: see `read_state_dict` and `read_reference`.
     """
     folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder")
+    refuse_used(folder)
     model = read_reference(read_state_dict(source, config.key), config)
     model.save_pretrained(folder)
     return folder

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from scd.atomic import written_aside
+from scd.atomic import refuse_used, written_aside
 from scd.autoencoder.deep import FAR_SCALE, settings_of
 from scd.autoencoder.networks import new_network, save_network
 from scd.convert import read_state_dict
@@ -47,8 +47,7 @@ def convert_autoencoder(config: ConvertAutoencoderConfig) -> Path:
     if not config.file or not config.out:
         raise ValueError("scd convert autoencoder needs a state dict and --out")
     folder = Path(config.out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder")
+    refuse_used(folder)
     state = read_state_dict(config.file, config.key)
     network = new_network(settings_of(state, config.scale))
     check_state(network, state, config.file)

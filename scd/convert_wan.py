@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scd.atomic import written_aside
+from scd.atomic import refuse_used, written_aside
 from scd.autoencoder.wan import WanAutoencoderConfig
 from scd.checkpoint import write_world_settings
 from scd.data.source import DataCard
@@ -116,8 +116,7 @@ def convert_wan(config: ConvertWanConfig) -> Path:
     if not config.model or not config.out:
         raise ValueError("scd convert wan needs --model and --out")
     folder = Path(config.out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder")
+    refuse_used(folder)
     split = read_split(config.split)
     source = open_source(config.model, config.key, config.head_dim)
     model = model_config(config, source, split)

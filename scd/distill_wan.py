@@ -15,7 +15,7 @@ import tyro
 
 from scd.checkpoint import resolve
 from scd.data.prompts import PromptsInfo, is_prompts, read_prompts_info
-from scd.embed_prompts import embed_prompts, num_processes
+from scd.embed_prompts import embed_prompts
 from scd.flow import SamplingConfig
 from scd.initial import like_initial
 from scd.matching import check_rollout
@@ -23,6 +23,7 @@ from scd.model.wan.config import WanSeparableConfig
 from scd.model.wan.times import NUM_TIMES, SHIFT, warped_times
 from scd.objective.match import MatchConfig
 from scd.optim import OptimConfig
+from scd.processes import num_started
 from scd.run import TrainConfig
 from scd.runtime import Precision
 from scd.teacher import find_bidirectional
@@ -171,7 +172,7 @@ def with_prompts(choice: WanDmdChoice, config: TrainConfig) -> tuple[TrainConfig
     if is_prompts(choice.prompts):
         return replace(config, data=choice.prompts), read_prompts_info(choice.prompts)
     folder = choice.embedded or f"{config.out.rstrip('/')}-prompts"
-    if num_processes() > 1 and not is_prompts(folder):
+    if num_started() > 1 and not is_prompts(folder):
         raise ValueError(
             f"{choice.prompts} is embedded by one process: run the command once without a launcher "
             "and with --only-embed"

@@ -7,7 +7,6 @@ encoder is loaded only for prompts that are not there, and its memory given back
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from rich.progress import track
@@ -79,11 +78,6 @@ def embed_prompts(
         )
         write_file(place / INFO_FILE, json.dumps(to_json(info), ensure_ascii=False))
     return info
-
-
-def num_processes() -> int:
-    """Return how many processes share the run, as their launcher says; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _same(

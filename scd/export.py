@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scd.atomic import written_aside
+from scd.atomic import refuse_used, written_aside
 from scd.checkpoint import resolve
 from scd.config import from_json, to_json
 from scd.diffusers_folder import find_part
@@ -72,8 +72,7 @@ def export_diffusers(run: str | os.PathLike[str], out: str) -> list[Path]:
         ValueError: the world is none of Wan.
     """
     folder, target = resolve(run), Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not an empty folder")
+    refuse_used(target)
     settings = read_settings(folder / CONFIG_FILE)
     config = from_json(ModelConfig, settings["model"], f"{folder / CONFIG_FILE}: model")
     if isinstance(config, WanConfig):

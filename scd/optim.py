@@ -6,6 +6,7 @@ warm-up and gradients clipped to norm 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -198,6 +199,24 @@ def build_optimizers(groups: list[ParameterGroup], config: OptimConfig) -> list[
                 f"optimizer muon needs torch 2.9 or newer, got {torch.__version__}; choose adamw"
             )
     return optimizers
+
+
+def refuse_non_finite(step: int, loss: float, norm: float, whose: str = "") -> None:
+    """Refuse to move weights along a gradient that is none.
+
+    Args:
+        step: its number, from 0.
+        loss, norm: the loss, and the norm of the gradient before clipping.
+        whose: named after "the loss", for networks beside the model.
+
+    Raises:
+        ValueError: one of them is not finite.
+    """
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise ValueError(
+            f"step {step}: the loss{whose} is {loss} and the norm of the gradient {norm}, but both "
+            "must be finite: stopped before the weights moved"
+        )
 
 
 def set_lr(optimizers: Iterable[Any], multiplier: float) -> None:

@@ -15,6 +15,11 @@ PATIENCE = timedelta(days=7)
 is noticed by the launcher, which ends the others."""
 
 
+def num_started() -> int:
+    """Return how many processes share the work, as their launcher says; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 class Processes:
     """This process among those that share the work. `wait` for the others, `end` at the end."""
 
@@ -29,7 +34,7 @@ class Processes:
         """
         self.device = choose_device(device)
         self._state: PartialState | None = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if num_started() > 1:
             self._state = PartialState(cpu=self.device.type == "cpu", timeout=PATIENCE)
             assert self._state.device is not None
             self.device = torch.device(self._state.device)

@@ -32,7 +32,6 @@ MODEL_METHODS = ("begin", "context", "velocity", "observe")
 BLOCK_METHODS = ("keys_values", "text_keys_values")
 """What runs a block besides its forward."""
 
-
 SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
 """Accelerate's names of the ways to share the work that are supported: whole copies of the model,
 or weights cut up by FSDP2."""

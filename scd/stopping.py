@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -52,6 +53,14 @@ class StopRequest:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return f"the time limit of {self._limit_s:g} s is over"
         return ""
+
+    def interrupted(self, step: int, max_steps: int, folder: Path) -> Interrupted:
+        """Return what a training raises that a signal ended after it was saved."""
+        return Interrupted(
+            self.signal_name,
+            f"{self.signal_name} after step {step} of {max_steps}: saved {folder}, and the same "
+            "command goes on from there",
+        )
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():

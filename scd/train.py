@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor
 from scd.clip import Batch
 from scd.held_out import read_held_out, sample, validate
 from scd.learner import MODEL, Learner
-from scd.optim import lr_multiplier, set_lr
+from scd.optim import lr_multiplier, refuse_non_finite, set_lr
 from scd.run import Objective, TrainConfig
 from scd.running import Run, save, start_run
 from scd.runtime import make_generator, peak_memory_gib
-from scd.stopping import Interrupted, StopRequest
+from scd.stopping import StopRequest
 
 
 def train(config: TrainConfig, objective: Objective | None = None) -> Path:
@@ -65,11 +65,7 @@ def train(config: TrainConfig, objective: Objective | None = None) -> Path:
             if run.lock is not None:
                 run.lock.close()
         if stop.signal_name:
-            raise Interrupted(
-                stop.signal_name,
-                f"{stop.signal_name} after step {run.step} of {config.max_steps}: saved "
-                f"{run.folder}, and the same command goes on from there",
-            )
+            raise stop.interrupted(run.step, config.max_steps, run.folder)
     return run.folder
 
 
@@ -138,7 +134,8 @@ def _update(
         for name, value in found.items():
             logs[name] = logs.get(name, 0.0) + value / config.num_accumulation
     report = _agree(run, total, _clip(run, learner), logs, stop)
-    _refuse_non_finite(step, learner, report)
+    whose = "" if learner.name == MODEL else f" of the {learner.name}"
+    refuse_non_finite(step, report.loss, report.norm, whose)
     learner.refuse(step, report.loss, report.logs)
     for optimizer in learner.optimizers:
         optimizer.step()
@@ -194,15 +191,6 @@ def _agree(
         reason=reason,
         hurry=bool(hurrying),
     )
-
-
-def _refuse_non_finite(step: int, learner: Learner, report: _StepReport) -> None:
-    if not (math.isfinite(report.loss) and math.isfinite(report.norm)):
-        whose = "" if learner.name == MODEL else f" of the {learner.name}"
-        raise ValueError(
-            f"step {step}: the loss{whose} is {report.loss} and the norm of the gradient "
-            f"{report.norm}, but both must be finite: stopped before the weights moved"
-        )
 
 
 def _due(step: int, every: int) -> bool:

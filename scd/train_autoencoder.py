@@ -29,11 +29,11 @@ from scd.objective.reconstruct import (
     last_layer_of,
     reconstruction_loss,
 )
-from scd.optim import lr_multiplier, set_lr
+from scd.optim import lr_multiplier, refuse_non_finite, set_lr
 from scd.predict import choose_windows, count_windows, read_windows
 from scd.results import provenance, write_json
 from scd.runtime import peak_memory_gib
-from scd.stopping import Interrupted, StopRequest
+from scd.stopping import StopRequest
 
 RESULT_FILE = "held_out.json"
 """How well the finished autoencoder reconstructs clips that it has not seen."""
@@ -73,11 +73,7 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> dict[str, Estimate]:
             run.log.event("end", {"step": run.step, "reason": reason or "all steps are done"})
             # A second look: the signal may have come while the last step was saved.
             if stop.signal_name:
-                raise Interrupted(
-                    stop.signal_name,
-                    f"{stop.signal_name} after step {run.step} of {config.max_steps}: saved "
-                    f"{run.folder}, and the same command goes on from there",
-                )
+                raise stop.interrupted(run.step, config.max_steps, run.folder)
             return _finish(run)
         finally:
             stream.close()
@@ -142,11 +138,7 @@ def _update(run: AutoencoderRun, module: nn.Module, optimizers: list[Any], loss:
     loss.backward()
     limit = run.config.optim.clip_norm or math.inf
     norm = nn.utils.clip_grad_norm_(module.parameters(), limit)
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        raise ValueError(
-            f"step {run.step}: the loss is {loss.item()} and the norm of the gradient "
-            f"{norm.item()}, but both must be finite: stopped before the weights moved"
-        )
+    refuse_non_finite(run.step, loss.item(), norm.item())
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -192,7 +184,7 @@ def measure_reconstruction(
         Metrics, frame by frame and averaged over clips; and some frames [f 3 h w], true and made.
     """
     num_frames, source = run.config.num_frames, run.held_out
-    num_clips = min(run.config.num_validation_clips, max(1, count_windows(source, num_frames)))
+    num_clips = _num_held_out(run)
     windows = choose_windows(source, num_clips, num_frames, seed=0)
     values: dict[str, list[Tensor]] = {}
     shown: list[tuple[Tensor, Tensor]] = []
@@ -208,16 +200,19 @@ def measure_reconstruction(
     return found, (true, made)
 
 
+def _num_held_out(run: AutoencoderRun) -> int:
+    """Return how many held-out clips are measured, 1 or more: `choose_windows` refuses none."""
+    there = count_windows(run.held_out, run.config.num_frames)
+    return min(run.config.num_validation_clips, max(1, there))
+
+
 def _finish(run: AutoencoderRun) -> dict[str, Estimate]:
     """Measure, and write the result beside the checkpoints."""
     found = _validate(run)
-    num_clips = min(
-        run.config.num_validation_clips, count_windows(run.held_out, run.config.num_frames)
-    )
     result = {
         "step": run.step,
         "elapsed_s": run.clock.total_s,
-        "num_clips": num_clips,
+        "num_clips": _num_held_out(run),
         "num_frames": run.config.num_frames,
         "held_out": {name: to_json(estimate) for name, estimate in found.items()},
         "settings": to_json(run.config),

@@ -36,8 +36,8 @@ LAYERS = (
     ),
     (
         "autoencoders, text",
-        "autoencoder.pixels autoencoder.deep autoencoder.networks autoencoder.pictures "
-        "autoencoder.wan autoencoder.tiny autoencoder.build text",
+        "autoencoder.pixels autoencoder.latents autoencoder.deep autoencoder.networks "
+        "autoencoder.pictures autoencoder.wan autoencoder.tiny autoencoder.build text",
     ),
     ("flow matching", "flow"),
     (
@@ -133,7 +133,6 @@ LINES_SOFT, LINES_HARD = 300, 500
 LONG_MODULES = {
     "checkpoint": "all that is written of a world and of a run, and how it is read again",
     "cli": "one small function per command, and what they share",
-    "convert_wan": "one conversion from its settings to its last file",
     "clip": "clips, batches and what steers them: every other module knows them by this one",
     "data.toy": "the rules of a world, how it is drawn and who walks in it are one thing",
     "model.dense": "one model, read beside the separable one from top to bottom",

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scd.autoencoder.latents import cells, check_shape, per_channel
 from scd.autoencoder.networks import (
     TOLD_APART_BY,
     PictureKind,
@@ -51,11 +52,7 @@ class PictureAutoencoderConfig:
     """Standard deviation of each channel."""
 
     def __post_init__(self) -> None:
-        if min(self.channels, self.cell_size) < 1:
-            raise ValueError(
-                "channels and cell_size must be 1 or more, "
-                f"got {self.channels} and {self.cell_size}"
-            )
+        check_shape(self.channels, self.cell_size)
         if {len(self.mean), len(self.std)} != {self.channels}:
             raise ValueError(
                 f"{self.channels} channels need as many entries of mean and std, "
@@ -163,22 +160,7 @@ class PictureAutoencoder:
         return raw_latents(self.config.network, self.network, frames)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        values = torch.tensor([self.config.mean, self.config.std], device=self._device)
-        mean, std = values[..., None, None]
-        return mean, std
-
-
-def cells(height: int, width: int, size: int) -> tuple[int, int]:
-    """Return rows and columns of cells of a frame.
-
-    Raises:
-        ValueError: it cannot be cut into them.
-    """
-    if height % size or width % size:
-        raise ValueError(
-            f"frames of {height}x{width} pixels cannot be cut into cells of {size}x{size}"
-        )
-    return height // size, width // size
+        return per_channel(self.config.mean, self.config.std, self._device)
 
 
 def with_statistics(
@@ -203,9 +185,10 @@ def open_picture_autoencoder(
         FileNotFoundError: it is not there, or the hub cannot be reached.
         ValueError: another kind of model, or diffusers is not installed.
     """
-    kind, network = load_network(str(source))
+    folder = find_network(source)
+    kind, network = load_network(folder)
     channels, cell_size = shape_of(kind, network)
-    mean, std = given_statistics(find_network(source), kind, network.config)
+    mean, std = given_statistics(folder, kind, network.config)
     config = PictureAutoencoderConfig(
         source=str(source),
         network=kind,

@@ -18,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scd.autoencoder.latents import cells, check_shape, per_channel
 from scd.diffusers_folder import find_part
 from scd.runtime import DTYPES, Precision
 
@@ -41,11 +42,7 @@ class WanAutoencoderConfig:
     """Rows, and columns, of pixels that one latent cell stands for."""
 
     def __post_init__(self) -> None:
-        if min(self.channels, self.cell_size) < 1:
-            raise ValueError(
-                "channels and cell_size must be 1 or more, "
-                f"got {self.channels} and {self.cell_size}"
-            )
+        check_shape(self.channels, self.cell_size)
 
 
 def num_latent_frames(num_frames: int) -> int:
@@ -132,12 +129,7 @@ class WanAutoencoder:
         Raises:
             ValueError: the frame cannot be cut into cells.
         """
-        size = self.config.cell_size
-        if height % size or width % size:
-            raise ValueError(
-                f"frames of {height}x{width} pixels cannot be cut into cells of {size}x{size}"
-            )
-        return self.config.channels, height // size, width // size
+        return self.config.channels, *cells(height, width, self.config.cell_size)
 
     @torch.no_grad()
     def encode(self, frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t2 c h2 w2"]:
@@ -171,9 +163,7 @@ class WanAutoencoder:
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         settings: Any = self.vae.config
-        values = torch.tensor([settings.latents_mean, settings.latents_std], device=self._device)
-        mean, std = values[..., None, None]
-        return mean, std
+        return per_channel(settings.latents_mean, settings.latents_std, self._device)
 
 
 class WanStreamDecoder:
