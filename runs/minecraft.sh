@@ -24,7 +24,8 @@ small)
   flags=(--batch-size 4)
   protocols=(doom-36-264)
   measured=(--size 0 --context 16 --horizon 24 --num-clips 64 --batch-size 32)
-  run scd record doom --size 32 --frames 300 --episodes 430 --seed 0 --out "$data"
+  # 66 episodes to test on: the protocol takes one clip of each.
+  run scd record doom --size 32 --frames 300 --episodes 440 --test-fraction 0.15 --seed 0 --out "$data"
   ;;
 doom)
   separable=doom-128 dense=doom-128-dense steps=20000
