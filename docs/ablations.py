@@ -5,7 +5,7 @@
 FOLDER is that of runs/ablations.sh: evaluations KIND-SEED.json, `base` among the kinds, and
 turns.json, seconds per frame in turns of the kinds that change them. It writes
 docs/results/NAME.json: for each kind the mean over seeds of each metric, and the mean difference to
-the base with its 95 % interval over seeds.
+the base with its 95 % interval over seeds; and the same for each pair that the paper speaks of.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import markdown, milliseconds
+from claims import CLAIMS, SHOWN, difference, digits, horizons_of
 from pairs import compare
 
 from scd.results import command, write_json
@@ -25,9 +26,6 @@ from scd.results import command, write_json
 DOCS = Path(__file__).resolve().parent
 
 BASE = "base"
-
-SHOWN = ("psnr", "ssim", "lpips", "fvd")
-"""Metrics in the table, as far as they were measured."""
 
 
 def gather(evaluations: Mapping[tuple[str, str], Any], turns: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,12 +44,16 @@ def gather(evaluations: Mapping[tuple[str, str], Any], turns: Mapping[str, Any])
     rows, compared = [], {}
     for kind in kinds:
         if kind != BASE:
-            pair = {key: one for key, one in evaluations.items() if key[0] in (kind, BASE)}
-            compared = compare((kind, BASE), pair, free=("guidance",))
+            compared = _pair(kind, BASE, evaluations)
             rows.append({"kind": kind, "rows": compared["rows"], "seeds": compared["seeds"]})
     timed = {name: one["time_over_first"] for name, one in turns["worlds"].items()}
     return {
         "kinds": rows,
+        "claims": [
+            {"name": claim.name, "rows": _pair(claim.of, claim.against, evaluations)["rows"]}
+            for claim in CLAIMS
+            if claim.of in kinds and claim.against in kinds
+        ],
         "seconds_per_frame": turns["worlds"][BASE]["seconds_per_frame"]["total"]["p50"],
         "time_over_base": {kind: ratio for kind, ratio in timed.items() if kind != BASE},
         "timed": turns["timed"],
@@ -62,11 +64,16 @@ def gather(evaluations: Mapping[tuple[str, str], Any], turns: Mapping[str, Any])
     }
 
 
+def _pair(of: str, against: str, evaluations: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
+    """Compare two kinds over the seeds; their guidance may differ."""
+    pair = {key: one for key, one in evaluations.items() if key[0] in (of, against)}
+    return compare((of, against), pair, free=("guidance",))
+
+
 def ablations(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return one row per kind: its differences to the base, and its time over the base's."""
     (result,) = results.values()
-    found = {row["horizon"] for row in result["kinds"][0]["rows"]}
-    horizons = sorted({1, 8, max(found)} & found)
+    horizons = horizons_of(result["kinds"][0]["rows"])
     first = {(row["metric"], row["horizon"]): row for row in result["kinds"][0]["rows"]}
     places = [(metric, horizon) for metric in SHOWN for horizon in horizons]
     places = [place for place in places if place in first]
@@ -82,18 +89,6 @@ def ablations(results: Mapping[str, Mapping[str, Any]]) -> str:
         name = f"{kind['kind'].replace('_', ' ')} ({len(kind['seeds'])} seeds)"
         lines.append([name, *(difference(of[place]) for place in places), time])
     return markdown([*head, "time per frame"], lines)
-
-
-def difference(row: Mapping[str, Any]) -> str:
-    """Return a difference with its interval."""
-    places = digits(row["metric"])
-    low, high = (f"{row[end]:+.{places}f}" for end in ("ci_low", "ci_high"))
-    return f"{row['difference']:+.{places}f} [{low}, {high}]"
-
-
-def digits(metric: str) -> int:
-    """Return how many decimals of a metric are shown."""
-    return 2 if metric in ("psnr", "fvd") else 3
 
 
 def main(arguments: Sequence[str]) -> int:

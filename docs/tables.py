@@ -16,6 +16,7 @@ A marker says what stands below it; the pages show no other measured numbers:
     <!-- table: comparison of NAME NAME ... -->
     <!-- table: pairs of NAME -->
     <!-- table: ablations of NAME -->
+    <!-- table: claims of NAME NAME ... -->
     <!-- table: few_steps of NAME NAME ... -->
     <!-- table: drift of NAME NAME ... -->
     <!-- table: updates of NAME NAME ... -->
@@ -27,10 +28,10 @@ A marker says what stands below it; the pages show no other measured numbers:
     <!-- end of table -->
 
 NAME is a result file without its ending, written by `scd evaluate`, `scd demo` (report.json),
-docs/curves.py (runs), docs/pairs.py (pairs), docs/ablations.py (ablations), docs/few_steps.py
-(few_steps, drift), docs/probes.py (probes), `scd intervene` (intervention.json), the scripts in
-benchmarks/ (stream, recording, updates, played, loads), `scd bench` and `scd bench compare`, whose
-files hold one result per line (.jsonl).
+docs/curves.py (runs), docs/pairs.py (pairs), docs/ablations.py (ablations, claims),
+docs/few_steps.py (few_steps, drift), docs/probes.py (probes), `scd intervene` (intervention.json),
+the scripts in benchmarks/ (stream, recording, updates, played, loads), `scd bench` and `scd bench
+compare`, whose files hold one result per line (.jsonl).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from typing import Any
 
 from ablations import ablations
 from cells import interval, markdown, millions, milliseconds
+from claims import claims
 from few_steps import drift, few_steps, updates
 from probes import probes
 from served import loads, played
@@ -96,6 +98,7 @@ def table(request: str, folder: Path) -> str:
         "comparison": comparison,
         "pairs": pairs,
         "ablations": ablations,
+        "claims": claims,
         "few_steps": few_steps,
         "drift": drift,
         "updates": updates,
