@@ -18,7 +18,7 @@ The folder as a whole is an autoencoder to everybody who is given its name: that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ from scd.data.loader import Loader
 from scd.data.source import Source
 from scd.model.build import num_parameters
 from scd.model.pretrained import load_weights
+from scd.muon import kernels
 from scd.objective.reconstruct import Distance, PatchJudge
 from scd.optim import EMA, build_optimizers, parameter_groups
 from scd.results import command
@@ -135,7 +136,8 @@ def start(config: TrainAutoencoderConfig) -> AutoencoderRun:
         progress = load_progress(checkpoint)
         load_weights(network, checkpoint / WEIGHTS_FILE, str(device))
     ema = EMA(network, config.ema_decay, progress.num_ema_updates)
-    optimizers, judge_optimizers = _optimizers(network, config), _optimizers(judge, config)
+    optimizers = _optimizers(network, config, kernels(network))
+    judge_optimizers = _optimizers(judge, config, ())
     if checkpoint is not None:
         _restore(checkpoint, network, judge, optimizers, judge_optimizers)
     folder.mkdir(parents=True, exist_ok=True)
@@ -210,8 +212,11 @@ def check_folder(config: TrainAutoencoderConfig) -> Path | None:
     return checkpoint
 
 
-def _optimizers(module: nn.Module, config: TrainAutoencoderConfig) -> list[Any]:
-    return build_optimizers(parameter_groups(module, [], config.optim), config.optim)
+def _optimizers(
+    module: nn.Module, config: TrainAutoencoderConfig, matrices: Iterable[Tensor]
+) -> list[Any]:
+    groups = parameter_groups(module, [], config.optim, matrices)
+    return build_optimizers(groups, config.optim)
 
 
 def save(run: AutoencoderRun) -> Path:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from scd.config import added
 from scd.model.block import Modulation
+from scd.muon import muon
 from scd.optim_states import OffloadedAdamW, eight_bit_adamw
 
 
@@ -96,27 +97,32 @@ class ParameterGroup:
 
 
 def parameter_groups(
-    model: nn.Module, encoder: Iterable[nn.Parameter], config: OptimConfig
+    model: nn.Module,
+    encoder: Iterable[nn.Parameter],
+    config: OptimConfig,
+    matrices: Iterable[Tensor] | None = None,
 ) -> list[ParameterGroup]:
     """Split a model's trainable parameters by side (encoder, decoder) and kind, each exactly once.
 
-    Kinds: "matrix" is a two-dimensional weight of a Linear inside a list of blocks, "vector" any
-    parameter with fewer than two dimensions, "other" the rest (embeddings, heads, tables).
+    Kinds: "matrix" is what Muon may move, "vector" any parameter with fewer than two dimensions,
+    "other" the rest (embeddings, heads, tables).
 
     Args:
         model: the unwrapped model.
         encoder: the parameters of its encoder; every other one counts as decoder.
         config: rates and decay.
+        matrices: those that Muon may move; None: two-dimensional weights of Linears in lists of
+            blocks.
     """
     encoder_ids = {id(parameter) for parameter in encoder}
-    in_blocks = _block_matrices(model)
+    chosen = _block_matrices(model) if matrices is None else set(map(id, matrices))
     split: dict[str, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         side = "encoder" if id(parameter) in encoder_ids else "decoder"
         kind = "vector" if parameter.ndim < 2 else "other"
-        kind = "matrix" if id(parameter) in in_blocks else kind
+        kind = "matrix" if id(parameter) in chosen else kind
         split.setdefault(f"{side}/{kind}", []).append(parameter)
     groups = []
     for name, parameters in split.items():
@@ -190,14 +196,8 @@ def build_optimizers(groups: list[ParameterGroup], config: OptimConfig) -> list[
         elif kind == "adamw":
             on_gpu = all(p.is_cuda for group in chosen for p in group["params"])
             optimizers.append(torch.optim.AdamW(chosen, betas=config.betas, fused=on_gpu or None))
-        elif hasattr(torch.optim, "Muon"):
-            # Scaled so that an update is as large as AdamW's: without it the same rates learnt
-            # three times slower in short runs (docs/log.md).
-            optimizers.append(torch.optim.Muon(chosen, adjust_lr_fn="match_rms_adamw"))
         else:
-            raise ValueError(
-                f"optimizer muon needs torch 2.9 or newer, got {torch.__version__}; choose adamw"
-            )
+            optimizers.append(muon(chosen))
     return optimizers
 
 

@@ -49,7 +49,7 @@ LAYERS = (
         "model.wan.cost model.wan.dense model.wan.decoder model.wan.compose model.wan.separable "
         "model.build",
     ),
-    ("optimizers", "optim_states optim"),
+    ("optimizers", "optim_states muon optim"),
     (
         "objectives",
         "objective.denoise objective.teacher_forcing objective.distill objective.score "

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-DeepName = Literal["deep-8", "deep-16", "deep-32", "small-8"]
+DeepName = Literal["deep-8", "deep-16", "deep-32", "small-8", "small-16"]
 """Networks by name; the number is how many pixels, each way, a cell of the latents stands for."""
 
 LATENT_CHANNELS = 32
@@ -50,6 +50,10 @@ def deep_settings(name: DeepName, scale: float = 1.0) -> dict[str, Any]:
     if name == "small-8":
         # Norms that do not look at the batch: a short run has no time for running means.
         return _settings((32, 32, 64, 128), (0, 1, 1, 1), (0, 2, 1, 1), scale, first="rms_norm")
+    if name == "small-16":
+        return _settings(
+            (16, 16, 32, 64, 256), (0, 1, 1, 1, 1), (0, 1, 1, 1, 1), scale, "rms_norm", convolved=5
+        )
     num_stages = {"deep-8": 4, "deep-16": 5, "deep-32": 6}[name]
     return _settings(
         WIDTHS[:num_stages], ENCODER_LAYERS[:num_stages], DECODER_LAYERS[:num_stages], scale
@@ -78,10 +82,11 @@ def _settings(
     decoder_layers: tuple[int, ...],
     scale: float,
     first: str = "batch_norm",
+    convolved: int = NUM_CONVOLVED,
 ) -> dict[str, Any]:
-    later = len(widths) - NUM_CONVOLVED
-    types = ["ResBlock"] * NUM_CONVOLVED + ["EfficientViTBlock"] * later
-    norms = [first] * NUM_CONVOLVED + ["rms_norm"] * later
+    later = len(widths) - convolved
+    types = ["ResBlock"] * convolved + ["EfficientViTBlock"] * later
+    norms = [first] * convolved + ["rms_norm"] * later
     return settings_from(
         types=(types, types),
         widths=(widths, widths),
