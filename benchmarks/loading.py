@@ -126,8 +126,10 @@ def compare(config: LoadingConfig, folder: Path) -> dict[str, Any]:
         name: [rate / used for rate, used in zip(rates[name], rates["training"], strict=True)]
         for name in ("videos", "latents")
     }
+    encoding = encoded.frames / encoded.seconds
+    ratios["encoding"] = [encoding / used for used in rates["training"]]
     return {
-        "frames_per_second": {"encoding": encoded.frames / encoded.seconds}
+        "frames_per_second": {"encoding": encoding}
         | {name: median(values) for name, values in rates.items()},
         "over_training": {
             name: {"median": median(values), "low": min(values), "high": max(values)}

@@ -17,6 +17,8 @@ A marker says what stands below it; the pages show no other measured numbers:
     <!-- table: pairs of NAME -->
     <!-- table: ablations of NAME -->
     <!-- table: claims of NAME NAME ... -->
+    <!-- table: autoencoders of NAME NAME ... -->
+    <!-- table: loading of NAME NAME ... -->
     <!-- table: few_steps of NAME NAME ... -->
     <!-- table: drift of NAME NAME ... -->
     <!-- table: updates of NAME NAME ... -->
@@ -29,9 +31,10 @@ A marker says what stands below it; the pages show no other measured numbers:
 
 NAME is a result file without its ending, written by `scd evaluate`, `scd demo` (report.json),
 docs/curves.py (runs), docs/pairs.py (pairs), docs/ablations.py (ablations, claims),
-docs/few_steps.py (few_steps, drift), docs/probes.py (probes), `scd intervene` (intervention.json),
-the scripts in benchmarks/ (stream, recording, updates, played, loads), `scd bench` and `scd bench
-compare`, whose files hold one result per line (.jsonl).
+docs/few_steps.py (few_steps, drift), docs/probes.py (probes), `scd train-autoencoder`
+(held_out.json), `scd intervene` (intervention.json), the scripts in benchmarks/ (stream, recording,
+updates, played, loads, loading), `scd bench` and `scd bench compare`, whose files hold one result
+per line (.jsonl).
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from typing import Any
 from ablations import ablations
 from cells import interval, markdown, millions, milliseconds
 from claims import claims
+from clips import autoencoders, loading
 from few_steps import drift, few_steps, updates
 from probes import probes
 from served import loads, played
@@ -99,6 +103,8 @@ def table(request: str, folder: Path) -> str:
         "pairs": pairs,
         "ablations": ablations,
         "claims": claims,
+        "autoencoders": autoencoders,
+        "loading": loading,
         "few_steps": few_steps,
         "drift": drift,
         "updates": updates,

@@ -122,3 +122,21 @@ def test_tables_of_serving():
     }
     (*_, row) = tables.loads({"two": {"result": result}}).splitlines()
     assert row == "| `two` | 30 | 8 | 300 | 9000 | 0 / 0 | -0.4 % | 40.0 | 64.0 (1.60) | 3 % |"
+
+
+def test_tables_of_what_comes_before_training():
+    held_out = {
+        name: {"mean": mean, "ci_low": mean - low, "ci_high": mean + low}
+        for name, mean, low in (("psnr", 30.5, 0.5), ("psnr_per_frame", 32, 1), ("ssim", 0.9, 0.02))
+    }
+    result = {"held_out": held_out, "elapsed_s": 600.0, "step": 3000}
+    result["settings"] = {"network": "small-16"}
+    (*_, row) = tables.autoencoders({"one": result}).splitlines()
+    assert row.startswith("| `one` | small-16 | 3000 | 10 | 30.50 [30.00, 31.00] | 32.00 [31.00,")
+    assert row.endswith("| 0.900 [0.880, 0.920] |")
+    ratio = {"median": 6.0, "low": 5.0, "high": 7.0}
+    rates = {"videos": 600.0, "latents": 900.0, "encoding": 700.0, "training": 100.0}
+    read = {"frames_per_second": rates, "over_training": dict.fromkeys(rates, ratio)}
+    _, _, videos, _, encoding = tables.loading({"two": read}).splitlines()
+    assert videos == "| `two`, videos | 600 | 100 | 6.0 [5.0, 7.0] |"
+    assert encoding == "| `two`, encoding | 700 | 100 | 6.0 [5.0, 7.0] |"
