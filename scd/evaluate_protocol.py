@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from scd.atomic import take_lock
 from scd.checkpoint import RAW_FILE, load_world, resolve
 from scd.config import to_json
 from scd.data.folder import open_source
+from scd.flow import with_num_steps
 from scd.metrics.fvd import KNOWN, load_i3d
 from scd.metrics.image import SSIM_WINDOW
 from scd.metrics.judge import TrainedJudge, load_judge
@@ -107,7 +108,7 @@ def prepare(config: ProtocolConfig, device: torch.device) -> Prepared:
     windows, short = choose_clips(source, protocol, config.data)
     sampling = world.sampling
     if config.num_steps is not None:
-        sampling = replace(sampling, num_steps=config.num_steps)
+        sampling = with_num_steps(sampling, config.num_steps)
     trial = Trial(
         world=world,
         source=source,
