@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from scd.checkpoint import load_companions, load_optimizers
 from scd.clip import Batch
 from scd.model.build import Diffuser
-from scd.model.separable import SeparableDiffuser
 from scd.objective.match import MatchConfig
 from scd.optim import OptimConfig, build_optimizers, parameter_groups
+from scd.optim_states import in_groups
 from scd.run import Objective, TrainConfig
 from scd.sharding import cut_state
 
@@ -55,7 +55,7 @@ class Companion:
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that train at the encoder's learning rate: those of the diffuser in it."""
         for module in self.network.modules():
-            if isinstance(module, SeparableDiffuser):
+            if isinstance(module, Diffuser):
                 yield from module.encoder_parameters()
 
 
@@ -150,9 +150,22 @@ class Learner:
         """Take up a companion's `state`."""
         self.network.load_state_dict(state["weights"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            optimizer.load_state_dict(as_grouped(self.network, optimizer, saved, self.optim))
         # Checkpoints from before there was the number begin anew.
         self.first_loss = state.get("first_loss", 0.0)
+
+
+def as_grouped(
+    network: nn.Module, optimizer: Any, saved: Mapping[str, Any], config: OptimConfig
+) -> Mapping[str, Any]:
+    """Return an optimiser's saved state in the groups that the optimiser has.
+
+    In older checkpoints all weights of a separable Wan model are in the groups of the decoder.
+    """
+    if len(saved["param_groups"]) == len(optimizer.param_groups):
+        return saved
+    then = parameter_groups(network, (), config)
+    return in_groups(optimizer, saved, [group.parameters for group in then])
 
 
 def build_learners(
@@ -192,6 +205,7 @@ def build_learners(
         )
         if checkpoint is not None and part is itself:
             for optimizer, state in zip(optimizers, load_optimizers(checkpoint), strict=True):
+                state = as_grouped(network, optimizer, state, part.optim)
                 optimizer.load_state_dict(cut_state(optimizer, state) if sharded else state)
         elif checkpoint is not None:
             if part.name not in saved:
