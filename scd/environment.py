@@ -8,7 +8,7 @@ whether it was the last, and episodes are cut off after a number of frames.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -23,6 +23,7 @@ from scd.checkpoint import World
 from scd.clip import Conditions, ConditionSpec, frames_to_pixels
 from scd.data.source import DataCard
 from scd.engine.open import open_engine
+from scd.flow import with_num_steps
 from scd.rollout import Rollout
 from scd.session import Session
 from scd.shipped import Clips
@@ -204,7 +205,7 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._start = Start(clips=clips, num_given=num_given)
         sampling = world.sampling
         if num_steps is not None:
-            sampling = replace(sampling, num_steps=num_steps)
+            sampling = with_num_steps(sampling, num_steps)
         engine = open_engine(world.model, "fast")
         self._streams = Streams(world, engine, sampling, max_rows=num_envs)
         self._sessions: list[Session] = []

@@ -14,6 +14,7 @@ from scd.checkpoint import load_world
 from scd.config import to_json
 from scd.data.folder import open_source
 from scd.data.source import Split
+from scd.flow import with_num_steps
 from scd.measure import measure
 from scd.metrics.judge import load_judge
 from scd.model.build import num_parameters
@@ -82,7 +83,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         judge.check_fit(source.card, config.data)
     sampling = world.sampling
     if config.num_steps is not None:
-        sampling = replace(sampling, num_steps=config.num_steps)
+        sampling = with_num_steps(sampling, config.num_steps)
     protocol = Protocol(
         context=config.context,
         horizon=config.horizon,

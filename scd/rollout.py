@@ -17,7 +17,7 @@ from scd.checkpoint import World
 from scd.clip import Conditions
 from scd.engine.interface import Engine
 from scd.engine.plain import PlainEngine
-from scd.flow import SamplingConfig, num_fresh, schedule
+from scd.flow import SamplingConfig, num_fresh, schedule, with_num_steps
 from scd.frame_timing import Clock, Timing
 from scd.model.separable import SeparableConfig
 from scd.model.wan.config import WanSeparableConfig
@@ -120,6 +120,10 @@ class Rollout:
 
     @sampling.setter
     def sampling(self, sampling: SamplingConfig) -> None:
+        self._given_sampling = sampling
+        self._use(sampling)
+
+    def _use(self, sampling: SamplingConfig) -> None:
         self._sampling = sampling
         self._times = schedule(sampling).tolist()
 
@@ -156,7 +160,8 @@ class Rollout:
 
     @num_steps.setter
     def num_steps(self, value: int) -> None:
-        self.sampling = replace(self.sampling, num_steps=value)
+        # Of the sampling that was given: of listed times there and back would leave others.
+        self._use(with_num_steps(self._given_sampling, value))
 
     @torch.no_grad()
     def begin(

@@ -18,6 +18,7 @@ from scd.data.folder import open_source
 from scd.data.source import Source, Split
 from scd.engine.interface import EngineKind
 from scd.engine.open import advised_threads, open_engine
+from scd.flow import with_num_steps
 from scd.media import PictureRow, spread, write_grid, write_video
 from scd.model.build import num_parameters
 from scd.predict import TIMED, check_fit, choose_windows, summarize
@@ -101,7 +102,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     source = open_source(config.data, config.split, config.strict)
     check_fit(world, source.card, config.data)
     if config.steps is not None:
-        world = replace(world, sampling=replace(world.sampling, num_steps=config.steps))
+        world = replace(world, sampling=with_num_steps(world.sampling, config.steps))
     clip = choose_clip(source, config.context, config.frames, config.seed)
     described = _describe(world)
     with cpu_threads(config.threads or advised_threads(world.model.config)):

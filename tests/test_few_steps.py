@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import turns
 from scd.bench.case import Case, parse_case
 from scd.bench.compare import CompareConfig, compare, pairs_of
 from scd.bench.crowd import TimedSessions
@@ -14,9 +15,14 @@ from scd.bench.stream import TimedStreams
 from scd.checkpoint import load_world, save_world
 from scd.cli import main
 from scd.clip import Conditions
+from scd.config import to_json
 from scd.engine.plain import PlainEngine
+from scd.environment import WorldEnv, WorldVectorEnv
 from scd.evaluate import EvaluateConfig, evaluate
-from scd.flow import SamplingConfig, schedule
+from scd.evaluate_protocol import prepare
+from scd.flow import SamplingConfig, schedule, with_num_steps
+from scd.protocol_settings import ProtocolConfig
+from scd.protocols import PROTOCOLS
 from scd.rollout import Rollout
 from scd.sample import SampleConfig, sample
 
@@ -24,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("brief_bench")
 
 CPU = torch.device("cpu")
 LISTED = SamplingConfig(num_steps=3, solver="renoise", schedule="listed", times=(1.0, 0.8, 0.4))
+TWO = with_num_steps(LISTED, 2)
 SHIFTED = SamplingConfig(num_steps=2, solver="renoise", schedule="shifted", shift=5.0)
 
 
@@ -139,13 +146,43 @@ def test_comparisons_follow_each_run(runs):
 @pytest.mark.parametrize(
     "words",
     [
-        "sample RUN --data toy:32 --context 3 --frames 2 --steps 2 --device cpu",
-        "evaluate RUN --data toy:32 --context 3 --horizon 2 --num-steps 2 --device cpu",
-        "bench --model RUN --steps 2 --context 4 --device cpu",
+        "sample RUN --data toy:32 --context 3 --frames 2 --steps 2 --out OUT",
+        "evaluate RUN --data toy:32 --context 3 --horizon 2 --num-clips 2 --num-steps 2 "
+        "--out OUT/e.json",
     ],
 )
-def test_other_steps_than_a_list_has_are_refused_in_one_line(runs, words, capsys):
-    assert main(words.replace("RUN", runs["listed"]).split()) == 2
+def test_commands_take_other_steps_than_a_list_has(runs, words, tmp_path, no_pictures):
+    words = words.replace("RUN", runs["listed"]).replace("OUT", str(tmp_path / "out"))
+    assert main([*words.split(), "--device", "cpu"]) == 0
+    (path,) = (tmp_path / "out").glob("*.json")
+    assert json.loads(path.read_text())["model"]["sampling"] == to_json(TWO)
+
+
+def test_protocols_environments_and_turns_take_other_steps_than_a_list_has(runs, folder, tmp_path):
+    protocol = replace(PROTOCOLS["toy-8-8"], num_clips=1)
+    config = ProtocolConfig(run=runs["listed"], data=folder, num_steps=2, protocol=protocol)
+    assert prepare(config, CPU).trial.sampling == TWO
+    world = load_world(runs["listed"])
+    assert WorldEnv(world, num_steps=2)._rollout.sampling == TWO
+    assert WorldVectorEnv(world, num_envs=1, num_steps=2)._streams.sampling == TWO
+    words = [f"few={runs['listed']}@2", "--data", folder, "--out", str(tmp_path / "t.json")]
+    words += ["--frames", "1", "--block", "1", "--given", "2", "--warm-up", "1", "--device", "cpu"]
+    assert turns.main(words) == 0
+    written = json.loads((tmp_path / "t.json").read_text())
+    assert written["worlds"]["few"]["sampling"] == to_json(TWO)
+
+
+def test_steps_of_a_stream_there_and_back_are_the_listed_ones(runs):
+    rollout = Rollout(load_world(runs["listed"]))
+    for num_steps in (2, 7, 3):
+        rollout.num_steps = num_steps
+        assert len(rollout.times) == num_steps + 1
+    assert rollout.sampling == LISTED and rollout.times == [1.0, 0.8, 0.4, 0.0]
+
+
+def test_a_bench_of_other_steps_than_a_list_has_is_refused_in_one_line(runs, capsys):
+    words = f"bench --model {runs['listed']} --steps 2 --context 4 --device cpu"
+    assert main(words.split()) == 2
     said = capsys.readouterr().err.strip()
     assert "schedule 'listed' has 3 times" in said and "num_steps must be 3, got 2" in said
     assert len(said.splitlines()) == 1
