@@ -63,8 +63,10 @@ def choose_windows(source: Source, num_windows: int, num_frames: int, seed: int)
         seed: other seeds draw other episodes and places.
 
     Raises:
-        ValueError: no episode is long enough, or there are fewer such clips.
+        ValueError: no episode is long enough, there are fewer such clips, or none is wanted.
     """
+    if num_windows < 1:
+        raise ValueError(f"the number of clips must be 1 or more, got {num_windows}")
     lengths = [source.num_frames(episode) for episode in range(source.num_episodes)]
     places = [length // num_frames for length in lengths]
     if sum(places) < num_windows:

@@ -91,6 +91,12 @@ def train_judge(config: TrainJudgeConfig) -> TrainedJudge:
     device = choose_device(config.device)
     source = open_source(config.data, "train", config.strict)
     held_out = open_source(config.data, "val", config.strict)
+    if not count_windows(held_out, config.num_frames):
+        longest = max(held_out.num_frames(episode) for episode in range(held_out.num_episodes))
+        raise ValueError(
+            f"a judge is measured on held-out clips of {config.num_frames} frames, but the longest "
+            f"val episode of {config.data} has {longest}: lower --num-frames or record longer ones"
+        )
     card = source.card
     shape = JudgeConfig(
         conditions=card.conditions, width=config.width, feature_dim=config.feature_dim

@@ -124,6 +124,8 @@ def test_windows_do_not_overlap_and_spread_over_episodes(folder):
     assert all(start % 5 == 0 and start + 5 <= 20 for _, start in windows)
     assert sorted(episode for episode, _ in windows[:3]) == [0, 1, 2]
     assert windows == predict.choose_windows(source, 12, 5, seed=3)
+    with pytest.raises(ValueError, match="clips must be 1 or more, got 0"):
+        predict.choose_windows(source, 0, 5, seed=3)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,20 @@ def test_continuous_actions_are_read_by_regression(tmp_path, monkeypatch):
     assert network.action_deviation.item() == pytest.approx(5 * math.sqrt(2 / 3), rel=0.1)
 
 
+def test_held_out_episodes_that_are_too_short_are_refused_before_training(tmp_path, monkeypatch):
+    class Short(Stripes):
+        def num_frames(self, episode):
+            return 4
+
+    sources = {"train": Stripes(), "val": Short()}
+    monkeypatch.setattr(train_judge, "open_source", lambda _data, split, _strict: sources[split])
+    monkeypatch.setattr(train_judge, "_learn", lambda *_: pytest.fail("it trained"))
+    config = train_judge.TrainJudgeConfig(data="d", out=str(tmp_path / "judge"), device="cpu")
+    with pytest.raises(ValueError, match="clips of 5 frames, but the longest val .* d has 4"):
+        train_judge.train_judge(config)
+    assert not (tmp_path / "judge").exists()
+
+
 def test_every_weight_learns_and_both_frames_matter():
     judge = Judge(JudgeConfig(conditions=ConditionSpec(num_actions=3), width=16), 9, 20)
     frames = torch.randn(2, 4, 3, 9, 20, generator=generator())
@@ -310,6 +324,9 @@ def test_estimate_is_the_distance_of_all_frames_and_its_interval_narrows():
             moments += [flat.mean(0), flat.T.cov(correction=0)]
         assert found.mean == pytest.approx(frechet_distance(*moments).item(), rel=1e-8)
         assert found.ci_low < found.mean < found.ci_high
+        # Several predictions of each clip against its one truth.
+        twice = frechet_estimate(features.repeat(1, 2, 1), other)
+        assert twice.mean == pytest.approx(found.mean, rel=1e-8)
         widths[num_clips] = found.ci_high - found.ci_low
     # Two axes, deviations 1 and 2.
     assert found.mean == pytest.approx(2, rel=0.15)
