@@ -98,6 +98,11 @@ def prepare(config: ProtocolConfig, device: torch.device) -> Prepared:
         if not getattr(config, name):
             raise ValueError(f"scd evaluate --protocol needs --{name}")
     protocol = config.protocol
+    if protocol.from_nothing and config.judge:
+        raise ValueError(
+            f"--judge has no effect: protocol {protocol.name} gives no frame, and a judge reads "
+            "actions back from a frame and the one before it"
+        )
     instruments, hashes = open_instruments(config, device)
     world = load_world(config.run, config.weights, device)
     source = open_source(config.data, protocol.split, config.strict)
@@ -242,6 +247,8 @@ def left_out(trial: Trial, gathered: Gathered) -> dict[str, str]:
     """Say what could not be measured, and why."""
     found: dict[str, str] = {}
     card = trial.source.card
+    if trial.protocol.from_nothing:
+        return {"mse, psnr, ssim": "no frame was given, so no frame has one truth"}
     if min(card.height, card.width) < SSIM_WINDOW:
         found["ssim"] = f"frames are smaller than its window of {SSIM_WINDOW} pixels"
     if trial.protocol.shuffled_actions and not trial.with_shuffled:

@@ -68,6 +68,8 @@ def measure(
     Raises:
         ValueError: as `scd.evaluate.evaluate`.
     """
+    if protocol.context < 1:
+        raise ValueError("context must be 1 or more, got 0: nothing to compare with is known then")
     left_out = _not_measurable(source, protocol)
     judged = None if judge is None else JudgedClips(judge)
     values, looks, timings = _roll_out(world, source, protocol, left_out, judged)

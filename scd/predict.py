@@ -98,7 +98,7 @@ class Protocol:
     """How clips are rolled out to be measured."""
 
     context: int = 8
-    """Frames of each clip that the model is given."""
+    """Frames of each clip that the model is given; 0: it begins from nothing."""
     horizon: int = 8
     """Frames that it predicts after them."""
     num_clips: int = NUM_CLIPS
@@ -113,9 +113,9 @@ class Protocol:
     """How predictions are pushed away from an unconditional branch; None: not."""
 
     def __post_init__(self) -> None:
-        for name in ("context", "horizon", "num_clips", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name, least in (("context", 0), ("horizon", 1), ("num_clips", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
 
     def reduced_to(self, source: Source) -> Protocol:
         """Return the same protocol with as many clips as there are, if they are fewer.
@@ -162,7 +162,11 @@ def predict(
     # A rollout multiplies its seed by a million: it has to stay small.
     seed = protocol.seed * 10_000 + number
     rollout = Rollout(world, protocol.sampling, protocol.guidance, seed)
-    rollout.begin(batch.frames[:, :context], batch.conditions.frames(0, context))
+    if context:
+        rollout.begin(batch.frames[:, :context], batch.conditions.frames(0, context))
+    else:
+        lasting = replace(batch.conditions, actions=None, null_actions=None)
+        rollout.begin(None, lasting, batch=len(batch.frames))
     steering = (actions or batch.conditions).actions
     frames, timings = [], []
     for index in range(context, num_frames):

@@ -113,6 +113,8 @@ def _settings(result: Mapping[str, Any]) -> str:
 
 
 def _videos(trial: Trial, gathered: Gathered) -> str:
+    if trial.protocol.from_nothing:
+        return _unranked(trial)
     metric, numbers, trajectories = ranking(gathered, trial.protocol)
     order = numbers.argsort(descending=metric in HIGHER_IS_BETTER).tolist()
     chosen = dict(zip(RANKS, (order[0], order[len(order) // 2], order[-1]), strict=True))
@@ -125,11 +127,23 @@ def _videos(trial: Trial, gathered: Gathered) -> str:
             f"{episode} from frame {start}, trajectory {int(trajectories[clip])}. Left the truth, "
             f"right the model; the first {trial.protocol.context} frames are given."
         )
-        figures.append(
-            f'<figure><video controls loop muted playsinline src="{_video(frames, trial)}">'
-            f"</video><figcaption>{escape(text)}</figcaption></figure>"
-        )
+        figures.append(_figure(frames, trial, text))
     return "<h2>Best, median and worst clip</h2>" + "".join(figures)
+
+
+def _unranked(trial: Trial) -> str:
+    """Show some clips of a protocol that gives no frame: none of them is better than another."""
+    shown = range(min(len(RANKS), len(trial.windows)))
+    text = "Left a clip of the data, right one of the model's, made from nothing: not a pair."
+    figures = (_figure(clip_beside_truth(trial, clip, 0), trial, text) for clip in shown)
+    return "<h2>Some clips</h2>" + "".join(figures)
+
+
+def _figure(frames: Tensor, trial: Trial, text: str) -> str:
+    return (
+        f'<figure><video controls loop muted playsinline src="{_video(frames, trial)}">'
+        f"</video><figcaption>{escape(text)}</figcaption></figure>"
+    )
 
 
 def clip_beside_truth(trial: Trial, clip: int, trajectory: int) -> Float[Tensor, "t 3 h w2"]:

@@ -122,11 +122,9 @@ def rows_of(
     rows = [
         row | {"horizon": index + 1}
         for index in range(horizon)
-        for make, numbers in ((compare_rows, values), (drift_rows, looks))
-        for row in make(numbers, slice(index, index + 1), seed)
+        for row in _frame_rows(values, looks, slice(index, index + 1), seed)
     ]
-    whole = slice(0, horizon)
-    overall = compare_rows(values, whole, seed) + drift_rows(looks, whole, seed)
+    overall = _frame_rows(values, looks, slice(0, horizon), seed)
     others = [
         *_control(gathered.of("errors"), horizon, seed, discrete),
         *_own_distance(gathered.of("features"), horizon, seed),
@@ -144,6 +142,14 @@ def rows_of(
         "num_trajectories": protocol.num_trajectories,
     }
     return [row | about for row in rows], [row | about for row in overall]
+
+
+def _frame_rows(
+    values: Mapping[str, PerFrame], looks: Mapping[str, PerFrame], frames: slice, seed: int
+) -> list[dict[str, Any]]:
+    """Return the rows of some frames; without values nothing was given, and there is no truth."""
+    compared = compare_rows(values, frames, seed) if values else []
+    return compared + drift_rows(looks, frames, seed)
 
 
 Found = Iterator[tuple[slice | None, str, str, Estimate]]
@@ -194,7 +200,7 @@ def clip_values(gathered: Gathered, windows: Sequence[tuple[int, int]]) -> list[
     of its trajectories."""
     values = {
         metric: numbers.double().mean(2).tolist()
-        for metric, numbers in gathered.of("values")["model"].items()
+        for metric, numbers in gathered.of("values").get("model", {}).items()
     }
     errors = gathered.of("errors").get("model")
     if errors is not None:

@@ -19,7 +19,8 @@ class ProtocolConfig:
     run: str = ""
     """Run folder, one of its step folders, or a world folder; needed."""
     data: str = ""
-    """"toy:32", "toy:64", or a folder of episodes; needed."""
+    """"toy:32", "toy:64", a folder of episodes, or "minecraft:PATH", "ucf101:PATH", "dmlab:PATH";
+    needed."""
     protocol: Annotated[NamedProtocol, tyro.conf.arg(name="")]
     """The protocol, and what is changed of it; the result lists the changes."""
     out: str = "evaluation.json"

@@ -30,7 +30,8 @@ class NamedProtocol:
     size: int = 0
     """Rows and columns of the frames; 0: any."""
     context: int = 8
-    """Frames of each clip that the model is given."""
+    """Frames of each clip that the model is given. 0: it generates from nothing, so that no frame
+    has one truth: only sets of clips are compared."""
     horizon: int = 8
     """Frames that it predicts after them."""
     num_clips: int = 256
@@ -72,12 +73,19 @@ class NamedProtocol:
     beside truth): both sides lose detail."""
 
     def __post_init__(self) -> None:
-        for field in ("context", "horizon", "num_clips", "every", "num_trajectories", "batch_size"):
+        for field in ("horizon", "num_clips", "every", "num_trajectories", "batch_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be 1 or more, got {getattr(self, field)}")
-        if self.size < 0:
-            raise ValueError(f"size must be 0 or more, got {self.size}")
+        for field in ("size", "context"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} must be 0 or more, got {getattr(self, field)}")
+        given = not self.from_nothing
         for field, value, needed in (
+            ("lpips", self.lpips, given),
+            ("shuffled_actions", self.shuffled_actions, given),
+            ("trajectories", self.trajectories != "mean", given),
+            ("fvd_frames", self.fvd_frames != "predicted", given),
+            ("fvd_context", self.fvd_context != "true", given),
             ("every", self.every != 1, self.clips == "first"),
             ("mse_trajectory", self.mse_trajectory != "lowest", self.trajectories == "best"),
             ("fvd_frames", self.fvd_frames != "predicted", self.fvd),
@@ -86,7 +94,7 @@ class NamedProtocol:
         ):
             if value and not needed:
                 raise ValueError(
-                    f"{field}={getattr(self, field)} has no effect on the other settings of "
+                    f"{field}={getattr(self, field)} has no effect with the other settings of "
                     f"protocol {self.name}"
                 )
         if self.fvd and self.num_clips < 2:
@@ -96,6 +104,11 @@ class NamedProtocol:
                 f"FVD needs clips of at least {MIN_FRAMES} frames, this protocol gives it "
                 f"{self.num_fvd_frames}; leave it out by --no-fvd"
             )
+
+    @property
+    def from_nothing(self) -> bool:
+        """Whether the model is given no frame."""
+        return self.context == 0
 
     @property
     def num_frames(self) -> int:
@@ -159,6 +172,16 @@ UCF101 = NamedProtocol(
     lpips=True,
     fvd=True,
 )
+UCF101_GENERATION = NamedProtocol(
+    name="ucf101-latte-0-16",
+    split="train",
+    size=256,
+    context=0,
+    horizon=16,
+    num_clips=2048,
+    clips="spread",
+    fvd=True,
+)
 DOOM_FVD = NamedProtocol(
     name="doom-36-264",
     split="test",
@@ -186,6 +209,7 @@ PROTOCOLS: dict[str, NamedProtocol] = {
         ),
         UCF101,
         _published(UCF101),
+        UCF101_GENERATION,
         replace(TECO_PIXELS, name="dmlab-144-156", size=64, num_trajectories=1),
         replace(TECO_FVD, name="dmlab-36-264", size=64, num_trajectories=1),
         replace(DOOM_FVD, name="doom-144-156", context=144, horizon=156),
@@ -204,6 +228,7 @@ ABOUT: dict[str, str] = {
     "teco-36-264-teco": "the same as TECO measures it: I3D of TF-Hub, given frames included",
     "ucf101-mcvd-4-12": "UCF-101, prediction as in MCVD: every tenth clip of the test list",
     "ucf101-mcvd-4-12-published": "the same with the choices of FAR's evaluation, as in the paper",
+    "ucf101-latte-0-16": "UCF-101, generation as in Latte: FVD of clips made from nothing",
     "dmlab-144-156": "DMLab in the TECO layout: frames against the truth",
     "dmlab-36-264": "DMLab in the TECO layout: FVD of long predictions",
     "doom-144-156": "DoomMaze in the shape of TECO-Minecraft, without weights from elsewhere",

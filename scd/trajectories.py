@@ -173,21 +173,23 @@ class Trial:
         rolled = self.roll_out(unit)
         whole, true_whole = self._as_watched(rolled)
         context = self.protocol.context
-        given, true = true_whole[:, context - 1 : context], true_whole[:, context:]
+        true = true_whole[:, context:]
         name = "shuffled_actions" if unit.shuffled else "model"
         made = {name: whole[:, context:]}
-        if unit.is_first:
-            made["repeat_last"] = given.expand_as(true)
         found: Tensors = {}
-        for baseline, frames in made.items():
-            for metric, values in self._values(frames, true).items():
-                found[f"values.{baseline}.{metric}"] = values
+        if context:
+            given = true_whole[:, context - 1 : context]
+            if unit.is_first:
+                made["repeat_last"] = given.expand_as(true)
+            for baseline, frames in made.items():
+                for metric, values in self._values(frames, true).items():
+                    found[f"values.{baseline}.{metric}"] = values
+            if self.instruments.judge is not None:
+                found |= self._judged(unit, rolled, given, made | {"truth": true})
         looks = made | ({"truth": true} if unit.is_first else {})
         for baseline, frames in looks.items():
             for look, values in frame_looks(frames).items():
                 found[f"looks.{baseline}.{look}"] = values
-        if self.instruments.judge is not None:
-            found |= self._judged(unit, rolled, given, made | {"truth": true})
         if self.instruments.i3d is not None and not unit.shuffled:
             found |= self._fvd_features(unit, whole, true_whole)
         if not unit.shuffled and len(whole) == min(self.rolled.batch_size, len(self.windows)):

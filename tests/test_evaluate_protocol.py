@@ -284,6 +284,33 @@ def test_fvd_of_predicted_frames_pools_trajectories_if_asked(run, folder, i3d, t
         assert found[1] < found[0] < found[2]
 
 
+def test_clips_from_nothing_are_compared_as_a_set(run, folder, i3d, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_protocol, "write_page", protocol_page.write_page)
+    base = small(context=0, horizon=10, num_clips=3, fvd=True, shuffled_actions=False)
+    base = replace(base, num_trajectories=1)
+    result = evaluated(run, folder, tmp_path, base, **i3d)
+    trial = trial_of(run, folder, base)
+    made, true = rolled_out(trial, 0)
+    assert made.shape[1] == 10 and torch.equal(true, true.clamp(-1, 1))
+    # Nothing of the clips but their actions is given: other frames under them change nothing.
+    batch = predict.read_windows(trial.source, trial.windows[:2], 10)
+    other = replace(batch, frames=-batch.frames)
+    first, again = (
+        predict.predict(trial.world, one, trial.rolled).frames for one in (batch, other)
+    )
+    assert torch.equal(first, again) and torch.equal(first, made[:2])
+    detector = fvd.load_i3d(i3d["i3d"], "stylegan-v", torch.device("cpu"))
+    sides = [detector.features(clips)[:, None] for clips in (made, true)]
+    found = numbers(result["overall"])
+    assert found["fvd", "model", None][0] == pytest.approx(fvd.fvd(*sides, "each"), rel=1e-4)
+    measured = {row["metric"] for row in result["rows"]}
+    assert measured == {"fvd", "sharpness", "contrast", "brightness"}
+    assert "no frame has one truth" in str(result["left_out"])
+    assert [clip["values"] for clip in result["clips"]] == [{}] * 3
+    page = (tmp_path / "e.html").read_text()
+    assert page.count('src="data:video/mp4;base64,') == 3 and "not a pair" in page
+
+
 def test_an_interrupted_evaluation_goes_on_where_it_was(run, folder, tmp_path, monkeypatch):
     whole = evaluated(run, folder, tmp_path, out=str(tmp_path / "whole.json"))
     measured, honest = [], Trial.measure
@@ -387,6 +414,12 @@ def test_other_steps_and_guidance_reach_the_rollout(run, folder, tmp_path):
             "measures lpips: needed weights of AlexNet (alexnet-owt-7be5be79.pth, SHA-256 7be5be79",
         ),
         ("--protocol doom-36-264 --split val", "of frames of 128x128, {data} has 32x32"),
+        ("--protocol toy-8-8 --context 0", "shuffled_actions=True has no effect"),
+        ("--protocol toy-8-8 --context -1", "context must be 0 or more, got -1"),
+        (
+            "--protocol toy-8-8 --context 0 --no-shuffled-actions --judge {data}",
+            "--judge has no effect: protocol toy-8-8 gives no frame",
+        ),
         ("--protocol toy-8-8 --i3d x.pt", "--i3d has no effect: protocol toy-8-8 does not"),
         (
             "--protocol toy-8-8 --lpips --alexnet {data}/x.pth",

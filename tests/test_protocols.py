@@ -54,7 +54,12 @@ def test_protocols_are_those_of_the_papers():
         one = PROTOCOLS[name]
         assert (one.context, one.horizon, one.num_clips) == (context, horizon, num_clips)
         assert (one.num_trajectories, one.size, one.clips) == (num_trajectories, size, "first")
-    assert {one.split for name, one in PROTOCOLS.items() if name != "toy-8-8"} == {"test"}
+    others = {name: one.split for name, one in PROTOCOLS.items() if name != "toy-8-8"}
+    assert {name for name, split in others.items() if split != "test"} == {"ucf101-latte-0-16"}
+    latte = PROTOCOLS["ucf101-latte-0-16"]
+    assert (latte.context, latte.horizon, latte.num_clips, latte.size) == (0, 16, 2048, 256)
+    # Generation is compared with what was learnt from.
+    assert (latte.split, latte.clips, latte.fvd) == ("train", "spread", True)
     assert PROTOCOLS["teco-36-264-teco"].i3d_kind == "tf-hub"
     assert all(one.num_frames in (300, 16) for one in PROTOCOLS.values())
 

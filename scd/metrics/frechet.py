@@ -69,7 +69,7 @@ def _factor(values: Float[Tensor, "num d"]) -> tuple[Float[Tensor, " d"], Float[
 
 
 def frechet_estimate(
-    features: Float[Tensor, "b m d"], other: Float[Tensor, "b m d"], seed: int = 0
+    features: Float[Tensor, "b m d"], other: Float[Tensor, "b m2 d"], seed: int = 0
 ) -> Estimate:
     """Estimate the distance between features of the same clips by two sources, and its interval.
 
@@ -79,7 +79,8 @@ def frechet_estimate(
 
     Args:
         features: of some frames of each clip.
-        other: of the same frames of the same clips from the other source.
+        other: of the same clips from the other source; of the same frames, or fewer of them where
+            `features` has several predictions of each.
         seed: of the resampling.
     """
     moments = torch.stack([_moments(features), _moments(other)], dim=1)
