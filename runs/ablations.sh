@@ -8,7 +8,8 @@
 #
 # toy: 400 steps of the toy world, about an hour and a half on one CPU core. doom: DoomMaze at 128x128 on one
 # GPU; DATA is its folder (scd record doom --size 128 --frames 300). paper: SCD-M on TECO-Minecraft
-# on 8 GPUs, as in the paper; DATA is what `scd encode` wrote. In the environment: SEEDS, STEPS, KINDS.
+# on 8 GPUs, as in the paper; DATA is what `scd encode` wrote, ALEXNET the file of published weights
+# for LPIPS. In the environment: SEEDS, STEPS, KINDS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/start.sh
@@ -29,7 +30,8 @@ doom)
   ;;
 paper)
   preset=scd-m data=${DATA:?latents of TECO-Minecraft} steps=1000000 deeper=16 thicker=12
-  protocol=(--protocol teco-144-156)
+  weights_of teco-144-156
+  protocol=(--protocol teco-144-156 "${needed[@]}")
   base=()
   launch=(torchrun --nproc-per-node 8 -m scd)
   ;;

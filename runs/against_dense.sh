@@ -15,8 +15,9 @@ against_dense() {
       run "${launch[@]}" train "$preset" --data "$data" --seed "$seed" \
         --max-steps "${STEPS:-$steps}" "${flags[@]}" --out "$out/runs/$kind-$seed"
       for protocol in "${protocols[@]}"; do
+        weights_of "$protocol"
         run "${launch[@]}" evaluate "$out/runs/$kind-$seed" --data "$data" --protocol "$protocol" \
-          "${measured[@]}" "${more[@]}" --out "$out/$protocol/$kind-$seed.json"
+          "${measured[@]}" "${needed[@]}" "${more[@]}" --out "$out/$protocol/$kind-$seed.json"
       done
     done
   done

@@ -7,7 +7,7 @@
 # small: DoomMaze at 32x32 with the doom-32 presets, 1,200 steps of 4 clips, about an hour and a half
 # on one CPU core. doom: DoomMaze at 128x128 in pixels, one GPU. paper: TECO-Minecraft in MINECRAFT,
 # encoded by AUTOENCODER, SCD-M and its dense twin on 8 GPUs as in the paper; LPIPS and FVD need
-# ALEXNET and I3D, files of published weights. In the environment: SEEDS, STEPS.
+# ALEXNET and I3D, files of published weights, and I3D_SHA256. In the environment: SEEDS, STEPS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/start.sh
@@ -36,7 +36,8 @@ doom)
 paper)
   separable=scd-m dense=dense-m steps=1000000
   protocols=(teco-144-156 teco-36-264 teco-144-156-published teco-36-264-published)
-  measured=(--alexnet "${ALEXNET:?file of AlexNet weights}" --i3d "${I3D:?file of I3D weights}")
+  measured=()
+  for protocol in "${protocols[@]}"; do weights_of "$protocol"; done
   guided=(--guidance.kind context_noise --guidance.scale 1.5)
   launch=(torchrun --nproc-per-node 8 -m scd)
   for shard in 0 1 2 3 4 5 6 7; do

@@ -6,8 +6,8 @@
 #
 # small: the toy world, which has actions where UCF-101 has none; 400 steps, about twenty minutes on
 # one CPU core. paper: UCF-101 in UCF, encoded by AUTOENCODER; SCD-B and its dense twin on 8 GPUs, 100
-# futures of each clip; LPIPS and FVD need ALEXNET and I3D, files of published weights. In the
-# environment: SEEDS, STEPS.
+# futures of each clip; LPIPS and FVD need ALEXNET and I3D, files of published weights, and
+# I3D_SHA256. In the environment: SEEDS, STEPS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/start.sh
@@ -27,8 +27,9 @@ small)
   ;;
 paper)
   separable=scd-b dense=dense-b steps=200000 data=$out/data
-  protocols=(ucf101-mcvd-4-12)
-  measured=(--alexnet "${ALEXNET:?file of AlexNet weights}" --i3d "${I3D:?file of I3D weights}")
+  protocols=(ucf101-mcvd-4-12 ucf101-mcvd-4-12-published)
+  measured=()
+  for protocol in "${protocols[@]}"; do weights_of "$protocol"; done
   launch=(torchrun --nproc-per-node 8 -m scd)
   run scd encode "ucf101:${UCF:?folder of UCF-101}" --out "$data" \
     --autoencoder "${AUTOENCODER:?folder of the autoencoder}"

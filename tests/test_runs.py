@@ -8,11 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
+import tyro
+
+from scd.protocol_settings import ProtocolConfig
+from scd.protocols import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parent.parent
 
 STAND_IN = """#!/usr/bin/env bash
 echo "$1 $2" >> calls
+echo "$*" >> lines
 {body}
 """
 WAITING = """[ "$1" = record ] && exit 0
@@ -21,16 +26,18 @@ touch "began-$2"
 for _ in {1..600}; do sleep 0.1; done"""
 
 
-def start(tmp_path: Path, name: str, body: str) -> subprocess.Popen[bytes]:
+def start(
+    tmp_path: Path, name: str, body: str, *arguments: str, **given: str
+) -> subprocess.Popen[bytes]:
     """Start a copy of a script where the programs that it calls are stand-ins."""
     for folder in ("runs", "bin"):
         (tmp_path / folder).mkdir()
-    for script_file in (name, "start.sh"):
+    for script_file in (name, "start.sh", "against_dense.sh"):
         shutil.copy(ROOT / "runs" / script_file, tmp_path / "runs" / script_file)
-    for program in ("scd", "python"):
+    for program in ("scd", "python", "torchrun"):
         (tmp_path / "bin" / program).write_text(STAND_IN.replace("{body}", body))
         (tmp_path / "bin" / program).chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"} | given
     script = str(tmp_path / "runs" / name)
 
     def heed() -> None:
@@ -38,7 +45,7 @@ def start(tmp_path: Path, name: str, body: str) -> subprocess.Popen[bytes]:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     return subprocess.Popen(
-        ["bash", script], env=environment, start_new_session=True, preexec_fn=heed
+        ["bash", script, *arguments], env=environment, start_new_session=True, preexec_fn=heed
     )
 
 
@@ -76,3 +83,36 @@ def test_a_script_runs_to_its_end(tmp_path):
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [call.split()[0] for call in calls if call.split()[0] != "record"][:2] == ["train"] * 2
     assert calls[-1].startswith("docs/tables.py")
+
+
+WEIGHTS = {"ALEXNET": "alexnet.pth", "I3D": "i3d.pt", "I3D_SHA256": "0" * 64}
+PAPER = {
+    "minecraft.sh": {"MINECRAFT": "videos", "AUTOENCODER": "ae"},
+    "ucf.sh": {"UCF": "videos", "AUTOENCODER": "ae"},
+    "ablations.sh": {"DATA": "latents"},
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_forms_give_each_protocol_the_weights_that_it_measures_with(tmp_path, name):
+    script = start(tmp_path, name, "exit 0", "paper", "out", **PAPER[name], **WEIGHTS)
+    assert script.wait(timeout=60) == 0
+    lines = [line.split() for line in (tmp_path / "lines").read_text().splitlines()]
+    evaluations = [words[words.index("evaluate") :] for words in lines if "evaluate" in words]
+    assert len(evaluations) >= 6
+    for _, run, *words in evaluations:
+        at = words.index("--protocol")
+        protocol = PROTOCOLS[words[at + 1]]
+        rest = ["--run", run, *words[:at], *words[at + 2 :]]
+        config = tyro.cli(ProtocolConfig, args=rest, default=ProtocolConfig(protocol=protocol))
+        assert (bool(config.alexnet), bool(config.i3d)) == (protocol.lpips, protocol.fvd)
+        assert bool(config.i3d_sha256) == protocol.fvd
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [("minecraft.sh", "I3D"), ("ablations.sh", "ALEXNET")]
+)
+def test_missing_weights_are_noticed_before_anything_is_trained(tmp_path, name, missing):
+    given = PAPER[name] | WEIGHTS | {missing: ""}
+    assert start(tmp_path, name, "exit 0", "paper", "out", **given).wait(timeout=60) != 0
+    assert not (tmp_path / "calls").exists()
