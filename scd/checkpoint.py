@@ -43,7 +43,7 @@ from scd.model.pretrained import (
     load_weights,
     read_settings,
 )
-from scd.model.shards import SHARD_BYTES, is_stored, write_shards
+from scd.model.shards import SHARD_BYTES, is_file_of, is_stored, write_shards
 from scd.model.wan.config import WanConfig, WanSeparableConfig
 
 RAW_FILE = "raw.safetensors"
@@ -88,7 +88,8 @@ def save_world(world: World, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     if folder.exists():
         names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
-        if names - {CONFIG_FILE, WEIGHTS_FILE}:
+        others = {name for name in names - {CONFIG_FILE} if not is_file_of(name, WEIGHTS_FILE)}
+        if others:
             raise FileExistsError(f"{folder} holds other things than a world: {sorted(names)}")
     with written_aside(folder) as aside:
         _write_world(world, world.model.state_dict(), aside)

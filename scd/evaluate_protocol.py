@@ -28,6 +28,7 @@ from scd.metrics.lpips import load_lpips
 from scd.metrics.weights import ALEXNET, LPIPS_HEADS, check_weights, shipped_heads
 from scd.model.build import num_parameters
 from scd.model.pretrained import WEIGHTS_FILE
+from scd.model.shards import digest_of
 from scd.parts import Parts
 from scd.plots import plot_metrics
 from scd.predict import TIMED, check_fit, summarize
@@ -131,7 +132,7 @@ def prepare(config: ProtocolConfig, device: torch.device) -> Prepared:
         "data": config.data,
         "card": to_json(source.card),
         "windows": hashlib.sha256(json.dumps(windows).encode()).hexdigest(),
-        "world": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "world": digest_of(file, "sha256"),
         "weights": hashes,
         "judge": "" if instruments.judge is None else instruments.judge.digest,
     }

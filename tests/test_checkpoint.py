@@ -1,5 +1,6 @@
 """Worlds and checkpoints on disk, whole or damaged."""
 
+import hashlib
 import json
 import resource
 import shutil
@@ -31,6 +32,8 @@ from scd.model.block import BlockConfig
 from scd.model.build import DenseConfig, SeparableConfig, SeparableDiffuser, build
 from scd.model.decoder import DecoderConfig
 from scd.model.encoder import EncoderConfig
+from scd.model.pretrained import WEIGHTS_FILE
+from scd.model.shards import digest_of
 
 SPEC = ConditionSpec(num_actions=2)
 SMALL = BlockConfig(width=16, head_dim=16, rotary_axes=(4, 6, 6))
@@ -299,3 +302,28 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_last_checkpoint(tmp_path, req
     assert load_optimizers(folder)
     remove_leftovers(run)
     assert not list(run.glob(".writing-*"))
+
+
+def test_a_world_in_several_files_is_replaced_and_known_by_all_of_them(tmp_path, monkeypatch):
+    folder, world = tmp_path / "world", make_world()
+    save_world(world, folder)
+    path = folder / WEIGHTS_FILE
+    assert digest_of(path, "sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
+    short = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    assert digest_of(path, "blake2b") == short
+    monkeypatch.setattr("scd.checkpoint.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("scd.model.shards.DIGEST_BLOCK", 1000)
+    save_world(world, folder)
+    assert not path.exists() and len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    first = digest_of(path, "sha256")
+    # Again, and with other weights.
+    save_world(world, folder)
+    assert digest_of(path, "sha256") == first
+    save_world(make_world(seed=1), folder)
+    assert digest_of(path, "sha256") != first
+    (folder / "raw.safetensors").write_bytes(b"")
+    with pytest.raises(FileExistsError, match="other things than a world"):
+        save_world(world, folder)
+    next(folder.glob("model-*")).unlink()
+    with pytest.raises(FileNotFoundError, match="lacks 1 of the files"):
+        digest_of(path, "sha256")

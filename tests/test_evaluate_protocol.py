@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scd import evaluate_protocol, predict, protocol_page
-from scd.checkpoint import load_world
+from scd.checkpoint import load_world, save_world
 from scd.cli import main
 from scd.data.folder import open_source
 from scd.measure import measure
@@ -177,6 +177,19 @@ def test_result_file_and_page_say_everything(run, folder, tmp_path, monkeypatch)
     table = evaluate_protocol.readable(result)
     assert table.startswith("toy-8-8: 5 clips, 2 trajectories each (mean), 2 given and 3 pred")
     assert "changed: context: 8, 2" in table and "ssim" in table
+
+
+def test_a_world_is_known_by_its_weights_in_one_file_or_in_several(
+    tiny_world, run, folder, tmp_path, monkeypatch
+):
+    device, large = torch.device("cpu"), tmp_path / "large"
+    about = evaluate_protocol.prepare(settings(run, folder, tmp_path), device).about
+    assert about["world"] == sha256(Path(run) / "model.safetensors")
+    monkeypatch.setattr("scd.checkpoint.SHARD_BYTES", 20_000)
+    save_world(tiny_world, large)
+    files = [path.read_bytes() for path in sorted(large.glob("model-*.safetensors"))]
+    about = evaluate_protocol.prepare(settings(str(large), folder, tmp_path), device).about
+    assert len(files) > 1 and about["world"] == hashlib.sha256(b"".join(files)).hexdigest()
 
 
 def test_trajectories_differ_and_their_mean_is_taken(run, folder, tmp_path):

@@ -16,6 +16,7 @@ from scd.data.manifest import CARD_FILE, write_card, write_episode, write_manife
 from scd.flow import SamplingConfig
 from scd.intervene.change import change, diagonal, recompose, skipping
 from scd.intervene.compare import intervene
+from scd.intervene.models import finetuning, read_start, same_control
 from scd.intervene.settings import (
     Comparison,
     DiagonalConfig,
@@ -327,6 +328,22 @@ def test_a_control_serves_two_interventions_of_the_same_run(run, skipped, tmp_pa
     assert not (tmp_path / "other" / "after").exists()
     with pytest.raises(ValueError, match="no effect without control"):
         replace(common, control=False)
+
+
+def test_starts_in_several_files_are_told_apart(run, tmp_path, monkeypatch):
+    first = replace(NOWHERE, run=run, out=str(tmp_path / "first"), max_steps=1, device="cpu")
+    start, world = read_start(first)
+    monkeypatch.setattr("scd.checkpoint.SHARD_BYTES", 20_000)
+    for name in ("first", "second"):
+        save_world(world, tmp_path / name / "untouched")
+        assert not (tmp_path / name / "untouched" / "model.safetensors").exists()
+    config = finetuning(start, first, world, tmp_path / "first" / "untouched")
+    train(replace(config, out=str(tmp_path / "first" / "control")))
+    config = replace(config, initial=str(tmp_path / "second" / "untouched"))
+    assert same_control(config, tmp_path / "first") == tmp_path / "first" / "control"
+    save_world(load_world(tmp_path / "first" / "control"), tmp_path / "second" / "untouched")
+    with pytest.raises(ValueError, match="started from other weights"):
+        same_control(config, tmp_path / "first")
 
 
 def test_a_world_has_no_settings_of_training(run, tmp_path):

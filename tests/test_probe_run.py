@@ -21,7 +21,7 @@ from scd.model.dense import DenseConfig
 from scd.model.embed import FrameShape
 from scd.probe import measure
 from scd.probe.open import subject_of
-from scd.probe.run import probe
+from scd.probe.run import _settings, probe
 from scd.probe.settings import ProbeConfig, memory_needed, training_times
 from tests.tiny import shaken
 
@@ -152,6 +152,17 @@ def test_other_settings_and_other_weights_are_refused(done, dense, toy_source, t
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="something else than a probe"):
         probe(config_of(dense, tmp_path / "full"))
+
+
+def test_weights_in_several_files_are_told_apart_too(dense, toy_source, tmp_path, monkeypatch):
+    monkeypatch.setattr("scd.checkpoint.SHARD_BYTES", 20_000)
+    known = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        large = save_world(world_of(dense_of(toy_source), toy_source), tmp_path / str(seed))
+        assert not (large / "model.safetensors").exists()
+        known.add(_settings(config_of(str(large), tmp_path))["weights_hash"])
+    assert len(known) == 2
 
 
 def test_a_separable_model_is_probed_as_far_as_it_applies(separable_config, toy_source, tmp_path):

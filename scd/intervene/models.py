@@ -23,6 +23,7 @@ from scd.data.folder import open_source
 from scd.intervene.change import change
 from scd.intervene.settings import Comparison, Intervention, RecomposeConfig
 from scd.model.pretrained import WEIGHTS_FILE
+from scd.model.shards import digest_of
 from scd.objective.denoise import DenoiseConfig
 from scd.plan import plan
 from scd.predict import check_fit
@@ -213,8 +214,8 @@ def same_control(config: TrainConfig, other: Path) -> Path:
             f"the control of {other} has other settings (its value, then this one's): "
             + "; ".join(different)
         )
-    first, second = (Path(run.initial) / WEIGHTS_FILE for run in (theirs, config))
-    if first.read_bytes() != second.read_bytes():
+    initial = (Path(run.initial) / WEIGHTS_FILE for run in (theirs, config))
+    if len({digest_of(path, "sha256") for path in initial}) > 1:
         raise ValueError(f"the control of {other} started from other weights than this run's")
     if load_progress(step).step < config.max_steps:
         raise ValueError(f"the control of {other} is not trained to its end")

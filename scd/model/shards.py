@@ -7,12 +7,14 @@ name-00001-of-00002.safetensors and so on beside name.safetensors.index.json.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +26,9 @@ INDEX = ".index.json"
 
 SHARD_BYTES = 2 * 2**30
 """Bytes of weights per file, unless asked otherwise."""
+
+DIGEST_BLOCK = 2**24
+"""Bytes that are read at a time for a digest."""
 
 _TYPES = {
     "F64": torch.float64,
@@ -37,6 +42,40 @@ _TYPES = {
 def is_stored(path: Path) -> bool:
     """Tell whether weights lie at a path, in one file or in several."""
     return path.is_file() or path.with_name(path.name + INDEX).is_file()
+
+
+def is_file_of(name: str, weights: str) -> bool:
+    """Tell whether a file's name is one of those under which weights lie.
+
+    Args:
+        name: of the file.
+        weights: of the weights, name.safetensors.
+    """
+    stem = re.escape(weights.removesuffix(".safetensors"))
+    part, index = r"-\d{5}-of-\d{5}", re.escape(INDEX)
+    return bool(re.fullmatch(rf"{stem}({part})?\.safetensors|{stem}\.safetensors{index}", name))
+
+
+def digest_of(path: Path, kind: Literal["sha256", "blake2b"]) -> str:
+    """Return what tells stored weights from others, in hexadecimal digits.
+
+    Of one file it is the digest of its bytes; of several, of all their bytes in the order of their
+    names. No more than a block is held.
+
+    Args:
+        path: name.safetensors, whether there is one such file or several with an index.
+        kind: 64 digits of SHA-256, or 32 of BLAKE2b.
+
+    Raises:
+        FileNotFoundError: there is no such file, or not all that the index names.
+        ValueError: the index is damaged.
+    """
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.blake2b(digest_size=16)
+    for part in [path] if path.is_file() else sorted(set(_files(path).values())):
+        with part.open("rb") as file:
+            while block := file.read(DIGEST_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 class StoredWeights:

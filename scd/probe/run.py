@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +21,7 @@ from scd.config import to_json
 from scd.device_memory import PeakMemory, check_free, readable
 from scd.model.build import num_parameters
 from scd.model.pretrained import WEIGHTS_FILE
+from scd.model.shards import digest_of
 from scd.probe.measure import MEASUREMENTS, Measurement, Plan, proposed_split
 from scd.probe.open import subject_of
 from scd.probe.page import write_page
@@ -134,11 +134,7 @@ def _settings(config: ProbeConfig) -> dict[str, Any]:
     settings = {key: value for key, value in to_json(config).items() if key not in free}
     folder = resolve(config.run)
     weights = folder / (WEIGHTS_FILE if config.weights == "ema" else RAW_FILE)
-    with weights.open("rb") as file:
-        digest = blake2b(digest_size=16)
-        while chunk := file.read(2**24):
-            digest.update(chunk)
-    return settings | {"weights_hash": digest.hexdigest()}
+    return settings | {"weights_hash": digest_of(weights, "blake2b")}
 
 
 @contextmanager
