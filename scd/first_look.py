@@ -44,7 +44,7 @@ NUM_SHOWN = 9
 
 NOT_CLAIMED = (
     "That this is a good model of Doom: it has a few million parameters, saw 64x64 pixels and was "
-    "trained for about an hour on one CPU core. Rooms change behind your back.",
+    "trained for two and a half hours on one CPU core. Rooms change behind your back.",
     "That the frames under a held action are right: nothing true is there to compare them with. "
     "The row of the clip's own actions has a truth, above it.",
     "That the milliseconds hold elsewhere: they are of this machine, one stream, this number of "

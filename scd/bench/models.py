@@ -69,7 +69,7 @@ NORMS = ("q_norm", "k_norm", "norm_q.weight", "norm_k.weight", "norm2.weight")
 """Ends of the names of weights that scale what was normalised."""
 CELL = 8
 """Pixels along a latent cell of Wan."""
-LATENT_NOTE = "the latents' autoencoder is not part of this project: end to end ends at latents"
+LATENT_NOTE = "latents without an autoencoder: end to end ends at latents"
 
 
 @dataclass(frozen=True, kw_only=True)
