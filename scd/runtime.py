@@ -39,6 +39,12 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+def cache_folder(name: str) -> Path:
+    """Return the folder of this user, made or not, where things of a kind are kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "scd" / name
+
+
 def derive_seed(seed: int, purpose: str, *indices: int) -> int:
     """Hash a run's seed, a purpose and indices (rank, step, ...) into one seed.
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from scd.atomic import file_aside
 from scd.autoencoder.wan import EXTRA
 from scd.diffusers_folder import find_part, fingerprint
-from scd.runtime import DTYPES, Precision
+from scd.runtime import DTYPES, Precision, cache_folder
 
 TEXT_LENGTH = 512
 """Tokens that Wan reads, those that fill up included. Source: the configuration of Wan2.1."""
@@ -175,8 +175,7 @@ def clean_prompt(prompt: str) -> str:
 
 def default_cache() -> str:
     """Return the folder of this user where embedded prompts are kept unless another is named."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return str(Path(base) / "scd" / "prompts")
+    return str(cache_folder("prompts"))
 
 
 def prompt_of(path: str | os.PathLike[str]) -> str:

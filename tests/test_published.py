@@ -1,5 +1,6 @@
 """Published collections: their own layouts are read, and what is wrong with them is said."""
 
+import errno
 import json
 import logging
 import shutil
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from scd.clip import frames_to_pixels
-from scd.data import headers
 from scd.data import minecraft as minecraft_module
 from scd.data.folder import open_source
 from scd.data.loader import Loader
@@ -20,6 +20,9 @@ from scd.data.source import EmptySplit
 from scd.data.square import square
 from scd.data.ucf101 import UCF101Config, UCF101Source
 from scd.data.video import read_video
+from scd.encode_parts import open_sources
+from scd.encode_settings import EncodeConfig
+from scd.runtime import cache_folder
 from tests.layouts import (
     CLASSES,
     moving_pictures,
@@ -264,6 +267,36 @@ def test_names_of_collections_are_checked(minecraft, tmp_path):
         open_source(f"dmlab:{minecraft.parent}", "train")
 
 
+def test_a_list_too_short_for_a_split_of_ucf101_leaves_it_empty(ucf101, copy):
+    root = copy(ucf101)
+    path = root / "ucfTrainTestlist/testlist03.txt"
+    path.write_text("\n".join(path.read_text().split()[:4]))
+    with pytest.raises(EmptySplit, match="split 'val' has no videos$"):
+        open_source(f"ucf101:{root}?size=16", "val")
+    config = EncodeConfig(data=f"ucf101:{root}?size=16", autoencoder="pixels", out="unused")
+    assert list(open_sources(config)) == ["train", "test"]
+    for video in (root / "UCF-101").rglob("*.avi"):
+        video.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="'test' has no videos that can be read") as caught:
+        open_source(f"ucf101:{root}?size=16", "test")
+    assert not isinstance(caught.value, EmptySplit)
+
+
+def test_a_file_that_could_not_be_opened_once_is_looked_at_again(minecraft, monkeypatch, caplog):
+    probe = minecraft_module.probe_video
+
+    def too_many(path):
+        if path.name == "1.mp4":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return probe(path)
+
+    monkeypatch.setattr(minecraft_module, "probe_video", too_many)
+    assert open_source(MINECRAFT.format(minecraft), "train").num_episodes == 2
+    assert "left out 1 of 3 train episodes" in caplog.text
+    monkeypatch.setattr(minecraft_module, "probe_video", probe)
+    assert open_source(MINECRAFT.format(minecraft), "train").num_episodes == 3
+
+
 def test_headers_are_read_once_and_again_when_a_file_changes(minecraft, copy, monkeypatch):
     root = copy(minecraft)
     seen = []
@@ -283,7 +316,7 @@ def test_headers_are_read_once_and_again_when_a_file_changes(minecraft, copy, mo
     np.savez(root / "train/1/1.npz", actions=np.zeros(25, np.int64))
     changed = open_source(MINECRAFT.format(root), "train")
     assert seen[3:] == ["1.mp4"] and changed.num_frames(2) == 25
-    stores = list(headers.cache_folder().glob("*.json"))
+    stores = list(cache_folder("headers").glob("*.json"))
     assert stores and all(json.loads(store.read_text()) for store in stores)
     stores[0].write_text("{")
     assert open_source(MINECRAFT.format(root), "train").num_episodes == 3

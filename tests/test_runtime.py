@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scd.runtime import (
+    cache_folder,
     choose_device,
     derive_seed,
     describe_hardware,
@@ -24,6 +25,14 @@ def test_seeds_are_the_same_in_every_process_and_fit_a_generator():
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(other.stdout) == derive_seed(0, "train", 1, 2)
     assert all(0 <= derive_seed(seed, "x") < 2**63 for seed in range(1000))
+
+
+def test_the_cache_is_the_users(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "elsewhere")
+    assert str(cache_folder("compiled")) == "elsewhere/scd/compiled"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "home")
+    assert str(cache_folder("compiled")) == "home/.cache/scd/compiled"
 
 
 def test_any_other_seed_purpose_or_index_is_another_stream():

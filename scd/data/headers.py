@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any
 from rich.progress import track
 
 from scd.atomic import file_aside
+from scd.runtime import cache_folder
 
 WORKERS = 8
 """Files read side by side: most of the time goes into waiting for the disk."""
@@ -51,6 +51,8 @@ def read_headers(
 ) -> list[Header]:
     """Find out about every episode, or recall it.
 
+    What was found wrong is looked at again each time: the next one may find the disk well again.
+
     Args:
         name: of the collection and of what is read; other names are remembered apart.
         episodes: files of each.
@@ -63,7 +65,7 @@ def read_headers(
     todo = [
         index
         for index, (key, stamp) in enumerate(zip(keys, stamps, strict=True))
-        if known.get(key, {}).get("stamp") != stamp
+        if known.get(key, {}).get("stamp") != stamp or known[key]["header"]["error"]
     ]
 
     def find_out(index: int) -> Header:
@@ -83,15 +85,9 @@ def read_headers(
     return [Header(**known[key]["header"]) for key in keys]
 
 
-def cache_folder() -> Path:
-    """Return the folder of this user where headers are remembered."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "scd" / "headers"
-
-
 def _store(name: str) -> Path:
     digest = hashlib.blake2b(f"1 {name}".encode(), digest_size=16).hexdigest()
-    return cache_folder() / f"{digest}.json"
+    return cache_folder("headers") / f"{digest}.json"
 
 
 def _stamp(files: Files) -> list[list[int]]:

@@ -24,7 +24,7 @@ import torch
 
 from scd.clip import Clip, ConditionSpec, pixels_to_frames
 from scd.data.headers import Files, Header, read_headers
-from scd.data.source import DataCard, Split
+from scd.data.source import DataCard, EmptySplit, Split
 from scd.data.square import square
 from scd.data.video import frame_times, probe_video, read_video
 
@@ -229,7 +229,10 @@ class UCF101Source:
             )
         kept = [number for number, header in enumerate(headers) if not header.error]
         if not kept:
-            raise ValueError(f"{root}: split {split!r} has no videos that can be read: {wrong[:1]}")
+            why = f" that can be read: {wrong[0]}" if wrong else ""
+            raise (ValueError if wrong else EmptySplit)(
+                f"{root}: split {split!r} has no videos{why}"
+            )
         self.names = [chosen[number] for number in kept]
         self.headers = [headers[number] for number in kept]
         self._times: dict[int, np.ndarray] = {}
