@@ -10,10 +10,11 @@ import os
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from scd.runtime import cache_folder
 
 Loop = Callable[..., Tensor]
 """From noisy patches [f n p], modulations [times r parts d] and fresh noise [steps f n p], which
@@ -103,8 +104,7 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     silent fall back. `torch._dynamo.reset()` forgets them.
     """
     # The default place is a temporary folder, which a restart of the machine empties.
-    cache = Path.home() / ".cache" / "scd" / "compiled"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled")))
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(function, dynamic=False)
