@@ -11,7 +11,7 @@ from scd.bench.case import Case
 from scd.checkpoint import World, load_world, resolve, save_world
 from scd.clip import Conditions
 from scd.config import from_json, to_json
-from scd.flow import SamplingConfig, schedule
+from scd.flow import CLEAN_TIME, SamplingConfig, schedule
 from scd.model.build import ModelConfig, build
 from scd.model.cache import CacheConfig
 from scd.model.dense import DenseConfig
@@ -68,6 +68,23 @@ def test_skipped_layers_are_not_run_and_all_steps_full_is_the_untouched_model(wo
         frames, num_calls = generated(world, model)
         assert num_calls == full_steps + 1
         assert torch.equal(frames, untouched) == (full_steps == SAMPLING.num_steps)
+
+
+@pytest.mark.parametrize("time", [0.2, 0.8])
+@torch.no_grad()
+def test_clean_frames_skip_nothing_among_noisy_ones_as_in_a_stream(time):
+    model = tiny_dense(skip=LayerSkip(first=1, stop=2, below=0.5))
+    clean, noisy, _, conditions = random_clips(model)
+    noisy, past = noisy[:, :, 3:4], clean[:, None, :3].expand(-1, noisy.shape[1], -1, -1, -1, -1)
+    times = noisy.new_full(noisy.shape[:2], time)
+    given = noisy.new_full(past.shape[:3], CLEAN_TIME)
+    conditions = conditions.frames(0, 4)
+    frames, mixed_times = torch.cat([past, noisy], 2), torch.cat([given, times[..., None]], 2)
+    mixed = model(None, frames, mixed_times, conditions)
+    state = model.begin(clean[:, :3], conditions.frames(0, 3))
+    context = model.context(state, conditions.frames(3, 4))
+    alone = model.velocity(context, noisy[:, 0, 0], times[:, 0])
+    torch.testing.assert_close(mixed[:, 0, 3], alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("num_diagonal", [0, 1])

@@ -298,7 +298,7 @@ class DenseDiffuser(nn.Module, Pretrained):
         skip = self.config.skip
         if skip is None or layer not in skip.layers:
             return after
-        return torch.where((time < skip.below)[..., None, None], before, after)
+        return torch.where(skip.skips(time)[..., None, None], before, after)
 
     def begin(
         self,
@@ -351,7 +351,7 @@ class DenseDiffuser(nn.Module, Pretrained):
         bias = self._cache_bias(context.cache, [context.frame])
         x = self.embed_frame(noisy[:, None])
         skip = self.config.skip
-        skipped = skip.layers if skip is not None and bool((time < skip.below).all()) else ()
+        skipped = skip.layers if skip is not None and bool(skip.skips(time).all()) else ()
         for layer, block in enumerate(self.blocks):
             if layer in skipped:
                 continue

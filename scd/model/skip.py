@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxtyping import Bool, Float
+from torch import Tensor
+
 from scd.flow import SamplingConfig, schedule
 
 
@@ -37,6 +40,10 @@ class LayerSkip:
     def layers(self) -> range:
         """Numbers of the skipped layers, from 0."""
         return range(self.first, self.stop)
+
+    def skips(self, time: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """Tell which frames of these times skip the layers; clean ones, of CLEAN_TIME, do not."""
+        return (time >= 0) & (time < self.below)
 
 
 def skip_after(first: int, stop: int, full_steps: int, sampling: SamplingConfig) -> LayerSkip:
