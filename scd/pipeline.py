@@ -205,8 +205,13 @@ class SCDPipeline:
         if (prompt is None) == (embedded is None):
             raise ValueError("needed either prompt or prompt_embeds")
         if embedded is not None:
+            if not len(embedded):
+                raise ValueError("needed one embedded prompt or more, got none")
             return embedded
-        return self.parts.embed([prompt] if isinstance(prompt, str) else list(prompt or ()))
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+        if not prompts:
+            raise ValueError("needed one prompt or more, got none")
+        return self.parts.embed(prompts)
 
     def _check_size(self, height: int | None, width: int | None) -> None:
         card = self.parts.world.card
