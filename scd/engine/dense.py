@@ -44,8 +44,6 @@ class FastDense(Engine):
 
     config: DenseConfig
 
-    config: DenseConfig
-
     def __init__(self, model: DenseDiffuser, free: bool = False) -> None:
         """Lay the weights out.
 
