@@ -20,6 +20,7 @@ from torch import Tensor
 
 from scd.autoencoder.build import (
     Autoencoder,
+    build_autoencoder,
     fingerprint,
     frames_per_latent,
 )
@@ -145,12 +146,14 @@ def _describe(
         )
         for split, source in sources.items()
     }
+    # Of the weights as they are stored: training compares them so.
+    exact = autoencoder if config.precision == "fp32" else build_autoencoder(autoencoder.config)
     return LatentsInfo(
         format=FORMAT,
         data=config.data,
         card=card,
         autoencoder=to_json(autoencoder.config),
-        fingerprint=fingerprint(autoencoder),
+        fingerprint=fingerprint(exact),
         shape=autoencoder.latent_shape(card.height, card.width),
         frames_per_latent=factor,
         stored=config.stored,

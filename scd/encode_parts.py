@@ -10,10 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scd.autoencoder.build import Autoencoder, open_autoencoder
+from scd.autoencoder.build import (
+    Autoencoder,
+    AutoencoderConfig,
+    build_autoencoder,
+    open_autoencoder,
+)
 from scd.autoencoder.pictures import PictureAutoencoder, with_statistics
-from scd.autoencoder.pixels import PixelAutoencoder
-from scd.checkpoint import load_world, resolve
+from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
+from scd.checkpoint import read_world_parts, resolve
 from scd.data.folder import open_source
 from scd.data.latents import is_latents
 from scd.data.loader import Loader
@@ -59,20 +64,24 @@ def choose_autoencoder(
 
     Raises:
         FileNotFoundError: it is not there, or the hub cannot be reached.
-        ValueError: it cannot be read, or has no scale to measure.
+        ValueError: it cannot be read, has no scale to measure, or no arithmetic to choose.
     """
+    settings = _settings_of_world(config)
+    if config.precision != "fp32" and isinstance(settings, PixelConfig):
+        raise ValueError(
+            f"precision {config.precision} has no effect: {config.autoencoder} has pixels for "
+            "latents, which are only brought to mean 0 and deviation 1"
+        )
     if config.autoencoder == PIXELS:
         measured = PixelAutoencoder.measure(_measured_frames(sources))
         # Rounded, so that another machine has the same settings to the last digit.
         return PixelAutoencoder(
             replace(measured, mean=round(measured.mean, 3), std=round(measured.std, 3))
         )
-    try:
-        resolve(config.autoencoder)
-    except FileNotFoundError:
+    if settings is None:
         autoencoder = open_autoencoder(config.autoencoder, device, config.precision)
     else:
-        autoencoder = load_world(config.autoencoder, device=device).autoencoder
+        autoencoder = build_autoencoder(settings, device, config.precision)
     if config.statistics == "measured":
         if not isinstance(autoencoder, PictureAutoencoder):
             raise ValueError(
@@ -81,6 +90,17 @@ def choose_autoencoder(
             )
         return with_statistics(autoencoder, _measured_frames(sources))
     return autoencoder
+
+
+def _settings_of_world(config: EncodeConfig) -> AutoencoderConfig | None:
+    """Return the autoencoder's settings that a world states; None: it is no world."""
+    if config.autoencoder == PIXELS:
+        return PixelConfig()
+    try:
+        folder = resolve(config.autoencoder)
+    except FileNotFoundError:
+        return None
+    return read_world_parts(folder)["autoencoder"]
 
 
 def _measured_frames(sources: dict[Split, Source]) -> Iterator[Float[Tensor, "b t 3 h w"]]:

@@ -44,7 +44,7 @@ class EncodeConfig:
     """Frames that the autoencoder encodes at once; one that looks back in time takes whole
     episodes."""
     precision: Precision = "fp32"
-    """Arithmetic of the autoencoder."""
+    """Arithmetic of the autoencoder; pixels have none to choose."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     strict: bool = False

@@ -389,3 +389,27 @@ def test_the_command_writes_and_says_so(videos, tmp_path, capsys):
     assert main([*words, "--stored", "bf16"]) == 2
     assert "holds another encoding" in capsys.readouterr().err
     assert open_file(out, read_info(out), "train", 0).keys()
+
+
+def test_the_precision_holds_for_the_autoencoder_of_a_world_too(videos, tmp_path):
+    bare, vae = without_actions(videos, tmp_path), tmp_path / "wan"
+    tiny_vae(0).save_pretrained(vae / "vae")
+    world = world_of(bare, PixelConfig())
+    model = replace(world.model.config, shape=LATENT_SHAPE)
+    wan = World(build(model), open_autoencoder(str(vae)), world.card, world.sampling)
+    places = {"folder": str(vae), "world": str(save_world(wan, tmp_path / "world"))}
+    for name, place in places.items():
+        for precision in ("fp32", "bf16"):
+            out = tmp_path / f"{name}-{precision}"
+            encode(settings(bare, out, autoencoder=place, precision=precision, stored="fp32"))
+    folders = [tmp_path / name for name in ("folder-bf16", "world-bf16", "world-fp32")]
+    given, rounded, exact = (LatentSource(one, "train").read(0, 0, 5).frames for one in folders)
+    assert torch.equal(rounded, given) and not torch.equal(rounded, exact)
+    # The weights are the same, and training takes the latents for what they are.
+    assert len({read_info(folder).fingerprint for folder in folders}) == 1
+    config = run_on(folders[1], tmp_path / "run", num_frames=4, model=model)
+    assert open_loader(fit_to_data(config), 0, 1).source.num_episodes == 5
+    pixels = str(save_world(world, tmp_path / "pixels"))
+    for place in ("pixels", pixels):
+        with pytest.raises(ValueError, match="precision bf16 has no effect: .*pixels has pixels"):
+            encode(settings(bare, tmp_path / "no", autoencoder=place, precision="bf16"))
