@@ -384,6 +384,51 @@ def test_a_fault_stops_its_session_alone(action, fault):
     assert any(fault in line for line in said)
 
 
+class Full(PlainEngine):
+    """Has no room for the pass of action 3, nor for the calls of a tick in which it was tried."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.was_tried = False
+
+    def context(self, state, conditions, *rest):
+        """Fail for action 3."""
+        if int(conditions.actions[0, 0]) == 3:
+            self.was_tried = True
+            raise torch.OutOfMemoryError("no room for a pass")
+        return super().context(state, conditions, *rest)
+
+    def velocity(self, context, noisy, time):
+        """Fail once it was tried."""
+        if self.was_tried:
+            self.was_tried = False
+            raise torch.OutOfMemoryError("no room for a call")
+        return super().velocity(context, noisy, time)
+
+
+def test_a_device_full_in_a_pass_and_in_the_call_that_all_share_ends_those_two_alone():
+    world, said = make_world(), []
+    with hosting(world, Full(world.model), said, max_sessions=3) as host:
+        names = [done(host.create(Start(seed=seed))).session_id for seed in range(3)]
+        clients = [Client(host) for _ in names]
+        for name, client in zip(names, clients, strict=True):
+            done(host.attach(name, client))
+            done(host.run(name))
+            client.wait_frames(2)
+        done(host.act(names[2], 3))
+        until(lambda: host.overview().num_faults == 2)
+        reasons = [str(host.info(name).exception(WAIT_S) or "") for name in names]
+        assert "session 2, which remembers 6 frames, ran out of memory" in reasons[2]
+        # Of the others that which joined last of those in the call; one goes on.
+        assert sum("one call for" in reason for reason in reasons[:2]) == 1
+        going = clients[reasons.index("")]
+        going.wait_frames(len(going.frames) + 5)
+        assert done(host.create(Start())).index == -1
+        overview = host.overview()
+        assert (overview.num_sessions, overview.num_faults, overview.healthy) == (2, 2, True)
+    assert sum("session 2 was stopped" in line for line in said) == 1
+
+
 def test_a_client_that_raises_is_let_go():
     said = []
     with hosting(said=said) as host:
@@ -506,6 +551,19 @@ def test_settings_are_checked():
     for name, value in {"max_sessions": 0, "max_fps": 0.0, "idle_s": float("inf")}.items():
         with pytest.raises(ValueError, match=f"{name} must be a finite number above 0, got"):
             HostConfig(**{name: value})
+
+
+def test_steps_there_and_back_are_the_listed_ones_before_and_after_a_snapshot():
+    listed = SamplingConfig(num_steps=4, schedule="listed", times=(1.0, 0.94, 0.83, 0.62))
+    world = replace(make_world(), sampling=listed)
+    with hosting(world) as host:
+        name = done(host.create(Start(seed=5))).session_id
+        done(host.change(name, num_steps=2))
+        assert done(host.change(name, num_steps=4)).num_steps == 4
+        frames = done(host.step(name, 1))
+        twin = done(host.restore(done(host.snapshot(name)))).session_id
+        equal(frames + done(host.step(name, 2)), alone(world, make_engine(world), [1, 2], seed=5))
+        equal(done(host.step(twin, 2)), alone(world, make_engine(world), [1, 2], seed=5)[1:])
 
 
 def test_listed_times_with_another_number_of_steps():

@@ -111,7 +111,9 @@ class Commands:
         rollout, sampling = player.session.rollout, None
         if num_steps is not None:
             check_steps(num_steps, self.players.config.max_steps)
-            sampling = with_num_steps(rollout.sampling, num_steps)
+            # Of those of the world, as after a reset or an eviction: listed times there and back
+            # would be others.
+            sampling = with_num_steps(rollout.world.sampling, num_steps)
         if seed is not None:
             check_seed(seed)
         if guidance is not None:

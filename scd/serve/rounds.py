@@ -53,6 +53,10 @@ class Rounds:
         try:
             ended = players.streams.tick(lap)
         except OutOfMemory as error:
+            # Those whose own pass failed before are told now: the end of the tick is not reached.
+            for one in list(players.playing.values()):
+                if one.session.status == "stopped":
+                    self._stop(one, one.session.reason)
             under_way = [one for one in players.playing.values() if one.session.status != "idle"]
             if not under_way:
                 raise
@@ -74,13 +78,20 @@ class Rounds:
 
     def _hand_out(self, ended: Finished, denoised: float, decoded: float) -> None:
         players = self.players
-        (player,) = [one for one in players.playing.values() if one.session is ended.session]
+        found = [one for one in players.playing.values() if one.session is ended.session]
+        if not found:
+            # It was told after a tick that was broken off; see there.
+            return
+        (player,) = found
         if ended.error is not None:
-            players.report(ended.error)
-            players.stop(player, SessionStopped(ended.error))
+            self._stop(player, ended.error)
             return
         frame = player.finish(ended, denoised, decoded)
         self.num_frames += 1
         fault = player.hand_out(frame, players.clock())
         if fault is not None:
             players.report(f"a client was detached, it raised {type(fault).__name__}: {fault}")
+
+    def _stop(self, player: Player, fault: str) -> None:
+        self.players.report(fault)
+        self.players.stop(player, SessionStopped(fault))
