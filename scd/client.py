@@ -107,6 +107,7 @@ class Client:
         Raises:
             ConnectionError: nobody answers there, or somebody else.
             Refused: the server does not want this client.
+            TimeoutError: the server says nothing.
         """
         address = "ws" + url.rstrip("/").removeprefix("http").removeprefix("ws") + "/v1/stream"
         try:
@@ -124,7 +125,7 @@ class Client:
         self.state: State | None = None
         """Of the session, as of the last answer; None: there is no session."""
         hello = Hello(version=VERSION, token=token, codec=codec, quality=quality)
-        self.welcome = self._ask(hello, Welcome)
+        self.welcome = self._greet(hello)
         """What is played, and within which limits."""
 
     def __enter__(self) -> Client:
@@ -137,6 +138,14 @@ class Client:
         trace: TracebackType | None,
     ) -> None:
         self.disconnect()
+
+    def _greet(self, hello: Hello) -> Welcome:
+        """Say hello; where it is not answered by a welcome nothing stays open."""
+        try:
+            return self._ask(hello, Welcome)
+        except BaseException:
+            self.disconnect()
+            raise
 
     def disconnect(self) -> None:
         """End the connection; the session stays, paused."""
@@ -156,7 +165,7 @@ class Client:
         request = self._send(Step(action=action, count=count))
         kept: list[Received] = []
         while len(kept) < count or not self._is_answered(request):
-            message = self._receive(request)
+            message = self._receive()
             if isinstance(message, Received) and not message.header.shown:
                 kept.append(message)
                 self._acknowledge(message.header)
@@ -188,7 +197,7 @@ class Client:
                 self._shown = None
                 self._send(Acknowledge(generation=generation, frame=index))
             if not self._frames:
-                message = self._receive(None)
+                message = self._receive()
                 if isinstance(message, Received):
                     self._frames.append(message)
                 continue
@@ -219,9 +228,9 @@ class Client:
 
     def snapshot(self) -> bytes:
         """Return the session as a file, for POST /v1/sessions/restore."""
-        request = self._send(Snapshot())
+        self._send(Snapshot())
         while True:
-            message = self._receive(request)
+            message = self._receive()
             if isinstance(message, bytes):
                 return message
 
@@ -246,7 +255,7 @@ class Client:
     def _ask(self, message: FromClient, kind: type[Message]) -> Message:
         request = self._send(message)
         while True:
-            answer = self._receive(request)
+            answer = self._receive()
             if isinstance(answer, kind) and getattr(answer, "request", None) == request:
                 return answer
             if isinstance(answer, Received):
@@ -271,7 +280,7 @@ class Client:
     def _acknowledge(self, header: FrameHeader) -> None:
         self._send(Acknowledge(generation=header.generation, frame=header.frame))
 
-    def _receive(self, request: int | None) -> Received | FromServer | bytes:
+    def _receive(self) -> Received | FromServer | bytes:
         """Return the next message; what refuses a request, or ends the session, is raised."""
         try:
             data = self._socket.recv(timeout=self._timeout_s)

@@ -223,6 +223,18 @@ def test_the_page_names_all_else():
         assert f"| {number} | `{code}` |" in PAGE
 
 
+def test_the_codes_that_reading_promises_are_those_that_it_gives():
+    texts = ("{", '{"type":"dance"}', '{"type":"pause","x":1}', '{"type":"rewind","frame":-1}')
+    codes = []
+    for text in texts:
+        with pytest.raises(ProtocolError) as caught:
+            read_client(text)
+        codes.append(caught.value.code)
+    assert codes == ["bad_message", "unknown_type", "unknown_field", "bad_field"]
+    promised = re.findall(r"[a-z]+_[a-z]+", (read_client.__doc__ or "").partition("Raises:")[2])
+    assert promised == codes
+
+
 def test_defaults_of_the_page_are_those_of_the_messages():
     assert (Hello(version=1).codec, Hello(version=1).quality) == ("jpeg", 90)
     assert (Action(action=0).sequence, Step().count, Create().seed) == (0, 1, 0)

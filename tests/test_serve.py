@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,16 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from av.error import FFmpegError
 from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
+from websockets.sync.server import ServerConnection, serve
 
 from scd.client import Client, Refused, SessionEnded
 from scd.clip import Conditions, ConditionSpec, frames_to_pixels
 from scd.engine.open import open_engine
 from scd.rollout import Rollout
+from scd.serve import connection
 from scd.serve.client_messages import GuidanceChoice
 from scd.serve.outlet import MOST_QUEUED, Outlet
+from scd.serve.picture import JpegEncoder, Packed
 from scd.serve.protocol import unpack
 from scd.serve.server_messages import Evicted as EvictedMessage
 from scd.serve.server_messages import FrameHeader
@@ -404,6 +409,66 @@ def test_a_token_is_wanted():
         bearer = {"Authorization": f"Bearer {token}"}
         assert server.call("GET", "/v1/world", headers=bearer)[0] == 200
         assert server.call("GET", "/health")[0] == 200
+
+
+def test_a_client_that_is_not_answered_leaves_nothing_open():
+    has_left = threading.Event()
+
+    def listen(connection: ServerConnection) -> None:
+        for _ in connection:
+            pass
+        has_left.set()
+
+    with serve(listen, "127.0.0.1", 0) as silent:
+        thread = threading.Thread(target=silent.serve_forever, daemon=True)
+        thread.start()
+        with pytest.raises(TimeoutError):
+            Client(f"http://127.0.0.1:{silent.socket.getsockname()[1]}", timeout_s=0.2)
+        assert has_left.wait(20)
+        silent.shutdown()
+    thread.join(20)
+
+
+class Broken(JpegEncoder):
+    """Cannot pack a frame."""
+
+    def __init__(self, fault: Exception) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def encode(self, frame: np.ndarray) -> Packed:
+        """Fail."""
+        raise self.fault
+
+
+@pytest.mark.parametrize("fault", [FFmpegError(-1, "no such codec"), RuntimeError("no encoder")])
+def test_a_fault_of_the_writer_or_the_reader_is_logged_and_said(
+    server: Serving,
+    fault: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    def broken(*words: Any) -> JpegEncoder:
+        return Broken(fault)
+
+    def none(*words: Any) -> JpegEncoder:
+        raise fault
+
+    said = f"fault: fault of the server: {type(fault).__name__}"
+    monkeypatch.setattr(connection, "make_encoder", broken)
+    with raw(server) as socket:
+        ask(socket, type="create")
+        socket.send('{"type":"step"}')
+        error = next_text(socket)
+        assert (error["type"], error["code"], error["fatal"]) == ("error", "fault", True)
+        assert end_of(socket) == (1011, said)
+    monkeypatch.setattr(connection, "make_encoder", none)
+    with raw(server, hello=False) as socket:
+        socket.send('{"type":"hello","version":1}')
+        assert next_text(socket)["code"] == "fault"
+        assert end_of(socket) == (1011, said)
+    faults = [one.exc_info[1] for one in caplog.records if one.exc_info is not None]
+    assert faults == [fault, fault]
 
 
 def test_pages_of_other_origins_are_refused(server: Serving):

@@ -14,7 +14,7 @@ from scd.serve.picture import make_encoder
 from scd.serve.protocol import CLOSE_CODES, VERSION, ProtocolError, read_client, write
 from scd.serve.rate import Bucket
 from scd.serve.seat import Seat
-from scd.serve.service import Service
+from scd.serve.service import LOG, Service
 
 PARTING_S = 5.0
 """Seconds that a last message may take."""
@@ -62,16 +62,23 @@ class Connection:
         reader = asyncio.create_task(self._read())
         writer = asyncio.create_task(self._outlet.run())
         tasks: set[asyncio.Future[Any]] = {reader, writer, self._outlet.failed}
+        error, ended = None, []
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if self._outlet.failed.done():
-                return self._outlet.failed.result()
-            return None
+                error = self._outlet.failed.result()
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
+            ended = await asyncio.gather(reader, writer, return_exceptions=True)
             self._seat.leave()
+        for fault in ended:
+            # One that was cancelled, as we have just done, is no Exception.
+            if isinstance(fault, Exception):
+                LOG.error("a connection ends by a fault of the server", exc_info=fault)
+                said = f"fault of the server: {type(fault).__name__}"
+                error = error or ProtocolError("fault", said, fatal=True)
+        return error
 
     async def _read(self) -> None:
         try:

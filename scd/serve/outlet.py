@@ -93,16 +93,24 @@ class Outlet:
 
     async def run(self) -> None:
         """Send until the connection ends."""
-        with suppress(WebSocketDisconnect, RuntimeError):
+        with suppress(WebSocketDisconnect):
             while True:
                 item = await self._queue.get()
-                if isinstance(item, str):
-                    await self._socket.send_text(item)
-                elif isinstance(item, bytes):
-                    await self._socket.send_bytes(item)
-                    self.is_file_waiting = False
-                else:
+                if isinstance(item, tuple):
                     await self._send_frame(*item)
+                    continue
+                await self._send(item)
+                if isinstance(item, bytes):
+                    self.is_file_waiting = False
+
+    async def _send(self, data: str | bytes) -> None:
+        """Wait for the network (WebSocketDisconnect: the client has left)."""
+        send = self._socket.send_text if isinstance(data, str) else self._socket.send_bytes
+        try:
+            await send(data)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            # How Starlette says that a socket is closed already.
+            raise WebSocketDisconnect from error
 
     async def _send_frame(self, frame: Frame, is_shown: bool) -> None:
         statistics, encoder = self._service.statistics, self.encoder
@@ -122,9 +130,7 @@ class Outlet:
             packed = await asyncio.to_thread(encoder.encode, frame.frame)
         statistics.packing.labels(encoder.codec).observe(time.perf_counter() - begin)
         self._sent = (*place, frame.index)
-        await self._socket.send_bytes(
-            pack(frame_header(frame, is_shown, encoder.codec, packed), packed.payload)
-        )
+        await self._send(pack(frame_header(frame, is_shown, encoder.codec, packed), packed.payload))
         statistics.sent_frames.labels(encoder.codec).inc()
         statistics.sent_bytes.labels(encoder.codec).inc(len(packed.payload))
         while self._acted and self._acted[0][0] <= frame.sequence:

@@ -22,6 +22,7 @@ VERSION = 1
 
 CLOSE_CODES = {
     "too_large": 1009,
+    "fault": 1011,
     "bad_message": 4000,
     "wrong_version": 4001,
     "unauthorised": 4003,
@@ -63,7 +64,8 @@ def read_client(text: str | bytes) -> FromClient:
     """Read a message of a client.
 
     Raises:
-        ProtocolError: bad_json (fatal), unknown_type, or bad_field with the field's name.
+        ProtocolError: bad_message (fatal), unknown_type, or unknown_field or bad_field with the
+            field's name.
     """
     try:
         return _CLIENT.validate_json(text)
