@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, build_opener
@@ -17,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from scd.checkpoint import World, save_world
 from scd.cli import main
@@ -24,10 +28,14 @@ from scd.client import Client
 from scd.clip import frames_to_pixels
 from scd.engine.open import open_engine
 from scd.rollout import Rollout
+from scd.serve import run
 from scd.serve.app import PAGE, read_page
+from scd.serve.client_messages import Create
 from scd.serve.rate import Bucket, Buckets
-from scd.serve.run import held_out_clips, listening
+from scd.serve.ray_app import serve_replicas
+from scd.serve.run import held_out_clips, listening, open_service
 from scd.serve.settings import ClientLimits, ServeConfig, is_loopback, read_token
+from scd.shipped import CLIPS_FILE
 from tests.serving import Serving, serving, tiny_playable
 
 
@@ -275,6 +283,29 @@ def test_held_out_clips_of_a_dataset(folder: str, tiny_world: World):
         held_out_clips(folder, tiny_playable())
 
 
+def test_the_worlds_own_clips_may_be_longer_than_uploads(tmp_path: Path):
+    world = save_world(tiny_playable(), tmp_path / "world")
+    generator = torch.Generator().manual_seed(0)
+    clips = {
+        "frames": torch.randint(0, 256, (1, 16, 3, 4, 6), generator=generator, dtype=torch.uint8),
+        "actions": torch.zeros(1, 16, dtype=torch.long),
+    }
+    save_file(clips, world / CLIPS_FILE)
+    limits = ClientLimits(max_upload_frames=8)
+    service = open_service(ServeConfig(run=str(world), limits=limits, memory_gib=0.2), None)
+    service.host.start()
+    try:
+        start = service.checks.beginning(Create(start="clip", clip=0))
+        assert service.host.create(start).result(60).num_given == 16
+    finally:
+        service.host.stop()
+
+
+def test_addresses_are_printed_at_once():
+    for function in (run.serve, run.run_server, run.run_app, serve_replicas):
+        assert signature(function).parameters["on_ready"].default is run.say
+
+
 def test_the_command_serves_and_stops_at_a_signal(tmp_path: Path):
     world = save_world(tiny_playable(), tmp_path / "world")
     with socket.socket() as free:
@@ -283,11 +314,16 @@ def test_the_command_serves_and_stops_at_a_signal(tmp_path: Path):
     kept = tmp_path / "kept"
     words = [str(world), "--port", str(port), "--evict-dir", str(kept), "--memory-gib", "0.2"]
     command = [sys.executable, "-m", "scd", "serve", *words]
+    # As most machines have it: what is printed waits in a pipe until it is flushed.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered
     ) as process:
         assert process.stdout is not None and process.stderr is not None
+        silent = threading.Timer(300, process.kill)
+        silent.start()
         line = process.stdout.readline()
+        silent.cancel()
         assert f"http://127.0.0.1:{port}/" in line
         with Client(f"http://127.0.0.1:{port}") as client:
             session = client.create(seed=1).session

@@ -44,7 +44,8 @@ START_S = 300.0
 """Of a machine that does other things too."""
 
 needs_ray = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'scd[ray]'"
+    importlib.util.find_spec("ray") is None,
+    reason='ray is not installed: pip install -c constraints.txt -e ".[ray]"',
 )
 
 

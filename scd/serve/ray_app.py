@@ -20,9 +20,17 @@ from scd.runtime import choose_device
 from scd.serve.admission import SHARE
 from scd.serve.ray_front import Front
 from scd.serve.ray_replica import ASK_S, LEASE_S, Crew, Replica, Report
-from scd.serve.run import STOP_S, Server, kept_in, listening, run_app, uvicorn_config
+from scd.serve.run import (
+    STOP_S,
+    Server,
+    kept_in,
+    listening,
+    run_app,
+    say,
+    uvicorn_config,
+    world_folder,
+)
 from scd.serve.settings import ServeConfig, read_token
-from scd.shipped import shipped_world
 
 NAME = "scd"
 """Of the application and its deployment in Ray Serve."""
@@ -50,7 +58,7 @@ LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 firewalls ask about every port."""
 
 
-def serve_replicas(config: ServeConfig, on_ready: Callable[[str], None] = print) -> None:
+def serve_replicas(config: ServeConfig, on_ready: Callable[[str], None] = say) -> None:
     """Serve a world with several replicas until SIGINT or SIGTERM.
 
     Args:
@@ -63,9 +71,7 @@ def serve_replicas(config: ServeConfig, on_ready: Callable[[str], None] = print)
     """
     check_installed()
     token = read_token(config)
-    folder = Path(config.run) if config.run else shipped_world()
-    if not folder.exists():
-        raise FileNotFoundError(f"there is no {folder}")
+    world_folder(config)
     with listening(config) as listener, kept_in(config) as kept, ray_running(config):
         secret = secrets.token_urlsafe()
         handle = deploy(config, token, kept, secret)
@@ -84,7 +90,8 @@ def check_installed() -> None:
     for package in ("ray", "aiohttp"):
         if find_spec(package) is None:
             raise ValueError(
-                f"--replicas needs {package}, which is not installed: pip install 'scd[ray]'"
+                f"--replicas needs {package}, which is not installed: "
+                'pip install -c constraints.txt -e ".[ray]"'
             )
 
 

@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from scd.serve.service import LOG, Service
 from scd.serve.settings import ServeConfig, read_token
 from scd.shipped import Clips, read_clips, shipped_world
 from scd.stopping import SIGNALS, Interrupted
+from scd.text_to_video import is_steered_by_text
 
 STOP_S = 30.0
 """Seconds in which sessions are written to disk when the server stops."""
@@ -36,11 +38,14 @@ STOP_S = 30.0
 FAREWELL_S = 5.0
 """Seconds that requests under way have to end."""
 
+say: Callable[[str], None] = partial(print, flush=True)
+"""Prints a line at once, in a pipe or a log too."""
+
 NUM_CLIPS, CLIP_FRAMES = 8, 16
 """Held-out clips that are taken of a dataset, and frames of each."""
 
 
-def serve(config: ServeConfig, on_ready: Callable[[str], None] = print) -> None:
+def serve(config: ServeConfig, on_ready: Callable[[str], None] = say) -> None:
     """Serve a world until SIGINT or SIGTERM.
 
     Args:
@@ -62,7 +67,7 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None] = print) -> None:
 
 
 def run_server(
-    service: Service, listener: socket.socket, on_ready: Callable[[str], None] = print
+    service: Service, listener: socket.socket, on_ready: Callable[[str], None] = say
 ) -> None:
     """Serve a service whose host has started until a signal comes (Interrupted)."""
     run_app(service.config, make_app(service), listener, on_ready)
@@ -72,7 +77,7 @@ def run_app(
     config: ServeConfig,
     app: ASGIApp,
     listener: socket.socket,
-    on_ready: Callable[[str], None] = print,
+    on_ready: Callable[[str], None] = say,
 ) -> None:
     """Let an application answer until a signal comes (Interrupted)."""
     server = Server(uvicorn_config(config, app), lambda: on_ready(address(config, listener)))
@@ -96,20 +101,37 @@ def open_service(
         OSError, ValueError: as `serve`.
     """
     token = read_token(config)
-    folder = Path(config.run) if config.run else shipped_world()
+    folder = world_folder(config)
     device = choose_device(config.device)
     world = load_world(folder, device=device)
     if device.type == "cpu":
         torch.set_num_threads(advised_threads(world.model.config))
     clips = held_out_clips(config.data, world) if config.data else read_clips(folder)
     engine = open_engine(world.model, config.engine, config.precision, release=True)
-    host = Host(world, engine, host_config(config, evict_dir), LOG.warning)
+    num_given = 0 if clips is None else clips.frames.shape[1]
+    host = Host(world, engine, host_config(config, evict_dir, num_given), LOG.warning)
     name = resolve(folder).name if not (folder / "last").is_file() else folder.name
     return Service(host, config, name, clips, token, shared)
 
 
-def host_config(config: ServeConfig, evict_dir: Path | None) -> HostConfig:
-    """Return the part of the settings that is the host's."""
+def world_folder(config: ServeConfig) -> Path:
+    """Return the folder of the world that is served.
+
+    Raises:
+        OSError: there is none.
+        ValueError: its settings cannot be read, or a text steers it, which no session is given.
+    """
+    folder = Path(config.run) if config.run else shipped_world()
+    if is_steered_by_text(str(folder)):
+        raise ValueError(
+            f"{folder} is steered by a text, which the sessions of a server do not have: stream it "
+            f"by scd sample {folder} --prompt TEXT"
+        )
+    return folder
+
+
+def host_config(config: ServeConfig, evict_dir: Path | None, num_given: int = 0) -> HostConfig:
+    """Return the part of the settings that is the host's; `num_given` frames has a clip."""
     return HostConfig(
         max_sessions=config.sessions,
         max_rows=config.max_rows,
@@ -118,7 +140,8 @@ def host_config(config: ServeConfig, evict_dir: Path | None) -> HostConfig:
         max_fps=config.max_fps,
         max_steps=config.limits.max_steps,
         max_step_count=config.limits.max_step_count,
-        max_start_frames=config.limits.max_upload_frames,
+        # Limits of uploads are none of the world's own clips.
+        max_start_frames=max(config.limits.max_upload_frames, num_given),
         queue_frames=config.queue_frames,
         idle_s=config.idle_s,
         evict_dir=evict_dir,
