@@ -159,7 +159,7 @@ def predict(
     """
     context, num_frames = protocol.context, batch.frames.shape[1]
     assert context < num_frames
-    # A rollout multiplies its seed by a million: it has to stay small.
+    # A rollout hashes its seed: other batches, up to 10,000 of a seed, have unrelated noise.
     seed = protocol.seed * 10_000 + number
     rollout = Rollout(world, protocol.sampling, protocol.guidance, seed)
     if context:
