@@ -24,6 +24,7 @@ import tyro
 from rich.progress import track
 from torch.nn.functional import interpolate
 
+from scd.atomic import refuse_used
 from scd.clip import ConditionSpec, check_actions
 from scd.data.manifest import (
     choose_splits,
@@ -86,15 +87,22 @@ def convert(config: Config) -> None:
     Raises:
         FileNotFoundError: no videos, or a video without its actions.
         FileExistsError: the folder to write is not empty.
-        ValueError: a video that cannot be read, or actions that do not fit it.
+        ValueError: videos that differ in their ending alone, a video that cannot be read, or
+            actions that do not fit it.
     """
     videos = sorted(
         path for path in config.videos.glob("*") if path.suffix.lower() in VIDEO_ENDINGS
     )
     if not videos:
         raise FileNotFoundError(f"{config.videos}: no videos ({', '.join(VIDEO_ENDINGS)}) in it")
-    if config.out.exists() and any(config.out.iterdir()):
-        raise FileExistsError(f"{config.out}: is not empty")
+    names = [path.stem for path in videos]
+    twice = [path.name for path in videos if names.count(path.stem) > 1]
+    if twice:
+        raise ValueError(
+            f"{config.videos}: episodes are named after their videos, without the ending, and "
+            f"these would have the same name: {', '.join(twice[:6])}"
+        )
+    refuse_used(config.out)
     splits = choose_splits(len(videos), config.val_fraction, config.test_fraction)
     fps = probe_video(videos[0]).fps or 10.0
     entries = []

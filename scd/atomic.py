@@ -15,14 +15,19 @@ TEMPORARY = ".writing-"
 """How the names of things begin that are being written."""
 
 
-def refuse_used(folder: Path) -> None:
+def refuse_used(folder: Path, wanted: str = "") -> None:
     """Refuse to write a new folder where something is.
+
+    Args:
+        folder: to be written.
+        wanted: what the caller has looked for in it in vain, for the message.
 
     Raises:
         FileExistsError: the path is there, and is not an empty folder.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder")
+        what = f"holds something else than {wanted}" if wanted else "is not an empty folder"
+        raise FileExistsError(f"{folder} exists and {what}: choose another one")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from scd.atomic import refuse_used
 from scd.checkpoint import World, last_step, load_progress, load_world, save_world
 from scd.config import to_json
 from scd.data.folder import open_source
@@ -183,11 +184,8 @@ def claim_folder(out: Path) -> None:
     Raises:
         FileExistsError: it is a file, or holds something else.
     """
-    if out.exists() and not (out / MARKER).is_file():
-        if not out.is_dir() or any(out.iterdir()):
-            raise FileExistsError(
-                f"{out} exists and holds something else than an earlier demo: choose another --out"
-            )
+    if not (out / MARKER).is_file():
+        refuse_used(out, "an earlier demo")
     out.mkdir(parents=True, exist_ok=True)
     write_text("A demo of scd lies here; `scd demo` may write to this folder.\n", out / MARKER)
 
@@ -210,8 +208,6 @@ def train_one(name: str, folder: Path, num_steps: int, seed: int) -> Trained:
     checkpoint = last_step(train(config))
     assert checkpoint is not None
     progress = load_progress(checkpoint)
-    if progress.step < num_steps:
-        raise KeyboardInterrupt(f"stopped after {progress.step} of {num_steps} steps")
     return Trained(folder=folder, steps=progress.step, seconds=progress.elapsed_s)
 
 

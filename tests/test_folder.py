@@ -3,6 +3,7 @@
 import json
 import logging
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -315,6 +316,10 @@ def test_the_example_script_refuses_what_does_not_fit(tmp_path):
     write_video(tmp_path / "a.mp4", toy_episode(0)[0], 8.0, lossless=True)
     with pytest.raises(FileNotFoundError, match="neither a.csv nor a.npz"):
         script["convert"](config)
+    shutil.copyfile(tmp_path / "a.mp4", tmp_path / "a.MOV")
+    with pytest.raises(ValueError, match="the same name: a.MOV, a.mp4"):
+        script["convert"](config)
+    (tmp_path / "a.MOV").unlink()
     for rows, message in (
         ("0\n" * 11, "12 frames need as many actions, got 11"),
         ("0\n" * 11 + "2", "0 .. 1, got 0 .. 2"),
@@ -325,7 +330,7 @@ def test_the_example_script_refuses_what_does_not_fit(tmp_path):
             script["convert"](config)
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out/notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is not empty"):
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
         script["convert"](config)
     with pytest.raises(ValueError, match="only then"):
         script["Config"](videos=tmp_path, out=tmp_path, actions="discrete")

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from rich.progress import track
 
-from scd.atomic import file_aside, remove_leftovers
+from scd.atomic import file_aside, refuse_used, remove_leftovers
 from scd.clip import ConditionSpec, frames_to_pixels
 from scd.config import to_json
 from scd.data.doom import ACTION_NAMES, TICS_PER_S, DoomGame, require_vizdoom
@@ -147,8 +147,7 @@ def _begin(out: Path, card: DataCard, config: Recording) -> int:
     for name in ("out", "episodes", "workers"):
         del settings[name]
     if not (out / CARD_FILE).exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise FileExistsError(f"{out}: exists and holds no recording to continue")
+        refuse_used(out, "a recording to continue")
         out.mkdir(parents=True, exist_ok=True)
         write_manifest(out, [])
         write_card(out, card, settings)

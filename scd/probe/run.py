@@ -15,7 +15,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from scd.atomic import remove_leftovers, take_lock
+from scd.atomic import refuse_used, remove_leftovers, take_lock
 from scd.checkpoint import RAW_FILE, World, load_world, resolve
 from scd.config import to_json
 from scd.device_memory import PeakMemory, check_free, readable
@@ -153,8 +153,8 @@ def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
                 f"{out} holds a probe with other settings: choose another --out "
                 f"({'; '.join(f'{key}: {values}' for key, values in other.items())})"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and holds something else than a probe")
+    else:
+        refuse_used(out, "a probe")
     out.mkdir(parents=True, exist_ok=True)
     with take_lock(out / "lock"):
         remove_leftovers(out)
