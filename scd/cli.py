@@ -48,6 +48,7 @@ from scd.plan import dry_run
 from scd.presets import PRESETS, preset
 from scd.probe.run import probe
 from scd.probe.settings import ProbeConfig
+from scd.processes import num_started
 from scd.protocol_settings import ProtocolConfig
 from scd.protocols import listing, protocol
 from scd.run import TrainConfig
@@ -112,7 +113,8 @@ class TrainCommand:
     run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     """The run."""
     dry_run: bool = False
-    """Print all settings, parameters, arithmetic and memory as JSON, and do not train."""
+    """Print all settings, parameters, arithmetic and memory as JSON, and do not train. Started by
+    accelerate or torchrun, of as many processes as they start."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -227,7 +229,7 @@ def _train(words: list[str]) -> None:
             if not settings.dry_run:
                 raise
     if settings.dry_run:
-        dry_run(config)
+        dry_run(config, num_started())
         return
     if is_of_wan(config) and not config.initial:
         raise ValueError(
@@ -382,7 +384,9 @@ def _convert(words: list[str]) -> None:
     if len(paths) < 2:
         if not any(word in ("-h", "--help") for word in rest):
             raise ValueError("scd convert reference needs a state dict and a folder to write")
-        print("usage: scd convert reference STATE_DICT OUT ...\n")
+        print("usage: scd convert reference STATE_DICT OUT ...")
+        print("   or: scd convert autoencoder STATE_DICT --out DIR ...; try --help after it")
+        print("   or: scd convert wan --model MODEL --out DIR ...; try --help after it\n")
         paths = ["", ""]
     else:
         rest = rest[2:]

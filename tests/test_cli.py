@@ -102,6 +102,24 @@ def test_a_dry_run_needs_no_data(preset, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_counts_the_processes_that_started_it(tmp_path, capsys, monkeypatch):
+    words = f"train scd-b --num-frames 3 --data {tmp_path}/nowhere --shard-weights --dry-run"
+    weights = []
+    for number in ("1", "4"):
+        monkeypatch.setenv("WORLD_SIZE", number)
+        assert run(words.split()) == 0
+        weights.append(json.loads(capsys.readouterr().out)["plan"]["memory"]["weights_gib"])
+    assert weights[0] == pytest.approx(4 * weights[1])
+
+
+def test_the_help_of_convert_names_all_that_it_converts(capsys):
+    assert run(["convert", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for line in ("convert reference STATE_DICT OUT", "convert autoencoder STATE_DICT --out DIR"):
+        assert line in shown
+    assert "convert wan --model MODEL --out DIR" in shown
+
+
 def test_a_dry_run_is_a_flag_of_the_help(capsys):
     assert run(["train", "toy", "--help"]) == 0
     assert "--dry-run" in capsys.readouterr().out
