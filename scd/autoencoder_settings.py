@@ -89,7 +89,7 @@ class TrainAutoencoderConfig:
     tracker: Tracker = "none"
     """Where numbers go besides log.jsonl."""
     time_limit_s: float = 0.0
-    """Seconds after which to save and stop; counted from the start of the command. 0: none."""
+    """Seconds after which to save and stop; counted once Python has loaded the program. 0: none."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue the training in `out` if it has the same settings. never: refuse to."""
     strict: bool = False

@@ -21,6 +21,7 @@ from scd.autoencoder.wan import WanAutoencoderConfig
 from scd.checkpoint import write_world_settings
 from scd.data.source import DataCard
 from scd.diffusers_folder import find_part, read_part_config
+from scd.distill_wan import STEPS
 from scd.flow import SamplingConfig
 from scd.intervene.settings import proposed_layers
 from scd.model.build import ModelConfig, build
@@ -36,19 +37,14 @@ from scd.model.wan.config import (
     WanSeparableConfig,
 )
 from scd.model.wan.times import SHIFT, warped_times
+from scd.runtime import DTYPES
 from scd.wan_source import PARTS, WanSource, open_source
 
 FPS = 16.0
 """Frames per second of Wan's videos."""
 
-FEW_STEPS = (1000, 750, 500, 250)
-"""Steps of causal checkpoints. Source: paper, section 6.4."""
-
 _SWITCHES = ("encoder_noise", "lowest_time", "encoder_shift", "join", "context_time")
 """Settings of a separable world that a dense one does not have."""
-
-STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Types of stored weights by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +127,7 @@ def convert_wan(config: ConvertWanConfig) -> Path:
     with source.weights as weights, written_aside(folder) as aside:
         _check(source, model)
         write_world_settings(aside, model, autoencoder, card, _sampling(config, source))
-        dtype = STORED.get(config.dtype)
+        dtype = DTYPES.get(config.dtype)
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for name, theirs in source.names.items():
@@ -186,7 +182,7 @@ def model_config(
         ValueError: layers that are not there, frames that cannot be cut into tokens, or a setting
             that has no effect.
     """
-    cell = _cell_size(config.model, source)
+    cell = _cell_size(source)
     step = cell * source.patch_size
     if config.height % step or config.width % step:
         raise ValueError(
@@ -240,7 +236,7 @@ def model_config(
     )
 
 
-def _cell_size(model: str, source: WanSource) -> int:
+def _cell_size(source: WanSource) -> int:
     """Return the pixels along a latent cell: as the autoencoder beside the weights says, or 8."""
     if source.folder is None or not (source.folder / "vae").is_dir():
         return 8
@@ -257,7 +253,7 @@ def _autoencoder(config: ConvertWanConfig, source: WanSource) -> WanAutoencoderC
         place = place if not path.is_dir() or _has_parts(source.folder) else ""
         place = str(Path(config.out).resolve()) if config.copy_parts else place
     return WanAutoencoderConfig(
-        source=place, channels=source.channels, cell_size=_cell_size(config.model, source)
+        source=place, channels=source.channels, cell_size=_cell_size(source)
     )
 
 
@@ -273,7 +269,7 @@ def _copy_parts(model: str, folder: Path) -> None:
 def _sampling(config: ConvertWanConfig, source: WanSource) -> SamplingConfig:
     if not source.is_causal:
         return SamplingConfig(num_steps=config.num_steps, schedule="shifted", shift=SHIFT)
-    times = warped_times(FEW_STEPS)
+    times = warped_times(STEPS)
     return SamplingConfig(num_steps=len(times), schedule="listed", times=times, solver="renoise")
 
 

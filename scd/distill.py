@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from scd.checkpoint import load_world, resolve
+from scd.checkpoint import read_world_parts, resolve
 from scd.flow import SamplingConfig
 from scd.objective.distill import ConsistencyConfig, RegressionConfig
 from scd.objective.match import MatchConfig
@@ -58,7 +58,7 @@ def distillation(choice: DistillChoice) -> TrainConfig:
         ValueError: a folder is damaged.
     """
     start = choice.initial or choice.teacher
-    world = load_world(start)
+    world = read_world_parts(resolve(start))
     run = TrainConfig(
         data=choice.data,
         out=f"runs/out/{choice.method}-{choice.steps}",
@@ -66,8 +66,8 @@ def distillation(choice: DistillChoice) -> TrainConfig:
         precision="bf16",
         ema_decay=0.99,
         validate_every=0,
-        model=world.model.config,
-        autoencoder=world.autoencoder.config,
+        model=world["model"],
+        autoencoder=world["autoencoder"],
         objective=_objective(choice),
         sampling=SamplingConfig(num_steps=choice.steps, solver="renoise"),
     )

@@ -118,7 +118,7 @@ class TrainConfig:
     resume: Literal["auto", "never"] = "auto"
     """auto: continue the run in `out` if it has the same settings. never: refuse to."""
     time_limit_s: float = 0.0
-    """Seconds after which to save and stop; counted from the start of the command. 0: none."""
+    """Seconds after which to save and stop; counted once Python has loaded the program. 0: none."""
     num_loader_workers: int = 2
     """Threads that read clips ahead."""
     model: ModelConfig = field(default_factory=SeparableConfig)

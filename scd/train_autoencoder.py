@@ -117,7 +117,7 @@ def train_step(run: AutoencoderRun, batch: Batch) -> dict[str, float]:
     run.step += 1
     run.clock.count_step()
     found = {"loss": loss} | logs | norms
-    # One wait for the device.
+    # All in one wait for the device, beside that of each network's update.
     return dict(
         zip(found, torch.stack([one.detach() for one in found.values()]).tolist(), strict=True)
     )
@@ -138,7 +138,7 @@ def _update(run: AutoencoderRun, module: nn.Module, optimizers: list[Any], loss:
     loss.backward()
     limit = run.config.optim.clip_norm or math.inf
     norm = nn.utils.clip_grad_norm_(module.parameters(), limit)
-    refuse_non_finite(run.step, loss.item(), norm.item())
+    refuse_non_finite(run.step, *torch.stack([loss.detach(), norm]).tolist())
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -19,9 +19,6 @@ DeepName = Literal["deep-8", "deep-16", "deep-32", "small-8", "small-16"]
 LATENT_CHANNELS = 32
 """Channels of a latent frame of all of them."""
 
-LATENT_SIDE = 8
-"""Rows and columns of a latent frame for which FAR chooses the network: frames of 64, 128, 256."""
-
 FAR_SCALE = 0.2889
 """What FAR multiplies its latents by, for every collection."""
 
@@ -38,26 +35,23 @@ NUM_CONVOLVED = 3
 """First stages whose blocks are convolutions; those of the others are linear attention."""
 
 
-def deep_settings(name: DeepName, scale: float = 1.0) -> dict[str, Any]:
+def deep_settings(name: DeepName) -> dict[str, Any]:
     """Return the settings of a network as diffusers' AutoencoderDC takes them.
 
     FAR publishes the settings of 8 and 32; those of 16, with one stage less than 32, are inferred.
 
     Args:
         name: which.
-        scale: what its latents are to be multiplied by to be of unit scale.
     """
     if name == "small-8":
         # Norms that do not look at the batch: a short run has no time for running means.
-        return _settings((32, 32, 64, 128), (0, 1, 1, 1), (0, 2, 1, 1), scale, first="rms_norm")
+        return _settings((32, 32, 64, 128), (0, 1, 1, 1), (0, 2, 1, 1), first="rms_norm")
     if name == "small-16":
         return _settings(
-            (16, 16, 32, 64, 256), (0, 1, 1, 1, 1), (0, 1, 1, 1, 1), scale, "rms_norm", convolved=5
+            (16, 16, 32, 64, 256), (0, 1, 1, 1, 1), (0, 1, 1, 1, 1), first="rms_norm", convolved=5
         )
     num_stages = {"deep-8": 4, "deep-16": 5, "deep-32": 6}[name]
-    return _settings(
-        WIDTHS[:num_stages], ENCODER_LAYERS[:num_stages], DECODER_LAYERS[:num_stages], scale
-    )
+    return _settings(WIDTHS[:num_stages], ENCODER_LAYERS[:num_stages], DECODER_LAYERS[:num_stages])
 
 
 def deep_name(height: int, width: int) -> DeepName:
@@ -80,7 +74,6 @@ def _settings(
     widths: tuple[int, ...],
     encoder_layers: tuple[int, ...],
     decoder_layers: tuple[int, ...],
-    scale: float,
     first: str = "batch_norm",
     convolved: int = NUM_CONVOLVED,
 ) -> dict[str, Any]:
@@ -93,7 +86,7 @@ def _settings(
         layers=(encoder_layers, decoder_layers),
         scales=([()] * len(widths), [()] * len(widths)),
         norms=norms,
-        scale=scale,
+        scale=1.0,
     )
 
 
@@ -157,7 +150,7 @@ def settings_of(state: Mapping[str, Tensor], scale: float = FAR_SCALE) -> dict[s
         layers=(tuple(encoder["layers"]), tuple(decoder["layers"])),
         scales=(encoder["scales"], decoder["scales"]),
         norms=decoder["norms"],
-        scale=scale,
+        scale=1.0,
         latent_channels=state["encoder.conv_out.weight"].shape[0],
     )
 

@@ -105,18 +105,18 @@ class Grow(nn.Module):
 class TaewDecoder(nn.Module):
     """TAEW's decoder; its layers stand at the places that its files name."""
 
-    def __init__(self, channels: int = 16, widths: tuple[int, ...] = WIDTHS) -> None:
+    def __init__(self, channels: int = 16) -> None:
         super().__init__()
         layers: list[nn.Module] = [
             SoftClamp(),
-            nn.Conv2d(channels, widths[0], 3, padding=1),
+            nn.Conv2d(channels, WIDTHS[0], 3, padding=1),
             nn.ReLU(),
         ]
-        for width, after, factor in zip(widths[:-1], widths[1:], TIME_FACTORS, strict=True):
+        for width, after, factor in zip(WIDTHS[:-1], WIDTHS[1:], TIME_FACTORS, strict=True):
             layers += [Remember(width) for _ in range(3)]
             layers += [nn.Upsample(scale_factor=2), Grow(width, factor)]
             layers += [nn.Conv2d(width, after, 3, padding=1, bias=False)]
-        layers += [nn.ReLU(), nn.Conv2d(widths[-1], 3, 3, padding=1)]
+        layers += [nn.ReLU(), nn.Conv2d(WIDTHS[-1], 3, 3, padding=1)]
         self.decoder = nn.Sequential(*layers)
 
     def forward(

@@ -205,8 +205,7 @@ class UCF101Source:
 
     Raises:
         FileNotFoundError: no such folder, or a list is missing.
-        ValueError: a class folder is missing or misspelt, a damaged list, no videos left, or one
-            that cannot be used under `strict`.
+        ValueError: a class is missing or misspelt, a damaged list, no videos, or one by `strict`.
     """
 
     def __init__(
@@ -228,11 +227,10 @@ class UCF101Source:
                 *(root, len(wrong), len(chosen), split, wrong[0]),
             )
         kept = [number for number, header in enumerate(headers) if not header.error]
+        if not chosen:
+            raise EmptySplit(f"{root}: split {split!r} has no videos")
         if not kept:
-            why = f" that can be read: {wrong[0]}" if wrong else ""
-            raise (ValueError if wrong else EmptySplit)(
-                f"{root}: split {split!r} has no videos{why}"
-            )
+            raise ValueError(f"{root}: no {split} videos can be read: {wrong[0]}")
         self.names = [chosen[number] for number in kept]
         self.headers = [headers[number] for number in kept]
         self._times: dict[int, np.ndarray] = {}

@@ -86,9 +86,7 @@ def losses(subject: Subject, task: Task, levels: Sequence[float]) -> Float[Tenso
     return task.per_clip(torch.stack([task.error(subject, state, time) for time in levels]))
 
 
-def relative(
-    changed: Float[Tensor, "levels b"], full: Float[Tensor, "levels b"], seed: int = 0
-) -> Estimate:
+def relative(changed: Float[Tensor, "levels b"], full: Float[Tensor, "levels b"]) -> Estimate:
     """Estimate by which share a loss exceeds another on the same clips."""
     both = torch.stack([changed.mean(0), full.mean(0)], dim=1).cpu()
-    return bootstrap(both, lambda means: means[:, 0] / means[:, 1] - 1, seed)
+    return bootstrap(both, lambda means: means[:, 0] / means[:, 1] - 1)

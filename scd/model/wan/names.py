@@ -7,7 +7,6 @@ The original names are those of the Wan2.1 release, and of causal models that we
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 _PAIRS = (
     ("blocks.{n}.self_attn.q.", "blocks.{n}.attn1.to_q."),
@@ -73,11 +72,6 @@ def bare(name: str) -> str:
             if name.startswith(prefix):
                 name, stripped = name.removeprefix(prefix), True
     return name
-
-
-def is_original(names: Iterable[str]) -> bool:
-    """Tell the original names from diffusers'."""
-    return any(re.search(r"(^|\.)blocks\.\d+\.self_attn\.", name) for name in names)
 
 
 def from_original(name: str) -> str:
