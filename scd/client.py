@@ -125,8 +125,12 @@ class Client:
         self.state: State | None = None
         """Of the session, as of the last answer; None: there is no session."""
         hello = Hello(version=VERSION, token=token, codec=codec, quality=quality)
-        self.welcome = self._greet(hello)
-        """What is played, and within which limits."""
+        try:
+            self.welcome = self._ask(hello, Welcome)
+            """What is played, and within which limits."""
+        except BaseException:
+            self.disconnect()
+            raise
 
     def __enter__(self) -> Client:
         return self
@@ -138,14 +142,6 @@ class Client:
         trace: TracebackType | None,
     ) -> None:
         self.disconnect()
-
-    def _greet(self, hello: Hello) -> Welcome:
-        """Say hello; where it is not answered by a welcome nothing stays open."""
-        try:
-            return self._ask(hello, Welcome)
-        except BaseException:
-            self.disconnect()
-            raise
 
     def disconnect(self) -> None:
         """End the connection; the session stays, paused."""
@@ -164,7 +160,7 @@ class Client:
         self._frames.clear()
         request = self._send(Step(action=action, count=count))
         kept: list[Received] = []
-        while len(kept) < count or not self._is_answered(request):
+        while len(kept) < count or self.state is None or self.state.request != request:
             message = self._receive()
             if isinstance(message, Received) and not message.header.shown:
                 kept.append(message)
@@ -270,13 +266,6 @@ class Client:
             raise _ended(error) from error
         return self._num_requests
 
-    def _decode(self, header: FrameHeader, payload: bytes) -> np.ndarray:
-        pixels = self._decoder.decode(payload, header.codec, header.key)
-        return pixels[: header.height, : header.width]
-
-    def _is_answered(self, request: int) -> bool:
-        return self.state is not None and self.state.request == request
-
     def _acknowledge(self, header: FrameHeader) -> None:
         self._send(Acknowledge(generation=header.generation, frame=header.frame))
 
@@ -290,7 +279,8 @@ class Client:
             header, payload = unpack(data)
             if isinstance(header, SnapshotHeader):
                 return payload
-            return Received(header=header, pixels=self._decode(header, payload))
+            pixels = self._decoder.decode(payload, header.codec, header.key)
+            return Received(header=header, pixels=pixels[: header.height, : header.width])
         message = read_server(data)
         if isinstance(message, State):
             self.state = message
