@@ -24,6 +24,7 @@ from scd.model.build import ModelConfig
 from scd.model.pretrained import CONFIG_FILE, WEIGHTS_FILE, read_settings
 from scd.model.shards import StoredWeights, write_shards
 from scd.model.wan.config import WanConfig, WanSeparableConfig
+from scd.text_to_video import parts_beside
 from scd.wan_source import PARTS, WEIGHTS_STEM
 
 SPLIT_FILE = "scd.json"
@@ -94,7 +95,7 @@ def export_diffusers(run: str | os.PathLike[str], out: str) -> list[Path]:
             text = json.dumps(to_json(config), indent=2)
             (aside / SPLIT_FILE).write_text(text + "\n", encoding="utf-8")
         else:
-            _add_parts(settings.get("autoencoder"), aside)
+            _add_parts(_source_of(run, settings.get("autoencoder")), aside)
     return [target / part.folder for part in parts]
 
 
@@ -131,9 +132,14 @@ def _transformer_config(config: WanConfig | WanSeparableConfig, num_layers: int)
     }
 
 
-def _add_parts(autoencoder: Any, folder: Path) -> None:
-    """Copy what makes a pipeline whole, from the folder of diffusers that the world names."""
-    source = autoencoder.get("source") if isinstance(autoencoder, dict) else None
+def _source_of(run: str | os.PathLike[str], autoencoder: Any) -> str:
+    """Return the folder of diffusers with a world's other parts: itself, or the one it names."""
+    named = autoencoder.get("source") if isinstance(autoencoder, dict) else None
+    return parts_beside(str(run)) or named or ""
+
+
+def _add_parts(source: str, folder: Path) -> None:
+    """Copy what makes a pipeline whole, from a folder of diffusers if there is one."""
     if not source or not Path(source).is_dir():
         return
     for part in (*PARTS, "scheduler"):

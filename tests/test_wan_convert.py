@@ -108,6 +108,22 @@ def test_a_dense_world_is_the_source_and_comes_back_bit_by_bit(source, tmp_path)
     assert dict(loaded.config)["num_layers"] == NUM_LAYERS
 
 
+def test_parts_of_a_moved_world_are_exported_from_beside_its_weights(source, tmp_path):
+    run = convert_wan(
+        ConvertWanConfig(model=str(source), out=str(tmp_path / "run"), split="dense", **SMALL)
+    )
+    moved = run.rename(tmp_path / "moved")
+    for part in ("vae", "text_encoder", "tokenizer"):
+        (moved / part).mkdir(exist_ok=True)
+        (moved / part / "config.json").write_text('{"_class_name": "Ours"}')
+    settings = json.loads((moved / "config.json").read_text())
+    settings["autoencoder"]["source"] = str(run)
+    (moved / "config.json").write_text(json.dumps(settings))
+    export_diffusers(moved, str(tmp_path / "back"))
+    for part in ("vae", "text_encoder", "tokenizer"):
+        assert (tmp_path / "back" / part / "config.json").is_file()
+
+
 def test_both_parts_of_a_separable_world_are_exported(source, tmp_path):
     run = convert_wan(
         ConvertWanConfig(model=str(source), out=str(tmp_path / "run"), split="4,2+1", **SMALL)
