@@ -13,9 +13,15 @@ from rich.progress import track
 
 from scd.atomic import take_lock, write_file
 from scd.config import to_json
-from scd.data.prompts import FORMAT, INFO_FILE, PromptsInfo, is_prompts, read_prompts_info
+from scd.data.prompts import (
+    FORMAT,
+    INFO_FILE,
+    PromptsInfo,
+    is_prompts,
+    read_lines,
+    read_prompts_info,
+)
 from scd.text import PromptEmbedder, TextConfig
-from scd.vbench import read_lines
 
 LOCK_FILE = "lock"
 """File of the folder that is locked while it is written."""

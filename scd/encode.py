@@ -39,7 +39,7 @@ from scd.data.latents import FORMAT, LatentsInfo
 from scd.data.source import Source, Split
 from scd.encode_parts import choose_autoencoder, choose_texts, embed, open_sources
 from scd.encode_settings import EncodeConfig
-from scd.runtime import choose_device
+from scd.runtime import choose_device, parse_shard
 from scd.text import PromptEmbedder
 
 READ_AHEAD = 2
@@ -85,7 +85,7 @@ def encode(config: EncodeConfig) -> Encoded:
     jobs: list[tuple[Split, int]] = [
         (split, number) for split in sources for number in range(info.num_files(split))
     ]
-    index, num_processes = config.place
+    index, num_processes = parse_shard(config.shard)
     mine = jobs[index::num_processes]
     todo = [job for job in mine if not is_whole(out, info, *job)]
     began, num_frames = time.perf_counter(), 0

@@ -7,7 +7,7 @@ from typing import Literal
 
 from scd.data.latents import Stored
 from scd.data.source import Split
-from scd.runtime import Precision
+from scd.runtime import Precision, parse_shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +58,4 @@ class EncodeConfig:
             raise ValueError(f"latent_scale must be above 0, got {self.latent_scale}")
         if not self.splits or len(set(self.splits)) < len(self.splits):
             raise ValueError(f"splits must be named once each, got {list(self.splits)}")
-        _ = self.place
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Number of this process, and how many there are."""
-        first, slash, second = self.shard.partition("/")
-        if not (slash and first.isdigit() and second.isdigit() and int(first) < int(second)):
-            raise ValueError(f"shard must be i/n with i in 0 .. n - 1, got {self.shard!r}")
-        return int(first), int(second)
+        parse_shard(self.shard)

@@ -45,6 +45,21 @@ def cache_folder(name: str) -> Path:
     return Path(base) / "scd" / name
 
 
+def parse_shard(shard: str) -> tuple[int, int]:
+    """Read which part of some work is this process's: "3/8" is that after 0/8, 1/8 and 2/8.
+
+    Returns:
+        Its number from 0, and how many parts there are.
+
+    Raises:
+        ValueError: no such form, or a part beyond the last.
+    """
+    number, _, count = shard.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ValueError(f"shard must be i/n with i in 0 .. n - 1, got {shard!r}")
+    return int(number), int(count)
+
+
 def derive_seed(seed: int, purpose: str, *indices: int) -> int:
     """Hash a run's seed, a purpose and indices (rank, step, ...) into one seed.
 

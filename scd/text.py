@@ -75,6 +75,7 @@ class PromptEmbedder:
         self._tokenizer = _load_tokenizer(self._words)
         self._encoder: Any = None
         self._name = ""
+        self._kept: dict[str, Tensor] = {}
 
     @property
     def name(self) -> str:
@@ -109,6 +110,21 @@ class PromptEmbedder:
             [self._embed(prompt, ids) for prompt, ids in zip(prompts, tokens, strict=True)]
         )
 
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Embed prompts one after another, so that `embed` finds them, and give the memory back.
+
+        Filled up they may take more memory than there is: only what their words became is kept, in
+        the cache, or in memory where there is none.
+
+        Raises:
+            ValueError: a prompt is too long: none is embedded then.
+        """
+        for prompt in prompts:
+            self.tokens(prompt)
+        for prompt in prompts:
+            self.embed([prompt])
+        self.release()
+
     @property
     def is_loaded(self) -> bool:
         """Whether the text encoder takes memory."""
@@ -120,10 +136,12 @@ class PromptEmbedder:
 
     def _embed(self, prompt: str, ids: list[int]) -> Tensor:
         path = self.path_of(prompt)
-        words = None if path is None else _read(path)
+        words = self._kept.get(prompt) if path is None else _read(path)
         if words is None:
             words = self._encode(ids)
-            if path is not None:
+            if path is None:
+                self._kept[prompt] = words
+            else:
                 _write(path, words, clean_prompt(prompt), self.name)
         return torch.cat([words, words.new_zeros(self.config.length - len(words), words.shape[1])])
 

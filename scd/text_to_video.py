@@ -118,10 +118,12 @@ class TextToVideo:
             )
         spec = from_json(ConditionSpec, settings["model"]["conditions"], f"{config.run}: model")
         self._embedder = PromptEmbedder(self.source, self._text_config(spec.text_length))
-        self._texts: dict[str, Tensor] = {}
         self._text_dim = spec.text_dim
         if prompts:
-            self.embed(prompts)
+            if not all(prompt.strip() for prompt in prompts):
+                raise ValueError("a prompt must have words, got an empty one")
+            self._embedder.prepare(prompts)
+            self.embed(prompts[:1])
             self.embed_negative()
         place = replace(described, source=self.source)
         self.autoencoder = WanAutoencoder(place).place(self.device, config.decoder_precision)
@@ -161,7 +163,7 @@ class TextToVideo:
         return card.fps * self.decoder.pictures_per_latent / FRAMES_PER_LATENT
 
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "b l c"]:
-        """Embed prompts, 1 or more and none of them empty; each is embedded once.
+        """Embed prompts, 1 or more and none of them empty; none is embedded twice.
 
         Raises:
             ValueError: a prompt that is empty or too long, or embeddings of another width than the
@@ -185,17 +187,14 @@ class TextToVideo:
         return None if scale == 1 else self._embed([prompt])
 
     def _embed(self, prompts: Sequence[str]) -> Tensor:
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        if new:
-            embedded = self._embedder.embed(new)
-            self._embedder.release()
-            if embedded.shape[-1] != self._text_dim:
-                raise ValueError(
-                    f"the text encoder of {self.source} makes {embedded.shape[-1]} entries of a "
-                    f"token, the model reads {self._text_dim}"
-                )
-            self._texts |= dict(zip(new, embedded, strict=True))
-        return torch.stack([self._texts[prompt] for prompt in prompts])
+        embedded = self._embedder.embed(prompts)
+        self._embedder.release()
+        if embedded.shape[-1] != self._text_dim:
+            raise ValueError(
+                f"the text encoder of {self.source} makes {embedded.shape[-1]} entries of a "
+                f"token, the model reads {self._text_dim}"
+            )
+        return embedded
 
     def stream(
         self, seed: int, scale: float | None = None, num_steps: int | None = None

@@ -18,9 +18,10 @@ from rich.console import Console
 from scd.checkpoint import read_json
 from scd.clip import frames_to_pixels
 from scd.config import differences, to_json
+from scd.data.prompts import read_lines
 from scd.data.video import write_video
 from scd.results import provenance, write_json
-from scd.runtime import cpu_threads
+from scd.runtime import cpu_threads, parse_shard
 from scd.sample_text import render
 from scd.text_to_video import TextToVideo, VideoConfig
 
@@ -56,8 +57,8 @@ class VBenchConfig:
     """Length of a video, rounded up to whole latent frames."""
     first_seed: int = 0
     """Seed of the noise of PROMPT-0.mp4; the following ones count up. Equal for all prompts."""
-    shard: str = "1/1"
-    """Which part of the videos this process renders: "2/8" is the second of eight."""
+    shard: str = "0/1"
+    """i/n: the i-th, from 0, of n processes that share the work."""
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -77,37 +78,6 @@ class Job:
     """What it shows."""
     seed: int
     """Of its noise."""
-
-
-def parse_shard(shard: str) -> tuple[int, int]:
-    """Read "2/8" as the index 1 of 8 parts.
-
-    Raises:
-        ValueError: no such form, or a part beyond the last.
-    """
-    number, _, count = shard.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ValueError(f'shard must be a part of all, "1/8" .. "8/8", got {shard!r}')
-    return int(number) - 1, int(count)
-
-
-def read_lines(path: str | Path) -> list[str]:
-    """Read the lines of a text file, without the empty ones at its end.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it has no lines, an empty one between others, or is no text.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
-    lines = [line.strip() for line in lines]
-    empty = [number for number, line in enumerate(lines, start=1) if not line]
-    if not lines or empty:
-        raise ValueError(f"{path} needs a prompt in every line, empty are {empty[:5] or 'all'}")
-    return lines
 
 
 def list_jobs(config: VBenchConfig) -> list[Job]:

@@ -14,6 +14,7 @@ from scd.runtime import (
     describe_hardware,
     git_commit,
     make_generator,
+    parse_shard,
     peak_memory_gib,
 )
 
@@ -33,6 +34,13 @@ def test_the_cache_is_the_users(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "home")
     assert str(cache_folder("compiled")) == "home/.cache/scd/compiled"
+
+
+def test_shards_count_from_zero():
+    assert parse_shard("0/1") == (0, 1) and parse_shard("2/8") == (2, 8)
+    for wrong in ("4/4", "1", "a/b", "-1/2", "0/0", "1/"):
+        with pytest.raises(ValueError, match="shard must be i/n with i in 0 .. n - 1, got"):
+            parse_shard(wrong)
 
 
 def test_any_other_seed_purpose_or_index_is_another_stream():

@@ -69,6 +69,25 @@ class PromptsInfo:
         return ConditionSpec(text_length=self.length, text_dim=self.dim)
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """Read the lines of a text file, without the empty ones at its end.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it has no lines, an empty one between others, or is no text.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+    lines = [line.strip() for line in lines]
+    empty = [number for number, line in enumerate(lines, start=1) if not line]
+    if not lines or empty:
+        raise ValueError(f"{path} needs a prompt in every line, empty are {empty[:5] or 'all'}")
+    return lines
+
+
 def is_prompts(path: Path | str) -> bool:
     """Tell whether a folder holds embedded prompts."""
     return (Path(path) / INFO_FILE).is_file()
