@@ -150,7 +150,7 @@ def settings_of(state: Mapping[str, Tensor], scale: float = FAR_SCALE) -> dict[s
         layers=(tuple(encoder["layers"]), tuple(decoder["layers"])),
         scales=(encoder["scales"], decoder["scales"]),
         norms=decoder["norms"],
-        scale=1.0,
+        scale=scale,
         latent_channels=state["encoder.conv_out.weight"].shape[0],
     )
 
