@@ -38,9 +38,14 @@ def gather(evaluations: Mapping[tuple[str, str], Any], turns: Mapping[str, Any])
     Raises:
         ValueError: there is no base, or evaluations that cannot be compared.
     """
-    kinds = list(dict.fromkeys(kind for kind, _ in evaluations))
+    found = dict.fromkeys(kind for kind, _ in evaluations)
+    # One seed has no interval: a kind of which more are still to come is left out.
+    kinds = [kind for kind in found if sum(one == kind for one, _ in evaluations) > 1]
     if BASE not in kinds or len(kinds) < 2:
-        raise ValueError(f"needed {BASE}-SEED.json and those of other kinds, got {kinds}")
+        raise ValueError(
+            f"needed {BASE}-SEED.json and those of other kinds, two seeds of each or more, got "
+            f"{list(found)}"
+        )
     rows, compared = [], {}
     for kind in kinds:
         if kind != BASE:
@@ -57,6 +62,7 @@ def gather(evaluations: Mapping[tuple[str, str], Any], turns: Mapping[str, Any])
         "seconds_per_frame": turns["worlds"][BASE]["seconds_per_frame"]["total"]["p50"],
         "time_over_base": {kind: ratio for kind, ratio in timed.items() if kind != BASE},
         "timed": turns["timed"],
+        "left_out": [kind for kind in found if kind not in kinds],
         "protocol": compared["protocol"],
         "command": command(),
         "commit": compared["commit"],
@@ -81,14 +87,21 @@ def ablations(results: Mapping[str, Mapping[str, Any]]) -> str:
     head += [f"{metric.upper()}, frame +{horizon}" for metric, horizon in places]
     base = [f"{first[place]['means'][BASE]:.{digits(place[0])}f}" for place in places]
     seconds = milliseconds(result["seconds_per_frame"])
-    lines = [["base, itself", *base, f"{seconds} ms"]]
+    lines = [["base, itself", *base, _by_seed(first[places[0]], BASE), f"{seconds} ms"]]
     for kind in result["kinds"]:
         of = {(row["metric"], row["horizon"]): row for row in kind["rows"]}
         ratio = result["time_over_base"].get(kind["kind"])
         time = "as the base" if ratio is None else f"{ratio['median']:.2f}"
         name = f"{kind['kind'].replace('_', ' ')} ({len(kind['seeds'])} seeds)"
-        lines.append([name, *(difference(of[place]) for place in places), time])
-    return markdown([*head, "time per frame"], lines)
+        differences = [difference(of[place]) for place in places]
+        lines.append([name, *differences, _by_seed(of[places[0]], kind["kind"]), time])
+    metric, horizon = places[0]
+    each = f"{metric.upper()}, frame +{horizon}, of each seed"
+    return markdown([*head, each, "time per frame"], lines)
+
+
+def _by_seed(row: Mapping[str, Any], kind: str) -> str:
+    return ", ".join(f"{value:.{digits(row['metric'])}f}" for value in row["values"][kind])
 
 
 def main(arguments: Sequence[str]) -> int:

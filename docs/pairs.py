@@ -85,6 +85,7 @@ def _difference(kinds: tuple[str, str], by_kind: Mapping[str, list[float]]) -> d
     mean = fmean(differences)
     return {
         "means": {kind: fmean(by_kind[kind]) for kind in kinds},
+        "values": {kind: list(by_kind[kind]) for kind in kinds},
         "deviations": {kind: stdev(by_kind[kind]) for kind in kinds},
         "difference": mean,
         "ci_low": mean - half,

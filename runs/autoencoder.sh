@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # An autoencoder of Doom, and the latents of the clips: on one GPU at 128x128 by FAR's network of
 # cells of 16 pixels, with FAR's 200,000 steps; SMALL=1 in the environment: by a small network with
-# the same cells, for a CPU.
+# the same cells, for a CPU (an hour on a busy core, encoding included).
 # Stop it at any time and start it again: recording, training and encoding go on where they were.
 #
 #   [SMALL=1] runs/autoencoder.sh [FOLDER] [SECONDS] [DATA]

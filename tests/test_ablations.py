@@ -50,10 +50,11 @@ def test_differences_to_the_base_and_the_table():
     # 21 - 20 and 25 - 22.
     assert first["difference"] == 2.0 and first["means"] == {"dense": 23.0, "base": 21.0}
     head, _, base, dense, guided = ablations.ablations({"name": result}).splitlines()
-    assert head.count("PSNR") == 3 and "frame +24" in head and "frame +2 " not in head
-    assert "| 21.00 |" in base and base.endswith("| 10 ms |")
-    assert "dense (2 seeds)" in dense and "+2.00 [" in dense and dense.endswith("| 2.50 |")
-    assert "-1.00 [-1.00, -1.00]" in guided and guided.endswith("| as the base |")
+    assert head.count("PSNR") == 4 and "frame +24" in head and "frame +2 " not in head
+    assert "| 21.00 |" in base and base.endswith("| 20.00, 22.00 | 10 ms |")
+    assert "dense (2 seeds)" in dense and "+2.00 [" in dense
+    assert dense.endswith("| 21.00, 25.00 | 2.50 |")
+    assert "-1.00 [-1.00, -1.00]" in guided and guided.endswith("| 19.00, 21.00 | as the base |")
 
 
 def test_claims_beside_what_was_measured():
@@ -92,6 +93,10 @@ def test_what_cannot_be_compared_is_refused():
     without = {key: one for key, one in EVALUATIONS.items() if key[0] != "base"}
     with pytest.raises(ValueError, match="needed base-SEED.json"):
         ablations.gather(without, TURNS)
+    # One seed says nothing of the spread over seeds.
+    more = EVALUATIONS | {("add", "0"): evaluation(20.0)}
+    result = ablations.gather(more, TURNS)
+    assert result["left_out"] == ["add"] and len(result["kinds"]) == 2
     with pytest.raises(ValueError, match="differ"):
         other = EVALUATIONS | {("dense", "1"): evaluation(25.0, num_clips=9)}
         ablations.gather(other, TURNS)
