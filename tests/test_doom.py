@@ -65,7 +65,7 @@ def test_another_recording_is_never_overwritten(recorded, tmp_path):
         record(settings(recorded, episodes=2))
     assert files(recorded) == before
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds no recording"):
+    with pytest.raises(FileExistsError, match="something else than a recording to continue"):
         record(settings(tmp_path))
 
 

@@ -415,7 +415,7 @@ def test_settings_that_no_replicas_can_have():
 def test_without_ray_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(
-        ValueError, match=r"needs ray, which is not installed: pip install 'scd\[ray"
+        ValueError, match=r'needs ray, which is not installed: pip install .*-e "\.\[ray'
     ):
         serve_replicas(ServeConfig(replicas=2))
 
