@@ -25,6 +25,7 @@ from scd.predict import TIMED, check_fit, choose_windows, summarize
 from scd.results import provenance, write_json
 from scd.rollout import Guidance, Rollout, Timing
 from scd.runtime import Precision, choose_device, cpu_threads
+from scd.shipped import read_clips
 
 NUM_SHOWN = 12
 """Columns of the picture, spread evenly over the predicted frames."""
@@ -36,8 +37,9 @@ class SampleConfig:
 
     run: str
     """Run folder, one of its step folders, or a world folder."""
-    data: str
-    """Where given frames and actions come from: "toy:32", "toy:64", or a folder of episodes."""
+    data: str = ""
+    """Where given frames and actions come from: "toy:32", "toy:64", or a folder of episodes. Empty:
+    from the clips that the world carries, as a shipped one does; the seed chooses which."""
     context: int = 16
     """Given first frames. 0: begin from nothing."""
     frames: int = 64
@@ -95,15 +97,14 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     Raises:
         FileNotFoundError: no such run or data.
         ValueError: no episode has as many frames as the context, data of another kind than the
-            model's, or no context for a model that needs its first frame.
+            model's, none for a world without clips of its own, or no context for a model that
+            needs its first frame.
     """
     device = choose_device(config.device)
     world = load_world(config.run, config.weights, device)
-    source = open_source(config.data, config.split, config.strict)
-    check_fit(world, source.card, config.data)
+    clip = _given_clip(config, world)
     if config.steps is not None:
         world = replace(world, sampling=with_num_steps(world.sampling, config.steps))
-    clip = choose_clip(source, config.context, config.frames, config.seed)
     described = _describe(world)
     with cpu_threads(config.threads or advised_threads(world.model.config)):
         engine = open_engine(world.model, config.engine, config.precision, release=True)
@@ -132,6 +133,29 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     } | provenance(device)
     write_json(result, out / "sample.json")
     return result
+
+
+def _given_clip(config: SampleConfig, world: World) -> Clip:
+    """Return the clip that begins and steers the stream: of the data, or of the world's own."""
+    if config.data:
+        source = open_source(config.data, config.split, config.strict)
+        check_fit(world, source.card, config.data)
+        return choose_clip(source, config.context, config.frames, config.seed)
+    clips = read_clips(config.run)
+    if clips is None:
+        raise ValueError(f"{config.run} carries no clips to begin from: name some --data")
+    number, num_frames = config.seed % len(clips.frames), clips.frames.shape[1]
+    if num_frames < max(config.context, 1):
+        raise ValueError(
+            f"a context of {config.context} frames was asked for, the clips of {config.run} have "
+            f"{num_frames}"
+        )
+    wanted = config.context + config.frames
+    return Clip(
+        frames=clips.pixels(number, wanted),
+        actions=clips.actions[number, :wanted],
+        fps=world.card.fps,
+    )
 
 
 def _mean_total(timings: list[Timing]) -> float:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from scd import media, sample
+from scd import media, predict, sample, shipped
+from scd.checkpoint import load_world
 from scd.data.folder import open_source
 from scd.rollout import Rollout
 
@@ -84,6 +85,26 @@ def test_stream_from_nothing_has_no_truth(run, tmp_path):
     with av.open(tmp_path / "s" / "sample.mp4") as container:
         assert sum(1 for _ in container.decode(container.streams.video[0])) == 5
     assert imread(tmp_path / "s" / "sample.png").shape[0] == 28 + 96 + 2 * media.GAP + 8
+
+
+def test_a_world_with_clips_needs_no_data(run, folder, tmp_path):
+    source = open_source(folder, "val")
+    batch = predict.read_windows(source, [(0, 0), (0, 6)], 10)
+    shipped.ship(run, batch, tmp_path / "shipped")
+    world = str(tmp_path / "shipped")
+    config = settings(world, "", tmp_path, seed=3, frames=12)
+    result = sample.sample(config)
+    # The second of two clips; its seven frames after the context are shown, and then none.
+    assert (result["true_frames"], result["frames_steered_by_the_episode"]) == (7, 7)
+    clip = sample._given_clip(config, load_world(world))
+    actions = batch.conditions.actions
+    assert clip.actions is not None and actions is not None
+    assert torch.equal(clip.actions, actions[1])
+    torch.testing.assert_close(clip.frames, batch.frames[1], atol=1 / 255, rtol=0)
+    with pytest.raises(ValueError, match="context of 11 frames was asked for, the clips of .* 10"):
+        sample.sample(settings(world, "", tmp_path, context=11))
+    with pytest.raises(ValueError, match="carries no clips to begin from: name some --data"):
+        sample.sample(settings(run, "", tmp_path))
 
 
 @pytest.mark.parametrize(
