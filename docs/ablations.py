@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import markdown, milliseconds
-from claims import CLAIMS, SHOWN, difference, digits, horizons_of
+from cells import difference, digits, markdown, milliseconds
+from claims import CLAIMS, SHOWN, horizons_of, shown
 from pairs import compare
 
 from scd.results import command, write_json
@@ -55,7 +55,7 @@ def gather(evaluations: Mapping[tuple[str, str], Any], turns: Mapping[str, Any])
     return {
         "kinds": rows,
         "claims": [
-            {"name": claim.name, "rows": _pair(claim.of, claim.against, evaluations)["rows"]}
+            {"name": claim.name, "rows": shown(_pair(claim.of, claim.against, evaluations)["rows"])}
             for claim in CLAIMS
             if claim.of in kinds and claim.against in kinds
         ],

@@ -12,6 +12,18 @@ def interval(row: Mapping[str, Any]) -> str:
     return f"{row['mean']:.{digits}f} [{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}]"
 
 
+def difference(row: Mapping[str, Any]) -> str:
+    """Return a difference with its interval."""
+    places = digits(row["metric"])
+    low, high = (f"{row[end]:+.{places}f}" for end in ("ci_low", "ci_high"))
+    return f"{row['difference']:+.{places}f} [{low}, {high}]"
+
+
+def digits(metric: str) -> int:
+    """Return how many decimals of a metric are shown."""
+    return 2 if metric in ("psnr", "fvd") else 3
+
+
 def milliseconds(seconds: float) -> str:
     """Return a duration with three digits that count."""
     return f"{1000 * seconds:.0f}" if seconds >= 0.1 else f"{1000 * seconds:.3g}"

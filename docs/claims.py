@@ -7,11 +7,11 @@ Source of what is said: paper, sections 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cells import markdown
+from cells import difference, markdown
 
 SHOWN = ("psnr", "ssim", "lpips", "fvd")
 """Metrics that count, as far as they were measured."""
@@ -145,6 +145,12 @@ def horizons_of(rows: Iterable[Mapping[str, Any]]) -> list[int]:
     return sorted({1, 8, max(found)} & found)
 
 
+def shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows that a verdict rests on."""
+    horizons = horizons_of(rows)
+    return [row for row in rows if row["metric"] in SHOWN and row["horizon"] in horizons]
+
+
 def verdict(claim: Claim, rows: Iterable[Mapping[str, Any]]) -> str:
     """Say whether differences with intervals bear a claim out.
 
@@ -182,8 +188,7 @@ def claims(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _line(claim: Claim, found: Mapping[str, Any], times: Mapping[str, Any]) -> list[str]:
-    horizons = horizons_of(found["rows"])
-    rows = [row for row in found["rows"] if row["metric"] in SHOWN and row["horizon"] in horizons]
+    rows = found["rows"]
     cells = [
         "<br>".join(
             f"+{row['horizon']}: {difference(row)}" for row in rows if row["metric"] == metric
@@ -194,15 +199,3 @@ def _line(claim: Claim, found: Mapping[str, Any], times: Mapping[str, Any]) -> l
     timed = claim.of in over and claim.against in over
     time = f"{over[claim.of] / over[claim.against]:.2f}" if timed else ""
     return [claim.name, claim.said, *cells, time, verdict(claim, rows)]
-
-
-def difference(row: Mapping[str, Any]) -> str:
-    """Return a difference with its interval."""
-    places = digits(row["metric"])
-    low, high = (f"{row[end]:+.{places}f}" for end in ("ci_low", "ci_high"))
-    return f"{row['difference']:+.{places}f} [{low}, {high}]"
-
-
-def digits(metric: str) -> int:
-    """Return how many decimals of a metric are shown."""
-    return 2 if metric in ("psnr", "fvd") else 3

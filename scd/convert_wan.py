@@ -21,7 +21,6 @@ from scd.autoencoder.wan import WanAutoencoderConfig
 from scd.checkpoint import write_world_settings
 from scd.data.source import DataCard
 from scd.diffusers_folder import find_part, read_part_config
-from scd.distill_wan import STEPS
 from scd.flow import SamplingConfig
 from scd.intervene.settings import proposed_layers
 from scd.model.build import ModelConfig, build
@@ -36,7 +35,7 @@ from scd.model.wan.config import (
     WanEncoderConfig,
     WanSeparableConfig,
 )
-from scd.model.wan.times import SHIFT, warped_times
+from scd.model.wan.times import FEW_STEPS, SHIFT, warped_times
 from scd.runtime import DTYPES
 from scd.wan_source import PARTS, WanSource, open_source
 
@@ -269,7 +268,7 @@ def _copy_parts(model: str, folder: Path) -> None:
 def _sampling(config: ConvertWanConfig, source: WanSource) -> SamplingConfig:
     if not source.is_causal:
         return SamplingConfig(num_steps=config.num_steps, schedule="shifted", shift=SHIFT)
-    times = warped_times(STEPS)
+    times = warped_times(FEW_STEPS)
     return SamplingConfig(num_steps=len(times), schedule="listed", times=times, solver="renoise")
 
 

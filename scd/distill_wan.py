@@ -20,7 +20,7 @@ from scd.flow import SamplingConfig
 from scd.initial import like_initial
 from scd.matching import check_rollout
 from scd.model.wan.config import WanSeparableConfig
-from scd.model.wan.times import NUM_TIMES, SHIFT, warped_times
+from scd.model.wan.times import FEW_STEPS, NUM_TIMES, SHIFT, warped_times
 from scd.objective.match import MatchConfig
 from scd.optim import OptimConfig
 from scd.processes import num_started
@@ -28,9 +28,6 @@ from scd.run import TrainConfig
 from scd.runtime import Precision
 from scd.teacher import find_bidirectional
 from scd.text import TextConfig
-
-STEPS = (1000, 750, 500, 250)
-"""Steps of Self-Forcing, counted before the shift."""
 
 OPTIM = OptimConfig(
     lr=2e-6,
@@ -85,7 +82,7 @@ class WanDmdChoice:
     """Bidirectional Wan to learn from: a folder of diffusers, its name on the hub, or a dense world
     of `scd convert wan --split dense`, which is then run without its causal mask. It may be larger
     than the student."""
-    steps: tuple[int, ...] = STEPS
+    steps: tuple[int, ...] = FEW_STEPS
     """Denoising steps of the student on Wan's scale of 1000, descending from 1000, before the
     shift."""
     shift: float = SHIFT

@@ -203,9 +203,7 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._start = Start(clips=clips, num_given=num_given)
-        sampling = world.sampling
-        if num_steps is not None:
-            sampling = with_num_steps(sampling, num_steps)
+        sampling = with_num_steps(world.sampling, num_steps)
         engine = open_engine(world.model, "fast")
         self._streams = Streams(world, engine, sampling, max_rows=num_envs)
         self._sessions: list[Session] = []

@@ -81,9 +81,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     judge = load_judge(config.judge, device) if config.judge else None
     if judge is not None:
         judge.check_fit(source.card, config.data)
-    sampling = world.sampling
-    if config.num_steps is not None:
-        sampling = with_num_steps(sampling, config.num_steps)
+    sampling = with_num_steps(world.sampling, config.num_steps)
     protocol = Protocol(
         context=config.context,
         horizon=config.horizon,

@@ -112,9 +112,7 @@ def prepare(config: ProtocolConfig, device: torch.device) -> Prepared:
     if instruments.judge is not None:
         instruments.judge.check_fit(source.card, config.data)
     windows, short = choose_clips(source, protocol, config.data)
-    sampling = world.sampling
-    if config.num_steps is not None:
-        sampling = with_num_steps(sampling, config.num_steps)
+    sampling = with_num_steps(world.sampling, config.num_steps)
     trial = Trial(
         world=world,
         source=source,

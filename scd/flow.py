@@ -144,11 +144,13 @@ def schedule(sampling: SamplingConfig) -> Float[Tensor, " steps"]:
     return sampling.shift * grid / (1 + (sampling.shift - 1) * grid)
 
 
-def with_num_steps(sampling: SamplingConfig, num_steps: int) -> SamplingConfig:
-    """Return the same with another number of steps.
+def with_num_steps(sampling: SamplingConfig, num_steps: int | None) -> SamplingConfig:
+    """Return the same with another number of steps; None: with as many as it has.
 
     Of listed times others are taken in between: with half as many steps every other one.
     """
+    if num_steps is None:
+        return sampling
     if sampling.schedule != "listed" or num_steps < 1:
         return replace(sampling, num_steps=num_steps)
     ends = [*sampling.times, 0.0]

@@ -208,10 +208,7 @@ class SCDPipeline:
             if not len(embedded):
                 raise ValueError("needed one embedded prompt or more, got none")
             return embedded
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
-        if not prompts:
-            raise ValueError("needed one prompt or more, got none")
-        return self.parts.embed(prompts)
+        return self.parts.embed([prompt] if isinstance(prompt, str) else list(prompt or ()))
 
     def _check_size(self, height: int | None, width: int | None) -> None:
         card = self.parts.world.card

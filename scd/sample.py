@@ -103,8 +103,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     device = choose_device(config.device)
     world = load_world(config.run, config.weights, device)
     clip = _given_clip(config, world)
-    if config.steps is not None:
-        world = replace(world, sampling=with_num_steps(world.sampling, config.steps))
+    world = replace(world, sampling=with_num_steps(world.sampling, config.steps))
     described = _describe(world)
     with cpu_threads(config.threads or advised_threads(world.model.config)):
         engine = open_engine(world.model, config.engine, config.precision, release=True)

@@ -179,6 +179,14 @@ def _find(source: str | os.PathLike[str]) -> tuple[Path, Path]:
     return words, find_part(source, "text_encoder", ENCODERS, "text encoder of Wan")
 
 
+def refuse_empty(prompts: Sequence[str]) -> None:
+    """Refuse no prompt at all, or one without words (ValueError)."""
+    if not prompts:
+        raise ValueError("needed one prompt or more, got none")
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt must have words, got an empty one")
+
+
 def clean_prompt(prompt: str) -> str:
     """Mend broken characters, turn HTML's names of characters into them, and join white space.
 

@@ -32,7 +32,7 @@ from scd.flow import with_num_steps
 from scd.model.build import num_parameters
 from scd.model.pretrained import CONFIG_FILE, read_settings
 from scd.runtime import Precision, choose_device
-from scd.text import PromptEmbedder, TextConfig, default_cache
+from scd.text import PromptEmbedder, TextConfig, default_cache, refuse_empty
 from scd.text_stream import TextStream
 
 
@@ -120,8 +120,7 @@ class TextToVideo:
         self._embedder = PromptEmbedder(self.source, self._text_config(spec.text_length))
         self._text_dim = spec.text_dim
         if prompts:
-            if not all(prompt.strip() for prompt in prompts):
-                raise ValueError("a prompt must have words, got an empty one")
+            refuse_empty(prompts)
             self._embedder.prepare(prompts)
             self.embed(prompts[:1])
             self.embed_negative()
@@ -166,11 +165,10 @@ class TextToVideo:
         """Embed prompts, 1 or more and none of them empty; none is embedded twice.
 
         Raises:
-            ValueError: a prompt that is empty or too long, or embeddings of another width than the
-                model's.
+            ValueError: no prompt, one that is empty or too long, or embeddings of another width
+                than the model's.
         """
-        if not all(prompt.strip() for prompt in prompts):
-            raise ValueError("a prompt must have words, got an empty one")
+        refuse_empty(prompts)
         return self._embed(prompts)
 
     def embed_negative(
@@ -206,7 +204,7 @@ class TextToVideo:
             scale: of the guidance; None: as the settings say.
             num_steps: per latent frame; None: as the settings say.
         """
-        sampling = self.sampling if num_steps is None else with_num_steps(self.sampling, num_steps)
+        sampling = with_num_steps(self.sampling, num_steps)
         return TextStream(
             self.world,
             self.engine,
