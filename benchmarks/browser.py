@@ -20,8 +20,8 @@ import tyro
 from playwright.sync_api import Page, sync_playwright
 from started import started
 
-from scd.config import to_json
-from scd.results import provenance, write_json
+from scd.common.config import to_json
+from scd.common.provenance import provenance, write_json
 
 KEYS = ("ArrowUp", "ArrowLeft", "ArrowRight")
 """What is pressed."""

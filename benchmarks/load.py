@@ -34,13 +34,13 @@ import torch
 import tyro
 from started import started
 
-from scd.checkpoint import load_world
-from scd.client import Client, Received, Refused, SessionEnded
-from scd.clip import frames_to_pixels
-from scd.config import to_json
+from scd.common.config import to_json
+from scd.common.provenance import provenance, write_json
+from scd.data.clip import frames_to_pixels
 from scd.engine.open import advised_threads, open_engine
-from scd.results import provenance, write_json
-from scd.rollout import Rollout
+from scd.models.checkpoint import load_world
+from scd.serving.client import Client, Received, Refused, SessionEnded
+from scd.streaming.rollout import Rollout
 
 MEMORY_LIMIT, FAIR_LIMIT = 0.05, 0.10
 """How much memory may grow, and how much slower than the fastest the slowest may be."""

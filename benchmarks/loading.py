@@ -23,19 +23,19 @@ from typing import Any
 import torch
 import tyro
 
-from scd.config import to_json
+from scd.common.config import to_json
+from scd.common.provenance import provenance, write_json
+from scd.common.runtime import choose_device, make_generator
 from scd.data.folder import open_source
 from scd.data.latents import LatentSource
 from scd.data.loader import Loader
 from scd.data.source import Source, Split
-from scd.encode import encode
-from scd.encode_settings import EncodeConfig
-from scd.fit import fit_to_data
-from scd.presets import preset
-from scd.results import provenance, write_json
-from scd.run import TrainConfig, build_model
-from scd.runtime import choose_device, make_generator
-from scd.tasks import denoising
+from scd.preprocessing.encode import encode
+from scd.preprocessing.settings import EncodeConfig
+from scd.training.config import TrainConfig, build_model
+from scd.training.fit import fit_to_data
+from scd.training.presets import preset
+from scd.training.tasks import denoising
 
 
 @dataclass(frozen=True, kw_only=True)

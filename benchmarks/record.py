@@ -16,9 +16,9 @@ from typing import Literal
 
 import tyro
 
-from scd.config import to_json
+from scd.common.config import to_json
+from scd.common.provenance import provenance, write_json
 from scd.data.record import DoomRecording, record
-from scd.results import provenance, write_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,13 +19,13 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from scd.checkpoint import World, load_world
-from scd.clip import Conditions
-from scd.config import to_json
-from scd.predict import TIMED, summarize
-from scd.results import provenance, write_json
-from scd.rollout import Rollout, Timing
-from scd.runtime import choose_device, make_generator
+from scd.common.config import to_json
+from scd.common.provenance import provenance, write_json
+from scd.common.runtime import choose_device, make_generator
+from scd.data.clip import Conditions
+from scd.evaluation.predict import TIMED, summarize
+from scd.models.checkpoint import World, load_world
+from scd.streaming.rollout import Rollout, Timing
 
 MEMORY_LIMIT, TIME_LIMIT = 0.05, 0.10
 """How much memory, and seconds per frame, may grow over the stream."""

@@ -18,16 +18,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from scd.checkpoint import load_world
-from scd.config import to_json
+from scd.common.config import to_json
+from scd.common.provenance import provenance, write_json
+from scd.common.runtime import Precision, choose_device, cpu_threads
 from scd.data.folder import open_source
 from scd.engine.interface import EngineKind
 from scd.engine.open import advised_threads, open_engine
-from scd.model.build import num_parameters
-from scd.predict import TIMED, check_fit, choose_windows, read_windows, summarize
-from scd.results import provenance, write_json
-from scd.rollout import Rollout, Timing
-from scd.runtime import Precision, choose_device, cpu_threads
+from scd.evaluation.predict import TIMED, check_fit, choose_windows, read_windows, summarize
+from scd.models.build import num_parameters
+from scd.models.checkpoint import load_world
+from scd.streaming.rollout import Rollout, Timing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,12 +22,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from scd.checkpoint import load_world
-from scd.config import to_json
-from scd.distill import Method
-from scd.model.build import num_parameters
-from scd.results import provenance, write_json
-from scd.runtime import Precision
+from scd.common.config import to_json
+from scd.common.provenance import provenance, write_json
+from scd.common.runtime import Precision
+from scd.models.build import num_parameters
+from scd.models.checkpoint import load_world
+from scd.training.distill import Method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,15 +24,9 @@ import tyro
 from rich.progress import track
 from torch.nn.functional import interpolate
 
-from scd.atomic import refuse_used
-from scd.clip import ConditionSpec, check_actions
-from scd.data.manifest import (
-    choose_splits,
-    read_actions,
-    write_card,
-    write_episode,
-    write_manifest,
-)
+from scd.common.files import refuse_used
+from scd.data.clip import ConditionSpec, check_actions
+from scd.data.manifest import choose_splits, read_actions, write_card, write_episode, write_manifest
 from scd.data.source import DataCard
 from scd.data.video import frame_times, probe_video, read_video
 

@@ -21,9 +21,9 @@ import tyro
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from scd.atomic import written_aside
-from scd.autoencoder.tiny import TaewDecoder
-from scd.clip import ConditionSpec
+from scd.autoencoders.tiny import TaewDecoder
+from scd.common.files import written_aside
+from scd.data.clip import ConditionSpec
 from scd.data.manifest import Entry, write_card, write_manifest
 from scd.data.source import DataCard
 from scd.data.video import write_video

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import tyro
 
-from scd.clip import Batch, Conditions
+from scd.data.clip import Batch, Conditions
 from scd.data.folder import open_source
-from scd.predict import choose_windows, count_windows, read_windows
-from scd.shipped import ship
+from scd.evaluation.predict import choose_windows, count_windows, read_windows
+from scd.models.shipped import ship
 
 
 @dataclass(frozen=True, kw_only=True)

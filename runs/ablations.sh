@@ -88,5 +88,5 @@ for kind in base "${kinds[@]}"; do
 done
 [ -f "$out/turns.json" ] ||
   run python benchmarks/turns.py "${worlds[@]}" --data "$data" --out "$out/turns.json"
-python docs/ablations.py "ablations_$scale" "$out"
-python docs/tables.py
+python tools/ablations.py "ablations_$scale" "$out"
+python tools/tables.py

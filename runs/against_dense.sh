@@ -25,7 +25,7 @@ against_dense() {
     [ -f "$out/$protocol/turns.json" ] || run python benchmarks/turns.py --data "$data" \
       "base=$out/runs/base-${seeds[0]}" "dense=$out/runs/dense-${seeds[0]}" \
       --out "$out/$protocol/turns.json"
-    python docs/ablations.py "$1_${protocol//-/_}" "$out/$protocol"
+    python tools/ablations.py "$1_${protocol//-/_}" "$out/$protocol"
   done
-  python docs/tables.py
+  python tools/tables.py
 }

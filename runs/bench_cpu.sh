@@ -61,6 +61,6 @@ run scd bench compare --device cpu --rounds 5 --frames 3 --context 64 --steps 4,
   --json "$out/compare_cpu_join.jsonl"
 
 if [ "$out" = docs/results ]; then
-  run python docs/speed.py bench_cpu
-  run python docs/tables.py
+  run python tools/speed.py bench_cpu
+  run python tools/tables.py
 fi

@@ -46,6 +46,6 @@ run scd bench compare $turns --append --json "$out/compare_gpu.jsonl" \
   --a "model=scd-m join=token_concat engine=fast" --b "model=scd-m join=prefix engine=fast"
 
 if [ "$out" = docs/results ]; then
-  run python docs/speed.py bench_gpu
-  run python docs/tables.py
+  run python tools/speed.py bench_gpu
+  run python tools/tables.py
 fi

@@ -8,4 +8,4 @@ run scd demo --train --out "$out"
 cp "$out/report.json" docs/results/demo.json
 cp "$out/frames.png" docs/images/demo-frames.png
 run python benchmarks/stream.py "$out/separable" --frames 2000
-python docs/tables.py
+python tools/tables.py

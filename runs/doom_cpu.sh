@@ -15,10 +15,10 @@ pid64=$!
 wait "$pid32"
 wait "$pid64"
 for size in 32 64; do
-  python docs/curves.py "$out/doom-$size" "doom-$size"
+  python tools/curves.py "$out/doom-$size" "doom-$size"
   run scd evaluate "$out/doom-$size" --data "$out/data-$size" --context 8 --horizon 8 \
     --out "docs/results/doom_${size}_cpu.json"
   run scd sample "$out/doom-$size" --data "$out/data-$size" --context 8 --frames 16 --steps 10 \
     --out "$out/sample-$size"
 done
-python docs/tables.py
+python tools/tables.py

@@ -19,10 +19,10 @@ run scd train doom-64 --data "$out/data" --out "$out/separable" --time-limit-s "
 run scd train doom-64-dense --data "$out/data" --out "$out/dense" --time-limit-s "$seconds" $wide \
   --model.num-layers 12
 for model in separable dense; do
-  python docs/curves.py "$out/$model" "doom-64-gpu-$model"
+  python tools/curves.py "$out/$model" "doom-64-gpu-$model"
   run scd evaluate "$out/$model" --data "$out/data" --context 16 --horizon 16 \
     --out "docs/results/doom_64_gpu_$model.json"
   run scd sample "$out/$model" --data "$out/data" --context 16 --frames 48 --steps 10 \
     --out "$out/sample-$model"
 done
-python docs/tables.py
+python tools/tables.py

@@ -82,5 +82,5 @@ done
 
 [ -f "$out/turns.json" ] ||
   run python benchmarks/turns.py "${worlds[@]}" --data "$data" --out "$out/turns.json"
-run python docs/few_steps.py "$name" "$out"
-python docs/tables.py
+run python tools/few_steps.py "$name" "$out"
+python tools/tables.py

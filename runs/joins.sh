@@ -20,5 +20,5 @@ for seed in "${seeds[@]}"; do
       --batch-size 32 --out "$out/$join-$seed.json"
   done
 done
-python docs/pairs.py "joins_$preset" prefix token_concat "$out"/*-*.json
-python docs/tables.py
+python tools/pairs.py "joins_$preset" prefix token_concat "$out"/*-*.json
+python tools/tables.py

@@ -38,5 +38,5 @@ for model in toy-12 doom-32-12 doom-32-6; do
     gathered+=("$model, $step steps=$out/$model-$step")
   done
 done
-run python docs/probes.py probes "${gathered[@]}"
-python docs/tables.py
+run python tools/probes.py probes "${gathered[@]}"
+python tools/tables.py

@@ -28,5 +28,5 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     """Give the names that users take from the root; nothing is loaded before they ask."""
     if name in ("WorldEnv", "WorldVectorEnv"):
-        return getattr(import_module("scd.environment"), name)
+        return getattr(import_module("scd.streaming.environment"), name)
     raise AttributeError(f"module 'scd' has no attribute {name!r}")

@@ -18,54 +18,54 @@ import tyro
 from rich.console import Console
 
 from scd import __version__
-from scd.autoencoder_settings import TrainAutoencoderConfig
 from scd.bench.compare import CompareConfig, compare
 from scd.bench.measure import BenchConfig, bench
-from scd.convert import ReferenceConfig, convert_reference
-from scd.convert_autoencoder import ConvertAutoencoderConfig, convert_autoencoder
-from scd.convert_wan import ConvertWanConfig, convert_wan
+from scd.common.processes import num_started
+from scd.common.signals import Interrupted
+from scd.convert.autoencoder import ConvertAutoencoderConfig, convert_autoencoder
+from scd.convert.export import ExportConfig, export_diffusers
+from scd.convert.reference import ReferenceConfig, convert_reference
+from scd.convert.wan import ConvertWanConfig, convert_wan
 from scd.data.check import CheckConfig, check, refusal
 from scd.data.check import readable as readable_check
 from scd.data.record import DoomRecording, ToyRecording, record
-from scd.demo import DemoConfig, demo
-from scd.distill import DistillChoice, distillation
-from scd.distill_wan import PRESET as WAN_DMD
-from scd.distill_wan import WanDmdChoice, wan_distillation, with_prompts
-from scd.encode import encode
-from scd.encode import readable as readable_encoding
-from scd.encode_settings import EncodeConfig
-from scd.evaluate import EvaluateConfig, evaluate, readable
-from scd.evaluate_protocol import evaluate_by_protocol
-from scd.evaluate_protocol import readable as readable_by_protocol
-from scd.export import ExportConfig, export_diffusers
-from scd.fit import decides, fit_to_data, fit_window
-from scd.initial import is_of_wan, like_initial
-from scd.intervene.compare import intervene
-from scd.intervene.settings import DiagonalConfig, RecomposeConfig, SkipConfig
-from scd.intervene.table import markdown
-from scd.objective.distill import ConsistencyConfig
-from scd.plan import dry_run
-from scd.presets import PRESETS, preset
-from scd.probe.run import probe
-from scd.probe.settings import ProbeConfig
-from scd.processes import num_started
-from scd.protocol_settings import ProtocolConfig
-from scd.protocols import listing, protocol
-from scd.run import TrainConfig
-from scd.sample import SampleConfig, sample
-from scd.sample_text import PromptSampleConfig, readable_speed, sample_prompt
-from scd.serve.play import PlayConfig, play
-from scd.serve.ray_app import serve_replicas
-from scd.serve.run import serve
-from scd.serve.settings import ServeConfig
-from scd.stopping import Interrupted
-from scd.text_to_video import is_steered_by_text
-from scd.train import train
-from scd.train_autoencoder import readable as readable_reconstruction
-from scd.train_autoencoder import train_autoencoder
-from scd.train_judge import TrainJudgeConfig, train_judge
-from scd.train_judge import readable as readable_judge
-from scd.vbench import VBenchConfig, vbench
+from scd.demo.demo import DemoConfig, demo
+from scd.evaluation.evaluate import EvaluateConfig, evaluate, readable
+from scd.evaluation.evaluate_protocol import evaluate_by_protocol
+from scd.evaluation.evaluate_protocol import readable as readable_by_protocol
+from scd.evaluation.protocol_settings import ProtocolConfig
+from scd.evaluation.protocols import listing, protocol
+from scd.objectives.distill import ConsistencyConfig
+from scd.preprocessing.encode import encode
+from scd.preprocessing.encode import readable as readable_encoding
+from scd.preprocessing.settings import EncodeConfig
+from scd.probing.compare import intervene
+from scd.probing.intervention_settings import DiagonalConfig, RecomposeConfig, SkipConfig
+from scd.probing.intervention_table import markdown
+from scd.probing.run import probe
+from scd.probing.settings import ProbeConfig
+from scd.sampling.sample import SampleConfig, sample
+from scd.sampling.sample_text import PromptSampleConfig, readable_speed, sample_prompt
+from scd.sampling.text_to_video import is_steered_by_text
+from scd.sampling.vbench import VBenchConfig, vbench
+from scd.serving.play import PlayConfig, play
+from scd.serving.ray_app import serve_replicas
+from scd.serving.run import serve
+from scd.serving.settings import ServeConfig
+from scd.training.autoencoder import readable as readable_reconstruction
+from scd.training.autoencoder import train_autoencoder
+from scd.training.autoencoder_settings import TrainAutoencoderConfig
+from scd.training.config import TrainConfig
+from scd.training.distill import DistillChoice, distillation
+from scd.training.fit import decides, fit_to_data, fit_window
+from scd.training.initial import is_of_wan, like_initial
+from scd.training.inverse_dynamics import TrainJudgeConfig, train_judge
+from scd.training.inverse_dynamics import readable as readable_judge
+from scd.training.plan import dry_run
+from scd.training.presets import PRESETS, preset
+from scd.training.trainer import train
+from scd.training.wan import PRESET as WAN_DMD
+from scd.training.wan import WanDmdChoice, wan_distillation, with_prompts
 
 Settings = TypeVar("Settings")
 

@@ -5,23 +5,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from scd import evaluate
-from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
 from scd.bench import card, limits, timing
-from scd.checkpoint import World, save_world
-from scd.clip import Batch, frames_to_pixels
+from scd.data.clip import Batch, frames_to_pixels
 from scd.data.folder import open_source
 from scd.data.loader import Loader
 from scd.data.manifest import write_card, write_episode, write_manifest
 from scd.data.source import Source
-from scd.flow import SamplingConfig
-from scd.model.block import BlockConfig
-from scd.model.build import ModelConfig, build
-from scd.model.decoder import DecoderConfig
-from scd.model.dense import DenseConfig
-from scd.model.embed import FrameShape
-from scd.model.encoder import EncoderConfig
-from scd.model.separable import SeparableConfig
+from scd.evaluation import evaluate
+from scd.models.block import BlockConfig
+from scd.models.build import ModelConfig, build
+from scd.models.checkpoint import World, save_world
+from scd.models.decoder import DecoderConfig
+from scd.models.dense import DenseConfig
+from scd.models.embed import FrameShape
+from scd.models.encoder import EncoderConfig
+from scd.models.flow import SamplingConfig
+from scd.models.separable import SeparableConfig
 from tests.tiny import shaken
 
 # Tensors here are too small to be split: more threads only wait for each other.

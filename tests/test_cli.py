@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import scd
-from scd import cli, fit
+from scd import cli
 from scd.cli import COMMANDS, main
-from scd.stopping import Interrupted
+from scd.common.signals import Interrupted
+from scd.training import fit
 
 
 def run(arguments: list[str]) -> int:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-from scd.protocol_settings import ProtocolConfig
-from scd.protocols import PROTOCOLS
+from scd.evaluation.protocol_settings import ProtocolConfig
+from scd.evaluation.protocols import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,7 +82,7 @@ def test_a_script_runs_to_its_end(tmp_path):
     assert start(tmp_path, "doom_gpu.sh", "exit 0").wait(timeout=60) == 0
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [call.split()[0] for call in calls if call.split()[0] != "record"][:2] == ["train"] * 2
-    assert calls[-1].startswith("docs/tables.py")
+    assert calls[-1].startswith("tools/tables.py")
 
 
 WEIGHTS = {"ALEXNET": "alexnet.pth", "I3D": "i3d.pt", "I3D_SHA256": "0" * 64}

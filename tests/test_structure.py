@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -19,139 +20,58 @@ import pytest
 import torch
 
 import scd
-from docs import tables
 from scd.cli import COMMANDS, main
-from scd.model.build import build, num_parameters
-from scd.presets import PRESETS
+from scd.models.build import build, num_parameters
+from scd.training.presets import PRESETS
+from tools import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
-LAYERS = (
-    ("ground", "runtime device_memory atomic stopping runlog results config diffusers_folder"),
-    (
-        "data",
-        "clip data.video data.source data.toy data.manifest data.headers data.teco data.minecraft "
-        "data.dmlab data.square data.ucf101 data.published data.latents data.latent_writer "
-        "data.folder data.check data.doom data.record data.loader data.prompts",
-    ),
-    (
-        "autoencoders, text",
-        "autoencoder.pixels autoencoder.latents autoencoder.deep autoencoder.networks "
-        "autoencoder.pictures autoencoder.wan autoencoder.tiny autoencoder.build text",
-    ),
-    ("flow matching", "flow"),
-    (
-        "model",
-        "model.visibility model.attention model.block model.augment model.cache model.embed "
-        "model.encoder model.decoder model.sizes model.skip model.cost model.initialise "
-        "model.shards model.pretrained model.separable model.dense model.wan.config "
-        "model.wan.block model.wan.transformer model.wan.text model.wan.times model.wan.names "
-        "model.wan.cost model.wan.dense model.wan.decoder model.wan.compose model.wan.separable "
-        "model.build",
-    ),
-    ("optimizers", "optim_states muon optim"),
-    (
-        "objectives",
-        "objective.denoise objective.teacher_forcing objective.distill objective.score "
-        "objective.self_forcing objective.match objective.discriminator objective.perceptual "
-        "objective.reconstruct",
-    ),
-    ("state of a run", "checkpoint shipped encode_settings encode_parts encode"),
-    (
-        "engine",
-        "engine.interface engine.plain engine.linear engine.attention engine.block engine.embed "
-        "engine.modulation engine.encoder engine.decoder engine.graph engine.separable "
-        "engine.dense engine.open engine.pool",
-    ),
-    ("rollout", "frame_timing rollout session streams text_stream"),
-    (
-        "measurement",
-        "metrics.image metrics.memory metrics.drift metrics.frechet metrics.weights metrics.lpips "
-        "metrics.fvd metrics.compress metrics.judge media plots predict judged measure evaluate "
-        "train_judge sample side_by_side page report first_look processes protocols "
-        "protocol_settings trajectories parts protocol_rows protocol_page evaluate_protocol",
-    ),
-    ("text to video", "text_to_video sample_text vbench pipeline embed_prompts"),
-    (
-        "trainer",
-        "run run_folder initial sharding learner wan_source teacher matching tasks running fit "
-        "held_out train plan autoencoder_settings autoencoder_parts autoencoder_run "
-        "train_autoencoder",
-    ),
-    ("named runs", "presets distill distill_wan"),
-    (
-        "benchmark",
-        "bench.limits bench.models bench.case bench.stream bench.crowd bench.timing bench.card "
-        "bench.measure bench.compare",
-    ),
-    (
-        "probe",
-        "probe.intercept probe.subject probe.ours probe.our_wan probe.open probe.wan "
-        "probe.trajectory probe.similarity probe.colours probe.attention probe.leave_one_out "
-        "probe.reuse probe.splice probe.split probe.entries probe.measure probe.settings "
-        "probe.maps probe.plots probe.sections probe.page probe.run",
-    ),
-    (
-        "interventions",
-        "intervene.settings intervene.change intervene.models intervene.table intervene.compare",
-    ),
-    (
-        "serving",
-        "serve.settings serve.client_messages serve.server_messages serve.protocol serve.errors "
-        "serve.events serve.history serve.identity serve.memory serve.notes serve.snapshot "
-        "serve.player serve.admission serve.starts serve.players serve.commands serve.rounds "
-        "serve.shelf serve.eviction serve.inbox serve.stage serve.host serve.picture serve.decode "
-        "serve.upload "
-        "serve.rate serve.statistics serve.checks serve.service serve.access serve.outlet "
-        "serve.seat serve.connection serve.http_api serve.app serve.run serve.ray_replica "
-        "serve.ray_front serve.ray_app serve.play client "
-        "environment",
-    ),
-    ("top", "convert convert_autoencoder convert_wan export demo cli __main__"),
-)
-"""The only allowed direction of imports: a module imports from modules before it, never after.
-docs/architecture.md shows the same list."""
+ROOMS = (
+    "common data autoencoders models preprocessing optim engine objectives streaming evaluation "
+    "training sampling serving bench probing demo convert"
+).split()
+"""The only allowed direction of imports: a room imports from itself and from rooms before it.
+docs/architecture.md and the README's tree show the same list."""
 
-ORDER = [module for _, modules in LAYERS for module in modules.split()]
+TOP = {"__init__", "__main__", "cli"}
+"""Modules that stand in no room."""
+
+MAX_FILES = 60
+"""Python files in one room."""
 
 OPTIONAL_PACKAGES = {
     "vizdoom": {"data.doom"},
-    "tensorboard": {"runlog"},
-    "wandb": {"runlog"},
-    "diffusers": {"probe.wan", "autoencoder.wan", "autoencoder.tiny", "autoencoder.networks"},
-    "transformers": {"text"},
-    "ftfy": {"text"},
-    "torchao": {"optim_states"},
-    "ray": {"serve.ray_app", "serve.ray_replica"},
-    "aiohttp": {"serve.ray_front"},
-    "yarl": {"serve.ray_front"},
+    "tensorboard": {"common.runlog"},
+    "wandb": {"common.runlog"},
+    "diffusers": {
+        "probing.diffusers_wan",
+        "autoencoders.wan",
+        "autoencoders.tiny",
+        "autoencoders.networks",
+    },
+    "transformers": {"autoencoders.text_encoder"},
+    "ftfy": {"autoencoders.text_encoder"},
+    "torchao": {"optim.states"},
+    "ray": {"serving.ray_app", "serving.ray_replica"},
+    "aiohttp": {"serving.ray_front"},
+    "yarl": {"serving.ray_front"},
 }
 """Packages that an install may lack, or that are slow to load -> the modules that may import them,
 inside functions too."""
 
-LINES_SOFT, LINES_HARD = 300, 500
-LONG_MODULES = {
-    "checkpoint": "all that is written of a world and of a run, and how it is read again",
-    "cli": "one small function per command, and what they share",
-    "clip": "clips, batches and what steers them: every other module knows them by this one",
-    "data.toy": "the rules of a world, how it is drawn and who walks in it are one thing",
-    "model.dense": "one model, read beside the separable one from top to bottom",
-    "model.separable": "one model, read beside the dense one from top to bottom",
-    "model.wan.separable": "one model, read beside the dense one from top to bottom",
-    "rollout": "one class with every phase of a stream, and its settings",
-    "streams": "one class with every phase of many streams; its parts are in session and pool",
-}
-"""Modules above the soft limit -> why they are better whole."""
+MAX_LINES = 600
+"""Lines of a module above which it certainly holds more than one thing."""
 
 SCREEN_LINES = 60
-LONG_FUNCTIONS = {"running.start_run": "all parts of a run, in the order in which they are made"}
+LONG_FUNCTIONS = {
+    "training.state.start_run": "all parts of a run, in the order in which they are made"
+}
 """Functions whose body is longer than a screen -> why they are better whole."""
 
 SKIPPED_FOLDERS = {"__pycache__", ".git", ".venv", "build", "dist", "data", "demo", "out"}
-
-
-def module_path(module: str) -> Path:
-    return ROOT / "scd" / (module.replace(".", "/") + ".py")
+KEPT_PLACES = {ROOT / "scd", ROOT / "tests"}
+"""Where folders of these names are rooms."""
 
 
 def files_below(folder: Path, suffix: str = "") -> list[Path]:
@@ -163,7 +83,7 @@ def files_below(folder: Path, suffix: str = "") -> list[Path]:
             name
             for name in folders
             if not name.endswith((".egg-info", "_cache"))
-            and not (name in SKIPPED_FOLDERS and (here / name) != ROOT / "scd" / "data")
+            and not (name in SKIPPED_FOLDERS and here not in KEPT_PLACES)
         )
         found += [here / name for name in sorted(names) if name.endswith(suffix)]
     return found
@@ -196,37 +116,67 @@ def imported_modules(tree: ast.AST) -> Iterator[tuple[str, int]]:
                 yield f"{node.module}.{alias.name}", node.lineno
 
 
-def test_the_list_of_layers_holds_every_module():
-    found = {name_of(path) for path in source_files() if path.name != "__init__.py"}
-    assert found == set(ORDER)
-    assert len(ORDER) == len(set(ORDER))
+def modules_by_name() -> dict[str, Path]:
+    return {name_of(path): path for path in source_files() if path.name != "__init__.py"}
 
 
-def test_architecture_page_shows_the_same_layers():
+def graph_of_imports() -> dict[str, set[str]]:
+    """Our modules -> those of ours that they import, also inside functions."""
+    modules = modules_by_name()
+    graph = {}
+    for name, path in modules.items():
+        graph[name] = set()
+        for imported, line in imported_modules(parsed(path)):
+            if imported.split(".")[0] != "scd" or imported == "scd.__version__":
+                continue
+            # `from scd.models.flow import schedule` and `from scd.models import flow` both
+            # stand for scd.models.flow.
+            target = imported.removeprefix("scd.")
+            if target not in modules:
+                target = target.rpartition(".")[0]
+            assert target in modules, f"{path}:{line} imports {imported}, which is not there"
+            graph[name].add(target)
+    return graph
+
+
+def test_every_module_stands_in_a_room():
+    rooms = {path.parent.name for path in (ROOT / "scd").glob("*/__init__.py")}
+    assert rooms == set(ROOMS)
+    assert {path.stem for path in (ROOT / "scd").glob("*.py")} == TOP
+    for room in ROOMS:
+        found = files_below(ROOT / "scd" / room, ".py")
+        assert len(found) <= MAX_FILES, f"{room} holds {len(found)} files"
+
+
+def test_pages_show_the_same_rooms():
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    page = page[page.index("## Layers") : page.index("## The one interface")]
-    rows = re.findall(r"^\| ([^|]+) \| ((?:`[\w./]+\.py`,? ?)+)\|", page, re.MULTILINE)
-    shown = [
-        (
-            layer.strip(),
-            " ".join(name[:-3].replace("/", ".") for name in re.findall(r"`(.+?)`", files)),
-        )
-        for layer, files in rows
-    ]
-    assert shown == list(LAYERS)
+    page = page[page.index("## Rooms") : page.index("## The one interface")]
+    assert re.findall(r"^\| `(\w+)/` \|", page, re.MULTILINE) == ROOMS
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_imports_go_one_way(module: str):
-    allowed = set(ORDER[: ORDER.index(module)])
-    for name, line in imported_modules(parsed(module_path(module))):
-        if name.split(".")[0] != "scd" or name == "scd.__version__":
-            continue
-        # `from scd.flow import schedule` and `from scd import flow` both stand for scd.flow.
-        target = name.removeprefix("scd.")
-        if target not in ORDER:
-            target = target.rpartition(".")[0]
-        assert target in allowed, f"{module}.py:{line} imports {name}, which stands after it"
+def test_rooms_import_one_way():
+    for name, targets in graph_of_imports().items():
+        room = name.partition(".")[0]
+        allowed = ROOMS[: ROOMS.index(room) + 1] if room in ROOMS else [*ROOMS, *TOP]
+        for target in targets:
+            assert target.partition(".")[0] in allowed, f"{name} imports {target}"
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; none: empty."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_module_imports_itself_through_others():
+    assert circle(graph_of_imports()) == []
+
+
+def test_a_circle_is_noticed():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) in (["b", "c", "b"], ["c", "b", "c"])
 
 
 def test_folders_have_empty_roots():
@@ -265,16 +215,13 @@ def test_only_the_attention_files_call_the_fused_kernels():
         for path in source_files()
         if re.search(r"scaled_dot_product_attention|flex_attention\(", path.read_text("utf-8"))
     }
-    assert callers == {"model.attention", "engine.attention", "probe.intercept"}
+    assert callers == {"models.attention", "engine.attention", "probing.intercept"}
 
 
 def test_modules_are_short():
-    lengths = {
-        name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in source_files()
-    }
-    long = {name: lines for name, lines in lengths.items() if lines > LINES_SOFT}
-    assert set(long) == set(LONG_MODULES), f"more than {LINES_SOFT} lines: {long}"
-    assert max(lengths.values()) <= LINES_HARD
+    for path in source_files():
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= MAX_LINES, f"{name_of(path)} has {lines} lines"
 
 
 def test_functions_fit_a_screen():
@@ -292,21 +239,16 @@ def is_dataclass(node: ast.ClassDef) -> bool:
     return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
-def undocumented(body: list[ast.stmt], where: str) -> Iterator[str]:
-    """Public names in a module or class that lack a docstring."""
-    for node in body:
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+def undocumented(tree: ast.Module) -> Iterator[str]:
+    """Public classes without a docstring, and fields of settings without a string beneath them."""
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
             continue
-        if node.name.startswith("_"):
-            continue
-        # A setter has the docstring of its property.
-        is_setter = any(ast.unparse(one).endswith(".setter") for one in node.decorator_list)
-        if not ast.get_docstring(node) and not is_setter:
-            yield f"{where}{node.name} (line {node.lineno})"
-        if isinstance(node, ast.ClassDef):
-            yield from undocumented(node.body, f"{where}{node.name}.")
-            if is_dataclass(node):
-                yield from undocumented_fields(node, f"{where}{node.name}.")
+        if not ast.get_docstring(node):
+            yield f"{node.name} (line {node.lineno})"
+        # What a command reads is explained by --help, which shows these strings.
+        if is_dataclass(node) and node.name.endswith("Config"):
+            yield from undocumented_fields(node, f"{node.name}.")
 
 
 def undocumented_fields(node: ast.ClassDef, where: str) -> Iterator[str]:
@@ -323,18 +265,21 @@ def undocumented_fields(node: ast.ClassDef, where: str) -> Iterator[str]:
             yield f"{where}{field.target.id} (line {field.lineno})"
 
 
-@pytest.mark.parametrize("module", ["__init__", *ORDER])
-def test_every_public_name_and_field_has_a_docstring(module: str):
-    tree = parsed(module_path(module))
-    assert ast.get_docstring(tree), f"{module} has no docstring"
-    assert not list(undocumented(tree.body, ""))
+@pytest.mark.parametrize("room", ROOMS)
+def test_modules_classes_and_settings_are_explained(room: str):
+    for path in files_below(ROOT / "scd" / room, ".py"):
+        if path.name != "__init__.py":
+            tree = parsed(path)
+            assert ast.get_docstring(tree), f"{path} has no docstring"
+            assert not list(undocumented(tree)), path
 
 
 def test_a_missing_docstring_is_noticed():
     tree = ast.parse(
-        "@dataclass\nclass Size:\n  'doc'\n  rows: int\n  'doc'\n  columns: int\n  def f(self): ..."
+        "class Size: ...\n@dataclass\nclass SizeConfig:\n  'doc'\n  rows: int\n  'doc'\n"
+        "  columns: int"
     )
-    assert list(undocumented(tree.body, "")) == ["Size.f (line 7)", "Size.columns (line 6)"]
+    assert list(undocumented(tree)) == ["Size (line 1)", "SizeConfig.columns (line 7)"]
 
 
 def readme() -> str:
@@ -345,27 +290,11 @@ def readme_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", readme(), re.MULTILINE | re.DOTALL)
 
 
-def readme_tree() -> list[str]:
-    """Paths of the README's file tree; a name may stand for several: `a.py, b.py  words`."""
+def test_readme_tree_shows_the_rooms():
     (block,) = [text for text in readme_blocks("text") if text.startswith("scd/")]
-    paths, folders = [], []
-    for line in block.splitlines():
-        indent = len(line) - len(line.lstrip())
-        del folders[indent // 2 :]
-        for name in re.split(r"\s{2,}", line.strip())[0].split(", "):
-            paths.append("".join(folders) + name)
-        if name.endswith("/"):
-            folders.append(name)
-    return paths
-
-
-def test_readme_tree_is_true():
-    shown = readme_tree()
-    assert len(shown) == len(set(shown))
-    for path in shown:
-        found = ROOT / path
-        assert found.is_dir() if path.endswith("/") else found.is_file(), f"{path} is not there"
-    modules = {str(path.relative_to(ROOT)) for path in source_files() if path.stat().st_size > 0}
+    shown = re.findall(r"^ *([\w.]+/?)  ", block, re.MULTILINE)
+    rooms = [name.rstrip("/") for name in shown if (ROOT / "scd" / name).is_dir()]
+    assert [name for name in rooms if name in ROOMS] == ROOMS
     folders = {
         f"{path.name}/"
         for path in ROOT.iterdir()
@@ -374,19 +303,7 @@ def test_readme_tree_is_true():
     folders -= {
         name for name in folders if name[:-1] in SKIPPED_FOLDERS or name.endswith("egg-info/")
     }
-    pages = {str(path.relative_to(ROOT)) for path in files_below(ROOT / "docs", ".md")}
-    scripts = {
-        str(path.relative_to(ROOT))
-        for folder, ending in (
-            ("runs", ".sh"),
-            ("examples", ".py"),
-            ("benchmarks", ".py"),
-            ("docs", ".py"),
-        )
-        for path in files_below(ROOT / folder, ending)
-    }
-    missing = (modules | folders | pages | scripts) - set(shown)
-    assert not missing, f"not in the README's tree: {sorted(missing)}"
+    assert folders - {"scd/"} <= set(shown), f"not in the tree: {folders - set(shown)}"
 
 
 def test_readme_python_runs():
@@ -510,7 +427,8 @@ def test_relative_links_resolve():
 
 
 def test_modules_named_in_the_docs_exist():
-    for page in documents():
+    # The log is dated: it names files as they were called on that day.
+    for page in set(documents()) - {ROOT / "docs/log.md"}:
         for name in re.findall(
             r"`(scd/[\w/.]+|tests/[\w/.]+|docs/[\w/.]+)`", page.read_text("utf-8")
         ):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scd.probe.subject import Layer, Subject
+from scd.probing.subject import Layer, Subject
 
 PATCH, ROWS, COLUMNS, CHANNELS = 2, 2, 3, 2
 WIDTH, HEADS = 16, 2

@@ -2,15 +2,15 @@
 
 import torch
 
-from scd.clip import Conditions, ConditionSpec
-from scd.model.block import BlockConfig
-from scd.model.build import build
-from scd.model.cache import CacheConfig
-from scd.model.decoder import DecoderConfig
-from scd.model.dense import DenseConfig
-from scd.model.embed import FrameShape
-from scd.model.encoder import EncoderConfig
-from scd.model.separable import SeparableConfig
+from scd.data.clip import Conditions, ConditionSpec
+from scd.models.block import BlockConfig
+from scd.models.build import build
+from scd.models.decoder import DecoderConfig
+from scd.models.dense import DenseConfig
+from scd.models.embed import FrameShape
+from scd.models.encoder import EncoderConfig
+from scd.models.kv_cache import CacheConfig
+from scd.models.separable import SeparableConfig
 
 SHAPE = FrameShape(channels=3, height=4, width=6, patch_size=2)
 BLOCK = BlockConfig(width=32, head_dim=16, rotary_axes=(4, 6, 6))

@@ -11,18 +11,18 @@ from functools import cache
 import numpy as np
 import torch
 
-from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
-from scd.checkpoint import World
-from scd.clip import Conditions, frames_to_pixels, pixels_to_frames
+from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.data.clip import Conditions, frames_to_pixels, pixels_to_frames
 from scd.data.source import DataCard
 from scd.engine.open import open_engine
-from scd.flow import SamplingConfig
-from scd.model.cache import CacheConfig
-from scd.rollout import Rollout
-from scd.serve.admission import HostConfig
-from scd.serve.events import Frame
-from scd.serve.history import as_action
-from scd.serve.host import Host
+from scd.models.checkpoint import World
+from scd.models.flow import SamplingConfig
+from scd.models.kv_cache import CacheConfig
+from scd.serving.admission import HostConfig
+from scd.serving.events import Frame
+from scd.serving.history import as_action
+from scd.serving.host import Host
+from scd.streaming.rollout import Rollout
 from tests.tiny import SHAPE, tiny_separable
 
 WAIT_S = 30.0

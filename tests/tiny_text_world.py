@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 
-from scd.autoencoder.wan import WanAutoencoder, WanAutoencoderConfig
-from scd.checkpoint import World, save_world
-from scd.clip import ConditionSpec
+from scd.autoencoders.wan import WanAutoencoder, WanAutoencoderConfig
+from scd.data.clip import ConditionSpec
 from scd.data.source import DataCard
-from scd.flow import SamplingConfig
-from scd.model.build import build
-from scd.model.cache import CacheConfig
-from scd.model.embed import FrameShape
-from scd.model.wan.config import (
+from scd.models.build import build
+from scd.models.checkpoint import World, save_world
+from scd.models.embed import FrameShape
+from scd.models.flow import SamplingConfig
+from scd.models.kv_cache import CacheConfig
+from scd.models.wan.config import (
     WanBlockConfig,
     WanConfig,
     WanDecoderConfig,

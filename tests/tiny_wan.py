@@ -7,11 +7,11 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-from scd.clip import Conditions, ConditionSpec
-from scd.model.build import build
-from scd.model.cache import CacheConfig
-from scd.model.embed import FrameShape
-from scd.model.wan.config import (
+from scd.data.clip import Conditions, ConditionSpec
+from scd.models.build import build
+from scd.models.embed import FrameShape
+from scd.models.kv_cache import CacheConfig
+from scd.models.wan.config import (
     WanBlockConfig,
     WanConfig,
     WanDecoderConfig,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from scd.cli import main
-from scd.clip import ConditionSpec
+from scd.data.clip import ConditionSpec
 from scd.data.manifest import Entry, write_card, write_manifest
 from scd.data.source import DataCard
 from scd.data.video import write_video

@@ -11,8 +11,8 @@ import torch
 
 from scd import __version__
 from scd.bench.limits import Limits, measure_limits
-from scd.results import hardware_line, provenance
-from scd.runtime import Precision, describe_hardware
+from scd.common.provenance import hardware_line, provenance
+from scd.common.runtime import Precision, describe_hardware
 
 ON_THE_CARD = ("hardware", "versions", "timed", "command", "limits")
 """What all rows have in common and the screen shows once."""

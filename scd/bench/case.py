@@ -8,15 +8,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from scd.bench.models import Subject, find_subject
+from scd.common.runtime import DTYPES, Precision
 from scd.engine.interface import EngineKind
-from scd.flow import SamplingConfig, evaluations, schedule
-from scd.model.build import frame_cost
-from scd.model.cost import FrameCost, Load
-from scd.model.decoder import Join
-from scd.model.separable import SeparableConfig
-from scd.model.wan.config import WanConfig, WanSeparableConfig
-from scd.rollout import GuidanceKind
-from scd.runtime import DTYPES, Precision
+from scd.models.build import frame_cost
+from scd.models.cost import FrameCost, Load
+from scd.models.decoder import Join
+from scd.models.flow import SamplingConfig, evaluations, schedule
+from scd.models.separable import SeparableConfig
+from scd.models.wan.config import WanConfig, WanSeparableConfig
+from scd.streaming.rollout import GuidanceKind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ from scd.bench.card import LimitsOfDevice, RowFile, card, print_card
 from scd.bench.case import Case, numbers, parse_case
 from scd.bench.stream import TimedStreams
 from scd.bench.timing import Effort, warm_up, whole_and_denoise
-from scd.config import to_json
-from scd.device_memory import check_free, out_of_memory_named, release
+from scd.common.config import to_json
+from scd.common.memory import check_free, out_of_memory_named, release
+from scd.common.runtime import Precision, choose_device
 from scd.engine.interface import EngineKind
-from scd.model.separable import SeparableConfig
-from scd.runtime import Precision, choose_device
+from scd.models.separable import SeparableConfig
 
 TIMED = (
     "A and B are built first, then take turns: some frames of A, as many of B, round after round; "

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
 from scd.bench.case import Case
 from scd.bench.limits import synchronize
 from scd.bench.stream import CONTEXT_NOISE, GUIDANCE_SCALE, fill_window
-from scd.checkpoint import World
-from scd.clip import Conditions
+from scd.common.runtime import DTYPES, make_generator
+from scd.data.clip import Conditions
 from scd.data.source import DataCard
 from scd.engine.open import open_engine
-from scd.rollout import Guidance
-from scd.runtime import DTYPES, make_generator
-from scd.session import Session
-from scd.streams import Streams
+from scd.models.checkpoint import World
+from scd.streaming.rollout import Guidance
+from scd.streaming.session import Session
+from scd.streaming.sessions import Streams
 
 
 class NoAutoencoder(PixelAutoencoder):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scd.runtime import DTYPES, Precision
+from scd.common.runtime import DTYPES, Precision
 
 MATMUL_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 """Sides of the square matrices; the fastest counts."""

@@ -15,11 +15,11 @@ from scd.bench.case import Case, every_case, names, numbers
 from scd.bench.models import Subject, find_subject
 from scd.bench.stream import TimedStreams
 from scd.bench.timing import TIMED, Effort, time_case
-from scd.config import to_json
-from scd.device_memory import OutOfMemory, release
-from scd.model.separable import SeparableConfig
-from scd.model.wan.config import WanConfig, WanSeparableConfig
-from scd.runtime import choose_device
+from scd.common.config import to_json
+from scd.common.memory import OutOfMemory, release
+from scd.common.runtime import choose_device
+from scd.models.separable import SeparableConfig
+from scd.models.wan.config import WanConfig, WanSeparableConfig
 
 DEFAULT_CONTEXTS = "16,64,144,300"
 """Contexts where none are asked for, as far as they fit into the model's window."""

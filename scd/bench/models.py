@@ -10,24 +10,24 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from scd.autoencoder.build import Autoencoder
-from scd.autoencoder.pixels import PixelAutoencoder, PixelConfig
-from scd.checkpoint import load_world, resolve
-from scd.clip import ConditionSpec
-from scd.config import from_json
-from scd.flow import SamplingConfig
-from scd.model.block import BlockConfig
-from scd.model.build import Diffuser, ModelConfig, build
-from scd.model.cache import CacheConfig
-from scd.model.decoder import DecoderConfig, Join
-from scd.model.dense import DenseConfig
-from scd.model.embed import FrameShape
-from scd.model.encoder import EncoderConfig
-from scd.model.pretrained import CONFIG_FILE, read_settings
-from scd.model.separable import SeparableConfig
-from scd.model.wan.config import WanConfig, WanSeparableConfig
-from scd.presets import PRESETS
-from scd.runtime import make_generator
+from scd.autoencoders.build import Autoencoder
+from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.common.config import from_json
+from scd.common.runtime import make_generator
+from scd.data.clip import ConditionSpec
+from scd.models.block import BlockConfig
+from scd.models.build import Diffuser, ModelConfig, build
+from scd.models.checkpoint import load_world, resolve
+from scd.models.decoder import DecoderConfig, Join
+from scd.models.dense import DenseConfig
+from scd.models.embed import FrameShape
+from scd.models.encoder import EncoderConfig
+from scd.models.flow import SamplingConfig
+from scd.models.kv_cache import CacheConfig
+from scd.models.pretrained import CONFIG_FILE, read_settings
+from scd.models.separable import SeparableConfig
+from scd.models.wan.config import WanConfig, WanSeparableConfig
+from scd.training.presets import PRESETS
 
 _WAN_SHAPE = FrameShape(channels=16, height=60, width=104, patch_size=2)
 _WAN_BLOCK = BlockConfig(width=1536, head_dim=128, rotary_axes=(44, 42, 42))

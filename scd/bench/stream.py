@@ -12,13 +12,13 @@ from torch import Tensor
 
 from scd.bench.case import Case
 from scd.bench.limits import synchronize
-from scd.clip import Conditions
+from scd.common.runtime import DTYPES, make_generator
+from scd.data.clip import Conditions
 from scd.engine.interface import Engine
 from scd.engine.open import open_engine
-from scd.flow import num_fresh, schedule
-from scd.model.separable import SeparableState
-from scd.runtime import DTYPES, make_generator
-from scd.streams import Lap
+from scd.models.flow import num_fresh, schedule
+from scd.models.separable import SeparableState
+from scd.streaming.sessions import Lap
 
 GUIDANCE_SCALE, CONTEXT_NOISE = 1.5, 0.05
 """Of guided cases; speed does not depend on them. Source: paper, section 3."""

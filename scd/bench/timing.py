@@ -15,7 +15,7 @@ from scd.bench.case import Case
 from scd.bench.crowd import TimedSessions
 from scd.bench.limits import Limits, synchronize
 from scd.bench.stream import TimedStreams
-from scd.device_memory import PeakMemory, check_free, out_of_memory_named
+from scd.common.memory import PeakMemory, check_free, out_of_memory_named
 
 TIMED = (
     "seconds are wall-clock, of one step of all streams of the batch, from the action to the "

@@ -15,17 +15,10 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from scd.clip import pixels_to_frames
+from scd.data.clip import pixels_to_frames
 from scd.data.headers import Files, Header
 from scd.data.source import Split
-from scd.data.teco import (
-    Listing,
-    TecoConfig,
-    TecoSource,
-    check_header,
-    find_split,
-    read_ids,
-)
+from scd.data.teco import Listing, TecoConfig, TecoSource, check_header, find_split, read_ids
 
 ORIGIN = (
     "https://archive.org/details/dmlab_dataset_aa .. _ac (TECO, 54 GB), or the data set "

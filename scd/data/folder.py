@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 import torch
 
-from scd.clip import Clip, check_actions, pixels_to_frames
+from scd.data.clip import Clip, check_actions, pixels_to_frames
 from scd.data.latents import LatentSource, is_latents, read_info
 from scd.data.manifest import (
     CARD_FILE,

@@ -16,8 +16,8 @@ from typing import Any
 
 from rich.progress import track
 
-from scd.atomic import file_aside
-from scd.runtime import cache_folder
+from scd.common.files import file_aside
+from scd.common.runtime import cache_folder
 
 WORKERS = 8
 """Files read side by side: most of the time goes into waiting for the disk."""

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scd.atomic import TEMPORARY, file_aside
-from scd.config import differences, to_json
+from scd.common.config import differences, to_json
+from scd.common.files import TEMPORARY, file_aside
 from scd.data.latents import (
     DTYPES,
     INFO_FILE,

@@ -5,7 +5,7 @@
     null_text.safetensors                 what stands in for a hidden text, if there are texts
 
 Every file is written aside and renamed, so one that is there is whole; only a copy can be cut off,
-and is refused. `scd encode` writes such a folder (scd/encode.py).
+and is refused. `scd encode` writes such a folder (scd/preprocessing/encode.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scd.clip import Clip
-from scd.config import from_json
+from scd.common.config import from_json
+from scd.data.clip import Clip
 from scd.data.source import DataCard, EmptySplit, Split
 
 INFO_FILE = "latents.json"

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from scd.clip import Batch, Clip
+from scd.data.clip import Batch, Clip
 from scd.data.source import Source
 
 EPISODE_ORDER, CLIP_START = 0, 1

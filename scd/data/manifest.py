@@ -21,8 +21,8 @@ from typing import Any, get_args
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from scd.atomic import file_aside
-from scd.config import from_json, to_json
+from scd.common.config import from_json, to_json
+from scd.common.files import file_aside
 from scd.data.source import DataCard, Split
 from scd.data.video import write_video
 

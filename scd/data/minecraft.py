@@ -17,17 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scd.clip import pixels_to_frames
+from scd.data.clip import pixels_to_frames
 from scd.data.headers import Files, Header
 from scd.data.source import Split
-from scd.data.teco import (
-    Listing,
-    TecoConfig,
-    TecoSource,
-    check_header,
-    find_split,
-    read_ids,
-)
+from scd.data.teco import Listing, TecoConfig, TecoSource, check_header, find_split, read_ids
 from scd.data.video import probe_video, read_video
 
 ORIGIN = (

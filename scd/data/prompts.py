@@ -4,7 +4,7 @@
     0f3a...c1.safetensors         the embedded tokens of one prompt, without filling
 
 A clip of such a collection has a text and no frames: those are the model's to make. The folder is
-written by scd/embed_prompts.py, and training needs no text encoder.
+written by scd/preprocessing/prompts.py, and training needs no text encoder.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scd.clip import Clip, ConditionSpec
-from scd.config import from_json
+from scd.common.config import from_json
+from scd.data.clip import Clip, ConditionSpec
 from scd.data.source import DataCard
 
 INFO_FILE = "prompts.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from scd.config import from_json
+from scd.common.config import from_json
 from scd.data.dmlab import DMLabConfig, open_dmlab
 from scd.data.minecraft import MinecraftConfig, open_minecraft
 from scd.data.source import Source, Split

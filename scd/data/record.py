@@ -17,9 +17,9 @@ from typing import Literal
 import numpy as np
 from rich.progress import track
 
-from scd.atomic import file_aside, refuse_used, remove_leftovers
-from scd.clip import ConditionSpec, frames_to_pixels
-from scd.config import to_json
+from scd.common.config import to_json
+from scd.common.files import file_aside, refuse_used, remove_leftovers
+from scd.data.clip import ConditionSpec, frames_to_pixels
 from scd.data.doom import ACTION_NAMES, TICS_PER_S, DoomGame, require_vizdoom
 from scd.data.manifest import (
     CARD_FILE,

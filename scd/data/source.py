@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from scd.clip import Clip, ConditionSpec
+from scd.data.clip import Clip, ConditionSpec
 
 Split = Literal["train", "val", "test"]
 """Part of a collection; episodes of one part never appear in another."""

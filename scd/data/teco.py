@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from scd.clip import Clip, ConditionSpec, check_actions
+from scd.data.clip import Clip, ConditionSpec, check_actions
 from scd.data.headers import Files, Header, read_headers
 from scd.data.manifest import read_actions
 from scd.data.source import DataCard, EmptySplit, Split

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 
-from scd.clip import Clip, ConditionSpec
+from scd.data.clip import Clip, ConditionSpec
 from scd.data.source import DataCard, Split
 
 ACTION_NAMES = ("none", "up", "down", "left", "right")

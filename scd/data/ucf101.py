@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from scd.clip import Clip, ConditionSpec, pixels_to_frames
+from scd.data.clip import Clip, ConditionSpec, pixels_to_frames
 from scd.data.headers import Files, Header, read_headers
 from scd.data.source import DataCard, EmptySplit, Split
 from scd.data.square import square

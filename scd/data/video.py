@@ -13,7 +13,7 @@ from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Int64, UInt8
 
-from scd.atomic import file_aside
+from scd.common.files import file_aside
 
 KEYFRAME_INTERVAL = 16
 # Reading from the middle decodes 7.5 frames in vain on average; keyframes of 64x64 game pictures

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from scd.model.attention import Rotary, frame_positions, rotary_table
-from scd.model.block import LAYER_NORM_EPS, BlockConfig
-from scd.model.cache import KVCache
-from scd.model.embed import FrameShape
+from scd.models.attention import Rotary, frame_positions, rotary_table
+from scd.models.block import LAYER_NORM_EPS, BlockConfig
+from scd.models.embed import FrameShape
+from scd.models.kv_cache import KVCache
 
 SCRATCH_ENTRIES = 2**20
 """Logits held at a time: what stays in a CPU's cache. Source: measured, docs/log.md."""

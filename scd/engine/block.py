@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from scd.engine.attention import Turn, by_halves
 from scd.engine.linear import PackedLinear, release
-from scd.model.block import LAYER_NORM_EPS, Block
+from scd.models.block import LAYER_NORM_EPS, Block
 
 PARTS = 6
 """Modulation of a block: shift, 1 + scale and gate of its attention, then of its MLP."""

@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scd.clip import Conditions
+from scd.data.clip import Conditions
 from scd.engine.attention import Attention, Turn
 from scd.engine.block import PARTS, FastBlock, blocks_of, norm_weights, split
 from scd.engine.embed import FastEmbedder, FastHead
 from scd.engine.linear import PackedLinear, release
 from scd.engine.modulation import Modulations
-from scd.flow import CLEAN_TIME
-from scd.model.attention import frame_positions, rotary_table
-from scd.model.decoder import FrameDecoder
+from scd.models.attention import frame_positions, rotary_table
+from scd.models.decoder import FrameDecoder
+from scd.models.flow import CLEAN_TIME
 
 
 class DecoderRows:

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scd.clip import Conditions
+from scd.data.clip import Conditions
 from scd.engine.attention import Attention, Turn, frame_turn, key_bias, rotate_halves
 from scd.engine.block import PARTS, FastBlock, Parts, blocks_of, norm_weights, split
 from scd.engine.embed import FastEmbedder, FastHead
 from scd.engine.interface import Engine
 from scd.engine.modulation import Modulations
-from scd.flow import CLEAN_TIME, Solver, guided_velocity, solve
-from scd.model.cache import KVCache
-from scd.model.dense import DenseConfig, DenseDiffuser, DenseState
-from scd.model.embed import from_patches, to_patches
+from scd.models.dense import DenseConfig, DenseDiffuser, DenseState
+from scd.models.embed import from_patches, to_patches
+from scd.models.flow import CLEAN_TIME, Solver, guided_velocity, solve
+from scd.models.kv_cache import KVCache
 
 
 @dataclass(frozen=True, kw_only=True)

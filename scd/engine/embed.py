@@ -6,8 +6,8 @@ from torch import Tensor
 
 from scd.engine.block import Parts, modulate
 from scd.engine.linear import PackedLinear, release
-from scd.flow import SMALLEST_TIME
-from scd.model.embed import FrameHead, TokenEmbedder
+from scd.models.embed import FrameHead, TokenEmbedder
+from scd.models.flow import SMALLEST_TIME
 
 
 class FastEmbedder:

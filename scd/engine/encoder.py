@@ -10,16 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scd.clip import Conditions
+from scd.data.clip import Conditions
 from scd.engine.attention import Attention, frame_turn, frames_turn, key_bias, rotate_halves
 from scd.engine.block import PARTS, FastBlock, Parts, blocks_of, modulate, norm_weights, split
 from scd.engine.embed import FastEmbedder
 from scd.engine.modulation import Modulations
-from scd.flow import CLEAN_TIME
-from scd.model.block import layer_norm
-from scd.model.cache import CacheConfig, KVCache
-from scd.model.embed import to_patches
-from scd.model.encoder import CausalEncoder
+from scd.models.block import layer_norm
+from scd.models.embed import to_patches
+from scd.models.encoder import CausalEncoder
+from scd.models.flow import CLEAN_TIME
+from scd.models.kv_cache import CacheConfig, KVCache
 
 
 class FastEncoder:

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from scd.runtime import cache_folder
+from scd.common.runtime import cache_folder
 
 Loop = Callable[..., Tensor]
 """From noisy patches [f n p], modulations [times r parts d] and fresh noise [steps f n p], which

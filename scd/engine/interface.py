@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from scd.clip import Conditions
-from scd.flow import Solver
-from scd.model.build import ModelConfig
-from scd.model.embed import EncoderNoise, FrameShape
+from scd.data.clip import Conditions
+from scd.models.build import ModelConfig
+from scd.models.embed import EncoderNoise, FrameShape
+from scd.models.flow import Solver
 
 EngineKind = Literal["plain", "fast"]
 """How a model is run: as it is written, or laid out for the machine."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scd.runtime import return_freed_memory
+from scd.common.runtime import return_freed_memory
 
 Activation = Literal["none", "gelu"]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scd.clip import Conditions
+from scd.data.clip import Conditions
 from scd.engine.linear import PackedLinear, release
-from scd.model.block import Block, Modulation
-from scd.model.embed import ConditionEmbedder, TimeEmbedder
+from scd.models.block import Block, Modulation
+from scd.models.embed import ConditionEmbedder, TimeEmbedder
 
 TABLE_BYTES = 64 * 2**20
 """Largest table of modulations of one schedule; above, they are computed at every frame."""

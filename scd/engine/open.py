@@ -6,14 +6,14 @@ import copy
 
 import torch
 
+from scd.common.runtime import DTYPES
 from scd.engine.dense import FastDense
 from scd.engine.interface import ENGINES, Engine
 from scd.engine.plain import PlainEngine
 from scd.engine.separable import FastSeparable
-from scd.model.build import Diffuser, ModelConfig
-from scd.model.dense import DenseDiffuser
-from scd.model.separable import SeparableDiffuser
-from scd.runtime import DTYPES
+from scd.models.build import Diffuser, ModelConfig
+from scd.models.dense import DenseDiffuser
+from scd.models.separable import SeparableDiffuser
 
 SMALL_PRODUCT = 2**26
 """Operations of a frame's largest product up to which a second CPU thread gains nothing, and loses

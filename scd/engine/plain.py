@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scd.clip import Conditions
+from scd.data.clip import Conditions
 from scd.engine.interface import Engine
-from scd.flow import Solver, guided_velocity, solve
-from scd.model.build import Diffuser
-from scd.model.separable import SeparableDiffuser
-from scd.model.wan.separable import WanSeparableDiffuser
+from scd.models.build import Diffuser
+from scd.models.flow import Solver, guided_velocity, solve
+from scd.models.separable import SeparableDiffuser
+from scd.models.wan.separable import WanSeparableDiffuser
 
 
 class PlainEngine(Engine):

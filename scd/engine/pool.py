@@ -12,9 +12,9 @@ from torch import Tensor
 from scd.engine.decoder import DecoderRows
 from scd.engine.interface import Engine
 from scd.engine.separable import FastSeparable, side_by_side
-from scd.flow import Evaluation, Solver, check_fresh, evaluations, guide
-from scd.model.embed import from_patches, to_patches
-from scd.model.separable import SeparableConfig
+from scd.models.embed import from_patches, to_patches
+from scd.models.flow import Evaluation, Solver, check_fresh, evaluations, guide
+from scd.models.separable import SeparableConfig
 
 
 @dataclass(eq=False, kw_only=True)

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scd.clip import Conditions
+from scd.data.clip import Conditions
 from scd.engine.decoder import DecoderRows, FastDecoder
 from scd.engine.encoder import FastEncoder
 from scd.engine.graph import LoopGraphs, can_compile, compiled
 from scd.engine.interface import Engine
 from scd.engine.modulation import Schedule, kept_for
-from scd.flow import Solver, guided_velocity, solve
-from scd.model.embed import from_patches, to_patches
-from scd.model.separable import SeparableDiffuser, SeparableState
+from scd.models.embed import from_patches, to_patches
+from scd.models.flow import Solver, guided_velocity, solve
+from scd.models.separable import SeparableDiffuser, SeparableState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,260 @@
+"""Prompts as Wan reads them: what UMT5 makes of their tokens, filled up with zeros.
+
+The text encoder is transformers' UMT5EncoderModel, 11 GiB in bfloat16 for Wan. So what it made of a
+prompt is kept in a small file, and it is loaded only for prompts that were never seen. Needs the
+extra `wan`: pip install -e ".[wan]".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scd.autoencoders.wan import EXTRA
+from scd.common.files import file_aside
+from scd.common.hub import find_part, fingerprint
+from scd.common.runtime import DTYPES, Precision, cache_folder
+
+TEXT_LENGTH = 512
+"""Tokens that Wan reads, those that fill up included. Source: the configuration of Wan2.1."""
+
+ENCODERS = ("UMT5EncoderModel", "UMT5ForConditionalGeneration")
+"""Classes that hold Wan's text encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How prompts are embedded."""
+
+    length: int = TEXT_LENGTH
+    """Tokens of an embedded prompt, those that fill it up included."""
+    precision: Precision = "bf16"
+    """Arithmetic of the text encoder: bf16 takes 11 GiB for Wan's, fp32 twice that."""
+    device: str = "cpu"
+    """Where the text encoder runs."""
+    cache: str = ""
+    """Folder in which embedded prompts are kept. Empty: nowhere."""
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"length must be 1 or more, got {self.length}")
+
+
+class PromptEmbedder:
+    """Prompts to embeddings; the text encoder is loaded when it is first needed.
+
+    `embed` any number of times; `release` gives the text encoder's memory back.
+    """
+
+    def __init__(self, source: str | os.PathLike[str], config: TextConfig) -> None:
+        """Find tokenizer and text encoder, and load the tokenizer.
+
+        Args:
+            source: folder with text_encoder/ and tokenizer/ as diffusers writes them, or its name
+                on the hub.
+            config: how prompts are embedded.
+
+        Raises:
+            FileNotFoundError: they are not there, or the hub cannot be reached.
+            ValueError: a text encoder of another kind, or transformers is not installed.
+        """
+        self.config = config
+        self._words, self._weights = _find(source)
+        self._tokenizer = _load_tokenizer(self._words)
+        self._encoder: Any = None
+        self._name = ""
+        self._kept: dict[str, Tensor] = {}
+
+    @property
+    def name(self) -> str:
+        """Fingerprint of tokenizer, text encoder and its arithmetic."""
+        self._name = self._name or fingerprint(self._words, self._weights)
+        return f"{self._name}-{self.config.precision}"
+
+    def tokens(self, prompt: str) -> list[int]:
+        """Return the ids of a prompt's tokens, the end token included.
+
+        Raises:
+            ValueError: there are more than the text encoder takes.
+        """
+        ids = self._tokenizer(clean_prompt(prompt)).input_ids
+        if len(ids) > self.config.length:
+            kept = self._tokenizer.decode(ids[: self.config.length - 1])
+            raise ValueError(
+                f"the prompt takes {len(ids)} tokens, the text encoder takes {self.config.length}: "
+                f"shorten it; what fits ends with ...{kept[-40:]!r}"
+            )
+        return ids
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str]) -> Float[Tensor, "b l c"]:
+        """Embed prompts, on the CPU, in the text encoder's arithmetic.
+
+        Raises:
+            ValueError: a prompt is too long: none is embedded then.
+        """
+        tokens = [self.tokens(prompt) for prompt in prompts]
+        return torch.stack(
+            [self._embed(prompt, ids) for prompt, ids in zip(prompts, tokens, strict=True)]
+        )
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Embed prompts one after another, so that `embed` finds them, and give the memory back.
+
+        Filled up they may take more memory than there is: only what their words became is kept, in
+        the cache, or in memory where there is none.
+
+        Raises:
+            ValueError: a prompt is too long: none is embedded then.
+        """
+        for prompt in prompts:
+            self.tokens(prompt)
+        for prompt in prompts:
+            self.embed([prompt])
+        self.release()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the text encoder takes memory."""
+        return self._encoder is not None
+
+    def release(self) -> None:
+        """Give the text encoder's memory back."""
+        self._encoder = None
+
+    def _embed(self, prompt: str, ids: list[int]) -> Tensor:
+        path = self.path_of(prompt)
+        words = self._kept.get(prompt) if path is None else _read(path)
+        if words is None:
+            words = self._encode(ids)
+            if path is None:
+                self._kept[prompt] = words
+            else:
+                _write(path, words, clean_prompt(prompt), self.name)
+        return torch.cat([words, words.new_zeros(self.config.length - len(words), words.shape[1])])
+
+    def _encode(self, ids: list[int]) -> Tensor:
+        """Return the embedded tokens [words c]; without filling, which would be masked anyway."""
+        if self._encoder is None:
+            self._encoder = _load_encoder(self._weights, self.config)
+        given = torch.tensor([ids], device=self.config.device)
+        return self._encoder(input_ids=given).last_hidden_state[0].cpu()
+
+    def path_of(self, prompt: str) -> Path | None:
+        """Return the file in which what was made of a prompt is kept; None: nowhere."""
+        if not self.config.cache:
+            return None
+        key = f"{self.name}\n{clean_prompt(prompt)}".encode()
+        digest = hashlib.blake2b(key, digest_size=16).hexdigest()
+        return Path(self.config.cache) / f"{digest}.safetensors"
+
+
+def text_fingerprint(source: str | os.PathLike[str]) -> str:
+    """Name a source's tokenizer and text encoder, wherever they lie; none of them is loaded.
+
+    Raises:
+        FileNotFoundError: they are not there, or the hub cannot be reached.
+        ValueError: a text encoder of another kind.
+    """
+    if not str(source):
+        raise FileNotFoundError("no folder of a text encoder is named")
+    return fingerprint(*_find(source))
+
+
+def _find(source: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Return the folders of tokenizer and text encoder."""
+    words = find_part(source, "tokenizer")
+    return words, find_part(source, "text_encoder", ENCODERS, "text encoder of Wan")
+
+
+def refuse_empty(prompts: Sequence[str]) -> None:
+    """Refuse no prompt at all, or one without words (ValueError)."""
+    if not prompts:
+        raise ValueError("needed one prompt or more, got none")
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt must have words, got an empty one")
+
+
+def clean_prompt(prompt: str) -> str:
+    """Mend broken characters, turn HTML's names of characters into them, and join white space.
+
+    Source: what diffusers' pipeline of Wan does to a prompt.
+    """
+    try:
+        import ftfy
+    except ImportError as error:
+        raise ValueError(EXTRA) from error
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
+
+
+def default_cache() -> str:
+    """Return the folder of this user where embedded prompts are kept unless another is named."""
+    return str(cache_folder("prompts"))
+
+
+def prompt_of(path: str | os.PathLike[str]) -> str:
+    """Return the prompt whose embedding a file holds.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["scd"])["prompt"]
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} holds no embedded prompt: {error}") from error
+
+
+def _read(path: Path) -> Tensor | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("words")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, remove it: {error}") from error
+
+
+def _write(path: Path, words: Tensor, prompt: str, name: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One entry: several would be written in a random order, and equal files differ.
+    metadata = {"scd": json.dumps({"prompt": prompt, "encoder": name})}
+    with file_aside(path) as aside:
+        save_file({"words": words.contiguous()}, aside, metadata=metadata)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ValueError(EXTRA) from error
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder} holds no tokenizer that can be read: {reason}") from error
+
+
+def _load_encoder(folder: Path, config: TextConfig) -> Any:
+    from transformers import UMT5EncoderModel
+
+    both: Any = UMT5EncoderModel.from_pretrained(
+        str(folder), local_files_only=True, dtype=DTYPES[config.precision], output_loading_info=True
+    )
+    encoder, loaded = both
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        raise ValueError(f"{folder} lacks {len(missing)} weights of UMT5: {missing[:5]}")
+    return encoder.to(config.device).eval().requires_grad_(False)

@@ -1,0 +1,150 @@
+"""`scd export diffusers`: a Wan world as folders that diffusers' WanTransformer3DModel loads.
+
+A dense world is one transformer; a separable one is two, its encoder and its decoder. The encoder
+has no head of its own, so it is given the decoder's: without one it would not load.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from scd.common.config import from_json, to_json
+from scd.common.files import refuse_used, written_aside
+from scd.common.hub import find_part
+from scd.common.weights import StoredWeights, write_shards
+from scd.models.build import ModelConfig
+from scd.models.checkpoint import resolve
+from scd.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, read_settings
+from scd.models.shipped import parts_beside
+from scd.models.wan.config import WanConfig, WanSeparableConfig
+from scd.models.wan.source import PARTS, WEIGHTS_STEM
+
+SPLIT_FILE = "scd.json"
+"""Beside the two transformers of a separable world: its settings, without which they are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Which world is written where."""
+
+    run: str = ""
+    """World or run folder."""
+    out: str = ""
+    """Folder to write; it must not exist, or be empty."""
+
+    def __post_init__(self) -> None:
+        if not self.run or not self.out:
+            raise ValueError("scd export diffusers needs a run and --out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One transformer to write."""
+
+    folder: str
+    """Name of its folder."""
+    prefix: str
+    """What the names of its weights begin with in the world."""
+    num_layers: int
+    """Its blocks."""
+
+
+def export_diffusers(run: str | os.PathLike[str], out: str) -> list[Path]:
+    """Write the transformers of a Wan world, and its other parts where they are at hand.
+
+    Args:
+        run: world or run folder.
+        out: folder to write; it must not exist, or be empty.
+
+    Returns:
+        The folders that `WanTransformer3DModel.from_pretrained` takes.
+
+    Raises:
+        FileNotFoundError: no world is there.
+        FileExistsError: `out` holds something.
+        ValueError: the world is none of Wan.
+    """
+    folder, target = resolve(run), Path(out)
+    refuse_used(target)
+    settings = read_settings(folder / CONFIG_FILE)
+    config = from_json(ModelConfig, settings["model"], f"{folder / CONFIG_FILE}: model")
+    if isinstance(config, WanConfig):
+        parts = [Part(folder="transformer", prefix="", num_layers=config.num_layers)]
+    elif isinstance(config, WanSeparableConfig):
+        parts = [
+            Part(folder="encoder", prefix="encoder.", num_layers=config.encoder.num_layers),
+            Part(folder="decoder", prefix="decoder.", num_layers=config.decoder.num_layers),
+        ]
+    else:
+        raise ValueError(f"{run} is no Wan world but {type(config).__name__}: nothing to export")
+    with StoredWeights(folder / WEIGHTS_FILE) as weights, written_aside(target) as aside:
+        for part in parts:
+            (aside / part.folder).mkdir()
+            text = json.dumps(_transformer_config(config, part.num_layers), indent=2)
+            (aside / part.folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+            write_shards(_tensors(weights, part), aside / part.folder, WEIGHTS_STEM)
+        if isinstance(config, WanSeparableConfig):
+            text = json.dumps(to_json(config), indent=2)
+            (aside / SPLIT_FILE).write_text(text + "\n", encoding="utf-8")
+        else:
+            _add_parts(_source_of(run, settings.get("autoencoder")), aside)
+    return [target / part.folder for part in parts]
+
+
+def _tensors(weights: StoredWeights, part: Part) -> Iterator[tuple[str, Tensor]]:
+    for name in weights.names():
+        if name.startswith(part.prefix):
+            yield name.removeprefix(part.prefix), weights.get(name)
+    if part.prefix == "encoder.":
+        for name in ("proj_out.weight", "proj_out.bias", "scale_shift_table"):
+            yield name, weights.get(f"decoder.{name}")
+
+
+def _transformer_config(config: WanConfig | WanSeparableConfig, num_layers: int) -> dict[str, Any]:
+    """Return what diffusers keeps of a WanTransformer3DModel."""
+    block, shape = config.block, config.shape
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "added_kv_proj_dim": None,
+        "attention_head_dim": block.head_dim,
+        "cross_attn_norm": block.norm_before_text,
+        "eps": block.eps,
+        "ffn_dim": block.ffn_dim,
+        "freq_dim": block.freq_dim,
+        "image_dim": None,
+        "in_channels": shape.channels,
+        "num_attention_heads": block.num_heads,
+        "num_layers": num_layers,
+        "out_channels": shape.channels,
+        "patch_size": [1, shape.patch_size, shape.patch_size],
+        "pos_embed_seq_len": None,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        "text_dim": config.conditions.text_dim,
+    }
+
+
+def _source_of(run: str | os.PathLike[str], autoencoder: Any) -> str:
+    """Return the folder of diffusers with a world's other parts: itself, or the one it names."""
+    named = autoencoder.get("source") if isinstance(autoencoder, dict) else None
+    return parts_beside(str(run)) or named or ""
+
+
+def _add_parts(source: str, folder: Path) -> None:
+    """Copy what makes a pipeline whole, from a folder of diffusers if there is one."""
+    if not source or not Path(source).is_dir():
+        return
+    for part in (*PARTS, "scheduler"):
+        if (Path(source) / part).is_dir():
+            shutil.copytree(find_part(source, part), folder / part)
+    index = Path(source) / "model_index.json"
+    if index.is_file():
+        shutil.copyfile(index, folder / index.name)

@@ -1,0 +1,218 @@
+"""Reading state dicts in the layouts of the paper's release and of FAR, by the names of weights."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from scd.common.files import refuse_used
+from scd.data.clip import ConditionSpec
+from scd.models.block import BlockConfig
+from scd.models.build import Diffuser, build
+from scd.models.decoder import DecoderConfig, Join
+from scd.models.dense import DenseConfig
+from scd.models.embed import FrameShape
+from scd.models.encoder import EncoderConfig
+from scd.models.kv_cache import CacheConfig
+from scd.models.pretrained import check_state
+from scd.models.separable import SeparableConfig
+
+_STACK_NAMES = (
+    (r"x_embedder\.", "embed_frame.project."),
+    (r"timestep_embedder\.linear_1\.", "embed_time.rise."),
+    (r"timestep_embedder\.linear_2\.", "embed_time.mix."),
+    (r"action_embedder\.embedding_table\.", "embed_conditions.actions."),
+    (r"label_embedder\.embedding_table\.", "embed_conditions.labels."),
+    (r"transformer_blocks\.(\d+)\.norm1\.linear\.", r"blocks.\1.attention_modulation.linear."),
+    (r"transformer_blocks\.(\d+)\.norm2\.linear\.", r"blocks.\1.mlp_modulation.linear."),
+    (r"transformer_blocks\.(\d+)\.attn\.norm_([qk])\.weight", r"blocks.\1.attention.\2_norm"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0\.", r"blocks.\1.attention.to_out."),
+    (r"transformer_blocks\.(\d+)\.attn\.to_([qkv])\.", r"blocks.\1.attention.to_\2."),
+    (r"transformer_blocks\.(\d+)\.mlp\.net\.0\.proj\.", r"blocks.\1.mlp.0."),
+    (r"transformer_blocks\.(\d+)\.mlp\.net\.2\.", r"blocks.\1.mlp.2."),
+    (r"proj_out\.", "head.project."),
+    (r"decoder_input_proj\.", "merge."),
+    (r"decoder_alignment\.0\.", "align_norm."),
+    (r"decoder_alignment\.1\.", "align."),
+)
+"""Names inside one stack of blocks: the release's, and ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """What a state dict of the release or of FAR does not say about its model."""
+
+    channels: int = 32
+    """Channels of a latent frame."""
+    height: int = 8
+    """Rows of a latent frame."""
+    width: int = 8
+    """Columns of a latent frame."""
+    join: Literal["token_concat", "add"] = "token_concat"
+    """How context and noise meet, where no weight tells: the other joins are recognised."""
+    rotary_axes: tuple[int, int, int] | None = None
+    """Entries of a head for frame, row and column. None: a quarter and twice three eighths."""
+    distance_bias: float = 0.0
+    """Slope of the attention bias over frame distance."""
+    key: str = ""
+    """Name of the state dict inside the file, where it lies in a dictionary. Empty: the file is
+    the state dict."""
+    cache: CacheConfig = field(default_factory=lambda: CacheConfig(window=300, num_sinks=0))
+    """Memory of a stream; the release keeps everything."""
+
+
+def read_state_dict(path: str | Path, key: str = "") -> dict[str, Tensor]:
+    """Read the tensors of a .safetensors file or of a PyTorch file without code in it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, holds something else than tensors, or has no such key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no state dict at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a state dict: {error}") from error
+    if key:
+        if not isinstance(state, Mapping) or key not in state:
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"{path} has no {key!r}; it holds {found}")
+        state = state[key]
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"{path} holds no state dict but {type(state).__name__}")
+    others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(f"{path}: {others[:5]} are not tensors; name the state dict with --key")
+    return {str(name): value.float() for name, value in state.items()}
+
+
+def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of the release (encoder and decoder) or of FAR (one stack) to ours."""
+    renamed = {}
+    for name, tensor in state.items():
+        side = re.match(r"(encoder|decoder)\.", name)
+        prefix = side.group(0) if side else ""
+        rest = name[len(prefix) :]
+        # The encoder ends in its output norm; in the others the norm belongs to the head.
+        output = "output_modulation.linear." if prefix == "encoder." else "head.modulation.linear."
+        for theirs, ours in (*_STACK_NAMES, (r"norm_out\.linear\.", output)):
+            rest, found = re.subn(f"^{theirs}", ours, rest)
+            if found:
+                break
+        renamed[prefix + rest] = tensor
+    return renamed
+
+
+def config_of(
+    state: Mapping[str, Tensor], config: ReferenceConfig
+) -> SeparableConfig | DenseConfig:
+    """Read a model's settings off the shapes of its weights, given in our names.
+
+    Raises:
+        ValueError: the weights are of neither layout, or do not fit the given latent shape.
+    """
+    dense = "head.project.weight" in state
+    stacks = ("",) if dense else ("encoder.", "decoder.")
+    probes = [f"{stack}{part}" for stack in stacks for part in _PROBES]
+    missing = [name for name in probes if name not in state]
+    if missing:
+        raise ValueError(f"not a state dict of the release or of FAR: no weight {missing[:3]}")
+    first = stacks[0]
+    width, token_dim = state[f"{first}embed_frame.project.weight"].shape
+    head_dim = state[f"{first}blocks.0.attention.q_norm"].numel()
+    patch_size = round((token_dim / config.channels) ** 0.5)
+    if patch_size**2 * config.channels != token_dim:
+        raise ValueError(
+            f"tokens of {token_dim} values are no square patches of {config.channels} channels"
+        )
+    axes = config.rotary_axes or (head_dim // 4, 3 * head_dim // 8, 3 * head_dim // 8)
+    shape = FrameShape(
+        channels=config.channels, height=config.height, width=config.width, patch_size=patch_size
+    )
+    block = BlockConfig(
+        width=width, head_dim=head_dim, rotary_axes=axes, distance_bias=config.distance_bias
+    )
+    tables = {
+        name: state.get(f"{first}embed_conditions.{name}.weight") for name in ("actions", "labels")
+    }
+    # The last row of a table is the null embedding.
+    conditions = ConditionSpec(
+        **{
+            f"num_{name}": 0 if table is None else table.shape[0] - 1
+            for name, table in tables.items()
+        }
+    )
+    if dense:
+        return DenseConfig(
+            shape=shape,
+            block=block,
+            num_layers=_num_layers(state, ""),
+            conditions=conditions,
+            cache=config.cache,
+        )
+    join: Join = config.join
+    if "decoder.merge.weight" in state:
+        join = "channel_concat"
+    if "decoder.align.weight" in state:
+        join = "token_concat_projected"
+    return SeparableConfig(
+        shape=shape,
+        block=block,
+        encoder=EncoderConfig(
+            num_layers=_num_layers(state, "encoder."),
+            start_frame=False,
+            modulate_output="encoder.output_modulation.linear.weight" in state,
+        ),
+        decoder=DecoderConfig(num_layers=_num_layers(state, "decoder."), join=join),
+        conditions=conditions,
+        cache=config.cache,
+    )
+
+
+_PROBES = ("embed_frame.project.weight", "blocks.0.attention.q_norm", "embed_time.rise.weight")
+
+
+def _num_layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    found = [re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", name) for name in state]
+    return 1 + max(int(match.group(1)) for match in found if match)
+
+
+def read_reference(state: Mapping[str, Tensor], config: ReferenceConfig) -> Diffuser:
+    """Build the model of a state dict in the layout of the release or of FAR.
+
+    Raises:
+        ValueError: weights are missing, unknown, or of other shapes than the layout's.
+    """
+    renamed = our_names(state)
+    model = build(config_of(renamed, config))
+    check_state(model, renamed, "the state dict")
+    model.load_state_dict(renamed)
+    return model.eval()
+
+
+def convert_reference(source: str, out: str, config: ReferenceConfig) -> Path:
+    """Turn a state dict of the release or of FAR into a folder that `from_pretrained` reads.
+
+    Raises:
+        FileExistsError: `out` holds something.
+        ValueError: see `read_state_dict` and `read_reference`.
+    """
+    folder = Path(out)
+    refuse_used(folder)
+    model = read_reference(read_state_dict(source, config.key), config)
+    model.save_pretrained(folder)
+    return folder

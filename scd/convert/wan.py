@@ -1,0 +1,290 @@
+"""`scd convert wan`: weights of Wan2.1 into a separable causal world, or into a dense one.
+
+Tensors go from the source's files into the world's one after another, so that no more than one file
+of them is in memory. Source: paper, section 6.1.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from scd.autoencoders.wan import WanAutoencoderConfig
+from scd.common.files import refuse_used, written_aside
+from scd.common.hub import find_part, read_part_config
+from scd.common.runtime import DTYPES
+from scd.common.weights import SHARD_BYTES, write_shards
+from scd.data.source import DataCard
+from scd.models.build import ModelConfig, build
+from scd.models.checkpoint import write_world_settings
+from scd.models.embed import FrameShape
+from scd.models.flow import SamplingConfig
+from scd.models.kv_cache import CacheConfig
+from scd.models.pretrained import WEIGHTS_FILE, check_shapes
+from scd.models.wan.compose import places_of
+from scd.models.wan.config import WanConfig, WanDecoderConfig, WanEncoderConfig, WanSeparableConfig
+from scd.models.wan.source import PARTS, WanSource, open_source
+from scd.models.wan.timesteps import FEW_STEPS, SHIFT, warped_times
+from scd.probing.intervention_settings import proposed_layers
+
+FPS = 16.0
+"""Frames per second of Wan's videos."""
+
+_SWITCHES = ("encoder_noise", "lowest_time", "encoder_shift", "join", "context_time")
+"""Settings of a separable world that a dense one does not have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertWanConfig:
+    """Which weights become which world."""
+
+    model: str = ""
+    """Folder of diffusers, or its name on the hub; or a file with a state dict of a causal model,
+    as of CausVid and Self-Forcing."""
+    out: str = ""
+    """Folder of the world; it must not exist, or be empty."""
+    split: str = "25,5+5"
+    """First layers that become the encoder, then how many first and last ones become the decoder;
+    or a probe.json with a proposed split; or "dense": all layers, at every step."""
+    height: int = 480
+    """Rows of a frame, in pixels."""
+    width: int = 832
+    """Columns of a frame, in pixels."""
+    text_length: int = 512
+    """Tokens of an embedded text, those that fill it up included."""
+    dtype: Literal["source", "fp32", "bf16"] = "source"
+    """Type of the stored weights; source: each as it is."""
+    window: int = 21
+    """Latent frames in memory."""
+    num_sinks: int = 0
+    """Latent frames, the first ones, that stay in memory for good; part of the window."""
+    frames_per_block: int = 1
+    """Latent frames that a dense model denoises together; 3 in chunk-wise causal checkpoints."""
+    num_steps: int = 50
+    """Denoising steps per frame of a source that was not distilled."""
+    encoder_noise: Literal["fresh", "same"] = "fresh"
+    """What the encoder reads of the frame to come: noise of its own, or that which the decoder
+    starts from."""
+    lowest_time: float = 0.8
+    """Lowest time, before the shift, of the noisy frame that the encoder reads in training."""
+    encoder_shift: float = 5.0
+    """Bend of these times towards noise; 1: none."""
+    join: Literal["input", "middle"] = "input"
+    """Where the decoder's context joins the noisy frame: before the first layer, or between the
+    first and the last ones."""
+    context_time: Literal["same", "clean"] = "same"
+    """Time by which the context is modulated: that of the noisy frame, or 0."""
+    copy_parts: bool = False
+    """Copy autoencoder, text encoder and tokenizer into the world, instead of naming where they
+    lie."""
+    key: str = ""
+    """Name of the state dict in a file; empty: the averaged weights if there are any."""
+    head_dim: int = 128
+    """Width of an attention head, which a state dict does not tell."""
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width, self.text_length, self.num_steps, self.head_dim) < 1:
+            raise ValueError("sizes, lengths and num_steps must be 1 or more")
+
+
+def convert_wan(config: ConvertWanConfig) -> Path:
+    """Write a world of Wan's weights.
+
+    Raises:
+        FileExistsError: `out` holds something.
+        FileNotFoundError: the source is not there or not whole, or the hub cannot be reached.
+        ValueError: a model of another family, a split into layers that are not there, frames that
+            cannot be cut into tokens, or weights of a type or shape that does not fit.
+    """
+    if not config.model or not config.out:
+        raise ValueError("scd convert wan needs --model and --out")
+    folder = Path(config.out)
+    refuse_used(folder)
+    split = read_split(config.split)
+    source = open_source(config.model, config.key, config.head_dim)
+    model = model_config(config, source, split)
+    autoencoder = _autoencoder(config, source)
+    card = DataCard(
+        height=config.height,
+        width=config.width,
+        fps=FPS,
+        conditions=model.conditions,
+        action_names=(),
+    )
+    with source.weights as weights, written_aside(folder) as aside:
+        _check(source, model)
+        write_world_settings(aside, model, autoencoder, card, _sampling(config, source))
+        dtype = DTYPES.get(config.dtype)
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name, theirs in source.names.items():
+                places = _places(name, source, model)
+                if places:
+                    tensor = weights.get(theirs)
+                    tensor = tensor if dtype is None else tensor.to(dtype)
+                    yield from ((place, tensor) for place in places)
+
+        write_shards(tensors(), aside, WEIGHTS_FILE.removesuffix(".safetensors"), SHARD_BYTES)
+        if config.copy_parts and source.folder is not None:
+            _copy_parts(config.model, aside)
+    return folder
+
+
+def read_split(split: str) -> tuple[int, int, int] | None:
+    """Return how many first layers the encoder gets, and how many first and last ones the decoder.
+
+    Args:
+        split: "25,5+5", a probe.json, or "dense": then None is returned.
+
+    Raises:
+        ValueError: it is none of these, or the probe's decoder is not the first and the last ones.
+        OSError: there is no such file.
+    """
+    if split == "dense":
+        return None
+    found = re.fullmatch(r"(\d+),(\d+)\+(\d+)", split.replace(" ", ""))
+    if found is not None:
+        return int(found[1]), int(found[2]), int(found[3])
+    if not split.endswith(".json"):
+        raise ValueError(
+            f'split must be like "25,5+5" (encoder, then first+last of the decoder), a probe.json, '
+            f'or "dense", got {split!r}'
+        )
+    encoder, decoder = proposed_layers(Path(split))
+    num_first = next(
+        (place for place, layer in enumerate(decoder) if layer != place + 1), len(decoder)
+    )
+    rest = decoder[num_first:]
+    if list(rest) != list(range(rest[0], rest[0] + len(rest)) if rest else []):
+        raise ValueError(f"{split}: a decoder is the first and the last layers, got {decoder}")
+    return encoder, num_first, len(rest)
+
+
+def model_config(
+    config: ConvertWanConfig, source: WanSource, split: tuple[int, int, int] | None
+) -> WanConfig | WanSeparableConfig:
+    """Return the settings of the model that the weights become.
+
+    Raises:
+        ValueError: layers that are not there, frames that cannot be cut into tokens, or a setting
+            that has no effect.
+    """
+    cell = _cell_size(source)
+    step = cell * source.patch_size
+    if config.height % step or config.width % step:
+        raise ValueError(
+            f"height and width must be multiples of {step} (latent cells of {cell} pixels in "
+            f"patches of {source.patch_size}), got {config.height}x{config.width}"
+        )
+    shape = FrameShape(
+        channels=source.channels,
+        height=config.height // cell,
+        width=config.width // cell,
+        patch_size=source.patch_size,
+    )
+    cache = CacheConfig(window=config.window, num_sinks=config.num_sinks, rebase_sinks=False)
+    conditions = source.conditions(config.text_length)
+    if split is None:
+        if any(getattr(config, name) != getattr(ConvertWanConfig, name) for name in _SWITCHES):
+            raise ValueError(f"{', '.join(_SWITCHES)} have no effect on split=dense")
+        return WanConfig(
+            shape=shape,
+            block=source.block,
+            num_layers=source.num_layers,
+            conditions=conditions,
+            cache=cache,
+            frames_per_block=config.frames_per_block,
+        )
+    if config.frames_per_block != 1:
+        raise ValueError("frames_per_block has an effect with split=dense only")
+    encoder, first, last = split
+    if not 1 <= encoder <= source.num_layers or not 1 <= first + last <= source.num_layers:
+        raise ValueError(
+            f"split {config.split!r} names {encoder} layers for the encoder and {first}+{last} for "
+            f"the decoder, but {config.model} has {source.num_layers}"
+        )
+    return WanSeparableConfig(
+        shape=shape,
+        block=source.block,
+        encoder=WanEncoderConfig(
+            num_layers=encoder,
+            noise=config.encoder_noise,
+            lowest_time=config.lowest_time,
+            shift=config.encoder_shift,
+        ),
+        decoder=WanDecoderConfig(
+            num_first=first,
+            num_last=last,
+            join=config.join,
+            context_time=config.context_time,
+        ),
+        conditions=conditions,
+        cache=cache,
+    )
+
+
+def _cell_size(source: WanSource) -> int:
+    """Return the pixels along a latent cell: as the autoencoder beside the weights says, or 8."""
+    if source.folder is None or not (source.folder / "vae").is_dir():
+        return 8
+    vae = read_part_config(find_part(source.folder, "vae", ("AutoencoderKLWan",), "autoencoder"))
+    return 2 ** (len(vae.get("dim_mult", (1, 2, 4, 4))) - 1)
+
+
+def _autoencoder(config: ConvertWanConfig, source: WanSource) -> WanAutoencoderConfig:
+    """Say where autoencoder and text encoder lie: there, in the world itself, or nowhere yet."""
+    place = ""
+    if source.folder is not None:
+        path = Path(config.model)
+        place = config.model if not path.is_dir() else str(source.folder.resolve())
+        place = place if not path.is_dir() or _has_parts(source.folder) else ""
+        place = str(Path(config.out).resolve()) if config.copy_parts else place
+    return WanAutoencoderConfig(
+        source=place, channels=source.channels, cell_size=_cell_size(source)
+    )
+
+
+def _has_parts(folder: Path) -> bool:
+    return any((folder / part).is_dir() for part in PARTS)
+
+
+def _copy_parts(model: str, folder: Path) -> None:
+    for part in PARTS:
+        shutil.copytree(find_part(model, part), folder / part)
+
+
+def _sampling(config: ConvertWanConfig, source: WanSource) -> SamplingConfig:
+    if not source.is_causal:
+        return SamplingConfig(num_steps=config.num_steps, schedule="shifted", shift=SHIFT)
+    times = warped_times(FEW_STEPS)
+    return SamplingConfig(num_steps=len(times), schedule="listed", times=times, solver="renoise")
+
+
+def _check(source: WanSource, model: ModelConfig) -> None:
+    """Refuse weights of another shape or type, by headers alone (ValueError)."""
+    weights, where = source.weights, str(source.weights.path)
+    shapes, wrong = {}, []
+    for name, theirs in source.names.items():
+        if weights.dtype(theirs) is None:
+            wrong.append(theirs)
+        shapes |= dict.fromkeys(_places(name, source, model), weights.shape(theirs))
+    if wrong:
+        raise ValueError(
+            f"{where}: {len(wrong)} weights are no floating-point numbers of 16 bits or more, such "
+            f"as {wrong[0]!r}: needed fp32, fp16 or bf16, not quantised weights"
+        )
+    with torch.device("meta"):
+        check_shapes(build(model), shapes, where)
+
+
+def _places(name: str, source: WanSource, model: ModelConfig) -> list[str]:
+    if isinstance(model, WanSeparableConfig):
+        return places_of(name, source.num_layers, model)
+    return [name]

@@ -1,0 +1,311 @@
+"""Clips of video with actions, and the one place that knows how actions align with frames.
+
+Action i is what was done between frame i-1 and frame i: frame i is the effect of action i on frame
+i-1. `actions[0]` led to the first frame from something outside the clip; it is kept because a
+stream that begins with that frame still carries it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from scd.common.config import added
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionSpec:
+    """What steers a model: discrete or continuous actions, class labels, a text, or nothing."""
+
+    num_actions: int = 0
+    """Number of discrete actions; ids are 0 .. num_actions - 1. 0: no discrete actions."""
+    action_dim: int = 0
+    """Entries of a continuous action vector. 0: no continuous actions."""
+    num_labels: int = 0
+    """Number of class labels of a whole clip; ids are 0 .. num_labels - 1. 0: no labels."""
+    text_length: int = added(0)
+    """Tokens of an embedded text, those that fill it up included. 0: no text."""
+    text_dim: int = added(0)
+    """Entries of an embedded token of the text. 0: no text."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_actions", "action_dim", "num_labels", "text_length", "text_dim"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if bool(self.text_length) != bool(self.text_dim):
+            raise ValueError(
+                "a text needs both a length and a dimension: "
+                f"got text_length={self.text_length} and text_dim={self.text_dim}"
+            )
+        if self.num_actions and self.action_dim:
+            raise ValueError(
+                "actions are either discrete or continuous: "
+                f"got num_actions={self.num_actions} and action_dim={self.action_dim}"
+            )
+
+    @property
+    def has_actions(self) -> bool:
+        """Whether each frame carries an action."""
+        return bool(self.num_actions or self.action_dim)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether a clip is steered by an embedded text."""
+        return bool(self.text_length)
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether there is anything that guidance could hide."""
+        return self.has_actions or bool(self.num_labels) or self.has_text
+
+    def check(self, conditions: Conditions, num_frames: int | None = None) -> None:
+        """Refuse conditions that do not fit.
+
+        Raises:
+            ValueError: missing or superfluous actions, labels or text, ids out of range, vectors
+                of another length, values that are not finite, or fewer actions than frames.
+        """
+        actions, labels = conditions.actions, conditions.labels
+        if self.has_actions and actions is None:
+            raise ValueError("this model is steered by actions, but none were given")
+        if not self.has_actions and actions is not None:
+            raise ValueError("actions were given, but this model was built without actions")
+        if actions is not None:
+            check_actions(self, actions)
+            if num_frames is not None and actions.shape[1] < num_frames:
+                raise ValueError(
+                    f"{num_frames} frames need {num_frames} actions, got {actions.shape[1]}"
+                )
+        if bool(self.num_labels) != (labels is not None):
+            raise ValueError(
+                f"this model has {self.num_labels} labels, but labels were "
+                + ("given" if labels is not None else "not given")
+            )
+        if labels is not None:
+            _check_ids("label", labels, self.num_labels)
+        for name, text in (("text", conditions.text), ("null_text", conditions.null_text)):
+            _check_text(self, name, text)
+
+
+def _check_text(spec: ConditionSpec, name: str, text: Tensor | None) -> None:
+    if text is None:
+        if name == "text" and spec.has_text:
+            raise ValueError("this model is steered by an embedded text, but none was given")
+        return
+    if not spec.has_text:
+        raise ValueError(f"a {name} was given, but this model was built without text")
+    if text.shape[1:] != (spec.text_length, spec.text_dim):
+        raise ValueError(
+            f"the {name} must be embedded as [streams, {spec.text_length}, {spec.text_dim}], "
+            f"filled up with zeros, got {list(text.shape)}"
+        )
+
+
+def check_actions(spec: ConditionSpec, actions: Tensor) -> None:
+    """Refuse actions of another kind, out of range, or not finite (ValueError)."""
+    if spec.num_actions:
+        if actions.is_floating_point():
+            raise ValueError(f"discrete actions are integers, got {actions.dtype}")
+        _check_ids("action", actions, spec.num_actions)
+    else:
+        if not actions.is_floating_point() or actions.shape[-1] != spec.action_dim:
+            raise ValueError(
+                f"continuous actions are float vectors of {spec.action_dim} entries, "
+                f"got {actions.dtype} of shape {tuple(actions.shape)}"
+            )
+        if not torch.isfinite(actions).all():
+            raise ValueError("continuous actions must be finite, got NaN or infinity")
+
+
+def _check_ids(name: str, ids: Tensor, num: int) -> None:
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= num):
+        raise ValueError(
+            f"{name} ids must lie in 0 .. {num - 1}, got {int(ids.min())} .. {int(ids.max())}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What steers each clip of a batch.
+
+    The two `null` masks mark what is hidden from the model, by its null embedding: everything in
+    the unconditional branch of guidance, and here and there by condition dropout in training.
+    """
+
+    actions: Int[Tensor, "b t"] | Float[Tensor, "b t a"] | None = None
+    """Action i led from frame i-1 to frame i: ids, or vectors."""
+    labels: Int[Tensor, " b"] | None = None
+    """Class of each clip."""
+    null_actions: Bool[Tensor, "b t"] | None = None
+    """Frames whose action is hidden; None: of no frame."""
+    null_labels: Bool[Tensor, " b"] | None = None
+    """Clips whose label is hidden; None: of no clip."""
+    text: Float[Tensor, "b l c"] | None = None
+    """Embedded text of each clip, filled up with zeros."""
+    null_text: Float[Tensor, "b l c"] | None = None
+    """What stands in for a text that is hidden: the embedded empty, or negative, prompt."""
+
+    def to(self, device: torch.device | str) -> Conditions:
+        """Move to a device."""
+        return Conditions(
+            **{
+                name: value if value is None else value.to(device, non_blocking=True)
+                for name, value in vars(self).items()
+            }
+        )
+
+    def frames(self, start: int, stop: int | None) -> Conditions:
+        """Return the conditions of frames start .. stop - 1; label and text hold for all."""
+        return replace(
+            self,
+            actions=None if self.actions is None else self.actions[:, start:stop],
+            null_actions=None if self.null_actions is None else self.null_actions[:, start:stop],
+        )
+
+    def split(self, num_frames: int) -> Conditions:
+        """Turn b clips of `num_frames` frames into b * num_frames clips of one frame."""
+
+        def fold(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[:, :num_frames].flatten(0, 1)[:, None]
+
+        return Conditions(
+            actions=fold(self.actions),
+            labels=_repeat(self.labels, num_frames),
+            null_actions=fold(self.null_actions),
+            null_labels=_repeat(self.null_labels, num_frames),
+            text=_repeat(self.text, num_frames),
+            null_text=_repeat(self.null_text, num_frames),
+        )
+
+    def repeat(self, num: int) -> Conditions:
+        """Repeat each clip's conditions `num` times in a row."""
+        return Conditions(**{name: _repeat(value, num) for name, value in vars(self).items()})
+
+    def concat(self, other: Conditions) -> Conditions:
+        """Put another batch, steered by the same kinds of conditions, behind this one."""
+        return Conditions(
+            **{
+                name: None if value is None else torch.cat([value, getattr(other, name)])
+                for name, value in vars(self).items()
+            }
+        )
+
+    def with_null_branch(self) -> Conditions:
+        """Return twice the batch: everything hidden first, then as it is (for guidance).
+
+        Raises:
+            ValueError: there is a text, but nothing that stands in for it.
+        """
+        if self.text is not None and self.null_text is None:
+            raise ValueError("hiding the text needs null_text, the embedded negative prompt")
+        masks = {}
+        if self.actions is not None:
+            masks["null_actions"] = torch.zeros(
+                self.actions.shape[:2], dtype=torch.bool, device=self.actions.device
+            )
+        if self.labels is not None:
+            masks["null_labels"] = torch.zeros_like(self.labels, dtype=torch.bool)
+        seen = replace(self, **masks)
+        hidden = replace(seen, **{name: ~mask for name, mask in masks.items()})
+        return replace(hidden, text=self.null_text).concat(seen)
+
+
+def _repeat(value: Tensor | None, num: int) -> Tensor | None:
+    return None if value is None else value.repeat_interleave(num, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """Some consecutive frames of one episode, with the actions that led to them."""
+
+    frames: Float[Tensor, "t c h w"]
+    """Pixels in [-1, 1], three channels; or latents of unit scale, where `encoded`."""
+    actions: Int[Tensor, " t"] | Float[Tensor, "t a"] | None = None
+    """Action i led from frame i-1 to frame i."""
+    label: int | None = None
+    """Class of the whole clip."""
+    encoded: bool = False
+    """Whether the frames are what an autoencoder made of them."""
+    text: Float[Tensor, "l d"] | None = None
+    """Embedded text of the whole clip, filled up with zeros."""
+    null_text: Float[Tensor, "l d"] | None = None
+    """What stands in for the text where it is hidden."""
+    fps: float = 10.0
+    """Frames per second at which the clip is meant to be watched."""
+
+    def __len__(self) -> int:
+        return self.frames.shape[0]
+
+    def __getitem__(self, frames: slice) -> Clip:
+        return replace(
+            self,
+            frames=self.frames[frames],
+            actions=None if self.actions is None else self.actions[frames],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Clips of equal length side by side."""
+
+    frames: Float[Tensor, "b t c h w"]
+    """Pixels in [-1, 1], three channels; or latents of unit scale, where `encoded`."""
+    conditions: Conditions
+    """What steers the clips, frame by frame."""
+    encoded: bool = False
+    """Whether the frames are what an autoencoder made of them."""
+
+    @staticmethod
+    def of(clips: Sequence[Clip]) -> Batch:
+        """Stack clips.
+
+        Raises:
+            ValueError: the clips differ in length, size, or in what steers them.
+        """
+        shapes = sorted({tuple(clip.frames.shape) for clip in clips})
+        if len(shapes) != 1:
+            raise ValueError(f"clips of one batch need one shape [t, c, h, w], got {shapes}")
+        if len({clip.encoded for clip in clips}) != 1:
+            raise ValueError("some clips of the batch are pixels and some are latents")
+        labels = [clip.label for clip in clips if clip.label is not None]
+        if len(labels) not in (0, len(clips)):
+            raise ValueError("some clips of the batch have labels and some have none")
+        return Batch(
+            frames=torch.stack([clip.frames for clip in clips]),
+            conditions=Conditions(
+                actions=_stacked("actions", [clip.actions for clip in clips]),
+                labels=torch.tensor(labels) if labels else None,
+                text=_stacked("a text", [clip.text for clip in clips]),
+                null_text=_stacked("a null text", [clip.null_text for clip in clips]),
+            ),
+            encoded=clips[0].encoded,
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move to a device."""
+        return replace(
+            self,
+            frames=self.frames.to(device, non_blocking=True),
+            conditions=self.conditions.to(device),
+        )
+
+
+def _stacked(name: str, values: Sequence[Tensor | None]) -> Tensor | None:
+    found = [value for value in values if value is not None]
+    if len(found) not in (0, len(values)):
+        raise ValueError(f"some clips of the batch have {name} and some have none")
+    return torch.stack(found) if found else None
+
+
+def pixels_to_frames(pixels: UInt8[Tensor, "*t h w 3"]) -> Float[Tensor, "*t 3 h w"]:
+    """Turn 8-bit RGB pictures into frames in [-1, 1]."""
+    return pixels.movedim(-1, -3).float() / 127.5 - 1
+
+
+def frames_to_pixels(frames: Float[Tensor, "*t 3 h w"]) -> UInt8[Tensor, "*t h w 3"]:
+    """Turn frames into 8-bit RGB pictures; values outside [-1, 1] are clipped."""
+    return ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)

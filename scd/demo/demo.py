@@ -1,0 +1,292 @@
+"""The demo: a first look at the shipped world, or a small world and its dense twin trained here.
+
+With `train` both are trained, measured and streamed, and a report says what came of it. Everything
+happens in one run on one machine, so that the two can be compared. An interrupted demo
+continues where it was when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from scd.common.config import to_json
+from scd.common.files import refuse_used
+from scd.common.provenance import provenance, write_json, write_text
+from scd.common.runlog import read_curve
+from scd.common.runtime import choose_device
+from scd.data.folder import open_source
+from scd.data.toy import ToyWorld
+from scd.demo.first_look import first_look
+from scd.demo.report import Pictures, quality_rows, write_report
+from scd.evaluation.measure import Measurement, find_row, measure
+from scd.evaluation.plots import Ink, plot_loss, plot_metrics
+from scd.evaluation.predict import TIMED, Protocol, choose_windows, read_windows, summarize
+from scd.evaluation.side_by_side import (
+    NUM_GIVEN,
+    NUM_STREAMED,
+    NUM_WARM_UP,
+    measure_memory,
+    stream_in_turns,
+    write_stream,
+)
+from scd.models.build import num_parameters
+from scd.models.checkpoint import World, last_step, load_progress, load_world, save_world
+from scd.models.shipped import shipped_world
+from scd.streaming.rollout import Timing
+from scd.training.fit import fit_to_data
+from scd.training.presets import preset
+from scd.training.trainer import train
+
+MARKER = ".scd-demo"
+"""File that tells a folder of ours from anybody else's."""
+
+STREAMED = ("separable", "dense")
+"""Models that are streamed, timed and whose memory is measured."""
+
+HORIZONS = (1, 4, 8)
+"""Predicted frames of the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """One demo."""
+
+    train: bool = False
+    """Train a small world and its dense twin here, in minutes, and compare them; without it the
+    world that comes with the package is streamed and steered, in seconds."""
+    quick: bool = False
+    """Train and measure a little only, to see that everything works: the numbers mean nothing."""
+    out: str = "demo"
+    """Folder for the report; a new one, or that of an earlier demo."""
+    seed: int = 0
+    """Seed of weights, data, noise and the choice of clips."""
+    steps: int | None = None
+    """Optimiser steps of the separable model; None: those of the preset, or 60 if quick."""
+
+    def __post_init__(self) -> None:
+        if not self.train and (self.quick or self.steps is not None):
+            raise ValueError("quick and steps have no effect without train: add --train")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be 1 or more, got {self.steps}")
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the separable model."""
+        return self.steps or (60 if self.quick else preset("toy").max_steps)
+
+    @property
+    def protocol(self) -> Protocol:
+        """How quality is measured."""
+        num_clips = 16 if self.quick else 64
+        return Protocol(
+            context=8, horizon=max(HORIZONS), num_clips=num_clips, batch_size=32, seed=self.seed
+        )
+
+    @property
+    def num_memory_clips(self) -> int:
+        """Clips on which the memory score is measured."""
+        return 8 if self.quick else 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A model of the demo and what its training took."""
+
+    folder: Path
+    """The run."""
+    steps: int
+    """Optimiser steps."""
+    seconds: float
+    """Seconds of training, without evaluation; of an interrupted one those of all its parts."""
+
+
+def demo(config: DemoConfig) -> dict[str, Any]:
+    """Run the demo and return what its report.json holds.
+
+    Raises:
+        FileExistsError: the folder holds something else than an earlier demo.
+        FileNotFoundError: without train: this installation has no shipped world.
+        KeyboardInterrupt: it was interrupted; the training is saved.
+    """
+    out = Path(config.out)
+    claim_folder(out)
+    if config.train:
+        return train_and_compare(config, out)
+    return first_look(shipped_world(), out, config.seed)
+
+
+def train_and_compare(config: DemoConfig, out: Path) -> dict[str, Any]:
+    """Train both models, measure both, stream both in turns, and write the report."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    kind = "quick" if config.quick else "full"
+    runs = out / "runs" / f"{kind}-{config.num_steps}-steps-seed-{config.seed}"
+
+    console.print(f"[bold]1/5[/] training the separable model: {config.num_steps} steps")
+    separable = train_one("toy", runs / "separable", config.num_steps, config.seed)
+    console.print(f"[bold]2/5[/] training the dense model: as many steps, {config.num_steps}")
+    dense = train_one("toy-dense", runs / "dense", config.num_steps, config.seed)
+    equal_steps = max(1, round(separable.seconds / dense.seconds * dense.steps))
+    console.print(
+        f"[bold]3/5[/] training the dense model: as many seconds, {separable.seconds:.0f}, "
+        f"which are {equal_steps} steps"
+    )
+    equal_time = train_one("toy-dense", runs / "dense_equal_time", equal_steps, config.seed)
+    trained = {"separable": separable, "dense": dense, "dense_equal_time": equal_time}
+
+    began = time.perf_counter()
+    device = choose_device()
+    worlds = {name: load_world(one.folder, device=device) for name, one in trained.items()}
+    for name in STREAMED:
+        save_world(worlds[name], out / name)
+    console.print("[bold]4/5[/] measuring all three on held-out clips")
+    source = open_source("toy:32", "val")
+    assert isinstance(source, ToyWorld)
+    measured = {
+        name: measure(world, source, config.protocol, with_memory=False)
+        for name, world in worlds.items()
+    }
+    memory = measure_memory(
+        {name: worlds[name] for name in STREAMED},
+        source,
+        replace(config.protocol, num_clips=config.num_memory_clips),
+    )
+    measured_s = time.perf_counter() - began
+
+    console.print("[bold]5/5[/] streaming separable and dense in turns, frame by frame")
+    length = NUM_GIVEN + NUM_STREAMED
+    batch = read_windows(source, choose_windows(source, 1, length, config.seed + 1), length)
+    frames, timings = stream_in_turns({name: worlds[name] for name in STREAMED}, batch, config.seed)
+    true = batch.frames[0].cpu()
+    write_stream(true, frames, source.card.fps, out)
+
+    result = summarize_demo(trained, worlds, measured, memory, timings)
+    result |= add_up(trained, measured_s, time.perf_counter() - began - measured_s)
+    result |= {"settings": to_json(config) | {"protocol": to_json(config.protocol)}}
+    result |= provenance(device)
+    with tempfile.TemporaryDirectory() as folder:
+        runs_of = {name: one.folder for name, one in trained.items()}
+        write_report(result, draw(result, runs_of, out, Path(folder)), out / "report.html")
+    write_json(result, out / "report.json")
+    _say(result, out, console)
+    return result
+
+
+def claim_folder(out: Path) -> None:
+    """Make the demo's folder, or take that of an earlier demo.
+
+    Raises:
+        FileExistsError: it is a file, or holds something else.
+    """
+    if not (out / MARKER).is_file():
+        refuse_used(out, "an earlier demo")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text("A demo of scd lies here; `scd demo` may write to this folder.\n", out / MARKER)
+
+
+def train_one(name: str, folder: Path, num_steps: int, seed: int) -> Trained:
+    """Train a preset, or continue where it was interrupted.
+
+    Raises:
+        KeyboardInterrupt: a signal stopped it; the training is saved.
+    """
+    config = replace(
+        fit_to_data(replace(preset(name), seed=seed)),
+        out=str(folder),
+        max_steps=num_steps,
+        validate_every=0,
+        sample_every=0,
+        save_every=200,
+        log_every=max(1, num_steps // 20),
+    )
+    checkpoint = last_step(train(config))
+    assert checkpoint is not None
+    progress = load_progress(checkpoint)
+    return Trained(folder=folder, steps=progress.step, seconds=progress.elapsed_s)
+
+
+def add_up(
+    trained: Mapping[str, Trained], measuring_s: float, streaming_s: float
+) -> dict[str, Any]:
+    """Return the seconds of each stage and of all; of trainings whatever run they were part of."""
+    training_s = sum(one.seconds for one in trained.values())
+    stages = {"training": training_s, "measuring": measuring_s, "streaming": streaming_s}
+    return {"stages_s": stages, "total_s": sum(stages.values())}
+
+
+def summarize_demo(
+    trained: Mapping[str, Trained],
+    worlds: Mapping[str, World],
+    measured: Mapping[str, Measurement],
+    memory: Mapping[str, Any],
+    timings: Mapping[str, list[Timing]],
+) -> dict[str, Any]:
+    """Put what was measured into the shape of report.json, its main numbers first."""
+    gains = {
+        f"psnr_gain_db_h{horizon}": find_row(measured["separable"].rows, "psnr_gain", horizon)[
+            "mean"
+        ]
+        for horizon in HORIZONS
+    }
+    timing = {name: summarize(of_frames[NUM_WARM_UP:]) for name, of_frames in timings.items()}
+    seconds = {name: parts["total"]["mean"] for name, parts in timing.items()}
+    num_frames = len(timings["separable"])
+    return gains | {
+        "seconds_per_frame": seconds,
+        "ratio_dense_over_separable": seconds["dense"] / seconds["separable"],
+        "frames": num_frames,
+        "timed_frames": num_frames - NUM_WARM_UP,
+        "timing": timing,
+        "timed": f"{TIMED}; one stream of each model, frame by frame in turns, the first "
+        f"{NUM_WARM_UP} generated frames left out; seconds_per_frame is the mean total",
+        "models": {
+            name: {
+                "kind": type(worlds[name].model).__name__,
+                "parameters": num_parameters(worlds[name].model),
+                "denoising_steps": worlds[name].sampling.num_steps,
+                "steps": one.steps,
+                "train_seconds": one.seconds,
+            }
+            for name, one in trained.items()
+        },
+        "quality": {name: {"rows": one.rows} for name, one in measured.items()},
+        "memory": dict(memory),
+    }
+
+
+def draw(result: Mapping[str, Any], runs: Mapping[str, Path], out: Path, folder: Path) -> Pictures:
+    """Draw the report's plots into `folder`, each for light and for dark pages."""
+    curves = {}
+    for name, run in runs.items():
+        events = read_curve(run, "step")
+        curves[name] = ([e["step"] for e in events], [e["loss"] for e in events])
+    rows = quality_rows(result)
+    inks: dict[str, Ink] = {"light": "on light", "dark": "on dark"}
+    for page, ink in inks.items():
+        plot_metrics(rows, ["psnr", "psnr_gain"], folder / f"quality-{page}.png", ink=ink)
+        plot_loss(curves, folder / f"loss-{page}.png", ink=ink)
+    return Pictures(
+        quality=(folder / "quality-light.png", folder / "quality-dark.png"),
+        loss=(folder / "loss-light.png", folder / "loss-dark.png"),
+        video=out / "rollout.mp4",
+        frames=out / "frames.png",
+    )
+
+
+def _say(result: Mapping[str, Any], out: Path, console: Console) -> None:
+    seconds = result["seconds_per_frame"]
+    gains = " / ".join(f"{result[f'psnr_gain_db_h{horizon}']:+.2f}" for horizon in HORIZONS)
+    horizons = ", ".join(map(str, HORIZONS))
+    console.print(f"separable over repeating the last frame: {gains} dB PSNR at {horizons} frames")
+    console.print(
+        f"seconds per frame: separable {seconds['separable']:.4f}, dense {seconds['dense']:.4f}, "
+        f"ratio {result['ratio_dense_over_separable']:.2f}"
+    )
+    console.print(f"{result['total_s']:.0f} s of training, measuring and streaming")
+    console.print(f"report: {out / 'report.html'}")

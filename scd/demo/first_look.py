@@ -1,0 +1,198 @@
+"""What `scd demo` shows without any training: the shipped world, streamed and steered.
+
+It begins on a held-out clip that the world never saw, and goes on under the clip's own actions and,
+from the same frame, under each action held down.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from torch import Tensor
+
+from scd.common.config import to_json
+from scd.common.provenance import provenance, write_json, write_text
+from scd.common.runtime import cpu_threads
+from scd.data.clip import Conditions
+from scd.engine.open import advised_threads, open_engine
+from scd.evaluation.html import inline, origin, page_of, table
+from scd.evaluation.media import PictureRow, spread, write_grid, write_video
+from scd.evaluation.predict import TIMED, summarize
+from scd.models.build import num_parameters
+from scd.models.checkpoint import World, load_world
+from scd.models.shipped import Clips, read_clips
+from scd.streaming.rollout import Rollout, Timing
+
+NUM_GIVEN = 16
+"""Frames of the clip that the streams are given: as many as the shipped world remembers."""
+
+NUM_HELD = 32
+"""Frames that each action is held for."""
+
+NUM_WARM_UP = 3
+"""First generated frames that are not timed."""
+
+NUM_SHOWN = 9
+"""Columns of the picture."""
+
+NOT_CLAIMED = (
+    "That this is a good model of Doom: it has a few million parameters, saw 64x64 pixels and was "
+    "trained for two and a half hours on one CPU core. Rooms change behind your back.",
+    "That the frames under a held action are right: nothing true is there to compare them with. "
+    "The row of the clip's own actions has a truth, above it.",
+    "That the milliseconds hold elsewhere: they are of this machine, one stream, this number of "
+    "steps, without a browser or a network.",
+)
+"""Shown at the end of the report."""
+
+
+def first_look(run: Path, out: Path, seed: int) -> dict[str, Any]:
+    """Stream a world that carries clips, and write report.html, report.json and the pictures.
+
+    Args:
+        run: world or run folder with clips (scd.shipped).
+        out: folder for the report; it exists.
+        seed: of the noise.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        FileNotFoundError: there is no world.
+        ValueError: it carries no clips, or only short ones.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    began = time.perf_counter()
+    world, clips = load_world(run), read_clips(run)
+    if clips is None or clips.frames.shape[1] <= NUM_GIVEN:
+        raise ValueError(f"{run} carries no clips of more than {NUM_GIVEN} frames to begin from")
+    with cpu_threads(advised_threads(world.model.config)):
+        start = begin_stream(world, clips, seed)
+        to_begin_s = time.perf_counter() - began
+        frames, timings = stream(start, clips, world.card.action_names)
+    streamed = [timing for of_one in timings.values() for timing in of_one[NUM_WARM_UP:]]
+    true = clips.pixels(0, NUM_GIVEN + len(frames["its own actions"]))
+    write_pictures(true, frames, world.card.fps, out)
+    timing = summarize(streamed)
+    result: dict[str, Any] = {
+        "world": run.name,
+        "kind": type(world.model).__name__,
+        "parameters": num_parameters(world.model),
+        "denoising_steps": world.sampling.num_steps,
+        "frames_per_second": 1 / timing["total"]["mean"],
+        "seconds_to_first_frame": to_begin_s + timings["its own actions"][0].total_s,
+        "timing": timing,
+        "frames": sum(len(of_one) for of_one in timings.values()),
+        "timed_frames": len(streamed),
+        "timed": f"{TIMED}; one stream at a time, the first {NUM_WARM_UP} frames of each left out; "
+        "to the first frame: from reading the weights on",
+        "settings": {"seed": seed, "sampling": to_json(world.sampling)},
+    } | provenance("cpu")
+    write_text(report(result, out), out / "report.html")
+    write_json(result, out / "report.json")
+    console.print(
+        f"{result['frames']} frames of {world.card.height}x{world.card.width}, "
+        f"{result['denoising_steps']} steps each: {result['frames_per_second']:.0f} frames/s, "
+        f"the first after {result['seconds_to_first_frame']:.1f} s"
+    )
+    console.print(f"report: {out / 'report.html'}")
+    return result
+
+
+def begin_stream(world: World, clips: Clips, seed: int) -> Rollout:
+    """Return a stream that was given the first frames of the first clip."""
+    engine = open_engine(world.model, "fast")
+    rollout = Rollout(world, seed=seed, engine=engine)
+    actions = clips.actions[:1, :NUM_GIVEN]
+    rollout.begin(clips.pixels(0, NUM_GIVEN)[None], Conditions(actions=actions))
+    return rollout
+
+
+def stream(
+    start: Rollout, clips: Clips, action_names: tuple[str, ...]
+) -> tuple[dict[str, Float[Tensor, "_ 3 h w"]], dict[str, list[Timing]]]:
+    """Go on from one stream under several steerings, each on a copy of it.
+
+    Returns:
+        The generated frames and the timing of each, by steering.
+    """
+    own = clips.actions[0, NUM_GIVEN:]
+    steerings = {"its own actions": own} | {
+        name: torch.full((NUM_HELD,), number) for number, name in enumerate(action_names)
+    }
+    frames: dict[str, Tensor] = {}
+    timings: dict[str, list[Timing]] = {}
+    for name, actions in steerings.items():
+        rollout, timings[name], made = start.fork(), [], []
+        for action in actions:
+            made.append(rollout.step(action[None])[0])
+            timings[name].append(rollout.timing)
+        frames[name] = torch.stack(made)
+    return frames, timings
+
+
+def write_pictures(
+    true: Float[Tensor, "t 3 h w"], frames: Mapping[str, Tensor], fps: float, out: Path
+) -> None:
+    """Write frames.png, steerings one above the other, and rollout.mp4, side by side."""
+    made = {"truth": true[NUM_GIVEN:]} | dict(frames)
+    length = min(len(row) for row in made.values())
+    chosen = spread(length, NUM_SHOWN)
+    last = true[NUM_GIVEN - 1 : NUM_GIVEN]
+    rows = [
+        PictureRow(name=name, frames=torch.cat([last, row[chosen]])) for name, row in made.items()
+    ]
+    write_grid(rows, ["given", *(f"+{index + 1}" for index in chosen)], out / "frames.png")
+    given = true[:NUM_GIVEN]
+    strips = [torch.cat([given, row[:length]]) for row in made.values()]
+    write_video(torch.cat(strips, dim=3), out / "rollout.mp4", fps)
+
+
+def report(result: Mapping[str, Any], out: Path) -> str:
+    """Return the page of a first look, its pictures inside."""
+    title = "A world, streamed and steered"
+    timing = result["timing"]
+    cards = (
+        (f"{result['frames_per_second']:.0f}", "frames per second, one stream"),
+        (f"{timing['total']['p50'] * 1e3:.1f} ms", "per frame, median"),
+        (f"{result['seconds_to_first_frame']:.1f} s", "from nothing to the first frame"),
+        (f"{result['parameters'] / 1e6:.1f} M", "parameters"),
+        (f"{result['denoising_steps']}", "denoising steps per frame"),
+    )
+    shown = "".join(
+        f'<div class="card"><b>{value}</b><span>{escape(text)}</span></div>'
+        for value, text in cards
+    )
+    lines = [
+        [name, *(f"{timing[part][at] * 1e3:.2f}" for at in ("mean", "p50", "p99"))]
+        for name, part in (
+            ("encoder, once per frame", "encoder"),
+            ("decoder, all steps", "decoder"),
+            ("total", "total"),
+        )
+    ]
+    return page_of(
+        title,
+        f"<h1>{title}</h1><p>After {NUM_GIVEN} given frames of a held-out clip every frame is the "
+        "model's own: first under the clip's own actions, then, from the same frame on, under each "
+        f'action held down. Play in it yourself: <code>scd play</code>.</p><div class="cards">'
+        f'{shown}</div><figure><video src="{inline(out / "rollout.mp4")}" autoplay loop muted '
+        "playsinline controls></video><figcaption>From left to right: the truth, the clip's own "
+        "actions, and each action as in the picture below.</figcaption></figure>"
+        f'<figure><div class="wide"><img class="grid" alt="frames of each steering" '
+        f'src="{inline(out / "frames.png")}"></div></figure>'
+        "<h2>Speed</h2>"
+        + table(["ms per frame", "mean", "p50", "p99"], lines)
+        + f'<p class="soft">{escape(result["timed"])}; {result["timed_frames"]} frames.</p>'
+        "<h2>What this does not claim</h2><ul>"
+        + "".join(f"<li>{escape(text)}</li>" for text in NOT_CLAIMED)
+        + "</ul>"
+        + origin(result),
+    )

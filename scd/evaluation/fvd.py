@@ -1,0 +1,161 @@
+"""FVD: Frechet distance between the I3D features of predicted and of true clips.
+
+Two I3D networks are in use, and their numbers cannot be compared: StyleGAN-V's, which scales
+frames itself, and one with the weights of TF-Hub, given clips of 224 x 224. Both are TorchScript
+files that the caller has; they give 400 numbers per clip. Source: Unterthiner et al., "Towards
+Accurate Generative Models of Video"; Skorokhodov et al., "StyleGAN-V".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from scd.common.published_weights import I3D_STYLEGAN_V, I3D_TF_HUB, KnownFile
+from scd.evaluation.frechet import frechet_of_sets
+from scd.evaluation.image import Estimate
+
+I3dKind = Literal["stylegan-v", "tf-hub"]
+"""Which network, and so how clips are put to it."""
+
+KNOWN: dict[I3dKind, KnownFile] = {"stylegan-v": I3D_STYLEGAN_V, "tf-hub": I3D_TF_HUB}
+"""The file of each network."""
+
+NUM_FEATURES = 400
+"""Numbers that the network gives for a clip: its classes before the softmax."""
+
+SIDE = 224
+"""Rows and columns of the frames that I3D was trained on."""
+
+MIN_FRAMES = 10
+"""Frames that a clip must have: I3D halves their number three times and then takes means of two."""
+
+NUM_RESAMPLES = 100
+"""Resamplings of the clips from which the interval is read; each takes a decomposition."""
+
+Sets = Literal["each", "pooled"]
+"""Several trajectories of each clip: the mean of one distance for each of them, or one distance of
+all of them together."""
+
+
+class I3d:
+    """A network that turns clips into features. Made by `load_i3d`."""
+
+    def __init__(self, module: Callable[..., Any], kind: I3dKind, device: torch.device) -> None:
+        """Keep a module that is on the device already."""
+        self.module = module
+        self.kind: I3dKind = kind
+        self.device = device
+
+    @torch.no_grad()
+    def features(self, frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b 400"]:
+        """Return the features of clips, pixels in [-1, 1], one clip after another.
+
+        Raises:
+            ValueError: fewer than 10 frames, or a network that answers in another form.
+        """
+        if frames.shape[1] < MIN_FRAMES:
+            raise ValueError(
+                f"FVD needs clips of at least {MIN_FRAMES} frames, got {frames.shape[1]}"
+            )
+        found = [self._features_of(clip[None].to(self.device).float()) for clip in frames]
+        return torch.cat(found).float().cpu()
+
+    def _features_of(self, clip: Tensor) -> Tensor:
+        try:
+            if self.kind == "stylegan-v":
+                clip = rearrange(clip, "b t c h w -> b c t h w")
+                made = self.module(clip, rescale=False, resize=True, return_features=True)
+            else:
+                made = self.module(at_side(clip))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"this file is not an I3D of kind {self.kind}: {reason}") from error
+        if isinstance(made, Tensor) and made.ndim == 3:
+            made = made.mean(2)
+        if not isinstance(made, Tensor) or tuple(made.shape) != (1, NUM_FEATURES):
+            shape = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
+            raise ValueError(
+                f"an I3D of kind {self.kind} gives [1, {NUM_FEATURES}] for one clip, got {shape}"
+            )
+        return made
+
+
+def at_side(clip: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b 3 t 224 224"]:
+    """Scale frames to 224 x 224, bilinearly between the centres of pixels, as TECO does."""
+    scaled = F.interpolate(
+        clip.flatten(0, 1), size=(SIDE, SIDE), mode="bilinear", align_corners=False
+    )
+    return rearrange(scaled, "(b t) c h w -> b c t h w", b=len(clip))
+
+
+def load_i3d(path: str, kind: I3dKind, device: torch.device) -> I3d:
+    """Read a TorchScript file.
+
+    Raises:
+        ValueError: it is no TorchScript file.
+    """
+    try:
+        module = torch.jit.load(path, map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is not a TorchScript file: {reason}") from error
+    return I3d(module, kind, device)
+
+
+def fvd(
+    predicted: Float[Tensor, "b trajectories d"],
+    true: Float[Tensor, "b trajectories d"],
+    sets: Sets = "each",
+) -> float:
+    """Return the distance between features of clips.
+
+    Args:
+        predicted: of each clip's trajectories.
+        true: of the clips beside them.
+        sets: how trajectories are put together. "pooled" takes the truth of the first only.
+    """
+    if sets == "pooled":
+        return frechet_of_sets(predicted.flatten(0, 1), true[:, 0]).item()
+    each = [
+        frechet_of_sets(*both) for both in zip(predicted.unbind(1), true.unbind(1), strict=True)
+    ]
+    return torch.stack(each).mean().item()
+
+
+def fvd_estimate(
+    predicted: Float[Tensor, "b trajectories d"],
+    true: Float[Tensor, "b trajectories d"],
+    sets: Sets = "each",
+    seed: int = 0,
+) -> Estimate:
+    """Return the distance with its interval over clips.
+
+    A resampled set holds clips twice, which moves its distances up: as in
+    `scd.evaluation.frechet.frechet_estimate`, the interval is that of the resampled distances,
+    moved to have its median at the distance.
+
+    Raises:
+        ValueError: fewer than two clips.
+    """
+    if len(predicted) < 2:
+        raise ValueError(f"FVD needs two clips or more, got {len(predicted)}")
+    mean = fvd(predicted, true, sets)
+    drawn = torch.tensor(
+        [fvd(predicted[chosen], true[chosen], sets) for chosen in _resampled(len(true), seed)],
+        dtype=torch.float64,
+    )
+    levels = torch.tensor([0.025, 0.5, 0.975], dtype=torch.float64)
+    low, middle, high = torch.quantile(drawn, levels).tolist()
+    return Estimate(mean=mean, ci_low=max(0.0, mean + low - middle), ci_high=mean + high - middle)
+
+
+def _resampled(num_clips: int, seed: int) -> Int[Tensor, "draws b"]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(num_clips, (NUM_RESAMPLES, num_clips), generator=generator)

@@ -1,0 +1,290 @@
+"""A judge of generated frames: a small network that reads the action between two frames.
+
+It sees a frame and the one after it (inverse dynamics). Its features, from which it reads the
+action, also have to tell how much the second frame is blurred and noisy; so they carry how frames
+look and not only how they move, and give a Frechet distance of our own (scd/evaluation/frechet.py).
+It is trained on recorded clips by scd/training/inverse_dynamics.py. A number by one judge can be
+compared with numbers by the same judge only: neither is FVD nor comparable with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from scd.common.config import from_json, to_json
+from scd.common.files import written_aside
+from scd.common.provenance import write_json
+from scd.data.clip import ConditionSpec
+from scd.data.source import DataCard
+from scd.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_weights, save_weights
+
+JUDGE_FORMAT = "scd-judge-1"
+"""Name and version of the layout of a judge's config.json."""
+
+NUM_DISTORTIONS = 2
+"""What it reads besides the action: how blurred and how noisy the second frame is."""
+
+GROUP_SIZE = 16
+"""Channels that are normalised together."""
+
+SMALLEST = 8
+"""Rows and columns that a frame must have."""
+
+GRID = 16
+"""Rows or columns, whichever are fewer, at which look and movement are joined, at most."""
+
+SHIFT = 3
+"""How far the first frame is shifted to find each place of the second in it, in pixels of frames
+twice as fine as the joint grid."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """The network."""
+
+    conditions: ConditionSpec = field(default_factory=lambda: ConditionSpec(num_actions=4))
+    """Actions that it reads; labels are not looked at."""
+    width: int = 32
+    """Channels at full resolution, doubled once; a multiple of 16."""
+    feature_dim: int = 32
+    """Features of a pair of frames. A Frechet distance needs twice as many clips."""
+
+    def __post_init__(self) -> None:
+        if not self.conditions.has_actions:
+            raise ValueError(f"a judge reads actions, got data without: {self.conditions}")
+        if self.width < GROUP_SIZE or self.width % GROUP_SIZE:
+            raise ValueError(f"width must be a multiple of {GROUP_SIZE}, got {self.width}")
+        if self.feature_dim < 1:
+            raise ValueError(f"feature_dim must be 1 or more, got {self.feature_dim}")
+
+
+class Judge(nn.Module):
+    """Convolutions over two frames and over how well each place matches its surroundings before.
+
+    What is read is mostly how the picture moves, which plain convolutions learn slowly: so they are
+    also given the differences between the second frame and the first one shifted by each step of
+    up to SHIFT pixels (a cost volume, as in optical flow).
+
+    Phases: train `readings`; `standardise` once, on real frames; then `features` and `errors`.
+    """
+
+    feature_mean: Tensor
+    feature_deviation: Tensor
+    action_mean: Tensor
+    action_deviation: Tensor
+
+    def __init__(self, config: JudgeConfig, height: int, width: int) -> None:
+        """Build the network for frames of one size.
+
+        Raises:
+            ValueError: frames below 8 x 8.
+        """
+        super().__init__()
+        if min(height, width) < SMALLEST:
+            raise ValueError(f"a judge needs frames of 8x8 or more, got {height}x{width}")
+        self.config = config
+        halvings = max(1, math.ceil(math.log2(min(height, width) / GRID)))
+        size = [(height, width)]
+        for _ in range(halvings + 2):
+            rows, columns = size[-1]
+            size.append(((rows + 1) // 2, (columns + 1) // 2))
+        self.volume_size = size[halvings - 1]
+        channels = config.width
+        look: list[nn.Module] = [nn.Conv2d(6, channels, 3, stride=2, padding=1)]
+        for _ in range(halvings - 1):
+            look += [*_rest(channels), nn.Conv2d(channels, channels, 3, stride=2, padding=1)]
+        self.look = nn.Sequential(*look)
+        self.move = nn.Conv2d((2 * SHIFT + 1) ** 2, channels, 3, stride=2, padding=1)
+        self.trunk = nn.Sequential(
+            *_rest(channels),
+            nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
+            *_rest(2 * channels),
+            nn.Conv2d(2 * channels, 2 * channels, 3, stride=2, padding=1),
+            nn.GELU(),
+        )
+        rows, columns = size[-1]
+        self.project = nn.Linear(2 * channels * rows * columns, config.feature_dim)
+        spec, dim = config.conditions, config.feature_dim
+        self.action = nn.Linear(dim, spec.num_actions or spec.action_dim)
+        self.distortion = nn.Linear(dim, NUM_DISTORTIONS)
+        self.register_buffer("feature_mean", torch.zeros(dim))
+        self.register_buffer("feature_deviation", torch.ones(dim))
+        self.register_buffer("action_mean", torch.zeros(spec.action_dim))
+        self.register_buffer("action_deviation", torch.ones(spec.action_dim))
+
+    def raw_features(
+        self, before: Float[Tensor, "f 3 h w"], after: Float[Tensor, "f 3 h w"]
+    ) -> Float[Tensor, "f d"]:
+        """Return what both readings are made from; pixels in [-1, 1]."""
+        look = self.look(torch.cat([before, after], dim=1))
+        small = [F.adaptive_avg_pool2d(frames, self.volume_size) for frames in (before, after)]
+        seen = self.trunk(look + self.move(cost_volume(*small)))
+        return self.project(rearrange(seen, "f c h w -> f (c h w)"))
+
+    def readings(
+        self, features: Float[Tensor, "f d"]
+    ) -> tuple[Float[Tensor, "f actions"], Float[Tensor, "f 2"]]:
+        """Return logits of the action, or standardised continuous actions; blur and noise."""
+        hidden = F.gelu(features)
+        return self.action(hidden), self.distortion(hidden)
+
+    def features(
+        self, before: Float[Tensor, "f 3 h w"], after: Float[Tensor, "f 3 h w"]
+    ) -> Float[Tensor, "f d"]:
+        """Return features in units of their deviation over real frames."""
+        raw = self.raw_features(before, after)
+        return (raw - self.feature_mean) / self.feature_deviation
+
+    def errors(
+        self,
+        features: Float[Tensor, "f d"],
+        actions: Int[Tensor, " f"] | Float[Tensor, "f a"],
+    ) -> Float[Tensor, " f"]:
+        """Return how wrong each action is read, from what `features` gave.
+
+        Returns:
+            Discrete actions: 0 where it is read right, 1 elsewhere. Continuous ones: the squared
+            error over the variance of the training actions, mean of the entries; 1 is what reading
+            nothing but their mean gives.
+        """
+        read, _ = self.readings(features * self.feature_deviation + self.feature_mean)
+        if self.config.conditions.num_actions:
+            return (read.argmax(-1) != actions).float()
+        return (read - self.standard_actions(actions)).square().mean(-1)
+
+    def standard_actions(self, actions: Float[Tensor, "f a"]) -> Float[Tensor, "f a"]:
+        """Return continuous actions in units of their deviation in training."""
+        return (actions - self.action_mean) / self.action_deviation
+
+    @torch.no_grad()
+    def standardise(
+        self, features: Float[Tensor, "f d"] | None, actions: Float[Tensor, "f a"] | None
+    ) -> None:
+        """Keep mean and deviation of real frames' raw features, or of continuous actions."""
+        # A feature that never moves, as may be in a tiny network, stays as it is.
+        for name, values in (("feature", features), ("action", actions)):
+            if values is not None:
+                deviation = values.std(0, correction=0)
+                getattr(self, f"{name}_mean").copy_(values.mean(0))
+                getattr(self, f"{name}_deviation").copy_(
+                    torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+                )
+
+
+def cost_volume(
+    before: Float[Tensor, "f 3 h w"], after: Float[Tensor, "f 3 h w"]
+) -> Float[Tensor, "f shifts h w"]:
+    """Return mean absolute differences between the second frame and the first, shifted each way.
+
+    The first frame goes on beyond its edges as it is at them.
+    """
+    h, w = before.shape[-2:]
+    wide = F.pad(before, (SHIFT, SHIFT, SHIFT, SHIFT), mode="replicate")
+    steps = range(2 * SHIFT + 1)
+    shifted = [wide[..., down : down + h, right : right + w] for down in steps for right in steps]
+    return torch.stack([(after - one).abs().mean(1) for one in shifted], dim=1)
+
+
+def _rest(channels: int) -> list[nn.Module]:
+    return [nn.GroupNorm(channels // GROUP_SIZE, channels), nn.GELU()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedJudge:
+    """A judge with what its numbers depend on."""
+
+    network: Judge
+    """In eval mode."""
+    card: DataCard
+    """Of the data that it was trained on."""
+    held_out: Mapping[str, Any]
+    """How well it reads the actions of real held-out frames."""
+    digest: str = ""
+    """Of the file of its weights: numbers of judges with different digests cannot be compared."""
+
+    def check_fit(self, card: DataCard, data: str) -> None:
+        """Refuse frames, speeds and actions of another kind than it was trained on (ValueError)."""
+        ours, theirs = to_json(self.card), to_json(card)
+        other = [name for name in ours if ours[name] != theirs[name]]
+        if other:
+            raise ValueError(
+                f"the judge was trained on data with other {', '.join(other)}: "
+                f"{ {name: ours[name] for name in other} }, but {data} has "
+                f"{ {name: theirs[name] for name in other} }; scd train-judge makes one for it"
+            )
+
+
+def pairs(
+    frames: Float[Tensor, "b t 3 h w"],
+) -> tuple[Float[Tensor, "f 3 h w"], Float[Tensor, "f 3 h w"]]:
+    """Return each frame but the last and the one after it, clip by clip."""
+    return frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1)
+
+
+def save_judge(judge: TrainedJudge, folder: Path, about: Mapping[str, Any]) -> None:
+    """Write a judge's folder whole or not at all.
+
+    Args:
+        judge: what to save.
+        folder: replaced if it is there.
+        about: what else is told of its training.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    values = {
+        "format": JUDGE_FORMAT,
+        "judge": to_json(judge.network.config),
+        "card": to_json(judge.card),
+        "held_out": dict(judge.held_out),
+        "training": dict(about),
+    }
+    with written_aside(folder) as aside:
+        write_json(values, aside / CONFIG_FILE)
+        save_weights(judge.network, aside / WEIGHTS_FILE)
+
+
+def load_judge(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> TrainedJudge:
+    """Load a judge's folder.
+
+    Raises:
+        FileNotFoundError: no judge is there.
+        ValueError: the files are damaged, of another format, or do not fit together.
+    """
+    file = Path(path) / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"needed the folder of a judge (scd train-judge), got {path}")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != JUDGE_FORMAT:
+        raise ValueError(f"{file}: needed format {JUDGE_FORMAT!r}, got {found!r}")
+    missing = sorted({"judge", "card", "held_out"} - set(values))
+    if missing:
+        raise ValueError(f"{file}: missing fields {missing}")
+    config = from_json(JudgeConfig, values["judge"], f"{file}: judge")
+    card = from_json(DataCard, values["card"], f"{file}: card")
+    network = Judge(config, card.height, card.width)
+    load_weights(network, Path(path) / WEIGHTS_FILE, str(device))
+    network.requires_grad_(False)
+    return TrainedJudge(
+        network=network.eval(),
+        card=card,
+        held_out=values["held_out"],
+        digest=hashlib.sha256((Path(path) / WEIGHTS_FILE).read_bytes()).hexdigest()[:16],
+    )

@@ -1,0 +1,142 @@
+"""Pictures and videos to look at: MP4 for browsers and grids of labelled frames as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, UInt8
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from scd.common.files import file_aside
+from scd.data import video
+from scd.data.clip import frames_to_pixels
+
+SHOWN_SIZE = 256
+"""Pixels that the shorter side of a video is enlarged to, at least: 32x32 is a stamp."""
+
+CELL_SIZE = 96
+"""Pixels that the shorter side of a frame in a grid is enlarged to, at least."""
+
+GAP = 4
+"""Pixels between the frames of a grid."""
+
+EMPTY = 235
+"""Grey level of a cell of a grid that has no frame, and of the gaps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureRow:
+    """One named row of a grid; a row with fewer frames than columns leaves the last ones empty."""
+
+    name: str
+    """What is shown, written left of the row."""
+    frames: Float[Tensor, "t 3 h w"]
+    """Pixels in [-1, 1]."""
+
+
+def enlarge(pixels: UInt8[Tensor, "t h w 3"], size: int) -> UInt8[Tensor, "t _ _ 3"]:
+    """Repeat pixels (nearest neighbour) by the smallest factor that makes both sides `size`."""
+    factor = max(1, -(-size // min(pixels.shape[1:3])))
+    return pixels.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+
+
+def write_video(
+    frames: Float[Tensor, "t 3 h w"], path: Path, fps: float, size: int = SHOWN_SIZE
+) -> None:
+    """Write H.264 in yuv420p, which every browser plays; small frames are enlarged.
+
+    Args:
+        frames: pixels in [-1, 1].
+        path: an .mp4 file, replaced if it exists.
+        fps: frames per second.
+        size: pixels that the shorter side has at least.
+    """
+    pixels = enlarge(frames_to_pixels(frames), size)
+    # yuv420p halves the colour planes: odd sides would be refused.
+    height, width = pixels.shape[1:3]
+    pixels = torch.cat([pixels, pixels[:, -1:]], dim=1) if height % 2 else pixels
+    pixels = torch.cat([pixels, pixels[:, :, -1:]], dim=2) if width % 2 else pixels
+    path.parent.mkdir(parents=True, exist_ok=True)
+    video.write_video(path, pixels.numpy(), fps, lossless=False)
+
+
+def spread(num_frames: int, num_shown: int) -> list[int]:
+    """Choose at most `num_shown` of `num_frames` indices, evenly, both ends included."""
+    if num_frames <= num_shown:
+        return list(range(num_frames))
+    return [round(i * (num_frames - 1) / (num_shown - 1)) for i in range(num_shown)]
+
+
+def grid_pixels(rows: Sequence[PictureRow]) -> UInt8[Tensor, "_ _ 3"]:
+    """Lay rows of frames out as one picture, enlarged, with gaps; missing frames stay grey.
+
+    Raises:
+        ValueError: no rows or frames, or frames of different sizes.
+    """
+    sizes = sorted({tuple(row.frames.shape[-2:]) for row in rows})
+    num_columns = max((len(row.frames) for row in rows), default=0)
+    if len(sizes) != 1 or num_columns == 0:
+        raise ValueError(f"a grid needs frames, all of one size, got sizes {sizes}")
+    pixels = [enlarge(frames_to_pixels(row.frames), CELL_SIZE) for row in rows if len(row.frames)]
+    height, width = pixels[0].shape[1:3]
+    step_down, step_right = height + GAP, width + GAP
+    grid = torch.full(
+        (len(rows) * step_down + GAP, num_columns * step_right + GAP, 3), EMPTY, dtype=torch.uint8
+    )
+    for down, row in enumerate(rows):
+        top = GAP + down * step_down
+        cells = enlarge(frames_to_pixels(row.frames), CELL_SIZE)
+        for right, cell in enumerate(cells):
+            left = GAP + right * step_right
+            grid[top : top + height, left : left + width] = cell
+    return grid
+
+
+def write_grid(rows: Sequence[PictureRow], columns: Sequence[str], path: Path) -> None:
+    """Write a PNG of rows of frames, named at the left, with a label above each column.
+
+    Args:
+        rows: from top to bottom; truth above prediction by convention.
+        columns: a label per column, such as the horizon.
+        path: a .png file, replaced if it exists.
+
+    Raises:
+        ValueError: as `grid_pixels`, or another number of labels than columns.
+    """
+    picture = grid_pixels(rows)
+    num_columns = max(len(row.frames) for row in rows)
+    if len(columns) != num_columns:
+        raise ValueError(f"{num_columns} columns need as many labels, got {len(columns)}")
+    height, width = picture.shape[:2]
+    step_down, step_right = (height - GAP) / len(rows), (width - GAP) / num_columns
+    left, top, edge, dpi = 24 + 8 * max(len(row.name) for row in rows), 28, 8, 100
+    figure = Figure(figsize=((left + width + edge) / dpi, (top + height + edge) / dpi), dpi=dpi)
+    total_width, total_height = left + width + edge, top + height + edge
+    figure.figimage(picture.numpy(), left, edge)
+    for index, label in enumerate(columns):
+        x = left + GAP / 2 + (index + 0.5) * step_right
+        figure.text(
+            x / total_width, 1 - (top - 8) / total_height, label, ha="center", va="bottom", size=9
+        )
+    for index, row in enumerate(rows):
+        y = top + GAP / 2 + (index + 0.5) * step_down
+        figure.text(
+            (left - 8) / total_width,
+            1 - y / total_height,
+            row.name,
+            ha="right",
+            va="center",
+            size=9,
+        )
+    write_figure(figure, path)
+
+
+def write_figure(figure: Figure, path: Path, transparent: bool = False) -> None:
+    """Write a matplotlib figure as PNG, aside and then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_aside(path) as aside:
+        figure.savefig(aside, format="png", transparent=transparent)

@@ -1,0 +1,195 @@
+"""Held-out clips, what a world makes of their rest, and how long that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scd.common.runtime import make_generator
+from scd.data.clip import Batch, Conditions
+from scd.data.source import DataCard, Source
+from scd.models.checkpoint import World
+from scd.models.flow import SamplingConfig
+from scd.streaming.rollout import Guidance, Rollout, Timing
+
+Window = tuple[int, int]
+"""An episode and the frame at which a clip of it begins."""
+
+NUM_CLIPS = 64
+"""Clips on which a world is measured, unless it is said otherwise."""
+
+TIMED = (
+    "wall-clock seconds of one rollout step, synchronised with the device; encoder: causal work "
+    "outside the denoising loop; decoder: all denoising steps; autoencoder: latent to pixels"
+)
+"""What the seconds of `summarize` mean, for result files."""
+
+
+def check_fit(world: World, card: DataCard, data: str) -> None:
+    """Refuse data that the world was not trained for.
+
+    Raises:
+        ValueError: frames of another size or other actions or labels.
+    """
+    ours, theirs = world.card, card
+    if (ours.height, ours.width) != (theirs.height, theirs.width):
+        raise ValueError(
+            f"the model makes frames of {ours.height}x{ours.width}, "
+            f"{data} has {theirs.height}x{theirs.width}"
+        )
+    if ours.conditions != theirs.conditions:
+        raise ValueError(
+            f"the model is steered by {ours.conditions}, {data} by {theirs.conditions}"
+        )
+
+
+def count_windows(source: Source, num_frames: int) -> int:
+    """Count the clips of a length that do not overlap."""
+    lengths = (source.num_frames(episode) for episode in range(source.num_episodes))
+    return sum(length // num_frames for length in lengths)
+
+
+def choose_windows(source: Source, num_windows: int, num_frames: int, seed: int) -> list[Window]:
+    """Draw clips that do not overlap, from as many different episodes as possible.
+
+    Args:
+        source: the episodes.
+        num_windows: how many clips.
+        num_frames: length of each.
+        seed: other seeds draw other episodes and places.
+
+    Raises:
+        ValueError: no episode is long enough, there are fewer such clips, or none is wanted.
+    """
+    if num_windows < 1:
+        raise ValueError(f"the number of clips must be 1 or more, got {num_windows}")
+    lengths = [source.num_frames(episode) for episode in range(source.num_episodes)]
+    places = [length // num_frames for length in lengths]
+    if sum(places) < num_windows:
+        raise ValueError(
+            f"needed {num_windows} clips of {num_frames} frames that do not overlap, the data has "
+            f"{sum(places)}; its longest episode has {max(lengths)} frames"
+        )
+    order = torch.randperm(len(lengths), generator=make_generator(seed, "episodes")).tolist()
+    windows: list[Window] = []
+    passes = 0
+    while True:
+        for episode in order:
+            if passes < places[episode]:
+                generator = make_generator(seed, "places", episode)
+                place = int(torch.randperm(places[episode], generator=generator)[passes])
+                windows.append((episode, place * num_frames))
+                if len(windows) == num_windows:
+                    return windows
+        passes += 1
+
+
+def read_windows(source: Source, windows: Sequence[Window], num_frames: int) -> Batch:
+    """Read clips side by side."""
+    return Batch.of([source.read(episode, start, num_frames) for episode, start in windows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How clips are rolled out to be measured."""
+
+    context: int = 8
+    """Frames of each clip that the model is given; 0: it begins from nothing."""
+    horizon: int = 8
+    """Frames that it predicts after them."""
+    num_clips: int = NUM_CLIPS
+    """Clips, which do not overlap."""
+    batch_size: int = 16
+    """Clips side by side. Other sizes draw other noise."""
+    seed: int = 0
+    """Seed of the choice of clips, the noise, the shuffling and the intervals."""
+    sampling: SamplingConfig | None = None
+    """How frames are denoised; None: as the world says."""
+    guidance: Guidance | None = None
+    """How predictions are pushed away from an unconditional branch; None: not."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("context", 0), ("horizon", 1), ("num_clips", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+
+    def reduced_to(self, source: Source) -> Protocol:
+        """Return the same protocol with as many clips as there are, if they are fewer.
+
+        A source without any changes nothing: choosing them says what is missing.
+        """
+        available = count_windows(source, self.context + self.horizon)
+        return replace(self, num_clips=min(self.num_clips, available or self.num_clips))
+
+    def batches(self) -> list[slice]:
+        """Return which clips go side by side."""
+        firsts = range(0, self.num_clips, self.batch_size)
+        return [slice(first, min(first + self.batch_size, self.num_clips)) for first in firsts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a world made of the rest of some clips."""
+
+    frames: Float[Tensor, "b m 3 h w"]
+    """Predicted frames in [-1, 1], on the CPU."""
+    timings: list[Timing]
+    """Of each step, which made one frame of every clip."""
+
+
+def predict(
+    world: World,
+    batch: Batch,
+    protocol: Protocol,
+    number: int = 0,
+    actions: Conditions | None = None,
+) -> Prediction:
+    """Roll out the rest of clips from their first frames.
+
+    Args:
+        world: what predicts.
+        batch: whole clips; of the frames after the context only the actions are used.
+        protocol: its context, sampling, guidance and seed.
+        number: other batches of the same protocol have other noise.
+        actions: steer the predicted frames by these, of the same length, instead of the clips'.
+    """
+    context, num_frames = protocol.context, batch.frames.shape[1]
+    assert context < num_frames
+    # A rollout hashes its seed: other batches, up to 10,000 of a seed, have unrelated noise.
+    seed = protocol.seed * 10_000 + number
+    rollout = Rollout(world, protocol.sampling, protocol.guidance, seed)
+    if context:
+        rollout.begin(batch.frames[:, :context], batch.conditions.frames(0, context))
+    else:
+        lasting = replace(batch.conditions, actions=None, null_actions=None)
+        rollout.begin(None, lasting, batch=len(batch.frames))
+    steering = (actions or batch.conditions).actions
+    frames, timings = [], []
+    for index in range(context, num_frames):
+        step = rollout.step(None if steering is None else steering[:, index])
+        frames.append(step.cpu())
+        timings.append(rollout.timing)
+    return Prediction(frames=torch.stack(frames, dim=1), timings=timings)
+
+
+def summarize(timings: Sequence[Timing]) -> dict[str, dict[str, float]]:
+    """Return mean, p50 and p99 of the seconds per frame of each part and of their total.
+
+    With fewer than a hundred frames p99 lies between the slowest two.
+    """
+    parts = {
+        "encoder": [timing.encoder_s for timing in timings],
+        "decoder": [timing.decoder_s for timing in timings],
+        "autoencoder": [timing.autoencoder_s for timing in timings],
+        "total": [timing.total_s for timing in timings],
+    }
+    summary = {}
+    for name, seconds in parts.items():
+        values = torch.tensor(seconds, dtype=torch.float64)
+        p50, p99 = torch.quantile(values, torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
+        summary[name] = {"mean": values.mean().item(), "p50": p50, "p99": p99}
+    return summary

@@ -1,0 +1,118 @@
+"""Several worlds on the same clips: memory, speed in turns, and pictures to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scd.data.clip import Batch
+from scd.data.toy import ToyWorld
+from scd.evaluation.measure import row_of, score_memory
+from scd.evaluation.media import GAP, PictureRow, write_grid, write_video
+from scd.evaluation.memory import find_memory_clips
+from scd.evaluation.predict import Protocol
+from scd.models.checkpoint import World
+from scd.streaming.rollout import Rollout, Timing
+
+MEMORY_CONTEXTS = (4, 8, 16)
+"""Given frames with which the memory score is measured; all on the same events."""
+
+SHOWN = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Horizons of the picture, as far as the stream goes."""
+
+NUM_GIVEN, NUM_STREAMED = 8, 64
+"""Frames of the stream that both models make in turns: given, and generated."""
+
+NUM_WARM_UP = 8
+"""First generated frames that are not timed: until then the memory of 16 frames still fills."""
+
+
+def measure_memory(
+    worlds: Mapping[str, World], source: ToyWorld, protocol: Protocol
+) -> dict[str, Any]:
+    """Measure the memory score of each world for several contexts, all on the same events.
+
+    Args:
+        worlds: by name.
+        source: where the clips are searched.
+        protocol: its horizon, number of clips, batch size and seed.
+    """
+    clips = find_memory_clips(source, protocol.num_clips, max(MEMORY_CONTEXTS), protocol.horizon)
+    rows, num_events = [], 0
+    repeated: dict[str, Any] = {}
+    for context in MEMORY_CONTEXTS:
+        for name, world in worlds.items():
+            scores = score_memory(world, clips, replace(protocol, context=context))
+            rows.append(row_of("memory", scores["model"].estimate, name) | {"context": context})
+            num_events = scores["model"].num_events
+            repeated = row_of("memory", scores["repeat_last"].estimate, "repeat_last")
+        # The last given frame is the same for every context.
+        rows.append(repeated | {"context": context})
+    return {
+        "rows": rows,
+        "events": num_events,
+        "clips": protocol.num_clips,
+        "horizon": protocol.horizon,
+    }
+
+
+def stream_in_turns(
+    worlds: Mapping[str, World], batch: Batch, seed: int
+) -> tuple[dict[str, Float[Tensor, "m 3 h w"]], dict[str, list[Timing]]]:
+    """Stream one clip from each world, one frame of each in turn.
+
+    Returns:
+        The generated frames [t 3 h w] and the timing of each, by world.
+    """
+    rollouts = {name: Rollout(world, seed=seed) for name, world in worlds.items()}
+    for rollout in rollouts.values():
+        rollout.begin(batch.frames[:, :NUM_GIVEN], batch.conditions.frames(0, NUM_GIVEN))
+    assert batch.conditions.actions is not None
+    return step_in_turns(rollouts, batch.conditions.actions[:, NUM_GIVEN:].unbind(1))
+
+
+def step_in_turns(
+    rollouts: Mapping[str, Rollout], actions: Sequence[Tensor | None]
+) -> tuple[dict[str, Float[Tensor, "m 3 h w"]], dict[str, list[Timing]]]:
+    """Step streams that have begun, one frame of each in turn: A B A B.
+
+    Whatever else the machine does meanwhile then hits all of them alike.
+
+    Args:
+        rollouts: streams by name.
+        actions: of each frame [b]; None: the models take none.
+
+    Returns:
+        The generated frames of the first stream of each, and the timing of each.
+    """
+    frames: dict[str, list[Tensor]] = {name: [] for name in rollouts}
+    timings: dict[str, list[Timing]] = {name: [] for name in rollouts}
+    for now in actions:
+        for name, rollout in rollouts.items():
+            frames[name].append(rollout.step(now)[0].cpu())
+            timings[name].append(rollout.timing)
+    return {name: torch.stack(made) for name, made in frames.items()}, timings
+
+
+def write_stream(
+    true: Float[Tensor, "t 3 h w"],
+    frames: Mapping[str, Float[Tensor, "m 3 h w"]],
+    fps: float,
+    out: Path,
+) -> None:
+    """Write rollout.mp4, truth and models side by side, and frames.png, one above the other."""
+    given = true[:NUM_GIVEN]
+    rows = {"truth": true} | {name: torch.cat([given, made]) for name, made in frames.items()}
+    gap = torch.full((len(true), 3, true.shape[2], GAP // 2), 0.8)
+    strips = [part for row in rows.values() for part in (row, gap)][:-1]
+    write_video(torch.cat(strips, dim=3), out / "rollout.mp4", fps)
+    shown = [horizon for horizon in SHOWN if NUM_GIVEN + horizon <= len(true)]
+    chosen = [NUM_GIVEN - 1 + horizon for horizon in (0, *shown)]
+    pictures = [PictureRow(name=name, frames=row[chosen]) for name, row in rows.items()]
+    write_grid(pictures, ["given", *(f"+{horizon}" for horizon in shown)], out / "frames.png")

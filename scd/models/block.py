@@ -1,0 +1,188 @@
+"""The modulated transformer block of which encoder, decoder and dense baseline are made.
+
+Source: paper, section 1.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scd.models.attention import Rotary, join_heads, rotate, split_heads
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From queries, keys and values [b k s e] of a block to what its tokens read [b k s e]."""
+
+LAYER_NORM_EPS = 1e-6
+"""Source: the release."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """Settings that all blocks of a model share."""
+
+    width: int = 128
+    """Width of a token inside the model."""
+    head_dim: int = 64
+    """Width of one attention head."""
+    rotary_axes: tuple[int, int, int] = (16, 24, 24)
+    """Entries of a head that carry the frame, row and column position."""
+    rotary_theta: float = 1e4
+    """Longest wavelength of a position over 2 pi; 10 separates the places of a 4x4 grid better."""
+    learned_positions: bool = False
+    """Add a learned vector to each token by its place in the frame (ours; off in the paper)."""
+    initial_gate: float = 0.0
+    """Gate of each residual branch at the start: 0 in the paper; above 0 learns faster early."""
+    initial_condition_std: float = 0.02
+    """Deviation of the tables of actions and labels at the start: 0.02 in the paper; a larger one
+    is learnt from sooner."""
+    distance_bias: float = 0.0
+    """Slope of an attention bias over frame distance. 0: none, as in the paper."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.head_dim < 1 or self.width % self.head_dim:
+            raise ValueError(
+                f"width must be a multiple of head_dim: got width={self.width}, "
+                f"head_dim={self.head_dim}"
+            )
+        if sum(self.rotary_axes) != self.head_dim or any(size % 2 for size in self.rotary_axes):
+            raise ValueError(
+                f"rotary_axes must be even and add up to head_dim={self.head_dim}, "
+                f"got {self.rotary_axes}"
+            )
+        if self.rotary_theta <= 0 or self.initial_condition_std <= 0:
+            raise ValueError(
+                "rotary_theta and initial_condition_std must be positive, got "
+                f"{self.rotary_theta} and {self.initial_condition_std}"
+            )
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of a block."""
+        return self.width // self.head_dim
+
+
+class Modulation(nn.Module):
+    """Embedding of a frame to scales and shifts of its tokens; starts as no change."""
+
+    def __init__(self, width: int, num_parts: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, num_parts * width)
+        self.num_parts = num_parts
+
+    def forward(self, embedding: Float[Tensor, "b t d"]) -> tuple[Tensor, ...]:
+        """Return the parts, each [b t 1 d]: one value for all tokens of a frame."""
+        parts = self.linear(functional.silu(embedding))[:, :, None]
+        return parts.chunk(self.num_parts, dim=-1)
+
+
+def layer_norm(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """Normalise each token, without learned scale or shift."""
+    return functional.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+
+
+class SelfAttention(nn.Module):
+    """Queries, keys and values of a block, normalised per head and rotated; and the way back."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.to_q = nn.Linear(config.width, config.width)
+        self.to_k = nn.Linear(config.width, config.width)
+        self.to_v = nn.Linear(config.width, config.width)
+        self.to_out = nn.Linear(config.width, config.width)
+        self.q_norm = nn.Parameter(torch.ones(config.head_dim))
+        self.k_norm = nn.Parameter(torch.ones(config.head_dim))
+
+    def queries(self, x: Tensor, rotary: Rotary) -> Float[Tensor, "b k s e"]:
+        """Project tokens [b s d] to rotated queries."""
+        q = split_heads(self.to_q(x), self.head_dim)
+        return rotate(self._normalise(q, self.q_norm), rotary)
+
+    def keys_values(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Project tokens [b s d] to rotated keys and to values."""
+        k = split_heads(self.to_k(x), self.head_dim)
+        v = split_heads(self.to_v(x), self.head_dim)
+        return rotate(self._normalise(k, self.k_norm), rotary), v
+
+    def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
+        # A weight of another type than x would push the result, and attention, out of bfloat16.
+        return functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps=LAYER_NORM_EPS)
+
+
+class Block(nn.Module):
+    """Self-attention and MLP, each behind a modulated norm and a modulated gate.
+
+    What the tokens attend to is the caller's `attend`: its own sequence, a cache, a prefix.
+    """
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.attention_modulation = Modulation(config.width, 3)
+        self.attention = SelfAttention(config)
+        self.mlp_modulation = Modulation(config.width, 3)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.width, 4 * config.width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * config.width, config.width),
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t n d"],
+        embedding: Float[Tensor, "b t d"],
+        rotary: Rotary,
+        attend: Attend,
+        num_read: int | None = None,
+    ) -> Float[Tensor, "b t n2 d"]:
+        """Run the block.
+
+        Args:
+            x: tokens of one or more frames.
+            embedding: of each frame's time and conditions.
+            rotary: positions of all t * n tokens.
+            attend: from rotated queries, keys and values to what is read.
+            num_read: how many tokens of each frame, its last ones, somebody will read; the rest
+                only gives keys and values (t must be 1). None: all.
+        """
+        shift, scale, gate = self.attention_modulation(embedding)
+        normed = layer_norm(x) * (1 + scale) + shift
+        k, v = self.attention.keys_values(normed.flatten(1, 2), rotary)
+        if num_read is not None:
+            x, normed = x[:, :, -num_read:], normed[:, :, -num_read:]
+            rotary = rotary[0][-num_read:], rotary[1][-num_read:]
+        q = self.attention.queries(normed.flatten(1, 2), rotary)
+        read = self.attention.to_out(join_heads(attend(q, k, v)))
+        x = x + gate * read.view(x.shape)
+        shift, scale, gate = self.mlp_modulation(embedding)
+        return x + gate * self.mlp(layer_norm(x) * (1 + scale) + shift)
+
+    def with_keys_values(
+        self,
+        x: Float[Tensor, "b t n d"],
+        embedding: Float[Tensor, "b t d"],
+        rotary: Rotary,
+        attend: Attend,
+    ) -> tuple[Float[Tensor, "b t n d"], Float[Tensor, "b k s e"], Float[Tensor, "b k s e"]]:
+        """Run the block and return the keys and values of its tokens too, for others to read."""
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            seen.append((k, v))
+            return attend(q, k, v)
+
+        return self(x, embedding, rotary, read), *seen[0]
+
+    def keys_values(
+        self, x: Float[Tensor, "b t n d"], embedding: Float[Tensor, "b t d"], rotary: Rotary
+    ) -> tuple[Float[Tensor, "b k s e"], Float[Tensor, "b k s e"]]:
+        """Return only keys and values: all that others need of tokens whose output is not read."""
+        shift, scale, _ = self.attention_modulation(embedding)
+        return self.attention.keys_values(
+            (layer_norm(x) * (1 + scale) + shift).flatten(1, 2), rotary
+        )

@@ -1,0 +1,347 @@
+"""What is saved of a world model and of a run, written so that a kill leaves the last one whole.
+
+A world folder holds `config.json` (format, model, autoencoder, data card, sampling) and
+`model.safetensors`: all that a rollout needs. A run folder holds
+
+    config.json        the TrainConfig of the run
+    log.jsonl          what happened
+    step_000100/       a world folder of the averaged weights (EMA), and beside it
+        raw.safetensors    the weights themselves
+        optimizer.pt       state of the optimisers
+        companions.pt      networks trained beside the model, with their optimisers, if any
+        progress.json      step, number of EMA updates, processes
+    last               a text file that names the newest step folder
+    lock               locked by the process that trains here
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scd.autoencoders.build import Autoencoder, AutoencoderConfig, build_autoencoder
+from scd.common.config import from_json, to_json
+from scd.common.files import write_file, written_aside
+from scd.common.weights import SHARD_BYTES, is_file_of, is_stored, write_shards
+from scd.data.source import DataCard
+from scd.models.build import Diffuser, ModelConfig, build
+from scd.models.flow import SamplingConfig
+from scd.models.pretrained import CONFIG_FILE, FORMAT, WEIGHTS_FILE, load_weights, read_settings
+from scd.models.wan.config import WanConfig, WanSeparableConfig
+
+RAW_FILE = "raw.safetensors"
+"""Weights that the optimiser moves, in a checkpoint of a run."""
+
+
+@dataclass
+class World:
+    """A world model with everything that a rollout of it needs."""
+
+    model: Diffuser
+    """The network."""
+    autoencoder: Autoencoder
+    """Between pixels and the network's latents."""
+    card: DataCard
+    """What the frames and actions mean."""
+    sampling: SamplingConfig
+    """How frames are denoised unless the caller says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run has come: with its config and seed, all that its random draws depend on."""
+
+    step: int
+    """Optimiser steps done; the next batch and the next draws follow from it."""
+    num_ema_updates: int
+    """Updates of the averaged weights, for the ramp of their decay."""
+    num_processes: int
+    """Processes that trained; another number continues on other batches."""
+    elapsed_s: float
+    """Seconds of training so far, over all parts of the run."""
+
+
+def save_world(world: World, folder: str | os.PathLike[str]) -> Path:
+    """Write a world folder, replacing the one that may be there.
+
+    Raises:
+        FileExistsError: something else than a world folder is there.
+        OSError: it could not be written; what was there is still there.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
+        others = {name for name in names - {CONFIG_FILE} if not is_file_of(name, WEIGHTS_FILE)}
+        if others:
+            raise FileExistsError(f"{folder} holds other things than a world: {sorted(names)}")
+    with written_aside(folder) as aside:
+        _write_world(world, world.model.state_dict(), aside)
+    return folder
+
+
+def load_world(
+    path: str | os.PathLike[str],
+    weights: Literal["ema", "raw"] = "ema",
+    device: torch.device | str = "cpu",
+) -> World:
+    """Load a world from a world folder, a run folder (its newest step) or one step of a run.
+
+    Args:
+        path: the folder.
+        weights: the averaged weights, or those the optimiser moved (only in a run).
+        device: where the model goes.
+
+    Returns:
+        The world; its model is in eval mode and float32, one of Wan's in the type in which its
+        weights are stored.
+
+    Raises:
+        FileNotFoundError: no world is there.
+        ValueError: the files are damaged, of another format, or do not fit together.
+    """
+    folder = resolve(path)
+    parts = read_world_parts(folder)
+    with torch.device("meta"):
+        # No weights are drawn, only to be replaced.
+        model = build(parts["model"])
+    name = WEIGHTS_FILE if weights == "ema" else RAW_FILE
+    if weights == "raw" and not is_stored(folder / name):
+        raise FileNotFoundError(f"{folder} has no raw weights ({name}): only runs keep them")
+    load_weights(model, folder / name, str(device))
+    if not isinstance(parts["model"], WanConfig | WanSeparableConfig):
+        # Small worlds are passed on in fewer bits than they compute with; Wan's stay as stored,
+        # since twice their size may not fit.
+        model.float()
+    return World(
+        model=model.to(device).eval(),
+        autoencoder=build_autoencoder(parts["autoencoder"], device),
+        card=parts["card"],
+        sampling=parts["sampling"],
+    )
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """Return the world folder that a path means: itself, or the newest step of a run.
+
+    Raises:
+        FileNotFoundError: the path does not lead to a world folder.
+    """
+    folder = Path(path)
+    if (folder / "last").is_file():
+        folder = folder / (folder / "last").read_text().strip()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"needed a world or run folder, there is none at {folder}")
+    if not is_stored(folder / WEIGHTS_FILE):
+        raise FileNotFoundError(
+            f"{folder} is neither a world (model.safetensors) nor a run with a checkpoint (last)"
+        )
+    return folder
+
+
+def last_step(run: Path) -> Path | None:
+    """Return the newest checkpoint of a run folder, or None if it has none.
+
+    Raises:
+        FileNotFoundError: `last` names a folder that is gone.
+    """
+    if not (run / "last").is_file():
+        return None
+    return resolve(run)
+
+
+def save_step(
+    run: Path,
+    world: World,
+    averaged: Mapping[str, Tensor],
+    optimizers: list[dict[str, Any]],
+    progress: Progress,
+    keep: int,
+    companions: Mapping[str, Any] | None = None,
+    raw: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write `step_<n>` of a run, point `last` at it and remove older ones.
+
+    Args:
+        run: the run folder; it exists.
+        world: the world with the weights that the optimiser moves.
+        averaged: the averaged weights by parameter name.
+        optimizers: state dict of each optimiser.
+        progress: where the run stands.
+        keep: how many of the newest steps stay, 1 or more.
+        companions: state of each network trained beside the model, by name; None: there is none.
+        raw: the weights that the optimiser moves; None: those in the world's model.
+
+    Raises:
+        OSError: it could not be written, e.g. the disk is full; the earlier steps are untouched.
+    """
+    assert keep >= 1
+    raw = world.model.state_dict() if raw is None else raw
+    folder = run / f"step_{progress.step:06d}"
+    with written_aside(folder) as aside:
+        _write_world(world, {**raw, **averaged}, aside)
+        _write_tensors(raw, aside / RAW_FILE)
+        guarded(lambda path: torch.save(optimizers, path), aside / "optimizer.pt")
+        if companions:
+            guarded(lambda path: torch.save(companions, path), aside / "companions.pt")
+        (aside / "progress.json").write_text(
+            json.dumps(to_json(progress), indent=2) + "\n", encoding="utf-8"
+        )
+    write_file(run / "last", folder.name)
+    keep_newest(run, keep)
+    return folder
+
+
+def keep_newest(run: Path, number: int) -> None:
+    """Remove the oldest step folders of a run; `number` of the newest stay, and what `last` names.
+
+    Raises:
+        OSError: they could not be removed.
+    """
+    named = (run / "last").read_text().strip()
+    steps = sorted(run.glob("step_*"), key=lambda old: int(old.name.removeprefix("step_")))
+    for old in steps[:-number]:
+        if old.name != named:
+            shutil.rmtree(old)
+
+
+def load_optimizers(step_folder: Path) -> list[dict[str, Any]]:
+    """Read the optimisers' state of a checkpoint; nothing but tensors and numbers is accepted.
+
+    Raises:
+        ValueError: the file is damaged or holds something else.
+    """
+    return load_state(step_folder / "optimizer.pt")
+
+
+def load_companions(step_folder: Path) -> dict[str, Any]:
+    """Read the state of the networks trained beside the model; none where there is no such file.
+
+    Raises:
+        ValueError: the file is damaged or holds something else.
+    """
+    return load_state(path) if (path := step_folder / "companions.pt").exists() else {}
+
+
+def load_state(path: Path) -> Any:
+    """Read what `torch.save` wrote; nothing but tensors and numbers is accepted.
+
+    Raises:
+        ValueError: the file is damaged or holds something else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or not a state of training: {error}") from error
+
+
+def load_progress(step_folder: Path) -> Progress:
+    """Read how far the run was at a checkpoint.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = step_folder / "progress.json"
+    return from_json(Progress, read_json(path), str(path))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+
+
+def write_world_settings(
+    folder: Path,
+    model: ModelConfig,
+    autoencoder: AutoencoderConfig,
+    card: DataCard,
+    sampling: SamplingConfig,
+) -> dict[str, Any]:
+    """Write the config.json of a world folder and return what it holds."""
+    config = {
+        "format": FORMAT,
+        "model": to_json(model),
+        "autoencoder": to_json(autoencoder),
+        "card": to_json(card),
+        "sampling": to_json(sampling),
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    return config
+
+
+def _write_world(world: World, state: Mapping[str, Tensor], folder: Path) -> None:
+    config = write_world_settings(
+        folder, world.model.config, world.autoencoder.config, world.card, world.sampling
+    )
+    _write_tensors(state, folder / WEIGHTS_FILE, {"config": json.dumps(config)})
+
+
+def read_world_parts(folder: Path) -> dict[str, Any]:
+    """Read the settings of a world folder: "model", "autoencoder", "card" and "sampling".
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they are damaged, of another format, or not complete.
+    """
+    path = folder / CONFIG_FILE
+    values = read_settings(path)
+    kinds = {
+        "model": ModelConfig,
+        "autoencoder": AutoencoderConfig,
+        "card": DataCard,
+        "sampling": SamplingConfig,
+    }
+    unknown = sorted(set(values) - set(kinds) - {"format"})
+    missing = sorted(set(kinds) - set(values))
+    if unknown or missing:
+        raise ValueError(f"{path}: unknown fields {unknown}, missing fields {missing}")
+    return {name: from_json(kind, values[name], f"{path}: {name}") for name, kind in kinds.items()}
+
+
+def _write_tensors(
+    state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > SHARD_BYTES:
+        # In several files, one tensor after another: no second copy of a large model.
+        parts = ((name, tensor.detach().to("cpu")) for name, tensor in state.items())
+        stem = path.name.removesuffix(".safetensors")
+        guarded(lambda path: write_shards(parts, path.parent, stem, SHARD_BYTES), path)
+        return
+    # Tied weights share memory, which the format refuses: the file gets a copy of each.
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        tied = tensor.data_ptr() in seen and tensor.numel() > 0
+        seen.add(tensor.data_ptr())
+        tensors[name] = tensor.clone() if tied else tensor
+    # One entry at most: several would be written in a random order, and equal weights differ.
+    guarded(lambda path: save_file(tensors, path, metadata=metadata), path)
+
+
+def guarded(write: Callable[[Path], object], path: Path) -> None:
+    """Run a writer; whatever way it has of saying that the disk refused becomes an OSError."""
+    try:
+        write(path)
+    except (SafetensorError, RuntimeError) as error:
+        free = shutil.disk_usage(path.parent).free / 2**30
+        raise OSError(
+            f"could not write {path.name} in {path.parent.parent} ({free:.2f} GiB free): {error}"
+        ) from error

@@ -1,0 +1,264 @@
+"""What one frame costs by formula: operations, bytes that must move, and memory that must be held.
+
+Operations are counted as in scd/models/sizes.py. Bytes are a lower bound: weights are read once per
+pass, keys and values once where they are attended to, and activations stay on the chip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scd.models.decoder import DecoderConfig
+from scd.models.encoder import EncoderConfig
+from scd.models.sizes import Sizes
+from scd.models.skip import LayerSkip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """How many streams share a frame's work, and what they remember."""
+
+    num_context_frames: int
+    """Frames that attention sees, the newest (encoder) or the noisy one (dense) included."""
+    batch: int = 1
+    """Streams side by side."""
+    branches: int = 1
+    """Times that each is denoised side by side: 2 with guidance."""
+    memories: int = 1
+    """Branches with a past of their own: 2 with guidance by conditions, else 1."""
+    bytes_per_value: int = 4
+    """Of weights, keys and values: 4 in float32, 2 in bfloat16."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        if self.memories > self.branches:
+            raise ValueError(f"{self.branches} branches cannot have {self.memories} memories")
+
+    @property
+    def num_encoded(self) -> int:
+        """Frames that are encoded, or remembered, side by side."""
+        return self.batch * self.memories
+
+    @property
+    def num_denoised(self) -> int:
+        """Frames that are denoised side by side."""
+        return self.batch * self.branches
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameCost:
+    """Cost of the next frame of all streams together, their windows full."""
+
+    encoder_flops: int
+    """Operations of the encoder pass; a dense model has none."""
+    prepare_flops: int
+    """Operations on a frame's context that do not depend on the time of a step."""
+    step_flops: int
+    """Operations of one call of the network that denoises."""
+    memory_flops: int
+    """Operations of the pass that writes the finished frame into memory (dense)."""
+    encoder_bytes: int
+    """Bytes that the encoder pass moves."""
+    prepare_bytes: int
+    """Bytes that move once per frame: for the context, and the weights of all that depends on
+    times and conditions alone, since the times of all steps are known."""
+    step_bytes: int
+    """Bytes that one denoising call moves."""
+    light_below: float = 0.0
+    """Steps at times below this are light: they skip layers. 0: none."""
+    light_flops: int = 0
+    """Operations that a light step saves."""
+    light_bytes: int = 0
+    """Bytes that a light step does not move."""
+    memory_bytes: int
+    """Bytes that the pass that writes the finished frame moves."""
+    weight_bytes: int
+    """All parameters."""
+    cache_bytes: int
+    """Keys and values that stay from frame to frame."""
+    prefix_bytes: int
+    """Keys and values that last for one frame (join "prefix")."""
+
+    def flops(self, num_steps: int, times: Sequence[float] | None = None) -> int:
+        """Return the operations of one frame of all streams; see `bytes`."""
+        once = self.encoder_flops + self.prepare_flops + self.memory_flops
+        saved = self._num_light(num_steps, times) * self.light_flops
+        return once + num_steps * self.step_flops - saved
+
+    def bytes(self, num_steps: int, times: Sequence[float] | None = None) -> int:
+        """Return the least number of bytes that one frame of all streams moves.
+
+        Args:
+            num_steps: calls of the network that denoises.
+            times: of these calls; None: evenly spaced from 1. They matter if some skip layers.
+        """
+        once = self.encoder_bytes + self.prepare_bytes + self.memory_bytes
+        saved = self._num_light(num_steps, times) * self.light_bytes
+        return once + num_steps * self.step_bytes - saved
+
+    def _num_light(self, num_steps: int, times: Sequence[float] | None) -> int:
+        if times is None:
+            times = [1 - step / num_steps for step in range(num_steps)]
+        return sum(time < self.light_below for time in times[:num_steps])
+
+    @property
+    def memory_needed(self) -> int:
+        """Bytes that must be held to stream: weights, and the memory of every stream."""
+        return self.weight_bytes + self.cache_bytes + self.prefix_bytes
+
+
+def separable_cost(
+    sizes: Sizes, encoder: EncoderConfig, decoder: DecoderConfig, load: Load
+) -> FrameCost:
+    """Count a separable model's frame; SeparableDiffuser.frame_cost states the formulas."""
+    tokens, layers = sizes.tokens, decoder.num_layers
+    context = load.num_context_frames * tokens
+    encoder_flops = (
+        sizes.embed_flops
+        + sizes.time_flops
+        + sizes.condition_flops
+        + encoder.num_layers * sizes.block_flops(context)
+        + (sizes.linear(1, 2) if encoder.modulate_output else 0)
+    )
+    encoder_parameters = (
+        sizes.embed_parameters
+        + sizes.time_parameters
+        + encoder.num_layers * sizes.block_parameters
+        + (sizes.output_modulation_parameters if encoder.modulate_output else 0)
+        + (tokens * sizes.block.width if encoder.start_frame else 0)
+    )
+    cache = encoder.num_layers * load.num_context_frames * sizes.keys_values_size
+    prefix = layers * sizes.keys_values_size if decoder.join == "prefix" else 0
+    prepare_flops, prepare_weights = _prepare(sizes, decoder)
+    # Of a step: the maps of tokens. The maps of times and conditions are read once per frame.
+    step_weights = (
+        sizes.embed_parameters
+        + layers * (sizes.block_parameters - sizes.modulation_parameters)
+        + sizes.head_parameters
+        + _merge_parameters(sizes, decoder)
+    )
+    time_weights = (
+        sizes.time_parameters
+        + layers * sizes.modulation_parameters
+        + sizes.output_modulation_parameters
+    )
+    align = _align_parameters(sizes, decoder)
+    size = load.bytes_per_value
+    return FrameCost(
+        encoder_flops=load.num_encoded * encoder_flops,
+        prepare_flops=load.num_denoised * prepare_flops,
+        step_flops=load.num_denoised * _step_flops(sizes, decoder),
+        memory_flops=0,
+        encoder_bytes=size * (encoder_parameters + load.num_encoded * cache),
+        prepare_bytes=size * (time_weights + prepare_weights + load.num_denoised * prefix),
+        step_bytes=size * (step_weights + load.num_denoised * prefix),
+        memory_bytes=0,
+        weight_bytes=size * (encoder_parameters + step_weights + time_weights + align),
+        cache_bytes=size * load.num_encoded * cache,
+        prefix_bytes=size * load.num_denoised * prefix,
+    )
+
+
+def _prepare(sizes: Sizes, decoder: DecoderConfig) -> tuple[int, int]:
+    """Count operations, and weights read beyond those of times, of a frame's context."""
+    if decoder.join == "token_concat_projected":
+        flops = sizes.condition_flops + sizes.linear(sizes.tokens, 1)
+        return flops, _align_parameters(sizes, decoder)
+    if decoder.join != "prefix":
+        return sizes.condition_flops, 0
+    whole = decoder.num_layers - 1
+    flops = (
+        sizes.condition_flops
+        + sizes.time_flops
+        + whole * sizes.block_flops(sizes.tokens)
+        + sizes.keys_values_flops
+    )
+    maps = sizes.block_parameters - sizes.modulation_parameters
+    last = 2 * (sizes.block.width + 1) * sizes.block.width + sizes.block.head_dim
+    return flops, whole * maps + last
+
+
+def _step_flops(sizes: Sizes, decoder: DecoderConfig) -> int:
+    tokens, layers = sizes.tokens, decoder.num_layers
+    flops = sizes.embed_flops + sizes.time_flops + sizes.head_flops
+    if decoder.join in ("token_concat", "token_concat_projected"):
+        both = 2 * tokens
+        # After the last block nobody reads the context's half.
+        blocks = (layers - 1) * sizes.block_flops(both, both) + sizes.block_flops(
+            both, both, tokens
+        )
+        return flops + blocks
+    if decoder.join == "prefix":
+        return flops + layers * sizes.block_flops(2 * tokens)
+    if decoder.join == "channel_concat":
+        flops += sizes.linear(tokens, 2)
+    return flops + layers * sizes.block_flops(tokens)
+
+
+def _merge_parameters(sizes: Sizes, decoder: DecoderConfig) -> int:
+    width = sizes.block.width
+    return (2 * width + 1) * width if decoder.join == "channel_concat" else 0
+
+
+def _align_parameters(sizes: Sizes, decoder: DecoderConfig) -> int:
+    width = sizes.block.width
+    return (width + 3) * width if decoder.join == "token_concat_projected" else 0
+
+
+def dense_cost(
+    sizes: Sizes,
+    num_layers: int,
+    load: Load,
+    num_diagonal: int = 0,
+    skip: LayerSkip | None = None,
+) -> FrameCost:
+    """Count a dense model's frame; DenseDiffuser.frame_cost states the formulas."""
+    num_seeing = num_layers - num_diagonal
+    context = load.num_context_frames * sizes.tokens
+    seeing, diagonal = sizes.block_flops(context), sizes.block_flops(sizes.tokens)
+    blocks = num_seeing * seeing + num_diagonal * diagonal
+    step = sizes.embed_flops + sizes.time_flops + blocks + sizes.head_flops
+    remember = (
+        sizes.embed_flops
+        + sizes.time_flops
+        + sizes.condition_flops
+        + (num_seeing - 1) * seeing
+        + sizes.keys_values_flops
+    )
+    maps = sizes.block_parameters - sizes.modulation_parameters
+    step_weights = sizes.embed_parameters + num_layers * maps + sizes.head_parameters
+    time_weights = (
+        sizes.time_parameters
+        + num_layers * sizes.modulation_parameters
+        + sizes.output_modulation_parameters
+    )
+    last = 2 * (sizes.block.width + 1) * sizes.block.width + sizes.block.head_dim
+    remember_weights = sizes.embed_parameters + (num_seeing - 1) * maps + last
+    # Of one layer, for one frame.
+    remembered = load.num_encoded * sizes.keys_values_size
+    read = (load.num_context_frames - 1) * remembered
+    skipped = range(0) if skip is None else skip.layers
+    skipped_seeing = len([layer for layer in skipped if layer < num_seeing])
+    skipped_diagonal = len(skipped) - skipped_seeing
+    size = load.bytes_per_value
+    return FrameCost(
+        encoder_flops=0,
+        prepare_flops=load.num_denoised * sizes.condition_flops,
+        step_flops=load.num_denoised * step,
+        memory_flops=load.num_encoded * remember,
+        encoder_bytes=0,
+        prepare_bytes=size * time_weights,
+        # The noisy frame's own keys and values need not leave the chip.
+        step_bytes=size * (step_weights + num_seeing * read),
+        light_below=0.0 if skip is None else skip.below,
+        light_flops=load.num_denoised * (skipped_seeing * seeing + skipped_diagonal * diagonal),
+        light_bytes=size * (len(skipped) * maps + skipped_seeing * read),
+        # The older frames are read in all layers but the last, the new one written in all.
+        memory_bytes=size * (remember_weights + (num_seeing - 1) * read + num_seeing * remembered),
+        weight_bytes=size * (step_weights + time_weights),
+        cache_bytes=size * num_seeing * (read + remembered),
+        prefix_bytes=0,
+    )

@@ -1,0 +1,214 @@
+"""What turns frames, times and conditions into the input of a model, and tokens back into frames.
+
+Source: paper, section 1.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scd.data.clip import Conditions, ConditionSpec
+from scd.models.block import Modulation, layer_norm
+from scd.models.flow import velocity_from_clean
+
+Field = Callable[[Tensor, Tensor], Tensor]
+"""From noisy frames [b r m c h w] and the time of each [b r m] to their velocity."""
+
+Prediction = Literal["velocity", "clean"]
+"""Meaning of a network's output. A clean estimate is far better where a token has more values than
+the model is wide, as with pixels; it is turned into a velocity at once."""
+
+
+EncoderNoise = Literal["none", "fresh", "same"]
+"""What noise an encoder reads once per frame: none; noise of its own; or that from which the frame
+is denoised. `context` takes it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameShape:
+    """Shape of one latent frame and how it is cut into tokens."""
+
+    channels: int = 3
+    """Channels of a latent frame."""
+    height: int = 32
+    """Rows of a latent frame."""
+    width: int = 32
+    """Columns of a latent frame."""
+    patch_size: int = 8
+    """Side of the square of latent cells that makes one token."""
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "height", "width", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.height % self.patch_size or self.width % self.patch_size:
+            raise ValueError(
+                f"patch_size must divide the frame: got patch_size={self.patch_size} "
+                f"for a {self.height}x{self.width} frame"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows of tokens."""
+        return self.height // self.patch_size
+
+    @property
+    def columns(self) -> int:
+        """Columns of tokens."""
+        return self.width // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one frame."""
+        return self.rows * self.columns
+
+    @property
+    def token_dim(self) -> int:
+        """Latent values in one token."""
+        return self.channels * self.patch_size**2
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of a latent frame."""
+        return self.channels, self.height, self.width
+
+
+def to_patches(frames: Float[Tensor, "*b c h w"], patch_size: int) -> Float[Tensor, "*b n p"]:
+    """Cut frames into square patches, row by row, each as one vector."""
+    return rearrange(
+        frames,
+        "... c (rows p) (columns q) -> ... (rows columns) (c p q)",
+        p=patch_size,
+        q=patch_size,
+    )
+
+
+def from_patches(patches: Float[Tensor, "*b n p"], shape: FrameShape) -> Float[Tensor, "*b c h w"]:
+    """Undo to_patches."""
+    return rearrange(
+        patches,
+        "... (rows columns) (c p q) -> ... c (rows p) (columns q)",
+        rows=shape.rows,
+        c=shape.channels,
+        p=shape.patch_size,
+    )
+
+
+class TokenEmbedder(nn.Module):
+    """Frames to tokens: cut into patches, one linear map."""
+
+    def __init__(self, shape: FrameShape, width: int, learned_positions: bool) -> None:
+        super().__init__()
+        self.patch_size = shape.patch_size
+        self.project = nn.Linear(shape.token_dim, width)
+        self.positions = (
+            nn.Parameter(torch.empty(shape.num_tokens, width)) if learned_positions else None
+        )
+
+    def forward(self, frames: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t n d"]:
+        """Embed frames."""
+        tokens = self.project(to_patches(frames, self.patch_size))
+        return tokens if self.positions is None else tokens + self.positions
+
+
+class TimeEmbedder(nn.Module):
+    """Time of a frame to a vector: 256 sinusoids of 1000 * time, then two linear maps."""
+
+    NUM_SINUSOIDS = 128
+    """Each gives a cosine and a sine."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.rise = nn.Linear(2 * self.NUM_SINUSOIDS, width)
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, time: Float[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        """Embed times; float64 times keep the digits that float32 has not."""
+        sinusoids = time_sinusoids(time, self.NUM_SINUSOIDS).to(self.rise.weight.dtype)
+        return self.mix(functional.silu(self.rise(sinusoids)))
+
+
+def time_sinusoids(time: Float[Tensor, "*b"], num: int) -> Float[Tensor, "*b features"]:
+    """Return cosines, then sines, of 1000 * time at `num` frequencies from 1 down to 1e-4.
+
+    Source: the release; the last frequency is 1e-4 itself (num - 1 steps, not num).
+    """
+    # Times written in float32 are off by 3e-5 of a tick, which the first sinusoid shows. From the
+    # tick on, float32 as in the release, whose weights have learnt it.
+    ticks = (1000 * time.double()).float()
+    steps = torch.arange(num, device=time.device, dtype=torch.float32)
+    angles = ticks[..., None] * torch.exp(-math.log(1e4) * steps / (num - 1))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class ConditionEmbedder(nn.Module):
+    """Actions and labels to a vector per frame; hidden ones become a learned null vector."""
+
+    def __init__(self, spec: ConditionSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.width = width
+        if spec.num_actions:
+            self.actions = nn.Embedding(spec.num_actions + 1, width)
+        if spec.action_dim:
+            self.project = nn.Linear(spec.action_dim, width)
+            self.null_action = nn.Parameter(torch.empty(width))
+        if spec.num_labels:
+            self.labels = nn.Embedding(spec.num_labels + 1, width)
+
+    def forward(self, conditions: Conditions) -> Float[Tensor, "b t d"] | None:
+        """Embed what steers each frame; None if nothing does."""
+        embedded = None
+        actions, hidden = conditions.actions, conditions.null_actions
+        if self.spec.num_actions:
+            assert actions is not None
+            if hidden is not None:
+                actions = torch.where(hidden, self.spec.num_actions, actions)
+            embedded = self.actions(actions)
+        if self.spec.action_dim:
+            assert actions is not None
+            embedded = self.project(actions.to(self.project.weight.dtype))
+            if hidden is not None:
+                embedded = torch.where(hidden[..., None], self.null_action, embedded)
+        if self.spec.num_labels:
+            labels, hidden = conditions.labels, conditions.null_labels
+            assert labels is not None
+            if hidden is not None:
+                labels = torch.where(hidden, self.spec.num_labels, labels)
+            label = self.labels(labels)[:, None]
+            embedded = label if embedded is None else embedded + label
+        return embedded
+
+
+class FrameHead(nn.Module):
+    """Tokens back to a frame: modulated norm, one linear map, patches in their places."""
+
+    def __init__(self, shape: FrameShape, width: int, predict: Prediction) -> None:
+        super().__init__()
+        self.shape, self.predict = shape, predict
+        self.modulation = Modulation(width, 2)
+        self.project = nn.Linear(width, shape.token_dim)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t n d"],
+        embedding: Float[Tensor, "b t d"],
+        noisy: Float[Tensor, "b t c h w"],
+        time: Float[Tensor, "b t"],
+    ) -> Float[Tensor, "b t c h w"]:
+        """Return the velocity of each noisy frame."""
+        scale, shift = self.modulation(embedding)
+        patches = self.project(layer_norm(x) * (1 + scale) + shift)
+        output = from_patches(patches, self.shape)
+        if self.predict == "velocity":
+            return output
+        return velocity_from_clean(noisy, output, time)

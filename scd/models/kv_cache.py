@@ -1,0 +1,279 @@
+"""Keys and values of past frames, kept in one preallocated ring per layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scd.common.memory import check_free
+from scd.models.attention import Rotary, rotary_table, rotate
+from scd.models.block import BlockConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where in memory the keys and values of some tokens stand, and what they see there."""
+
+    start: int
+    """First token."""
+    stop: int
+    """Behind the last one."""
+    filled: int
+    """Tokens in memory, these included."""
+    num_evicted: int
+    """Frames that had left the window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """How much of the past a stream remembers."""
+
+    window: int = 16
+    """Frames in memory, the newest included. Attention beyond the training length is untrained, so
+    this is the number of frames of a training clip."""
+    num_sinks: int = 1
+    """Frames, the first of the stream, that stay in memory for good; part of the window. The
+    learned start frame, where a model has one, is the first of them."""
+    rebase_sinks: bool = True
+    """Move the sinks' positions along with the window, so that no distance exceeds it. False: they
+    stay at their absolute positions."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window must be 1 or more frames, got {self.window}")
+        if not 0 <= self.num_sinks < self.window:
+            raise ValueError(
+                f"num_sinks must leave room in the window: got num_sinks={self.num_sinks}, "
+                f"window={self.window}"
+            )
+
+    def with_window(self, window: int | None) -> CacheConfig:
+        """Return the same with another window; None: this one."""
+        return self if window is None else replace(self, window=window)
+
+
+class KVCache:
+    """Memory of one batch of streams.
+
+    For each new frame: `make_room()`; `write(layer, k, v)` for every layer, which returns all that
+    the new tokens may see, themselves included; then `advance()` keeps the frame. Without
+    `advance` the next `write` replaces it: so a frame can be tried many times before it is kept.
+
+    Keys come rotated to absolute positions. Attention does not care for the order of keys, so a
+    full ring overwrites its oldest frame in place: no copy, no mask, and memory never grows. While
+    the ring is not full, several frames can be written at once.
+
+    The past carries no gradient. With gradients on, `write` returns a copy in which only the new
+    tokens' own keys and values have one, so a backward pass may come after any later write.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        *,
+        num_layers: int,
+        batch: int,
+        num_heads: int,
+        head_dim: int,
+        tokens_per_frame: int,
+        rotary_axes: tuple[int, int, int],
+        rotary_theta: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        turn: Callable[[Tensor, Rotary], Tensor] = rotate,
+    ) -> None:
+        """Allocate the ring; `turn` rotates keys in the order of entries that they come in.
+
+        Raises:
+            OutOfMemory: the ring needs more than is free; nothing was allocated.
+        """
+        self.config = config
+        self.turn = turn
+        self.tokens_per_frame = tokens_per_frame
+        self.rotary_axes = rotary_axes
+        self.rotary_theta = rotary_theta
+        shape = (num_layers, batch, num_heads, config.window * tokens_per_frame, head_dim)
+        what = f"a memory of {config.window} frames for each of {batch} streams"
+        check_free(what, 2 * math.prod(shape) * dtype.itemsize, device)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty_like(self.keys)
+        self.sink_keys: Tensor | None = None
+        self.slots: list[int | None] = []
+        """Frame position held by each slot of the ring; None: its frame has left the window."""
+        self.num_evicted = 0
+        """Frames that have left the window."""
+
+    @staticmethod
+    def for_blocks(
+        config: CacheConfig,
+        block: BlockConfig,
+        num_layers: int,
+        batch: int,
+        tokens_per_frame: int,
+        weight: Tensor,
+        turn: Callable[[Tensor, Rotary], Tensor] = rotate,
+    ) -> KVCache:
+        """Allocate the memory of a stack of blocks, in the type and on the device of a weight."""
+        return KVCache(
+            config,
+            num_layers=num_layers,
+            batch=batch,
+            num_heads=block.num_heads,
+            head_dim=block.head_dim,
+            tokens_per_frame=tokens_per_frame,
+            rotary_axes=block.rotary_axes,
+            rotary_theta=block.rotary_theta,
+            dtype=weight.dtype,
+            device=weight.device,
+            turn=turn,
+        )
+
+    @property
+    def num_frames(self) -> int:
+        """Frames in memory."""
+        return sum(frame is not None for frame in self.slots)
+
+    @property
+    def num_free(self) -> int:
+        """Frames that fit before the oldest must go."""
+        return self.config.window - self.num_frames
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the keys and values: 2 * layers * batch * window * n * d * bytes each."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def make_room(self) -> None:
+        """Let the oldest frame but the sinks go if the window is full; harmless twice."""
+        if self.num_free:
+            return
+        frames = [
+            (frame, slot)
+            for slot, frame in enumerate(self.slots)
+            if frame is not None and slot >= self.config.num_sinks
+        ]
+        self.slots[min(frames)[1]] = None
+        self.num_evicted += 1
+        if self.config.rebase_sinks and self.config.num_sinks:
+            self._move_sinks()
+
+    def _move_sinks(self) -> None:
+        """Turn the sinks' keys forward by the number of frames that have left the window."""
+        num_sinks = self.config.num_sinks
+        size = num_sinks * self.tokens_per_frame
+        if self.sink_keys is None:
+            self.sink_keys = self.keys[:, :, :, :size].clone()
+        for slot, frame in enumerate(self.slots[:num_sinks]):
+            assert frame is not None
+            self.slots[slot] = frame + 1
+        # Filled in place: a list made into a tensor would wait for a GPU.
+        moved = torch.zeros(size, 3, dtype=torch.long, device=self.keys.device)
+        moved[:, 0] = self.num_evicted
+        rotary = rotary_table(moved, self.rotary_axes, self.rotary_theta)
+        # Two rotations in a row are one: always from the keys as first written, so that no
+        # rounding adds up over a long stream.
+        turned = self.turn(self.sink_keys.flatten(0, 1), rotary)
+        self.keys[:, :, :, :size] = turned.unflatten(0, self.sink_keys.shape[:2])
+
+    def _next_slot(self) -> int:
+        return self.slots.index(None) if None in self.slots else len(self.slots)
+
+    def write(
+        self, layer: int, k: Float[Tensor, "b k s e"], v: Float[Tensor, "b k s e"]
+    ) -> tuple[Float[Tensor, "b k s2 e"], Float[Tensor, "b k s2 e"]]:
+        """Put in the keys and values of the next frame, or frames; return all in memory.
+
+        Raises:
+            ValueError: more frames at once than there is room for.
+        """
+        num_frames = k.shape[2] // self.tokens_per_frame
+        if num_frames > self.num_free or (num_frames > 1 and None in self.slots):
+            raise ValueError(
+                f"{num_frames} frames at once need as many free places in a row, got "
+                f"{self.num_free} of {self.config.window}; call make_room for one"
+            )
+        place = self._next_place(k.shape[2])
+        self.keys[layer, :, :, place.start : place.stop] = k.detach()
+        self.values[layer, :, :, place.start : place.stop] = v.detach()
+        if torch.is_grad_enabled():
+            # What a backward pass reads must not be overwritten by the frames to come.
+            return self._read_again(layer, k, v, place)
+        return self.keys[layer, :, :, : place.filled], self.values[layer, :, :, : place.filled]
+
+    def writer(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return `write` of a layer for one use, and for its recomputation in a backward pass.
+
+        By then later frames may have been kept, but none may have left the window.
+        """
+        place: Place | None = None
+
+        def put(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal place
+            if place is not None:
+                return self._read_again(layer, k, v, place)
+            place = self._next_place(k.shape[2])
+            return self.write(layer, k, v)
+
+        return put
+
+    def _next_place(self, num_tokens: int) -> Place:
+        """Return where `write` puts so many tokens."""
+        start = self._next_slot() * self.tokens_per_frame
+        stop = start + num_tokens
+        filled = max(stop, len(self.slots) * self.tokens_per_frame)
+        return Place(start=start, stop=stop, filled=filled, num_evicted=self.num_evicted)
+
+    def _read_again(
+        self, layer: int, k: Float[Tensor, "b k s e"], v: Float[Tensor, "b k s e"], place: Place
+    ) -> tuple[Float[Tensor, "b k s2 e"], Float[Tensor, "b k s2 e"]]:
+        """Return what `write` returned at an earlier place, and write nothing."""
+        assert self.num_evicted == place.num_evicted, "frames have left the memory since"
+        keys, values = (
+            self.keys[layer, :, :, : place.filled],
+            self.values[layer, :, :, : place.filled],
+        )
+        return _with_new(keys, k, place.start), _with_new(values, v, place.start)
+
+    def positions_with(self, frames: list[int]) -> list[int]:
+        """Return the frame position of each slot that `write` returns for these new frames."""
+        slots = list(self.slots)
+        start = self._next_slot()
+        slots[start : start + len(frames)] = frames
+        assert None not in slots
+        return [frame for frame in slots if frame is not None]
+
+    def advance(self, frames: list[int]) -> None:
+        """Keep the frames, by position, that were just written to all layers."""
+        start = self._next_slot()
+        self.slots[start : start + len(frames)] = frames
+
+    def fork(self) -> KVCache:
+        """Return an independent copy; only filled slots are copied."""
+        twin = object.__new__(KVCache)
+        vars(twin).update(vars(self))
+        filled = len(self.slots) * self.tokens_per_frame
+        for name in ("keys", "values"):
+            mine = getattr(self, name)
+            theirs = torch.empty_like(mine)
+            theirs[:, :, :, :filled] = mine[:, :, :, :filled]
+            setattr(twin, name, theirs)
+        twin.slots = list(self.slots)
+        twin.sink_keys = None if self.sink_keys is None else self.sink_keys.clone()
+        return twin
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays allocated."""
+        self.slots = []
+        self.sink_keys = None
+        self.num_evicted = 0
+
+
+def _with_new(held: Tensor, new: Tensor, start: int) -> Tensor:
+    """Copy what is held, with the new tokens [b k s e] themselves in their place."""
+    stop = start + new.shape[2]
+    return torch.cat([held[:, :, :start], new.to(held.dtype), held[:, :, stop:]], dim=2)

@@ -1,0 +1,317 @@
+"""Separable causal diffuser: causal reasoning once per frame, rendering in every step.
+
+Source: paper, section 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from scd.data.clip import Conditions, ConditionSpec
+from scd.models.augment import Augmentation
+from scd.models.block import BlockConfig
+from scd.models.cost import FrameCost, Load, separable_cost
+from scd.models.decoder import DecoderConfig, FrameDecoder, Prepared
+from scd.models.embed import EncoderNoise, Field, FrameShape
+from scd.models.encoder import CausalEncoder, Context, EncoderConfig
+from scd.models.initialise import initialise
+from scd.models.kv_cache import CacheConfig, KVCache
+from scd.models.pretrained import Pretrained
+from scd.models.sizes import Sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeparableConfig:
+    """Settings of a separable causal diffuser."""
+
+    shape: FrameShape = field(default_factory=FrameShape)
+    """Latent frames and their tokens."""
+    block: BlockConfig = field(default_factory=BlockConfig)
+    """Blocks of encoder and decoder."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """The causal encoder, run once per frame."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """The frame decoder, run at every step."""
+    conditions: ConditionSpec = field(default_factory=ConditionSpec)
+    """What steers the frames."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """How much of the past a stream remembers."""
+
+
+@dataclass(kw_only=True)
+class SeparableState:
+    """A batch of streams: the past in memory, and the newest frame, which waits for the action
+    that follows it."""
+
+    cache: KVCache
+    """Keys and values of all rows before the newest."""
+    newest: Tensor
+    """Newest frame, [b 1 c h w], or [b 0 c h w] for the start frame."""
+    next_row: int
+    """Frame position of the newest row; -1 is the start frame."""
+    encoded_for: Conditions | None = None
+    """Conditions with which the newest row lies in the cache already, though it is not kept yet:
+    so a context can be computed again, for another action. None: it does not."""
+
+    def fork(self) -> SeparableState:
+        """Return an independent copy."""
+        return replace(self, cache=self.cache.fork(), encoded_for=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeparableContext:
+    """All that the decoder needs about one frame of each stream."""
+
+    prepared: Prepared
+    """What is the same in every denoising step."""
+    encoded: Context
+    """What the encoder gave."""
+    conditions: Conditions
+    """Of this frame."""
+
+
+class SeparableDiffuser(nn.Module, Pretrained):
+    """Encoder and decoder behind the interface that all models share.
+
+    Training: `model(clean, noisy, time, conditions)`. Streaming, for each frame: `context` once,
+    `velocity` once per step, `observe` with the finished frame.
+    """
+
+    config_class = SeparableConfig
+    encoder_noise: EncoderNoise = "none"
+
+    def __init__(self, config: SeparableConfig) -> None:
+        super().__init__()
+        self.config = config
+        parts = (config.shape, config.block, config.conditions)
+        self.encoder = CausalEncoder(config.encoder, *parts)
+        self.decoder = FrameDecoder(config.decoder, *parts)
+        initialise(self, config.block)
+
+    @property
+    def shape(self) -> FrameShape:
+        """Shape of a latent frame."""
+        return self.config.shape
+
+    @property
+    def needs_first_frame(self) -> bool:
+        """Whether a stream must be given its first frame."""
+        return not self.config.encoder.start_frame
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether training recomputes each block instead of keeping what is inside it."""
+        return self.encoder.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.encoder.gradient_checkpointing = value
+        self.decoder.gradient_checkpointing = value
+
+    def encoder_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that train at the encoder's learning rate."""
+        return self.encoder.parameters()
+
+    def frame_cost(self, load: Load) -> FrameCost:
+        """Count one frame: n tokens, width d, p values per token, C frames of context.
+
+        Encoder, each of its layers: 24 n d^2 (4 maps of attention, 8 of the MLP) + 4 n C n d
+        (attention) + 12 d^2 (modulations). A step, each layer of the decoder: the same for s
+        tokens over k keys in place of n and C n: joint s = k = 2n, prefix s = n and k = 2n, others
+        s = k = n; of the last joint layer only n tokens go on after keys and values. Prefix, once
+        per frame: all layers for n tokens over n keys, of the last only keys and values. Besides
+        (channels, times, conditions, head): 2 n p d, 2 (256 d + d^2), 4 d^2 where they occur.
+
+        Bytes: weights of encoder and decoder once per pass, those of times and conditions once per
+        frame; 2 C n d keys and values per encoder layer, C - 1 frames read and one written; prefix
+        2 n d per layer, written once and read in every step.
+        """
+        sizes = Sizes(shape=self.shape, block=self.config.block, conditions=self.config.conditions)
+        return separable_cost(sizes, self.config.encoder, self.config.decoder, load)
+
+    def forward(
+        self,
+        clean: Float[Tensor, "b t c h w"] | None,
+        noisy: Float[Tensor, "b r m c h w"],
+        time: Float[Tensor, "b r m"],
+        conditions: Conditions,
+        augment: Augmentation | None = None,
+    ) -> Float[Tensor, "b r m2 c h w"]:
+        """Return the velocity of noisy frames, all at once.
+
+        Args:
+            clean: frames of the clip, the history; None: the noisy frames are their own history,
+                one encoder pass per draw (an ablation of the release).
+            noisy: r draws of the last m frames of the clip; without `clean`, of all its frames.
+            time: of each noisy frame, 0 clean to 1 noise.
+            conditions: of all t frames of the clip.
+            augment: random changes for training; None: a pure function of the input.
+
+        Returns:
+            One velocity per noisy frame; without `clean` and start frame, none for the first.
+
+        Raises:
+            ValueError: more frames to denoise than have a context.
+        """
+        num_draws = noisy.shape[1]
+        if clean is None:
+            history = rearrange(noisy, "b r t c h w -> (b r) t c h w")
+            velocity = self(
+                history,
+                history[:, None, int(self.needs_first_frame) :],
+                rearrange(time, "b r t -> (b r) 1 t")[:, :, int(self.needs_first_frame) :],
+                conditions.repeat(num_draws),
+                augment,
+            )
+            return rearrange(velocity, "(b r) 1 t c h w -> b r t c h w", r=num_draws)
+        num_frames, num_noisy = clean.shape[1], noisy.shape[2]
+        if num_noisy > num_frames - self.needs_first_frame:
+            raise ValueError(
+                f"{num_frames} clean frames give context to "
+                f"{num_frames - self.needs_first_frame} frames, got {num_noisy} noisy ones"
+            )
+        prepared = self._prepared(clean, conditions, num_noisy, augment).repeat(num_draws)
+        return self._denoised(prepared, noisy, time)
+
+    def field(
+        self,
+        clean: Float[Tensor, "b t c h w"],
+        conditions: Conditions,
+        num_noisy: int,
+        num_draws: int = 1,
+    ) -> Field:
+        """Return `forward` as a function of noisy frames and times, for many steps on one history.
+
+        The encoder runs once, here, and each call of the function costs the decoder only.
+        """
+        prepared = self._prepared(clean, conditions, num_noisy, None).repeat(num_draws)
+
+        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
+            return self._denoised(prepared, noisy, time)
+
+        return velocity
+
+    def _prepared(
+        self, clean: Tensor, conditions: Conditions, num_noisy: int, augment: Augmentation | None
+    ) -> Prepared:
+        num_frames = clean.shape[1]
+        past, present = conditions, conditions.frames(num_frames - num_noisy, num_frames)
+        if augment is not None:
+            past, present = augment.drop(past), augment.drop(present)
+        context = self.encoder(clean, past).last(num_noisy)
+        if augment is not None and augment.context_noise > 0:
+            noise = augment.noise_like(context.tokens)
+            context = context.with_noise(augment.context_noise, noise)
+        tokens = rearrange(context.tokens, "b m n d -> (b m) n d")
+        return self.decoder.prepare(tokens, present.split(num_noisy))
+
+    def _denoised(self, prepared: Prepared, noisy: Tensor, time: Tensor) -> Tensor:
+        num_draws, num_noisy = noisy.shape[1:3]
+        velocity = self.decoder.denoise(
+            prepared,
+            rearrange(noisy, "b r m c h w -> (b m r) c h w"),
+            rearrange(time, "b r m -> (b m r)"),
+        )
+        return rearrange(velocity, "(b m r) c h w -> b r m c h w", m=num_noisy, r=num_draws)
+
+    def begin(
+        self,
+        clean: Float[Tensor, "b t c h w"] | None,
+        conditions: Conditions,
+        batch: int = 1,
+        num_frames_in_memory: int | None = None,
+    ) -> SeparableState:
+        """Start a batch of streams.
+
+        Args:
+            clean: given first frames; None: from nothing.
+            conditions: of the given frames.
+            batch: number of streams, where no frames are given.
+            num_frames_in_memory: window of this stream; None: the model's own.
+
+        Raises:
+            ValueError: no frames given to a model without a start frame.
+        """
+        if clean is None:
+            weight = self.encoder.embed_frame.project.weight
+            clean = torch.empty(batch, 0, *self.shape.shape, dtype=weight.dtype).to(weight.device)
+        num_given = clean.shape[1]
+        if num_given == 0 and self.needs_first_frame:
+            raise ValueError("this model has no start frame: it needs 1 or more first frames")
+        cache_config = self.config.cache.with_window(num_frames_in_memory)
+        cache = self.encoder.new_cache(clean.shape[0], cache_config)
+        row = self.encoder.first_row
+        # The row of the last given frame waits: it carries an action that is not known yet.
+        while row < num_given - 1:
+            num_rows = min(max(cache.num_free, 1), num_given - 1 - row)
+            self.encoder.extend(
+                cache,
+                clean[:, max(row, 0) : row + num_rows],
+                conditions.frames(row + 1, row + 1 + num_rows),
+                row,
+            )
+            row += num_rows
+        return SeparableState(cache=cache, newest=clean[:, max(row, 0) :], next_row=row)
+
+    def context(self, state: SeparableState, conditions: Conditions) -> SeparableContext:
+        """Run the encoder for the next frame, whose conditions are given as [b 1].
+
+        It may be called again, for other conditions of the same frame; the last call counts.
+        """
+        encoded = self.encoder.extend(
+            state.cache, state.newest, conditions, state.next_row, keep=False
+        )
+        state.encoded_for = conditions
+        return self._context(encoded, conditions)
+
+    def _context(self, encoded: Context, conditions: Conditions) -> SeparableContext:
+        prepared = self.decoder.prepare(encoded.tokens[:, 0], conditions)
+        return SeparableContext(prepared=prepared, encoded=encoded, conditions=conditions)
+
+    def with_noisy_branch(
+        self, context: SeparableContext, strength: float, noise: Float[Tensor, "b 1 n d"]
+    ) -> SeparableContext:
+        """Return a context of twice the batch: with corrupted context first, then as it was.
+
+        The unconditional branch of guidance by context noise. Source: paper, section 3.
+        """
+        noisy = self._context(context.encoded.with_noise(strength, noise), context.conditions)
+        return SeparableContext(
+            prepared=noisy.prepared.concat(context.prepared),
+            encoded=Context(
+                tokens=torch.cat([noisy.encoded.tokens, context.encoded.tokens]),
+                gain=torch.cat([noisy.encoded.gain, context.encoded.gain]),
+            ),
+            conditions=context.conditions.concat(context.conditions),
+        )
+
+    def velocity(
+        self,
+        context: SeparableContext,
+        noisy: Float[Tensor, "b c h w"],
+        time: Float[Tensor, " b"],
+    ) -> Float[Tensor, "b c h w"]:
+        """Run the decoder once: the velocity of each stream's noisy frame."""
+        return self.decoder.denoise(context.prepared, noisy, time)
+
+    def observe(
+        self,
+        state: SeparableState,
+        clean: Float[Tensor, "b c h w"],
+        conditions: Conditions,
+    ) -> None:
+        """Make a frame part of the past: the one just denoised, or a given one.
+
+        No gradient of later frames reaches it.
+        """
+        if state.encoded_for is not conditions:
+            self.context(state, conditions)
+        state.cache.advance([state.next_row])
+        state.newest, state.encoded_for = clean[:, None].detach(), None
+        state.next_row += 1

@@ -1,0 +1,106 @@
+"""The world that comes with the package, and worlds that carry clips to start from.
+
+A shipped folder holds, besides `config.json` and `model.safetensors` in bfloat16,
+`clips.safetensors`: held-out clips to begin a stream from, since a world alone has no data.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Float, Int, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scd.common.files import written_aside
+from scd.data.clip import Batch, frames_to_pixels, pixels_to_frames
+from scd.models.checkpoint import World, load_world, resolve, save_world
+
+CLIPS_FILE = "clips.safetensors"
+"""Beside the weights of a world."""
+
+SHIPPED = Path(__file__).resolve().parent.parent / "worlds" / "doom"
+"""Folder of the world that comes with the package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips:
+    """Held-out clips to begin a stream from."""
+
+    frames: UInt8[Tensor, "n t 3 h w"]
+    """Pixels, 0 to 255."""
+    actions: Int[Tensor, "n t"]
+    """Action i led to frame i."""
+
+    def pixels(self, number: int, num_frames: int | None = None) -> Float[Tensor, "t 3 h w"]:
+        """Return frames of one clip in [-1, 1]; None: all."""
+        return pixels_to_frames(self.frames[number, :num_frames].movedim(-3, -1))
+
+
+def shipped_world() -> Path:
+    """Return the folder of the world that comes with the package.
+
+    Raises:
+        FileNotFoundError: this installation has none.
+    """
+    if not (SHIPPED / "model.safetensors").is_file():
+        raise FileNotFoundError(f"this installation has no shipped world at {SHIPPED}: name a RUN")
+    return SHIPPED
+
+
+def parts_beside(run: str) -> str:
+    """Return the world's own folder if it holds the parts, wherever it was moved; else nothing."""
+    folder = resolve(run)
+    return str(folder) if (folder / "vae").is_dir() else ""
+
+
+def read_clips(folder: str | os.PathLike[str]) -> Clips | None:
+    """Read the clips of a world or run folder; None: it carries none.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else.
+    """
+    path = resolve(folder) / CLIPS_FILE
+    if not path.is_file():
+        return None
+    try:
+        tensors = load_file(path)
+        return Clips(frames=tensors["frames"], actions=tensors["actions"])
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no clips: {error}") from error
+
+
+def ship(run: str | os.PathLike[str], clips: Batch, folder: str | os.PathLike[str]) -> Path:
+    """Write the averaged weights of a run in bfloat16, and clips, as a folder to pass on.
+
+    Args:
+        run: world, run or step folder.
+        clips: frames [b t 3 h w] in [-1, 1] with the id of the action of each.
+        folder: where to; a new one.
+
+    Raises:
+        FileExistsError: the folder is there.
+        FileNotFoundError: there is no run.
+        ValueError: the clips have no actions by id, or another size than the world.
+    """
+    if Path(folder).exists():
+        raise FileExistsError(f"{folder} is there already")
+    world = load_world(run)
+    actions = clips.conditions.actions
+    if actions is None or actions.is_floating_point():
+        raise ValueError("clips to ship need an action id for each frame")
+    if clips.frames.shape[-2:] != (world.card.height, world.card.width):
+        raise ValueError(
+            f"clips must be {world.card.height}x{world.card.width}, got "
+            f"{clips.frames.shape[-2]}x{clips.frames.shape[-1]}"
+        )
+    pixels = frames_to_pixels(clips.frames).movedim(-1, -3)
+    with written_aside(Path(folder)) as aside:
+        light = World(world.model.bfloat16(), world.autoencoder, world.card, world.sampling)
+        save_world(light, aside)
+        tensors = {"frames": pixels.contiguous(), "actions": actions.long().contiguous()}
+        save_file(tensors, aside / CLIPS_FILE)
+    return Path(folder)

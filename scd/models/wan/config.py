@@ -1,0 +1,190 @@
+"""Settings of Wan2.1's transformer as a causal diffuser: dense, and cut into encoder and decoder.
+
+Source: paper, section 6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from scd.data.clip import ConditionSpec
+from scd.models.embed import EncoderNoise, FrameShape
+from scd.models.kv_cache import CacheConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanBlockConfig:
+    """Settings that all blocks of a Wan model share; the values of Wan2.1 1.3B."""
+
+    num_heads: int = 12
+    """Attention heads."""
+    head_dim: int = 128
+    """Width of one attention head."""
+    ffn_dim: int = 8960
+    """Width inside the MLP."""
+    freq_dim: int = 256
+    """Sinusoids of a time, cosines and sines together."""
+    norm_before_text: bool = True
+    """Normalise tokens, with learned scale and shift, before they look at the text."""
+    eps: float = 1e-6
+    """Added to the variance in all norms."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "head_dim", "ffn_dim", "freq_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.head_dim % 2 or self.head_dim < 6 or self.freq_dim % 2:
+            raise ValueError(
+                "head_dim must be even and 6 or more and freq_dim even, got "
+                f"{self.head_dim} and {self.freq_dim}"
+            )
+        if self.eps <= 0:
+            raise ValueError(f"eps must be positive, got {self.eps}")
+
+    @property
+    def width(self) -> int:
+        """Width of a token inside the model."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def rotary_axes(self) -> tuple[int, int, int]:
+        """Entries of a head that carry the frame, row and column position."""
+        space = 2 * (self.head_dim // 6)
+        return self.head_dim - 2 * space, space, space
+
+    @property
+    def rotary_theta(self) -> float:
+        """Longest wavelength of a position over 2 pi."""
+        return 1e4
+
+
+def _wan_shape() -> FrameShape:
+    return FrameShape(channels=16, height=60, width=104, patch_size=2)
+
+
+def _wan_conditions() -> ConditionSpec:
+    return ConditionSpec(text_length=512, text_dim=4096)
+
+
+def _wan_cache() -> CacheConfig:
+    return CacheConfig(window=21, num_sinks=0, rebase_sinks=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """Settings of a dense causal Wan model: all layers at every denoising step."""
+
+    shape: FrameShape = field(default_factory=_wan_shape)
+    """Latent frames and their tokens; 60x104 latent cells are 480x832 pixels."""
+    block: WanBlockConfig = field(default_factory=WanBlockConfig)
+    """Blocks of the model."""
+    num_layers: int = 30
+    """Transformer blocks."""
+    conditions: ConditionSpec = field(default_factory=_wan_conditions)
+    """The embedded text that steers a clip."""
+    cache: CacheConfig = field(default_factory=_wan_cache)
+    """How much of the past a stream remembers; 21 latent frames are 81 frames of video."""
+    frames_per_block: int = 1
+    """Latent frames that are denoised together and see each other. 1: frame by frame."""
+    num_local_frames: int = 0
+    """Newest frames, its own included, that a frame sees in training on noisy history. 0: all. With
+    clean history it sees all, whatever this says, as in Self-Forcing."""
+
+    def __post_init__(self) -> None:
+        _check_text(self.conditions)
+        if self.num_layers < 1 or self.frames_per_block < 1 or self.num_local_frames < 0:
+            raise ValueError(
+                "num_layers and frames_per_block must be 1 or more and num_local_frames 0 or more, "
+                f"got {self.num_layers}, {self.frames_per_block} and {self.num_local_frames}"
+            )
+        size, cache = self.frames_per_block, self.cache
+        if cache.window % size or cache.num_sinks % size or (size > 1 and cache.rebase_sinks):
+            raise ValueError(
+                f"blocks of {size} frames need a window and sinks of whole blocks, and sinks that "
+                f"stay at their positions (rebase_sinks off), got {cache}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanEncoderConfig:
+    """Settings of the causal encoder: the first layers of the source."""
+
+    num_layers: int = 25
+    """Transformer blocks, the first ones of the source."""
+    noise: EncoderNoise = "fresh"
+    """What the encoder reads of the frame to come: noise of its own, or the very noise from which
+    the decoder starts ("same"). The paper does not say. Beware of "same" in training with velocity
+    targets: context that tells the noise turns every noisy frame x below time 1 into its target,
+    (noise - x) / (1 - time), and nothing is learnt there but to subtract."""
+    lowest_time: float = 0.8
+    """Lowest time, before the shift, of the noisy frame that the encoder reads in training: the
+    upper fifth of noise levels. Without training draws, and in streaming, it is 1: pure noise."""
+    shift: float = 5.0
+    """Bend of these times towards noise: 5 as in Wan's schedule, so 0.95 to 1; 1: none."""
+
+    def __post_init__(self) -> None:
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers must be 1 or more, got {self.num_layers}")
+        if self.noise == "none":
+            raise ValueError("the encoder reads noise: it is 'fresh' or the 'same'")
+        if not 0 <= self.lowest_time <= 1 or self.shift <= 0:
+            raise ValueError(
+                f"lowest_time must lie in [0, 1] and shift be positive, got {self.lowest_time} and "
+                f"{self.shift}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanDecoderConfig:
+    """Settings of the frame decoder: the first and the last layers of the source."""
+
+    num_first: int = 5
+    """First layers of the source; only their initial values are the encoder's."""
+    num_last: int = 5
+    """Last layers of the source."""
+    join: Literal["input", "middle"] = "input"
+    """Where the context's tokens join those of the noisy frame: before the first layer, or between
+    the first and the last ones of the source. The paper does not say."""
+    context_time: Literal["same", "clean"] = "same"
+    """Time by which the context's tokens are modulated: that of the noisy frame, or 0."""
+
+    def __post_init__(self) -> None:
+        if min(self.num_first, self.num_last) < 0 or self.num_layers < 1:
+            raise ValueError(
+                f"a decoder needs 1 layer or more, got {self.num_first} first and "
+                f"{self.num_last} last ones"
+            )
+        if self.join == "middle" and self.num_last < 1:
+            raise ValueError("join 'middle' needs last layers in which context and noise meet")
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer blocks."""
+        return self.num_first + self.num_last
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanSeparableConfig:
+    """Settings of a separable Wan model: encoder once per frame, decoder at every step."""
+
+    shape: FrameShape = field(default_factory=_wan_shape)
+    """Latent frames and their tokens; 60x104 latent cells are 480x832 pixels."""
+    block: WanBlockConfig = field(default_factory=WanBlockConfig)
+    """Blocks of encoder and decoder."""
+    encoder: WanEncoderConfig = field(default_factory=WanEncoderConfig)
+    """The causal encoder, run once per frame, and once more on the finished frame."""
+    decoder: WanDecoderConfig = field(default_factory=WanDecoderConfig)
+    """The frame decoder, run at every step."""
+    conditions: ConditionSpec = field(default_factory=_wan_conditions)
+    """The embedded text that steers a clip."""
+    cache: CacheConfig = field(default_factory=_wan_cache)
+    """How much of the past a stream remembers; 21 latent frames are 81 frames of video."""
+
+    def __post_init__(self) -> None:
+        _check_text(self.conditions)
+
+
+def _check_text(conditions: ConditionSpec) -> None:
+    if not conditions.has_text or conditions.has_actions or conditions.num_labels:
+        raise ValueError(f"a Wan model is steered by an embedded text alone, got {conditions}")

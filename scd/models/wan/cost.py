@@ -1,0 +1,196 @@
+"""What one frame of a Wan model costs by formula: operations, bytes, memory.
+
+Counted as in scd/models/sizes.py and scd/models/cost.py. A text is embedded once per prompt, so its
+maps do not count, but its keys and values are read in every pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scd.data.clip import ConditionSpec
+from scd.models.cost import FrameCost, Load
+from scd.models.embed import FrameShape
+from scd.models.wan.config import WanBlockConfig, WanConfig, WanSeparableConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanSizes:
+    """Operations and parameters of the parts of a Wan model, for one frame."""
+
+    shape: FrameShape
+    """Tokens of a frame."""
+    block: WanBlockConfig
+    """Width of a token and of the MLP."""
+    conditions: ConditionSpec
+    """Tokens of the text."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a frame."""
+        return self.shape.num_tokens
+
+    def linear(self, num_tokens: int, num_maps: int) -> int:
+        """Return the operations of `num_maps` square maps on some tokens."""
+        return 2 * num_tokens * num_maps * self.block.width**2
+
+    def block_flops(self, keys: int, tokens: int | None = None, read: int | None = None) -> int:
+        """Return the operations of one block: 4 maps of self-attention, 2 to the text, the MLP.
+
+        Args:
+            keys: that each token sees in self-attention.
+            tokens: that give keys and values; None: those of a frame.
+            read: tokens whose output somebody reads; None: all.
+        """
+        tokens = self.tokens if tokens is None else tokens
+        read = tokens if read is None else read
+        width = self.block.width
+        maps = self.linear(tokens, 2) + self.linear(read, 4) + 4 * read * width * self.block.ffn_dim
+        return maps + 4 * read * (keys + self.conditions.text_length) * width
+
+    @property
+    def keys_values_flops(self) -> int:
+        """Operations of a block that only gives keys and values."""
+        return self.linear(self.tokens, 2)
+
+    @property
+    def embed_flops(self) -> int:
+        """Operations of cutting a frame into tokens; turning them back takes as many."""
+        return 2 * self.tokens * self.shape.token_dim * self.block.width
+
+    @property
+    def time_flops(self) -> int:
+        """Operations of embedding a time, and of the modulation that all blocks share."""
+        return 2 * self.block.freq_dim * self.block.width + self.linear(1, 7)
+
+    @property
+    def keys_values_size(self) -> int:
+        """Values that a layer remembers of a frame."""
+        return 2 * self.tokens * self.block.width
+
+    @property
+    def text_size(self) -> int:
+        """Values that a layer remembers of a text."""
+        return 2 * self.conditions.text_length * self.block.width
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of a block: two attentions, the MLP, a norm and the table of modulations."""
+        width, inner = self.block.width, self.block.ffn_dim
+        attention = 4 * (width + 1) * width + 2 * width
+        norm = 2 * width if self.block.norm_before_text else 0
+        return 2 * attention + (2 * width + 1) * inner + width + norm + 6 * width
+
+    @property
+    def keys_values_parameters(self) -> int:
+        """Parameters of a block that are read where it only gives keys and values."""
+        return 2 * (self.block.width + 1) * self.block.width + self.block.width
+
+    @property
+    def embed_parameters(self) -> int:
+        """Parameters that cut a frame into tokens."""
+        return (self.shape.token_dim + 1) * self.block.width
+
+    @property
+    def time_parameters(self) -> int:
+        """Parameters that embed times."""
+        width = self.block.width
+        return (self.block.freq_dim + 1) * width + 7 * (width + 1) * width
+
+    @property
+    def text_parameters(self) -> int:
+        """Parameters that embed texts."""
+        return (self.conditions.text_dim + 1 + self.block.width + 1) * self.block.width
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters that turn tokens into a frame."""
+        return (self.block.width + 1) * self.shape.token_dim + 2 * self.block.width
+
+
+def wan_cost(config: WanConfig, load: Load) -> FrameCost:
+    """Count a frame of a dense causal Wan model; in blocks of frames, a whole block.
+
+    n tokens, width d, MLP f, C frames of context, l tokens of text. A step, each layer: 12 n d^2
+    (6 maps) + 4 n d f + 4 n (C n + l) d; besides 4 n p d (p values per token) and the time's
+    2 (256 d + 7 d^2). The pass that remembers: the same without head; of the last layer 4 n d^2.
+    """
+    sizes = _sizes(config)
+    size, layers, frames = load.bytes_per_value, config.num_layers, config.frames_per_block
+    n = frames * sizes.tokens
+    # The context counts this block's frames.
+    context = load.num_context_frames * sizes.tokens
+    block, embed = sizes.block_flops(context, n), frames * (sizes.embed_flops + sizes.time_flops)
+    step = embed + layers * block + frames * sizes.embed_flops
+    remember = embed + (layers - 1) * block + frames * sizes.keys_values_flops
+    blocks = layers * sizes.block_parameters
+    step_weights = sizes.embed_parameters + blocks + sizes.head_parameters
+    last = sizes.keys_values_parameters
+    remember_weights = sizes.embed_parameters + blocks - sizes.block_parameters + last
+    written = load.num_encoded * frames * sizes.keys_values_size
+    read = load.num_encoded * (load.num_context_frames - frames) * sizes.keys_values_size
+    text = load.num_encoded * sizes.text_size
+    return FrameCost(
+        encoder_flops=0,
+        prepare_flops=0,
+        step_flops=load.num_denoised * step,
+        memory_flops=load.num_encoded * remember,
+        encoder_bytes=0,
+        prepare_bytes=size * sizes.time_parameters,
+        step_bytes=size * (step_weights + layers * (read + text)),
+        memory_bytes=size * (remember_weights + (layers - 1) * (read + text) + layers * written),
+        weight_bytes=size * (step_weights + sizes.time_parameters + sizes.text_parameters),
+        cache_bytes=size * layers * (read + written + text),
+        prefix_bytes=0,
+    )
+
+
+def wan_separable_cost(config: WanSeparableConfig, load: Load) -> FrameCost:
+    """Count a frame of a separable Wan model; blocks as in `wan_cost`.
+
+    Once per frame the encoder's layers over C frames of context, and once more, without the last
+    layer's output, for the finished frame. A step: the decoder's layers for 2 n tokens over 2 n
+    keys, of the last one n tokens; with join "middle" the first layers for n tokens over n.
+    """
+    sizes, decoder = _sizes(config), config.decoder
+    size, layers, n = load.bytes_per_value, config.encoder.num_layers, sizes.tokens
+    block = sizes.block_flops(load.num_context_frames * n)
+    begin = sizes.embed_flops + sizes.time_flops
+    alone = decoder.num_first if decoder.join == "middle" else 0
+    num_times = 1 if decoder.context_time == "same" else 2
+    steps = (
+        sizes.embed_flops
+        + num_times * sizes.time_flops
+        + alone * sizes.block_flops(n)
+        + (decoder.num_layers - alone - 1) * sizes.block_flops(2 * n, 2 * n)
+        + sizes.block_flops(2 * n, 2 * n, n)
+        + sizes.embed_flops
+    )
+    encoder_weights = sizes.embed_parameters + layers * sizes.block_parameters
+    less = sizes.block_parameters - sizes.keys_values_parameters
+    step_weights = (
+        sizes.embed_parameters + decoder.num_layers * sizes.block_parameters + sizes.head_parameters
+    )
+    written = load.num_encoded * sizes.keys_values_size
+    read = (load.num_context_frames - 1) * written
+    text = load.num_encoded * sizes.text_size
+    step_text = load.num_denoised * sizes.text_size
+    others = sizes.time_parameters + sizes.text_parameters
+    return FrameCost(
+        encoder_flops=load.num_encoded * (begin + layers * block),
+        prepare_flops=0,
+        step_flops=load.num_denoised * steps,
+        memory_flops=load.num_encoded * (begin + (layers - 1) * block + sizes.keys_values_flops),
+        encoder_bytes=size * (encoder_weights + sizes.time_parameters + layers * (read + text)),
+        prepare_bytes=size * sizes.time_parameters,
+        step_bytes=size * (step_weights + decoder.num_layers * step_text),
+        memory_bytes=size
+        * (encoder_weights - less + (layers - 1) * (read + text) + layers * written),
+        weight_bytes=size * (encoder_weights + step_weights + 2 * others),
+        cache_bytes=size * (layers * (read + written + text) + decoder.num_layers * text),
+        prefix_bytes=0,
+    )
+
+
+def _sizes(config: WanConfig | WanSeparableConfig) -> WanSizes:
+    return WanSizes(shape=config.shape, block=config.block, conditions=config.conditions)

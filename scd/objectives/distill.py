@@ -1,0 +1,301 @@
+"""Few-step students: consistency with a teacher's path, and plain regression at few times.
+
+Both learn from recorded clips with the clips' own history, as in pre-training. Consistency: the
+clean estimate must be the same along the teacher's path from noise to frame, so that one step from
+anywhere reaches its end; it serves every number of steps. Regression: the best clean estimate at
+each time of a schedule, the baseline. Matching the student's own rollouts:
+`scd.objectives.distribution_matching`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from scd.data.clip import Conditions
+from scd.models.augment import Augmentation
+from scd.models.embed import Field
+from scd.models.flow import SamplingConfig, clean_from_velocity, guide, interpolate, schedule
+from scd.objectives.denoise import Network, noisy_history
+
+Logs = dict[str, Float[Tensor, ""]]
+"""Numbers of a loss for the log."""
+
+Path = Callable[[Tensor, Conditions, int, int], Field]
+"""A model's `field`, called with clean frames, their conditions, the number of noisy frames and of
+draws: many steps on one history."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyConfig:
+    """Settings of causal consistency distillation."""
+
+    teacher: str = ""
+    """World, run or step folder of the teacher; its latents and conditions are the student's."""
+    guidance: float = 1.0
+    """Strength with which the teacher's velocity is pushed away from that with hidden conditions;
+    1: none, and one pass of the teacher instead of two."""
+    num_grid_steps: int = 8
+    """Steps of the grid of times between noise and frame on which the teacher's path is walked."""
+    grid_shift: float = 1.0
+    """Bend of the grid; above 1 makes finer steps near noise."""
+    num_teacher_steps: int = 4
+    """Steps on the grid that the teacher takes before the target network jumps to the end. As many
+    as the grid has: the teacher walks to the end, and the target network is not needed. One, as
+    published, made a student that predicts clean frames collapse: docs/log.md."""
+    target: Literal["online", "average"] = "online"
+    """Weights of the network that jumps to the end: "online", the student's present ones, or
+    "average", their moving average (`ema_decay`)."""
+    huber: float = 0.03
+    """Distance, as a deviation per value, from which on an error counts by its size and no longer
+    by its square. 0: always by its square."""
+    num_draws: int = 2
+    """Draws of (time, noise) per frame and step; one encoder pass serves them all."""
+    history_noise: float = 0.3
+    """Largest deviation of noise on the clean history, the same for teacher and student, as in
+    pre-training."""
+    condition_dropout: float = 0.1
+    """Chance that an action or label is hidden from teacher and student; 0 with guidance."""
+    min_spread: float = 0.2
+    """Stop if what the student generates varies less than this times as much as the data."""
+
+    def __post_init__(self) -> None:
+        _check_draws(self.num_draws, self.history_noise, self.condition_dropout)
+        if not 1 <= self.num_teacher_steps <= self.num_grid_steps:
+            raise ValueError(
+                "num_teacher_steps must lie in 1 .. num_grid_steps, got "
+                f"{self.num_teacher_steps} and {self.num_grid_steps}"
+            )
+        if self.grid_shift <= 0 or self.huber < 0 or self.guidance < 1:
+            raise ValueError(
+                "grid_shift must be above 0, huber 0 or more and guidance 1 or more, got "
+                f"{self.grid_shift}, {self.huber} and {self.guidance}"
+            )
+        if self.target == "average" and self.num_teacher_steps == self.num_grid_steps:
+            raise ValueError("target='average' has no effect: the teacher walks the whole grid")
+        if self.guidance > 1 and self.condition_dropout > 0:
+            raise ValueError(
+                "a teacher guided by conditions has none to hide: condition_dropout must be 0, "
+                f"got {self.condition_dropout}"
+            )
+
+    @property
+    def grid(self) -> list[float]:
+        """Times from 1 down to 0."""
+        kind = "uniform" if self.grid_shift == 1 else "shifted"
+        return schedule(
+            SamplingConfig(num_steps=self.num_grid_steps, schedule=kind, shift=self.grid_shift)
+        ).tolist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionConfig:
+    """Settings of plain regression at the times of the run's schedule."""
+
+    num_draws: int = 2
+    """Draws of (time, noise) per frame and step; one encoder pass serves them all."""
+    history_noise: float = 0.3
+    """Largest deviation of noise on the clean history, as in pre-training."""
+    condition_dropout: float = 0.1
+    """Chance that an action or label is hidden, so that guidance has an unconditional branch."""
+
+    def __post_init__(self) -> None:
+        _check_draws(self.num_draws, self.history_noise, self.condition_dropout)
+
+
+def _check_draws(num_draws: int, history_noise: float, condition_dropout: float) -> None:
+    if num_draws < 1 or history_noise < 0:
+        raise ValueError(
+            "num_draws must be 1 or more and history_noise 0 or more, got "
+            f"{num_draws} and {history_noise}"
+        )
+    if not 0 <= condition_dropout < 1:
+        raise ValueError(f"condition_dropout must lie in [0, 1), got {condition_dropout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """One training example: frames at random times of a grid, with what they may know."""
+
+    frames: Float[Tensor, "b r m c h w"]
+    """Clean."""
+    noise: Float[Tensor, "b r m c h w"]
+    """The path's other end."""
+    place: Int[Tensor, "b r m"]
+    """Index of each frame's time in the grid."""
+    history: Float[Tensor, "b t c h w"]
+    """Frames before, perhaps noisy."""
+    conditions: Conditions
+    """Of all t frames, perhaps hidden here and there."""
+
+
+def draw(
+    clean: Float[Tensor, "b t c h w"],
+    conditions: Conditions,
+    num_places: int,
+    config: ConsistencyConfig | RegressionConfig,
+    generator: torch.Generator,
+    needs_first_frame: bool,
+) -> Draw:
+    """Draw places on a grid, noise, corrupted history and hidden conditions for some clips.
+
+    Raises:
+        ValueError: clips without a frame that has a context.
+    """
+    if clean.shape[1] <= needs_first_frame:
+        raise ValueError(f"needed clips of 2 or more frames, got {clean.shape[1]}")
+    augment = Augmentation(generator=generator, condition_dropout=config.condition_dropout)
+    frames = clean[:, None, int(needs_first_frame) :].expand(-1, config.num_draws, *[-1] * 4)
+    place = torch.randint(
+        num_places, frames.shape[:3], generator=generator, device=generator.device
+    )
+    return Draw(
+        frames=frames,
+        noise=augment.noise_like(frames),
+        place=place.to(clean.device),
+        history=noisy_history(clean, config.history_noise, augment),
+        conditions=augment.drop(conditions),
+    )
+
+
+def consistency_loss(
+    student: Network,
+    target: Network,
+    teacher: Path,
+    clean: Float[Tensor, "b t c h w"],
+    conditions: Conditions,
+    config: ConsistencyConfig,
+    generator: torch.Generator,
+    needs_first_frame: bool = False,
+) -> tuple[Float[Tensor, ""], Logs]:
+    """Compare the student's clean estimate with that from further down the teacher's path.
+
+    Args:
+        student: (history, noisy, time, conditions) -> velocity, with gradient.
+        target: the same network without gradient; not called where the path has ended.
+        teacher: whose velocity is followed, guided if need be.
+        clean: latent frames.
+        conditions: of the same frames.
+        config: settings.
+        generator: source of all draws.
+        needs_first_frame: the model cannot denoise a first frame, which is then only given.
+
+    Returns:
+        The mean pseudo-Huber distance, and what to log.
+    """
+    grid = torch.tensor(config.grid, device=clean.device)
+    drawn = draw(clean, conditions, config.num_grid_steps, config, generator, needs_first_frame)
+    time = grid[drawn.place]
+    noisy = interpolate(drawn.frames, drawn.noise, time)
+    estimate = clean_from_velocity(
+        noisy, student(drawn.history, noisy, time, drawn.conditions), time
+    )
+    with torch.no_grad():
+        moved, now = noisy, time
+        follow = teacher(drawn.history, drawn.conditions, noisy.shape[2], config.num_draws)
+        for step in range(1, config.num_teacher_steps + 1):
+            after = grid[(drawn.place + step).clamp(max=config.num_grid_steps)]
+            moved = moved + (after - now)[..., None, None, None] * follow(moved, now)
+            now = after
+        if config.num_teacher_steps < config.num_grid_steps:
+            # At time 0 the estimate is the frame itself, whatever the network says.
+            velocity = target(drawn.history, moved, now, drawn.conditions)
+            moved = clean_from_velocity(moved, velocity, now)
+    loss = pseudo_huber(estimate, moved, config.huber)
+    return loss, {"loss": loss.detach(), "spread": spread(estimate.detach(), drawn.frames)}
+
+
+def regression_loss(
+    student: Network,
+    clean: Float[Tensor, "b t c h w"],
+    conditions: Conditions,
+    times: Sequence[float],
+    config: RegressionConfig,
+    generator: torch.Generator,
+    needs_first_frame: bool = False,
+) -> tuple[Float[Tensor, ""], Logs]:
+    """Return the mean squared error of the clean estimate at the times of a schedule.
+
+    Args:
+        student: (history, noisy, time, conditions) -> velocity, with gradient.
+        clean: latent frames.
+        conditions: of the same frames.
+        times: at which the student will be called, all above 0; one is drawn for each frame.
+        config: settings.
+        generator: source of all draws.
+        needs_first_frame: the model cannot denoise a first frame, which is then only given.
+    """
+    drawn = draw(clean, conditions, len(times), config, generator, needs_first_frame)
+    time = torch.tensor(times, device=clean.device)[drawn.place]
+    noisy = interpolate(drawn.frames, drawn.noise, time)
+    velocity = student(drawn.history, noisy, time, drawn.conditions)
+    loss = (clean_from_velocity(noisy, velocity, time) - drawn.frames).square().mean()
+    return loss, {"loss": loss.detach()}
+
+
+def pseudo_huber(
+    found: Float[Tensor, "*b c h w"], expected: Float[Tensor, "*b c h w"], knee: float
+) -> Float[Tensor, ""]:
+    """Average a distance of frames: a square up to about the knee, the size of the error beyond.
+
+    Args:
+        found: frames.
+        expected: frames.
+        knee: root mean square of a frame's error where the one becomes the other; 0: the square.
+    """
+    square = (found - expected).square().mean((-3, -2, -1))
+    if knee == 0:
+        return square.mean()
+    return ((square + knee**2).sqrt() - knee).mean()
+
+
+def spread(
+    generated: Float[Tensor, "*b c h w"], real: Float[Tensor, "*b2 c h w"]
+) -> Float[Tensor, ""]:
+    """Return how much generated frames vary over clips and places, over how much real ones do."""
+
+    def deviation(frames: Tensor) -> Tensor:
+        flat = frames.flatten(0, -4).float()
+        return flat.std((0, -2, -1), correction=0).mean()
+
+    # Latents have unit scale: that stands in for real frames where there are none.
+    return deviation(generated) / (deviation(real).clamp(min=1e-6) if real.numel() else 1.0)
+
+
+def guided_path(path: Path, scale: float) -> Path:
+    """Return a path of a network pushed away from its branch with all conditions hidden."""
+    if scale == 1:
+        return path
+
+    def begin(history: Tensor, conditions: Conditions, num_noisy: int, num_draws: int) -> Field:
+        both = path(
+            torch.cat([history, history]), conditions.with_null_branch(), num_noisy, num_draws
+        )
+
+        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
+            twice = both(torch.cat([noisy, noisy]), torch.cat([time, time]))
+            unconditional, conditional = twice.chunk(2)
+            return guide(unconditional, conditional, scale)
+
+        return velocity
+
+    return begin
+
+
+def guided(network: Network, scale: float) -> Network:
+    """Return a network pushed away from what it says with all conditions hidden; 1: as it is."""
+    if scale == 1:
+        return network
+
+    def field(history: Tensor, noisy: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+        history, noisy, time = (torch.cat([part, part]) for part in (history, noisy, time))
+        velocity = network(history, noisy, time, conditions.with_null_branch())
+        unconditional, conditional = velocity.chunk(2)
+        return guide(unconditional, conditional, scale)
+
+    return field

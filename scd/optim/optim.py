@@ -1,0 +1,290 @@
+"""Optimisers over parameter groups, the learning-rate schedule, and the average of the weights.
+
+The paper trains encoder and decoder with AdamW at 1e-4 and 2e-4, no weight decay, a linear
+warm-up and gradients clipped to norm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from scd.common.config import added
+from scd.models.block import Modulation
+from scd.optim.muon import muon
+from scd.optim.states import OffloadedAdamW, eight_bit_adamw
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How the weights are moved along their gradients."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: AdamW for all. muon: Muon for the attention and MLP matrices of the blocks, AdamW for
+    the rest (embeddings, heads, norms, biases, tables); several times faster in short runs."""
+    lr: float = 1e-4
+    """Learning rate of the encoder under AdamW, after warm-up."""
+    decoder_lr_ratio: float = 2.0
+    """Learning rate of the decoder over that of the encoder, for both optimisers. A dense model
+    is all decoder."""
+    muon_lr: float = 1e-2
+    """Learning rate of the encoder's block matrices under Muon, after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's averages of the gradient and of its square, each in [0, 1)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices, per unit of learning rate; vectors have none."""
+    warmup_steps: int = 10_000
+    """Steps over which the learning rate rises linearly from near 0. 0: none."""
+    decay_fraction: float = 0.0
+    """Last fraction of max_steps over which the learning rate falls linearly to 0, in [0, 1].
+    0: constant after warm-up."""
+    state: Literal["fp32", "8bit", "offload"] = added("fp32")
+    """Where AdamW keeps its two averages per weight. fp32: beside the weights, 8 bytes. 8bit: 2
+    bytes, which rounds them (needs torchao). offload: in the memory of the CPU, where the update is
+    computed too; slower by what has to travel."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient of all weights together; longer ones are scaled down. 0: no
+    clipping."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "decoder_lr_ratio", "muon_lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_steps", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        if self.optimizer == "muon" and self.state != "fp32":
+            raise ValueError(f"state is for adamw: muon needs state fp32, got {self.state}")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must lie in [0, 1], got {self.decay_fraction}")
+
+
+def lr_multiplier(config: OptimConfig, step: int, max_steps: int) -> float:
+    """Return the factor on every learning rate at a step, in (0, 1].
+
+    Args:
+        step: number of the step, from 0.
+        max_steps: steps of the whole run, where the decay ends.
+    """
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    decay_steps = config.decay_fraction * max_steps
+    decay = min(1.0, max(max_steps - step, 1) / decay_steps) if decay_steps >= 1 else 1.0
+    return warmup * decay
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters that share an optimiser and a learning rate."""
+
+    name: str
+    """Side and kind, e.g. "encoder/matrix"."""
+    parameters: list[nn.Parameter]
+    """They belong to no other group."""
+    optimizer: Literal["adamw", "muon"]
+    """Which optimiser moves them."""
+    lr: float
+    """Learning rate before the schedule's factor."""
+    weight_decay: float
+    """Decoupled weight decay."""
+
+
+def parameter_groups(
+    model: nn.Module,
+    encoder: Iterable[nn.Parameter],
+    config: OptimConfig,
+    matrices: Iterable[Tensor] | None = None,
+) -> list[ParameterGroup]:
+    """Split a model's trainable parameters by side (encoder, decoder) and kind, each exactly once.
+
+    Kinds: "matrix" is what Muon may move, "vector" any parameter with fewer than two dimensions,
+    "other" the rest (embeddings, heads, tables).
+
+    Args:
+        model: the unwrapped model.
+        encoder: the parameters of its encoder; every other one counts as decoder.
+        config: rates and decay.
+        matrices: those that Muon may move; None: two-dimensional weights of Linears in lists of
+            blocks.
+    """
+    encoder_ids = {id(parameter) for parameter in encoder}
+    chosen = _block_matrices(model) if matrices is None else set(map(id, matrices))
+    split: dict[str, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        side = "encoder" if id(parameter) in encoder_ids else "decoder"
+        kind = "vector" if parameter.ndim < 2 else "other"
+        kind = "matrix" if id(parameter) in chosen else kind
+        split.setdefault(f"{side}/{kind}", []).append(parameter)
+    groups = []
+    for name, parameters in split.items():
+        use_muon = config.optimizer == "muon" and name.endswith("/matrix")
+        ratio = config.decoder_lr_ratio if name.startswith("decoder") else 1.0
+        groups.append(
+            ParameterGroup(
+                name=name,
+                parameters=parameters,
+                optimizer="muon" if use_muon else "adamw",
+                lr=(config.muon_lr if use_muon else config.lr) * ratio,
+                weight_decay=0.0 if name.endswith("/vector") else config.weight_decay,
+            )
+        )
+    _assert_covered(model, groups)
+    return groups
+
+
+def _block_matrices(model: nn.Module) -> set[int]:
+    """Ids of the Linear weights of attention and MLP inside the lists of transformer blocks.
+
+    Modulations stay with AdamW: they read one vector per frame, start at zero, and learn as well
+    there at a third less time per step (docs/log.md).
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    matrices = {
+        id(layer.weight)
+        for blocks in lists
+        for layer in blocks.modules()
+        if isinstance(layer, nn.Linear)
+    }
+    modulations = {
+        id(part.linear.weight) for part in model.modules() if isinstance(part, Modulation)
+    }
+    return matrices - modulations
+
+
+def _assert_covered(model: nn.Module, groups: Iterable[ParameterGroup]) -> None:
+    grouped = [id(parameter) for group in groups for parameter in group.parameters]
+    trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
+    assert set(grouped) == set(trainable), "the groups do not cover the trainable parameters"
+
+
+def build_optimizers(groups: list[ParameterGroup], config: OptimConfig) -> list[Any]:
+    """Build one optimiser per kind that the groups need: AdamW, Muon, or both.
+
+    Each of their param_groups remembers its rate before the schedule as `base_lr`.
+
+    Raises:
+        ValueError: Muon is asked for and this PyTorch has none, or a package is missing.
+    """
+    optimizers: list[Any] = []
+    for kind in ("adamw", "muon"):
+        chosen = [
+            {
+                "params": group.parameters,
+                "lr": group.lr,
+                "base_lr": group.lr,
+                "weight_decay": group.weight_decay,
+            }
+            for group in groups
+            if group.optimizer == kind
+        ]
+        if not chosen:
+            continue
+        if kind == "adamw" and config.state == "offload":
+            optimizers.append(OffloadedAdamW(chosen, config.betas))
+        elif kind == "adamw" and config.state == "8bit":
+            optimizers.append(eight_bit_adamw(chosen, config.betas))
+        elif kind == "adamw":
+            on_gpu = all(p.is_cuda for group in chosen for p in group["params"])
+            optimizers.append(torch.optim.AdamW(chosen, betas=config.betas, fused=on_gpu or None))
+        else:
+            optimizers.append(muon(chosen))
+    return optimizers
+
+
+def refuse_non_finite(step: int, loss: float, norm: float, whose: str = "") -> None:
+    """Refuse to move weights along a gradient that is none.
+
+    Args:
+        step: its number, from 0.
+        loss, norm: the loss, and the norm of the gradient before clipping.
+        whose: named after "the loss", for networks beside the model.
+
+    Raises:
+        ValueError: one of them is not finite.
+    """
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise ValueError(
+            f"step {step}: the loss{whose} is {loss} and the norm of the gradient {norm}, but both "
+            "must be finite: stopped before the weights moved"
+        )
+
+
+def set_lr(optimizers: Iterable[Any], multiplier: float) -> None:
+    """Set every learning rate to its base times a factor."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            lr = group["base_lr"] * multiplier
+            if isinstance(group["lr"], Tensor):
+                # What is compiled must not see another number at every step.
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+
+class EMA:
+    """Exponential moving average of a model's trainable weights, in float32.
+
+    Phases: `update` after each optimiser step; `with ema.swap():` while something is to see the
+    average in the model. The decay ramps up as min(decay, (1 + n) / (10 + n)) after n updates, so
+    that a short run is not dominated by its random start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, num_updates: int = 0) -> None:
+        """Begin at the model's present weights.
+
+        Args:
+            model: the unwrapped model; it is only read and, in `swap`, exchanged.
+            decay: weight of the past in [0, 1).
+            num_updates: updates that the present weights are already the average of.
+        """
+        self.decay = decay
+        self.num_updates = num_updates
+        self._weights = [p for p in model.parameters() if p.requires_grad]
+        self._names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._averages = [weight.detach().float().clone() for weight in self._weights]
+        self._swapped = False
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the present weights."""
+        assert not self._swapped, "EMA.update inside EMA.swap"
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        weights = [weight.detach().float() for weight in self._weights]
+        # One kernel for all tensors; the optimisers of PyTorch call it the same way.
+        torch._foreach_lerp_(self._averages, weights, 1 - decay)  # pyright: ignore
+        self.num_updates += 1
+
+    @contextmanager
+    def swap(self) -> Iterator[None]:
+        """Exchange the average and the model's weights for the time of a with block."""
+        assert not self._swapped, "EMA.swap inside EMA.swap"
+        self._exchange()
+        self._swapped = True
+        try:
+            yield
+        finally:
+            self._exchange()
+            self._swapped = False
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        # In place and one tensor at a time: no second copy of the model, no changed addresses.
+        for weight, average in zip(self._weights, self._averages, strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the average by parameter name."""
+        assert not self._swapped, "EMA.state_dict inside EMA.swap"
+        return dict(zip(self._names, self._averages, strict=True))

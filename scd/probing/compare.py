@@ -1,0 +1,167 @@
+"""An intervention from start to table: change, finetune, measure, time; what is done is skipped.
+
+Beside the models (scd/probing/intervention_models.py) the folder holds `evaluations/` and the
+result: `intervention.json`, `table.md` and `intervention.png`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scd.common.config import to_json
+from scd.common.provenance import provenance, write_json, write_text
+from scd.common.runtime import choose_device
+from scd.data.folder import open_source
+from scd.data.source import Source
+from scd.engine.open import open_engine
+from scd.evaluation.measure import measure
+from scd.evaluation.predict import (
+    NUM_CLIPS,
+    TIMED,
+    Protocol,
+    check_fit,
+    choose_windows,
+    read_windows,
+    summarize,
+)
+from scd.evaluation.side_by_side import step_in_turns
+from scd.models.build import num_parameters
+from scd.models.checkpoint import World, load_world, read_json
+from scd.models.separable import SeparableConfig
+from scd.probing.intervention_models import Candidate, Start, candidates, claim
+from scd.probing.intervention_settings import Comparison, Intervention
+from scd.probing.intervention_table import markdown, plot
+from scd.streaming.rollout import Rollout, Timing
+
+NUM_WARM_UP = 8
+"""First frames of a timed stream that do not count: caches fill, tables are made."""
+
+
+def intervene(intervention: Intervention) -> dict[str, Any]:
+    """Do an intervention and return what its intervention.json holds.
+
+    Raises:
+        ValueError: the run's model cannot be changed like this, or the data does not fit it.
+        FileNotFoundError: no such run or data.
+        FileExistsError: the folder holds another intervention.
+        Interrupted: a signal came; the same command goes on from there.
+    """
+    common = intervention.comparison
+    out = Path(common.out)
+    start = claim(intervention, out)
+    device = choose_device(common.device)
+    untouched = load_world(out / "untouched", device=device)
+    source = open_source(common.data or start.base.data, "val", start.base.strict)
+    check_fit(untouched, source.card, common.data or start.base.data)
+    protocol = _protocol(common, source)
+    choose_windows(source, protocol.num_clips, protocol.context + protocol.horizon, protocol.seed)
+    models = candidates(intervention, start, untouched, out)
+    measured = {
+        name: _evaluated(one, source, protocol, out / "evaluations" / f"{name}.json")
+        for name, one in models.items()
+    }
+    timings = time_in_turns(
+        {name: one.world for name, one in models.items()}, source, protocol, common
+    )
+    result = _result(intervention, start, models, measured, timings)
+    result |= {"settings": to_json(intervention), "protocol": to_json(protocol)}
+    result |= provenance(device)
+    write_json(result, out / "intervention.json")
+    write_text(markdown(result), out / "table.md")
+    plot(result, out / "intervention.png")
+    return result
+
+
+def _protocol(common: Comparison, source: Source) -> Protocol:
+    protocol = Protocol(
+        context=common.context,
+        horizon=common.horizon,
+        num_clips=NUM_CLIPS if common.num_clips is None else common.num_clips,
+        batch_size=common.batch_size,
+    )
+    return protocol.reduced_to(source) if common.num_clips is None else protocol
+
+
+def _evaluated(one: Candidate, source: Source, protocol: Protocol, path: Path) -> dict[str, Any]:
+    """Measure a model, or read what was measured before."""
+    if path.is_file():
+        return read_json(path)
+    measured = measure(one.world, source, protocol)
+    values = {
+        "rows": measured.rows,
+        "overall": measured.overall,
+        "left_out": measured.left_out,
+    }
+    write_json(values, path)
+    return values
+
+
+def time_in_turns(
+    worlds: Mapping[str, World], source: Source, protocol: Protocol, common: Comparison
+) -> dict[str, list[Timing]]:
+    """Stream one clip from each world, one frame of each in turn, so that all share any noise.
+
+    Returns:
+        The timing of each frame after the warm-up, by world; the actions repeat if the clip ends.
+    """
+    length = protocol.context + protocol.horizon
+    batch = read_windows(source, choose_windows(source, 1, length, protocol.seed), length)
+    given, actions = protocol.context, batch.conditions.actions
+    rollouts = {
+        name: Rollout(world, engine=open_engine(world.model, common.engine))
+        for name, world in worlds.items()
+    }
+    for rollout in rollouts.values():
+        rollout.begin(batch.frames[:, :given], batch.conditions.frames(0, given))
+    steps = range(NUM_WARM_UP + common.timed_frames)
+    known = [
+        None if actions is None else actions[:, given + index % protocol.horizon] for index in steps
+    ]
+    _, timings = step_in_turns(rollouts, known)
+    return {name: all_of[NUM_WARM_UP:] for name, all_of in timings.items()}
+
+
+def _result(
+    intervention: Intervention,
+    start: Start,
+    models: Mapping[str, Candidate],
+    measured: Mapping[str, Mapping[str, Any]],
+    timings: Mapping[str, list[Timing]],
+) -> dict[str, Any]:
+    """Put everything into the shape of intervention.json."""
+    rows, overall = (
+        [row | {"model": name} for name, found in measured.items() for row in found[part]]
+        for part in ("rows", "overall")
+    )
+    seconds = {name: summarize(of_frames) for name, of_frames in timings.items()}
+    return {
+        "intervention": type(intervention).__name__.removesuffix("Config").lower(),
+        "rows": rows,
+        "overall": overall,
+        "left_out": measured["untouched"]["left_out"],
+        "models": {
+            name: {
+                "kind": type(one.world.model).__name__,
+                "settings": to_json(one.world.model.config),
+                "parameters": num_parameters(one.world.model),
+                "steps": one.steps,
+                "train_flops": one.train_flops,
+                "seconds_per_frame": seconds[name]["total"]["p50"],
+                "timing": seconds[name],
+            }
+            for name, one in models.items()
+        },
+        "sampling": to_json(models["untouched"].world.sampling),
+        "timed": f"{TIMED}; one stream of each model, frame by frame in turns with the "
+        f"{intervention.comparison.engine} engine, {intervention.comparison.timed_frames} frames "
+        f"after {NUM_WARM_UP} that do not count; seconds_per_frame is the median total",
+        "trained": "untouched: the run as it is; before: changed, not trained further; after: "
+        f"changed and finetuned for {intervention.comparison.max_steps} steps; control: the run "
+        "as it is, finetuned equally long; scratch: the separable model trained from random "
+        "weights with as many operations (forward and backward, by scd.plan) as the run and the "
+        "finetuning took together, and with the run's own schedule",
+        "run_steps": start.steps,
+        "is_separable": isinstance(models["after"].world.model.config, SeparableConfig),
+    }

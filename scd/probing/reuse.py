@@ -1,0 +1,202 @@
+"""May the features of the first layers be kept from some step on? Separability, tested directly.
+
+Layers 1 .. k give in all later steps what they gave in step s, and are not computed there. (Ours.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scd.evaluation.image import psnr_of
+from scd.models.flow import SamplingConfig
+from scd.probing.intercept import Call, held, recorded
+from scd.probing.subject import Progress, Subject, Task, silent
+from scd.probing.trajectory import denoise, spread, spread_early, step_times
+
+NUM_LATER = 4
+"""Later steps at which the loss is taken, spread from the next to the last."""
+
+LATEST_SHARE = 0.8
+"""Place among the steps of the last one from which reuse is tried, unless it is said otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReuseGrid:
+    """Which layers are kept, from which steps on. Numbers from 1."""
+
+    layers: tuple[int, ...]
+    """Depths k: layers 1 .. k, of those that run at every step, are kept."""
+    steps: tuple[int, ...]
+    """Steps s: the last in which they are computed."""
+
+    @staticmethod
+    def of(subject: Subject, num_steps: int, num_layers: int = 6, num_starts: int = 5) -> ReuseGrid:
+        """Spread a grid over all depths and over the steps, more of them early.
+
+        With as many of either as there are, or more, the map is complete.
+        """
+        depth = len(subject.stepped)
+        layers = spread(max(1, round(depth / num_layers)), depth, num_layers)
+        if num_starts >= num_steps - 1:
+            return ReuseGrid(layers=tuple(layers), steps=tuple(range(1, num_steps)))
+        last = max(1, min(num_steps - 1, round(LATEST_SHARE * num_steps)))
+        return ReuseGrid(layers=tuple(layers), steps=tuple(spread_early(last, num_starts)))
+
+    def check(self, subject: Subject, num_steps: int) -> None:
+        """Refuse what does not exist (ValueError)."""
+        depth = len(subject.stepped)
+        if not self.layers or not all(1 <= layer <= depth for layer in self.layers):
+            raise ValueError(f"layers to keep lie in 1 .. {depth}, got {list(self.layers)}")
+        if not self.steps or not all(1 <= step < num_steps for step in self.steps):
+            raise ValueError(
+                f"steps after which to keep lie in 1 .. {num_steps - 1}, got {list(self.steps)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReuseLoss:
+    """Loss of later steps with kept features, on the straight path from the true frame."""
+
+    grid: ReuseGrid
+    """Axes of the map."""
+    relative_loss: Float[np.ndarray, "layers steps"]
+    """Loss with kept features / loss without - 1, of the means over clips and later steps."""
+    later: tuple[tuple[int, ...], ...]
+    """For each step of the grid, the later ones at which the loss was taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReuseRollout:
+    """Frames of whole trajectories with kept features."""
+
+    grid: ReuseGrid
+    """Axes of the maps."""
+    psnr: Float[np.ndarray, "layers steps"]
+    """PSNR, in dB, of the mean error against the true frame."""
+    psnr_untouched: float
+    """That of the trajectory in which nothing is kept."""
+    psnr_to_untouched: Float[np.ndarray, "layers steps"]
+    """PSNR, in dB, against the frame of that trajectory."""
+
+
+@torch.no_grad()
+def reuse_loss(
+    subject: Subject,
+    task: Task,
+    sampling: SamplingConfig,
+    grid: ReuseGrid,
+    num_later: int = NUM_LATER,
+    progress: Progress = silent,
+) -> ReuseLoss:
+    """Measure the loss of later steps whose first layers repeat an earlier step.
+
+    Both steps see the same true frame and the same noise, mixed by their times.
+
+    Args:
+        subject: what is probed.
+        task: frames and their noise.
+        sampling: times of the steps.
+        grid: depths and steps.
+        num_later: at how many later steps the loss is taken.
+        progress: told how far it is.
+
+    Raises:
+        ValueError: fewer than two steps, or a grid that does not fit.
+    """
+    times = step_times(sampling)
+    num_steps = len(times) - 1
+    grid.check(subject, num_steps)
+    state = task.begin(subject)
+    found = np.zeros((len(grid.layers), len(grid.steps)), np.float32)
+    all_later = []
+    for column, step in enumerate(grid.steps):
+        later = spread(step + 1, num_steps, num_later)
+        all_later.append(tuple(later))
+        levels = [times[number - 1] for number in later]
+        calls = _record(subject, state, task.at(times[step - 1]), times[step - 1])
+        full = _mean_loss(subject, task, state, levels)
+        for row, depth in enumerate(grid.layers):
+            with _kept(subject, calls, depth):
+                found[row, column] = _mean_loss(subject, task, state, levels) / full - 1
+            progress((column + (row + 1) / len(grid.layers)) / len(grid.steps))
+    return ReuseLoss(grid=grid, relative_loss=found, later=tuple(all_later))
+
+
+@torch.no_grad()
+def reuse_rollout(
+    subject: Subject,
+    task: Task,
+    sampling: SamplingConfig,
+    grid: ReuseGrid,
+    decode: Callable[[Tensor], Tensor] = lambda frames: frames,
+    progress: Progress = silent,
+) -> ReuseRollout:
+    """Finish trajectories whose first layers repeat an earlier step of the same trajectory.
+
+    Args:
+        subject: what is probed.
+        task: frames and their noise.
+        sampling: steps of the trajectory.
+        grid: depths and steps.
+        decode: from latent frames to pixels in [-1, 1].
+        progress: told how far it is.
+
+    Raises:
+        ValueError: fewer than two steps, or a grid that does not fit.
+    """
+    times = step_times(sampling)
+    grid.check(subject, len(times) - 1)
+    state = task.begin(subject)
+    true = decode(task.frame)
+    frames: dict[tuple[int, int], Tensor] = {}
+    noisy, num_cells = task.noise, len(grid.layers) * len(grid.steps)
+    for step in range(1, len(times)):
+        with recorded(_stepped(subject)) as calls:
+            (noisy,) = denoise(subject, state, noisy, times[step - 1 : step + 1])
+        # Finished at once: the features of one step are held, not those of all.
+        for depth in grid.layers if step in grid.steps else ():
+            with _kept(subject, calls, depth):
+                *_, frames[depth, step] = denoise(subject, state, noisy, times, step)
+            progress(len(frames) / num_cells)
+    untouched = decode(noisy)
+    finished = [[decode(frames[depth, step]) for step in grid.steps] for depth in grid.layers]
+    psnr, to_untouched = (
+        np.array([[_psnr(frame, goal) for frame in row] for row in finished], np.float32)
+        for goal in (true, untouched)
+    )
+    return ReuseRollout(
+        grid=grid,
+        psnr=psnr,
+        psnr_untouched=_psnr(untouched, true),
+        psnr_to_untouched=to_untouched,
+    )
+
+
+def _stepped(subject: Subject) -> list[Any]:
+    return [subject.layers[place] for place in subject.stepped]
+
+
+def _record(subject: Subject, state: Any, noisy: Tensor, time: float) -> dict[int, Call]:
+    with recorded(_stepped(subject)) as calls:
+        subject.velocity(state, noisy, time)
+    return calls
+
+
+def _kept(subject: Subject, calls: dict[int, Call], depth: int) -> Any:
+    return held(_stepped(subject)[:depth], [calls[place] for place in range(depth)])
+
+
+def _mean_loss(subject: Subject, task: Task, state: Any, levels: Sequence[float]) -> float:
+    errors = [task.error(subject, state, time).double().mean() for time in levels]
+    return float(torch.stack(errors).mean())
+
+
+def _psnr(frames: Tensor, true: Tensor) -> float:
+    return float(psnr_of((frames.float() - true.float()).square().mean()))

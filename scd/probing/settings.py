@@ -1,0 +1,172 @@
+"""Settings of `scd probe` and what follows from them: clips, steps, layers, levels, memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from scd.data.folder import open_source
+from scd.data.source import Source
+from scd.data.source import Split as DataSplit
+from scd.evaluation.predict import check_fit, choose_windows, read_windows
+from scd.models.checkpoint import World, resolve
+from scd.models.decoder import Join
+from scd.models.flow import SamplingConfig
+from scd.probing.attention import MAX_BLOCK_BYTES, chosen_tokens
+from scd.probing.measure import Measurement, Plan
+from scd.probing.open import subject_of
+from scd.probing.reuse import ReuseGrid
+from scd.probing.subject import MIN_PAST, Subject, Task
+from scd.probing.trajectory import MAX_FEATURE_BYTES, feature_bytes, noise_levels
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """One probe of one checkpoint."""
+
+    run: str
+    """Run folder, one of its step folders, or a world folder."""
+    data: str
+    """"toy:32", "toy:64", or a folder of episodes."""
+    out: str = "probe"
+    """Folder for probe.json, report.html and the parts that are done."""
+    measurements: tuple[Measurement, ...] = get_args(Measurement)
+    """What to measure. A split is proposed with `splits`, and shown beside what was measured of
+    attention, leave_one_out and reuse."""
+    num_clips: int = 16
+    """Held-out clips, which do not overlap."""
+    context: int = 8
+    """Given frames of each clip; the frame after them is denoised."""
+    num_noises: int = 1
+    """Draws of noise for each clip."""
+    num_steps: int = 50
+    """Denoising steps of the trajectories that are looked at."""
+    layers: tuple[int, ...] | None = None
+    """Numbers, from 1, of the layers whose features are compared and that are left out; None:
+    all."""
+    tokens: tuple[int, ...] | None = None
+    """Tokens, from 0, row after row, for which it is shown where they look; None: the one in the
+    middle of the frame."""
+    reuse_depths: int = 6
+    """Depths of the map of reuse; as many as there are layers or more: all."""
+    reuse_steps: int = 5
+    """Steps of the map of reuse; more of them early. One less than num_steps, or more: all."""
+    levels: tuple[float, ...] | None = None
+    """Times at which losses are taken; None: the quantiles .1 .3 .5 .7 .9 of the density of times
+    that the model was trained on."""
+    frame_steps: int | None = None
+    """Denoising steps of the frame whose seconds are predicted; None: as the checkpoint says."""
+    join: Join = "prefix"
+    """How the decoder of a split would be given its context."""
+    tolerance: float = 0.05
+    """Relative loss, without training, that the recommended split may add."""
+    split: DataSplit = "val"
+    """Part of the data that the clips are from."""
+    seed: int = 0
+    """Seed of the choice of clips and of the noise."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The averaged weights, or those the optimiser moved."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    strict: bool = False
+    """Stop at the first episode that cannot be read, instead of leaving it out."""
+
+    def __post_init__(self) -> None:
+        least = {
+            "num_clips": 1, "context": MIN_PAST, "num_noises": 1, "num_steps": 2,
+            "reuse_depths": 1, "reuse_steps": 1,
+        }  # fmt: skip
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} must be {smallest} or more, got {getattr(self, name)}")
+        if self.levels is not None and not (
+            self.levels and all(0 < level <= 1 for level in self.levels)
+        ):
+            raise ValueError(f"levels are times in (0, 1], one or more, got {self.levels}")
+        if self.frame_steps is not None and self.frame_steps < 1:
+            raise ValueError(f"frame_steps must be 1 or more, got {self.frame_steps}")
+        if not self.measurements or len(set(self.measurements)) < len(self.measurements):
+            raise ValueError(f"needed different measurements, got {self.measurements}")
+        if self.tolerance < 0:
+            raise ValueError(f"tolerance must not be negative, got {self.tolerance}")
+
+
+def open_clips(config: ProbeConfig, world: World) -> Source:
+    """Open the data, and refuse what does not fit before anything is read.
+
+    Raises:
+        ValueError: as `probe`.
+    """
+    source = open_source(config.data, config.split, config.strict)
+    check_fit(world, source.card, config.data)
+    subject = subject_of(world.model)
+    subject.places(config.layers)
+    chosen_tokens(subject, config.tokens)
+    choose_windows(source, config.num_clips, config.context + 1, config.seed)
+    return source
+
+
+def make_plan(config: ProbeConfig, world: World, source: Source) -> Plan:
+    """Read the clips and choose the steps, layers and noise levels of all measurements.
+
+    Args:
+        config: what is asked for; see `open_clips`.
+        world: what is probed.
+        source: of the clips.
+    """
+    subject = subject_of(world.model)
+    num_frames = config.context + 1
+    windows = choose_windows(source, config.num_clips, num_frames, config.seed)
+    batch = read_windows(source, windows, num_frames)
+    device = next(world.model.parameters()).device
+    clean = world.autoencoder.encode(batch.frames.to(device))
+    task = Task.of(clean, batch.conditions.to(device), config.seed, config.num_noises)
+    # A list of times holds for its own number of steps: others are spaced evenly.
+    sampling = SamplingConfig(num_steps=config.num_steps)
+    if world.sampling.schedule != "listed":
+        sampling = replace(world.sampling, num_steps=config.num_steps, solver="euler")
+    mean, std = training_times(Path(config.run))
+    return Plan(
+        subject=subject,
+        task=task,
+        sampling=sampling,
+        levels=config.levels or noise_levels(mean, std),
+        layers=config.layers,
+        tokens=config.tokens,
+        grid=ReuseGrid.of(subject, config.num_steps, config.reuse_depths, config.reuse_steps),
+        decode=lambda latents: world.autoencoder.decode(latents[:, None])[:, 0],
+        frame_steps=config.frame_steps or world.sampling.num_steps,
+        join=config.join,
+        tolerance=config.tolerance,
+    )
+
+
+def training_times(run: Path) -> tuple[float, float]:
+    """Return mean and deviation of the logit of the times that a run was trained on.
+
+    0 and 1, the settings of the paper, for a world whose run is not known.
+    """
+    step = resolve(run)
+    for path in (step / "config.json", step.parent / "config.json"):
+        if path.is_file():
+            objective = json.loads(path.read_text(encoding="utf-8")).get("objective", {})
+            if "time_mean" in objective:
+                return objective["time_mean"], objective["time_std"]
+    return 0.0, 1.0
+
+
+def memory_needed(config: ProbeConfig, subject: Subject) -> int:
+    """Return the bytes that a probe holds beside the weights, at the most.
+
+    Features of all layers (or as many as fit into 2 GiB), five copies of those of one layer for
+    their comparison, keys and values of the frames that are seen, the activations of one pass over
+    them (16 d values per token), and a block of attention weights.
+    """
+    frames, layers = config.num_clips * config.num_noises, len(subject.layers)
+    one = feature_bytes(subject, frames, config.num_steps)
+    tokens = frames * (config.context + 1) * subject.tokens_per_frame
+    memory = 2 * 4 * layers * tokens * subject.width
+    kept = max(one, min(layers * one, MAX_FEATURE_BYTES))
+    return kept + 5 * one + memory + 16 * 4 * tokens * subject.width + 3 * MAX_BLOCK_BYTES

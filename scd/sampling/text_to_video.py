@@ -1,0 +1,292 @@
+"""All that makes video of a prompt: a world that a text steers, its text encoder, its decoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from scd.autoencoders.build import AutoencoderConfig
+from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_cache, refuse_empty
+from scd.autoencoders.tiny import StreamDecoder, open_tiny_decoder
+from scd.autoencoders.wan import (
+    FRAMES_PER_LATENT,
+    WanAutoencoder,
+    WanAutoencoderConfig,
+    WanStreamDecoder,
+    num_pixel_frames,
+)
+from scd.common.config import from_json, to_json
+from scd.common.runtime import Precision, choose_device
+from scd.data.clip import ConditionSpec, pixels_to_frames
+from scd.data.video import read_video
+from scd.engine.interface import EngineKind
+from scd.engine.open import advised_threads, open_engine
+from scd.models.build import num_parameters
+from scd.models.checkpoint import load_world, resolve
+from scd.models.flow import with_num_steps
+from scd.models.pretrained import CONFIG_FILE, read_settings
+from scd.models.shipped import parts_beside
+from scd.streaming.video import TextStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    """How one run makes video of prompts."""
+
+    run: str
+    """Run folder, one of its step folders, or a world folder, whose model a text steers."""
+    steps: int | None = None
+    """Denoising steps per latent frame; None: as the checkpoint says."""
+    guidance_scale: float = 1.0
+    """Push away from the negative prompt, which doubles the work; 1: none, as few-step models
+    need."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    window: int | None = None
+    """Latent frames in memory; None: as the model was trained."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The averaged weights, or those the optimiser moved."""
+    engine: EngineKind = "plain"
+    """How the model is run: as it is written, or laid out for the machine."""
+    precision: Precision = "bf16"
+    """Arithmetic of the model, weights and memory included."""
+    source: str = ""
+    """Folder with vae/, text_encoder/ and tokenizer/ as diffusers writes them, or its name on the
+    hub. Empty: where the run says."""
+    tiny: str = ""
+    """Small decoder instead of Wan's own: a file of TAEW's weights, or a folder of an
+    AutoencoderTiny. Empty: Wan's own. Results name it."""
+    decoder_precision: Precision = "fp32"
+    """Arithmetic of the decoder."""
+    text_precision: Precision = "bf16"
+    """Arithmetic of the text encoder: bf16 takes 11 GiB for Wan's, fp32 twice that."""
+    text_device: str = "auto"
+    """Where the text encoder runs; its memory is given back before the video begins. auto: where
+    the model runs."""
+    text_cache: str | None = None
+    """Folder in which embedded prompts are kept; empty: nowhere. None: in the user's cache."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """CPU threads of the video; None: what suits the size of the model, one for a small one."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be a number, got {self.guidance_scale}")
+        if self.negative_prompt and self.guidance_scale == 1:
+            raise ValueError("negative_prompt has no effect on guidance_scale=1")
+        for name, value in (("steps", self.steps), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+
+
+class TextToVideo:
+    """A run and its parts, opened. `embed` prompts, then `stream` any number of videos."""
+
+    def __init__(self, config: VideoConfig, prompts: Sequence[str] = ()) -> None:
+        """Embed prompts, then open a run.
+
+        Args:
+            config: the run, and how it makes video.
+            prompts: that will be needed. They are embedded first: what does not fit is refused
+                before the model is loaded, and never are text encoder and model in memory at once.
+
+        Raises:
+            FileNotFoundError: no such run, or parts of the source are missing.
+            ValueError: a run that no text steers, parts that do not fit it, or a prompt that is
+                empty or too long.
+        """
+        self.config = config
+        self.device = choose_device(config.device)
+        settings = _settings_of(config.run)
+        where = f"{config.run}: autoencoder"
+        described = from_json(AutoencoderConfig, settings["autoencoder"], where)
+        if not isinstance(described, WanAutoencoderConfig):
+            raise ValueError(f"{config.run}: its frames are no latents of Wan's autoencoder")
+        self.source = config.source or parts_beside(config.run) or described.source
+        if not self.source:
+            raise ValueError(
+                f"{config.run} does not say where Wan's autoencoder and text encoder lie: name the "
+                "folder that diffusers wrote with --source"
+            )
+        spec = from_json(ConditionSpec, settings["model"]["conditions"], f"{config.run}: model")
+        self._embedder = PromptEmbedder(self.source, self._text_config(spec.text_length))
+        self._text_dim = spec.text_dim
+        if prompts:
+            refuse_empty(prompts)
+            self._embedder.prepare(prompts)
+            self.embed(prompts[:1])
+            self.embed_negative()
+        place = replace(described, source=self.source)
+        self.autoencoder = WanAutoencoder(place).place(self.device, config.decoder_precision)
+        self.decoder = self._open_decoder()
+        self.world = load_world(config.run, config.weights, self.device)
+        sampling = self.world.sampling
+        self.sampling = with_num_steps(sampling, config.steps) if config.steps else sampling
+        self.threads = config.threads or advised_threads(self.world.model.config)
+        self.num_parameters = num_parameters(self.world.model)
+        self.engine = open_engine(self.world.model, config.engine, config.precision, release=True)
+
+    def _text_config(self, length: int) -> TextConfig:
+        config = self.config
+        cache = default_cache() if config.text_cache is None else config.text_cache
+        device = str(self.device) if config.text_device == "auto" else config.text_device
+        return TextConfig(
+            length=length, precision=config.text_precision, device=device, cache=cache
+        )
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The model, how it is run, and which decoder makes the pictures, for result files."""
+        return {
+            "kind": type(self.world.model).__name__,
+            "parameters": self.num_parameters,
+            "sampling": to_json(self.sampling),
+            "precision": self.config.precision,
+            "decoder": self.decoder.name,
+            "decoder_precision": self.config.decoder_precision,
+            "window": self.config.window or self.engine.config.cache.window,
+        }
+
+    @property
+    def fps(self) -> float:
+        """Frames per second at which what the decoder makes is meant to be watched."""
+        card = self.world.card
+        return card.fps * self.decoder.pictures_per_latent / FRAMES_PER_LATENT
+
+    def embed(self, prompts: Sequence[str]) -> Float[Tensor, "b l c"]:
+        """Embed prompts, 1 or more and none of them empty; none is embedded twice.
+
+        Raises:
+            ValueError: no prompt, one that is empty or too long, or embeddings of another width
+                than the model's.
+        """
+        refuse_empty(prompts)
+        return self._embed(prompts)
+
+    def embed_negative(
+        self, prompt: str | None = None, scale: float | None = None
+    ) -> Float[Tensor, "1 l c"] | None:
+        """Embed a negative prompt, which may be empty; None without guidance.
+
+        Args:
+            prompt: None: as the settings say.
+            scale: of the guidance; None: as the settings say.
+        """
+        scale = self.config.guidance_scale if scale is None else scale
+        prompt = self.config.negative_prompt if prompt is None else prompt
+        return None if scale == 1 else self._embed([prompt])
+
+    def _embed(self, prompts: Sequence[str]) -> Tensor:
+        embedded = self._embedder.embed(prompts)
+        self._embedder.release()
+        if embedded.shape[-1] != self._text_dim:
+            raise ValueError(
+                f"the text encoder of {self.source} makes {embedded.shape[-1]} entries of a "
+                f"token, the model reads {self._text_dim}"
+            )
+        return embedded
+
+    def stream(
+        self, seed: int, scale: float | None = None, num_steps: int | None = None
+    ) -> TextStream:
+        """Return a stream that has yet to begin; it shares the weights.
+
+        Args:
+            seed: of its noise.
+            scale: of the guidance; None: as the settings say.
+            num_steps: per latent frame; None: as the settings say.
+        """
+        sampling = with_num_steps(self.sampling, num_steps)
+        return TextStream(
+            self.world,
+            self.engine,
+            self.decoder.fork(),
+            seed=seed,
+            scale=self.config.guidance_scale if scale is None else scale,
+            window=self.config.window,
+            sampling=sampling,
+        )
+
+    def encode(self, frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t2 c h2 w2"]:
+        """Turn given first frames, 1 + 4n of them, into latents.
+
+        Raises:
+            ValueError: frames of another size, or another number of them.
+        """
+        card = self.world.card
+        if frames.shape[-2:] != (card.height, card.width):
+            raise ValueError(
+                f"given frames must be {card.height}x{card.width}, "
+                f"got {frames.shape[-2]}x{frames.shape[-1]}"
+            )
+        return self.autoencoder.encode(frames)
+
+    def num_latents(self, num_frames: int) -> int:
+        """Return how many latent frames it takes to have a number of frames at the card's pace.
+
+        With a model that makes blocks of latent frames, whole blocks.
+        """
+        latents = 1 + max(0, -(-(num_frames - 1) // FRAMES_PER_LATENT))
+        block = int(getattr(self.engine.config, "frames_per_block", 1))
+        return -(-latents // block) * block
+
+    def _open_decoder(self) -> StreamDecoder:
+        config = self.config
+        if config.tiny:
+            channels = self.autoencoder.config.channels
+            return open_tiny_decoder(config.tiny, channels, self.device, config.decoder_precision)
+        return WanStreamDecoder(self.autoencoder)
+
+
+def is_steered_by_text(run: str) -> bool:
+    """Tell whether a run's model takes a prompt, from its settings alone.
+
+    Raises:
+        FileNotFoundError: no such run.
+        ValueError: its settings cannot be read.
+    """
+    model = read_settings(resolve(run) / CONFIG_FILE).get("model", {})
+    return bool(model.get("conditions", {}).get("text_length", 0))
+
+
+def _settings_of(run: str) -> dict[str, Any]:
+    if not is_steered_by_text(run):
+        raise ValueError(f"{run} is not steered by a text: it takes no prompt")
+    return read_settings(resolve(run) / CONFIG_FILE)
+
+
+def first_frame_of(latent: int) -> int:
+    """Return the index of the first frame of video that a latent frame stands for."""
+    return num_pixel_frames(latent)
+
+
+def read_picture(path: str | Path, height: int, width: int) -> Float[Tensor, "1 1 3 h w"]:
+    """Read a picture, or the first frame of a video, as a frame in [-1, 1].
+
+    It is scaled until it covers the frame, and what stands out on two sides is cut off.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or neither picture nor video.
+    """
+    return cover(pixels_to_frames(torch.from_numpy(read_video(path, 0, 1))), height, width)[None]
+
+
+def cover(frames: Float[Tensor, "t 3 h w"], height: int, width: int) -> Float[Tensor, "t 3 h2 w2"]:
+    """Scale frames in [-1, 1] until they cover a size, and cut off what stands out."""
+    rows, columns = frames.shape[-2:]
+    if (rows, columns) == (height, width):
+        return frames
+    scale = max(height / rows, width / columns)
+    size = (max(height, round(rows * scale)), max(width, round(columns * scale)))
+    frames = functional.interpolate(frames, size, mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return frames[..., top : top + height, left : left + width]

@@ -1,0 +1,200 @@
+"""Videos of many prompts in the folder layout that VBench's scorer reads: PROMPT-SEED.mp4.
+
+Several processes, on as many machines as like, share the work: each takes every n-th video. A video
+appears whole or not at all, and one that is there is not rendered again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from scd.common.config import differences, to_json
+from scd.common.provenance import provenance, write_json
+from scd.common.runtime import cpu_threads, parse_shard
+from scd.data.clip import frames_to_pixels
+from scd.data.prompts import read_lines
+from scd.data.video import write_video
+from scd.models.checkpoint import read_json
+from scd.sampling.sample_text import render
+from scd.sampling.text_to_video import TextToVideo, VideoConfig
+
+NAME_BYTES = 255
+"""Longest name of a file on most disks."""
+
+SETTINGS_FILE = "vbench.json"
+"""What made the videos, beside them: a folder holds videos of one kind."""
+
+FREE_FIELDS = ("out", "shard", "prompts", "texts")
+"""Settings that may differ from process to process; prompts are compared by what is in them."""
+
+FREE_VIDEO_FIELDS = ("device", "threads", "text_device", "text_cache")
+"""The same, of how the video is made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBenchConfig:
+    """Videos of all prompts of a file."""
+
+    video: Annotated[VideoConfig, tyro.conf.arg(name="")]
+    """The run, and how it makes video."""
+    prompts: str
+    """Text file with a prompt per line, which gives the videos their names."""
+    seeds: int = 5
+    """Videos of each prompt: PROMPT-0.mp4 .. PROMPT-4.mp4. VBench takes 5."""
+    out: str
+    """Folder for the videos and vbench.json."""
+    texts: str = ""
+    """Text file with what is shown for each prompt instead, line by line: prompts that a language
+    model wrote out, under the names of the short ones. Empty: the prompts themselves."""
+    seconds: float = 5.0
+    """Length of a video, rounded up to whole latent frames."""
+    first_seed: int = 0
+    """Seed of the noise of PROMPT-0.mp4; the following ones count up. Equal for all prompts."""
+    shard: str = "0/1"
+    """i/n: the i-th, from 0, of n processes that share the work."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be 1 or more, got {self.seeds}")
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds must be above 0, got {self.seconds}")
+        parse_shard(self.shard)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One video."""
+
+    name: str
+    """Of its file."""
+    text: str
+    """What it shows."""
+    seed: int
+    """Of its noise."""
+
+
+def list_jobs(config: VBenchConfig) -> list[Job]:
+    """List all videos, of all shards.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: prompts that cannot name a file, or occur twice; another number of texts.
+    """
+    prompts = read_lines(config.prompts)
+    _check_names(prompts, config)
+    texts = read_lines(config.texts) if config.texts else prompts
+    if len(texts) != len(prompts):
+        raise ValueError(
+            f"{config.texts} has {len(texts)} lines, {config.prompts} has {len(prompts)}: they "
+            "belong together line by line"
+        )
+    return [
+        Job(name=f"{prompt}-{number}.mp4", text=text, seed=config.first_seed + number)
+        for prompt, text in zip(prompts, texts, strict=True)
+        for number in range(config.seeds)
+    ]
+
+
+def _check_names(prompts: list[str], config: VBenchConfig) -> None:
+    """Refuse prompts by which the scorer could not find its video (ValueError)."""
+    longest = len(f"-{config.seeds - 1}.mp4".encode())
+    for number, prompt in enumerate(prompts, start=1):
+        where = f"line {number} of {config.prompts}"
+        if "/" in prompt or "\0" in prompt or prompt.startswith("."):
+            raise ValueError(
+                f"{where} cannot name a file, since it has / or begins with .: {prompt}"
+            )
+        if len(prompt.encode()) + longest > NAME_BYTES:
+            raise ValueError(
+                f"{where} has {len(prompt.encode())} bytes, a file's name {NAME_BYTES} at most "
+                f"({longest} of them for seed and ending): give a short prompt here and what it "
+                f"shows in --texts"
+            )
+    seen: dict[str, int] = {}
+    for number, prompt in enumerate(prompts, start=1):
+        # Some disks do not tell capitals from small letters.
+        other = seen.setdefault(prompt.lower(), number)
+        if other != number:
+            raise ValueError(f"{config.prompts} has the same prompt in lines {other} and {number}")
+
+
+def vbench(config: VBenchConfig) -> int:
+    """Render what is missing of this process's share, and return how many videos that were.
+
+    Raises:
+        FileNotFoundError: no such run or file, or parts of the source are missing.
+        ValueError: prompts that are too long or cannot name a file, or a folder that holds videos
+            of other settings.
+    """
+    index, count = parse_shard(config.shard)
+    jobs = list_jobs(config)
+    out = Path(config.out)
+    mine = jobs[index::count]
+    missing = [job for job in mine if not (out / job.name).exists()]
+    _check_folder(config, jobs, out)
+    console = Console()
+    console.print(
+        f"{len(jobs)} videos, {len(mine)} of them for shard {config.shard}, "
+        f"{len(mine) - len(missing)} are there",
+        highlight=False,
+    )
+    if not missing:
+        return 0
+    parts = TextToVideo(config.video, [job.text for job in missing])
+    _write_settings(config, jobs, out, parts)
+    with cpu_threads(parts.threads):
+        _render_all(config, missing, out, parts, console)
+    return len(missing)
+
+
+def _render_all(
+    config: VBenchConfig, missing: list[Job], out: Path, parts: TextToVideo, console: Console
+) -> None:
+    num_latents = parts.num_latents(math.ceil(config.seconds * parts.world.card.fps))
+    for number, job in enumerate(missing, start=1):
+        began = time.perf_counter()
+        text = parts.embed([job.text])
+        video = render(parts.stream(job.seed), text, num_latents, parts.embed_negative())
+        pixels = frames_to_pixels(video.frames).numpy()
+        write_video(out / job.name, pixels, parts.fps, lossless=False)
+        seconds = time.perf_counter() - began
+        console.print(
+            f"{number}/{len(missing)}  {seconds:.1f} s  {job.name}", highlight=False, markup=False
+        )
+
+
+def _fixed(config: VBenchConfig, jobs: list[Job]) -> dict[str, Any]:
+    """Return the settings on which the videos depend, what they show included."""
+    settings = to_json(config)
+    for name in FREE_FIELDS:
+        del settings[name]
+    for name in FREE_VIDEO_FIELDS:
+        del settings["video"][name]
+    return settings | {"shows": {job.name: job.text for job in jobs}}
+
+
+def _check_folder(config: VBenchConfig, jobs: list[Job], out: Path) -> None:
+    path = out / SETTINGS_FILE
+    if not path.exists():
+        return
+    there = read_json(path)
+    changed = differences(there.get("settings"), _fixed(config, jobs))
+    if changed:
+        raise ValueError(
+            f"{out} holds videos of other settings, name another folder: {'; '.join(changed[:5])}"
+        )
+
+
+def _write_settings(config: VBenchConfig, jobs: list[Job], out: Path, parts: TextToVideo) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / SETTINGS_FILE
+    if not path.exists():
+        made = {"settings": _fixed(config, jobs), "fps": parts.fps, "model": parts.described}
+        write_json(made | provenance(parts.device), path)

@@ -1,0 +1,160 @@
+"""Who may ask: the middleware that every request and handshake passes first.
+
+Pages of other origins are refused, and so are names that do not stand for this server: a stranger's
+page could otherwise give its own name the address of this machine and be of "the same origin".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from scd.serving.protocol import ProtocolError
+from scd.serving.rate import Buckets
+from scd.serving.settings import ServeConfig, is_loopback
+from scd.serving.statistics import Statistics
+
+HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9.-]{1,253})(:\d{1,5})?")
+"""A Host header."""
+
+STATUS = {
+    "unauthorised": 401,
+    "forbidden_origin": 403,
+    "unknown_session": 404,
+    "unknown_upload": 404,
+    "unknown_path": 404,
+    "session_busy": 409,
+    "superseded": 409,
+    "out_of_history": 409,
+    "session_stopped": 410,
+    "too_large": 413,
+    "not_media": 415,
+    "wrong_host": 421,
+    "too_many_requests": 429,
+    "too_many_uploads": 429,
+    "fault": 500,
+    "too_many_sessions": 503,
+    "overloaded": 503,
+    "model_stopped": 503,
+}
+"""HTTP status by the code of an error; others are 400."""
+
+
+def error_json(error: ProtocolError) -> tuple[int, bytes]:
+    """Return the status and the body of an answer that refuses."""
+    body = {"error": {"code": error.code, "message": str(error)}}
+    return STATUS.get(error.code, 400), json.dumps(body).encode()
+
+
+class Access:
+    """Middleware: names, origins, token and rate; and headers that shut the page in."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: ServeConfig,
+        statistics: Statistics,
+        check_token: Callable[[str | None], None],
+    ) -> None:
+        """Stand before an application.
+
+        Args:
+            app: for those who are let through.
+            config: of the server.
+            statistics: where requests and refusals are counted.
+            check_token: raises where a request shows another token than the server's.
+        """
+        self._app, self._statistics, self._check_token = app, statistics, check_token
+        self._origins = {origin.lower() for origin in config.origins}
+        self._hosts = {urlsplit(origin).netloc for origin in self._origins}
+        self._local = config.is_local
+        rate = config.limits.requests_per_s
+        self._buckets = Buckets(rate, 4 * rate)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or refuse it."""
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        headers = _headers(scope)
+        try:
+            self._check(scope, headers)
+        except ProtocolError as error:
+            self._statistics.errors.labels(error.code).inc()
+            await _refuse(scope, send, error)
+            return
+        if scope["type"] == "websocket":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_shut_in(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._statistics.requests.labels(str(message["status"])).inc()
+                message["headers"] = [*message["headers"], *_shutting_in(headers["host"])]
+            await send(message)
+
+        await self._app(scope, receive, send_shut_in)
+
+    def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+        host = headers.get("host", "").lower()
+        if not HOST.fullmatch(host) or not self._is_ours(host):
+            raise ProtocolError("wrong_host", "this server does not go by the name asked for")
+        is_socket = scope["type"] == "websocket"
+        changes = is_socket or scope["method"] not in ("GET", "HEAD")
+        origin = headers.get("origin", "").lower()
+        # Programs send no origin, browsers always do with these.
+        if changes and origin and not self._is_same(origin, host):
+            raise ProtocolError("forbidden_origin", "pages of another origin may not use this")
+        path = scope["path"]
+        if is_socket or not (path.startswith("/v1/") or path == "/metrics"):
+            return
+        if not self._buckets.take(str((scope.get("client") or ("",))[0])):
+            raise ProtocolError("too_many_requests", "too many requests: wait a second")
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        self._check_token(token if scheme.lower() == "bearer" else None)
+
+    def _is_ours(self, host: str) -> bool:
+        if host in self._hosts or not self._local:
+            return True
+        return is_loopback(host.rpartition(":")[0] if re.search(r":\d+$", host) else host)
+
+    def _is_same(self, origin: str, host: str) -> bool:
+        if origin in self._origins:
+            return True
+        parts = urlsplit(origin)
+        return parts.scheme in ("http", "https") and parts.netloc == host
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    # The last one of several stands; a Host of several is refused by the server before.
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def _shutting_in(host: str) -> list[tuple[bytes, bytes]]:
+    """Return headers by which a browser keeps the page to itself and this server."""
+    policy = (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+        "media-src 'self' blob:; worker-src 'self' blob:; base-uri 'none'; form-action 'none'; "
+        f"frame-ancestors 'none'; connect-src 'self' ws://{host} wss://{host}"
+    )
+    return [
+        (b"content-security-policy", policy.encode("ascii")),
+        (b"x-content-type-options", b"nosniff"),
+        (b"referrer-policy", b"no-referrer"),
+        (b"cross-origin-resource-policy", b"same-origin"),
+        (b"cache-control", b"no-store"),
+    ]
+
+
+async def _refuse(scope: Scope, send: Send, error: ProtocolError) -> None:
+    status, body = error_json(error)
+    kind = "websocket.http.response" if scope["type"] == "websocket" else "http.response"
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": f"{kind}.start", "status": status, "headers": headers})
+    await send({"type": f"{kind}.body", "body": body})

@@ -1,0 +1,276 @@
+"""One replica of a world on Ray Serve: a host and its web server, for clients that a front sends.
+
+Ray Serve starts, watches and ends it; frames do not pass through Ray. All replicas share a folder
+of sessions. One that is asked for here and lies in the memory of another, without a client, is put
+there by that one and goes on here; so does what a killed replica had written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from scd.serving.app import make_inner_app
+from scd.serving.errors import SessionBusy, UnknownSession
+from scd.serving.protocol import ProtocolError
+from scd.serving.run import STOP_S, Server, open_service, uvicorn_config
+from scd.serving.service import LOG, answer
+from scd.serving.settings import ServeConfig
+from scd.serving.shelf import DESK, SUFFIX
+
+SECRET = "x-scd-secret"
+"""Header by which a replica knows that a request comes from here."""
+
+POLL_S = 0.5
+"""Seconds between two looks at the replicas."""
+
+LEASE_S = 2.0
+"""Seconds for which a call to Ray Serve stands for one WebSocket."""
+
+FIND_S, RETRY_S = 0.6, 0.1
+"""Seconds for which a session is looked for, and between two looks."""
+
+LEAVING_S = 10.0
+"""Seconds for which a session is waited for that a replica has on its desk: that one may be ending,
+and is writing what it plays."""
+
+ASK_S = 3.0
+"""Seconds that other replicas have to answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a replica says of itself."""
+
+    name: str
+    """Machine and process."""
+    url: str
+    """Where it answers this process, which shows the secret."""
+    sessions: tuple[str, ...]
+    """In its memory."""
+
+
+class Replica:
+    """What Ray Serve runs; its public methods are called by the front and by other replicas."""
+
+    def __init__(self, config: ServeConfig, folder: str, secret: str, host: str) -> None:
+        """Load the world and begin to answer.
+
+        Args:
+            config: of the server, with the token itself.
+            folder: that all replicas share.
+            secret: that requests must show.
+            host: address to listen on; empty: that of this machine in the cluster.
+
+        Raises:
+            OSError, ValueError: as `scd.serving.run.open_service`.
+        """
+        import ray
+
+        self._folder, self._leaving = Path(folder), False
+        self._name = f"{socket.gethostname()}-{os.getpid()}"
+        host = host or ray.util.get_node_ip_address()
+        self._service = open_service(config, self._folder, self._folder / "uploads")
+        self._service.find = self._find
+        self._service.host.start()
+        app = Guard(make_inner_app(self._service), secret, lambda: self._leaving)
+        self._listener = socket.create_server((host, 0))
+        self._url = f"http://{host}:{self._listener.getsockname()[1]}"
+        self._server = Server(uvicorn_config(config, app), lambda: None)
+        self._thread = threading.Thread(
+            target=lambda: self._server.run(sockets=[self._listener]), daemon=True
+        )
+        self._thread.start()
+        self._peers: Any = None
+
+    async def report(self) -> dict[str, Any]:
+        """Describe this replica, as a `Report`."""
+        sessions = tuple(await answer(self._service.host.names()))
+        return asdict(Report(name=self._name, url=self._url, sessions=sessions))
+
+    async def release(self, session: str) -> str:
+        """Put a session on disk for another replica; say what came of it."""
+        try:
+            return "released" if await answer(self._service.host.release(session)) else "later"
+        except UnknownSession:
+            return "unknown"
+        except SessionBusy:
+            return "busy"
+
+    async def lease(self, seconds: float) -> None:
+        """Be an ongoing request for so long, for Ray Serve to count."""
+        await asyncio.sleep(seconds)
+
+    def check_health(self) -> None:
+        """Raise if Ray Serve shall start another replica in place of this one."""
+        health = self._service.health()
+        if not health.ok or not self._thread.is_alive():
+            raise RuntimeError(health.reason or "its web server has ended")
+
+    async def __del__(self) -> None:
+        """Write all sessions, tell their clients, and end."""
+        self._leaving = True
+        await asyncio.to_thread(self._service.host.stop, STOP_S)
+        self._server.should_exit = True
+        await asyncio.to_thread(self._thread.join, STOP_S)
+
+    async def _find(self, session: str) -> None:
+        """Bring a session here, if it is in another replica's memory.
+
+        Raises:
+            SessionBusy: it has a client there.
+        """
+        until = time.monotonic() + FIND_S
+        latest = until + LEAVING_S
+        while not await answer(self._service.host.is_here(session)):
+            said = await self._ask_peers(session)
+            if "busy" in said:
+                raise SessionBusy("another client is attached to this session")
+            now = time.monotonic()
+            is_coming = "later" in said or "released" in said or self._is_at_a_desk(session)
+            if now > (latest if is_coming else until):
+                return
+            await asyncio.sleep(RETRY_S)
+
+    async def _ask_peers(self, session: str) -> list[object]:
+        if self._peers is None:
+            from ray import serve
+
+            here = serve.get_replica_context()
+            self._peers = serve.get_deployment_handle(here.deployment, here.app_name)
+        try:
+            asked = self._peers.broadcast("release", session)
+            return await asked.results_async(timeout_s=ASK_S, return_exceptions=True)
+        except Exception:
+            # Some do not answer, or have just gone: then the folder tells.
+            return []
+
+    def _is_at_a_desk(self, session: str) -> bool:
+        # Looked up in what is there: what a client says becomes no path.
+        written = self._folder.glob(f"{DESK}*/*{SUFFIX}")
+        return any(path.name == f"{session}{SUFFIX}" for path in written)
+
+
+class Guard:
+    """Middleware that lets only the front in, and nobody once the replica is leaving."""
+
+    def __init__(self, app: ASGIApp, secret: str, is_leaving: Any) -> None:
+        """Stand before an application."""
+        self._app, self._secret, self._is_leaving = app, secret.encode(), is_leaving
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or refuse it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        shown = dict(scope["headers"]).get(SECRET.encode(), b"")
+        if not secrets.compare_digest(shown, self._secret):
+            await Response(status_code=403)(scope, receive, send)
+        elif self._is_leaving():
+            await Response(status_code=503, headers={SECRET: "leaving"})(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+class Crew:
+    """The replicas that run, looked at again and again by a thread of its own."""
+
+    def __init__(self, report: Callable[[], list[Report]], lease: Callable[[int], None]) -> None:
+        """Prepare; `look` once before it is asked.
+
+        Args:
+            report: asks all replicas that take clients; an error leaves all as it was.
+            lease: tells Ray Serve for `LEASE_S` seconds how many WebSockets there are.
+        """
+        self._report, self._lease = report, lease
+        self._running: dict[str, Report] = {}
+        self._owners: dict[str, Report] = {}
+        self._num_clients: Counter[str] = Counter()
+        self._looking, self._looked_at = threading.Lock(), float("-inf")
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="scd-serve-crew", daemon=True)
+
+    def start(self) -> None:
+        """Look from now on."""
+        self.look()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._over.set()
+        self._thread.join(30.0)
+
+    def look(self) -> None:
+        """Ask the replicas; who waits for another's look is content with that one."""
+        asked = time.monotonic()
+        with self._looking:
+            if self._looked_at > asked:
+                return
+            try:
+                found = self._report()
+            except Exception as error:
+                LOG.warning("the replicas do not answer: %s: %s", type(error).__name__, error)
+                return
+            self._looked_at = time.monotonic()
+            self._running = {one.name: one for one in found}
+            # One that drains is still the owner of what it plays, until others have it.
+            kept = {key: one for key, one in self._owners.items() if one.name not in self._running}
+            self._owners = kept | {session: one for one in found for session in one.sessions}
+            while len(self._owners) > 10_000:
+                self._owners.pop(next(iter(self._owners)))
+
+    def _watch(self) -> None:
+        leased_at = float("-inf")
+        while not self._over.wait(POLL_S):
+            self.look()
+            if time.monotonic() - leased_at >= LEASE_S:
+                leased_at = time.monotonic()
+                with suppress(Exception):
+                    self._lease(sum(self._num_clients.values()))
+
+    @property
+    def running(self) -> list[Report]:
+        """Those that take clients."""
+        return list(self._running.values())
+
+    def freest(self) -> Report:
+        """Return the replica with fewest clients, and of these the one with fewest sessions.
+
+        Raises:
+            ProtocolError: there is none.
+        """
+        if not self._running:
+            raise ProtocolError("model_stopped", "no replica is there: try again", fatal=True)
+        return min(self.running, key=lambda one: (self._num_clients[one.name], len(one.sessions)))
+
+    async def owner(self, session: str) -> Report | None:
+        """Return the replica that plays a session, as far as is known after a look."""
+        if session not in self._owners:
+            await asyncio.to_thread(self.look)
+        return self._owners.get(session)
+
+    def note(self, session: str, replica: Report) -> None:
+        """Note which replica has just said something of a session."""
+        self._owners[session] = replica
+
+    def lost(self, replica: Report) -> None:
+        """Note that a replica did not answer."""
+        self._running.pop(replica.name, None)
+        self._owners = {key: one for key, one in self._owners.items() if one.name != replica.name}
+
+    def count(self, replica: Report, change: int) -> None:
+        """Note that a client has come (1) or gone (-1)."""
+        self._num_clients[replica.name] += change

@@ -1,0 +1,276 @@
+"""`scd serve`: open a world, start its host, and listen until a signal comes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+import uvicorn
+from starlette.types import ASGIApp
+
+from scd.common.runtime import choose_device
+from scd.common.signals import SIGNALS, Interrupted
+from scd.data.clip import frames_to_pixels
+from scd.data.folder import open_source
+from scd.engine.open import advised_threads, open_engine
+from scd.evaluation.predict import check_fit
+from scd.models.checkpoint import World, load_world, resolve
+from scd.models.shipped import Clips, read_clips, shipped_world
+from scd.sampling.text_to_video import is_steered_by_text
+from scd.serving.admission import HostConfig
+from scd.serving.app import make_app
+from scd.serving.host import Host
+from scd.serving.service import LOG, Service
+from scd.serving.settings import ServeConfig, read_token
+
+STOP_S = 30.0
+"""Seconds in which sessions are written to disk when the server stops."""
+
+FAREWELL_S = 5.0
+"""Seconds that requests under way have to end."""
+
+say: Callable[[str], None] = partial(print, flush=True)
+"""Prints a line at once, in a pipe or a log too."""
+
+NUM_CLIPS, CLIP_FRAMES = 8, 16
+"""Held-out clips that are taken of a dataset, and frames of each."""
+
+
+def serve(config: ServeConfig, on_ready: Callable[[str], None] = say) -> None:
+    """Serve a world until SIGINT or SIGTERM.
+
+    Args:
+        config: what and where.
+        on_ready: is told the address of the page once it can be opened.
+
+    Raises:
+        OSError: the port is in use, or the world is not there.
+        ValueError: a damaged world, settings that do not fit it, or too little memory.
+        Interrupted: a signal came; all sessions are on disk where there is an evict_dir.
+    """
+    with listening(config) as listener, kept_in(config) as folder:
+        service = open_service(config, folder)
+        service.host.start()
+        try:
+            run_server(service, listener, on_ready)
+        finally:
+            service.host.stop(STOP_S)
+
+
+def run_server(
+    service: Service, listener: socket.socket, on_ready: Callable[[str], None] = say
+) -> None:
+    """Serve a service whose host has started until a signal comes (Interrupted)."""
+    run_app(service.config, make_app(service), listener, on_ready)
+
+
+def run_app(
+    config: ServeConfig,
+    app: ASGIApp,
+    listener: socket.socket,
+    on_ready: Callable[[str], None] = say,
+) -> None:
+    """Let an application answer until a signal comes (Interrupted)."""
+    server = Server(uvicorn_config(config, app), lambda: on_ready(address(config, listener)))
+    server.run(sockets=[listener])
+    if server.signal is not None:
+        kept = f"; sessions are in {config.evict_dir}" if config.evict_dir else ""
+        raise Interrupted(server.signal.name, f"stopped by {server.signal.name}{kept}")
+
+
+def open_service(
+    config: ServeConfig, evict_dir: Path | None, shared: Path | None = None
+) -> Service:
+    """Load the world and put the server's parts together; the host is not started.
+
+    Args:
+        config: of the server.
+        evict_dir: of its host.
+        shared: folder of uploads that several servers share; None: there is one server.
+
+    Raises:
+        OSError, ValueError: as `serve`.
+    """
+    token = read_token(config)
+    folder = world_folder(config)
+    device = choose_device(config.device)
+    world = load_world(folder, device=device)
+    if device.type == "cpu":
+        torch.set_num_threads(advised_threads(world.model.config))
+    clips = held_out_clips(config.data, world) if config.data else read_clips(folder)
+    engine = open_engine(world.model, config.engine, config.precision, release=True)
+    num_given = 0 if clips is None else clips.frames.shape[1]
+    host = Host(world, engine, host_config(config, evict_dir, num_given), LOG.warning)
+    name = resolve(folder).name if not (folder / "last").is_file() else folder.name
+    return Service(host, config, name, clips, token, shared)
+
+
+def world_folder(config: ServeConfig) -> Path:
+    """Return the folder of the world that is served.
+
+    Raises:
+        OSError: there is none.
+        ValueError: its settings cannot be read, or a text steers it, which no session is given.
+    """
+    folder = Path(config.run) if config.run else shipped_world()
+    if is_steered_by_text(str(folder)):
+        raise ValueError(
+            f"{folder} is steered by a text, which the sessions of a server do not have: stream it "
+            f"by scd sample {folder} --prompt TEXT"
+        )
+    return folder
+
+
+def host_config(config: ServeConfig, evict_dir: Path | None, num_given: int = 0) -> HostConfig:
+    """Return the part of the settings that is the host's; `num_given` frames has a clip."""
+    return HostConfig(
+        max_sessions=config.sessions,
+        max_rows=config.max_rows,
+        memory_gib=config.memory_gib,
+        history_frames=config.history_frames,
+        max_fps=config.max_fps,
+        max_steps=config.limits.max_steps,
+        max_step_count=config.limits.max_step_count,
+        # Limits of uploads are none of the world's own clips.
+        max_start_frames=max(config.limits.max_upload_frames, num_given),
+        queue_frames=config.queue_frames,
+        idle_s=config.idle_s,
+        evict_dir=evict_dir,
+        backup_s=config.backup_s,
+    )
+
+
+def held_out_clips(data: str, world: World) -> Clips:
+    """Read the first held-out clips of a dataset, one of each episode.
+
+    Raises:
+        OSError, ValueError: no such dataset, none that fits the world, or no long enough episode.
+    """
+    source = open_source(data, "val")
+    check_fit(world, source.card, data)
+    if world.card.conditions.action_dim:
+        raise ValueError(
+            f"clips to begin with need actions by number, those of {data} are "
+            f"{world.card.conditions.action_dim} values each"
+        )
+    long = [one for one in range(source.num_episodes) if source.num_frames(one) >= CLIP_FRAMES]
+    if not long:
+        raise ValueError(f"{data} has no held-out episode of {CLIP_FRAMES} frames")
+    clips = [source.read(one, 0, CLIP_FRAMES) for one in long[:NUM_CLIPS]]
+    frames = torch.stack([frames_to_pixels(clip.frames).movedim(-1, -3) for clip in clips])
+    none = torch.zeros(CLIP_FRAMES, dtype=torch.long)
+    actions = torch.stack([none if one.actions is None else one.actions.long() for one in clips])
+    return Clips(frames=frames, actions=actions)
+
+
+@contextmanager
+def kept_in(config: ServeConfig) -> Iterator[Path]:
+    """Give the folder of idle sessions: the one of the settings, or a temporary one."""
+    if config.evict_dir:
+        yield Path(config.evict_dir)
+        return
+    with tempfile.TemporaryDirectory(prefix="scd-sessions-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def listening(config: ServeConfig) -> Iterator[socket.socket]:
+    """Take the port, before anything is loaded.
+
+    Raises:
+        OSError: it is in use, may not be taken, or there is no such address.
+    """
+    where = f"port {config.port} of {config.host}"
+    try:
+        family, kind, number, _, target = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise OSError(f"there is no address {config.host!r}: {error.strerror}") from error
+    listener = socket.socket(family, kind, number)
+    with contextlib.closing(listener):
+        # A server that has just stopped leaves its port waiting for late packets.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(target)
+            listener.listen(128)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                message = f"{where} is in use: choose another --port, or 0 for any free one"
+            else:
+                message = f"cannot listen on {where}: {error.strerror}"
+            raise OSError(message) from error
+        yield listener
+
+
+def address(config: ServeConfig, listener: socket.socket) -> str:
+    """Return where the page is."""
+    scheme = "https" if config.tls_cert else "http"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"{scheme}://{host}:{listener.getsockname()[1]}/"
+
+
+def uvicorn_config(config: ServeConfig, app: ASGIApp) -> uvicorn.Config:
+    """Return the web server's settings: quiet, without compression, with bounds."""
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="websockets-sansio",
+        # Larger ones are cut off at once; those above the limit of clients end with a reason.
+        ws_max_size=max(2**20, 2 * config.limits.max_message_bytes),
+        # Pictures are compressed already, and small messages could unfold to large ones.
+        ws_per_message_deflate=False,
+        limit_concurrency=4 * config.limits.max_connections,
+        timeout_graceful_shutdown=int(FAREWELL_S),
+        lifespan="auto",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ssl_certfile=config.tls_cert or None,
+        ssl_keyfile=config.tls_key or None,
+    )
+
+
+class Server(uvicorn.Server):
+    """The web server; a signal ends it without ending the process."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        """Prepare; `on_ready` is called once connections are taken."""
+        super().__init__(config)
+        self._on_ready = on_ready
+        self.signal: signal.Signals | None = None
+        """That ended it; None: none did."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and say so."""
+        await super().startup(sockets=sockets)
+        if self.started:
+            self._on_ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Note signals while the server runs; a second one stops without farewells."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {one: signal.signal(one, self._note) for one in SIGNALS}
+        try:
+            yield
+        finally:
+            for one, handler in before.items():
+                signal.signal(one, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.force_exit = self.signal is not None
+        self.signal = self.signal or signal.Signals(number)
+        self.should_exit = True

@@ -1,0 +1,220 @@
+"""Settings of the server: where it listens, who may come, and within which limits."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from scd.common.runtime import DTYPES
+from scd.engine.interface import ENGINES
+
+SHORTEST_TOKEN = 16
+"""Characters; a token from `python -c "import secrets; print(secrets.token_urlsafe())"` has 43."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientLimits:
+    """What one client may ask for."""
+
+    max_message_bytes: int = 65536
+    """Of one message."""
+    messages_per_s: float = 200.0
+    """Messages of one connection, on average; as many again may come at once."""
+    max_errors: int = 32
+    """Refused messages in a row after which a connection is closed."""
+    hello_s: float = 10.0
+    """Seconds within which a connection must say hello."""
+    max_connections: int = 64
+    """WebSockets at once."""
+    requests_per_s: float = 50.0
+    """HTTP requests under /v1 of one address, on average; four times as many may come at once."""
+    max_steps: int = 100
+    """Denoising steps per frame."""
+    max_step_count: int = 100
+    """Frames of one step."""
+    max_upload_bytes: int = 32 * 2**20
+    """Of one upload."""
+    max_upload_pixels: int = 2**24
+    """Rows times columns of an uploaded picture or video."""
+    max_upload_s: float = 30.0
+    """Length of an uploaded video, in seconds."""
+    max_upload_frames: int = 64
+    """Frames that are kept of an uploaded video: the last ones, at the world's pace."""
+    decoder_s: float = 20.0
+    """Seconds for decoding one upload."""
+    max_uploads: int = 64
+    """Decoded uploads that are kept at once."""
+    upload_kept_s: float = 600.0
+    """Seconds for which a decoded upload is kept."""
+    max_snapshot_bytes: int = 256 * 2**20
+    """Of a snapshot that is sent to be restored."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a finite number above 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """A server of one world."""
+
+    run: str = ""
+    """World, run or step folder; empty: the world that comes with the package."""
+    data: str = ""
+    """Folder of a dataset whose held-out clips streams may begin with; empty: the clips that the
+    world carries, if any."""
+    host: str = "127.0.0.1"
+    """Address to listen on; another one than this machine's own needs allow-remote and a token."""
+    port: int = 8000
+    """Port to listen on; 0: any free one."""
+    allow_remote: bool = False
+    """Listen on an address that other machines reach."""
+    token: str = ""
+    """What clients must show; empty: nothing, or what token-file holds."""
+    token_file: str = ""
+    """File that holds the token, which keeps it out of the list of processes; empty: none."""
+    origins: tuple[str, ...] = ()
+    """Further origins whose pages may connect, such as https://play.example.org; a proxy in front
+    of the server needs its own here."""
+    tls_cert: str = ""
+    """File of a certificate, for https and wss; empty: none. Browsers show H.264 from another
+    machine only so."""
+    tls_key: str = ""
+    """File of the certificate's key."""
+    sessions: int = 8
+    """Sessions in memory at once."""
+    max_rows: int = 16
+    """Frames that are denoised side by side; guided ones count twice."""
+    memory_gib: float | None = None
+    """Memory that sessions may take in all; None: what is free."""
+    history_frames: int = 300
+    """Frames that a session can be rewound by, about."""
+    max_fps: float = 60.0
+    """Frames per second of one session."""
+    queue_frames: int = 3
+    """Frames sent but not acknowledged after which a session waits for its client."""
+    idle_s: float = 300.0
+    """Seconds without a message after which a session is written to evict-dir."""
+    evict_dir: str = ""
+    """Folder for idle sessions, and for all when the server stops; empty: a temporary one, which
+    is removed then."""
+    backup_s: float | None = None
+    """Seconds between two copies of each session that are written to evict-dir while it stays in
+    memory, from which it goes on if this process is killed; None: there are none, but with replicas
+    every 2 seconds."""
+    replicas: int | None = None
+    """Serve with so many processes, each with the world and sessions of its own, through Ray Serve;
+    None: with this process alone. What is said of sessions and memory is of each."""
+    max_replicas: int | None = None
+    """Start more replicas, up to so many, while there are more clients than clients-per-replica;
+    None: there are always as many as replicas says."""
+    clients_per_replica: float = 4.0
+    """WebSockets of one replica above which another one is started, on average."""
+    replica_gpus: float = 0.0
+    """GPUs of one replica; 0.5: two share one."""
+    ray_address: str = ""
+    """Ray cluster to join, such as auto; empty: one of this machine alone is started."""
+    device: str = "auto"
+    """Where the model runs: auto, cpu, cuda, cuda:1."""
+    engine: Annotated[str, tyro.conf.arg(metavar="{plain,fast}")] = "fast"
+    """What runs the model: as it is written, or laid out for the machine."""
+    precision: Annotated[str, tyro.conf.arg(metavar="{fp32,bf16}")] = "fp32"
+    """Of weights, memory and products."""
+    limits: ClientLimits = field(default_factory=ClientLimits)
+    """What one client may ask for."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port must lie in 0 .. 65535, got {self.port}")
+        for name in ("sessions", "max_rows", "history_frames", "queue_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("max_fps", "idle_s"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
+        if self.memory_gib is not None and self.memory_gib <= 0:
+            raise ValueError(f"memory_gib must be above 0, got {self.memory_gib}")
+        for name, known in (("engine", ENGINES), ("precision", DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {list(known)}, got {getattr(self, name)!r}"
+                )
+        if self.token and self.token_file:
+            raise ValueError("token and token_file are two ways to say one thing: give one of them")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key go together: give both or none")
+        for origin in self.origins:
+            if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
+                raise ValueError(f"an origin is scheme://host[:port], got {origin!r}")
+        self._check_replicas()
+        self._check_reach()
+
+    def _check_replicas(self) -> None:
+        if self.backup_s is not None and not 0 < self.backup_s < float("inf"):
+            raise ValueError(f"backup_s must be finite and above 0, got {self.backup_s}")
+        if self.clients_per_replica <= 0 or self.replica_gpus < 0:
+            raise ValueError("clients_per_replica must be above 0, replica_gpus 0 or more")
+        if self.replicas is None:
+            if self.max_replicas is not None or self.ray_address:
+                raise ValueError("max_replicas and ray_address need replicas")
+            return
+        if self.replicas < 1:
+            raise ValueError(f"replicas must be 1 or more, got {self.replicas}")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas must be {self.replicas} or more, as replicas, "
+                f"got {self.max_replicas}"
+            )
+        if self.ray_address and not self.evict_dir:
+            raise ValueError("ray_address needs an evict_dir that all machines of it reach")
+
+    def _check_reach(self) -> None:
+        if self.is_local:
+            return
+        if not self.allow_remote:
+            raise ValueError(
+                f"host {self.host} may be reached by other machines: that needs --allow-remote "
+                "and a --token or --token-file"
+            )
+        if not self.token and not self.token_file:
+            raise ValueError(
+                f"host {self.host} may be reached by other machines: --allow-remote needs a "
+                "--token or --token-file"
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only programs of this machine can connect."""
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a name or address stands for this machine alone."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_token(config: ServeConfig) -> str | None:
+    """Return what clients must show; None: nothing.
+
+    Raises:
+        OSError: the token file cannot be read.
+        ValueError: the token is too short to keep anybody out, or not plain text.
+    """
+    token = config.token
+    if config.token_file:
+        token = Path(config.token_file).read_text(encoding="utf-8").strip()
+    if not token and not config.token_file:
+        return None
+    if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable():
+        raise ValueError(
+            f"a token has {SHORTEST_TOKEN} or more plain characters, got {len(token)} characters"
+        )
+    return token

@@ -1,0 +1,192 @@
+"""Pictures and videos from outside as frames to begin with: decoded elsewhere, kept for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from asyncio.subprocess import DEVNULL, PIPE
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from scd.common.files import file_aside
+from scd.serving.decode import REFUSED, DecodeLimits, command
+from scd.serving.protocol import ProtocolError
+from scd.serving.settings import ClientLimits
+
+AT_ONCE, WAITING = 2, 8
+"""Uploads that are decoded at once, and that wait for it; further ones are sent away."""
+
+
+START_S = 10.0
+"""Seconds that a decoder may take to start on a busy machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """One decoded upload."""
+
+    frames: UInt8[np.ndarray, "t h w 3"]
+    """In the size of the world."""
+    expires_s: float
+    """When it is dropped, on the monotonic clock."""
+
+
+class Uploads:
+    """Decoded uploads by id: `add`, then `frames` any number of times until they expire.
+
+    For one event loop.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        fps: float,
+        limits: ClientLimits,
+        shared: Path | None = None,
+    ) -> None:
+        """Prepare for frames of one size and pace.
+
+        Args:
+            height: of the frames.
+            width: of the frames.
+            fps: of the frames.
+            limits: of one server; where a folder is shared, each has them.
+            shared: folder in which other servers find the uploads of this one, and this one theirs.
+        """
+        self._limits, self._shared = limits, shared
+        self._decode = DecodeLimits(
+            height=height,
+            width=width,
+            fps=fps,
+            max_frames=limits.max_upload_frames,
+            max_pixels=limits.max_upload_pixels,
+            max_s=limits.max_upload_s,
+            cpu_s=max(1, round(limits.decoder_s)),
+        )
+        self._kept: dict[str, Upload] = {}
+        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._num_inside = 0
+
+    def __len__(self) -> int:
+        self._drop_expired()
+        return len(self._kept)
+
+    def check_room(self) -> None:
+        """Refuse an upload before its bytes are read.
+
+        Raises:
+            ProtocolError: too_many_uploads are kept or on their way.
+        """
+        if self._num_inside >= AT_ONCE + WAITING:
+            raise ProtocolError("too_many_uploads", "other uploads are decoded: try again shortly")
+        if len(self) + self._num_inside >= self._limits.max_uploads:
+            raise ProtocolError(
+                "too_many_uploads",
+                f"{self._limits.max_uploads} uploads are kept already: try again later",
+            )
+
+    async def add(self, data: bytes) -> tuple[str, int]:
+        """Decode a picture or a video and keep its frames.
+
+        Returns:
+            The id, and the number of frames.
+
+        Raises:
+            ProtocolError: too_large, not_media, damaged, too_many_pixels, too_long,
+                too_slow_to_decode, too_many_uploads.
+        """
+        if len(data) > self._limits.max_upload_bytes:
+            raise ProtocolError(
+                "too_large",
+                f"an upload has at most {self._limits.max_upload_bytes} bytes, got {len(data)}",
+            )
+        self.check_room()
+        self._num_inside += 1
+        try:
+            async with self._turns:
+                frames = await self._decoded(data)
+        finally:
+            self._num_inside -= 1
+        identity = secrets.token_urlsafe(16)
+        expires_s = time.monotonic() + self._limits.upload_kept_s
+        if self._shared is not None:
+            await asyncio.to_thread(self._share, self._shared, identity, frames)
+        self._kept[identity] = Upload(frames=frames, expires_s=expires_s)
+        return identity, len(frames)
+
+    def _share(self, folder: Path, identity: str, frames: np.ndarray) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("*.npy"):
+            if time.time() - path.stat().st_mtime > self._limits.upload_kept_s:
+                path.unlink(missing_ok=True)
+        with file_aside(folder / f"{identity}.npy") as aside, aside.open("wb") as file:
+            np.save(file, frames, allow_pickle=False)
+
+    def frames(self, identity: str) -> UInt8[np.ndarray, "t h w 3"]:
+        """Return the frames of an upload.
+
+        Raises:
+            ProtocolError: unknown_upload.
+        """
+        self._drop_expired()
+        if identity not in self._kept and self._shared is not None:
+            self._fetch(self._shared, identity)
+        if identity not in self._kept:
+            raise ProtocolError("unknown_upload", "no such upload, or it has expired: send it anew")
+        return self._kept[identity].frames
+
+    def _fetch(self, folder: Path, identity: str) -> None:
+        """Take what another server has put there, if it has not expired."""
+        # Looked up in what is there: what a client says becomes no path.
+        for path in folder.glob("*.npy"):
+            left_s = path.stat().st_mtime + self._limits.upload_kept_s - time.time()
+            if path.stem == identity and left_s > 0:
+                frames = np.load(path, allow_pickle=False)
+                expires_s = time.monotonic() + left_s
+                self._kept[identity] = Upload(frames=frames, expires_s=expires_s)
+
+    def _drop_expired(self) -> None:
+        now = time.monotonic()
+        self._kept = {name: one for name, one in self._kept.items() if one.expires_s > now}
+
+    async def _decoded(self, data: bytes) -> np.ndarray:
+        words = command(self._decode)
+        process = await asyncio.create_subprocess_exec(
+            *words, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
+        )
+        try:
+            # Twice: the limit is of processor time, and others may use the processor too.
+            async with asyncio.timeout(2 * self._limits.decoder_s + START_S):
+                pixels, _ = await process.communicate(data)
+        except TimeoutError:
+            raise self._too_slow() from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        return self._checked(process.returncode, pixels)
+
+    def _checked(self, status: int | None, output: bytes) -> np.ndarray:
+        if status == REFUSED:
+            answer = json.loads(output)
+            raise ProtocolError(answer["code"], answer["message"])
+        if status in (-9, -24):
+            raise self._too_slow()
+        shape = (-1, self._decode.height, self._decode.width, 3)
+        frame_bytes = self._decode.height * self._decode.width * 3
+        num_frames, rest = divmod(len(output), frame_bytes)
+        if status != 0 or rest or not 1 <= num_frames <= self._decode.max_frames:
+            raise ProtocolError("damaged", "the decoder gave up on this upload")
+        return np.frombuffer(output, np.uint8).reshape(shape)
+
+    def _too_slow(self) -> ProtocolError:
+        return ProtocolError(
+            "too_slow_to_decode",
+            f"decoding took longer than {self._limits.decoder_s:g} s: send something smaller",
+        )

@@ -1,0 +1,285 @@
+"""A world as a Gymnasium environment, so that agents can be trained inside it; several at once too.
+
+An observation is a frame as 8-bit pixels [h, w, 3], an action what the world is steered by. A world
+knows no rewards and never ends by itself: a function of yours says what a frame is worth and
+whether it was the last, and episodes are cut off after a number of frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.utils.seeding import np_random
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from scd.data.clip import Conditions, ConditionSpec, frames_to_pixels
+from scd.data.source import DataCard
+from scd.engine.open import open_engine
+from scd.models.checkpoint import World
+from scd.models.flow import with_num_steps
+from scd.models.shipped import Clips
+from scd.streaming.rollout import Rollout
+from scd.streaming.session import Session
+from scd.streaming.sessions import Streams
+
+Frame = np.ndarray
+"""Pixels [h, w, 3], uint8."""
+
+Judgement = Callable[[Frame, Any], tuple[float, bool]]
+"""Says of a frame, and the action that led to it, what it is worth and whether it was the last."""
+
+SEEDS = 2**31
+"""Seeds of streams are drawn below this number."""
+
+
+def worthless(frame: Frame, action: Any) -> tuple[float, bool]:
+    """Judge nothing: no rewards, no end."""
+    return 0.0, False
+
+
+def spaces(card: DataCard) -> tuple[gym.spaces.Box, gym.Space]:
+    """Return the spaces of a world's frames and of its actions.
+
+    Raises:
+        ValueError: the world has no actions, or needs labels.
+    """
+    spec: ConditionSpec = card.conditions
+    if not spec.has_actions or spec.num_labels:
+        raise ValueError("an environment needs a world that is steered by actions alone")
+    seen = gym.spaces.Box(0, 255, (card.height, card.width, 3), np.uint8)
+    if spec.num_actions:
+        return seen, gym.spaces.Discrete(spec.num_actions)
+    return seen, gym.spaces.Box(-np.inf, np.inf, (spec.action_dim,), np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where episodes begin: from nothing, or from frames of a clip drawn at random."""
+
+    clips: Clips | None
+    """None: from nothing."""
+    num_given: int
+    """Frames of a clip that a stream is given."""
+
+    def __post_init__(self) -> None:
+        if self.clips is None:
+            return
+        length = self.clips.frames.shape[1]
+        if not 0 < self.num_given <= length:
+            raise ValueError(f"num_given must be 1 .. {length}, as a clip, got {self.num_given}")
+
+    def draw(self, generator: np.random.Generator) -> tuple[int, Tensor | None, Conditions | None]:
+        """Return the seed of a stream, its given frames [t 3 h w], and their conditions."""
+        seed = int(generator.integers(SEEDS))
+        if self.clips is None:
+            return seed, None, None
+        number = int(generator.integers(len(self.clips.frames)))
+        actions = self.clips.actions[number, : self.num_given]
+        frames = self.clips.pixels(number, self.num_given)
+        return seed, frames, Conditions(actions=actions[None])
+
+
+def nothing(spec: ConditionSpec) -> Tensor:
+    """Return the action that leads to the first frame of a stream from nothing: id 0, or zeros."""
+    return torch.zeros(spec.action_dim) if spec.action_dim else torch.zeros((), dtype=torch.long)
+
+
+def pixels(frame: Tensor) -> Frame:
+    """Return a frame [3 h w] in [-1, 1] as pixels."""
+    return frames_to_pixels(frame[None].cpu())[0].numpy()
+
+
+class WorldEnv(gym.Env[Frame, Any]):
+    """One stream of a world as an environment: `reset`, then `step` with an action per frame."""
+
+    def __init__(
+        self,
+        world: World,
+        judge: Judgement = worthless,
+        max_frames: int = 300,
+        num_steps: int | None = None,
+        clips: Clips | None = None,
+        num_given: int = 16,
+        render_mode: str | None = None,
+    ) -> None:
+        """Wrap a world.
+
+        Args:
+            world: steered by actions alone.
+            judge: reward and end of a frame.
+            max_frames: frames after which an episode is cut off (truncated).
+            num_steps: denoising steps per frame; None: as the checkpoint says.
+            clips: where episodes begin, drawn at random; None: from nothing.
+            num_given: frames of a clip that the stream is given.
+            render_mode: "rgb_array" or None.
+
+        Raises:
+            ValueError: a world without actions, max_frames below 1, or num_given that no clip has.
+        """
+        check_length(max_frames, render_mode)
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": world.card.fps}
+        self.observation_space, self.action_space = spaces(world.card)
+        self.render_mode, self.judge, self.max_frames = render_mode, judge, max_frames
+        self._start = Start(clips=clips, num_given=num_given)
+        self._rollout = Rollout(world, engine=open_engine(world.model, "fast"))
+        if num_steps is not None:
+            self._rollout.num_steps = num_steps
+        self._frame: Frame | None = None
+        self._count = 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Frame, dict[str, Any]]:
+        """Begin an episode; the same seed begins the same one."""
+        super().reset(seed=seed)
+        rollout, self._count = self._rollout, 0
+        rollout.seed, frames, conditions = self._start.draw(self.np_random)
+        rollout.begin(None if frames is None else frames[None], conditions, can_reset=False)
+        if frames is None:
+            first = rollout.step(nothing(rollout.world.card.conditions)[None])[0]
+        else:
+            first = frames[-1]
+        self._frame = pixels(first)
+        return self._frame.copy(), {}
+
+    def step(self, action: Any) -> tuple[Frame, float, bool, bool, dict[str, Any]]:
+        """Take an action; return frame, reward, whether it ended, whether it was cut off, and {}.
+
+        Raises:
+            ValueError: before `reset`, or an action outside the space.
+        """
+        if self._frame is None:
+            raise ValueError("reset the environment first")
+        if not self.action_space.contains(action):
+            raise ValueError(f"an action must be in {self.action_space}, got {action!r}")
+        steered = torch.as_tensor(np.asarray(action))[None]
+        self._frame = pixels(self._rollout.step(steered)[0])
+        self._count += 1
+        reward, ended = self.judge(self._frame, action)
+        return self._frame.copy(), float(reward), bool(ended), self._count >= self.max_frames, {}
+
+    def render(self) -> Frame | None:  # type: ignore[override]
+        """Return the newest frame with render_mode "rgb_array", else None."""
+        if self.render_mode is None or self._frame is None:
+            return None
+        return self._frame.copy()
+
+
+class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """Several streams of a world that share calls of the network, each with episodes of its own.
+
+    A stream whose episode has ended, or was cut off, begins a new one in the next `step`, whatever
+    action it is given there (Gymnasium's next-step mode).
+    """
+
+    def __init__(
+        self,
+        world: World,
+        num_envs: int,
+        judge: Judgement = worthless,
+        max_frames: int = 300,
+        num_steps: int | None = None,
+        clips: Clips | None = None,
+        num_given: int = 16,
+    ) -> None:
+        """Wrap a world; arguments as of WorldEnv, and how many streams.
+
+        Raises:
+            ValueError: as WorldEnv, or num_envs below 1.
+        """
+        check_length(max_frames, None)
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be 1 or more, got {num_envs}")
+        self.num_envs, self.judge, self.max_frames = num_envs, judge, max_frames
+        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_fps": world.card.fps}
+        self.single_observation_space, self.single_action_space = spaces(world.card)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._start = Start(clips=clips, num_given=num_given)
+        sampling = with_num_steps(world.sampling, num_steps)
+        engine = open_engine(world.model, "fast")
+        self._streams = Streams(world, engine, sampling, max_rows=num_envs)
+        self._sessions: list[Session] = []
+        self._counts = np.zeros(num_envs, dtype=np.int64)
+        self._is_over = np.ones(num_envs, dtype=bool)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:  # type: ignore[override]
+        """Begin an episode in every stream; the same seed begins the same ones."""
+        if seed is not None:
+            self._np_random, self._np_random_seed = np_random(seed)
+        for session in self._sessions:
+            self._streams.close(session)
+        self._sessions = []
+        frames = np.zeros(self.observation_space.shape or (), dtype=np.uint8)
+        for number in range(self.num_envs):
+            self._sessions.append(self._begin(number, frames))
+        self._wait(frames)
+        return frames, {}
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Take an action in each stream, or begin anew where an episode is over.
+
+        Raises:
+            ValueError: before `reset`, or actions outside the space.
+            RuntimeError: a stream was stopped, with the reason.
+        """
+        if not self._sessions:
+            raise ValueError("reset the environments first")
+        actions = np.asarray(actions)
+        known = self.action_space.dtype
+        if not self.action_space.contains(actions.astype(known)):
+            raise ValueError(f"actions must be in {self.action_space}, got {actions!r}")
+        frames = np.zeros(self.observation_space.shape or (), dtype=np.uint8)
+        begins = self._is_over.copy()
+        for number, action in enumerate(torch.as_tensor(actions)):
+            if begins[number]:
+                self._streams.close(self._sessions[number])
+                self._sessions[number] = self._begin(number, frames)
+            else:
+                self._streams.request(self._sessions[number], action)
+        self._wait(frames)
+        rewards, ended = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=bool)
+        for number in np.flatnonzero(~begins):
+            rewards[number], ended[number] = self.judge(frames[number], actions[number])
+        self._counts += ~begins
+        cut = ~begins & (self._counts >= self.max_frames)
+        self._is_over = ended | cut
+        return frames, rewards, ended, cut, {}
+
+    def _begin(self, number: int, frames: np.ndarray) -> Session:
+        """Open a stream; its first frame is among `frames`, or asked for."""
+        seed, given, conditions = self._start.draw(self.np_random)
+        session = self._streams.open(given, conditions, seed)
+        self._counts[number], self._is_over[number] = 0, False
+        if given is None:
+            self._streams.request(session, nothing(self._streams.world.card.conditions))
+        else:
+            frames[number] = pixels(given[-1])
+        return session
+
+    def _wait(self, frames: np.ndarray) -> None:
+        """Make all frames that were asked for."""
+        while self._streams.is_busy:
+            for finished in self._streams.tick():
+                if finished.frame is None:
+                    raise RuntimeError(finished.error)
+                frames[self._sessions.index(finished.session)] = pixels(finished.frame)
+
+
+def check_length(max_frames: int, render_mode: str | None) -> None:
+    """Refuse settings that no environment can have (ValueError)."""
+    if max_frames < 1:
+        raise ValueError(f"max_frames must be 1 or more, got {max_frames}")
+    if render_mode not in (None, "rgb_array"):
+        raise ValueError(f"render_mode must be 'rgb_array' or None, got {render_mode!r}")

@@ -1,0 +1,273 @@
+"""Named complete runs. The command line picks one and overrides fields."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from scd.autoencoders.wan import WanAutoencoderConfig
+from scd.data.clip import ConditionSpec
+from scd.models.block import BlockConfig
+from scd.models.build import ModelConfig
+from scd.models.decoder import DecoderConfig
+from scd.models.dense import DenseConfig
+from scd.models.embed import FrameShape
+from scd.models.encoder import EncoderConfig
+from scd.models.flow import SamplingConfig
+from scd.models.kv_cache import CacheConfig
+from scd.models.separable import SeparableConfig
+from scd.models.wan.config import WanSeparableConfig
+from scd.objectives.denoise import DenoiseConfig
+from scd.objectives.teacher_forcing import TeacherForcingConfig
+from scd.optim.optim import OptimConfig
+from scd.training.config import TrainConfig
+
+TOY_ACTIONS = ConditionSpec(num_actions=5)
+"""none, up, down, left, right"""
+DOOM_ACTIONS = ConditionSpec(num_actions=4)
+"""none, forward, turn left, turn right"""
+MINECRAFT_ACTIONS = ConditionSpec(num_actions=4)
+"""Source: paper, section 4.1."""
+
+
+def _pixel_run(
+    data: str,
+    size: int,
+    conditions: ConditionSpec,
+    *,
+    width: int,
+    encoder_layers: int,
+    decoder_layers: int,
+    num_frames: int,
+    batch_size: int,
+    max_steps: int,
+    muon_lr: float = 6e-3,
+    patch_size: int = 8,
+    modulate_output: bool = True,
+) -> TrainConfig:
+    """Return a run on small frames whose latents are the pixels themselves.
+
+    Clean estimates, more noise in training, Muon, a coarse rotary theta and more clips instead of
+    more draws per clip are what a small model needs there: docs/log.md.
+    """
+    return TrainConfig(
+        data=data,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        num_frames=num_frames,
+        precision="bf16",
+        ema_decay=0.99,
+        model=SeparableConfig(
+            shape=FrameShape(channels=3, height=size, width=size, patch_size=patch_size),
+            block=BlockConfig(
+                width=width, rotary_theta=10.0, learned_positions=True, initial_condition_std=0.5
+            ),
+            encoder=EncoderConfig(num_layers=encoder_layers, modulate_output=modulate_output),
+            decoder=DecoderConfig(num_layers=decoder_layers, join="prefix", predict="clean"),
+            conditions=conditions,
+            cache=CacheConfig(window=num_frames),
+        ),
+        objective=DenoiseConfig(num_draws=1, time_mean=1.0, history_noise=0.3),
+        optim=OptimConfig(
+            optimizer="muon",
+            lr=1e-3,
+            muon_lr=muon_lr,
+            decoder_lr_ratio=1.0,
+            warmup_steps=50,
+            decay_fraction=0.4,
+        ),
+        sampling=SamplingConfig(num_steps=10),
+    )
+
+
+def _dense_twin(run: TrainConfig) -> TrainConfig:
+    """Return the same run with a dense model of as many layers and nearly as many parameters."""
+    model = run.model
+    assert isinstance(model, SeparableConfig)
+    dense = DenseConfig(
+        shape=model.shape,
+        block=model.block,
+        num_layers=model.encoder.num_layers + model.decoder.num_layers,
+        predict=model.decoder.predict,
+        conditions=model.conditions,
+        cache=replace(model.cache, num_sinks=1),
+    )
+    assert isinstance(run.objective, DenoiseConfig)
+    return replace(run, model=dense, objective=replace(run.objective, context_noise=0.0))
+
+
+def _paper_run(model: ModelConfig, data: str, num_frames: int, batch_size: int) -> TrainConfig:
+    """Return a run with the paper's settings: section 2.5. Batch size is per process, of 8."""
+    separable = isinstance(model, SeparableConfig)
+    return TrainConfig(
+        data=data,
+        max_steps=1_000_000,
+        batch_size=batch_size,
+        num_frames=num_frames,
+        precision="bf16",
+        gradient_checkpointing=True,
+        ema_decay=0.9999,
+        save_every=10_000,
+        validate_every=10_000,
+        sample_every=10_000,
+        model=model,
+        objective=DenoiseConfig(context_noise=0.05 if separable else 0.0),
+        optim=OptimConfig(lr=1e-4, decoder_lr_ratio=2.0 if separable else 1.0),
+        sampling=SamplingConfig(num_steps=50, schedule="reference"),
+    )
+
+
+PAPER_FRAME = FrameShape(channels=32, height=8, width=8, patch_size=1)
+"""Latent of the deep-compression autoencoder: 64 tokens per frame. Source: paper, section 1.5."""
+
+
+def _separable(
+    width: int, encoder: int, decoder: int, conditions: ConditionSpec, window: int
+) -> SeparableConfig:
+    return SeparableConfig(
+        shape=PAPER_FRAME,
+        block=BlockConfig(width=width),
+        encoder=EncoderConfig(num_layers=encoder),
+        decoder=DecoderConfig(num_layers=decoder),
+        conditions=conditions,
+        cache=CacheConfig(window=window),
+    )
+
+
+def _dense(width: int, layers: int, conditions: ConditionSpec, window: int) -> DenseConfig:
+    return DenseConfig(
+        shape=PAPER_FRAME,
+        block=BlockConfig(width=width),
+        num_layers=layers,
+        conditions=conditions,
+        cache=CacheConfig(window=window),
+    )
+
+
+def _minecraft(encoder: int, decoder: int) -> TrainConfig:
+    model = _separable(1024, encoder, decoder, MINECRAFT_ACTIONS, window=300)
+    return _paper_run(model, "data/minecraft", num_frames=300, batch_size=2)
+
+
+def _ucf(model: ModelConfig) -> TrainConfig:
+    # Source: paper, section 2.5: FAR-B's recipe, 16-frame clips, batch 32, no warm-up.
+    run = _paper_run(model, "data/ucf101", num_frames=16, batch_size=4)
+    return replace(run, max_steps=200_000, optim=replace(run.optim, warmup_steps=0))
+
+
+_TOY = _pixel_run(
+    "toy:32",
+    32,
+    TOY_ACTIONS,
+    width=128,
+    encoder_layers=4,
+    decoder_layers=2,
+    num_frames=16,
+    batch_size=4,
+    max_steps=640,
+    muon_lr=1e-2,
+    # Keeps the parameters of the two kinds within 5 percent of each other: the separable model has
+    # its embeddings twice, which counts at this size.
+    modulate_output=False,
+)
+_DOOM_32 = _pixel_run(
+    "data/doom-32",
+    32,
+    DOOM_ACTIONS,
+    width=192,
+    encoder_layers=4,
+    decoder_layers=2,
+    num_frames=16,
+    batch_size=8,
+    max_steps=20_000,
+)
+_DOOM_64 = _pixel_run(
+    "data/doom-64",
+    64,
+    DOOM_ACTIONS,
+    width=192,
+    encoder_layers=4,
+    decoder_layers=2,
+    num_frames=16,
+    batch_size=4,
+    max_steps=20_000,
+)
+# As many tokens per frame as doom-32, so that a CPU trains it in an hour and plays it.
+_DOOM_PLAY = _pixel_run(
+    "data/doom-64",
+    64,
+    DOOM_ACTIONS,
+    width=192,
+    encoder_layers=4,
+    decoder_layers=2,
+    num_frames=16,
+    batch_size=4,
+    max_steps=20_000,
+    patch_size=16,
+)
+_DOOM_128 = replace(
+    _pixel_run(
+        "data/doom-128",
+        128,
+        DOOM_ACTIONS,
+        width=512,
+        encoder_layers=8,
+        decoder_layers=4,
+        num_frames=32,
+        batch_size=8,
+        max_steps=100_000,
+    ),
+    gradient_checkpointing=True,
+)
+
+# Source: paper, section 6.3: frames, steps and full finetuning; batch and rates are not told.
+_WAN = TrainConfig(
+    data="data/latents",
+    max_steps=55_000,
+    batch_size=1,
+    num_frames=21,
+    precision="bf16",
+    gradient_checkpointing=True,
+    ema_decay=0.999,
+    num_validation_clips=8,
+    model=WanSeparableConfig(),
+    objective=TeacherForcingConfig(),
+    optim=OptimConfig(lr=1e-5, decoder_lr_ratio=1.0, warmup_steps=1000),
+    sampling=SamplingConfig(num_steps=50, schedule="shifted", shift=5.0),
+    autoencoder=WanAutoencoderConfig(source=""),
+)
+
+_RUNS = {
+    "toy": _TOY,
+    "toy-dense": _dense_twin(_TOY),
+    "doom-32": _DOOM_32,
+    "doom-32-dense": _dense_twin(_DOOM_32),
+    "doom-64": _DOOM_64,
+    "doom-64-dense": _dense_twin(_DOOM_64),
+    "doom-play": _DOOM_PLAY,
+    "doom-128": _DOOM_128,
+    "doom-128-dense": _dense_twin(_DOOM_128),
+    "wan-tf": _WAN,
+    "scd-b": _ucf(_separable(768, 8, 4, ConditionSpec(), window=16)),
+    "scd-m": _minecraft(8, 4),
+    "scd-me": _minecraft(16, 4),
+    "scd-md": _minecraft(8, 12),
+    "dense-b": _ucf(_dense(768, 12, ConditionSpec(), window=16)),
+    "dense-m": _paper_run(
+        _dense(1024, 12, MINECRAFT_ACTIONS, window=300), "data/minecraft", 300, 2
+    ),
+}
+PRESETS: dict[str, TrainConfig] = {
+    name: replace(run, out=f"runs/out/{name}") for name, run in _RUNS.items()
+}
+"""Runs by name; the paper's six have its sizes (section 1.5), and "wan-tf" that of its source."""
+
+
+def preset(name: str) -> TrainConfig:
+    """Return a named run.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,159 @@
+"""Weights cut up among processes: each holds a part of every weight, and of all that goes with it.
+
+PyTorch's FSDP2, on GPUs and on CPUs alike. Gradients, averaged weights and the states of the
+optimiser are cut as the weights are; a block's weights are whole only while it runs. Checkpoints
+are written whole by the first process, so that any number of processes goes on from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from scd.common.weights import StoredWeights
+from scd.models.block import Block
+from scd.models.build import Diffuser
+from scd.models.wan.block import WanBlock
+from scd.objectives.denoise import DenoiseConfig
+from scd.objectives.teacher_forcing import TeacherForcingConfig
+from scd.training.config import TrainConfig
+
+MODEL_METHODS = ("begin", "context", "velocity", "observe")
+"""What runs a model besides its forward: sample pictures stream."""
+BLOCK_METHODS = ("keys_values", "text_keys_values")
+"""What runs a block besides its forward."""
+
+SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
+"""Accelerate's names of the ways to share the work that are supported: whole copies of the model,
+or weights cut up by FSDP2."""
+
+
+def fsdp_version(accelerator: Accelerator) -> int:
+    """Return the version of FSDP that accelerate's configuration asks for; 0: none.
+
+    Raises:
+        ValueError: it asks for another way to share the work.
+    """
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ValueError(
+            f"training runs in one process, data-parallel in several, or by FSDP2 ({SUPPORTED}), "
+            f"got {accelerator.distributed_type}"
+        )
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return 0
+    return 2 if accelerator.is_fsdp2 else 1
+
+
+def is_sharded(config: TrainConfig, num_processes: int, fsdp_version: int = 0) -> bool:
+    """Tell whether a run's weights are cut up, because its settings or accelerate's ask for it.
+
+    Raises:
+        ValueError: they ask for it in another form, with one process, or for a run that needs its
+            weights whole.
+    """
+    if fsdp_version == 1:
+        raise ValueError("weights are cut up by FSDP2 only: needed fsdp_version 2")
+    if not config.shard_weights and not fsdp_version:
+        return False
+    if num_processes < 2:
+        raise ValueError("shard_weights needs several processes (accelerate launch, torchrun)")
+    if not isinstance(config.objective, DenoiseConfig | TeacherForcingConfig):
+        raise ValueError(
+            "shard_weights is for training on clips, not for distillation: "
+            f"got {type(config.objective).__name__}"
+        )
+    if config.optim.optimizer != "adamw" or config.optim.state != "fp32":
+        raise ValueError(
+            "shard_weights needs optim.optimizer adamw, since muon looks at whole matrices, and "
+            f"optim.state fp32; got {config.optim.optimizer} and {config.optim.state}"
+        )
+    return True
+
+
+def shard(model: Diffuser, accelerator: Accelerator) -> None:
+    """Cut a model's weights up, in place: block by block, and what is left as one part.
+
+    The model is the same on all processes before; after, each parameter is a DTensor.
+    """
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    # Before the cut, so that what gathers the weights stands around the run's precision.
+    accelerator.prepare_model(model, evaluation_mode=True)
+    blocks = [part for part in model.modules() if isinstance(part, Block | WanBlock)]
+    for part, methods in (*((block, BLOCK_METHODS) for block in blocks), (model, MODEL_METHODS)):
+        fully_shard(part, mesh=mesh)
+        for name in methods:
+            if hasattr(part, name):
+                register_fsdp_forward_method(part, name)
+
+
+def load_parts(model: nn.Module, path: Path) -> None:
+    """Load whole weights from files into a model that was cut up; each process takes its part."""
+    state = model.state_dict()
+    with StoredWeights(path) as stored, torch.no_grad():
+        for name in stored.names():
+            state[name].copy_(part_like(state[name], stored.get(name)))
+
+
+def part_like(ours: Tensor, whole: Tensor) -> Tensor:
+    """Cut a whole tensor as another one of its shape is cut; nothing is sent."""
+    whole = whole.to(ours.device)
+    if not isinstance(ours, DTensor):
+        return whole
+    return distribute_tensor(whole, ours.device_mesh, ours.placements, src_data_rank=None)
+
+
+def gathered(tensors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Return whole tensors on the CPU of the first process, and nothing on the others.
+
+    All processes must call it, with the same names.
+    """
+    found = {name: _whole(tensor, accelerator) for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def gathered_state(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> dict[str, Any]:
+    """Return an optimiser's state dict with whole tensors, as an unsharded run would write it.
+
+    All processes must call it; only that of the first one is complete.
+    """
+    saved = optimizer.state_dict()
+    states = {
+        place: {
+            name: _whole(value, accelerator) if isinstance(value, DTensor) else value
+            for name, value in state.items()
+        }
+        for place, state in saved["state"].items()
+    }
+    return saved | {"state": states}
+
+
+def cut_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved state dict whose tensors are cut as the parameters they belong to are."""
+    parameters = [part for group in optimizer.param_groups for part in group["params"]]
+    places = [place for group in saved["param_groups"] for place in group["params"]]
+    ours = dict(zip(places, parameters, strict=True))
+    states = {
+        place: {
+            name: part_like(ours[place], value)
+            if isinstance(value, Tensor) and value.shape == ours[place].shape
+            else value
+            for name, value in state.items()
+        }
+        for place, state in saved["state"].items()
+    }
+    return {**saved, "state": states}
+
+
+def _whole(tensor: Tensor, accelerator: Accelerator) -> Tensor | None:
+    tensor = tensor.detach()
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.cpu() if accelerator.is_main_process else None

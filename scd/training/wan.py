@@ -1,0 +1,188 @@
+"""Stage two of Wan: a causal student of few steps, matched to the bidirectional model on prompts.
+
+The recipe is Self-Forcing's, on the one loop: rollouts from nothing, scored as whole clips by the
+published model, guided, and by a critic that follows the student. Source: paper, sections 6.4, 7.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from scd.autoencoders.text_encoder import TextConfig
+from scd.common.processes import num_started
+from scd.common.runtime import Precision
+from scd.data.prompts import PromptsInfo, is_prompts, read_prompts_info
+from scd.models.checkpoint import resolve
+from scd.models.flow import SamplingConfig
+from scd.models.wan.config import WanSeparableConfig
+from scd.models.wan.timesteps import FEW_STEPS, NUM_TIMES, SHIFT, warped_times
+from scd.objectives.distribution_matching import MatchConfig
+from scd.optim.optim import OptimConfig
+from scd.preprocessing.prompts import embed_prompts
+from scd.training.config import TrainConfig
+from scd.training.initial import like_initial
+from scd.training.matching import check_rollout
+from scd.training.teacher import find_bidirectional
+
+OPTIM = OptimConfig(
+    lr=2e-6,
+    decoder_lr_ratio=1.0,
+    betas=(0.0, 0.999),
+    weight_decay=0.01,
+    warmup_steps=0,
+    clip_norm=10.0,
+)
+"""How the student's weights move."""
+
+PRESET = TrainConfig(
+    max_steps=120,
+    batch_size=1,
+    num_frames=21,
+    num_accumulation=8,
+    precision="bf16",
+    gradient_checkpointing=True,
+    ema_decay=0.99,
+    validate_every=0,
+    sample_every=20,
+    save_every=20,
+    log_every=1,
+    num_validation_clips=1,
+    model=WanSeparableConfig(),
+    objective=MatchConfig(
+        view="bidirectional",
+        guidance=4.0,
+        num_given_frames=0,
+        num_draws=1,
+        time_per="clip",
+        min_spread=0.1,
+        critic=replace(OPTIM, lr=4e-7),
+    ),
+    optim=OPTIM,
+)
+"""Preset "wan" of a distillation: Self-Forcing's numbers. Its 600 updates of the critic are 120
+steps of ours, five of the critic and one of the student each; 8 clips to a step on each of 8 cards
+are its 64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanDmdChoice:
+    """What a distillation of Wan is made from, before any of its fields is changed."""
+
+    run: tyro.conf.Positional[str]
+    """World or run of a Wan model that the student starts from: of `scd train wan-tf`, or as
+    `scd convert wan` wrote it."""
+    prompts: str = ""
+    """Text file with a prompt in each line, or a folder in which they were embedded before."""
+    teacher: str = ""
+    """Bidirectional Wan to learn from: a folder of diffusers, its name on the hub, or a dense world
+    of `scd convert wan --split dense`, which is then run without its causal mask. It may be larger
+    than the student."""
+    steps: tuple[int, ...] = FEW_STEPS
+    """Denoising steps of the student on Wan's scale of 1000, descending from 1000, before the
+    shift."""
+    shift: float = SHIFT
+    """Bend of the steps towards noise."""
+    embedded: str = ""
+    """Folder in which the embedded prompts of a file are kept. Empty: the run folder's name with
+    "-prompts"."""
+    negative_prompt: str = ""
+    """What the teacher's guidance leads away from. Self-Forcing takes Wan's own, long one."""
+    source: str = ""
+    """Folder with text_encoder/ and tokenizer/, or its name on the hub. Empty: where the world
+    says."""
+    text_precision: Precision = "bf16"
+    """Arithmetic of the text encoder."""
+    text_device: str = "cpu"
+    """Where the text encoder runs."""
+    only_embed: bool = field(default=False)
+    """Embed the prompts and stop: to be done once, before several processes train."""
+    preset: Literal["wan"] = "wan"
+    """Sizes of clips, batches and steps."""
+
+
+def wan_distillation(choice: WanDmdChoice) -> TrainConfig:
+    """Return the run that a choice means: an ordinary run, whose every field may be changed.
+
+    Raises:
+        FileNotFoundError: there is nothing to start from.
+        ValueError: prompts or teacher are not named, or the world is not of Wan.
+    """
+    for name in ("prompts", "teacher"):
+        if not getattr(choice, name):
+            raise ValueError(f"scd distill wan-dmd RUN needs --{name}")
+    steps = choice.steps
+    descend = all(later < earlier for earlier, later in pairwise(steps))
+    if not steps or steps[0] != NUM_TIMES or not descend or steps[-1] < 1 or choice.shift <= 0:
+        raise ValueError(
+            f"steps must descend from {NUM_TIMES} and stay above 0, and shift be above 0, got "
+            f"{list(steps)} and {choice.shift}"
+        )
+    times = warped_times(steps, choice.shift)
+    run = replace(
+        like_initial(PRESET, choice.run),
+        out=f"runs/out/wan-dmd-{len(times)}",
+        sampling=SamplingConfig(
+            num_steps=len(times), schedule="listed", times=times, solver="renoise"
+        ),
+    )
+    teacher = choice.teacher
+    if (Path(teacher) / "last").is_file():
+        # One step of a run, so that the teacher stays the same when its own training goes on.
+        teacher = str(resolve(teacher))
+    return replace(run, objective=replace(run.objective, teacher=teacher))
+
+
+def check_fit(config: TrainConfig) -> None:
+    """Refuse a run that cannot be done before any weights are read.
+
+    Raises:
+        FileNotFoundError: there is no teacher, or no model for the critic.
+        ValueError: they do not fit the student, or rollouts are longer than can be scored.
+    """
+    objective = config.objective
+    if not isinstance(objective, MatchConfig) or objective.view != "bidirectional":
+        raise ValueError("scd distill wan-dmd has objective.view='bidirectional'")
+    for path in dict.fromkeys((objective.teacher, objective.critic_model or objective.teacher)):
+        theirs, _ = find_bidirectional(config, path)
+        objective.num_scored(config.num_frames, theirs.cache.window)
+    check_rollout(config)
+
+
+def with_prompts(choice: WanDmdChoice, config: TrainConfig) -> tuple[TrainConfig, PromptsInfo]:
+    """Check a run and return it with its prompts, which are embedded now if they were not yet.
+
+    Args:
+        choice: what the run is made from.
+        config: the run, with all its fields as they are to be.
+
+    Raises:
+        FileNotFoundError, FileExistsError: no such file, or a folder that holds something else.
+        ValueError: what `check_fit` refuses; no prompts, one that is too long, or several
+            processes would embed them.
+    """
+    check_fit(config)
+    if is_prompts(choice.prompts):
+        return replace(config, data=choice.prompts), read_prompts_info(choice.prompts)
+    folder = choice.embedded or f"{config.out.rstrip('/')}-prompts"
+    if num_started() > 1 and not is_prompts(folder):
+        raise ValueError(
+            f"{choice.prompts} is embedded by one process: run the command once without a launcher "
+            "and with --only-embed"
+        )
+    text = TextConfig(
+        length=config.model.conditions.text_length,
+        precision=choice.text_precision,
+        device=choice.text_device,
+    )
+    source = choice.source or getattr(config.autoencoder, "source", "")
+    if not source:
+        raise ValueError(
+            f"{choice.run} does not say where Wan's text encoder lies: name it with --source"
+        )
+    info = embed_prompts(choice.prompts, source, folder, choice.negative_prompt, text)
+    return replace(config, data=folder), info

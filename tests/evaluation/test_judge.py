@@ -1,0 +1,350 @@
+"""The judge: what it learns, what is refused, and the rows that it adds to an evaluation."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scd.cli import main
+from scd.data.clip import Batch, Clip, Conditions, ConditionSpec
+from scd.data.source import DataCard
+from scd.evaluation import evaluate, measure
+from scd.evaluation.drift import drift_estimates, frame_looks
+from scd.evaluation.frechet import frechet_distance, frechet_estimate
+from scd.evaluation.inverse_dynamics import (
+    Judge,
+    JudgeConfig,
+    TrainedJudge,
+    cost_volume,
+    load_judge,
+    pairs,
+    save_judge,
+)
+from scd.evaluation.judged import JudgedClips, parts_of
+from scd.evaluation.predict import Protocol
+from scd.training import inverse_dynamics as train_judge
+
+
+@pytest.fixture
+def model_config(separable_config):
+    """One kind is enough: a judge sees only frames."""
+    return separable_config
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Stripes:
+    """Sixty clips of stripes that go left, stay or go right by one pixel, as their action says."""
+
+    card = DataCard(
+        height=8,
+        width=8,
+        fps=10.0,
+        conditions=ConditionSpec(num_actions=3),
+        action_names=("left", "stay", "right"),
+    )
+    num_episodes = 60
+
+    def num_frames(self, episode):
+        return 12
+
+    def read(self, episode, start, num_frames):
+        draw = generator(episode)
+        actions = torch.randint(3, (12,), generator=draw)
+        row = torch.rand(3, 1, 8, generator=draw) * 2 - 1
+        places = (actions - 1).cumsum(0).tolist()
+        frames = torch.stack([row.roll(place, -1).expand(3, 8, 8) for place in places])
+        return Clip(frames=frames, actions=actions)[start : start + num_frames]
+
+
+class Slides(Stripes):
+    """The same, told by how far the stripes go."""
+
+    card = replace(
+        Stripes.card, conditions=ConditionSpec(action_dim=1), action_names=("to the right",)
+    )
+
+    def read(self, episode, start, num_frames):
+        clip = super().read(episode, start, num_frames)
+        return replace(clip, actions=(clip.actions[:, None] - 1) * 5.0 + 100)
+
+
+def trained(source, tmp_path, monkeypatch, steps=120, name="judge"):
+    monkeypatch.setattr(train_judge, "open_source", lambda *_: source)
+    config = train_judge.TrainJudgeConfig(
+        data="d", out=str(tmp_path / name), steps=steps, batch_size=8, width=16, feature_dim=4
+    )
+    return train_judge.train_judge(replace(config, device="cpu"))
+
+
+def test_it_reads_actions_of_clips_it_has_not_seen(tmp_path, monkeypatch):
+    judge = trained(Stripes(), tmp_path, monkeypatch)
+    assert judge.held_out["accuracy"]["mean"] > 0.9 > judge.held_out["most_frequent"] + 0.4
+    assert "held-out accuracy" in train_judge.readable(judge.held_out)
+    written = json.loads((tmp_path / "judge/config.json").read_text())
+    assert written["held_out"] == judge.held_out
+    assert {"settings", "command", "commit", "hardware"} <= set(written["training"])
+    # Features of real frames are in units of their deviation.
+    clips = Batch.of([Stripes().read(episode, 0, 12) for episode in range(60)])
+    features = judge.network.features(*pairs(clips.frames))
+    assert features.std(0).mean().item() == pytest.approx(1, abs=0.15)
+    with pytest.raises(FileExistsError, match="is there already"):
+        trained(Stripes(), tmp_path, monkeypatch)
+
+
+def test_the_same_settings_make_the_same_judge(tmp_path, monkeypatch):
+    first, again = (trained(Stripes(), tmp_path, monkeypatch, 3, name) for name in ("a", "b"))
+    assert first.digest == again.digest != ""
+
+
+def test_continuous_actions_are_read_by_regression(tmp_path, monkeypatch):
+    judge = trained(Slides(), tmp_path, monkeypatch)
+    assert judge.held_out["error"]["mean"] < 0.4
+    network = judge.network
+    features = network.features(*pairs(Slides().read(0, 0, 12).frames[None]))
+    mean = network.action_mean.expand(11, 1)
+    read, _ = network.readings(features * network.feature_deviation + network.feature_mean)
+    assert torch.allclose(network.errors(features, mean), read[:, 0].square(), atol=1e-5)
+    assert network.action_mean.item() == pytest.approx(100, abs=1)
+    assert network.action_deviation.item() == pytest.approx(5 * math.sqrt(2 / 3), rel=0.1)
+
+
+def test_held_out_episodes_that_are_too_short_are_refused_before_training(tmp_path, monkeypatch):
+    class Short(Stripes):
+        def num_frames(self, episode):
+            return 4
+
+    sources = {"train": Stripes(), "val": Short()}
+    monkeypatch.setattr(train_judge, "open_source", lambda _data, split, _strict: sources[split])
+    monkeypatch.setattr(train_judge, "_learn", lambda *_: pytest.fail("it trained"))
+    config = train_judge.TrainJudgeConfig(data="d", out=str(tmp_path / "judge"), device="cpu")
+    with pytest.raises(ValueError, match="clips of 5 frames, but the longest val .* d has 4"):
+        train_judge.train_judge(config)
+    assert not (tmp_path / "judge").exists()
+
+
+def test_every_weight_learns_and_both_frames_matter():
+    judge = Judge(JudgeConfig(conditions=ConditionSpec(num_actions=3), width=16), 9, 20)
+    frames = torch.randn(2, 4, 3, 9, 20, generator=generator())
+    actions = torch.randint(3, (2, 4), generator=generator())
+    batch = Batch(frames=frames, conditions=Conditions(actions=actions))
+    loss, _ = train_judge.judge_loss(judge, batch, generator())
+    loss.backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in judge.parameters())
+    before, after = pairs(frames)
+    seen = judge.raw_features(before, after)
+    assert not torch.allclose(seen, judge.raw_features(before.flip(0), after))
+    assert not torch.allclose(seen, judge.raw_features(before, after.flip(0)))
+
+
+def test_cost_volume_is_zero_where_the_shift_is_right():
+    before = torch.randn(1, 3, 10, 10, generator=generator())
+    volume = cost_volume(before, before.roll((1, -2), (-2, -1)))
+    # What is at (y, x) was at (y - 1, x + 2): row 3 - 1, column 3 + 2 of the 7 x 7 shifts.
+    best = volume[0, :, 4:6, 4:6].mean((1, 2)).argmin().item()
+    assert best == 2 * 7 + 5
+    assert volume[0, best, 4:6, 4:6].abs().max() < 1e-6
+
+
+def test_half_of_the_clips_are_distorted_by_what_is_told():
+    frames = torch.randn(64, 2, 3, 8, 8, generator=generator()).clamp(-1, 1)
+    distorted, levels = train_judge.distort(frames, generator())
+    touched = levels.amax((1, 2)) > 0
+    assert 16 < touched.sum() < 48
+    assert torch.equal(distorted[~touched], frames[~touched])
+    apart = (distorted - frames).square().mean((2, 3, 4))
+    assert apart[levels.sum(-1) > 1.2].mean() > 4 * apart[(levels.sum(-1) < 0.5)].mean()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conditions": ConditionSpec(num_labels=2)}, "a judge reads actions"),
+        ({"width": 24}, "width must be a multiple of 16, got 24"),
+        ({"feature_dim": 0}, "feature_dim must be 1 or more, got 0"),
+    ],
+)
+def test_settings_that_make_no_judge_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        JudgeConfig(**changes)
+    with pytest.raises(ValueError, match="8x8 or more, got 8x6"):
+        Judge(JudgeConfig(), 8, 6)
+
+
+def untrained(card, feature_dim=4):
+    torch.manual_seed(0)
+    config = JudgeConfig(conditions=card.conditions, width=16, feature_dim=feature_dim)
+    network = Judge(config, card.height, card.width).eval().requires_grad_(False)
+    return TrainedJudge(network=network, card=card, held_out={})
+
+
+def test_damaged_or_foreign_folders_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="needed the folder of a judge"):
+        load_judge(tmp_path)
+    save_judge(untrained(Stripes.card), tmp_path / "judge", {})
+    file = tmp_path / "judge/config.json"
+    values = json.loads(file.read_text())
+    for broken, message in (
+        ("{", "is not JSON"),
+        ("[]", "needed format 'scd-judge-1', got None"),
+        (json.dumps(values | {"format": "scd-1"}), "needed format 'scd-judge-1', got 'scd-1'"),
+        (json.dumps({"format": "scd-judge-1"}), "missing fields"),
+        (json.dumps(values | {"judge": values["judge"] | {"width": 32}}), "another architecture"),
+    ):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match=message):
+            load_judge(tmp_path / "judge")
+
+
+def test_a_judge_of_other_data_is_refused(run, folder, tmp_path, toy_source, capsys):
+    card = replace(toy_source.card, fps=5.0)
+    save_judge(untrained(card), tmp_path / "judge", {})
+    flags = ["--data", folder, "--judge", str(tmp_path / "judge"), "--device", "cpu"]
+    assert main(["evaluate", run, *flags, "--out", str(tmp_path / "e.json")]) == 2
+    assert "the judge was trained on data with other fps: {'fps': 5.0}" in capsys.readouterr().err
+
+
+def test_rows_are_the_judge_read_by_hand(tiny_world, toy_source, tmp_path):
+    judge = untrained(toy_source.card)
+    protocol = Protocol(context=2, horizon=5, num_clips=9, batch_size=5)
+    measured = measure.measure(tiny_world, toy_source, protocol, False, judge)
+    found = {
+        (row["metric"], row["baseline"], row.get("horizon")): row["mean"]
+        for row in measured.rows + measured.overall
+    }
+    baselines = ("model", "shuffled_actions", "truth", "unsteered")
+    for name in baselines:
+        steps = [found["control", name, horizon] for horizon in range(1, 6)]
+        assert found["control", name, None] == pytest.approx(sum(steps) / 5)
+    windows = measure.choose_windows(toy_source, 9, 7, 0)
+    batch = measure.read_windows(toy_source, windows, 7)
+    before, after = batch.frames[:, 3], batch.frames[:, 4]
+    features = judge.network.features(before, after)
+    errors = judge.network.errors(features, batch.conditions.actions[:, 4])
+    assert found["control", "truth", 3] == pytest.approx(1 - errors.mean().item())
+    distances = {key[1:] for key in found if key[0] == "frechet_own"}
+    assert distances == {
+        (name, horizon)
+        for name in ("model", "repeat_last", "shuffled_actions")
+        for horizon in (1, 2, 3, 5, None)
+    }
+
+
+def test_too_few_clips_for_a_distance_are_said(run, folder, tmp_path, toy_source, no_pictures):
+    save_judge(untrained(toy_source.card, feature_dim=8), tmp_path / "judge", {})
+    result = evaluate.evaluate(
+        evaluate.EvaluateConfig(
+            run=run,
+            data=folder,
+            context=2,
+            horizon=2,
+            num_clips=5,
+            judge=str(tmp_path / "judge"),
+            device="cpu",
+            out=str(tmp_path / "e.json"),
+        )
+    )
+    assert result["left_out"] == {"frechet_own": "needs 16 clips with this judge, got 5"}
+    assert measure.find_row(result["rows"], "control", 2)["mean"] <= 1
+    assert len(result["judge"]["digest"]) == 16
+    assert "control         unsteered" in evaluate.readable(result)
+
+
+def test_the_truth_has_no_distance_and_ideal_looks():
+    torch.manual_seed(0)
+    judge = untrained(Stripes.card)
+    clips = Batch.of([Stripes().read(episode, 0, 6) for episode in range(12)])
+    given, true = clips.frames[:, :1], clips.frames[:, 1:]
+    judged = JudgedClips(judge)
+    judged.add(given, {"truth": true, "model": true, "repeat_last": given.expand_as(true)}, {})
+    found = [(name, one) for _, _, name, one in judged.estimates(5, 0)]
+    assert [name for name, _ in found] == ["model"] * 5 + ["repeat_last"] * 5
+    for name, distance in found:
+        if name == "model":
+            assert distance.mean == pytest.approx(0, abs=1e-6)
+        else:
+            assert 0 < distance.mean
+            assert distance.ci_low <= distance.mean <= distance.ci_high
+    looks = frame_looks(true)
+    drift = drift_estimates(looks, looks)
+    assert [drift[name].mean for name in ("sharpness", "contrast", "brightness")] == [1, 1, 0]
+
+
+def test_looks_of_pictures_that_are_known():
+    checks = (torch.arange(8)[:, None] + torch.arange(8)) % 2
+    frames = (checks * 1.0 - 0.5).expand(1, 1, 3, 8, 8)
+    looks = {name: value.item() for name, value in frame_looks(frames).items()}
+    assert looks == {"detail": 1.0, "spread": 0.5, "level": 0.0}
+    faded = drift_estimates(frame_looks(0.25 * frames + 0.1), frame_looks(frames))
+    assert faded["sharpness"].mean == pytest.approx(0.25)
+    assert faded["contrast"].mean == pytest.approx(0.25)
+    assert faded["brightness"].mean == pytest.approx(0.1)
+    flat = drift_estimates(frame_looks(0 * frames), frame_looks(0 * frames))
+    assert flat["sharpness"].mean == 1
+
+
+def test_distance_of_gaussians_that_are_known():
+    zero, one = torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    moved = zero + torch.tensor([3.0, 4.0])
+    assert frechet_distance(zero, one, moved, one).item() == pytest.approx(25)
+    # Equal axes: the squared differences of the deviations add up.
+    wide = torch.tensor([[4.0, 0.0], [0.0, 9.0]], dtype=torch.float64)
+    assert frechet_distance(zero, one, zero, wide).item() == pytest.approx(1 + 4)
+    flat = torch.tensor([[4.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    assert frechet_distance(zero, flat, zero, one).item() == pytest.approx(1 + 1)
+
+
+def test_distance_is_the_formula_with_a_general_root():
+    """The eigenvalues of the product itself, which is not symmetric."""
+    draws = torch.randn(2, 40, 5, dtype=torch.float64, generator=generator())
+    skewed = draws @ torch.randn(5, 5, dtype=torch.float64, generator=generator(1)) + 1
+    means = (draws[0].mean(0), skewed[1].mean(0))
+    covariances = (draws[0].T.cov(), skewed[1].T.cov())
+    shared = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
+    by_hand = (means[0] - means[1]).square().sum() - 2 * shared
+    by_hand += covariances[0].trace() + covariances[1].trace()
+    found = frechet_distance(means[0], covariances[0], means[1], covariances[1])
+    assert found.item() == pytest.approx(by_hand.item(), rel=1e-8)
+    back = frechet_distance(means[1], covariances[1], means[0], covariances[0])
+    assert back.item() == pytest.approx(found.item(), rel=1e-8)
+
+
+def test_estimate_is_the_distance_of_all_frames_and_its_interval_narrows():
+    widths = {}
+    for num_clips in (20, 500):
+        features = torch.randn(num_clips, 3, 2, generator=generator())
+        other = 2 * torch.randn(num_clips, 3, 2, generator=generator(1))
+        found = frechet_estimate(features, other)
+        moments = []
+        for values in (features, other):
+            flat = values.flatten(0, 1).double()
+            moments += [flat.mean(0), flat.T.cov(correction=0)]
+        assert found.mean == pytest.approx(frechet_distance(*moments).item(), rel=1e-8)
+        assert found.ci_low < found.mean < found.ci_high
+        # Several predictions of each clip against its one truth.
+        twice = frechet_estimate(features.repeat(1, 2, 1), other)
+        assert twice.mean == pytest.approx(found.mean, rel=1e-8)
+        widths[num_clips] = found.ci_high - found.ci_low
+    # Two axes, deviations 1 and 2.
+    assert found.mean == pytest.approx(2, rel=0.15)
+    assert widths[500] < widths[20] / 2.5
+
+
+@pytest.mark.parametrize(
+    ("horizon", "ends"), [(1, [1]), (3, [1, 2, 3]), (8, [2, 4, 6, 8]), (9, [2, 4, 6, 9])]
+)
+def test_quarters_of_a_horizon(horizon, ends):
+    parts = parts_of(horizon)
+    assert [part.stop for part in parts] == ends
+    assert [part.start for part in parts] == [0, *ends[:-1]]
+
+
+def test_command_line(folder, tmp_path, capsys):
+    flags = ["--steps", "1", "--batch-size", "1", "--width", "16", "--device", "cpu"]
+    assert main(["train-judge", "--data", folder, "--out", str(tmp_path / "j"), *flags]) == 2
+    assert "split 'train' has no readable episodes" in capsys.readouterr().err
+    assert not (tmp_path / "j").exists()

@@ -1,0 +1,108 @@
+"""Videos and pictures are read back and compared with what was asked for."""
+
+import av
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from scd.evaluation import media, plots
+
+
+def moving_square(num_frames: int, height: int = 32, width: int = 32) -> torch.Tensor:
+    frames = torch.full((num_frames, 3, height, width), -1.0)
+    for index in range(num_frames):
+        frames[index, :, 8:16, 2 + index : 10 + index] = torch.tensor([1.0, -0.5, 0.2])[
+            :, None, None
+        ]
+    return frames
+
+
+def picture(path) -> np.ndarray:
+    return (imread(path)[..., :3] * 255).round().astype(np.uint8)
+
+
+def test_video_is_h264_for_browsers_with_the_frames_that_went_in(tmp_path):
+    frames = moving_square(6)
+    media.write_video(frames, tmp_path / "deep" / "a.mp4", fps=10.0)
+    with av.open(tmp_path / "deep" / "a.mp4") as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264"
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        assert float(stream.average_rate) == 10.0
+        decoded = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)])
+    assert decoded.shape == (6, 256, 256, 3)
+    small = torch.from_numpy(decoded[:, 4::8, 4::8]).movedim(-1, 1).float() / 127.5 - 1
+    assert (small - frames).abs().mean() < 0.05
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.mp4"]
+
+
+def test_video_of_odd_sides_is_padded_to_even_ones(tmp_path):
+    media.write_video(moving_square(2, 33, 35), tmp_path / "a.mp4", fps=5.0, size=1)
+    with av.open(tmp_path / "a.mp4") as container:
+        stream = container.streams.video[0]
+        assert (stream.height, stream.width) == (34, 36)
+
+
+def test_grid_holds_every_frame_in_its_cell_enlarged(tmp_path):
+    truth, predicted = moving_square(3), -moving_square(4)
+    rows = [
+        media.PictureRow(name="truth", frames=truth),
+        media.PictureRow(name="prediction", frames=predicted),
+    ]
+    grid = media.grid_pixels(rows)
+    cell, gap = 96, media.GAP
+    assert grid.shape == (2 * cell + 3 * gap, 4 * cell + 5 * gap, 3)
+    for down, row in enumerate((truth, predicted)):
+        for right, frame in enumerate(row):
+            top, left = gap + down * (cell + gap), gap + right * (cell + gap)
+            shown = grid[top : top + cell : 3, left : left + cell : 3]
+            expected = ((frame + 1) * 127.5).round().byte().movedim(0, -1)
+            assert torch.equal(shown, expected)
+    # The truth is one frame shorter: its last cell stays empty.
+    assert (grid[gap : gap + cell, gap + 3 * (cell + gap) :] == media.EMPTY).all()
+
+    media.write_grid(rows, ["+1", "+2", "+3", "+4"], tmp_path / "grid.png")
+    written = picture(tmp_path / "grid.png")
+    height, width = grid.shape[:2]
+    inside = written[-8 - height : -8, -8 - width : -8]
+    assert np.array_equal(inside, grid.numpy())
+    assert (written[: -8 - height] < 100).any(), "labels above the columns"
+
+
+def test_grid_refuses_what_does_not_fit(tmp_path):
+    row = media.PictureRow(name="a", frames=moving_square(2))
+    other = media.PictureRow(name="b", frames=moving_square(2, 16, 16))
+    with pytest.raises(ValueError, match="one size"):
+        media.grid_pixels([row, other])
+    with pytest.raises(ValueError, match="needs frames"):
+        media.grid_pixels([media.PictureRow(name="a", frames=moving_square(2)[:0])])
+    with pytest.raises(ValueError, match="2 columns need as many labels, got 1"):
+        media.write_grid([row], ["+1"], tmp_path / "grid.png")
+
+
+def test_spread_keeps_both_ends():
+    assert media.spread(3, 8) == [0, 1, 2]
+    assert media.spread(64, 4) == [0, 21, 42, 63]
+
+
+def test_metric_plot_draws_each_curve_in_its_colour(tmp_path):
+    rows = [
+        {"metric": "psnr", "horizon": horizon, "mean": 20.0 - shift - horizon, "baseline": name}
+        | {"ci_low": 19.0 - shift - horizon, "ci_high": 21.0 - shift - horizon}
+        for shift, name in enumerate(["model", "repeat_last", "shuffled_actions"])
+        for horizon in (1, 2, 3)
+    ]
+    plots.plot_metrics(rows, ["psnr"], tmp_path / "a.png")
+    pixels = picture(tmp_path / "a.png").reshape(-1, 3)
+    for name in ("model", "repeat_last", "shuffled_actions"):
+        colour = [int(plots.COLOURS[name][i : i + 2], 16) for i in (1, 3, 5)]
+        assert (pixels == colour).all(axis=1).sum() > 100
+    with pytest.raises(ValueError, match=r"no rows of \['ssim'\]; measured: \['psnr'\]"):
+        plots.plot_metrics(rows, ["ssim"], tmp_path / "b.png")
+
+
+def test_loss_plot_on_a_dark_page_is_transparent(tmp_path):
+    curves = {"separable": ([1, 10, 100], [1.0, 0.5, 0.1])}
+    plots.plot_loss(curves, tmp_path / "loss.png", ink="on dark")
+    assert imread(tmp_path / "loss.png")[0, 0, 3] == 0

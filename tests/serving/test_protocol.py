@@ -1,0 +1,244 @@
+"""Messages as JSON and back, what is refused and how, and that the page tells all of it."""
+
+import json
+import re
+import string
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scd.serving.client_messages import (
+    Acknowledge,
+    Action,
+    Beginning,
+    Create,
+    FromClient,
+    GuidanceChoice,
+    Hello,
+    Reset,
+    Run,
+    Set,
+    Step,
+)
+from scd.serving.protocol import (
+    CLOSE_CODES,
+    VERSION,
+    ProtocolError,
+    pack,
+    read_client,
+    read_fields,
+    read_server,
+    unpack,
+    write,
+)
+from scd.serving.server_messages import (
+    Error,
+    FrameHeader,
+    FromServer,
+    Header,
+    Limits,
+    SnapshotHeader,
+    State,
+    WorldInfo,
+)
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+CLIENT, SERVER = get_args(FromClient), (*get_args(FromServer), *get_args(Header))
+VALUES = {
+    "version": 1,
+    "session": "abc",
+    "action": 3,
+    "frame": 7,
+    "generation": 2,
+}
+
+
+def example(kind: type) -> FromClient:
+    """A message with nothing but its required fields."""
+    required = [field.name for field in fields(kind) if field.default is MISSING]
+    return kind(**{name: VALUES[name] for name in required})
+
+
+@pytest.mark.parametrize("kind", CLIENT)
+def test_every_message_comes_back_as_it_was(kind: type):
+    message = example(kind)
+    assert read_client(write(message)) == message
+    # Without the fields that have defaults it is the same.
+    short = {name: getattr(message, name) for name in vars(message) if name in VALUES}
+    wanted = {field.name for field in fields(kind) if field.default is MISSING}
+    short = {name: value for name, value in short.items() if name in wanted}
+    assert read_client(json.dumps(short | {"type": message.type})) == message
+
+
+def header(**changes: object) -> FrameHeader:
+    values = dict(
+        session="abc", generation=1, frame=5, action=(0.5, 1.0), sequence=9, steps=4,
+        encoder_ms=1.5, decoder_ms=2.5, autoencoder_ms=0.5, queued_ms=0.0, codec="h264",
+        key=True, config="avc1.42c00a", width=64, height=48,
+    )  # fmt: skip
+    return FrameHeader(**(values | changes))
+
+
+@given(payload=st.binary(max_size=300))
+def test_binary_messages_come_back_as_they_were(payload: bytes):
+    for one in (header(), header(action=None, config=None), SnapshotHeader(session="x", request=4)):
+        assert unpack(pack(one, payload)) == (one, payload)
+
+
+@given(st.binary(max_size=60))
+def test_other_bytes_are_no_binary_message(data: bytes):
+    with pytest.raises(ProtocolError):
+        unpack(data)
+
+
+def test_the_server_is_understood():
+    state = State(
+        session="s", generation=0, frame=-1, num_given=0, running=False, fps=None, action=0,
+        steps=4, guidance=GuidanceChoice(kind="context_noise", scale=1.5), seed=1, history_from=-1,
+    )  # fmt: skip
+    assert read_server(write(state)) == state
+    # A newer server may say more.
+    more = json.loads(write(state)) | {"mood": "good"}
+    assert read_server(json.dumps(more)) == state
+
+
+@pytest.mark.parametrize(
+    "text, code, fatal",
+    [
+        ("", "bad_message", True),
+        ("{", "bad_message", True),
+        ("[]", "bad_message", True),
+        ("null", "bad_message", True),
+        ('"hello"', "bad_message", True),
+        ('{"a":' * 5000, "bad_message", True),
+        ("{}", "unknown_type", False),
+        ('{"type":"dance"}', "unknown_type", False),
+        ('{"type":["run"]}', "unknown_type", False),
+        ('{"type":"run","fps":0}', "bad_field", False),
+        ('{"type":"run","fps":NaN}', "bad_field", False),
+        ('{"type":"run","fps":1e999}', "bad_field", False),
+        ('{"type":"run","fps":"3"}', "bad_field", False),
+        ('{"type":"run","speed":3}', "unknown_field", False),
+        ('{"type":"action"}', "bad_field", False),
+        ('{"type":"action","action":-1}', "bad_field", False),
+        ('{"type":"action","action":true}', "bad_field", False),
+        ('{"type":"action","action":[]}', "bad_field", False),
+        ('{"type":"action","action":9007199254740992}', "bad_field", False),
+        ('{"type":"step","count":0}', "bad_field", False),
+        ('{"type":"step","count":1001}', "bad_field", False),
+        ('{"type":"create","start":"file"}', "bad_field", False),
+        ('{"type":"create","upload":"' + "x" * 65 + '"}', "bad_field", False),
+        ('{"type":"set","guidance":{"kind":"none","power":2}}', "unknown_field", False),
+    ],
+)
+def test_what_is_refused_and_how(text: str, code: str, fatal: bool):
+    with pytest.raises(ProtocolError) as caught:
+        read_client(text)
+    assert (caught.value.code, caught.value.fatal) == (code, fatal)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_refusal_carries_the_number_of_its_message():
+    with pytest.raises(ProtocolError) as caught:
+        read_client('{"type":"run","fps":-1,"request":12}')
+    assert caught.value.request == 12
+    with pytest.raises(ProtocolError) as caught:
+        read_client('{"type":"run","fps":-1,"request":"12"}')
+    assert caught.value.request is None
+
+
+def test_bodies_of_requests_are_read_by_the_same_rules():
+    assert read_fields(Beginning, b"") == Beginning()
+    assert read_fields(Step, b'{"count":3}') == Step(count=3)
+    for body, code in (
+        (b"[]", "bad_message"),
+        (b"\xff", "bad_message"),
+        (b'{"x":1}', "unknown_field"),
+    ):
+        with pytest.raises(ProtocolError) as caught:
+            read_fields(Step, body)
+        assert caught.value.code == code
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+
+
+@given(JSON | st.text(), st.sampled_from([kind.__name__ for kind in CLIENT]))
+def test_any_text_is_a_message_or_a_protocol_error(value: object, name: str):
+    texts = [json.dumps(value), str(value)]
+    if isinstance(value, dict):
+        texts.append(json.dumps(value | {"type": name.lower()}))
+    for text in texts:
+        try:
+            message = read_client(text)
+        except ProtocolError as error:
+            assert error.code in ("bad_message", "unknown_type", "unknown_field", "bad_field")
+        else:
+            assert isinstance(message, CLIENT)
+
+
+def test_error_texts_with_any_character_can_be_sent():
+    error = Error(code="bad_field", message="\ud800 \0 ünï", fatal=False)
+    assert write(error).isascii() and set(write(error)) <= set(string.printable)
+
+
+def rows(part: str) -> dict[str, str]:
+    """Rows of the table under a heading of the page: type -> the rest."""
+    text = PAGE[PAGE.index(f"### {part}") :]
+    end = re.search(r"^##", text[3:], re.M)
+    text = text[: end.start() + 3] if end else text
+    return dict(re.findall(r"^\| `(\w+)`[^|]*\|(.*)\|$", text, re.M))
+
+
+@pytest.mark.parametrize("kind", [*CLIENT, *SERVER])
+def test_the_page_names_every_message_and_field(kind: type):
+    table = rows("From the client" if kind in CLIENT else "From the server")
+    (name,) = [field.default for field in fields(kind) if field.name == "type"]
+    assert name in table, f"the page lacks {name}"
+    # Fields of a beginning stand in a paragraph of their own.
+    shared = {"type", "request"} | {field.name for field in fields(Beginning)}
+    shared = shared if kind in (Create, Reset) else {"type", "request"}
+    missing = [
+        field.name
+        for field in fields(kind)
+        if field.name not in shared and f"`{field.name}`" not in table[name]
+    ]
+    assert not missing, f"the page lacks {missing} of {name}"
+
+
+def test_the_page_names_all_else():
+    for kind in (Limits, WorldInfo, Beginning, GuidanceChoice):
+        for field in fields(kind):
+            assert f"`{field.name}`" in PAGE, f"the page lacks {field.name} of {kind.__name__}"
+    assert f"## Protocol, version {VERSION}" in PAGE
+    for code, number in CLOSE_CODES.items():
+        assert f"| {number} | `{code}` |" in PAGE
+
+
+def test_the_codes_that_reading_promises_are_those_that_it_gives():
+    texts = ("{", '{"type":"dance"}', '{"type":"pause","x":1}', '{"type":"rewind","frame":-1}')
+    codes = []
+    for text in texts:
+        with pytest.raises(ProtocolError) as caught:
+            read_client(text)
+        codes.append(caught.value.code)
+    assert codes == ["bad_message", "unknown_type", "unknown_field", "bad_field"]
+    promised = re.findall(r"[a-z]+_[a-z]+", (read_client.__doc__ or "").partition("Raises:")[2])
+    assert promised == codes
+
+
+def test_defaults_of_the_page_are_those_of_the_messages():
+    assert (Hello(version=1).codec, Hello(version=1).quality) == ("jpeg", 90)
+    assert (Action(action=0).sequence, Step().count, Create().seed) == (0, 1, 0)
+    assert (Run().fps, Set().steps, Create().start) == (None, None, "nothing")
+    assert (GuidanceChoice().kind, GuidanceChoice().scale) == ("none", 1.0)
+    assert GuidanceChoice().context_noise == 0.05
+    assert Acknowledge(generation=0, frame=0).request is None

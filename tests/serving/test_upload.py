@@ -1,0 +1,220 @@
+"""Pictures and videos from outside: what becomes of good ones, and why others are refused."""
+
+import asyncio
+import io
+import resource
+import struct
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from scd.data.video import write_video
+from scd.serving import upload
+from scd.serving.decode import DecodeLimits, Refused, command, container_of, decode
+from scd.serving.protocol import ProtocolError
+from scd.serving.settings import ClientLimits
+from scd.serving.upload import Uploads
+
+LIMITS = DecodeLimits(
+    height=16, width=16, fps=10.0, max_frames=8, max_pixels=200 * 200, max_s=5.0, cpu_s=20
+)
+
+
+def picture(height: int = 32, width: int = 32, format: str = "PNG", **options) -> bytes:
+    """Left half red, right half blue."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, : width // 2, 0], pixels[:, width // 2 :, 2] = 255, 255
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format, **options)
+    return file.getvalue()
+
+
+def video(path: Path, num_frames: int = 20, fps: float = 20.0, side: int = 32) -> bytes:
+    """Frame i is grey of level 10 i."""
+    levels = np.arange(num_frames, dtype=np.uint8)[:, None, None, None] * 10
+    pixels = np.broadcast_to(levels, (num_frames, side, side, 3))
+    write_video(path, np.ascontiguousarray(pixels), fps, lossless=False)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_a_picture_is_one_frame_of_the_worlds_size(format: str):
+    frames = decode(picture(64, 64, format), LIMITS)
+    assert frames.shape == (1, 16, 16, 3)
+    assert np.abs(frames[0, 8, 2].astype(int) - [255, 0, 0]).max() < 20
+    assert np.abs(frames[0, 8, 13].astype(int) - [0, 0, 255]).max() < 20
+
+
+def test_a_wide_picture_is_cut_around_its_middle():
+    frames = decode(picture(20, 60), LIMITS)
+    assert (frames[0, :, :8] == [255, 0, 0]).all() and (frames[0, :, 8:] == [0, 0, 255]).all()
+
+
+def test_a_turned_photograph_is_turned_back():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    frames = decode(picture(64, 64, "JPEG", exif=exif), LIMITS)
+    assert frames[0, 2, 8, 0] > 200 and frames[0, 13, 8, 2] > 200
+
+
+def test_a_video_comes_at_the_worlds_pace(tmp_path: Path):
+    frames = decode(video(tmp_path / "a.mp4", 12, fps=20.0), LIMITS)
+    # Every second frame.
+    assert np.allclose(frames.mean((1, 2, 3)), [0, 20, 40, 60, 80, 100], atol=3)
+    slow = decode(video(tmp_path / "b.mp4", 3, fps=5.0), LIMITS)
+    assert np.allclose(slow.mean((1, 2, 3)), [0, 0, 10, 10, 20], atol=3)
+    long = decode(video(tmp_path / "c.mp4", 24, fps=10.0), LIMITS)
+    assert np.allclose(long.mean((1, 2, 3)), np.arange(16, 24) * 10, atol=3)
+
+
+def test_an_animated_picture_is_a_video():
+    shades = [Image.new("RGB", (16, 16), (level, level, level)) for level in (0, 120, 240)]
+    file = io.BytesIO()
+    shades[0].save(file, "GIF", save_all=True, append_images=shades[1:], duration=100)
+    frames = decode(file.getvalue(), LIMITS)
+    assert np.allclose(frames.mean((1, 2, 3)), [0, 120, 240], atol=3)
+
+
+def bomb() -> bytes:
+    """A PNG of some bytes that promises 60000 x 60000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def refusal(data: bytes, limits: DecodeLimits = LIMITS) -> str:
+    with pytest.raises(Refused) as caught:
+        decode(data, limits)
+    return caught.value.code
+
+
+def test_what_is_no_picture_or_video_is_refused(tmp_path: Path):
+    assert refusal(b"") == "not_media"
+    assert refusal(b"hello" * 100) == "not_media"
+    assert refusal(b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n") == "not_media"
+    assert refusal(b"ffconcat version 1.0\nfile /etc/passwd\n") == "not_media"
+    assert refusal(b"<svg xmlns='http://www.w3.org/2000/svg'></svg>") == "not_media"
+    assert refusal(picture(format="TIFF")) == "not_media"
+    assert refusal(picture()[:60]) == "damaged"
+    assert refusal(b"\0\0\0\x20ftypisom" + b"\0" * 100) == "damaged"
+    assert refusal(video(tmp_path / "a.mp4")[:400]) == "damaged"
+
+
+def test_what_is_too_large_is_refused_before_it_is_decoded(tmp_path: Path):
+    assert refusal(picture(201, 200)) == "too_many_pixels"
+    assert refusal(bomb()) in ("too_many_pixels", "damaged")
+    assert refusal(bomb(), replace(LIMITS, max_pixels=10**9)) in ("too_many_pixels", "damaged")
+    assert refusal(video(tmp_path / "a.mp4", 4, side=202)) == "too_many_pixels"
+    assert refusal(video(tmp_path / "b.mp4", 25, fps=2.0)) == "too_long"
+
+
+def test_only_readers_without_references_to_other_files_are_used():
+    names = {container_of(head) for head in (b"0000ftyp", b"\x1a\x45\xdf\xa3", b"GIF89a")}
+    assert names == {"mp4", "matroska", "gif"}
+    assert container_of(b"RIFF1234AVI ") == "avi" and container_of(b"RIFF1234WEBP") is None
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damaged_files_never_do_more_than_be_refused(data: st.DataObject):
+    name = data.draw(st.sampled_from(sorted(SAMPLES)))
+    file = bytearray(SAMPLES[name])
+    places = st.tuples(st.integers(0, len(file) - 1), st.integers(0, 255))
+    for place, value in data.draw(st.lists(places, max_size=12)):
+        file[place] = value
+    file = bytes(file[: data.draw(st.integers(1, len(file)))])
+    try:
+        frames = decode(file, LIMITS)
+    except Refused as refused:
+        assert refused.code in ("not_media", "damaged", "too_many_pixels", "too_long")
+    else:
+        assert frames.dtype == np.uint8 and 1 <= len(frames) <= 8
+
+
+SAMPLES = {name: picture(format=name) for name in ("PNG", "JPEG", "WEBP", "BMP", "GIF")}
+
+
+def uploads(**changes) -> Uploads:
+    return Uploads(16, 16, 10.0, ClientLimits(**changes))
+
+
+def code_of(adding) -> str:
+    with pytest.raises(ProtocolError) as caught:
+        asyncio.run(adding)
+    return caught.value.code
+
+
+def test_uploads_are_decoded_elsewhere_and_kept_by_id(tmp_path: Path):
+    async def scenario():
+        kept = uploads(max_uploads=2)
+        first, num_frames = await kept.add(picture(64, 64))
+        second, num_video = await kept.add(video(tmp_path / "a.mp4", 12))
+        assert (num_frames, num_video, len(kept)) == (1, 6, 2) and len(first) > 16
+        assert (kept.frames(first) == decode(picture(64, 64), LIMITS)).all()
+        with pytest.raises(ProtocolError, match="kept already"):
+            await kept.add(picture())
+        with pytest.raises(ProtocolError, match="no such upload"):
+            kept.frames("../../etc/passwd")
+
+    asyncio.run(scenario())
+
+
+def test_uploads_expire():
+    async def scenario():
+        kept = uploads(upload_kept_s=1e-3)
+        identity, _ = await kept.add(picture())
+        await asyncio.sleep(0.01)
+        assert len(kept) == 0
+        with pytest.raises(ProtocolError, match="expired"):
+            kept.frames(identity)
+
+    asyncio.run(scenario())
+
+
+def test_refusals_of_the_decoder_arrive():
+    assert code_of(uploads().add(b"nothing")) == "not_media"
+    assert code_of(uploads(max_upload_pixels=100).add(picture())) == "too_many_pixels"
+    assert code_of(uploads(max_upload_bytes=10).add(picture())) == "too_large"
+
+
+def test_a_decoder_that_takes_too_long_is_killed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(upload, "START_S", 0.0)
+    # Its libraries alone take longer to load.
+    assert code_of(uploads(decoder_s=0.01).add(picture())) == "too_slow_to_decode"
+
+
+def test_a_decoder_that_computes_too_long_is_ended_by_the_system():
+    program = "import scd.serving.decode as d\nd.shut_in(1)\nwhile True: pass"
+    run = subprocess.run([sys.executable, "-c", program])
+    with pytest.raises(ProtocolError) as caught:
+        uploads()._checked(run.returncode, b"")
+    assert caught.value.code == "too_slow_to_decode"
+
+
+def test_the_decoder_can_open_no_file(tmp_path: Path):
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    program = (
+        "import scd.serving.decode as d\n"
+        "d.shut_in(5)\n"
+        f"try:\n    open({str(secret)!r})\nexcept OSError as error:\n    print(error.errno)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.strip() == "24", run.stderr
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 3
+    # As a program of its own it neither needs nor sees the modules beside it.
+    alone = subprocess.run(command(LIMITS), input=picture(), capture_output=True, cwd="/")
+    assert alone.returncode == 0 and len(alone.stdout) == 16 * 16 * 3

@@ -1,0 +1,158 @@
+"""Worlds as Gymnasium environments: the library's own checker, and a rollout stepped by hand."""
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from gymnasium.utils.seeding import np_random
+
+import scd
+from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.data.clip import ConditionSpec
+from scd.engine.open import open_engine
+from scd.models.build import build
+from scd.models.checkpoint import World
+from scd.models.flow import SamplingConfig
+from scd.models.shipped import Clips
+from scd.streaming.environment import WorldEnv, WorldVectorEnv, pixels
+from scd.streaming.rollout import Rollout
+
+
+@pytest.fixture
+def world(separable_config, toy_source) -> World:
+    """A world whose weights are off their zeros, so that its actions matter."""
+    torch.manual_seed(0)
+    model = build(separable_config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return World(
+        model=model,
+        autoencoder=PixelAutoencoder(PixelConfig(mean=0.0, std=0.5)),
+        card=toy_source.card,
+        sampling=SamplingConfig(num_steps=2),
+    )
+
+
+@pytest.fixture
+def clips(toy_source) -> Clips:
+    """Three clips of five frames of noise, with actions."""
+    generator = torch.Generator().manual_seed(1)
+    frames = torch.randint(0, 256, (3, 5, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return Clips(frames=frames, actions=torch.randint(0, 5, (3, 5), generator=generator))
+
+
+def test_the_library_finds_no_fault(world, clips):
+    check_env(WorldEnv(world, max_frames=5, render_mode="rgb_array"), skip_render_check=True)
+    check_env(WorldEnv(world, max_frames=5, clips=clips, num_given=3), skip_render_check=True)
+    assert scd.WorldEnv is WorldEnv and scd.WorldVectorEnv is WorldVectorEnv
+
+
+def test_an_episode_is_a_rollout(world, clips):
+    environment = WorldEnv(
+        world, max_frames=3, clips=clips, num_given=4, num_steps=1, render_mode="rgb_array"
+    )
+    first, _ = environment.reset(seed=7)
+    seed, frames, conditions = environment._start.draw(np.random.default_rng(0))
+    assert frames is not None and frames.shape == (4, 3, 32, 32)
+    # The same draws by the environment's own generator, begun anew.
+    environment.reset(seed=7)
+    generator, _ = np_random(7)
+    seed, frames, conditions = environment._start.draw(generator)
+    assert np.array_equal(first, pixels(frames[-1]))
+    rollout = Rollout(world, seed=seed, engine=open_engine(world.model, "fast"))
+    rollout.num_steps = 1
+    rollout.begin(frames[None], conditions)
+    for index, action in enumerate((1, 4, 2)):
+        frame, reward, ended, cut, _ = environment.step(action)
+        assert np.array_equal(frame, pixels(rollout.step(torch.tensor([action]))[0]))
+        assert np.array_equal(environment.render(), frame)
+        assert (reward, ended, cut) == (0.0, False, index == 2)
+
+
+def test_rewards_and_ends_are_the_judges(world):
+    seen = []
+
+    def judge(frame, action):
+        seen.append((frame.shape, int(action)))
+        return 2.5, int(action) == 3
+
+    environment = WorldEnv(world, judge=judge)
+    environment.reset(seed=0)
+    assert environment.step(1)[1:3] == (2.5, False)
+    assert environment.step(3)[1:3] == (2.5, True)
+    assert seen == [((32, 32, 3), 1), ((32, 32, 3), 3)]
+
+
+def test_several_streams_are_those_of_one_each_and_begin_anew_by_themselves(world):
+    def judge(frame, action):
+        return float(action), int(action) == 4
+
+    environment = WorldVectorEnv(world, 3, judge=judge, max_frames=3)
+    first, _ = environment.reset(seed=5)
+    generator, _ = np_random(5)
+    rollouts = []
+    for _ in range(3):
+        seed, _, _ = environment._start.draw(generator)
+        rollouts.append(Rollout(world, seed=seed, engine=open_engine(world.model, "fast")))
+        rollouts[-1].begin()
+    close(first, stepped(rollouts, (0, 0, 0)))
+    frames, rewards, ended, cut, _ = environment.step(np.array([1, 4, 2]))
+    close(frames, stepped(rollouts, (1, 4, 2)))
+    assert rewards.tolist() == [1, 4, 2] and ended.tolist() == [False, True, False]
+    # The second begins anew, unjudged; the others go on.
+    frames, rewards, ended, cut, _ = environment.step(np.array([1, 4, 2]))
+    rollouts[1].seed, _, _ = environment._start.draw(generator)
+    rollouts[1].begin()
+    close(frames, stepped(rollouts, (1, 0, 2)))
+    assert rewards.tolist() == [1, 0, 2] and not ended.any() and not cut.any()
+    _, _, _, cut, _ = environment.step(np.array([0, 0, 0]))
+    assert cut.tolist() == [True, False, True]
+    _, _, _, cut, _ = environment.step(np.array([0, 0, 0]))
+    assert not cut.any()
+
+
+def stepped(rollouts: list[Rollout], actions: tuple[int, ...]) -> list[torch.Tensor]:
+    """Step each stream by itself."""
+    pairs = zip(rollouts, actions, strict=True)
+    return [rollout.step(torch.tensor([action]))[0] for rollout, action in pairs]
+
+
+def close(frames: np.ndarray, alone: list[torch.Tensor]) -> None:
+    """Shared calls differ in rounding: one grey level at most."""
+    wanted = np.stack([pixels(frame) for frame in alone]).astype(int)
+    assert np.abs(frames.astype(int) - wanted).max() <= 1
+
+
+def test_what_cannot_be_an_environment_is_refused(world, clips):
+    for settings, words in (
+        ({"max_frames": 0}, "max_frames must be 1 or more"),
+        ({"render_mode": "human"}, "render_mode must be"),
+        ({"clips": clips, "num_given": 6}, r"num_given must be 1 \.\. 5"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            WorldEnv(world, **settings)
+    environment = WorldEnv(world)
+    with pytest.raises(ValueError, match="reset the environment first"):
+        environment.step(0)
+    environment.reset(seed=0)
+    with pytest.raises(ValueError, match="an action must be in"):
+        environment.step(5)
+    with pytest.raises(ValueError, match="num_envs must be 1 or more"):
+        WorldVectorEnv(world, 0)
+    several = WorldVectorEnv(world, 2)
+    with pytest.raises(ValueError, match="reset the environments first"):
+        several.step(np.array([0, 0]))
+    several.reset(seed=0)
+    with pytest.raises(ValueError, match="actions must be in"):
+        several.step(np.array([0, 9]))
+    silent = World(
+        model=world.model,
+        autoencoder=world.autoencoder,
+        card=type(world.card)(
+            height=32, width=32, fps=10.0, conditions=ConditionSpec(), action_names=()
+        ),
+        sampling=world.sampling,
+    )
+    with pytest.raises(ValueError, match="steered by actions alone"):
+        WorldEnv(silent)

@@ -1,0 +1,119 @@
+"""A run that starts from the weights of another world."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scd.common.runlog import read_log
+from scd.common.runtime import make_generator
+from scd.data.folder import open_source
+from scd.data.loader import Loader
+from scd.models.checkpoint import load_world, resolve
+from scd.models.flow import SamplingConfig
+from scd.models.kv_cache import CacheConfig
+from scd.optim.optim import OptimConfig
+from scd.training.config import TrainConfig
+from scd.training.tasks import denoising
+from scd.training.trainer import train
+
+
+def brief(model, out) -> TrainConfig:
+    return TrainConfig(
+        out=str(out),
+        max_steps=2,
+        num_frames=4,
+        log_every=1,
+        validate_every=0,
+        sample_every=0,
+        save_every=0,
+        device="cpu",
+        seed=1,
+        model=replace(model, cache=CacheConfig(window=4)),
+        optim=OptimConfig(lr=1e-2, warmup_steps=1),
+        sampling=SamplingConfig(num_steps=1),
+    )
+
+
+@pytest.fixture
+def config(tmp_path, separable_config) -> TrainConfig:
+    return brief(separable_config, tmp_path / "second")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, separable_config) -> str:
+    config = brief(separable_config, tmp_path_factory.mktemp("first") / "run")
+    return str(train(replace(config, seed=0)))
+
+
+def test_a_run_begins_with_the_averaged_weights_of_the_first(config, first):
+    run = train(replace(config, initial=first))
+    batch = Loader(open_source(config.data, "train"), 2, 4, seed=1).batch(0)
+    generator = make_generator(1, "train", 0, 0, 0)
+    world = load_world(first)
+    expected, _ = denoising(config)(world.model.train(), batch, generator)
+    assert read_log(run, "step")[0]["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    raw = load_world(first, "raw").model.state_dict()
+    assert any(not torch.equal(raw[name], ema) for name, ema in world.model.state_dict().items())
+
+
+def test_a_run_goes_on_without_the_world_it_started_from(config, first, tmp_path):
+    copy = shutil.copytree(first, tmp_path / "copy")
+    config = replace(config, initial=str(copy))
+    whole = train(replace(config, max_steps=4, out=str(tmp_path / "whole")))
+    train(config)
+    shutil.rmtree(copy)
+    part = train(replace(config, max_steps=4))
+    names = ("model.safetensors", "raw.safetensors", "optimizer.pt")
+    for name in names:
+        assert (resolve(part) / name).read_bytes() == (resolve(whole) / name).read_bytes()
+
+
+def test_another_initial_is_another_run(config, first, tmp_path):
+    train(replace(config, initial=first))
+    with pytest.raises(FileExistsError, match=f"initial: '{first}', ''"):
+        train(config)
+
+
+def test_a_run_from_before_there_was_the_field_goes_on(config):
+    run = train(config)
+    settings = json.loads((run / "config.json").read_text())
+    del settings["initial"]
+    (run / "config.json").write_text(json.dumps(settings))
+    train(replace(config, max_steps=3))
+    assert read_log(run, "end")[-1]["step"] == 3
+
+
+def test_a_longer_memory_is_no_other_model(config, first):
+    model = replace(config.model, cache=CacheConfig(window=3))
+    assert train(replace(config, initial=first, model=model))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: {"encoder": replace(model.encoder, num_layers=2)}, "num_layers: 1, 2"),
+        (lambda model: {"decoder": replace(model.decoder, join="prefix")}, "'token_concat', 'pre"),
+        (lambda model: {"block": replace(model.block, rotary_theta=9.0)}, "theta: 10000.0, 9.0"),
+    ],
+)
+def test_weights_of_another_model_are_refused_with_the_first_difference(
+    config, first, change, message
+):
+    model = replace(config.model, **change(config.model))
+    with pytest.raises(ValueError, match=f"{first} are for another model.*{message}"):
+        train(replace(config, initial=first, model=model))
+
+
+def test_another_kind_of_model_is_refused(config, first, dense_config):
+    model = replace(dense_config, cache=CacheConfig(window=4))
+    objective = replace(config.objective, context_noise=0.0)
+    with pytest.raises(ValueError, match=r"model\.kind: 'SeparableConfig', 'DenseConfig'"):
+        train(replace(config, initial=first, model=model, objective=objective))
+
+
+def test_a_world_that_is_not_there_is_named(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(replace(config, initial=str(tmp_path / "nowhere")))

@@ -1,0 +1,357 @@
+"""The training loop on the toy world: it learns, resumes bit for bit, and stops cleanly."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scd.common.config import differences
+from scd.common.files import take_lock
+from scd.common.provenance import command
+from scd.common.runlog import read_log
+from scd.common.signals import Interrupted
+from scd.data.folder import open_source
+from scd.models.block import BlockConfig
+from scd.models.build import DenseConfig, SeparableConfig
+from scd.models.checkpoint import load_progress, load_world
+from scd.models.decoder import DecoderConfig
+from scd.models.encoder import EncoderConfig
+from scd.models.flow import SamplingConfig
+from scd.models.kv_cache import CacheConfig
+from scd.objectives.denoise import DenoiseConfig
+from scd.optim.optim import OptimConfig
+from scd.training.config import TrainConfig
+from scd.training.tasks import denoising
+from scd.training.trainer import train
+
+SMALL = BlockConfig(width=16, head_dim=16, rotary_axes=(4, 6, 6), initial_gate=0.5)
+CONDITIONS = open_source("toy:32", "train").card.conditions
+SEPARABLE = SeparableConfig(
+    block=SMALL,
+    encoder=EncoderConfig(num_layers=1),
+    decoder=DecoderConfig(num_layers=1),
+    conditions=CONDITIONS,
+    cache=CacheConfig(window=4),
+)
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    return TrainConfig(
+        out=str(tmp_path / "run"),
+        max_steps=4,
+        num_frames=4,
+        batch_size=2,
+        log_every=1,
+        validate_every=0,
+        sample_every=0,
+        save_every=0,
+        num_validation_clips=3,
+        device="cpu",
+        model=SEPARABLE,
+        optim=OptimConfig(lr=1e-3, warmup_steps=2),
+        sampling=SamplingConfig(num_steps=1),
+    )
+
+
+def files_of(run) -> dict[str, bytes]:
+    """Contents of the newest checkpoint, without the time it took."""
+    folder = run / (run / "last").read_text().strip()
+    files = {entry.name: entry.read_bytes() for entry in folder.iterdir()}
+    progress = json.loads(files.pop("progress.json"))
+    progress.pop("elapsed_s")
+    return files | {"progress": json.dumps(progress).encode()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"validate_every": 2, "sample_every": 3},
+        {
+            "optim": OptimConfig(optimizer="muon", warmup_steps=2, decay_fraction=0.5),
+            "num_accumulation": 2,
+            "gradient_checkpointing": True,
+            "precision": "bf16",
+        },
+        {
+            "model": DenseConfig(
+                block=SMALL, num_layers=1, conditions=CONDITIONS, cache=CacheConfig(window=4)
+            ),
+            "objective": DenoiseConfig(context_noise=0.0),
+        },
+    ],
+    ids=["separable", "muon-accumulation-checkpointing-bf16", "dense"],
+)
+def test_two_and_two_steps_are_four_steps_bit_for_bit(config, tmp_path, change):
+    config = replace(config, save_every=2, **change)
+    whole = train(config)
+    parts = replace(config, out=str(tmp_path / "parts"))
+    train_steps(parts, 2)
+    assert load_progress(tmp_path / "parts" / "step_000002").step == 2
+    train(parts)
+    assert files_of(tmp_path / "parts") == files_of(whole)
+    losses = [event["loss"] for event in read_log(whole, "step")]
+    assert [event["loss"] for event in read_log(tmp_path / "parts", "step")] == losses
+    assert len(losses) == 4 and len(set(losses)) == 4
+
+
+def train_steps(config: TrainConfig, num_steps: int) -> None:
+    """Train until the process receives a SIGTERM, in the middle of its last step."""
+    count = 0
+    inner = denoising(config)
+
+    def objective(model, batch, generator):
+        nonlocal count
+        count += 1
+        if count == num_steps * config.num_accumulation:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(model, batch, generator)
+
+    with pytest.raises(Interrupted, match=f"SIGTERM after step {num_steps} of 4: saved"):
+        train(config, objective)
+
+
+def test_loss_falls_and_everything_is_logged(config):
+    config = replace(
+        config,
+        max_steps=40,
+        log_every=10,
+        validate_every=20,
+        sample_every=40,
+        optim=OptimConfig(optimizer="muon", lr=1e-2, muon_lr=1e-2, warmup_steps=2),
+    )
+    run = train(config)
+    losses = [event["loss"] for event in read_log(run, "step")]
+    assert losses[-1] < 0.95 * losses[0]
+    validation = read_log(run, "validation")
+    assert [event["step"] for event in validation] == [20, 40]
+    assert validation[1]["loss"] < validation[0]["loss"]
+    assert {f"loss_at_{time:g}" for time in config.validation_times} <= set(validation[0])
+    names = [event["event"] for event in read_log(run)]
+    assert names[0] == "start" and names[-1] == "end"
+    assert (run / "samples" / "step_000040.png").read_bytes()[:4] == b"\x89PNG"
+    world = load_world(run)
+    assert world.card.conditions == CONDITIONS
+
+
+def test_validation_is_of_the_averaged_weights_and_repeats(config, tmp_path):
+    run = train(replace(config, validate_every=2, ema_decay=0.5))
+    again = train(replace(config, validate_every=2, ema_decay=0.5, out=str(tmp_path / "again")))
+    other = train(replace(config, validate_every=2, ema_decay=0.0, out=str(tmp_path / "other")))
+    first, second, raw = (read_log(one, "validation") for one in (run, again, other))
+    assert [event["loss"] for event in first] == [event["loss"] for event in second]
+    assert first[-1]["loss"] != raw[-1]["loss"]
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(config, tmp_path):
+    """Their noise differs, so an objective without noise is trained."""
+
+    def objective(model, batch, generator):
+        noisy = batch.frames[:, None]
+        time = torch.full(noisy.shape[:3], 0.5)
+        loss = (model(batch.frames, noisy, time, batch.conditions) - 1).square().mean()
+        return loss, {"loss": loss.detach()}
+
+    one = train(replace(config, batch_size=4, max_steps=2), objective)
+    two = train(
+        replace(config, num_accumulation=2, max_steps=2, out=str(tmp_path / "two")), objective
+    )
+    expected, found = (load_world(run, "raw").model.state_dict() for run in (one, two))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step(config, bad, place):
+    inner = denoising(config)
+    count, weights = 0, {}
+
+    def objective(model, batch, generator):
+        nonlocal count
+        loss, logs = inner(model, batch, generator)
+        if count == 2:
+            weights.update({name: p.clone() for name, p in model.state_dict().items()})
+            weights["model"] = model
+            if place == "loss":
+                loss = loss * bad
+            else:
+                loss.register_hook(lambda gradient: gradient * bad)
+        count += 1
+        return loss, logs
+
+    with pytest.raises(ValueError, match="step 2: .*finite.*before the weights moved"):
+        train(config, objective)
+    model = weights.pop("model")
+    assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())
+
+
+def test_time_limit_saves_and_stops(config):
+    run = train(replace(config, max_steps=100_000, time_limit_s=0.5))
+    end = read_log(run, "end")[0]
+    assert "time limit of 0.5 s" in end["reason"] and 0 < end["step"] < 100_000
+    assert load_progress(run / (run / "last").read_text().strip()).step == end["step"]
+
+
+COMMAND = """
+import sys
+from scd.training.config import TrainConfig
+from scd.common.config import from_json
+from scd.training.trainer import train
+import json
+train(from_json(TrainConfig, json.load(open(sys.argv[1]))))
+"""
+
+
+def launch(config, path, *, prefix=()) -> subprocess.Popen[bytes]:
+    from scd.common.config import to_json
+
+    path.write_text(json.dumps(to_json(config)))
+    script = path.with_suffix(".py")
+    script.write_text(COMMAND)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *prefix, str(script), str(path)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+
+
+SMALL_TOY = """--model.encoder.num-layers 1 --model.decoder.num-layers 1 --model.block.width 64
+--batch-size 1 --num-frames 3 --log-every 1 --validate-every 0 --sample-every 0 --device cpu"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_saves_and_the_command_says_that_it_was_interrupted(tmp_path, name, status):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "scd", "train", "toy", "--out", str(run), *SMALL_TOY.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while not (run / "log.jsonl").exists() or not read_log(run, "step"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == status, errors.decode()
+    assert f"scd: {name} after step" in errors.decode() and b"Traceback" not in errors
+    end = read_log(run, "end")[0]
+    assert end["reason"] == f"received {name}"
+    assert load_progress(run / (run / "last").read_text().strip()).step == end["step"] > 0
+
+
+def test_a_second_process_is_kept_out_of_a_run(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    with take_lock(tmp_path / "run" / "lock"):
+        with pytest.raises(BlockingIOError, match="run is being written by another process"):
+            train(config)
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["lock"]
+    inner, refused = denoising(config), []
+
+    def objective(model, batch, generator):
+        if not refused:
+            with pytest.raises(BlockingIOError):
+                take_lock(tmp_path / "run" / "lock")
+            refused.append(True)
+        return inner(model, batch, generator)
+
+    run = train(config, objective)
+    assert refused
+    take_lock(run / "lock").close()
+    (machine,) = read_log(run, "machine")
+    assert machine["command"] == command() and machine["torch"] == torch.__version__
+
+
+def test_a_finished_run_may_be_lengthened(config):
+    train(config)
+    run = train(replace(config, max_steps=6, log_every=3))
+    assert [event["event"] for event in read_log(run) if event["event"] in ("start", "resume")] == [
+        *("start", "resume")
+    ]
+    assert read_log(run, "end")[-1]["step"] == 6
+
+
+def test_a_folder_with_other_settings_is_refused_with_what_differs(config, tmp_path):
+    train(config)
+    changed = replace(config, seed=1, optim=replace(config.optim, lr=5e-4))
+    with pytest.raises(FileExistsError, match=r"optim\.lr: 0\.001, 0\.0005; seed: 0, 1"):
+        train(changed)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(replace(config, resume="never"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").touch()
+    with pytest.raises(FileExistsError, match="not the folder of a run"):
+        train(replace(config, out=str(tmp_path / "photos")))
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(config, tmp_path):
+    run = train(config)
+    path = run / "step_000004" / "raw.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"raw\.safetensors"):
+        train(replace(config, max_steps=8))
+    assert (run / "last").read_text().strip() == "step_000004"
+
+
+def test_differences_name_the_leaf():
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ["a.c: 2, 3"]
+    assert differences({"a": 1}, {}) == ["a: 1, 'nothing'"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_frames": 100_000}, "clips of 100000 frames.*the longest of .* episodes has"),
+        (
+            {"num_frames": 100_000, "validate_every": 1},
+            "num_frames is 100000, but the longest val episode.*has",
+        ),
+        ({"model": replace(SEPARABLE, conditions=replace(CONDITIONS, num_actions=99))}, "steered"),
+        ({"num_frames": 3}, "window is 4, but num_frames is 3: attention beyond .* is untrained"),
+        ({"data": "toy:64"}, r"\(3, 64, 64\).*\(3, 32, 32\)"),
+        ({"data": "toy:7"}, "toy:7"),
+        ({"max_steps": 0}, "max_steps must be 1 or more"),
+        ({"ema_decay": 1.0}, "ema_decay must lie in"),
+        ({"save_every": -1}, "save_every must be 0 or more"),
+        ({"validation_times": (0.0,)}, "validation_times must lie in"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_a_folder_is_made(
+    config, tmp_path, change, message
+):
+    with pytest.raises(ValueError, match=message):
+        train(replace(config, **change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_data_folder_is_named(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(replace(config, data=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(config, tmp_path):
+    config = replace(
+        config,
+        save_every=2,
+        validate_every=2,
+        sample_every=4,
+        num_accumulation=2,
+        gradient_checkpointing=True,
+    )
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    for max_steps in (2, 4):
+        steps = replace(config, max_steps=max_steps)
+        process = launch(steps, tmp_path / "config.json", prefix=launcher)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()
+    run = tmp_path / "run"
+    assert read_log(run, "start")[0]["num_processes"] == 2
+    assert [event["step"] for event in read_log(run, "step")] == [1, 2, 3, 4]
+    assert len(read_log(run, "validation")) == 2
+    assert load_world(run).card.conditions == CONDITIONS
+    assert (run / "samples" / "step_000004.png").exists()
