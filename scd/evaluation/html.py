@@ -1,73 +1,103 @@
-"""The look of a report: one HTML file that needs nothing else, light or dark, wide or narrow."""
+"""Pages of reports: one HTML file that needs nothing else, light or dark, wide or narrow.
+
+A page is a jinja2 template beside the module that fills it in. It extends evaluation/page.html,
+which holds the style, the heading and where the numbers come from, and takes tables, cards, videos
+and plots from evaluation/parts.html. What is put in is escaped unless it is Markup.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from scd.common.provenance import hardware_line
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-STYLE = """
-:root { color-scheme: light dark; --page: #fbfbfa; --ink: #22252a; --soft: #666c75;
-  --line: #dcdfe4; --card: #ffffff; --accent: #2f6bbf; }
-@media (prefers-color-scheme: dark) { :root { --page: #16181c; --ink: #e4e6ea; --soft: #9aa1ab;
-  --line: #333840; --card: #1e2126; --accent: #7fb0f0; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 1rem 0 .5rem; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
-p, li { max-width: 44rem; } .soft, figcaption { color: var(--soft); font-size: .88rem; }
-.warning { border: 1px solid var(--accent); border-radius: .5rem; padding: .6rem .9rem; }
-.cards { display: grid; gap: .75rem; margin: 1.25rem 0;
-  grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
-  padding: .8rem .9rem; }
-.card b { display: block; font-size: 1.5rem; line-height: 1.2; color: var(--accent);
-  font-variant-numeric: tabular-nums; }
-.card span { color: var(--soft); font-size: .85rem; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .6rem;
-  background: var(--card); }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
-  font-size: .92rem; }
-th, td { padding: .45rem .6rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
-thead th { color: var(--soft); font-weight: 600; }
-tbody tr { border-top: 1px solid var(--line); }
-td small { display: block; color: var(--soft); font-size: .76rem; line-height: 1.2; }
-figure { margin: 1rem 0; } video, figure img { width: 100%; height: auto; display: block;
-  border-radius: .4rem; }
-figure .grid { min-width: 44rem; } figure .two { min-width: 34rem; }
-figure .one { max-width: 30rem; } figure .wide { overflow-x: auto; border-radius: .4rem; }
-video { image-rendering: pixelated; background: #ccc; }
-code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; font-size: .9rem; }
-dt { color: var(--soft); } dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
-@media (max-width: 32rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
-"""
+from scd.common.provenance import hardware_line, write_text
+from scd.evaluation.plots import Ink
+
+PARTS = "evaluation/parts.html"
+"""Macros of tables, cards, videos and plots."""
+
+
+def write_page(template: str, path: Path, **values: Any) -> None:
+    """Fill a template in and write the page.
+
+    Args:
+        template: its place in the package, such as "demo/report.html".
+        path: an .html file, replaced if it exists.
+        values: what the template needs; every page needs `title`, `result` (with command, commit,
+            hardware and settings) and `not_claimed` (sentences).
+    """
+    write_text(_environment.get_template(template).render(values), path)
+
+
+def interval(row: Mapping[str, Any], digits: int = 2) -> Markup:
+    """Return a cell of a table: a mean with its interval below it."""
+    mean, low, high = (f"{row[name]:.{digits}f}" for name in ("mean", "ci_low", "ci_high"))
+    return Markup(f"{mean}<small>{low} .. {high}</small>")
+
+
+def plot(draw: Callable[[Path, Ink], None], text: str, size: str = "grid") -> Markup:
+    """Draw a plot for light and for dark pages and return it as part of a page.
+
+    Args:
+        draw: draws it to a file, for one kind of page.
+        text: what is seen, for those who do not see it.
+        size: how wide, a class of the style: "one", "two" or "grid".
+    """
+    addresses = []
+    with tempfile.TemporaryDirectory() as folder:
+        for ink in ("on light", "on dark"):
+            file = Path(folder) / f"{ink}.png"
+            draw(file, ink)
+            addresses.append(inline(file))
+    return _macro("plot", *addresses, text, size)
+
+
+def inline(path: Path) -> str:
+    """Return a picture or video as an address that holds all of it."""
+    kind = {".png": "image/png", ".mp4": "video/mp4"}[path.suffix]
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _macro(name: str, *values: Any) -> Markup:
+    return getattr(_environment.get_template(PARTS).module, name)(*values)
+
+
+_environment = Environment(
+    loader=FileSystemLoader(Path(__file__).resolve().parents[1]),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_environment.filters |= {
+    "hardware_line": hardware_line,
+    "inline": inline,
+    "interval": interval,
+    "json": json.dumps,
+}
 
 
 def page_of(title: str, body: str) -> str:
-    """Return a whole page in the style of all reports."""
+    """Return a whole page around markup; `write_page` takes its place."""
+    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
 def origin(result: Mapping[str, Any]) -> str:
-    """Return the section that says where a result's numbers come from.
-
-    Args:
-        result: with command, commit, hardware and settings.
-    """
+    """Return where a result's numbers come from; evaluation/page.html takes its place."""
     entries = {
         "command": f"<code>{escape(result['command'])}</code>",
         "commit": f"<code>{escape(result['commit'])}</code>",
@@ -79,28 +109,10 @@ def origin(result: Mapping[str, Any]) -> str:
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a table; its cells may hold markup, its header may not."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines
-    )
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        "</div>"
-    )
+    """Return a table of markup; the macro `table` takes its place."""
+    return _macro("table", header, [[Markup(cell) for cell in line] for line in lines])
 
 
 def show_plot(files: tuple[Path, Path], text: str, size: str) -> str:
-    """Return a plot for light and dark pages, described by `text`; `size` is a class of STYLE."""
-    light, dark = map(inline, files)
-    return (
-        '<figure><div class="wide"><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img class="{size}" alt="{escape(text)}" src="{light}"></picture></div></figure>'
-    )
-
-
-def inline(path: Path) -> str:
-    """Return a picture or video as an address that holds all of it."""
-    kind = {".png": "image/png", ".mp4": "video/mp4"}[path.suffix]
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    """Return a plot of two files; `plot` takes its place."""
+    return _macro("plot", *map(inline, files), text, size)
