@@ -7,7 +7,6 @@ continues where it was when the same command is given again.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,14 +18,12 @@ from rich.console import Console
 from scd.common.config import to_json
 from scd.common.files import refuse_used
 from scd.common.provenance import provenance, write_json, write_text
-from scd.common.runlog import read_curve
 from scd.common.runtime import choose_device
 from scd.data.folder import open_source
 from scd.data.toy import ToyWorld
 from scd.demo.first_look import first_look
-from scd.demo.report import Pictures, quality_rows, write_report
+from scd.demo.report import write_report
 from scd.evaluation.measure import Measurement, find_row, measure
-from scd.evaluation.plots import Ink, plot_loss, plot_metrics
 from scd.evaluation.predict import TIMED, Protocol, choose_windows, read_windows, summarize
 from scd.evaluation.side_by_side import (
     NUM_GIVEN,
@@ -170,9 +167,7 @@ def train_and_compare(config: DemoConfig, out: Path) -> dict[str, Any]:
     result |= add_up(trained, measured_s, time.perf_counter() - began - measured_s)
     result |= {"settings": to_json(config) | {"protocol": to_json(config.protocol)}}
     result |= provenance(device)
-    with tempfile.TemporaryDirectory() as folder:
-        runs_of = {name: one.folder for name, one in trained.items()}
-        write_report(result, draw(result, runs_of, out, Path(folder)), out / "report.html")
+    write_report(result, {name: one.folder for name, one in trained.items()}, out)
     write_json(result, out / "report.json")
     _say(result, out, console)
     return result
@@ -258,25 +253,6 @@ def summarize_demo(
         "quality": {name: {"rows": one.rows} for name, one in measured.items()},
         "memory": dict(memory),
     }
-
-
-def draw(result: Mapping[str, Any], runs: Mapping[str, Path], out: Path, folder: Path) -> Pictures:
-    """Draw the report's plots into `folder`, each for light and for dark pages."""
-    curves = {}
-    for name, run in runs.items():
-        events = read_curve(run, "step")
-        curves[name] = ([e["step"] for e in events], [e["loss"] for e in events])
-    rows = quality_rows(result)
-    inks: dict[str, Ink] = {"light": "on light", "dark": "on dark"}
-    for page, ink in inks.items():
-        plot_metrics(rows, ["psnr", "psnr_gain"], folder / f"quality-{page}.png", ink=ink)
-        plot_loss(curves, folder / f"loss-{page}.png", ink=ink)
-    return Pictures(
-        quality=(folder / "quality-light.png", folder / "quality-dark.png"),
-        loss=(folder / "loss-light.png", folder / "loss-dark.png"),
-        video=out / "rollout.mp4",
-        frames=out / "frames.png",
-    )
 
 
 def _say(result: Mapping[str, Any], out: Path, console: Console) -> None:

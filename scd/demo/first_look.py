@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ from rich.console import Console
 from torch import Tensor
 
 from scd.common.config import to_json
-from scd.common.provenance import provenance, write_json, write_text
+from scd.common.provenance import provenance, write_json
 from scd.common.runtime import cpu_threads
 from scd.data.clip import Conditions
 from scd.engine.open import advised_threads, open_engine
-from scd.evaluation.html import inline, origin, page_of, table
+from scd.evaluation.html import write_page
 from scd.evaluation.media import PictureRow, spread, write_grid, write_video
 from scd.evaluation.predict import TIMED, summarize
 from scd.models.build import num_parameters
@@ -95,7 +94,7 @@ def first_look(run: Path, out: Path, seed: int) -> dict[str, Any]:
         "to the first frame: from reading the weights on",
         "settings": {"seed": seed, "sampling": to_json(world.sampling)},
     } | provenance("cpu")
-    write_text(report(result, out), out / "report.html")
+    write_report(result, out)
     write_json(result, out / "report.json")
     console.print(
         f"{result['frames']} frames of {world.card.height}x{world.card.width}, "
@@ -155,44 +154,32 @@ def write_pictures(
     write_video(torch.cat(strips, dim=3), out / "rollout.mp4", fps)
 
 
-def report(result: Mapping[str, Any], out: Path) -> str:
-    """Return the page of a first look, its pictures inside."""
-    title = "A world, streamed and steered"
+def write_report(result: Mapping[str, Any], out: Path) -> None:
+    """Write report.html of a first look, its pictures inside."""
     timing = result["timing"]
-    cards = (
-        (f"{result['frames_per_second']:.0f}", "frames per second, one stream"),
-        (f"{timing['total']['p50'] * 1e3:.1f} ms", "per frame, median"),
-        (f"{result['seconds_to_first_frame']:.1f} s", "from nothing to the first frame"),
-        (f"{result['parameters'] / 1e6:.1f} M", "parameters"),
-        (f"{result['denoising_steps']}", "denoising steps per frame"),
-    )
-    shown = "".join(
-        f'<div class="card"><b>{value}</b><span>{escape(text)}</span></div>'
-        for value, text in cards
-    )
-    lines = [
-        [name, *(f"{timing[part][at] * 1e3:.2f}" for at in ("mean", "p50", "p99"))]
-        for name, part in (
-            ("encoder, once per frame", "encoder"),
-            ("decoder, all steps", "decoder"),
-            ("total", "total"),
-        )
-    ]
-    return page_of(
-        title,
-        f"<h1>{title}</h1><p>After {NUM_GIVEN} given frames of a held-out clip every frame is the "
-        "model's own: first under the clip's own actions, then, from the same frame on, under each "
-        f'action held down. Play in it yourself: <code>scd play</code>.</p><div class="cards">'
-        f'{shown}</div><figure><video src="{inline(out / "rollout.mp4")}" autoplay loop muted '
-        "playsinline controls></video><figcaption>From left to right: the truth, the clip's own "
-        "actions, and each action as in the picture below.</figcaption></figure>"
-        f'<figure><div class="wide"><img class="grid" alt="frames of each steering" '
-        f'src="{inline(out / "frames.png")}"></div></figure>'
-        "<h2>Speed</h2>"
-        + table(["ms per frame", "mean", "p50", "p99"], lines)
-        + f'<p class="soft">{escape(result["timed"])}; {result["timed_frames"]} frames.</p>'
-        "<h2>What this does not claim</h2><ul>"
-        + "".join(f"<li>{escape(text)}</li>" for text in NOT_CLAIMED)
-        + "</ul>"
-        + origin(result),
+    parts = {
+        "encoder, once per frame": timing["encoder"],
+        "decoder, all steps": timing["decoder"],
+        "total": timing["total"],
+    }
+    write_page(
+        "demo/first_look.html",
+        out / "report.html",
+        title="A world, streamed and steered",
+        result=result,
+        not_claimed=NOT_CLAIMED,
+        num_given=NUM_GIVEN,
+        stream=out / "rollout.mp4",
+        frames=out / "frames.png",
+        numbers=[
+            (f"{result['frames_per_second']:.0f}", "frames per second, one stream"),
+            (f"{timing['total']['p50'] * 1e3:.1f} ms", "per frame, median"),
+            (f"{result['seconds_to_first_frame']:.1f} s", "from nothing to the first frame"),
+            (f"{result['parameters'] / 1e6:.1f} M", "parameters"),
+            (f"{result['denoising_steps']}", "denoising steps per frame"),
+        ],
+        speed_lines=[
+            [name, *(f"{part[at] * 1e3:.2f}" for at in ("mean", "p50", "p99"))]
+            for name, part in parts.items()
+        ],
     )

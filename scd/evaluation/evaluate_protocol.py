@@ -31,7 +31,7 @@ from scd.evaluation.plots import plot_metrics
 from scd.evaluation.predict import TIMED, check_fit, summarize
 from scd.evaluation.protocol_settings import ProtocolConfig
 from scd.evaluation.protocols import changes_of, choose_clips
-from scd.evaluation.report import write_page
+from scd.evaluation.report import write_report
 from scd.evaluation.rows import Gathered, clip_values, clips_for_distance, gather, rows_of
 from scd.evaluation.trajectories import Instruments, Trial
 from scd.evaluation.units import Parts
@@ -237,7 +237,7 @@ def write_result(
     panels = [metric for metric in PLOTTED if metric in found]
     title = f"{config.run} on {config.data}, {protocol.name}"
     plot_metrics(rows, panels, out.with_suffix(".png"), title)
-    write_page(result, trial, gathered, out.with_suffix(".html"))
+    write_report(result, trial, gathered, out.with_suffix(".html"))
     write_json(result, out)
     return result
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scd.common.provenance import write_text
-from scd.evaluation.html import inline, origin, page_of, table
+from scd.evaluation.html import inline, interval, write_page
 from scd.evaluation.media import write_video
 from scd.evaluation.protocols import ABOUT
 from scd.evaluation.rows import HIGHER_IS_BETTER, Gathered, ranking
@@ -35,7 +33,7 @@ NOT_CLAIMED = (
 """Shown at the end of the page."""
 
 
-def write_page(result: Mapping[str, Any], trial: Trial, gathered: Gathered, path: Path) -> None:
+def write_report(result: Mapping[str, Any], trial: Trial, gathered: Gathered, path: Path) -> None:
     """Write the page; the clips on it are rolled out once more.
 
     Args:
@@ -44,106 +42,63 @@ def write_page(result: Mapping[str, Any], trial: Trial, gathered: Gathered, path
         gathered: its numbers by clip.
         path: an .html file, replaced if it exists.
     """
-    title = f"{result['protocol']}: {result['settings']['run']}"
-    body = "\n".join(
-        [
-            f"<h1>{escape(title)}</h1>",
-            f"<p>{escape(ABOUT[result['protocol']])}. Data: {escape(result['settings']['data'])}."
-            f"</p>{_changes(result)}",
-            _numbers(result),
-            _videos(trial, gathered),
-            _settings(result),
-            "<h2>What this does not claim</h2>",
-            "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in NOT_CLAIMED) + "</ul>",
-            origin(result),
-        ]
-    )
-    write_text(page_of(title, body), path)
-
-
-def _changes(result: Mapping[str, Any]) -> str:
-    changes = [f"{change} (protocol, here)" for change in result["changed"]] + [
-        f"without {name}: {reason}" for name, reason in result["left_out"].items()
-    ]
+    changes = [f"{change} (protocol, here)" for change in result["changed"]]
+    changes += [f"without {name}: {reason}" for name, reason in result["left_out"].items()]
     if result["short_episodes"]:
         changes.append(f"{len(result['short_episodes'])} episodes were too short and left out")
-    if not changes:
-        return "<p>The protocol as it is, nothing changed.</p>"
-    listed = "".join(f"<li>{escape(change)}</li>" for change in changes)
-    return f'<div class="warning">Not the protocol as it is:<ul>{listed}</ul></div>'
-
-
-def _numbers(result: Mapping[str, Any]) -> str:
-    rows = result["overall"]
-    baselines = list(dict.fromkeys(row["baseline"] for row in rows))
-    cells = {(row["metric"], row["baseline"]): row for row in rows}
-    lines = []
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        line = [escape(metric)]
-        for baseline in baselines:
-            row = cells.get((metric, baseline))
-            line.append(
-                ""
-                if row is None
-                else f"{row['mean']:.4f}<small>{row['ci_low']:.4f} .. {row['ci_high']:.4f}</small>"
-            )
-        lines.append(line)
-    settings = result["settings"]["protocol"]
-    return (
-        "<h2>All predicted frames</h2>"
-        + table(["", *baselines], lines)
-        + f'<p class="soft">{settings["num_clips"]} clips, {settings["context"]} frames given, '
-        f"{settings['horizon']} predicted, {settings['num_trajectories']} trajectories each: "
-        f"{settings['trajectories']}. Below each number its 95 % interval, by resampling clips. "
-        "Numbers by frame and by clip are in the JSON file beside this page.</p>"
-    )
-
-
-def _settings(result: Mapping[str, Any]) -> str:
-    entries = {
+    rows = {(row["metric"], row["baseline"]): row for row in result["overall"]}
+    baselines = list(dict.fromkeys(baseline for _, baseline in rows))
+    settings = {
         name: value
         for name, value in result["settings"]["protocol"].items()
         if name not in ("kind", "name")
     }
-    entries |= {f"SHA-256 of {name}": digest for name, digest in result["weights"].items()}
+    settings |= {f"SHA-256 of {name}": digest for name, digest in result["weights"].items()}
     if result["judge"] is not None:
-        entries["judge"] = result["judge"]["digest"]
-    lines = [[escape(name), escape(str(value))] for name, value in entries.items()]
-    return "<h2>Every setting of the protocol</h2>" + table(["", ""], lines)
+        settings["judge"] = result["judge"]["digest"]
+    write_page(
+        "evaluation/report.html",
+        path,
+        title=f"{result['protocol']}: {result['settings']['run']}",
+        result=result,
+        not_claimed=NOT_CLAIMED,
+        about=ABOUT[result["protocol"]],
+        changes=changes,
+        header=["", *baselines],
+        lines=[
+            [
+                metric,
+                *(
+                    interval(rows[metric, baseline], 4) if (metric, baseline) in rows else ""
+                    for baseline in baselines
+                ),
+            ]
+            for metric in dict.fromkeys(metric for metric, _ in rows)
+        ],
+        videos=_videos(trial, gathered),
+        settings=list(settings.items()),
+    )
 
 
-def _videos(trial: Trial, gathered: Gathered) -> str:
+def _videos(trial: Trial, gathered: Gathered) -> list[tuple[str, str]]:
+    """Return addresses and captions; of clips from nothing none is better than another."""
     if trial.protocol.from_nothing:
-        return _unranked(trial)
+        text = "Left a clip of the data, right one of the model's, made from nothing: not a pair."
+        shown = range(min(len(RANKS), len(trial.windows)))
+        return [(_address(clip_beside_truth(trial, clip, 0), trial), text) for clip in shown]
     metric, numbers, trajectories = ranking(gathered, trial.protocol)
     order = numbers.argsort(descending=metric in HIGHER_IS_BETTER).tolist()
-    chosen = dict(zip(RANKS, (order[0], order[len(order) // 2], order[-1]), strict=True))
-    figures = []
-    for rank, clip in chosen.items():
-        frames = clip_beside_truth(trial, clip, int(trajectories[clip]))
+    videos = []
+    for rank, clip in zip(RANKS, (order[0], order[len(order) // 2], order[-1]), strict=True):
+        trajectory = int(trajectories[clip])
         episode, start = trial.windows[clip]
         text = (
             f"{rank} of {len(order)} clips by {metric} ({numbers[clip].item():.3f}): episode "
-            f"{episode} from frame {start}, trajectory {int(trajectories[clip])}. Left the truth, "
-            f"right the model; the first {trial.protocol.context} frames are given."
+            f"{episode} from frame {start}, trajectory {trajectory}. Left the truth, right the "
+            f"model; the first {trial.protocol.context} frames are given."
         )
-        figures.append(_figure(frames, trial, text))
-    return "<h2>Best, median and worst clip</h2>" + "".join(figures)
-
-
-def _unranked(trial: Trial) -> str:
-    """Show some clips of a protocol that gives no frame: none of them is better than another."""
-    shown = range(min(len(RANKS), len(trial.windows)))
-    text = "Left a clip of the data, right one of the model's, made from nothing: not a pair."
-    figures = (_figure(clip_beside_truth(trial, clip, 0), trial, text) for clip in shown)
-    return "<h2>Some clips</h2>" + "".join(figures)
-
-
-def _figure(frames: Tensor, trial: Trial, text: str) -> str:
-    return (
-        f'<figure><video controls loop muted playsinline src="{_video(frames, trial)}">'
-        f"</video><figcaption>{escape(text)}</figcaption></figure>"
-    )
+        videos.append((_address(clip_beside_truth(trial, clip, trajectory), trial), text))
+    return videos
 
 
 def clip_beside_truth(trial: Trial, clip: int, trajectory: int) -> Float[Tensor, "t 3 h w2"]:
@@ -156,7 +111,7 @@ def clip_beside_truth(trial: Trial, clip: int, trajectory: int) -> Float[Tensor,
     return torch.cat([true, gap, made], dim=-1)
 
 
-def _video(frames: Tensor, trial: Trial) -> str:
+def _address(frames: Tensor, trial: Trial) -> str:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.mp4"
         write_video(frames, file, trial.source.card.fps)

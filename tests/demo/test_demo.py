@@ -109,8 +109,7 @@ def test_report_of_tiny_worlds(worlds, tmp_path):
     contexts = [row["context"] for row in memory["rows"] if row["baseline"] == "separable"]
     assert tuple(contexts) == MEMORY_CONTEXTS and memory["events"] >= 2
 
-    pictures = demo.draw(result, runs, tmp_path, tmp_path)
-    report.write_report(result, pictures, tmp_path / "report.html")
+    report.write_report(result, runs, tmp_path)
     results.write_json(result, tmp_path / "report.json")
     text = (tmp_path / "report.html").read_text()
     page = Page(text)

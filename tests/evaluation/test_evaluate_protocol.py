@@ -39,7 +39,7 @@ def model_config(separable_config):
 def quickly(monkeypatch):
     """Picture, page and intervals take longer than the evaluations; other tests see them."""
     monkeypatch.setattr(evaluate_protocol, "plot_metrics", lambda *_: None)
-    monkeypatch.setattr(evaluate_protocol, "write_page", lambda *_: None)
+    monkeypatch.setattr(evaluate_protocol, "write_report", lambda *_: None)
     monkeypatch.setattr(image, "NUM_RESAMPLES", 20)
     monkeypatch.setattr(fvd, "NUM_RESAMPLES", 20)
 
@@ -156,7 +156,7 @@ def test_one_trajectory_of_spread_clips_is_the_evaluation_of_today(
 
 
 def test_result_file_and_page_say_everything(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_protocol, "write_page", protocol_page.write_page)
+    monkeypatch.setattr(evaluate_protocol, "write_report", protocol_page.write_report)
     result = evaluated(run, folder, tmp_path)
     written = json.loads((tmp_path / "e.json").read_text())
     assert written == json.loads(json.dumps(result))
@@ -298,7 +298,7 @@ def test_fvd_of_predicted_frames_pools_trajectories_if_asked(run, folder, i3d, t
 
 
 def test_clips_from_nothing_are_compared_as_a_set(run, folder, i3d, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_protocol, "write_page", protocol_page.write_page)
+    monkeypatch.setattr(evaluate_protocol, "write_report", protocol_page.write_report)
     base = small(context=0, horizon=10, num_clips=3, fvd=True, shuffled_actions=False)
     base = replace(base, num_trajectories=1)
     result = evaluated(run, folder, tmp_path, base, **i3d)
