@@ -1,5 +1,7 @@
 """The command `scd`: one function per subcommand, every field of its settings a flag.
 
+What a command needs is imported when it is called, so that help and wrong usage answer at once.
+
 Exit status: 0 success, 2 wrong usage or bad input (one message on stderr), 1 a fault of ours or a
 full GPU, 130 or 143 interrupted by SIGINT or SIGTERM.
 """
@@ -8,64 +10,13 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Annotated, TypeVar
-
-import torch
-import tyro
-from rich.console import Console
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 from scd import __version__
-from scd.bench.compare import CompareConfig, compare
-from scd.bench.measure import BenchConfig, bench
-from scd.common.processes import num_started
 from scd.common.signals import Interrupted
-from scd.convert.autoencoder import ConvertAutoencoderConfig, convert_autoencoder
-from scd.convert.export import ExportConfig, export_diffusers
-from scd.convert.reference import ReferenceConfig, convert_reference
-from scd.convert.wan import ConvertWanConfig, convert_wan
-from scd.data.check import CheckConfig, check, refusal
-from scd.data.check import readable as readable_check
-from scd.data.record import DoomRecording, ToyRecording, record
-from scd.demo.demo import DemoConfig, demo
-from scd.evaluation.evaluate import EvaluateConfig, evaluate, readable
-from scd.evaluation.evaluate_protocol import evaluate_by_protocol
-from scd.evaluation.evaluate_protocol import readable as readable_by_protocol
-from scd.evaluation.protocol_settings import ProtocolConfig
-from scd.evaluation.protocols import listing, protocol
-from scd.objectives.distill import ConsistencyConfig
-from scd.preprocessing.encode import encode
-from scd.preprocessing.encode import readable as readable_encoding
-from scd.preprocessing.settings import EncodeConfig
-from scd.probing.compare import intervene
-from scd.probing.intervention_settings import DiagonalConfig, RecomposeConfig, SkipConfig
-from scd.probing.intervention_table import markdown
-from scd.probing.run import probe
-from scd.probing.settings import ProbeConfig
-from scd.sampling.sample import SampleConfig, sample
-from scd.sampling.sample_text import PromptSampleConfig, readable_speed, sample_prompt
-from scd.sampling.text_to_video import is_steered_by_text
-from scd.sampling.vbench import VBenchConfig, vbench
-from scd.serving.play import PlayConfig, play
-from scd.serving.ray_app import serve_replicas
-from scd.serving.run import serve
-from scd.serving.settings import ServeConfig
-from scd.training.autoencoder import readable as readable_reconstruction
-from scd.training.autoencoder import train_autoencoder
-from scd.training.autoencoder_settings import TrainAutoencoderConfig
-from scd.training.config import TrainConfig
-from scd.training.distill import DistillChoice, distillation
-from scd.training.fit import decides, fit_to_data, fit_window
-from scd.training.initial import is_of_wan, like_initial
-from scd.training.inverse_dynamics import TrainJudgeConfig, train_judge
-from scd.training.inverse_dynamics import readable as readable_judge
-from scd.training.plan import dry_run
-from scd.training.presets import PRESETS, preset
-from scd.training.trainer import train
-from scd.training.wan import PRESET as WAN_DMD
-from scd.training.wan import WanDmdChoice, wan_distillation, with_prompts
 
 Settings = TypeVar("Settings")
 
@@ -84,7 +35,7 @@ USAGE = """usage: scd COMMAND ...
                             world that comes with the package
   sample RUN                stream frames from a trained model, or video of a prompt (--prompt)
   vbench RUN                videos of many prompts, in VBench's folder layout
-  train-judge               train the network by which control is measured (minutes)
+  train-judge               train the inverse dynamics model that measures control (minutes)
   evaluate RUN              measure a trained model on held-out clips
   protocols                 named protocols for evaluate --protocol, with every setting
   probe RUN                 what each layer of a trained model does, and where to split it
@@ -97,24 +48,17 @@ USAGE = """usage: scd COMMAND ...
   convert wan               make a causal world of Wan2.1: separable, or dense
   export diffusers RUN      turn a Wan world back into what diffusers loads
 
-`scd COMMAND --help` explains every flag. `scd --version` prints the version."""
+`scd COMMAND --help` explains every flag. `scd --version` prints the version;
+`scd --print-completion bash|zsh|fish` prints a script that completes commands and flags."""
+
+SHELLS = ("bash", "zsh", "fish")
+"""Shells whose completion can be printed."""
 
 FULL_GPU = (
     "the memory of the GPU is full: lower --batch-size or --num-frames; in training also: "
     "--num-accumulation (makes up for a smaller batch) and --gradient-checkpointing"
 )
 """What to do when a GPU has too little memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainCommand:
-    """One training run, or only its plan."""
-
-    run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-    """The run."""
-    dry_run: bool = False
-    """Print all settings, parameters, arithmetic and memory as JSON, and do not train. Started by
-    accelerate or torchrun, of as many processes as they start."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,19 +74,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"scd {__version__}")
         return 0
-    if words[0] not in COMMANDS:
-        return _refuse(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}")
     try:
-        COMMANDS[words[0]](words[1:])
+        if words[0] == "--print-completion":
+            _print_completion(words[1:])
+        else:
+            COMMANDS[_known(words[0], "command", COMMANDS)](words[1:])
     except (ValueError, OSError) as error:
         return _refuse(str(error))
     except Interrupted as stop:
         return _refuse(str(stop), status=stop.exit_status)
     except KeyboardInterrupt:
         return _refuse("interrupted", status=130)
-    except torch.OutOfMemoryError as error:
-        return _refuse(f"{FULL_GPU} ({str(error).splitlines()[0]})", status=1)
-    except Exception:
+    except Exception as error:
+        # By its name, since a command that got as far as this error has imported torch, and
+        # others need not.
+        if type(error).__name__ == "OutOfMemoryError":
+            return _refuse(f"{FULL_GPU} ({str(error).splitlines()[0]})", status=1)
         traceback.print_exc()
         return 1
     return 0
@@ -153,10 +100,22 @@ def _refuse(message: str, status: int = 2) -> int:
     return status
 
 
+def _known(name: str, what: str, choices: Iterable[str]) -> str:
+    """Return a name that is there; refuse any other, with the nearest that is."""
+    names = list(choices)
+    if name in names:
+        return name
+    near = get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {what} {name!r}{hint}; there are {', '.join(names)}")
+
+
 def _parse(
     kind: type[Settings], words: list[str], command: str, default: Settings | None = None
 ) -> Settings:
     """Read flags into settings; wrong usage leaves with status 2."""
+    import tyro
+
     # A preset fixes which kind of model there is; that kind's fields are the flags.
     settings = tyro.cli(
         kind,
@@ -169,26 +128,60 @@ def _parse(
     return settings
 
 
+def _parse_known(
+    kind: type[Settings], words: list[str], command: str
+) -> tuple[Settings, list[str]]:
+    """Read the flags that settings know, and return the others."""
+    import tyro
+
+    return tyro.cli(kind, args=words, prog=f"scd {command}", return_unknown_args=True)
+
+
+def _asks_for_help(words: list[str]) -> bool:
+    return any(word in ("-h", "--help") for word in words)
+
+
 def _split_name(
-    words: list[str], command: str, what: str, choices: Sequence[str]
+    words: list[str], command: str, what: str, choices: Iterable[str]
 ) -> tuple[str | None, list[str]]:
     """Take the leading name off; None if help is asked for without one."""
     if words and not words[0].startswith("-"):
-        if words[0] not in choices:
-            raise ValueError(f"unknown {what} {words[0]!r}; there are {', '.join(choices)}")
-        return words[0], words[1:]
-    if any(word in ("-h", "--help") for word in words):
+        return _known(words[0], what, choices), words[1:]
+    if _asks_for_help(words):
         return None, words
     raise ValueError(f"scd {command} needs a {what} first: {', '.join(choices)}")
 
 
+def _first_is(flag: str, words: list[str]) -> list[str]:
+    """Let the value of one flag stand first, without the flag."""
+    return [flag, *words] if words and not words[0].startswith("-") else words
+
+
+def _value_of(words: list[str], flag: str) -> str | None:
+    """Return what follows a flag, or what stands behind its "="; None: the flag is not there."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == flag or word.startswith(f"{flag}="):
+            return following if word == flag else word.partition("=")[2]
+    return None
+
+
 def _demo(words: list[str]) -> None:
+    from scd.demo.demo import DemoConfig, demo
+
     demo(_parse(DemoConfig, words, "demo"))
 
 
+def _recordings() -> dict[str, type]:
+    from scd.data.record import DoomRecording, ToyRecording
+
+    return {"toy": ToyRecording, "doom": DoomRecording}
+
+
 def _record(words: list[str]) -> None:
-    kinds = {"toy": ToyRecording, "doom": DoomRecording}
-    name, rest = _split_name(words, "record", "world", list(kinds))
+    from scd.data.record import record
+
+    kinds = _recordings()
+    name, rest = _split_name(words, "record", "world", kinds)
     if name is None:
         print(f"usage: scd record {{{','.join(kinds)}}} --out DIR ...; try scd record toy --help")
         return
@@ -196,31 +189,45 @@ def _record(words: list[str]) -> None:
 
 
 def _data(words: list[str]) -> None:
+    from scd.data.check import CheckConfig, check, readable, refusal
+
     name, rest = _split_name(words, "data", "action", ["check"])
-    if name is None:
-        rest = ["--help"]
-    config = _parse(CheckConfig, rest, "data check")
+    config = _parse(CheckConfig, rest if name else ["--help"], "data check")
     findings = check(config)
-    print(readable_check(config, findings))
+    print(readable(config, findings))
     if findings.missing:
         raise ValueError(refusal(config, findings))
 
 
 def _encode(words: list[str]) -> None:
-    if words and not words[0].startswith("-"):
-        words = ["--data", *words]
-    print(readable_encoding(encode(_parse(EncodeConfig, words, "encode"))))
+    from scd.preprocessing.encode import encode, readable
+    from scd.preprocessing.settings import EncodeConfig
+
+    print(readable(encode(_parse(EncodeConfig, _first_is("--data", words), "encode"))))
 
 
 def _train(words: list[str]) -> None:
-    name, rest = _split_name(words, "train", "preset", list(PRESETS))
+    from scd.training.initial import is_of_wan, like_initial
+    from scd.training.presets import PRESETS, TrainCommand
+
+    name, rest = _split_name(words, "train", "preset", PRESETS)
     if name is None:
         print(f"scd train PRESET ...; presets: {', '.join(PRESETS)}. Flags, as of preset toy:\n")
-    base = preset(name or "toy")
+    base = PRESETS[name or "toy"]
     initial = _value_of(rest, "--initial")
     if is_of_wan(base) and initial:
         base = like_initial(base, initial)
     settings = _parse(TrainCommand, rest, f"train {name or 'PRESET'}", TrainCommand(run=base))
+    _train_as(settings, base, f"scd train {name}")
+
+
+def _train_as(settings: Any, base: Any, command: str) -> None:
+    """Train by settings that a command line gave, over a preset."""
+    from scd.common.processes import num_started
+    from scd.training.fit import decides, fit_to_data, fit_window
+    from scd.training.initial import is_of_wan
+    from scd.training.plan import dry_run
+
     config = fit_window(settings.run, base)
     if decides(config):
         try:
@@ -233,47 +240,64 @@ def _train(words: list[str]) -> None:
         return
     if is_of_wan(config) and not config.initial:
         raise ValueError(
-            f"scd train {name} needs --initial RUN, a Wan world (scd convert wan), and --data "
+            f"{command} needs --initial RUN, a Wan world (scd convert wan), and --data "
             "LATENTS (scd encode)"
         )
-    Console().print(f"saved {train(config)}")
+    _run_training(config)
+
+
+def _run_training(config: Any) -> None:
+    from scd.training.trainer import train
+
+    print(f"saved {train(config)}")
+
+
+def _help_of_both(kind: type, command: str, base: Any, note: str) -> None:
+    """Print the help of a choice, and of the run that the choice makes; leave."""
+    with suppress(SystemExit):
+        _parse_known(kind, ["--help"], command)
+    print(f"\nBesides, every field of the run, here as without {note}:\n")
+    _parse(type(base), ["--help"], command, base)
 
 
 def _distill(words: list[str]) -> None:
     if words[:1] == ["wan-dmd"]:
         _distill_wan(words[1:])
         return
-    if any(word in ("-h", "--help") for word in words):
-        with suppress(SystemExit):
-            tyro.cli(DistillChoice, prog="scd distill", args=["--help"])
-        print("\nBesides, every field of the run, here as without a teacher:\n")
+    from scd.objectives.distill import ConsistencyConfig
+    from scd.training.config import TrainConfig
+    from scd.training.distill import DistillChoice, distillation
+
+    if _asks_for_help(words):
         blank = TrainConfig(objective=ConsistencyConfig())
-        _parse(TrainConfig, ["--help"], "distill TEACHER", blank)
-    choice, rest = tyro.cli(DistillChoice, args=words, prog="scd distill", return_unknown_args=True)
-    config = _parse(TrainConfig, rest, f"distill {choice.teacher}", distillation(choice))
-    Console().print(f"saved {train(config)}")
+        _help_of_both(DistillChoice, "distill TEACHER", blank, "a teacher")
+    choice, rest = _parse_known(DistillChoice, words, "distill")
+    _run_training(_parse(TrainConfig, rest, f"distill {choice.teacher}", distillation(choice)))
 
 
 def _distill_wan(words: list[str]) -> None:
-    prog = "scd distill wan-dmd"
-    if any(word in ("-h", "--help") for word in words):
-        with suppress(SystemExit):
-            tyro.cli(WanDmdChoice, prog=prog, args=["--help"])
-        print("\nBesides, every field of the run, here as without a world:\n")
-        _parse(TrainConfig, ["--help"], "distill wan-dmd RUN", WAN_DMD)
-    choice, rest = tyro.cli(WanDmdChoice, args=words, prog=prog, return_unknown_args=True)
+    from scd.training.config import TrainConfig
+    from scd.training.wan import PRESET, WanDmdChoice, wan_distillation, with_prompts
+
+    if _asks_for_help(words):
+        _help_of_both(WanDmdChoice, "distill wan-dmd RUN", PRESET, "a world")
+    choice, rest = _parse_known(WanDmdChoice, words, "distill wan-dmd")
     base = wan_distillation(choice)
     config = _parse(TrainConfig, rest, f"distill wan-dmd {choice.run}", base)
     config, info = with_prompts(choice, config)
     if choice.only_embed:
         print(f"{len(info.prompts)} prompts in {config.data}")
         return
-    Console().print(f"saved {train(config)}")
+    _run_training(config)
 
 
 def _sample(words: list[str]) -> None:
-    words = _run_first(words)
-    if any(word in ("-h", "--help") for word in words):
+    from scd.sampling.sample import SampleConfig, sample
+    from scd.sampling.sample_text import PromptSampleConfig, readable_speed, sample_prompt
+    from scd.sampling.text_to_video import is_steered_by_text
+
+    words = _first_is("--run", words)
+    if _asks_for_help(words):
         with suppress(SystemExit):
             _parse(SampleConfig, ["--help"], "sample RUN")
         print("\nA run that a text steers takes these instead:\n")
@@ -292,7 +316,9 @@ def _sample(words: list[str]) -> None:
 
 
 def _vbench(words: list[str]) -> None:
-    config = _parse(VBenchConfig, _run_first(words), "vbench")
+    from scd.sampling.vbench import VBenchConfig, vbench
+
+    config = _parse(VBenchConfig, _first_is("--run", words), "vbench")
     print(f"rendered {vbench(config)} videos into {config.out}")
 
 
@@ -301,36 +327,37 @@ def _evaluate(words: list[str]) -> None:
     if name is not None:
         _evaluate_by_protocol(words, name)
         return
-    if any(word in ("-h", "--help") for word in words):
+    from scd.evaluation.evaluate import EvaluateConfig, evaluate, readable
+
+    if _asks_for_help(words):
         with suppress(SystemExit):
             _parse(EvaluateConfig, ["--help"], "evaluate")
         print("\nBy a named protocol (scd protocols), of which each setting is a flag:\n")
         _evaluate_by_protocol(["--help"], "toy-8-8")
-    config = _parse(EvaluateConfig, _run_first(words), "evaluate")
+    config = _parse(EvaluateConfig, _first_is("--run", words), "evaluate")
     print(readable(evaluate(config)))
     print(f"saved {config.out}")
 
 
 def _evaluate_by_protocol(words: list[str], name: str) -> None:
-    chosen = protocol(name)
-    default = ProtocolConfig(protocol=chosen)
-    config = _parse(ProtocolConfig, _run_first(words), f"evaluate --protocol {name}", default)
+    from scd.evaluation.evaluate_protocol import evaluate_by_protocol, readable
+    from scd.evaluation.protocol_settings import ProtocolConfig
+    from scd.evaluation.protocols import PROTOCOLS
+
+    default = ProtocolConfig(protocol=PROTOCOLS[_known(name, "protocol", PROTOCOLS)])
+    config = _parse(
+        ProtocolConfig, _first_is("--run", words), f"evaluate --protocol {name}", default
+    )
     result = evaluate_by_protocol(config)
     if result is not None:
-        print(readable_by_protocol(result))
+        print(readable(result))
         print(f"saved {config.out}")
 
 
-def _value_of(words: list[str], flag: str) -> str | None:
-    """Return what follows a flag, or what stands behind its "="; None: the flag is not there."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word == flag or word.startswith(f"{flag}="):
-            return following if word == flag else word.partition("=")[2]
-    return None
-
-
 def _protocols(words: list[str]) -> None:
-    if any(word in ("-h", "--help") for word in words):
+    from scd.evaluation.protocols import listing
+
+    if _asks_for_help(words):
         print("usage: scd protocols\n\nLists the protocols of scd evaluate --protocol NAME.")
         return
     if words:
@@ -339,90 +366,215 @@ def _protocols(words: list[str]) -> None:
 
 
 def _play(words: list[str]) -> None:
-    play(_parse(PlayConfig, _run_first(words), "play"))
+    from scd.serving.play import PlayConfig, play
+
+    play(_parse(PlayConfig, _first_is("--run", words), "play"))
 
 
 def _train_autoencoder(words: list[str]) -> None:
+    from scd.training.autoencoder import readable, train_autoencoder
+    from scd.training.autoencoder_settings import TrainAutoencoderConfig
+
     config = _parse(TrainAutoencoderConfig, words, "train-autoencoder")
-    print(readable_reconstruction(train_autoencoder(config)))
+    print(readable(train_autoencoder(config)))
     print(f"saved {config.out}")
 
 
 def _train_judge(words: list[str]) -> None:
+    from scd.training.inverse_dynamics import TrainJudgeConfig, readable, train_judge
+
     config = _parse(TrainJudgeConfig, words, "train-judge")
-    print(readable_judge(train_judge(config).held_out))
+    print(readable(train_judge(config).held_out))
     print(f"saved {config.out}")
 
 
 def _probe(words: list[str]) -> None:
-    probe(_parse(ProbeConfig, _run_first(words), "probe"))
+    from scd.probing.settings import ProbeConfig
+
+    config = _parse(ProbeConfig, _first_is("--run", words), "probe")
+    from scd.probing.run import probe
+
+    probe(config)
 
 
 def _serve(words: list[str]) -> None:
-    config = _parse(ServeConfig, _run_first(words), "serve")
-    serve(config) if config.replicas is None else serve_replicas(config)
+    from scd.serving.settings import ServeConfig
 
+    config = _parse(ServeConfig, _first_is("--run", words), "serve")
+    if config.replicas is None:
+        from scd.serving.run import serve
 
-def _run_first(words: list[str]) -> list[str]:
-    """Let the run stand first, without its flag."""
-    if words and not words[0].startswith("-"):
-        return ["--run", *words]
-    return words
+        serve(config)
+    else:
+        from scd.serving.ray_app import serve_replicas
+
+        serve_replicas(config)
 
 
 def _convert(words: list[str]) -> None:
     name, rest = _split_name(words, "convert", "layout", ["reference", "autoencoder", "wan"])
     if name == "autoencoder":
-        rest = ["--file", *rest] if rest and not rest[0].startswith("-") else rest
-        chosen = _parse(ConvertAutoencoderConfig, rest, "convert autoencoder")
-        Console().print(f"saved {convert_autoencoder(chosen)}")
+        from scd.convert.autoencoder import ConvertAutoencoderConfig, convert_autoencoder
+
+        chosen = _parse(ConvertAutoencoderConfig, _first_is("--file", rest), "convert autoencoder")
+        print(f"saved {convert_autoencoder(chosen)}")
         return
     if name == "wan":
-        Console().print(f"saved {convert_wan(_parse(ConvertWanConfig, rest, 'convert wan'))}")
+        from scd.convert.wan import ConvertWanConfig, convert_wan
+
+        print(f"saved {convert_wan(_parse(ConvertWanConfig, rest, 'convert wan'))}")
         return
-    paths = [word for word in rest[:2] if not word.startswith("-")]
-    if len(paths) < 2:
-        if not any(word in ("-h", "--help") for word in rest):
-            raise ValueError("scd convert reference needs a state dict and a folder to write")
+    from scd.convert.reference import ReferenceConfig, convert_reference
+
+    if _asks_for_help(rest):
         print("usage: scd convert reference STATE_DICT OUT ...")
         print("   or: scd convert autoencoder STATE_DICT --out DIR ...; try --help after it")
         print("   or: scd convert wan --model MODEL --out DIR ...; try --help after it\n")
-        paths = ["", ""]
-    else:
-        rest = rest[2:]
-    config = _parse(ReferenceConfig, rest, "convert reference STATE_DICT OUT")
-    Console().print(f"saved {convert_reference(paths[0], paths[1], config)}")
+        _parse(ReferenceConfig, ["--help"], "convert reference STATE_DICT OUT")
+    paths = [word for word in rest[:2] if not word.startswith("-")]
+    if len(paths) < 2:
+        raise ValueError("scd convert reference needs a state dict and a folder to write")
+    config = _parse(ReferenceConfig, rest[2:], "convert reference STATE_DICT OUT")
+    print(f"saved {convert_reference(*paths, config)}")
 
 
 def _export(words: list[str]) -> None:
+    from scd.convert.export import ExportConfig, export_diffusers
+
     name, rest = _split_name(words, "export", "format", ["diffusers"])
     if name is None:
         print("usage: scd export diffusers RUN --out DIR")
         return
-    config = _parse(ExportConfig, _run_first(rest), "export diffusers")
+    config = _parse(ExportConfig, _first_is("--run", rest), "export diffusers")
     for folder in export_diffusers(config.run, config.out):
-        Console().print(f"saved {folder}")
+        print(f"saved {folder}")
 
 
 def _bench(words: list[str]) -> None:
     if words[:1] == ["compare"]:
+        from scd.bench.compare import CompareConfig, compare
+
         compare(_parse(CompareConfig, words[1:], "bench compare"))
         return
     if words and not words[0].startswith("-"):
         raise ValueError(f"scd bench takes flags, or compare first; got {words[0]!r}")
+    from scd.bench.measure import BenchConfig, bench
+
     bench(_parse(BenchConfig, words, "bench"))
 
 
+def _interventions() -> dict[str, type]:
+    from scd.probing.intervention_settings import DiagonalConfig, RecomposeConfig, SkipConfig
+
+    return {"skip": SkipConfig, "diagonal": DiagonalConfig, "recompose": RecomposeConfig}
+
+
 def _intervene(words: list[str]) -> None:
-    kinds = {"skip": SkipConfig, "diagonal": DiagonalConfig, "recompose": RecomposeConfig}
-    name, rest = _split_name(words, "intervene", "kind", list(kinds))
+    kinds = _interventions()
+    name, rest = _split_name(words, "intervene", "kind", kinds)
     if name is None:
         print(f"usage: scd intervene {{{','.join(kinds)}}} RUN --out DIR ...")
         print("try scd intervene skip --help")
         return
-    config = _parse(kinds[name], _run_first(rest), f"intervene {name}")
+    config = _parse(kinds[name], _first_is("--run", rest), f"intervene {name}")
+    from scd.probing.compare import intervene
+    from scd.probing.intervention_table import markdown
+
     print(markdown(intervene(config)))
     print(f"saved {config.comparison.out}")
+
+
+def _print_completion(words: list[str]) -> None:
+    """Print the script by which a shell completes commands, names and flags."""
+    if len(words) != 1:
+        raise ValueError(f"scd --print-completion takes one shell: {', '.join(SHELLS)}")
+    shell = _known(words[0], "shell", SHELLS)
+    import tyro
+
+    tyro.extras.subcommand_cli_from_dict(
+        {
+            name: _one_of(kinds) if isinstance(kinds, Mapping) else kinds
+            for name, kinds in _settings_of_commands().items()
+        },
+        prog="scd",
+        args=["--tyro-print-completion", shell],
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _settings_of_commands() -> dict[str, Any]:
+    """Commands -> their settings, or names -> settings of what a command takes first."""
+    from scd.bench.measure import BenchConfig
+    from scd.convert.autoencoder import ConvertAutoencoderConfig
+    from scd.convert.export import ExportConfig
+    from scd.convert.reference import ReferenceConfig
+    from scd.convert.wan import ConvertWanConfig
+    from scd.data.check import CheckConfig
+    from scd.demo.demo import DemoConfig
+    from scd.evaluation.protocol_settings import ProtocolConfig
+    from scd.preprocessing.settings import EncodeConfig
+    from scd.probing.settings import ProbeConfig
+    from scd.sampling.sample import SampleConfig
+    from scd.sampling.vbench import VBenchConfig
+    from scd.serving.play import PlayConfig
+    from scd.serving.settings import ServeConfig
+    from scd.training.autoencoder_settings import TrainAutoencoderConfig
+    from scd.training.distill import DistillChoice
+    from scd.training.inverse_dynamics import TrainJudgeConfig
+    from scd.training.presets import PRESETS, TrainCommand
+
+    return {
+        "demo": DemoConfig,
+        "play": PlayConfig,
+        "record": _recordings(),
+        "data": _after_word("check", CheckConfig),
+        "encode": EncodeConfig,
+        "train": {name: TrainCommand(run=run) for name, run in PRESETS.items()},
+        "distill": DistillChoice,
+        "sample": SampleConfig,
+        "vbench": VBenchConfig,
+        "serve": ServeConfig,
+        "train-autoencoder": TrainAutoencoderConfig,
+        "train-judge": TrainJudgeConfig,
+        "evaluate": ProtocolConfig,
+        "protocols": lambda: None,
+        "probe": ProbeConfig,
+        "bench": BenchConfig,
+        "intervene": _interventions(),
+        "convert": {
+            "reference": ReferenceConfig,
+            "autoencoder": ConvertAutoencoderConfig,
+            "wan": ConvertWanConfig,
+        },
+        "export": _after_word("diffusers", ExportConfig),
+    }
+
+
+def _after_word(word: str, settings: type) -> Callable[..., None]:
+    """Return what tyro reads as one fixed word and then the flags of settings."""
+    import tyro
+
+    def command(action: Any, settings: Any) -> None: ...
+
+    command.__annotations__ = {
+        "action": tyro.conf.Positional[Literal[word]],
+        "settings": Annotated[settings, tyro.conf.arg(name="")],
+    }
+    return command
+
+
+def _one_of(kinds: Mapping[str, Any]) -> Any:
+    """Return what tyro reads as a name and then the flags of that name's settings."""
+    import tyro
+
+    options = []
+    for name, settings in kinds.items():
+        default = {} if isinstance(settings, type) else {"default": settings}
+        kind = settings if isinstance(settings, type) else type(settings)
+        options.append(
+            Annotated[kind, tyro.conf.subcommand(name=name, prefix_name=False, **default)]
+        )
+    return Union[tuple(options)]  # noqa: UP007
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -1,6 +1,9 @@
 """The contract of the command line: exit statuses, and one message on stderr."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -30,6 +33,11 @@ def measure_little(monkeypatch):
     ("line", "message"),
     [
         ("dance", "unknown command 'dance'; there are demo, "),
+        ("trian", "unknown command 'trian'; did you mean 'train'?"),
+        ("train doom-46", "unknown preset 'doom-46'; did you mean 'doom-64'?"),
+        ("evaluate . --protocol toy-8-9", "unknown protocol 'toy-8-9'; did you mean 'toy-8-8'?"),
+        ("--print-completion bsh", "unknown shell 'bsh'; did you mean 'bash'?"),
+        ("--print-completion", "takes one shell: bash, zsh, fish"),
         ("train nothing", "unknown preset 'nothing'; there are toy"),
         ("train", "needs a preset first: toy"),
         ("train toy --data {folder}/nowhere", "nowhere: no such data folder"),
@@ -134,3 +142,58 @@ def test_a_dry_run_still_refuses_settings_that_contradict_each_other(tmp_path, c
 
 def test_every_command_is_in_the_usage():
     assert all(f"\n  {name} " in cli.USAGE for name in COMMANDS)
+
+
+@pytest.mark.parametrize("line", ["--help", "--version", "trian", ""])
+def test_help_and_wrong_usage_answer_without_torch(line):
+    code = (
+        "import sys; from scd.cli import main; main(sys.argv[1:]); "
+        "sys.exit(3 if 'torch' in sys.modules or 'tyro' in sys.modules else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, *line.split()]).returncode == 0
+
+
+def test_completion_knows_every_command():
+    assert set(cli._settings_of_commands()) == set(COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def completion(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("completion")
+    for shell in cli.SHELLS:
+        printed = subprocess.run(
+            [sys.executable, "-m", "scd", "--print-completion", shell],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        (folder / shell).write_text(printed.stdout)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tr"], ["train", "train-autoencoder", "train-judge"]),
+        (["train", "doom-1"], ["doom-128", "doom-128-dense"]),
+        (["train", "toy", "--batch-s"], ["--batch-size"]),
+        (["train", "scd-m", "--model.enc"], None),
+        (["intervene", "sk"], ["skip"]),
+    ],
+    ids=str,
+)
+def test_bash_completes(words, expected, completion):
+    script = (
+        f"source {completion / 'bash'}; COMP_WORDS=(scd {' '.join(words)}); "
+        f"COMP_CWORD={len(words)}; _tyro_scd; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    found = sorted(done.stdout.split())
+    assert found == expected or (expected is None and "--model.encoder.num-layers" in found)
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_read_their_script(shell, completion):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    subprocess.run([shell, "-n", completion / shell], check=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import tyro
 
 from scd.autoencoders.wan import WanAutoencoderConfig
 from scd.data.clip import ConditionSpec
@@ -271,3 +274,14 @@ def preset(name: str) -> TrainConfig:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """One training run, or only its plan."""
+
+    run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    """The run."""
+    dry_run: bool = False
+    """Print all settings, parameters, arithmetic and memory as JSON, and do not train. Started by
+    accelerate or torchrun, of as many processes as they start."""
