@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import Any, TypeVar
 
 from scd import __version__
 from scd.common.signals import Interrupted
@@ -435,7 +435,7 @@ def _convert(words: list[str]) -> None:
     if len(paths) < 2:
         raise ValueError("scd convert reference needs a state dict and a folder to write")
     config = _parse(ReferenceConfig, rest[2:], "convert reference STATE_DICT OUT")
-    print(f"saved {convert_reference(*paths, config)}")
+    print(f"saved {convert_reference(paths[0], paths[1], config)}")
 
 
 def _export(words: list[str]) -> None:
@@ -485,96 +485,12 @@ def _intervene(words: list[str]) -> None:
 
 
 def _print_completion(words: list[str]) -> None:
-    """Print the script by which a shell completes commands, names and flags."""
     if len(words) != 1:
         raise ValueError(f"scd --print-completion takes one shell: {', '.join(SHELLS)}")
     shell = _known(words[0], "shell", SHELLS)
-    import tyro
+    from scd.completion import print_completion
 
-    tyro.extras.subcommand_cli_from_dict(
-        {
-            name: _one_of(kinds) if isinstance(kinds, Mapping) else kinds
-            for name, kinds in _settings_of_commands().items()
-        },
-        prog="scd",
-        args=["--tyro-print-completion", shell],
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-
-
-def _settings_of_commands() -> dict[str, Any]:
-    """Commands -> their settings, or names -> settings of what a command takes first."""
-    from scd.bench.measure import BenchConfig
-    from scd.convert.autoencoder import ConvertAutoencoderConfig
-    from scd.convert.export import ExportConfig
-    from scd.convert.reference import ReferenceConfig
-    from scd.convert.wan import ConvertWanConfig
-    from scd.data.check import CheckConfig
-    from scd.demo.demo import DemoConfig
-    from scd.evaluation.protocol_settings import ProtocolConfig
-    from scd.preprocessing.settings import EncodeConfig
-    from scd.probing.settings import ProbeConfig
-    from scd.sampling.sample import SampleConfig
-    from scd.sampling.vbench import VBenchConfig
-    from scd.serving.play import PlayConfig
-    from scd.serving.settings import ServeConfig
-    from scd.training.autoencoder_settings import TrainAutoencoderConfig
-    from scd.training.distill import DistillChoice
-    from scd.training.inverse_dynamics import TrainJudgeConfig
-    from scd.training.presets import PRESETS, TrainCommand
-
-    return {
-        "demo": DemoConfig,
-        "play": PlayConfig,
-        "record": _recordings(),
-        "data": _after_word("check", CheckConfig),
-        "encode": EncodeConfig,
-        "train": {name: TrainCommand(run=run) for name, run in PRESETS.items()},
-        "distill": DistillChoice,
-        "sample": SampleConfig,
-        "vbench": VBenchConfig,
-        "serve": ServeConfig,
-        "train-autoencoder": TrainAutoencoderConfig,
-        "train-judge": TrainJudgeConfig,
-        "evaluate": ProtocolConfig,
-        "protocols": lambda: None,
-        "probe": ProbeConfig,
-        "bench": BenchConfig,
-        "intervene": _interventions(),
-        "convert": {
-            "reference": ReferenceConfig,
-            "autoencoder": ConvertAutoencoderConfig,
-            "wan": ConvertWanConfig,
-        },
-        "export": _after_word("diffusers", ExportConfig),
-    }
-
-
-def _after_word(word: str, settings: type) -> Callable[..., None]:
-    """Return what tyro reads as one fixed word and then the flags of settings."""
-    import tyro
-
-    def command(action: Any, settings: Any) -> None: ...
-
-    command.__annotations__ = {
-        "action": tyro.conf.Positional[Literal[word]],
-        "settings": Annotated[settings, tyro.conf.arg(name="")],
-    }
-    return command
-
-
-def _one_of(kinds: Mapping[str, Any]) -> Any:
-    """Return what tyro reads as a name and then the flags of that name's settings."""
-    import tyro
-
-    options = []
-    for name, settings in kinds.items():
-        default = {} if isinstance(settings, type) else {"default": settings}
-        kind = settings if isinstance(settings, type) else type(settings)
-        options.append(
-            Annotated[kind, tyro.conf.subcommand(name=name, prefix_name=False, **default)]
-        )
-    return Union[tuple(options)]  # noqa: UP007
+    print_completion(shell)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -12,6 +12,7 @@ import scd
 from scd import cli
 from scd.cli import COMMANDS, main
 from scd.common.signals import Interrupted
+from scd.completion import settings_of_commands
 from scd.training import fit
 
 
@@ -154,7 +155,7 @@ def test_help_and_wrong_usage_answer_without_torch(line):
 
 
 def test_completion_knows_every_command():
-    assert set(cli._settings_of_commands()) == set(COMMANDS)
+    assert set(settings_of_commands()) == set(COMMANDS)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,99 @@
+"""Completion of commands, names and flags in a shell: a script that tyro writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Union
+
+import tyro
+
+from scd.bench.measure import BenchConfig
+from scd.convert.autoencoder import ConvertAutoencoderConfig
+from scd.convert.export import ExportConfig
+from scd.convert.reference import ReferenceConfig
+from scd.convert.wan import ConvertWanConfig
+from scd.data.check import CheckConfig
+from scd.data.record import DoomRecording, ToyRecording
+from scd.demo.demo import DemoConfig
+from scd.evaluation.protocol_settings import ProtocolConfig
+from scd.preprocessing.settings import EncodeConfig
+from scd.probing.intervention_settings import DiagonalConfig, RecomposeConfig, SkipConfig
+from scd.probing.settings import ProbeConfig
+from scd.sampling.sample import SampleConfig
+from scd.sampling.vbench import VBenchConfig
+from scd.serving.play import PlayConfig
+from scd.serving.settings import ServeConfig
+from scd.training.autoencoder_settings import TrainAutoencoderConfig
+from scd.training.distill import DistillChoice
+from scd.training.inverse_dynamics import TrainJudgeConfig
+from scd.training.presets import PRESETS, TrainCommand
+
+
+def print_completion(shell: str) -> None:
+    """Print the script for one shell; ends the program.
+
+    Args:
+        shell: bash, zsh or fish.
+    """
+    tyro.extras.subcommand_cli_from_dict(
+        {
+            name: _one_of(kinds) if isinstance(kinds, Mapping) else kinds
+            for name, kinds in settings_of_commands().items()
+        },
+        prog="scd",
+        args=["--tyro-print-completion", shell],
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def settings_of_commands() -> dict[str, Any]:
+    """Return the settings of each command, or, by name, of each thing that it takes first."""
+    return {
+        "demo": DemoConfig,
+        "play": PlayConfig,
+        "record": {"toy": ToyRecording, "doom": DoomRecording},
+        "data": _after_word("check", CheckConfig),
+        "encode": EncodeConfig,
+        "train": {name: TrainCommand(run=run) for name, run in PRESETS.items()},
+        "distill": DistillChoice,
+        "sample": SampleConfig,
+        "vbench": VBenchConfig,
+        "serve": ServeConfig,
+        "train-autoencoder": TrainAutoencoderConfig,
+        "train-judge": TrainJudgeConfig,
+        "evaluate": ProtocolConfig,
+        "protocols": lambda: None,
+        "probe": ProbeConfig,
+        "bench": BenchConfig,
+        "intervene": {"skip": SkipConfig, "diagonal": DiagonalConfig, "recompose": RecomposeConfig},
+        "convert": {
+            "reference": ReferenceConfig,
+            "autoencoder": ConvertAutoencoderConfig,
+            "wan": ConvertWanConfig,
+        },
+        "export": _after_word("diffusers", ExportConfig),
+    }
+
+
+def _after_word(word: str, settings: type) -> Callable[..., None]:
+    """Return what tyro reads as one fixed word and then the flags of settings."""
+
+    def command(action: Any, settings: Any) -> None: ...
+
+    command.__annotations__ = {
+        "action": tyro.conf.Positional[Literal[word]],
+        "settings": Annotated[settings, tyro.conf.arg(name="")],
+    }
+    return command
+
+
+def _one_of(kinds: Mapping[str, Any]) -> Any:
+    """Return what tyro reads as a name and then the flags of that name's settings."""
+    options = []
+    for name, settings in kinds.items():
+        default = {} if isinstance(settings, type) else {"default": settings}
+        kind = settings if isinstance(settings, type) else type(settings)
+        options.append(
+            Annotated[kind, tyro.conf.subcommand(name=name, prefix_name=False, **default)]
+        )
+    return Union[tuple(options)]  # noqa: UP007
