@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout, suppress
 from typing import Annotated, Any, Literal, Union
 
 import tyro
@@ -30,20 +32,25 @@ from scd.training.presets import PRESETS, TrainCommand
 
 
 def print_completion(shell: str) -> None:
-    """Print the script for one shell; ends the program.
+    """Print the script for one shell.
 
     Args:
         shell: bash, zsh or fish.
     """
-    tyro.extras.subcommand_cli_from_dict(
-        {
-            name: _one_of(kinds) if isinstance(kinds, Mapping) else kinds
-            for name, kinds in settings_of_commands().items()
-        },
-        prog="scd",
-        args=["--tyro-print-completion", shell],
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    printed = io.StringIO()
+    with redirect_stdout(printed), suppress(SystemExit):
+        tyro.extras.subcommand_cli_from_dict(
+            {
+                name: _one_of(kinds) if isinstance(kinds, Mapping) else kinds
+                for name, kinds in settings_of_commands().items()
+            },
+            prog="scd",
+            args=["--tyro-print-completion", shell],
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    # tyro 1.0 offers each further line of a help text as if it were a flag of its own.
+    for line in printed.getvalue().splitlines():
+        print(line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC = ") else line)
 
 
 def settings_of_commands() -> dict[str, Any]:

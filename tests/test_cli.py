@@ -178,6 +178,7 @@ def completion(tmp_path_factory):
         (["tr"], ["train", "train-autoencoder", "train-judge"]),
         (["train", "doom-1"], ["doom-128", "doom-128-dense"]),
         (["train", "toy", "--batch-s"], ["--batch-size"]),
+        (["train", "toy", "--dry"], ["--dry-run"]),
         (["train", "scd-m", "--model.enc"], None),
         (["intervene", "sk"], ["skip"]),
     ],
@@ -189,7 +190,8 @@ def test_bash_completes(words, expected, completion):
         f"COMP_CWORD={len(words)}; _tyro_scd; printf '%s\\n' \"${{COMPREPLY[@]}}\""
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    found = sorted(done.stdout.split())
+    found = sorted(done.stdout.splitlines())
+    assert len({word[:2] for word in found}) == 1, "further lines of a help text"
     assert found == expected or (expected is None and "--model.encoder.num-layers" in found)
 
 
