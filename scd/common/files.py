@@ -1,15 +1,19 @@
-"""Files and folders that appear whole or not at all, whenever the process or the disk gives up."""
+"""Files and folders that appear whole or not at all, whenever the process or the disk gives up.
+
+And the one reader of JSON files.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 TEMPORARY = ".writing-"
 """How the names of things begin that are being written."""
@@ -28,6 +32,36 @@ def refuse_used(folder: Path, wanted: str = "") -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = f"holds something else than {wanted}" if wanted else "is not an empty folder"
         raise FileExistsError(f"{folder} exists and {what}: choose another one")
+
+
+def read_json(path: Path, format: str | int | None = None) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        format: what its field `format` must say. None: it has no such field.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not JSON, or of another format.
+    """
+    try:
+        values = parse_json(path.read_text(encoding="utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from error
+    if format is not None:
+        found = values.get("format") if isinstance(values, dict) else None
+        if found != format:
+            raise ValueError(f"{path}: needed format {format!r}, got {found!r}")
+    return values
+
+
+def parse_json(text: str | bytes, where: Path | str) -> Any:
+    """Read JSON that stands in the place `where`, which an error (ValueError) names."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: is not JSON ({error})") from error
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any, BinaryIO
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from scd.common.files import read_json
 
 CONFIG_FILE = "config.json"
 """Settings of a part, beside its weights."""
@@ -97,10 +98,7 @@ def read_part_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is no part that was saved")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no settings")
     return config
@@ -141,7 +139,7 @@ def _check_class(folder: Path, classes: tuple[str, ...], what: str) -> None:
 def _check_shards(folder: Path) -> None:
     """Refuse a folder that lacks files which its index names (FileNotFoundError)."""
     for path in folder.glob("*.index.json"):
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
         missing = sorted(
             name for name in set(index["weight_map"].values()) if not (folder / name).is_file()
         )

@@ -9,7 +9,6 @@ written by scd/preprocessing/prompts.py, and training needs no text encoder.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scd.common.config import from_json
+from scd.common.files import read_json
 from scd.data.clip import Clip, ConditionSpec
 from scd.data.source import DataCard
 
@@ -54,8 +54,6 @@ class PromptsInfo:
     """Its file."""
 
     def __post_init__(self) -> None:
-        if self.format != FORMAT:
-            raise ValueError(f"this version reads prompts of format {FORMAT}, got {self.format}")
         if not self.prompts or len(self.prompts) != len(self.files):
             raise ValueError(
                 f"needed prompts and as many files, got {len(self.prompts)} and {len(self.files)}"
@@ -103,11 +101,7 @@ def read_prompts_info(path: Path | str) -> PromptsInfo:
     file = Path(path) / INFO_FILE
     if not file.is_file():
         raise FileNotFoundError(f"needed a folder of embedded prompts, there is no {file}")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    return from_json(PromptsInfo, values, str(file))
+    return from_json(PromptsInfo, read_json(file, FORMAT), str(file))
 
 
 class PromptSource:

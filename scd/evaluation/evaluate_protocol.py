@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from scd.common.config import to_json
-from scd.common.files import take_lock
+from scd.common.files import read_json, take_lock
 from scd.common.processes import Processes
 from scd.common.provenance import provenance, write_json
 from scd.common.published_weights import ALEXNET, LPIPS_HEADS, check_weights, shipped_heads
@@ -178,8 +178,8 @@ def _finished(out: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
     if not out.is_file():
         return None
     try:
-        found = json.loads(out.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
+        found = read_json(out)
+    except ValueError:
         return None
     return found if isinstance(found, dict) and found.get("about") == about else None
 

@@ -10,7 +10,6 @@ compared with numbers by the same judge only: neither is FVD nor comparable with
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from scd.common.config import from_json, to_json
-from scd.common.files import written_aside
+from scd.common.files import read_json, written_aside
 from scd.common.provenance import write_json
 from scd.data.clip import ConditionSpec
 from scd.data.source import DataCard
@@ -267,13 +266,7 @@ def load_judge(path: str | os.PathLike[str], device: torch.device | str = "cpu")
     file = Path(path) / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"needed the folder of a judge (scd train-judge), got {path}")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    found = values.get("format") if isinstance(values, dict) else None
-    if found != JUDGE_FORMAT:
-        raise ValueError(f"{file}: needed format {JUDGE_FORMAT!r}, got {found!r}")
+    values = read_json(file, JUDGE_FORMAT)
     missing = sorted({"judge", "card", "held_out"} - set(values))
     if missing:
         raise ValueError(f"{file}: missing fields {missing}")

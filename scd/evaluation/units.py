@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scd.common.config import differences
-from scd.common.files import file_aside
+from scd.common.files import file_aside, read_json
 from scd.common.provenance import write_json
 
 ABOUT_FILE = "about.json"
@@ -51,9 +51,9 @@ class Parts:
             write_json(about, file)
             return
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not JSON ({error}): remove {self.folder}") from error
+            found = read_json(file)
+        except ValueError as error:
+            raise ValueError(f"{error}: remove {self.folder}") from error
         other = differences(found, about)
         if other:
             raise ValueError(

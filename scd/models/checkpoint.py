@@ -32,7 +32,7 @@ from torch import Tensor
 
 from scd.autoencoders.build import Autoencoder, AutoencoderConfig, build_autoencoder
 from scd.common.config import from_json, to_json
-from scd.common.files import write_file, written_aside
+from scd.common.files import read_json, write_file, written_aside
 from scd.common.weights import SHARD_BYTES, is_file_of, is_stored, write_shards
 from scd.data.source import DataCard
 from scd.models.build import Diffuser, ModelConfig, build
@@ -253,18 +253,6 @@ def load_progress(step_folder: Path) -> Progress:
     """
     path = step_folder / "progress.json"
     return from_json(Progress, read_json(path), str(path))
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
 
 
 def write_world_settings(

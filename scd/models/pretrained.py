@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from scd.common.config import from_json, to_json
-from scd.common.files import file_aside, write_file
+from scd.common.files import file_aside, read_json, write_file
 from scd.common.weights import StoredWeights
 
 FORMAT = "scd-1"
@@ -86,13 +86,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no model settings at {path}")
-    try:
-        settings = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
-        found = settings.get("format") if isinstance(settings, dict) else settings
-        raise ValueError(f"{path}: needed format {FORMAT!r}, got {found!r}")
+    settings = read_json(path, FORMAT)
     if "model" not in settings:
         raise ValueError(f"{path}: missing field 'model'")
     return settings

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scd.common.config import to_json
+from scd.common.files import read_json
 from scd.common.provenance import provenance, write_json, write_text
 from scd.common.runtime import choose_device
 from scd.data.folder import open_source
@@ -28,7 +29,7 @@ from scd.evaluation.predict import (
 )
 from scd.evaluation.side_by_side import step_in_turns
 from scd.models.build import num_parameters
-from scd.models.checkpoint import World, load_world, read_json
+from scd.models.checkpoint import World, load_world
 from scd.models.separable import SeparableConfig
 from scd.probing.intervention_models import Candidate, Start, candidates, claim
 from scd.probing.intervention_settings import Comparison, Intervention

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scd.common.config import differences, from_json, to_json
+from scd.common.files import read_json
 from scd.common.provenance import write_json
 from scd.common.weights import digest_of
 from scd.data.folder import open_source
@@ -19,7 +20,6 @@ from scd.models.checkpoint import (
     last_step,
     load_progress,
     load_world,
-    read_json,
     resolve,
     save_world,
 )

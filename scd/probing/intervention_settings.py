@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from scd.common.files import read_json
 from scd.engine.interface import EngineKind
-from scd.models.checkpoint import read_json
 from scd.models.decoder import Join
 
 Layers = tuple[int, ...]

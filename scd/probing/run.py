@@ -5,7 +5,6 @@ Each measurement is written when it is done; the same command goes on after an i
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from scd.common.config import to_json
-from scd.common.files import refuse_used, remove_leftovers, take_lock
+from scd.common.files import read_json, refuse_used, remove_leftovers, take_lock
 from scd.common.memory import PeakMemory, check_free, readable
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import choose_device
@@ -81,7 +80,7 @@ def measure(
             continue
         path = folder / f"{name}.json"
         if path.exists():
-            parts[name] = json.loads(path.read_text(encoding="utf-8"))
+            parts[name] = read_json(path)
             console.print(f"{name}: done before")
             continue
         began = time.perf_counter()
@@ -142,7 +141,7 @@ def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     """Hold a probe's folder, new or of the same settings, as long as the block runs."""
     path = out / SETTINGS
     if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = read_json(path)
         other = {
             key: f"{there.get(key)} there, {settings.get(key)} asked for"
             for key in sorted(there.keys() | settings.keys())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from scd.common.files import read_json
 from scd.data.folder import open_source
 from scd.data.source import Source
 from scd.data.source import Split as DataSplit
@@ -151,7 +151,7 @@ def training_times(run: Path) -> tuple[float, float]:
     step = resolve(run)
     for path in (step / "config.json", step.parent / "config.json"):
         if path.is_file():
-            objective = json.loads(path.read_text(encoding="utf-8")).get("objective", {})
+            objective = read_json(path).get("objective", {})
             if "time_mean" in objective:
                 return objective["time_mean"], objective["time_std"]
     return 0.0, 1.0

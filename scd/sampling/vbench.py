@@ -16,12 +16,12 @@ import tyro
 from rich.console import Console
 
 from scd.common.config import differences, to_json
+from scd.common.files import read_json
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import cpu_threads, parse_shard
 from scd.data.clip import frames_to_pixels
 from scd.data.prompts import read_lines
 from scd.data.video import write_video
-from scd.models.checkpoint import read_json
 from scd.sampling.sample_text import render
 from scd.sampling.text_to_video import TextToVideo, VideoConfig
 

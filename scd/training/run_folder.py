@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from scd.common.config import differences, to_json
-from scd.models.checkpoint import read_json
+from scd.common.files import read_json
 
 LOCK_FILE = "lock"
 """File of a run folder that is locked while the run is going on."""

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from scd.autoencoders.build import build_autoencoder
 from scd.common.config import from_json, to_json
-from scd.common.files import remove_leftovers, take_lock, write_file
+from scd.common.files import read_json, remove_leftovers, take_lock, write_file
 from scd.common.provenance import command
 from scd.common.runlog import RunLog
 from scd.common.runtime import describe_hardware, git_commit
@@ -28,7 +28,6 @@ from scd.models.checkpoint import (
     World,
     last_step,
     load_progress,
-    read_json,
     save_step,
 )
 from scd.models.pretrained import WEIGHTS_FILE, load_weights

@@ -410,7 +410,7 @@ def test_other_and_damaged_trainings_are_refused(videos, tmp_path):
         ("training.pt", "training.pt is damaged"),
         ("raw.safetensors", "raw.safetensors"),
         ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"),
-        ("progress.json", "progress.json is not readable JSON"),
+        ("progress.json", "progress.json: is not JSON"),
     ):
         whole = (step / name).read_bytes()
         (step / name).write_bytes(whole[: len(whole) // 2])
