@@ -207,7 +207,7 @@ def _encode(words: list[str]) -> None:
 
 
 def _train(words: list[str]) -> None:
-    from scd.training.initial import is_of_wan, like_initial
+    from scd.training.initial import like_initial
     from scd.training.presets import PRESETS, TrainCommand
 
     name, rest = _split_name(words, "train", "preset", PRESETS)
@@ -215,7 +215,7 @@ def _train(words: list[str]) -> None:
         print(f"scd train PRESET ...; presets: {', '.join(PRESETS)}. Flags, as of preset toy:\n")
     base = PRESETS[name or "toy"]
     initial = _value_of(rest, "--initial")
-    if is_of_wan(base) and initial:
+    if base.model.takes_text and initial:
         base = like_initial(base, initial)
     settings = _parse(TrainCommand, rest, f"train {name or 'PRESET'}", TrainCommand(run=base))
     _train_as(settings, base, f"scd train {name}")
@@ -225,7 +225,6 @@ def _train_as(settings: Any, base: Any, command: str) -> None:
     """Train by settings that a command line gave, over a preset."""
     from scd.common.processes import num_started
     from scd.training.fit import decides, fit_to_data, fit_window
-    from scd.training.initial import is_of_wan
     from scd.training.plan import dry_run
 
     config = fit_window(settings.run, base)
@@ -238,7 +237,7 @@ def _train_as(settings: Any, base: Any, command: str) -> None:
     if settings.dry_run:
         dry_run(config, num_started())
         return
-    if is_of_wan(config) and not config.initial:
+    if config.model.takes_text and not config.initial:
         raise ValueError(
             f"{command} needs --initial RUN, a Wan world (scd convert wan), and --data "
             "LATENTS (scd encode)"

@@ -21,7 +21,6 @@ from scd.autoencoders.pictures import (
 )
 from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
 from scd.autoencoders.wan import (
-    FRAMES_PER_LATENT,
     WanAutoencoder,
     WanAutoencoderConfig,
     open_wan_autoencoder,
@@ -46,6 +45,10 @@ class Autoencoder(Protocol):
     @property
     def config(self) -> Any:
         """Settings from which `build_autoencoder` makes it again."""
+        ...
+
+    def load(self) -> None:
+        """Read the weights, if there are any, which else are read when they are first needed."""
         ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -89,11 +92,6 @@ def open_autoencoder(
     if class_of(folder) in KINDS:
         return open_picture_autoencoder(source, device, precision)
     return open_wan_autoencoder(source, device, precision)
-
-
-def frames_per_latent(config: AutoencoderConfig) -> int:
-    """Return how many frames a latent frame stands for, the first of a clip apart."""
-    return FRAMES_PER_LATENT if isinstance(config, WanAutoencoderConfig) else 1
 
 
 def fingerprint(autoencoder: Autoencoder) -> str:

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+class LatentsConfig:
+    """What settings of any autoencoder tell of its latents."""
+
+    frames_per_latent = 1
+    """Frames of video that a latent frame stands for, but for the first, which stands for one."""
+    has_text_encoder = False
+    """Whether a text encoder lies beside the autoencoder."""
+
+    def placeless(self) -> Any:
+        """Return the settings without where the weights lie, if they may lie anywhere."""
+        return self
 
 
 def cells(height: int, width: int, size: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.autoencoders.latents import cells, check_shape, per_channel
+from scd.autoencoders.latents import LatentsConfig, cells, check_shape, per_channel
 from scd.autoencoders.networks import (
     TOLD_APART_BY,
     PictureKind,
@@ -35,7 +35,7 @@ NUM_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureAutoencoderConfig:
+class PictureAutoencoderConfig(LatentsConfig):
     """Where an autoencoder of pictures lies, and the shape and scale of its latents."""
 
     source: str
@@ -90,6 +90,10 @@ class PictureAutoencoder:
         if self._network is not None:
             self._take(self._network)
         return self
+
+    def load(self) -> None:
+        """Read the weights now, not when they are first needed; raises as `network` does."""
+        _ = self.network
 
     @property
     def network(self) -> Any:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from scd.autoencoders.latents import LatentsConfig
+
 
 @dataclass(frozen=True, kw_only=True)
-class PixelConfig:
+class PixelConfig(LatentsConfig):
     """Mean and spread of the pixels of a dataset."""
 
     mean: float = 0.0
@@ -44,6 +46,9 @@ class PixelAutoencoder:
             raise ValueError("needed at least one batch of frames to measure, got none")
         mean = total / count
         return PixelConfig(mean=mean, std=math.sqrt(max(squares / count - mean**2, 1e-8)))
+
+    def load(self) -> None:
+        """Read the weights: there are none."""
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Return channels, rows and columns of the latent of a height x width frame."""

@@ -10,7 +10,7 @@ The network is diffusers' AutoencoderKLWan. Needs the extra `wan`: pip install -
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.autoencoders.latents import cells, check_shape, per_channel
+from scd.autoencoders.latents import LatentsConfig, cells, check_shape, per_channel
 from scd.common.hub import find_part
 from scd.common.runtime import DTYPES, Precision
 
@@ -30,8 +30,11 @@ EXTRA = 'Wan needs diffusers and transformers: pip install -c constraints.txt -e
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanAutoencoderConfig:
+class WanAutoencoderConfig(LatentsConfig):
     """Where a Wan world's autoencoder and text encoder lie, and the shape of its latents."""
+
+    frames_per_latent = FRAMES_PER_LATENT
+    has_text_encoder = True
 
     source: str
     """Folder with vae/, text_encoder/ and tokenizer/ as diffusers writes them, or its name on the
@@ -43,6 +46,10 @@ class WanAutoencoderConfig:
 
     def __post_init__(self) -> None:
         check_shape(self.channels, self.cell_size)
+
+    def placeless(self) -> WanAutoencoderConfig:
+        """Return the settings without the folder: weights are compared where they are opened."""
+        return replace(self, source="")
 
 
 def num_latent_frames(num_frames: int) -> int:
@@ -88,6 +95,10 @@ class WanAutoencoder:
         if self._vae is not None:
             self._take(self._vae)
         return self
+
+    def load(self) -> None:
+        """Read the weights now, not when they are first needed; raises as `vae` does."""
+        _ = self.vae
 
     @property
     def vae(self) -> Any:

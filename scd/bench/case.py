@@ -14,8 +14,6 @@ from scd.models.build import frame_cost
 from scd.models.cost import FrameCost, Load
 from scd.models.decoder import Join
 from scd.models.flow import SamplingConfig, evaluations, schedule
-from scd.models.separable import SeparableConfig
-from scd.models.wan.config import WanConfig, WanSeparableConfig
 from scd.streaming.rollout import GuidanceKind
 
 
@@ -97,16 +95,14 @@ class Case:
                 f"context {self.context} leaves no room beside the first frames that "
                 f"{self.model} always remembers, {config.cache.num_sinks}"
             )
-        if self.engine == "fast" and isinstance(config, (WanConfig, WanSeparableConfig)):
+        if self.engine == "fast" and not config.has_fast_engine:
             raise ValueError(f"{self.model} has no fast engine yet: engine must be plain")
         if self.sessions > 1 and self.batch > 1:
             raise ValueError(
                 f"several sessions have one stream each: got sessions={self.sessions} and "
                 f"batch={self.batch}"
             )
-        if self.guidance == "context_noise" and not isinstance(
-            config, (SeparableConfig, WanSeparableConfig)
-        ):
+        if self.guidance == "context_noise" and not config.is_separable:
             raise ValueError(
                 f"guidance context_noise needs a separable model: {self.model} is dense"
             )

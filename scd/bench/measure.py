@@ -19,7 +19,6 @@ from scd.common.config import to_json
 from scd.common.memory import OutOfMemory, release
 from scd.common.runtime import choose_device
 from scd.models.separable import SeparableConfig
-from scd.models.wan.config import WanConfig, WanSeparableConfig
 
 DEFAULT_CONTEXTS = "16,64,144,300"
 """Contexts where none are asked for, as far as they fit into the model's window."""
@@ -142,8 +141,7 @@ def _contexts(text: str, window: int) -> Sequence[int]:
 
 
 def _engines(text: str, subject: Subject) -> Sequence[str]:
-    is_wan = isinstance(subject.config, (WanConfig, WanSeparableConfig))
-    default = is_wan and text == BenchConfig.engine
+    default = not subject.config.has_fast_engine and text == BenchConfig.engine
     return ["plain"] if default else names("engine", text)
 
 

@@ -90,7 +90,7 @@ class Subject:
     @property
     def has_pixels(self) -> bool:
         """Whether its latents can be turned into pixels here."""
-        if isinstance(self.config, (WanConfig, WanSeparableConfig)):
+        if self.config.takes_text:
             # Its autoencoder makes four frames of a latent one, and remembers those before.
             return False
         return self.folder is not None or self.config.shape.channels == 3

@@ -76,22 +76,22 @@ def export_diffusers(run: str | os.PathLike[str], out: str) -> list[Path]:
     refuse_used(target)
     settings = read_settings(folder / CONFIG_FILE)
     config = from_json(ModelConfig, settings["model"], f"{folder / CONFIG_FILE}: model")
-    if isinstance(config, WanConfig):
-        parts = [Part(folder="transformer", prefix="", num_layers=config.num_layers)]
-    elif isinstance(config, WanSeparableConfig):
+    if not config.takes_text:
+        raise ValueError(f"{run} is no Wan world but {type(config).__name__}: nothing to export")
+    if config.is_separable:
         parts = [
             Part(folder="encoder", prefix="encoder.", num_layers=config.encoder.num_layers),
             Part(folder="decoder", prefix="decoder.", num_layers=config.decoder.num_layers),
         ]
     else:
-        raise ValueError(f"{run} is no Wan world but {type(config).__name__}: nothing to export")
+        parts = [Part(folder="transformer", prefix="", num_layers=config.num_layers)]
     with StoredWeights(folder / WEIGHTS_FILE) as weights, written_aside(target) as aside:
         for part in parts:
             (aside / part.folder).mkdir()
             text = json.dumps(_transformer_config(config, part.num_layers), indent=2)
             (aside / part.folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
             write_shards(_tensors(weights, part), aside / part.folder, WEIGHTS_STEM)
-        if isinstance(config, WanSeparableConfig):
+        if config.is_separable:
             text = json.dumps(to_json(config), indent=2)
             (aside / SPLIT_FILE).write_text(text + "\n", encoding="utf-8")
         else:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -284,7 +284,5 @@ def _check(source: WanSource, model: ModelConfig) -> None:
         check_shapes(build(model), shapes, where)
 
 
-def _places(name: str, source: WanSource, model: ModelConfig) -> list[str]:
-    if isinstance(model, WanSeparableConfig):
-        return places_of(name, source.num_layers, model)
-    return [name]
+def _places(name: str, source: WanSource, model: Any) -> list[str]:
+    return places_of(name, source.num_layers, model) if model.is_separable else [name]

@@ -12,8 +12,6 @@ from scd.data.clip import Conditions
 from scd.engine.interface import Engine
 from scd.models.build import Diffuser
 from scd.models.flow import Solver, guided_velocity, solve
-from scd.models.separable import SeparableDiffuser
-from scd.models.wan.separable import WanSeparableDiffuser
 
 
 class PlainEngine(Engine):
@@ -41,16 +39,12 @@ class PlainEngine(Engine):
     @torch.no_grad()
     def context(self, state: Any, conditions: Conditions, noise: Tensor | None = None) -> Any:
         """Do the causal work of the next frame; see interface.Engine."""
-        if self.encoder_noise == "none":
-            return self.model.context(state, conditions)
-        assert isinstance(self.model, WanSeparableDiffuser)
         noise = None if noise is None else noise.to(self.dtype)
         return self.model.context(state, conditions, noise)
 
     @torch.no_grad()
     def with_noisy_branch(self, context: Any, strength: float, noise: Tensor) -> Any:
         """Double the batch by a corrupted context; see interface.Engine."""
-        assert isinstance(self.model, (SeparableDiffuser, WanSeparableDiffuser))
         noise = noise.to(self.dtype)[:, None]
         return self.model.with_noisy_branch(context, strength, noise)
 

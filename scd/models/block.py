@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from scd.models.attention import Rotary, join_heads, rotate, split_heads
 
@@ -65,6 +67,20 @@ class BlockConfig:
     def num_heads(self) -> int:
         """Attention heads of a block."""
         return self.width // self.head_dim
+
+
+class Stack(nn.Module):
+    """Blocks in a row, each kept or, in the backward pass, recomputed."""
+
+    blocks: nn.ModuleList
+    recomputes = False
+    """Whether training recomputes a block instead of keeping what is inside it."""
+
+    def run(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """Run a block, or a method of one."""
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
 class Modulation(nn.Module):

@@ -38,7 +38,6 @@ from scd.data.source import DataCard
 from scd.models.build import Diffuser, ModelConfig, build
 from scd.models.flow import SamplingConfig
 from scd.models.pretrained import CONFIG_FILE, FORMAT, WEIGHTS_FILE, load_weights, read_settings
-from scd.models.wan.config import WanConfig, WanSeparableConfig
 
 RAW_FILE = "raw.safetensors"
 """Weights that the optimiser moves, in a checkpoint of a run."""
@@ -119,7 +118,7 @@ def load_world(
     if weights == "raw" and not is_stored(folder / name):
         raise FileNotFoundError(f"{folder} has no raw weights ({name}): only runs keep them")
     load_weights(model, folder / name, str(device))
-    if not isinstance(parts["model"], WanConfig | WanSeparableConfig):
+    if not parts["model"].keeps_stored_type:
         # Small worlds are passed on in fewer bits than they compute with; Wan's stay as stored,
         # since twice their size may not fit.
         model.float()

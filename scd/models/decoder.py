@@ -11,11 +11,10 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from scd.data.clip import Conditions, ConditionSpec
 from scd.models.attention import Rotary, attend, frame_positions, rotary_table
-from scd.models.block import Block, BlockConfig
+from scd.models.block import Block, BlockConfig, Stack
 from scd.models.embed import (
     ConditionEmbedder,
     FrameHead,
@@ -88,7 +87,7 @@ class Prepared:
         )
 
 
-class FrameDecoder(nn.Module):
+class FrameDecoder(Stack):
     """Transformer over one frame at a time: `prepare` its context once, `denoise` it many times."""
 
     def __init__(
@@ -110,7 +109,6 @@ class FrameDecoder(nn.Module):
             self.align = nn.Linear(block.width, block.width)
         self.blocks = nn.ModuleList(Block(block) for _ in range(config.num_layers))
         self.head = FrameHead(shape, block.width, config.predict)
-        self.gradient_checkpointing = False
 
     def prepare(self, context: Float[Tensor, "f n d"], conditions: Conditions) -> Prepared:
         """Do all that is the same for every step of a frame.
@@ -134,11 +132,7 @@ class FrameDecoder(nn.Module):
                 if block is self.blocks[-1]:
                     keys_values.append(block.keys_values(x, embedding, rotary))
                     break
-                run = block.with_keys_values
-                if self.gradient_checkpointing and torch.is_grad_enabled():
-                    x, k, v = checkpoint(run, x, embedding, rotary, attend, use_reentrant=False)
-                else:
-                    x, k, v = run(x, embedding, rotary, attend)
+                x, k, v = self.run(block.with_keys_values, x, embedding, rotary, attend)
                 keys_values.append((k, v))
         return Prepared(tokens=tokens, steering=steering, keys_values=keys_values)
 
@@ -174,10 +168,7 @@ class FrameDecoder(nn.Module):
             read = _with_prefix(*prepared.keys_values[layer]) if join == "prefix" else attend
             # Nobody reads the context's half after the last block.
             num_read = num_tokens if last else None
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, embedding, rotary, read, num_read, use_reentrant=False)
-            else:
-                x = block(x, embedding, rotary, read, num_read)
+            x = self.run(block, x, embedding, rotary, read, num_read)
         return self.head(x, embedding, noisy[:, None], time[:, None])[:, 0]
 
     def _rotary(self, device: torch.device) -> Rotary:

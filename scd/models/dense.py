@@ -7,57 +7,46 @@ that are skipped or that see their own frame only: sections 5.4 and 5.5.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from scd.common.config import added
-from scd.data.clip import Conditions, ConditionSpec
+from scd.data.clip import Conditions
 from scd.models.attention import Rotary, attend, frame_positions, rotary_table
 from scd.models.augment import Augmentation
-from scd.models.block import Block, BlockConfig
+from scd.models.base import CausalDiffuser, DiffuserConfig
+from scd.models.block import Block, BlockConfig, Stack
 from scd.models.cost import FrameCost, Load, dense_cost
 from scd.models.embed import (
     ConditionEmbedder,
-    EncoderNoise,
     Field,
     FrameHead,
-    FrameShape,
     Prediction,
     TimeEmbedder,
     TokenEmbedder,
 )
 from scd.models.flow import CLEAN_TIME
 from scd.models.initialise import initialise
-from scd.models.kv_cache import CacheConfig, KVCache
-from scd.models.pretrained import Pretrained
+from scd.models.kv_cache import KVCache
 from scd.models.sizes import Sizes
 from scd.models.skip import LayerSkip
 from scd.models.visibility import DistanceBias, FrameCausal, TeacherForcing, Visibility
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseConfig:
+class DenseConfig(DiffuserConfig):
     """Settings of a dense causal diffuser."""
 
-    shape: FrameShape = field(default_factory=FrameShape)
-    """Latent frames and their tokens."""
     block: BlockConfig = field(default_factory=BlockConfig)
     """Blocks of the model."""
     num_layers: int = 6
     """Transformer blocks."""
     predict: Prediction = "velocity"
     """What the network's output means; it is turned into a velocity either way."""
-    conditions: ConditionSpec = field(default_factory=ConditionSpec)
-    """What steers the frames."""
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    """How much of the past a stream remembers."""
     skip: LayerSkip | None = added(None)
     """Layers that noisy frames pass by once they are nearly clean; None: none."""
     num_diagonal: int = added(0)
@@ -113,7 +102,7 @@ class DenseContext:
     """Positions of its tokens."""
 
 
-class DenseDiffuser(nn.Module, Pretrained):
+class DenseDiffuser(CausalDiffuser, Stack):
     """One stack of frame-causal blocks behind the interface that all models share.
 
     A frame may look at the clean frames before it and at itself; the first frame has no past. The
@@ -121,7 +110,6 @@ class DenseDiffuser(nn.Module, Pretrained):
     """
 
     config_class = DenseConfig
-    encoder_noise: EncoderNoise = "none"
 
     def __init__(self, config: DenseConfig) -> None:
         super().__init__()
@@ -132,22 +120,7 @@ class DenseDiffuser(nn.Module, Pretrained):
         self.embed_conditions = ConditionEmbedder(config.conditions, block.width)
         self.blocks = nn.ModuleList(Block(block) for _ in range(config.num_layers))
         self.head = FrameHead(config.shape, block.width, config.predict)
-        self.gradient_checkpointing = False
         initialise(self, block)
-
-    @property
-    def shape(self) -> FrameShape:
-        """Shape of a latent frame."""
-        return self.config.shape
-
-    @property
-    def needs_first_frame(self) -> bool:
-        """Whether a stream must be given its first frame: never."""
-        return False
-
-    def encoder_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters that train at the encoder's learning rate: none, there is no encoder."""
-        return iter(())
 
     def frame_cost(self, load: Load) -> FrameCost:
         """Count one frame: n tokens, width d, p values per token, C frames, the noisy one included.
@@ -229,7 +202,7 @@ class DenseDiffuser(nn.Module, Pretrained):
         x = self.embed_frame(frames)
         for layer, block in enumerate(self.blocks):
             reads = read if layer < self.config.num_seeing else self._read_own
-            x = self._kept(layer, time, x, self._run(block, x, embedding, rotary, reads))
+            x = self._kept(layer, time, x, self.run(block, x, embedding, rotary, reads))
         return self.head(x, embedding, frames, time)
 
     def _teacher_forced(
@@ -267,14 +240,14 @@ class DenseDiffuser(nn.Module, Pretrained):
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             if layer >= self.config.num_seeing:
-                after = self._run(block, x, embedding, rotary, self._read_own)
+                after = self.run(block, x, embedding, rotary, self._read_own)
                 x = self._kept(layer, time, x, after)
                 continue
             past_inputs = (x_past, embedding_past, rotary_past)
             if layer == self.config.num_seeing - 1 or num_clean == 0:
                 keys, values = block.keys_values(*past_inputs)
             else:
-                x_past, keys, values = self._run(block.with_keys_values, *past_inputs, read_past)
+                x_past, keys, values = self.run(block.with_keys_values, *past_inputs, read_past)
             keys, values = (part.repeat_interleave(num_draws, 0) for part in (keys, values))
 
             def read(
@@ -283,7 +256,7 @@ class DenseDiffuser(nn.Module, Pretrained):
                 keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
                 return attend(q, keys, values, visible, bias)
 
-            x = self._kept(layer, time, x, self._run(block, x, embedding, rotary, read))
+            x = self._kept(layer, time, x, self.run(block, x, embedding, rotary, read))
         return self.head(x, embedding, noisy, time)
 
     def _read_own(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -325,7 +298,9 @@ class DenseDiffuser(nn.Module, Pretrained):
             self._remember(state, clean[:, start:stop], conditions.frames(start, stop))
         return state
 
-    def context(self, state: DenseState, conditions: Conditions) -> DenseContext:
+    def context(
+        self, state: DenseState, conditions: Conditions, noise: Tensor | None = None
+    ) -> DenseContext:
         """Return what every step of the next frame needs; conditions are [b 1]."""
         state.cache.make_room()
         return DenseContext(
@@ -404,11 +379,6 @@ class DenseDiffuser(nn.Module, Pretrained):
             return attend(q, *cache.write(layer, k, v), visible, bias)
 
         return read
-
-    def _run(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     def _embedding(self, time: Tensor, conditions: Conditions) -> Tensor:
         embedding = self.embed_time(time)

@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from scd.data.clip import Conditions, ConditionSpec
 from scd.models.attention import attend, frame_positions, rotary_table
-from scd.models.block import Block, BlockConfig, Modulation, layer_norm
+from scd.models.block import Block, BlockConfig, Modulation, Stack, layer_norm
 from scd.models.embed import ConditionEmbedder, FrameShape, TimeEmbedder, TokenEmbedder
 from scd.models.flow import CLEAN_TIME
 from scd.models.kv_cache import CacheConfig, KVCache
@@ -59,7 +58,7 @@ class Context:
         return Context(tokens=self.tokens[:, -num_frames:], gain=self.gain[:, -num_frames:])
 
 
-class CausalEncoder(nn.Module):
+class CausalEncoder(Stack):
     """Frame-causal transformer over [start frame, frame 0, frame 1, ...].
 
     The row of frame i carries the action of frame i + 1, and its output is the context of frame
@@ -83,7 +82,6 @@ class CausalEncoder(nn.Module):
         )
         self.blocks = nn.ModuleList(Block(block) for _ in range(config.num_layers))
         self.output_modulation = Modulation(block.width, 2) if config.modulate_output else None
-        self.gradient_checkpointing = False
 
     @property
     def first_row(self) -> int:
@@ -204,10 +202,8 @@ class CausalEncoder(nn.Module):
         )
         rotary = rotary_table(positions, self.block.rotary_axes, self.block.rotary_theta)
         for block, read in zip(self.blocks, readers, strict=True):
-            if can_recompute and self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, embedding, rotary, read, use_reentrant=False)
-            else:
-                x = block(x, embedding, rotary, read)
+            inputs = (x, embedding, rotary, read)
+            x = self.run(block, *inputs) if can_recompute else block(*inputs)
         x = layer_norm(x)
         if self.output_modulation is None:
             return Context(tokens=x, gain=torch.ones_like(x[:, :, :1]))

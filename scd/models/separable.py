@@ -5,43 +5,38 @@ Source: paper, section 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from scd.data.clip import Conditions, ConditionSpec
+from scd.data.clip import Conditions
 from scd.models.augment import Augmentation
+from scd.models.base import CausalDiffuser, DiffuserConfig
 from scd.models.block import BlockConfig
 from scd.models.cost import FrameCost, Load, separable_cost
 from scd.models.decoder import DecoderConfig, FrameDecoder, Prepared
-from scd.models.embed import EncoderNoise, Field, FrameShape
+from scd.models.embed import Field
 from scd.models.encoder import CausalEncoder, Context, EncoderConfig
 from scd.models.initialise import initialise
-from scd.models.kv_cache import CacheConfig, KVCache
-from scd.models.pretrained import Pretrained
+from scd.models.kv_cache import KVCache
 from scd.models.sizes import Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeparableConfig:
+class SeparableConfig(DiffuserConfig):
     """Settings of a separable causal diffuser."""
 
-    shape: FrameShape = field(default_factory=FrameShape)
-    """Latent frames and their tokens."""
+    is_separable = True
+
     block: BlockConfig = field(default_factory=BlockConfig)
     """Blocks of encoder and decoder."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     """The causal encoder, run once per frame."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """The frame decoder, run at every step."""
-    conditions: ConditionSpec = field(default_factory=ConditionSpec)
-    """What steers the frames."""
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    """How much of the past a stream remembers."""
 
 
 @dataclass(kw_only=True)
@@ -76,7 +71,7 @@ class SeparableContext:
     """Of this frame."""
 
 
-class SeparableDiffuser(nn.Module, Pretrained):
+class SeparableDiffuser(CausalDiffuser):
     """Encoder and decoder behind the interface that all models share.
 
     Training: `model(clean, noisy, time, conditions)`. Streaming, for each frame: `context` once,
@@ -84,7 +79,6 @@ class SeparableDiffuser(nn.Module, Pretrained):
     """
 
     config_class = SeparableConfig
-    encoder_noise: EncoderNoise = "none"
 
     def __init__(self, config: SeparableConfig) -> None:
         super().__init__()
@@ -95,28 +89,9 @@ class SeparableDiffuser(nn.Module, Pretrained):
         initialise(self, config.block)
 
     @property
-    def shape(self) -> FrameShape:
-        """Shape of a latent frame."""
-        return self.config.shape
-
-    @property
     def needs_first_frame(self) -> bool:
         """Whether a stream must be given its first frame."""
         return not self.config.encoder.start_frame
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether training recomputes each block instead of keeping what is inside it."""
-        return self.encoder.gradient_checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        self.encoder.gradient_checkpointing = value
-        self.decoder.gradient_checkpointing = value
-
-    def encoder_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters that train at the encoder's learning rate."""
-        return self.encoder.parameters()
 
     def frame_cost(self, load: Load) -> FrameCost:
         """Count one frame: n tokens, width d, p values per token, C frames of context.
@@ -259,7 +234,9 @@ class SeparableDiffuser(nn.Module, Pretrained):
             row += num_rows
         return SeparableState(cache=cache, newest=clean[:, max(row, 0) :], next_row=row)
 
-    def context(self, state: SeparableState, conditions: Conditions) -> SeparableContext:
+    def context(
+        self, state: SeparableState, conditions: Conditions, noise: Tensor | None = None
+    ) -> SeparableContext:
         """Run the encoder for the next frame, whose conditions are given as [b 1].
 
         It may be called again, for other conditions of the same frame; the last call counts.

@@ -18,13 +18,9 @@ from scd.data.clip import Conditions
 from scd.models.augment import Augmentation
 from scd.models.build import Diffuser
 from scd.models.separable import SeparableDiffuser
-from scd.models.wan.separable import WanSeparableDiffuser
 from scd.objectives.denoise import Network
 from scd.objectives.distribution_matching import MatchConfig, Noised, Rolled, noised
 from scd.objectives.score import adversarial_loss, discriminator_loss, roughness
-
-SEPARABLE = (SeparableDiffuser, WanSeparableDiffuser)
-"""Models whose noisy frames only the decoder sees."""
 
 DISTANCE = 0.05
 """Step of the finite differences of R1 and R2. Source: paper, section 7.4."""
@@ -59,8 +55,7 @@ class Discriminator(nn.Module):
     def __init__(self, network: Diffuser) -> None:
         super().__init__()
         self.network = network
-        blocks = network.decoder.blocks if isinstance(network, SEPARABLE) else network.blocks
-        assert isinstance(blocks, nn.ModuleList)
+        blocks = network.denoising_blocks()
         last = len(blocks) - 1
         # The middle and the end, as the paper's 13, 21 and 29 of 30 blocks.
         self.places = sorted({last // 2, (3 * last) // 4, last})
@@ -95,9 +90,9 @@ class Discriminator(nn.Module):
 
     def _noisy(self, features: Tensor, num_tokens: int) -> Tensor:
         """Return the tokens [f n d] of noisy frames; joined with context, they are the last."""
-        if isinstance(self.network, WanSeparableDiffuser):
-            return features[:, -1]
-        return features[:, :, -num_tokens:].flatten(0, 1)
+        if self.network.config.is_separable:
+            return features.flatten(1, 2)[:, -num_tokens:]
+        return features.flatten(0, 1)
 
     def _placed(self, logits: Tensor, shape: torch.Size) -> Tensor:
         b, r, m = shape

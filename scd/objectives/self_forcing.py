@@ -18,7 +18,6 @@ from torch import Tensor
 from scd.data.clip import Conditions
 from scd.models.build import Diffuser
 from scd.models.flow import clean_from_velocity
-from scd.models.wan.separable import WanSeparableDiffuser
 
 
 def draw_exit(num_steps: int, generator: torch.Generator) -> int:
@@ -97,7 +96,7 @@ def _context(
     noise: Callable[[], Tensor],
 ) -> Any:
     """Return the context of a frame, of a model whose encoder may read noise."""
-    if isinstance(model, WanSeparableDiffuser):
+    if model.encoder_noise != "none":
         return model.context(state, now, start if model.encoder_noise == "same" else noise())
     return model.context(state, now)
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
-from scd.autoencoders.build import Autoencoder, build_autoencoder, fingerprint, frames_per_latent
+from scd.autoencoders.build import Autoencoder, build_autoencoder, fingerprint
 from scd.autoencoders.text_encoder import PromptEmbedder
 from scd.common.config import to_json
 from scd.common.runtime import choose_device, parse_shard
@@ -124,7 +124,7 @@ def _describe(
         ValueError: frames that this autoencoder cannot encode, or actions where it joins frames.
     """
     card = next(iter(sources.values())).card
-    factor = frames_per_latent(autoencoder.config)
+    factor = autoencoder.config.frames_per_latent
     if factor > 1 and card.conditions.has_actions:
         raise ValueError(
             f"{config.autoencoder} makes one latent frame of {factor} frames, but {config.data} "

@@ -69,8 +69,7 @@ class WanDenseSubject(_WanSubject):
             ValueError: conditions of another kind than the model's.
         """
         stream, now = self.begun(past, conditions)
-        assert isinstance(self.model, WanDiffuser)
-        context = self.model.context(stream, now)
+        context: Any = self.model.context(stream, now)
         positions = context.cache.positions_with([context.frame])
         return OurState(context=context, distances=self.from_positions(positions, context.frame))
 
@@ -110,7 +109,6 @@ class WanSeparableSubject(_WanSubject):
         self._distances, self._in_begin = self.from_positions(positions, stream.next_frame), True
         generator = make_generator(0, "noise of an encoder")
         noise = torch.randn(past.shape[0], *self.frame_shape, generator=generator)
-        assert isinstance(self.model, WanSeparableDiffuser)
         context = self.model.context(stream, now, noise.to(past))
         own = [0] * self.tokens_per_frame
         return OurState(context=context, distances=[CONTEXT] * len(own) + own)

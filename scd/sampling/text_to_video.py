@@ -19,7 +19,6 @@ from scd.autoencoders.tiny import StreamDecoder, open_tiny_decoder
 from scd.autoencoders.wan import (
     FRAMES_PER_LATENT,
     WanAutoencoder,
-    WanAutoencoderConfig,
     WanStreamDecoder,
     num_pixel_frames,
 )
@@ -109,7 +108,7 @@ class TextToVideo:
         settings = _settings_of(config.run)
         where = f"{config.run}: autoencoder"
         described = from_json(AutoencoderConfig, settings["autoencoder"], where)
-        if not isinstance(described, WanAutoencoderConfig):
+        if not described.has_text_encoder:
             raise ValueError(f"{config.run}: its frames are no latents of Wan's autoencoder")
         self.source = config.source or parts_beside(config.run) or described.source
         if not self.source:
@@ -236,7 +235,7 @@ class TextToVideo:
         With a model that makes blocks of latent frames, whole blocks.
         """
         latents = 1 + max(0, -(-(num_frames - 1) // FRAMES_PER_LATENT))
-        block = int(getattr(self.engine.config, "frames_per_block", 1))
+        block = self.engine.config.frames_per_block
         return -(-latents // block) * block
 
     def _open_decoder(self) -> StreamDecoder:

@@ -20,8 +20,6 @@ from scd.engine.interface import Engine
 from scd.engine.plain import PlainEngine
 from scd.models.checkpoint import World
 from scd.models.flow import SamplingConfig, num_fresh, schedule, with_num_steps
-from scd.models.separable import SeparableConfig
-from scd.models.wan.config import WanSeparableConfig
 
 GuidanceKind = Literal["none", "conditions", "context_noise"]
 """Branch that frames are pushed away from: see Guidance."""
@@ -105,9 +103,7 @@ class Rollout:
         spec = self.engine.config.conditions
         if self.guidance.kind == "conditions" and not spec.is_steered:
             raise ValueError("guidance by conditions needs a model with actions, labels or text")
-        if self.guidance.kind == "context_noise" and not isinstance(
-            self.engine.config, (SeparableConfig, WanSeparableConfig)
-        ):
+        if self.guidance.kind == "context_noise" and not self.engine.config.is_separable:
             raise ValueError("guidance by context noise needs a separable model")
         self.newest: Tensor | None = None
         self._state: Any = None

@@ -90,7 +90,7 @@ class TextStream:
         self.world, self.engine, self.decoder = world, engine, decoder
         self.seed, self.scale, self.window = seed, scale, window
         self.sampling = sampling or world.sampling
-        self.block_size = int(getattr(engine.config, "frames_per_block", 1))
+        self.block_size = engine.config.frames_per_block
         self.num_latents = 0
         self.newest: Tensor | None = None
         self.timing: StepTiming | None = None

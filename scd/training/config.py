@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from scd.autoencoders.build import AutoencoderConfig, build_autoencoder, fingerprint
 from scd.autoencoders.pixels import PixelConfig
 from scd.autoencoders.text_encoder import text_fingerprint
-from scd.autoencoders.wan import WanAutoencoderConfig
 from scd.common.config import added, differences, to_json
 from scd.common.runlog import Tracker
 from scd.common.runtime import Precision, derive_seed
@@ -265,8 +264,8 @@ def _check_autoencoder(config: TrainConfig, source: LatentSource) -> None:
 def _check_text_encoder(config: TrainConfig, source: LatentSource | PromptSource) -> None:
     """Refuse prompts that another text encoder embedded than the one beside the run's autoencoder
     (ValueError), which is what the result will be steered by."""
-    autoencoder = config.autoencoder
-    if not source.info.text or not isinstance(autoencoder, WanAutoencoderConfig):
+    autoencoder: Any = config.autoencoder
+    if not source.info.text or not autoencoder.has_text_encoder:
         return
     try:
         found = text_fingerprint(autoencoder.source)

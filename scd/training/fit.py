@@ -7,14 +7,12 @@ from typing import Any
 
 from scd.autoencoders.build import AutoencoderConfig
 from scd.autoencoders.pixels import PixelAutoencoder
-from scd.autoencoders.wan import WanAutoencoderConfig
 from scd.common.config import from_json
 from scd.data.folder import open_source
 from scd.data.latents import INFO_FILE, LatentSource, is_latents
 from scd.data.loader import Loader
 from scd.data.source import Source
 from scd.training.config import TrainConfig, check_window
-from scd.training.initial import is_of_wan
 
 NUM_MEASURED_BATCHES = 16
 """Batches whose pixels are measured; with 2 clips of 16 frames that is 512 frames, where the mean
@@ -76,7 +74,7 @@ def decides(config: TrainConfig) -> bool:
 
 def _fit_to_latents(config: TrainConfig, source: LatentSource) -> TrainConfig:
     info = source.info
-    if is_of_wan(config) and not info.card.conditions.has_text:
+    if config.model.takes_text and not info.card.conditions.has_text:
         raise ValueError(
             f"{config.data} holds latents without prompts, but a text steers a Wan model: "
             "write them with scd encode --text-encoder"
@@ -86,9 +84,7 @@ def _fit_to_latents(config: TrainConfig, source: LatentSource) -> TrainConfig:
     model = replace(config.model, shape=shape, conditions=info.card.conditions)
     where = f"{source.path / INFO_FILE}: autoencoder"
     autoencoder = from_json(AutoencoderConfig, info.autoencoder, where)
-    if isinstance(autoencoder, WanAutoencoderConfig) and config.autoencoder == replace(
-        autoencoder, source=getattr(config.autoencoder, "source", "")
-    ):
+    if autoencoder.placeless() == config.autoencoder.placeless():
         # The same settings elsewhere: weights are compared where they are opened.
         autoencoder = config.autoencoder
     return replace(config, model=model, autoencoder=autoencoder)

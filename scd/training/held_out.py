@@ -10,8 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from scd.autoencoders.build import Autoencoder, frames_per_latent, latents_of
-from scd.autoencoders.wan import WanAutoencoder
+from scd.autoencoders.build import Autoencoder, latents_of
 from scd.common.runtime import derive_seed
 from scd.data.clip import Batch
 from scd.engine.plain import PlainEngine
@@ -168,7 +167,7 @@ def write_text_sample(
     if path is None:
         return
     shown = {"truth": frames, "model": torch.cat(latents, dim=1).float()}
-    per_latent = frames_per_latent(world.autoencoder.config)
+    per_latent = world.autoencoder.config.frames_per_latent
     rows = [
         PictureRow(name=name, frames=decode(video)[0, ::per_latent].float().cpu())
         for name, video in shown.items()
@@ -179,6 +178,5 @@ def write_text_sample(
 
 def open_decoder(autoencoder: Autoencoder) -> Callable[[Tensor], Tensor]:
     """Return what decodes latents, its weights read (FileNotFoundError: they are not at hand)."""
-    if isinstance(autoencoder, WanAutoencoder):
-        _ = autoencoder.vae
+    autoencoder.load()
     return autoencoder.decode

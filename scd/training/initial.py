@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from scd.autoencoders.wan import WanAutoencoderConfig
 from scd.common.config import differences, to_json
 from scd.models.build import Diffuser
 from scd.models.checkpoint import read_world_parts, resolve
 from scd.models.pretrained import WEIGHTS_FILE, load_weights
 from scd.models.shipped import parts_beside
-from scd.models.wan.config import WanConfig, WanSeparableConfig
 from scd.training.config import TrainConfig
 
 FREE_SETTINGS = (
@@ -56,7 +54,7 @@ def load_initial(model: Diffuser, config: TrainConfig) -> None:
         )
         if not any(
             f"{line.split(':')[0]}.".startswith(f"{free}.")
-            for free in (FREE_WAN_SETTINGS if is_of_wan(config) else FREE_SETTINGS)
+            for free in (FREE_WAN_SETTINGS if config.model.takes_text else FREE_SETTINGS)
         )
     ]
     if different:
@@ -73,11 +71,6 @@ def _settings(model: Any, autoencoder: Any) -> Any:
     return {"model": to_json(model), "autoencoder": to_json(autoencoder)}
 
 
-def is_of_wan(config: TrainConfig) -> bool:
-    """Tell whether a run trains a Wan model, which only makes sense from one's weights."""
-    return isinstance(config.model, WanConfig | WanSeparableConfig)
-
-
 def like_initial(config: TrainConfig, initial: str) -> TrainConfig:
     """Return a run of a Wan model with model, autoencoder and schedule of the world it starts from.
 
@@ -92,9 +85,8 @@ def like_initial(config: TrainConfig, initial: str) -> TrainConfig:
     folder = resolve(initial)
     world = read_world_parts(folder)
     autoencoder = world["autoencoder"]
-    if not isinstance(world["model"], WanConfig | WanSeparableConfig):
+    if not world["model"].takes_text:
         raise ValueError(f"{initial} is not a Wan world (scd convert wan writes one)")
-    assert isinstance(autoencoder, WanAutoencoderConfig)
     # A world that was moved together with its parts still names the place where it was made.
     autoencoder = replace(autoencoder, source=parts_beside(initial) or autoencoder.source)
     return replace(

@@ -14,7 +14,6 @@ from scd.common.runtime import derive_seed
 from scd.data.clip import Batch
 from scd.models.build import Diffuser
 from scd.models.flow import schedule
-from scd.models.wan.config import WanConfig, WanSeparableConfig
 from scd.objectives.denoise import Network
 from scd.objectives.discriminator import Discriminator, adversary_loss, judge_loss
 from scd.objectives.distill import guided, spread
@@ -179,15 +178,14 @@ def matching(
 def check_rollout(config: TrainConfig) -> None:
     """Refuse rollouts that a Wan student cannot do (ValueError); its settings tell."""
     model = config.model
-    if not isinstance(model, (WanConfig, WanSeparableConfig)):
-        return
-    size = getattr(model, "frames_per_block", 1)
+    size = model.frames_per_block
     if size != 1:
         raise ValueError(
             f"rollouts with gradient go frame by frame: frames_per_block must be 1, got {size}"
         )
     window = model.cache.window
-    if config.gradient_checkpointing and config.num_frames > window:
+    recomputes = model.recomputes_streams and config.gradient_checkpointing
+    if recomputes and config.num_frames > window:
         raise ValueError(
             f"a rollout of {config.num_frames} frames leaves the student's window of {window}, and "
             "what has left it cannot be recomputed: lengthen model.cache.window, or set "

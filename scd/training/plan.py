@@ -197,7 +197,7 @@ def count_micro_batch(config: TrainConfig) -> tuple[int, int]:
 def _loss(config: TrainConfig, model: Diffuser, clean: Tensor) -> Tensor:
     conditions, generator = _empty_conditions(config), torch.Generator()
     if isinstance(config.objective, TeacherForcingConfig):
-        size = int(getattr(config.model, "frames_per_block", 1))
+        size = config.model.frames_per_block
         return teacher_forced_loss(model, clean, conditions, config.objective, generator, size)[0]
     assert isinstance(config.objective, DenoiseConfig)
     needs_first = model.needs_first_frame

@@ -20,9 +20,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scd.common.weights import StoredWeights
-from scd.models.block import Block
 from scd.models.build import Diffuser
-from scd.models.wan.block import WanBlock
 from scd.objectives.denoise import DenoiseConfig
 from scd.objectives.teacher_forcing import TeacherForcingConfig
 from scd.training.config import TrainConfig
@@ -87,8 +85,8 @@ def shard(model: Diffuser, accelerator: Accelerator) -> None:
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     # Before the cut, so that what gathers the weights stands around the run's precision.
     accelerator.prepare_model(model, evaluation_mode=True)
-    blocks = [part for part in model.modules() if isinstance(part, Block | WanBlock)]
-    for part, methods in (*((block, BLOCK_METHODS) for block in blocks), (model, MODEL_METHODS)):
+    blocks = ((block, BLOCK_METHODS) for block in model.transformer_blocks())
+    for part, methods in (*blocks, (model, MODEL_METHODS)):
         fully_shard(part, mesh=mesh)
         for name in methods:
             if hasattr(part, name):

@@ -25,7 +25,6 @@ from scd.objectives.distribution_matching import MatchConfig
 from scd.objectives.teacher_forcing import TeacherForcingConfig, teacher_forced_loss
 from scd.optim.optim import EMA
 from scd.training.config import Objective, TrainConfig
-from scd.training.initial import is_of_wan
 from scd.training.learner import Loss, Task, alone
 from scd.training.matching import matching
 from scd.training.teacher import Autocast, load_bidirectional, load_teacher, path_of, running
@@ -88,10 +87,10 @@ def forcing(
     config: TrainConfig, objective: TeacherForcingConfig, device: torch.device | str = "cpu"
 ) -> Objective:
     """Return teacher forcing of a Wan model on encoded frames."""
-    if not is_of_wan(config):
+    if not config.model.takes_text:
         raise ValueError("teacher forcing on Wan's noise levels is for Wan models: see denoise")
     autoencoder = build_autoencoder(config.autoencoder, device)
-    size = int(getattr(config.model, "frames_per_block", 1))
+    size = config.model.frames_per_block
 
     def loss(
         model: nn.Module, batch: Batch, generator: torch.Generator

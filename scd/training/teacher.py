@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.autoencoders.wan import WanAutoencoderConfig
 from scd.common.weights import is_stored
 from scd.data.clip import Conditions
 from scd.models.build import Diffuser
@@ -88,7 +87,9 @@ def check_teacher(config: TrainConfig, theirs: Any, autoencoder: Any, path: str)
     """
     ours = config.model
     _same(path, "latent frames (channels, rows, columns)", theirs.shape.shape, ours.shape.shape)
-    _same(path, "latents of the autoencoder", *map(_placeless, (autoencoder, config.autoencoder)))
+    _same(
+        path, "latents of the autoencoder", autoencoder.placeless(), config.autoencoder.placeless()
+    )
     _same(path, "conditions", theirs.conditions, ours.conditions)
 
 
@@ -98,13 +99,6 @@ def _same(path: str, what: str, their: Any, our: Any) -> None:
             f"the teacher {path} and the student must work on the same {what}: "
             f"got {their} and {our}"
         )
-
-
-def _placeless(autoencoder: Any) -> Any:
-    """Return settings of an autoencoder without where Wan's lies, which may be anywhere."""
-    if isinstance(autoencoder, WanAutoencoderConfig):
-        return replace(autoencoder, source="")
-    return autoencoder
 
 
 class Bidirectional(nn.Module):
@@ -178,7 +172,7 @@ def find_bidirectional(config: TrainConfig, path: str) -> tuple[WanConfig, WanSo
     if (folder / "last").is_file() or is_stored(folder / WEIGHTS_FILE):
         parts = read_world_parts(resolve(path))
         theirs = parts["model"]
-        if not isinstance(theirs, WanConfig):
+        if not theirs.takes_text or theirs.is_separable:
             raise ValueError(
                 f"{path} holds a {type(theirs).__name__}: a bidirectional teacher is a dense Wan "
                 "model (scd convert wan --split dense, or a folder of diffusers)"

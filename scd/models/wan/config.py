@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from scd.data.clip import ConditionSpec
+from scd.models.base import DiffuserConfig
 from scd.models.embed import EncoderNoise, FrameShape
 from scd.models.kv_cache import CacheConfig
 
@@ -72,19 +73,33 @@ def _wan_cache() -> CacheConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanConfig:
-    """Settings of a dense causal Wan model: all layers at every denoising step."""
+class _VideoConfig(DiffuserConfig):
+    """What both kinds of Wan models share, with the sizes of Wan2.1 1.3B."""
+
+    takes_text = keeps_stored_type = recomputes_streams = True
+    has_fast_engine = False
 
     shape: FrameShape = field(default_factory=_wan_shape)
     """Latent frames and their tokens; 60x104 latent cells are 480x832 pixels."""
     block: WanBlockConfig = field(default_factory=WanBlockConfig)
-    """Blocks of the model."""
-    num_layers: int = 30
     """Transformer blocks."""
     conditions: ConditionSpec = field(default_factory=_wan_conditions)
     """The embedded text that steers a clip."""
     cache: CacheConfig = field(default_factory=_wan_cache)
     """How much of the past a stream remembers; 21 latent frames are 81 frames of video."""
+
+    def __post_init__(self) -> None:
+        conditions = self.conditions
+        if not conditions.has_text or conditions.has_actions or conditions.num_labels:
+            raise ValueError(f"a Wan model is steered by an embedded text alone, got {conditions}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig(_VideoConfig):
+    """Settings of a dense causal Wan model: all layers at every denoising step."""
+
+    num_layers: int = 30
+    """Transformer blocks."""
     frames_per_block: int = 1
     """Latent frames that are denoised together and see each other. 1: frame by frame."""
     num_local_frames: int = 0
@@ -92,7 +107,7 @@ class WanConfig:
     clean history it sees all, whatever this says, as in Self-Forcing."""
 
     def __post_init__(self) -> None:
-        _check_text(self.conditions)
+        super().__post_init__()
         if self.num_layers < 1 or self.frames_per_block < 1 or self.num_local_frames < 0:
             raise ValueError(
                 "num_layers and frames_per_block must be 1 or more and num_local_frames 0 or more, "
@@ -165,26 +180,12 @@ class WanDecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanSeparableConfig:
+class WanSeparableConfig(_VideoConfig):
     """Settings of a separable Wan model: encoder once per frame, decoder at every step."""
 
-    shape: FrameShape = field(default_factory=_wan_shape)
-    """Latent frames and their tokens; 60x104 latent cells are 480x832 pixels."""
-    block: WanBlockConfig = field(default_factory=WanBlockConfig)
-    """Blocks of encoder and decoder."""
+    is_separable = True
+
     encoder: WanEncoderConfig = field(default_factory=WanEncoderConfig)
     """The causal encoder, run once per frame, and once more on the finished frame."""
     decoder: WanDecoderConfig = field(default_factory=WanDecoderConfig)
     """The frame decoder, run at every step."""
-    conditions: ConditionSpec = field(default_factory=_wan_conditions)
-    """The embedded text that steers a clip."""
-    cache: CacheConfig = field(default_factory=_wan_cache)
-    """How much of the past a stream remembers; 21 latent frames are 81 frames of video."""
-
-    def __post_init__(self) -> None:
-        _check_text(self.conditions)
-
-
-def _check_text(conditions: ConditionSpec) -> None:
-    if not conditions.has_text or conditions.has_actions or conditions.num_labels:
-        raise ValueError(f"a Wan model is steered by an embedded text alone, got {conditions}")

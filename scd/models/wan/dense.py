@@ -6,7 +6,6 @@ name by name. Source: paper, sections 6.3, 7.1 and 7.6.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,10 +16,10 @@ from torch import Tensor
 from scd.data.clip import Conditions
 from scd.models.attention import Rotary
 from scd.models.augment import Augmentation
+from scd.models.base import CausalDiffuser
 from scd.models.cost import FrameCost, Load
-from scd.models.embed import EncoderNoise, Field, FrameShape
+from scd.models.embed import Field
 from scd.models.kv_cache import KVCache
-from scd.models.pretrained import Pretrained
 from scd.models.visibility import FrameCausal
 from scd.models.wan.block import TextKeysValues
 from scd.models.wan.config import WanConfig
@@ -59,7 +58,7 @@ class WanContext:
     """Positions of its tokens."""
 
 
-class WanDiffuser(WanTransformer, Pretrained):
+class WanDiffuser(WanTransformer, CausalDiffuser):
     """Wan's transformer made causal, behind the interface that all models share.
 
     Streaming, for each frame: `context`, `velocity` once per step, `observe`. With blocks of frames
@@ -68,25 +67,10 @@ class WanDiffuser(WanTransformer, Pretrained):
     """
 
     config_class = WanConfig
-    encoder_noise: EncoderNoise = "none"
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__(config.shape, config.block, config.conditions, config.num_layers)
         self.config = config
-
-    @property
-    def shape(self) -> FrameShape:
-        """Shape of a latent frame."""
-        return self.config.shape
-
-    @property
-    def needs_first_frame(self) -> bool:
-        """Whether a stream must be given its first frame: never."""
-        return False
-
-    def encoder_parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Parameters that train at the encoder's learning rate: none, there is no encoder."""
-        return iter(())
 
     def frame_cost(self, load: Load) -> FrameCost:
         """Count one frame; `wan_cost` states the formula."""

@@ -7,22 +7,21 @@ paper, sections 6.1 to 6.3.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from scd.common.runtime import make_generator
 from scd.data.clip import Conditions
 from scd.models.augment import Augmentation
+from scd.models.base import CausalDiffuser
 from scd.models.cost import FrameCost, Load
-from scd.models.embed import EncoderNoise, Field, FrameShape
+from scd.models.embed import EncoderNoise, Field
 from scd.models.flow import interpolate
 from scd.models.kv_cache import KVCache
-from scd.models.pretrained import Pretrained
 from scd.models.wan.block import TextKeysValues
 from scd.models.wan.config import WanSeparableConfig
 from scd.models.wan.cost import wan_separable_cost
@@ -59,7 +58,7 @@ class WanFrameContext:
     """The decoder's keys and values of the text in each layer."""
 
 
-class WanSeparableDiffuser(nn.Module, Pretrained):
+class WanSeparableDiffuser(CausalDiffuser):
     """Encoder and decoder behind the interface that all models share.
 
     Streaming, for each frame: `context` once, with noise, `velocity` once per step, `observe`.
@@ -78,30 +77,6 @@ class WanSeparableDiffuser(nn.Module, Pretrained):
     def encoder_noise(self) -> EncoderNoise:
         """What noise `context` needs: see `WanEncoderConfig.noise`."""
         return self.config.encoder.noise
-
-    @property
-    def shape(self) -> FrameShape:
-        """Shape of a latent frame."""
-        return self.config.shape
-
-    @property
-    def needs_first_frame(self) -> bool:
-        """Whether a stream must be given its first frame: never."""
-        return False
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether training recomputes each block instead of keeping what is inside it."""
-        return self.encoder.gradient_checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        self.encoder.gradient_checkpointing = value
-        self.decoder.gradient_checkpointing = value
-
-    def encoder_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters that train at the encoder's learning rate."""
-        return self.encoder.parameters()
 
     def frame_cost(self, load: Load) -> FrameCost:
         """Count one frame; `wan_separable_cost` states the formula."""

@@ -7,18 +7,16 @@ frames that read a memory. Source: paper, sections 6.1 and 6.3.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from scd.data.clip import ConditionSpec
 from scd.models.attention import Rotary, attend, frame_positions, rotary_table
-from scd.models.block import Attend
+from scd.models.block import Attend, Stack
 from scd.models.embed import FrameShape, to_patches
 from scd.models.kv_cache import CacheConfig, KVCache
 from scd.models.visibility import FrameCausal, TeacherForcing, Visibility
@@ -81,7 +79,7 @@ def time_sinusoids(time: Float[Tensor, "*b"], num: int) -> Float[Tensor, "*b fea
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class WanTransformer(nn.Module):
+class WanTransformer(Stack):
     """Embedders and blocks, and the head if there is one, named as in WanTransformer3DModel."""
 
     def __init__(
@@ -102,7 +100,6 @@ class WanTransformer(nn.Module):
             self.proj_out = nn.Linear(block.width, shape.token_dim)
             table = torch.randn(1, 2, block.width) / block.width**0.5
             self.scale_shift_table = nn.Parameter(table)
-        self.gradient_checkpointing = False
 
     def embed(self, frames: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t n d"]:
         """Cut frames into tokens: the convolution of patches, which do not overlap, as one map."""
@@ -272,16 +269,9 @@ class WanTransformer(nn.Module):
             positions, self.block_config.rotary_axes, self.block_config.rotary_theta
         )
 
-    def run(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        """Run a block, or recompute it in the backward pass if that is asked for."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
     @property
     def _blocks(self) -> list[WanBlock]:
         blocks = list(self.blocks)
-        assert all(isinstance(block, WanBlock) for block in blocks)
         return blocks  # type: ignore[return-value]
 
 
