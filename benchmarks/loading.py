@@ -26,10 +26,9 @@ import tyro
 from scd.common.config import to_json
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import choose_device, make_generator
-from scd.data.folder import open_source
 from scd.data.latents import LatentSource
 from scd.data.loader import Loader
-from scd.data.source import Source, Split
+from scd.data.source import Source, Split, open_source
 from scd.preprocessing.encode import encode
 from scd.preprocessing.settings import EncodeConfig
 from scd.training.config import TrainConfig, build_model

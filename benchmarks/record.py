@@ -18,7 +18,8 @@ import tyro
 
 from scd.common.config import to_json
 from scd.common.provenance import provenance, write_json
-from scd.data.record import DoomRecording, record
+from scd.data.doom import DoomRecording
+from scd.data.record import record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ import tyro
 from scd.common.config import to_json
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import Precision, choose_device, cpu_threads
-from scd.data.folder import open_source
+from scd.data.source import open_source
 from scd.engine.interface import EngineKind
 from scd.engine.open import advised_threads, open_engine
 from scd.evaluation.predict import TIMED, check_fit, choose_windows, read_windows, summarize

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import tyro
 
 from scd.data.clip import Batch, Conditions
-from scd.data.folder import open_source
+from scd.data.source import open_source
 from scd.evaluation.predict import choose_windows, count_windows, read_windows
 from scd.models.shipped import ship
 

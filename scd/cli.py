@@ -171,16 +171,10 @@ def _demo(words: list[str]) -> None:
     demo(_parse(DemoConfig, words, "demo"))
 
 
-def _recordings() -> dict[str, type]:
-    from scd.data.record import DoomRecording, ToyRecording
-
-    return {"toy": ToyRecording, "doom": DoomRecording}
-
-
 def _record(words: list[str]) -> None:
-    from scd.data.record import record
+    from scd.data.record import record, recordings
 
-    kinds = _recordings()
+    kinds = recordings()
     name, rest = _split_name(words, "record", "world", kinds)
     if name is None:
         print(f"usage: scd record {{{','.join(kinds)}}} --out DIR ...; try scd record toy --help")

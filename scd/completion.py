@@ -15,7 +15,7 @@ from scd.convert.export import ExportConfig
 from scd.convert.reference import ReferenceConfig
 from scd.convert.wan import ConvertWanConfig
 from scd.data.check import CheckConfig
-from scd.data.record import DoomRecording, ToyRecording
+from scd.data.record import recordings
 from scd.demo.demo import DemoConfig
 from scd.evaluation.protocol_settings import ProtocolConfig
 from scd.preprocessing.settings import EncodeConfig
@@ -58,7 +58,7 @@ def settings_of_commands() -> dict[str, Any]:
     return {
         "demo": DemoConfig,
         "play": PlayConfig,
-        "record": {"toy": ToyRecording, "doom": DoomRecording},
+        "record": recordings(),
         "data": _after_word("check", CheckConfig),
         "encode": EncodeConfig,
         "train": {name: TrainCommand(run=run) for name, run in PRESETS.items()},

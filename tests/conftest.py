@@ -8,10 +8,9 @@ import torch
 from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
 from scd.bench import card, limits, timing
 from scd.data.clip import Batch, frames_to_pixels
-from scd.data.folder import open_source
 from scd.data.loader import Loader
 from scd.data.manifest import write_card, write_episode, write_manifest
-from scd.data.source import Source
+from scd.data.source import Source, open_source
 from scd.evaluation import evaluate
 from scd.models.block import BlockConfig
 from scd.models.build import ModelConfig, build

@@ -5,6 +5,7 @@ Needs the extra `doom`: pip install -e ".[doom]".
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import tempfile
@@ -13,12 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import UInt8
 
-try:
-    import vizdoom
-except ImportError:
-    vizdoom = None
+from scd.data.clip import ConditionSpec
+from scd.data.record import Played, Recording
+from scd.data.source import DataCard, Split
 
 Scenario = Literal["my_way_home", "map01"]
 
@@ -52,20 +52,62 @@ MAX_RESTARTS = 100
 # Games of a random walk that end early are rare: a seed that meets so many in a row is broken.
 
 
-@dataclass(frozen=True)
-class DoomEpisode:
-    """One uninterrupted stretch of a game."""
+@dataclass(frozen=True, kw_only=True)
+class DoomRecording(Recording):
+    """Record ViZDoom: a random walk through a maze or a level."""
 
-    pixels: UInt8[np.ndarray, "t h w 3"]
-    """What was seen."""
-    actions: Int64[np.ndarray, " t"]
-    """Action i led from picture i-1 to picture i."""
+    kind = "doom"
+
+    size: Literal[32, 64, 128] = 64
+    """Height and width of a frame, in pixels."""
+    scenario: Scenario = "my_way_home"
+    """`my_way_home`: a maze of textured rooms; `map01`: the first level of Freedoom: Phase 2."""
+    tics: int = 2
+    """Steps of the game per action and frame; the game does 35 a second."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tics < 1:
+            raise ValueError(f"tics must be 1 or more, got {self.tics}")
+
+    @property
+    def card(self) -> DataCard:
+        require_vizdoom()
+        return DataCard(
+            height=self.size,
+            width=self.size,
+            fps=TICS_PER_S / self.tics,
+            conditions=ConditionSpec(num_actions=len(ACTION_NAMES)),
+            action_names=ACTION_NAMES,
+        )
+
+    def play(self, split: Split, episode: int) -> Played:
+        if self not in _games:
+            _games[self] = DoomGame(self.scenario, self.size, self.tics)
+        return _games[self].play(self.seed, episode, self.frames)
+
+    def close(self) -> None:
+        if self in _games:
+            _games.pop(self).close()
 
 
-def require_vizdoom() -> None:
-    """Refuse to go on without ViZDoom (ValueError)."""
-    if vizdoom is None:
-        raise ValueError('Doom needs ViZDoom: pip install -e ".[doom]"')
+_games: dict[DoomRecording, DoomGame] = {}
+"""The game of this process: starting one takes as long as playing 300 frames."""
+
+
+@atexit.register
+def _close_games() -> None:
+    for recording in list(_games):
+        recording.close()
+
+
+def require_vizdoom() -> Any:
+    """Return the package ViZDoom; ValueError: it is not installed."""
+    try:
+        import vizdoom
+    except ImportError as error:
+        raise ValueError('Doom needs ViZDoom: pip install -e ".[doom]"') from error
+    return vizdoom
 
 
 class DoomGame:
@@ -84,7 +126,7 @@ class DoomGame:
     """
 
     def __init__(self, scenario: Scenario, size: int, tics: int) -> None:
-        require_vizdoom()
+        self._vizdoom = require_vizdoom()
         if size not in (32, 64, 128):
             raise ValueError(f"size must be 32, 64 or 128, got {size}")
         if tics < 1:
@@ -106,7 +148,7 @@ class DoomGame:
         self._game.close()
         self._scratch.cleanup()
 
-    def play(self, seed: int, episode: int, num_frames: int) -> DoomEpisode:
+    def play(self, seed: int, episode: int, num_frames: int) -> Played:
         """Play an episode by a random policy that likes to walk and keeps doing the same.
 
         A game that ends before its last frame is thrown away and another one is begun.
@@ -123,7 +165,7 @@ class DoomGame:
             f"{self._scenario}: none of {MAX_RESTARTS} games lasted {num_frames} frames"
         )
 
-    def _try_to_play(self, generator: np.random.Generator, num_frames: int) -> DoomEpisode | None:
+    def _try_to_play(self, generator: np.random.Generator, num_frames: int) -> Played | None:
         game = self._game
         game.set_seed(int(generator.integers(2**31)))
         game.new_episode()
@@ -150,16 +192,16 @@ class DoomGame:
                 turns_left = int(generator.integers(4, 16))
             elif generator.random() > KEEP_PROBABILITY[action]:
                 action = int(generator.choice(len(ACTION_NAMES), p=ACTION_SHARES))
-        return DoomEpisode(pixels=pixels, actions=actions)
+        return Played(pixels, actions)
 
     def _place(self) -> np.ndarray:
         """Return where the player stands (x, y), in map units."""
-        assert vizdoom is not None
+        vizdoom = self._vizdoom
         variables = (vizdoom.GameVariable.POSITION_X, vizdoom.GameVariable.POSITION_Y)
         return np.array([self._game.get_game_variable(variable) for variable in variables])
 
     def _start(self) -> Any:
-        assert vizdoom is not None
+        vizdoom = self._vizdoom
         game = vizdoom.DoomGame()
         # Otherwise the game writes its settings into the working directory, as it does a folder of
         # its own on starting.

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from scd.data.clip import Clip, check_actions, pixels_to_frames
-from scd.data.latents import LatentSource, is_latents, read_info
 from scd.data.manifest import (
     CARD_FILE,
     MANIFEST_FILE,
@@ -19,15 +18,13 @@ from scd.data.manifest import (
     read_card,
     read_manifest,
 )
-from scd.data.published import open_published, parse_published
-from scd.data.source import DataCard, EmptySplit, Source, Split
-from scd.data.toy import ToyWorld
+from scd.data.source import EmptySplit, Findings, Opening, Source, Split
 from scd.data.video import frame_times, probe_video, read_video
 
 logger = logging.getLogger(__name__)
 
 
-class FolderSource:
+class FolderSource(Source):
     """Episodes of one split of a folder; opening reads all headers and actions, no pictures.
 
     Args:
@@ -41,10 +38,12 @@ class FolderSource:
             another size than the card's, an unreadable video under `strict`, or no episodes left.
     """
 
+    kind = "folder"
+    origin = "scd record, scd encode, or docs/your-clips.md"
+
     def __init__(self, path: Path | str, split: Split, strict: bool = False) -> None:
         self.path = Path(path)
-        self.split = split
-        self._card = read_card(self.path)
+        self.card = read_card(self.path)
         manifest = read_manifest(self.path)
         chosen = [entry for entry in manifest if entry.split == split]
         self._entries: list[Entry] = []
@@ -74,33 +73,27 @@ class FolderSource:
                 f"{self.path}: split {split!r} has no readable episodes; in the manifest: {counts}"
             )
         self._times: dict[int, np.ndarray] = {}
+        lengths = [entry.num_frames for entry in self._entries]
+        super().__init__(str(self.path), split, self.card, lengths)
 
-    @property
-    def card(self) -> DataCard:
-        """Size, speed and steering of the episodes."""
-        return self._card
+    @classmethod
+    def recognises(cls, data: str) -> bool:
+        return (Path(data) / CARD_FILE).is_file()
 
-    @property
-    def num_episodes(self) -> int:
-        """Number of readable episodes of the split."""
-        return len(self._entries)
+    @classmethod
+    def open(cls, data: str, split: Split, how: Opening) -> FolderSource:
+        return cls(data, split, how.strict)
 
-    def num_frames(self, episode: int) -> int:
-        """Return the length of an episode in frames."""
-        return self._entries[episode].num_frames
+    @classmethod
+    def inspect(cls, data: str) -> Findings:
+        needed = (Path(data) / CARD_FILE, Path(data) / MANIFEST_FILE)
+        return Findings(missing=[str(path) for path in needed if not path.is_file()])
 
-    def read(self, episode: int, start: int, num_frames: int) -> Clip:
-        """Decode some frames of an episode.
+    def title(self, episode: int) -> str:
+        return str(self.path / self._entries[episode].video)
 
-        Raises:
-            ValueError: the episode has no such frames, or its video is damaged.
-        """
+    def _read(self, episode: int, start: int, num_frames: int) -> Clip:
         entry, actions = self._entries[episode], self._actions[episode]
-        if not 0 <= start < start + num_frames <= entry.num_frames:
-            raise ValueError(
-                f"{entry.video}: frames {start} .. {start + num_frames - 1} were asked for, "
-                f"but the episode has {entry.num_frames}"
-            )
         video = self.path / entry.video
         if episode not in self._times:
             self._times[episode] = frame_times(video)
@@ -109,15 +102,11 @@ class FolderSource:
             frames=pixels_to_frames(torch.from_numpy(pixels)),
             actions=None if actions is None else actions[start : start + num_frames],
             label=entry.label,
-            fps=self._card.fps,
+            fps=self.card.fps,
         )
 
     def prompt(self, episode: int) -> str:
-        """Return what an episode shows, in words: its `prompt`, or the .txt beside its video.
-
-        Raises:
-            ValueError: it has neither.
-        """
+        """Return the `prompt` of the manifest, or the .txt beside the video."""
         entry = self._entries[episode]
         beside = (self.path / entry.video).with_suffix(".txt")
         if entry.prompt is not None:
@@ -139,14 +128,14 @@ class FolderSource:
                 f"{self.path / entry.video}: has {info.num_frames} frames, "
                 f"the manifest says {entry.num_frames}"
             )
-        if (info.height, info.width) != (self._card.height, self._card.width):
+        if (info.height, info.width) != (self.card.height, self.card.width):
             raise ValueError(
                 f"{self.path / entry.video}: frames are {info.height} x {info.width}, "
-                f"{CARD_FILE} says {self._card.height} x {self._card.width}"
+                f"{CARD_FILE} says {self.card.height} x {self.card.width}"
             )
 
     def _read_actions(self, entry: Entry) -> torch.Tensor | None:
-        spec = self._card.conditions
+        spec = self.card.conditions
         if not spec.has_actions:
             return None
         if entry.actions is None:
@@ -174,7 +163,7 @@ class FolderSource:
         return tensor
 
     def _check_label(self, entry: Entry) -> None:
-        num_labels = self._card.conditions.num_labels
+        num_labels = self.card.conditions.num_labels
         if (entry.label is None) != (num_labels == 0) or not (
             0 <= (entry.label or 0) < max(num_labels, 1)
         ):
@@ -186,43 +175,3 @@ class FolderSource:
 
 class _Unreadable(Exception):
     """A video that is missing, cut off, or no video at all."""
-
-
-def open_source(
-    data: str, split: Split, strict: bool = False, latents: bool = False, whole: bool = False
-) -> Source:
-    """Open a toy world, a folder of episodes, a published collection, or stored latents.
-
-    Stored latents are opened as the videos that they were made of, unless `latents` says otherwise:
-    only training reads them, everything else wants pixels.
-
-    Args:
-        data: "toy:32", "toy:64", path of a folder of episodes or of their latents, or
-            "minecraft:PATH", "ucf101:PATH", "dmlab:PATH".
-        split: which episodes.
-        strict: stop at the first episode that cannot be used, instead of leaving it out.
-        latents: give stored latents as they are.
-        whole: episodes as they are: nothing cut out at random, published latents not scaled.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: another toy world, or a folder that does not hold what it must.
-    """
-    if data.startswith("toy:"):
-        if data not in ("toy:32", "toy:64"):
-            raise ValueError(f"toy worlds are 'toy:32' and 'toy:64', got {data!r}")
-        return ToyWorld(size=32 if data == "toy:32" else 64, split=split)
-    published = parse_published(data)
-    if published is not None:
-        return open_published(published, split, strict, whole)
-    if not is_latents(data):
-        return FolderSource(data, split, strict)
-    if latents:
-        return LatentSource(data, split)
-    videos = read_info(Path(data)).data
-    try:
-        return open_source(videos, split, strict)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{data} holds latents of {videos}, and this needs the videos: {error}"
-        ) from error

@@ -5,24 +5,29 @@
     null_text.safetensors                 what stands in for a hidden text, if there are texts
 
 Every file is written aside and renamed, so one that is there is whole; only a copy can be cut off,
-and is refused. `scd encode` writes such a folder (scd/preprocessing/encode.py).
+and is refused. `scd encode` writes such a folder (scd/preprocessing/encode.py): `begin`,
+`write_null_text`, then `write_episodes` for every file that is not `is_whole` yet.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from scd.common.config import from_json
+from scd.common.config import differences, from_json, to_json
+from scd.common.files import TEMPORARY, file_aside, read_json, write_file
 from scd.data.clip import Clip
-from scd.data.source import DataCard, EmptySplit, Split
+from scd.data.source import DataCard, EmptySplit, Findings, Opening, Source, Split, open_source
 
 INFO_FILE = "latents.json"
 """What a folder of latents says about itself."""
@@ -48,6 +53,8 @@ DTYPES: dict[Stored, torch.dtype] = {
     "fp32": torch.float32,
 }
 """Types of tensors by name."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +89,6 @@ class LatentsInfo:
     """Likewise."""
 
     def __post_init__(self) -> None:
-        if self.format != FORMAT:
-            raise ValueError(f"this version reads latents of format {FORMAT}, got {self.format}")
         if self.episodes_per_file < 1:
             raise ValueError(f"episodes_per_file must be 1 or more, got {self.episodes_per_file}")
 
@@ -117,12 +122,7 @@ def read_info(path: Path) -> LatentsInfo:
         FileNotFoundError: no such folder or file.
         ValueError: not JSON, or a missing, unknown or wrong field.
     """
-    where = path / INFO_FILE
-    try:
-        values = json.loads(where.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: is not JSON ({error})") from error
-    return from_json(LatentsInfo, values, str(where))
+    return from_json(LatentsInfo, read_json(path / INFO_FILE, FORMAT), str(path / INFO_FILE))
 
 
 def open_file(path: Path, info: LatentsInfo, split: Split, number: int) -> Any:
@@ -176,7 +176,7 @@ def key_of(episode: int, name: str) -> str:
     return f"{episode:06d}.{name}"
 
 
-class LatentSource:
+class LatentSource(Source):
     """Stored latents of one split: a clip's frames are latents.
 
     Args:
@@ -189,14 +189,16 @@ class LatentSource:
             the split is empty.
     """
 
+    kind = "latents"
+    origin = "scd encode"
+    frames_are = "latent frames"
+
     def __init__(self, path: Path | str, split: Split) -> None:
         self.path = Path(path)
-        self.split: Split = split
-        self.info = read_info(self.path)
-        self._lengths = self.info.lengths(split)
-        if not self._lengths:
+        self.info = info = read_info(self.path)
+        if not info.lengths(split):
             raise EmptySplit(f"{self.path}: split {split!r} has no episodes")
-        names = [self.info.file_name(split, number) for number in range(self.info.num_files(split))]
+        names = [info.file_name(split, number) for number in range(info.num_files(split))]
         missing = [name for name in names if not (self.path / name).is_file()]
         if missing:
             raise ValueError(
@@ -204,38 +206,32 @@ class LatentSource:
                 f"there, the first is {missing[0]}: the same scd encode command goes on, for every "
                 "--shard"
             )
-        self._files = [
-            open_file(self.path, self.info, split, number) for number in range(len(names))
-        ]
+        self._files = [open_file(self.path, info, split, number) for number in range(len(names))]
         self._has = [set(file.keys()) for file in self._files]
-        self._null_text = read_null_text(self.path, self.info)
+        self._null_text = read_null_text(self.path, info)
+        super().__init__(str(self.path), split, info.card, info.lengths(split))
 
-    @property
-    def card(self) -> DataCard:
-        """Size, speed and steering of the videos; their frames are those of pixels."""
-        return self.info.card
+    @classmethod
+    def recognises(cls, data: str) -> bool:
+        return is_latents(data)
 
-    @property
-    def num_episodes(self) -> int:
-        """Number of episodes of the split."""
-        return len(self._lengths)
+    @classmethod
+    def open(cls, data: str, split: Split, how: Opening) -> Source:
+        if how.latents:
+            return cls(data, split)
+        videos = read_info(Path(data)).data
+        try:
+            return open_source(videos, split, how.strict)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{data} holds latents of {videos}, and this needs the videos: {error}"
+            ) from error
 
-    def num_frames(self, episode: int) -> int:
-        """Return the length of an episode in latent frames."""
-        return self._lengths[episode]
+    @classmethod
+    def inspect(cls, data: str) -> Findings:
+        return Findings(there=[f"{INFO_FILE}: stored latents"])
 
-    def read(self, episode: int, start: int, num_frames: int) -> Clip:
-        """Read some latent frames of an episode, in 32 bits.
-
-        Raises:
-            ValueError: the episode has no such frames.
-        """
-        length = self._lengths[episode]
-        if not 0 <= start < start + num_frames <= length:
-            raise ValueError(
-                f"{self.path}: latent frames {start} .. {start + num_frames - 1} of episode "
-                f"{episode} were asked for, but it has {length}"
-            )
+    def _read(self, episode: int, start: int, num_frames: int) -> Clip:
         number = episode // self.info.episodes_per_file
         file, names = self._files[number], self._has[number]
         part = slice(start, start + num_frames)
@@ -246,18 +242,16 @@ class LatentSource:
 
         actions, text = stored("actions"), stored("text")
         has_label = key_of(episode, "label") in names
+        text_length = self.info.card.conditions.text_length
         return Clip(
             frames=stored("latents")[part].float(),
             actions=None if actions is None else actions[part].clone(),
             label=int(file.get_tensor(key_of(episode, "label"))) if has_label else None,
             fps=self.info.card.fps / self.info.frames_per_latent,
             encoded=True,
-            text=None if text is None else self._filled_up(text[:]),
+            text=None if text is None else fill_up(text[:], text_length),
             null_text=self._null_text,
         )
-
-    def _filled_up(self, words: Tensor) -> Tensor:
-        return fill_up(words, self.info.card.conditions.text_length)
 
 
 def fill_up(words: Float[Tensor, "s d"], length: int) -> Float[Tensor, "l d"]:
@@ -283,3 +277,119 @@ def read_null_text(path: Path, info: LatentsInfo) -> Float[Tensor, "l d"] | None
             f"{path / NULL_TEXT_FILE} is missing or damaged ({error}): the same scd encode command "
             "writes it again"
         ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedEpisode:
+    """One episode as it is stored."""
+
+    latents: Float[Tensor, "t c h w"]
+    """Of unit scale."""
+    actions: Int[Tensor, " t"] | Float[Tensor, "t a"] | None
+    """Action i led from latent frame i-1 to latent frame i."""
+    label: int | None
+    """Class of the whole episode."""
+    text: Float[Tensor, "l d"] | None
+    """Embedded text, without what fills it up."""
+
+
+def begin(out: Path, info: LatentsInfo) -> None:
+    """Write what the folder says about itself, or check that an old one says the same.
+
+    Raises:
+        FileExistsError: it holds another encoding, or something else.
+    """
+    if (out / INFO_FILE).is_file():
+        different = differences(_comparable(read_info(out)), _comparable(info))
+        if different:
+            raise FileExistsError(
+                f"{out} holds another encoding (what it says, then what was asked for): "
+                + "; ".join(different[:5])
+            )
+        return
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: needed a folder to write")
+    # Another process may be about to say the same.
+    ours = (INFO_FILE, NULL_TEXT_FILE, TEMPORARY, "train-", "val-", "test-")
+    if out.exists() and not all(
+        any(entry.name.startswith(name) for name in ours) for entry in out.iterdir()
+    ):
+        raise FileExistsError(f"{out} holds other things than latents")
+    out.mkdir(parents=True, exist_ok=True)
+    write_info(out, info)
+
+
+def _comparable(info: LatentsInfo) -> dict[str, Any]:
+    """Return what makes two encodings the same, wherever videos and weights lie."""
+    values = to_json(info) | {"data": ""}
+    values["autoencoder"] = {k: v for k, v in info.autoencoder.items() if k != PLACE}
+    return values
+
+
+def write_null_text(out: Path, info: LatentsInfo, null_text: Float[Tensor, "l d"]) -> None:
+    """Write the embedded empty prompt, unless it is there."""
+    try:
+        read_null_text(out, info)
+    except ValueError:
+        save_tensors(out / NULL_TEXT_FILE, {"text": null_text.contiguous()}, {"text": info.text})
+
+
+def is_whole(out: Path, info: LatentsInfo, split: Split, number: int) -> bool:
+    """Tell whether a file is there; one that is damaged is written again."""
+    try:
+        open_file(out, info, split, number)
+    except FileNotFoundError:
+        return False
+    except (ValueError, SafetensorError) as error:
+        logger.warning("%s", error)
+        return False
+    return True
+
+
+def remove_leftovers(out: Path, name: str) -> None:
+    """Remove what a killed process left of a file that only this one writes."""
+    for path in out.glob(f"{TEMPORARY}{name}-*"):
+        path.unlink(missing_ok=True)
+
+
+def write_info(path: Path, info: LatentsInfo) -> None:
+    """Write what a folder of latents says about itself."""
+    write_file(path / INFO_FILE, json.dumps(to_json(info)))
+
+
+def write_episodes(
+    path: Path, info: LatentsInfo, split: Split, number: int, episodes: Sequence[EncodedEpisode]
+) -> None:
+    """Write one file of a split: it appears whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for episode, encoded in zip(info.episodes(split, number), episodes, strict=True):
+        assert len(encoded.latents) == info.lengths(split)[episode]
+        kept = {"latents": encoded.latents.to(DTYPES[info.stored]), "actions": encoded.actions}
+        kept |= {"text": encoded.text}
+        if encoded.label is not None:
+            kept["label"] = torch.tensor(encoded.label)
+        for name, tensor in kept.items():
+            if tensor is not None:
+                tensors[key_of(episode, name)] = tensor.cpu().contiguous()
+    save_tensors(
+        path / info.file_name(split, number), tensors, expected_metadata(info, split, number)
+    )
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors aside, then rename.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    with file_aside(path) as aside:
+        try:
+            save_file(dict(tensors), aside, metadata={METADATA: json.dumps(dict(metadata))})
+            # The library makes files that only their owner can read.
+            aside.chmod(0o644)
+        except SafetensorError as error:
+            raise OSError(f"could not write {path}: {error}") from error

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from scd.common.config import from_json, to_json
-from scd.common.files import file_aside
+from scd.common.files import file_aside, parse_json, read_json
 from scd.data.source import DataCard, Split
 from scd.data.video import write_video
 
@@ -33,7 +33,7 @@ RECORDING = "recording"
 """Key of the card's file under which a recording keeps its own settings; readers pass it over."""
 
 
-_DAMAGED = (
+DAMAGED = (
     OSError,
     ValueError,
     KeyError,
@@ -44,7 +44,7 @@ _DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
 )
-# What reading an archive raises that is cut off, damaged, or something else.
+"""What reading an archive raises that is cut off, damaged, or something else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def read_card(path: Path) -> DataCard:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such data folder (or 'toy:32', 'toy:64')")
-    values = _parse(path / CARD_FILE, (path / CARD_FILE).read_text())
+    values = read_json(path / CARD_FILE)
     if isinstance(values, dict):
         values.pop(RECORDING, None)
     return from_json(DataCard, values, str(path / CARD_FILE))
@@ -100,7 +100,7 @@ def read_manifest(path: Path) -> list[Entry]:
     """
     optional = {"actions": None, "label": None, "prompt": None}
     return [
-        from_json(Entry, _fields(optional, _parse(where, line)), where)
+        from_json(Entry, _fields(optional, parse_json(line, where)), where)
         for number, line in enumerate((path / MANIFEST_FILE).read_text().splitlines(), start=1)
         if line.strip() and (where := f"{path / MANIFEST_FILE} line {number}")
     ]
@@ -166,18 +166,23 @@ def read_actions(path: Path) -> np.ndarray:
         ValueError: missing, damaged, not an .npz file with the key `actions`, or neither integers
             nor floats.
     """
-    try:
-        with np.load(path) as arrays:
-            actions = arrays["actions"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such actions file") from error
-    except _DAMAGED as error:
-        raise ValueError(f"{path}: is no .npz file with the key 'actions' ({error})") from error
+    actions = read_array(path, "actions")
     if np.issubdtype(actions.dtype, np.integer):
         return actions.astype(np.int64)
     if np.issubdtype(actions.dtype, np.floating):
         return actions.astype(np.float32)
     raise ValueError(f"{path}: actions must be integers or floats, got {actions.dtype}")
+
+
+def read_array(path: Path, key: str) -> np.ndarray:
+    """Read one array of an .npz file; ValueError: missing, damaged, or something else."""
+    try:
+        with np.load(path) as arrays:
+            return arrays[key]
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such {key} file") from error
+    except DAMAGED as error:
+        raise ValueError(f"{path}: is no .npz file with the key {key!r} ({error})") from error
 
 
 def choose_splits(num_episodes: int, val_fraction: float, test_fraction: float) -> list[Split]:
@@ -218,10 +223,3 @@ def _fields(optional: dict[str, Any], values: Any) -> Any:
 def _line(entry: Entry) -> str:
     values = {name: value for name, value in dataclasses.asdict(entry).items() if value is not None}
     return json.dumps(values) + "\n"
-
-
-def _parse(where: Path | str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: is not JSON ({error})") from error

@@ -20,7 +20,7 @@ from torch import Tensor
 from scd.common.config import from_json
 from scd.common.files import read_json
 from scd.data.clip import Clip, ConditionSpec
-from scd.data.source import DataCard
+from scd.data.source import DataCard, Source
 
 INFO_FILE = "prompts.json"
 """What a folder of embedded prompts says about itself."""
@@ -104,7 +104,7 @@ def read_prompts_info(path: Path | str) -> PromptsInfo:
     return from_json(PromptsInfo, read_json(file, FORMAT), str(file))
 
 
-class PromptSource:
+class PromptSource(Source):
     """A folder of embedded prompts, as a collection of clips that nobody has recorded."""
 
     def __init__(
@@ -124,41 +124,21 @@ class PromptSource:
         """
         self.path = Path(path)
         self.info = read_prompts_info(path)
-        self._card = replace(card, conditions=self.info.conditions)
         self._no_frames = torch.zeros(0, *shape)
-        self._num_frames = num_frames
-        self._null_text = self._read(self.info.negative_file)
+        self._null_text = self._words(self.info.negative_file)
+        card = replace(card, conditions=self.info.conditions)
+        super().__init__(str(path), "train", card, [num_frames] * len(self.info.prompts))
 
-    @property
-    def card(self) -> DataCard:
-        """Size, speed and steering of the clips."""
-        return self._card
-
-    @property
-    def num_episodes(self) -> int:
-        """Number of prompts."""
-        return len(self.info.prompts)
-
-    def num_frames(self, episode: int) -> int:
-        """Return how many frames are to be made of a prompt; none of them is there."""
-        return self._num_frames
-
-    def read(self, episode: int, start: int, num_frames: int) -> Clip:
-        """Return a prompt, as a clip without frames.
-
-        Raises:
-            FileNotFoundError: its file is gone.
-            ValueError: its file is damaged.
-        """
+    def _read(self, episode: int, start: int, num_frames: int) -> Clip:
         return Clip(
             frames=self._no_frames,
             encoded=True,
-            text=self._read(self.info.files[episode]),
+            text=self._words(self.info.files[episode]),
             null_text=self._null_text,
-            fps=self._card.fps,
+            fps=self.card.fps,
         )
 
-    def _read(self, name: str) -> Float[Tensor, "l c"]:
+    def _words(self, name: str) -> Float[Tensor, "l c"]:
         """Read an embedded prompt and fill it up with zeros."""
         file, info = self.path / name, self.info
         if not file.is_file():

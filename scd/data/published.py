@@ -1,65 +1,158 @@
-"""Published collections by name: `minecraft:PATH`, `ucf101:PATH?protocol=latte`, `dmlab:PATH`."""
+"""Published collections, read in the files as they come: `KIND:PATH?setting=value&...`.
+
+They come as hundreds of thousands of files that nobody changes. So every file is looked at once,
+many side by side, and what was found out is kept in this user's cache under the file's size and
+time of change.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import typing
-from dataclasses import dataclass, fields, replace
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qsl
 
+from rich.progress import track
+
 from scd.common.config import from_json
-from scd.data.dmlab import DMLabConfig, open_dmlab
-from scd.data.minecraft import MinecraftConfig, open_minecraft
-from scd.data.source import Source, Split
-from scd.data.ucf101 import UCF101Config, UCF101Source
-
-PublishedConfig = MinecraftConfig | UCF101Config | DMLabConfig
-
-KINDS: dict[str, type[Any]] = {
-    "minecraft": MinecraftConfig,
-    "ucf101": UCF101Config,
-    "dmlab": DMLabConfig,
-}
-"""Settings of each collection by name."""
+from scd.common.files import file_aside, read_json
+from scd.common.runtime import cache_folder
+from scd.data.source import DataCard, EmptySplit, Opening, Source, Split
 
 WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 """Ways to say whether."""
 
+WORKERS = 8
+"""Files read side by side: most of the time goes into waiting for the disk."""
 
-@dataclass(frozen=True)
-class Published:
-    """A published collection on disk."""
+SHOWN_FROM = 2000
+"""Files above which a bar shows how far the reading is."""
 
-    root: Path
-    """Its folder."""
-    config: PublishedConfig
-    """How it is read."""
+Files = tuple[Path, ...]
+"""The files of one episode."""
+
+logger = logging.getLogger(__name__)
 
 
-def parse_published(data: str) -> Published | None:
-    """Read a name such as `ucf101:PATH?size=128&labels=1`; None: it names something else.
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What was found out about an episode."""
+
+    num_frames: int = 0
+    """Frames of the episode."""
+    height: int = 0
+    """Rows of a frame, in pixels."""
+    width: int = 0
+    """Columns of a frame, in pixels."""
+    fps: float = 0.0
+    """Frames per second, on average; 0: not said."""
+    error: str = ""
+    """Why it cannot be used. Empty: it can."""
+
+
+class PublishedSource(Source):
+    """Episodes of one split; opening looks at each file once, and recalls it after.
+
+    Args:
+        root: the collection.
+        split: which episodes.
+        config: how it is read; None: as the settings' defaults say.
+        strict: stop at the first episode that cannot be used, instead of leaving it out.
+        whole: episodes as they are: nothing cut out at random, published latents not scaled.
 
     Raises:
-        ValueError: no path, or a setting that this collection does not have.
+        FileNotFoundError: no such folder, or a list is missing.
+        ValueError: no episodes are left, or one cannot be used under `strict`.
     """
-    kind, colon, rest = data.partition(":")
-    if not colon or kind not in KINDS:
-        return None
-    path, _, query = rest.partition("?")
-    if not path:
-        raise ValueError(f"{data!r}: needed {kind}:PATH, or {kind}:PATH?setting=value&...")
-    chosen = KINDS[kind]
-    blank = chosen()
-    values = {field.name: getattr(blank, field.name) for field in fields(chosen)}
-    hints = typing.get_type_hints(chosen)
-    try:
-        given = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-    except ValueError as error:
-        raise ValueError(f"{data!r}: needed ?setting=value&... ({error})") from error
-    for name, word in given:
-        values[name] = _value(hints.get(name, str), word)
-    return Published(root=Path(path), config=from_json(chosen, values, data))
+
+    settings: ClassVar[type[Any]]
+    """Dataclass of what may follow the `?`; all of its fields have defaults."""
+    header_depends_on_settings: ClassVar[bool] = True
+    """Whether what `_look` finds out is another thing under other settings."""
+
+    def __init__(
+        self,
+        root: Path,
+        split: Split,
+        config: Any = None,
+        strict: bool = False,
+        whole: bool = False,
+    ) -> None:
+        self.root, self.whole = root, whole
+        self.config = self.settings() if config is None else config
+        name = f"{self.kind}:{root.absolute()}"
+        chosen = self._find(split)
+        store = f"{name} {self.config}" if self.header_depends_on_settings else name
+        headers = read_headers(store, chosen, self._look)
+        wrong = [header.error for header in headers if header.error]
+        if wrong and strict:
+            raise ValueError(wrong[0])
+        if wrong:
+            logger.warning(
+                "%s: left out %d of %d %s episodes, the first: %s",
+                *(name, len(wrong), len(chosen), split, wrong[0]),
+            )
+        kept = [pair for pair in zip(chosen, headers, strict=True) if not pair[1].error]
+        self.episodes = [files for files, _ in kept]
+        self.headers = [header for _, header in kept]
+        if not self.episodes:
+            why = f"; the first was left out because {wrong[0]}" if wrong else ""
+            raise (ValueError if wrong else EmptySplit)(
+                f"{name}: split {split!r} has no episodes{why}"
+            )
+        super().__init__(name, split, self._card(), [self._length(one) for one in self.headers])
+
+    @classmethod
+    def parse(cls, data: str) -> tuple[Path, Any]:
+        """Read a name such as `ucf101:PATH?size=128&labels=1`: the folder, and the settings.
+
+        Raises:
+            ValueError: no path, or a setting that this collection does not have.
+        """
+        path, _, query = data.removeprefix(f"{cls.kind}:").partition("?")
+        if not path:
+            raise ValueError(
+                f"{data!r}: needed {cls.kind}:PATH, or {cls.kind}:PATH?setting=value&..."
+            )
+        blank, hints = cls.settings(), typing.get_type_hints(cls.settings)
+        values = {field.name: getattr(blank, field.name) for field in fields(cls.settings)}
+        try:
+            given = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+        except ValueError as error:
+            raise ValueError(f"{data!r}: needed ?setting=value&... ({error})") from error
+        values |= {name: _value(hints.get(name, str), word) for name, word in given}
+        return Path(path), from_json(cls.settings, values, data)
+
+    @classmethod
+    def open(cls, data: str, split: Split, how: Opening) -> PublishedSource:
+        root, config = cls.parse(data)
+        return cls(root, split, config, how.strict, how.whole)
+
+    def title(self, episode: int) -> str:
+        return str(self.episodes[episode][0])
+
+    @abstractmethod
+    def _find(self, split: Split) -> Sequence[Files]:
+        """List the files of each episode of a split, there or not."""
+
+    @abstractmethod
+    def _look(self, files: Files) -> Header:
+        """Find out about an episode; ValueError or OSError: it cannot be used."""
+
+    @abstractmethod
+    def _card(self) -> DataCard:
+        """Say what all episodes share."""
+
+    def _length(self, header: Header) -> int:
+        """Return how many frames of an episode are used."""
+        return header.num_frames
 
 
 def _value(hint: Any, word: str) -> Any:
@@ -72,26 +165,62 @@ def _value(hint: Any, word: str) -> Any:
         return word
 
 
-def open_published(
-    published: Published, split: Split, strict: bool = False, whole: bool = False
-) -> Source:
-    """Open a split.
+def read_headers(
+    name: str, episodes: Sequence[Files], look: Callable[[Files], Header]
+) -> list[Header]:
+    """Find out about every episode, or recall it.
+
+    What was found wrong is looked at again each time: the next one may find the disk well again.
 
     Args:
-        published: the collection.
-        split: which episodes.
-        strict: stop at the first episode that cannot be used, instead of leaving it out.
-        whole: episodes as they are: nothing cut out at random, published latents not scaled.
-
-    Raises:
-        FileNotFoundError: no such folder, or a list is missing.
-        ValueError: nothing that can be used.
+        name: of the collection and of what is found out; other names are remembered apart.
+        episodes: files of each.
+        look: finds out about one; raises ValueError or OSError where it cannot be used.
     """
-    config = published.config
-    if isinstance(config, MinecraftConfig):
-        return open_minecraft(published.root, split, config, strict, raw=whole)
-    if isinstance(config, DMLabConfig):
-        return open_dmlab(published.root, split, config, strict)
-    if whole:
-        config = replace(config, augment=False)
-    return UCF101Source(published.root, split, config, strict)
+    digest = hashlib.blake2b(f"1 {name}".encode(), digest_size=16).hexdigest()
+    store = cache_folder("headers") / f"{digest}.json"
+    try:
+        known: dict[str, Any] = read_json(store)
+    except (OSError, ValueError):
+        known = {}
+    stamps = [[_stamp(file) for file in files] for files in episodes]
+    keys = [str(files[0].absolute()) for files in episodes]
+    todo = [
+        index
+        for index, (key, stamp) in enumerate(zip(keys, stamps, strict=True))
+        if known.get(key, {}).get("stamp") != stamp or known[key]["header"]["error"]
+    ]
+
+    def find_out(index: int) -> Header:
+        try:
+            return look(episodes[index])
+        except (ValueError, OSError) as error:
+            return Header(error=str(error))
+
+    with ThreadPoolExecutor(WORKERS, "headers") as pool:
+        found = pool.map(find_out, todo)
+        if len(todo) >= SHOWN_FROM:
+            found = track(found, f"reading the headers of {name}", total=len(todo))
+        for index, header in zip(todo, found, strict=True):
+            known[keys[index]] = {"stamp": stamps[index], "header": asdict(header)}
+    if todo:
+        _remember(store, known)
+    return [Header(**known[key]["header"]) for key in keys]
+
+
+def _stamp(file: Path) -> list[int]:
+    try:
+        status = file.stat()
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _remember(store: Path, known: dict[str, Any]) -> None:
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        with file_aside(store) as aside:
+            aside.write_text(json.dumps(known), encoding="utf-8")
+    except OSError:
+        # A home that cannot be written costs time at the next start, nothing else.
+        return

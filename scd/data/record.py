@@ -1,26 +1,28 @@
-"""Recordings of the toy world and of Doom as folders of videos and actions (`scd record`)."""
+"""`scd record`: worlds played by a random policy, as folders of videos and actions.
+
+A world that can be recorded is a subclass of `Recording` in a module of this folder; nothing else
+need know of it. It says what all episodes share (`card`) and plays one (`play`).
+"""
 
 from __future__ import annotations
 
-import atexit
-import json
 import multiprocessing
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, NamedTuple
 
-import numpy as np
+from jaxtyping import Float, Int, UInt8
+from numpy import ndarray
 from rich.progress import track
 
 from scd.common.config import to_json
-from scd.common.files import file_aside, refuse_used, remove_leftovers
-from scd.data.clip import ConditionSpec, frames_to_pixels
-from scd.data.doom import ACTION_NAMES, TICS_PER_S, DoomGame, require_vizdoom
+from scd.common.files import file_aside, read_json, refuse_used, remove_leftovers
 from scd.data.manifest import (
     CARD_FILE,
     MANIFEST_FILE,
@@ -34,13 +36,27 @@ from scd.data.manifest import (
     write_episode,
     write_manifest,
 )
-from scd.data.source import DataCard, Split
-from scd.data.toy import ToyWorld
+from scd.data.source import DataCard, Split, find_kinds
+
+
+class Played(NamedTuple):
+    """One uninterrupted stretch of a world."""
+
+    pixels: UInt8[ndarray, "t h w 3"]
+    """What was seen."""
+    actions: Int[ndarray, " t"] | Float[ndarray, "t a"]
+    """Action i led from picture i-1 to picture i."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToyRecording:
-    """Record the toy world: shapes that move about a room, one of them steered."""
+class Recording(ABC):
+    """Settings of a recording, and how one of its episodes is played.
+
+    An episode is a function of the settings, the split and its number: the same in any process.
+    """
+
+    kind: ClassVar[str] = ""
+    """Its name: `scd record KIND`."""
 
     out: str
     """Folder to write; a recording with the same settings in it is continued."""
@@ -48,8 +64,6 @@ class ToyRecording:
     """Number of episodes."""
     frames: int = 300
     """Frames per episode."""
-    size: Literal[32, 64] = 32
-    """Height and width of a frame, in pixels."""
     seed: int = 0
     """Seed; the same seed and settings give the same files, bit for bit."""
     val_fraction: float = 0.05
@@ -60,41 +74,33 @@ class ToyRecording:
     """Processes that record side by side."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        for name in ("episodes", "frames", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        choose_splits(0, self.val_fraction, self.test_fraction)
+
+    @property
+    @abstractmethod
+    def card(self) -> DataCard:
+        """What all episodes share.
+
+        Raises:
+            ValueError: a package that the world needs is not installed.
+        """
+
+    @abstractmethod
+    def play(self, split: Split, episode: int) -> Played:
+        """Play an episode of `frames` frames; what takes time to start may be kept for the next."""
+
+    def close(self) -> None:  # noqa: B027
+        """End what `play` has started in this process."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DoomRecording:
-    """Record ViZDoom: a random walk through a maze or a level."""
-
-    out: str
-    """Folder to write; a recording with the same settings in it is continued."""
-    episodes: int = 100
-    """Number of episodes."""
-    frames: int = 300
-    """Frames per episode."""
-    size: Literal[32, 64, 128] = 64
-    """Height and width of a frame, in pixels."""
-    seed: int = 0
-    """Seed; the same seed and settings give the same files, bit for bit."""
-    scenario: Literal["my_way_home", "map01"] = "my_way_home"
-    """`my_way_home`: a maze of textured rooms; `map01`: the first level of Freedoom: Phase 2."""
-    tics: int = 2
-    """Steps of the game per action and frame; the game does 35 a second."""
-    val_fraction: float = 0.05
-    """Share of the episodes that goes to the split `val`."""
-    test_fraction: float = 0.05
-    """Share of the episodes that goes to the split `test`."""
-    workers: int = os.cpu_count() or 1
-    """Processes that record side by side."""
-
-    def __post_init__(self) -> None:
-        _check(self)
-        if self.tics < 1:
-            raise ValueError(f"tics must be 1 or more, got {self.tics}")
-
-
-Recording = ToyRecording | DoomRecording
+def recordings() -> dict[str, type[Recording]]:
+    """Return the worlds that can be recorded, by name."""
+    return find_kinds(Recording)
 
 
 def record(config: Recording) -> Path:
@@ -105,40 +111,15 @@ def record(config: Recording) -> Path:
 
     Raises:
         FileExistsError: the folder holds something else than a recording with these settings.
-        ValueError: ViZDoom is needed and not installed.
+        ValueError: a package that the world needs is not installed.
     """
-    if isinstance(config, DoomRecording):
-        require_vizdoom()
-    out = Path(config.out)
-    card = recording_card(config)
-    entries = _begin(out, card, config)
+    out, card = Path(config.out), config.card
+    num_done = _begin(out, card, config)
     splits = choose_splits(config.episodes, config.val_fraction, config.test_fraction)
-    jobs = [_Job(config, episode, splits[episode]) for episode in range(entries, config.episodes)]
+    jobs = [(config, episode, splits[episode]) for episode in range(num_done, config.episodes)]
     for entry in track(_run(jobs, config.workers), f"recording {out}", total=len(jobs)):
         append_to_manifest(out, entry)
     return out
-
-
-def recording_card(config: Recording) -> DataCard:
-    """Return the card of what a recording will hold."""
-    if isinstance(config, ToyRecording):
-        return ToyWorld(size=config.size, split="train").card
-    return DataCard(
-        height=config.size,
-        width=config.size,
-        fps=TICS_PER_S / config.tics,
-        conditions=ConditionSpec(num_actions=len(ACTION_NAMES)),
-        action_names=ACTION_NAMES,
-    )
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One episode to record."""
-
-    config: Recording
-    episode: int
-    split: Split
 
 
 def _begin(out: Path, card: DataCard, config: Recording) -> int:
@@ -152,7 +133,7 @@ def _begin(out: Path, card: DataCard, config: Recording) -> int:
         write_manifest(out, [])
         write_card(out, card, settings)
         return 0
-    recorded = json.loads((out / CARD_FILE).read_text()).get(RECORDING)
+    recorded = read_json(out / CARD_FILE).get(RECORDING)
     if recorded != settings or read_card(out) != card:
         raise FileExistsError(
             f"{out}: holds a recording with other settings: {recorded}, asked for: {settings}"
@@ -160,12 +141,12 @@ def _begin(out: Path, card: DataCard, config: Recording) -> int:
     for folder in (out, out / "videos", out / "actions"):
         remove_leftovers(folder)
     _drop_torn_line(out)
-    entries = read_manifest(out)
-    if len(entries) > config.episodes:
+    num_done = len(read_manifest(out))
+    if num_done > config.episodes:
         raise FileExistsError(
-            f"{out}: holds {len(entries)} episodes already, asked for: {config.episodes}"
+            f"{out}: holds {num_done} episodes already, asked for: {config.episodes}"
         )
-    return len(entries)
+    return num_done
 
 
 def _drop_torn_line(out: Path) -> None:
@@ -176,11 +157,13 @@ def _drop_torn_line(out: Path) -> None:
             aside.write_text(text[: text.rfind("\n") + 1])
 
 
-def _run(jobs: list[_Job], workers: int) -> Iterator[Entry]:
+def _run(jobs: Sequence[tuple[Recording, int, Split]], workers: int) -> Iterator[Entry]:
     """Record episodes, side by side if there are several workers; yield their lines in order."""
     if workers == 1 or len(jobs) < 2:
-        yield from map(_record_episode, jobs)
-        _close_games()
+        for job in jobs:
+            yield _record_episode(*job)
+        if jobs:
+            jobs[0][0].close()
         return
     # A forked process could inherit locked locks of this one's threads.
     context = multiprocessing.get_context("spawn")
@@ -188,7 +171,7 @@ def _run(jobs: list[_Job], workers: int) -> Iterator[Entry]:
     # close their games; only this process stops at once.
     ignore = (signal.SIGINT, signal.SIG_IGN)
     with ProcessPoolExecutor(min(workers, len(jobs)), context, signal.signal, ignore) as pool:
-        pending = deque(pool.submit(_record_episode, job) for job in jobs)
+        pending = deque(pool.submit(_record_episode, *job) for job in jobs)
         try:
             while pending:
                 yield pending.popleft().result()
@@ -196,44 +179,7 @@ def _run(jobs: list[_Job], workers: int) -> Iterator[Entry]:
             pool.shutdown(cancel_futures=True)
 
 
-def _record_episode(job: _Job) -> Entry:
-    config = job.config
-    if isinstance(config, ToyRecording):
-        pixels, actions = _play_toy(config, job.split, job.episode)
-    else:
-        played = _doom_game(config).play(config.seed, job.episode, config.frames)
-        pixels, actions = played.pixels, played.actions
-    fps = recording_card(config).fps
-    return write_episode(Path(config.out), f"{job.episode:06d}", pixels, actions, fps, job.split)
-
-
-def _play_toy(config: ToyRecording, split: Split, episode: int) -> tuple[np.ndarray, np.ndarray]:
-    world = ToyWorld(size=config.size, split=split, seed=config.seed)
-    clip = world.read(episode, 0, config.frames)
-    assert clip.actions is not None
-    return frames_to_pixels(clip.frames).numpy(), clip.actions.numpy()
-
-
-_games: dict[DoomRecording, DoomGame] = {}
-"""The game of this process: starting one takes as long as playing 300 frames."""
-
-
-def _doom_game(config: DoomRecording) -> DoomGame:
-    if config not in _games:
-        _games[config] = DoomGame(config.scenario, config.size, config.tics)
-    return _games[config]
-
-
-@atexit.register
-def _close_games() -> None:
-    while _games:
-        _games.popitem()[1].close()
-
-
-def _check(config: Recording) -> None:
-    for name in ("episodes", "frames", "workers"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be 1 or more, got {getattr(config, name)}")
-    if config.seed < 0:
-        raise ValueError(f"seed must be 0 or more, got {config.seed}")
-    choose_splits(0, config.val_fraction, config.test_fraction)
+def _record_episode(config: Recording, episode: int, split: Split) -> Entry:
+    pixels, actions = config.play(split, episode)
+    folder, name = Path(config.out), f"{episode:06d}"
+    return write_episode(folder, name, pixels, actions, config.card.fps, split)

@@ -1,14 +1,30 @@
-"""What every collection of episodes offers: a card of what it holds, and clips by position."""
+"""Sources of clips: what every collection of episodes offers, and how it is found by its name.
+
+A source is a subclass of `Source` in a module of this folder; nothing else need know of it. It
+says by which names it goes (`kind`, `recognises`), opens a split (`open`), and reads frames
+(`_read`). `scd data check` asks it what is there (`inspect`, `oddities`) and where it comes from
+(`origin`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+import importlib
+import pkgutil
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
 
 from scd.data.clip import Clip, ConditionSpec
 
 Split = Literal["train", "val", "test"]
 """Part of a collection; episodes of one part never appear in another."""
+
+DEFAULT_KIND = "folder"
+"""What a path is taken for that no kind of source recognises."""
+
+Kind = TypeVar("Kind")
 
 
 class EmptySplit(ValueError):
@@ -44,28 +60,153 @@ class DataCard:
             )
 
 
-@runtime_checkable
-class Source(Protocol):
-    """Episodes that can be read anywhere, from several threads at once."""
+@dataclass(kw_only=True)
+class Findings:
+    """What a look at a collection found."""
 
-    @property
-    def card(self) -> DataCard:
-        """Size, speed and steering of the episodes."""
-        ...
+    there: list[str] = field(default_factory=list)
+    """What is there."""
+    notes: list[str] = field(default_factory=list)
+    """What is odd, but does not keep anybody from using it."""
+    missing: list[str] = field(default_factory=list)
+    """What is missing or wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How a source is opened; a kind passes over what has no meaning for it."""
+
+    strict: bool = False
+    """Stop at the first episode that cannot be used, instead of leaving it out."""
+    latents: bool = False
+    """Give stored latents as they are, instead of the videos that they were made of."""
+    whole: bool = False
+    """Episodes as they are: nothing cut out at random, published latents not scaled."""
+
+
+class Source(ABC):
+    """Episodes of one split, numbered from 0, that any number of threads can read at once.
+
+    Args:
+        name: of the collection, for messages.
+        split: which part of it.
+        card: what all episodes share.
+        lengths: frames of each episode.
+    """
+
+    kind: ClassVar[str] = ""
+    """Its name: `KIND:...` opens it, `scd data check --as KIND` looks at it. Empty: it is a base
+    of others, or is opened in another way."""
+    origin: ClassVar[str] = ""
+    """Where to get such a collection."""
+    frames_are: ClassVar[str] = "frames"
+    """What its frames are, for messages."""
+
+    def __init__(self, name: str, split: Split, card: DataCard, lengths: Sequence[int]) -> None:
+        self.name = name
+        self.split: Split = split
+        self.card = card
+        self._lengths = lengths
+
+    @classmethod
+    def recognises(cls, data: str) -> bool:
+        """Tell whether a name, or what lies at a path, is of this kind."""
+        return data.startswith(f"{cls.kind}:")
+
+    @classmethod
+    def open(cls, data: str, split: Split, how: Opening) -> Source:
+        """Open a split of what it recognises; every kind that has a name does it in its own way."""
+        raise ValueError(f"{data} cannot be opened by its name")
+
+    @classmethod
+    def inspect(cls, data: str) -> Findings:
+        """Say what is there, odd or missing, before any split is opened."""
+        return Findings()
+
+    def oddities(self) -> list[str]:
+        """Say what is odd about the episodes, but keeps nobody from using them."""
+        return []
 
     @property
     def num_episodes(self) -> int:
-        """Number of episodes; they are numbered 0 .. num_episodes - 1."""
-        ...
+        """Number of episodes."""
+        return len(self._lengths)
 
     def num_frames(self, episode: int) -> int:
         """Return the length of an episode in frames."""
-        ...
+        return self._lengths[episode]
+
+    def title(self, episode: int) -> str:
+        """Name an episode, for messages."""
+        return f"{self.name}, {self.split} episode {episode}"
+
+    def prompt(self, episode: int) -> str:
+        """Return what an episode shows, in words.
+
+        Raises:
+            ValueError: nobody has said it.
+        """
+        raise ValueError(f"{self.name} has no prompts: only folders of episodes can have them")
 
     def read(self, episode: int, start: int, num_frames: int) -> Clip:
         """Return frames start .. start + num_frames - 1 of an episode.
 
         Raises:
-            ValueError: the episode has no such frames, or they cannot be decoded.
+            ValueError: there is no such episode, it has no such frames, or they cannot be decoded.
         """
-        ...
+        if not 0 <= episode < self.num_episodes:
+            raise ValueError(f"episodes are 0 .. {self.num_episodes - 1}, got {episode}")
+        length, stop = self.num_frames(episode), start + num_frames
+        if not 0 <= start < stop <= length:
+            raise ValueError(
+                f"{self.title(episode)}: {self.frames_are} {start} .. {stop - 1} were asked for, "
+                f"but it has {length}"
+            )
+        return self._read(episode, start, num_frames)
+
+    @abstractmethod
+    def _read(self, episode: int, start: int, num_frames: int) -> Clip:
+        """Read frames that are there."""
+
+
+def find_kinds(base: type[Kind]) -> dict[str, type[Kind]]:
+    """Find the classes of a base that have a `kind`, by that name, in all modules of this folder.
+
+    Who writes a new one touches no list of them. Modules must load without optional packages.
+    """
+    package = sys.modules[__name__.rpartition(".")[0]]
+    found: dict[str, type[Any]] = {}
+    for entry in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        for value in vars(importlib.import_module(entry.name)).values():
+            if isinstance(value, type) and issubclass(value, base) and vars(value).get("kind"):
+                found[vars(value)["kind"]] = value
+    return found
+
+
+def kind_of(data: str) -> type[Source]:
+    """Return the kind of source that recognises a name or path."""
+    kinds = find_kinds(Source)
+    return next((kind for kind in kinds.values() if kind.recognises(data)), kinds[DEFAULT_KIND])
+
+
+def open_source(
+    data: str, split: Split, strict: bool = False, latents: bool = False, whole: bool = False
+) -> Source:
+    """Open a toy world, a folder of episodes, a published collection, or stored latents.
+
+    Stored latents are opened as the videos that they were made of, unless `latents` says otherwise:
+    only training reads them, everything else wants pixels.
+
+    Args:
+        data: "toy:32", "toy:64", path of a folder of episodes or of their latents, or
+            "minecraft:PATH", "ucf101:PATH", "dmlab:PATH".
+        split: which episodes.
+        strict: stop at the first episode that cannot be used, instead of leaving it out.
+        latents: give stored latents as they are.
+        whole: episodes as they are: nothing cut out at random, published latents not scaled.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a name or folder that does not hold what it must.
+    """
+    return kind_of(data).open(data, split, Opening(strict=strict, latents=latents, whole=whole))

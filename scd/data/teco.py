@@ -1,28 +1,36 @@
-"""What TECO's two collections have in common: folders, lists, splits, reading.
+"""TECO-Minecraft and DMLab in TECO's layout: folders, lists, splits, and the files of an episode.
 
-As TECO published them an episode is a file, or a video with its actions beside it, somewhere below
-train/ or test/. FAR's copies say training/ and validation/ and come with lists,
-<name>_train.json and <name>_val.json, whose order is that of the evaluation.
+    train/0/1234.mp4, train/0/1234.npz     Minecraft: a video, and its `actions` beside it
+    train/0/1234.npz                       DMLab: `video` [300 64 64 3] and `actions` [300]
+    training/..., minecraft_train.json     FAR's copy: the same files, and lists of them
+    training/...pt                         FAR's latents, [t c h w], before they are scaled
+
+Latents may also be .npy, or `latents` in the .npz that holds the actions. Held-out episodes lie
+below test/ or validation/; the order of FAR's lists is that of the evaluation.
 
 Action i is taken to have led from frame i-1 to frame i, as FAR takes it.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Sequence
+import pickle
+import zipfile
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 
-from scd.data.clip import Clip, ConditionSpec, check_actions
-from scd.data.headers import Files, Header, read_headers
-from scd.data.manifest import read_actions
-from scd.data.source import DataCard, EmptySplit, Split
+from scd.common.files import read_json
+from scd.data.clip import Clip, ConditionSpec, check_actions, pixels_to_frames
+from scd.data.manifest import DAMAGED, read_actions, read_array
+from scd.data.published import Files, Header, PublishedSource
+from scd.data.source import DataCard, Findings, Split
+from scd.data.video import probe_video, read_video
 
 TRAIN_FOLDERS = ("train", "training")
 """Names of the folder to learn from: TECO's, FAR's."""
@@ -30,7 +38,14 @@ TRAIN_FOLDERS = ("train", "training")
 HELD_OUT_FOLDERS = ("test", "validation", "val")
 """Names of the folder that is held out."""
 
-logger = logging.getLogger(__name__)
+LATENT_SCALE = 0.2889
+"""By which the published latents are multiplied to be of unit scale. Source: FAR's settings."""
+
+LATENT_ENDINGS = (".pt", ".npy")
+"""Files that hold nothing but the latents of an episode."""
+
+LATENT_KEYS = ("latents", "latent")
+"""Names of latents in an .npz that holds the actions too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +66,21 @@ class TecoConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
 
-    @property
-    def card(self) -> DataCard:
-        """What all episodes share."""
-        return DataCard(
-            height=self.size,
-            width=self.size,
-            fps=self.fps,
-            conditions=ConditionSpec(num_actions=self.actions),
-            action_names=tuple(f"action {index}" for index in range(self.actions)),
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class MinecraftConfig(TecoConfig):
+    """What is expected of TECO-Minecraft."""
+
+    size: int = 128
+    """Height and width of a frame, in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMLabConfig(TecoConfig):
+    """What is expected of DMLab."""
+
+    size: int = 64
+    """Height and width of a frame, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,38 +91,216 @@ class Listing:
     """Folder of the part; None: there is none."""
     list_file: Path | None
     """List that gives the order; None: there is none, and names are sorted."""
-    episodes: tuple[Files, ...]
+    episodes: tuple[Files, ...] = ()
     """Files of each, there or not: pictures first, then actions if they are apart."""
 
-    @property
-    def missing(self) -> list[Path]:
-        """Files of episodes that are not there."""
-        return [file for files in self.episodes for file in files if not file.is_file()]
+
+class TecoSource(PublishedSource):
+    """Episodes in TECO's layout; `val` and `test` share the held-out folder, whose last quarter
+    is `val`."""
+
+    list_keys: ClassVar[tuple[str, ...]]
+    """Names of the paths in FAR's lists, pictures first."""
+    num_published: ClassVar[dict[Split, int]] = {}
+    """Episodes of the published collection, where they are known."""
+
+    @classmethod
+    def list_episodes(cls, root: Path, split: Split) -> Listing:
+        """Find the folder that holds a split, and its episodes, by FAR's list if there is one.
+
+        Raises:
+            FileNotFoundError: no such collection.
+            ValueError: the list is damaged.
+        """
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root}: no such folder; {cls.origin}")
+        is_train = split == "train"
+        names = TRAIN_FOLDERS if is_train else HELD_OUT_FOLDERS
+        folder = next((root / name for name in names if (root / name).is_dir()), None)
+        path = root / f"{cls.kind}_{'train' if is_train else 'val'}.json"
+        if path.is_file():
+            listed = tuple(_read_list(root, path, cls.list_keys))
+            return Listing(folder=folder, list_file=path, episodes=listed)
+        found = () if folder is None else tuple(cls._in_folder(sorted(folder.rglob("*"))))
+        return Listing(folder=folder, list_file=None, episodes=found)
+
+    @classmethod
+    def inspect(cls, data: str) -> Findings:
+        findings = Findings()
+        root, _ = cls.parse(data)
+        parts: tuple[tuple[Split, str], ...] = (
+            ("train", "train/ or training/"),
+            ("test", "test/ or validation/"),
+        )
+        for split, folders in parts:
+            try:
+                listing = cls.list_episodes(root, split)
+            except (ValueError, OSError) as error:
+                findings.missing.append(str(error))
+                continue
+            if listing.folder is None and not listing.episodes:
+                findings.missing.append(f"{root}: no folder {folders}")
+            elif not listing.episodes:
+                findings.missing.append(f"{listing.folder}: holds no episodes with their actions")
+            gone = [file for files in listing.episodes for file in files if not file.is_file()]
+            if gone:
+                where = "is in the list" if listing.list_file else "belongs to a video"
+                findings.notes.append(
+                    f"{len(gone)} files are not there; the first {where}: {gone[0]}"
+                )
+            if listing.list_file is None and split == "test":
+                findings.notes.append(
+                    f"no {cls.kind}_val.json: held-out episodes are sorted by name, so the first "
+                    "256 are other ones than FAR's"
+                )
+            expected = cls.num_published.get(split, len(listing.episodes))
+            if listing.episodes and len(listing.episodes) != expected:
+                findings.notes.append(
+                    f"{split}: {len(listing.episodes):,} episodes, FAR learnt from {expected:,}"
+                )
+        return findings
+
+    @classmethod
+    @abstractmethod
+    def _in_folder(cls, files: Sequence[Path]) -> Sequence[Files]:
+        """Pick the files of each episode out of all files of a folder."""
+
+    @abstractmethod
+    def _frames(self, files: Files, start: int, num_frames: int) -> Float[torch.Tensor, "t c h w"]:
+        """Read frames of an episode."""
+
+    def _is_encoded(self, files: Files) -> bool:
+        """Tell whether an episode is latents."""
+        return False
+
+    def _find(self, split: Split) -> Sequence[Files]:
+        episodes = self.list_episodes(self.root, split).episodes
+        num_test = len(episodes) - len(episodes) // 4
+        return {"train": episodes, "test": episodes[:num_test], "val": episodes[num_test:]}[split]
+
+    def _card(self) -> DataCard:
+        return DataCard(
+            height=self.config.size,
+            width=self.config.size,
+            fps=self.config.fps,
+            conditions=ConditionSpec(num_actions=self.config.actions),
+            action_names=tuple(f"action {index}" for index in range(self.config.actions)),
+        )
+
+    def _checked(self, header: Header, files: Files) -> Header:
+        """Return a header, with an error if the episode is not as expected."""
+        size, num_actions = self.config.size, len(self._actions(files[-1]))
+        if num_actions < header.num_frames:
+            return Header(
+                error=f"{files[-1]}: {header.num_frames} frames need as many actions, "
+                f"got {num_actions}"
+            )
+        if (header.height, header.width) != (size, size):
+            return Header(
+                error=f"{files[0]}: frames are {header.height} x {header.width}, needed {size}"
+            )
+        if header.num_frames < self.config.frames:
+            return Header(
+                error=f"{files[0]}: has {header.num_frames} frames, needed {self.config.frames}"
+            )
+        return header
+
+    def _actions(self, path: Path) -> np.ndarray:
+        actions = read_actions(path)
+        if actions.ndim != 1:
+            raise ValueError(f"{path}: needed one action per frame, got {list(actions.shape)}")
+        try:
+            check_actions(ConditionSpec(num_actions=self.config.actions), torch.from_numpy(actions))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; ?actions=N says how many there are") from error
+        return actions
+
+    def _read(self, episode: int, start: int, num_frames: int) -> Clip:
+        files = self.episodes[episode]
+        actions = self._actions(files[-1])[start : start + num_frames]
+        return Clip(
+            frames=self._frames(files, start, num_frames),
+            actions=torch.from_numpy(actions),
+            fps=self.config.fps,
+            encoded=self._is_encoded(files),
+        )
 
 
-def find_folder(root: Path, names: Sequence[str]) -> Path | None:
-    """Return the first folder of these names."""
-    return next((root / name for name in names if (root / name).is_dir()), None)
+class MinecraftSource(TecoSource):
+    """Videos of TECO-Minecraft; or published latents, which only `scd encode` can use (`whole`)."""
+
+    kind = "minecraft"
+    origin = (
+        "videos: https://archive.org/details/minecraft_marsh_dataset_aa .. _ak (TECO, 210 GB), or "
+        "the data set guyuchao/Minecraft on huggingface.co, its shard-*.tar unpacked; latents: "
+        "guyuchao/Minecraft_Latent"
+    )
+    settings = MinecraftConfig
+    list_keys = ("video_path", "latent_path", "action_path")
+    num_published: ClassVar[dict[Split, int]] = {"train": 194_051}
+    """Source: paper, section 4."""
+
+    @classmethod
+    def _in_folder(cls, files: Sequence[Path]) -> Sequence[Files]:
+        pictures = [file for file in files if file.suffix == ".mp4"]
+        pictures = pictures or [file for file in files if file.suffix in LATENT_ENDINGS]
+        if pictures:
+            return [(file, file.with_suffix(".npz")) for file in pictures]
+        return [(file,) for file in files if file.suffix == ".npz"]
+
+    def _is_encoded(self, files: Files) -> bool:
+        return files[0].suffix != ".mp4"
+
+    def _find(self, split: Split) -> Sequence[Files]:
+        episodes = super()._find(split)
+        if episodes and self._is_encoded(episodes[0]) and not self.whole:
+            raise ValueError(
+                f"{self.root} holds published latents, which do not say of which autoencoder: "
+                f"make them usable by scd encode minecraft:{self.root} --autoencoder PATH "
+                f"--latent-scale {LATENT_SCALE} --out LATENTS"
+            )
+        return episodes
+
+    def _look(self, files: Files) -> Header:
+        if self._is_encoded(files):
+            size, length = self.config.size, len(read_latents(files[0]))
+            return self._checked(Header(num_frames=length, height=size, width=size), files)
+        return self._checked(Header(**vars(probe_video(files[0]))), files)
+
+    def _frames(self, files: Files, start: int, num_frames: int) -> Float[torch.Tensor, "t c h w"]:
+        if self._is_encoded(files):
+            return read_latents(files[0])[start : start + num_frames].float()
+        return pixels_to_frames(torch.from_numpy(read_video(files[0], start, num_frames)))
 
 
-def read_list(root: Path, name: str, keys: Sequence[str]) -> tuple[Path, list[list[str]]] | None:
-    """Read a list in FAR's format: objects whose values are paths; None: there is no such list.
+class DMLabSource(TecoSource):
+    """Episodes of DMLab, each an .npz with pictures and actions."""
 
-    Args:
-        root: the collection.
-        name: file name of the list.
-        keys: names of the values, of which entry by entry some may be absent.
+    kind = "dmlab"
+    origin = (
+        "https://archive.org/details/dmlab_dataset_aa .. _ac (TECO, 54 GB), or the data set "
+        "guyuchao/DMLab on huggingface.co, its shard-*.tar unpacked"
+    )
+    settings = DMLabConfig
+    list_keys = ("video_path",)
 
-    Raises:
-        ValueError: it is not such a list.
-    """
-    path = root / name
-    if not path.is_file():
-        return None
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from error
+    @classmethod
+    def _in_folder(cls, files: Sequence[Path]) -> Sequence[Files]:
+        return [(file,) for file in files if file.suffix == ".npz"]
+
+    def _look(self, files: Files) -> Header:
+        length, height, width = _video_shape(files[0])
+        return self._checked(Header(num_frames=length, height=height, width=width), files)
+
+    def _frames(self, files: Files, start: int, num_frames: int) -> Float[torch.Tensor, "t c h w"]:
+        pixels: UInt8[np.ndarray, "t h w 3"] = read_array(files[0], "video")
+        _check_pixels(files[0], pixels.dtype, pixels.shape)
+        return pixels_to_frames(torch.from_numpy(pixels[start : start + num_frames]))
+
+
+def _read_list(root: Path, path: Path, keys: Sequence[str]) -> list[Files]:
+    """Read a list in FAR's format: objects whose values are paths, of which some may be absent."""
+    entries = read_json(path)
     if not isinstance(entries, list):
         entries = [None]
     found = [
@@ -113,10 +311,10 @@ def read_list(root: Path, name: str, keys: Sequence[str]) -> tuple[Path, list[li
     ]
     if not all(found):
         raise ValueError(f"{path}: needed a list of objects with {' or '.join(keys)}")
-    return path, found
+    return [tuple(_locate(root, written) for written in entry) for entry in found]
 
 
-def locate(root: Path, written: str) -> Path:
+def _locate(root: Path, written: str) -> Path:
     """Find a file that a list names from some folder above the collection.
 
     The longest end of the written path that exists below the collection is taken; if there is
@@ -129,151 +327,41 @@ def locate(root: Path, written: str) -> Path:
     return (there or ends)[0]
 
 
-def find_split(root: Path, split: Split, name: str, keys: Sequence[str], origin: str) -> Listing:
-    """Find the folder that holds a split, and its episodes if a list of FAR's names them.
-
-    Args:
-        root: the collection.
-        split: `val` and `test` share the held-out folder.
-        name: of the collection, as its lists are called.
-        keys: names of the paths in a list.
-        origin: where the collection comes from.
-
-    Returns:
-        The folder, and the episodes of the list; without a list there are none yet.
+def read_latents(path: Path) -> torch.Tensor:
+    """Read the published latents of an episode, [t c h w].
 
     Raises:
-        FileNotFoundError: no such collection.
-        ValueError: the list is damaged.
+        ValueError: missing, damaged or something else.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; {origin}")
-    is_train = split == "train"
-    folder = find_folder(root, TRAIN_FOLDERS if is_train else HELD_OUT_FOLDERS)
-    found = read_list(root, f"{name}_{'train' if is_train else 'val'}.json", keys)
-    if found is None:
-        return Listing(folder=folder, list_file=None, episodes=())
-    path, entries = found
-    episodes = tuple(tuple(locate(root, written) for written in entry) for entry in entries)
-    return Listing(folder=folder, list_file=path, episodes=episodes)
-
-
-def part_of(held_out: Sequence[Any], split: Split) -> Sequence[Any]:
-    """Share the held-out episodes: the last quarter is `val`, all before it `test`, in order."""
-    num_test = len(held_out) - len(held_out) // 4
-    return held_out[:num_test] if split == "test" else held_out[num_test:]
-
-
-def check_header(header: Header, config: TecoConfig, name: Path) -> Header:
-    """Return a header, with an error if the episode is not as expected."""
-    size = (header.height, header.width)
-    if size != (config.size, config.size):
-        return Header(error=f"{name}: frames are {size[0]} x {size[1]}, needed {config.size}")
-    if header.num_frames < config.frames:
-        return Header(error=f"{name}: has {header.num_frames} frames, needed {config.frames}")
-    return header
-
-
-def read_ids(path: Path, config: TecoConfig) -> np.ndarray:
-    """Read the actions of an episode and see that they are ids of this collection.
-
-    Raises:
-        ValueError: missing, damaged, or other actions.
-    """
-    actions = read_actions(path)
-    if actions.ndim != 1:
-        raise ValueError(f"{path}: needed one action per frame, got {list(actions.shape)}")
     try:
-        check_actions(config.card.conditions, torch.from_numpy(actions))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; ?actions=N says how many there are") from error
-    return actions
+        if path.suffix == ".pt":
+            latents: Any = torch.load(path, map_location="cpu", weights_only=True)
+        elif path.suffix == ".npy":
+            latents = torch.from_numpy(np.load(path))
+        else:
+            with np.load(path) as arrays:
+                latents = torch.from_numpy(arrays[next(k for k in LATENT_KEYS if k in arrays)])
+    except (*DAMAGED, StopIteration, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: holds no latents that can be read ({error!r})") from error
+    if not isinstance(latents, torch.Tensor) or latents.ndim != 4:
+        found = list(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+        raise ValueError(f"{path}: needed latents [t, c, h, w], got {found}")
+    return latents
 
 
-ReadFrames = Callable[[Files, int, int], torch.Tensor]
-"""From an episode's files, a first frame and a number of frames to [t c h w]."""
+def _video_shape(path: Path) -> tuple[int, int, int]:
+    """Return frames, rows and columns of an .npz without reading the pictures."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("video.npy") as file:
+            major, _ = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0
+            shape, _, dtype = (read if major == 1 else np.lib.format.read_array_header_2_0)(file)
+    except DAMAGED as error:
+        raise ValueError(f"{path}: is no .npz file with the key 'video' ({error})") from error
+    _check_pixels(path, dtype, shape)
+    return shape[0], shape[1], shape[2]
 
 
-class TecoSource:
-    """Episodes of one split; opening looks at each file once, and recalls it after.
-
-    Args:
-        name: of the collection, with its path.
-        listing: of the part that holds the split.
-        split: which episodes.
-        config: what is expected of them.
-        find_out: reads the header of an episode.
-        read_frames: reads frames of an episode.
-        encoded: whether these are latents.
-        strict: stop at the first episode that cannot be used, instead of leaving it out.
-
-    Raises:
-        ValueError: no episodes are left, or one cannot be used under `strict`.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        listing: Listing,
-        split: Split,
-        config: TecoConfig,
-        find_out: Callable[[Files], Header],
-        read_frames: ReadFrames,
-        encoded: bool = False,
-        strict: bool = False,
-    ) -> None:
-        self.name, self.split, self.config = name, split, config
-        self.encoded = encoded
-        self._read_frames = read_frames
-        chosen = listing.episodes if split == "train" else part_of(listing.episodes, split)
-        headers = read_headers(f"{name} {config}", chosen, find_out)
-        wrong = [header.error for header in headers if header.error]
-        if wrong and strict:
-            raise ValueError(wrong[0])
-        if wrong:
-            logger.warning(
-                "%s: left out %d of %d %s episodes, the first: %s",
-                *(name, len(wrong), len(chosen), split, wrong[0]),
-            )
-        kept = [pair for pair in zip(chosen, headers, strict=True) if not pair[1].error]
-        self.episodes = [files for files, _ in kept]
-        self._headers = [header for _, header in kept]
-        if not self.episodes:
-            why = f"; the first was left out because {wrong[0]}" if wrong else ""
-            raise (ValueError if wrong else EmptySplit)(
-                f"{name}: split {split!r} has no episodes{why}"
-            )
-
-    @property
-    def card(self) -> DataCard:
-        """Size, speed and steering of the episodes."""
-        return self.config.card
-
-    @property
-    def num_episodes(self) -> int:
-        """Number of episodes of the split that can be used."""
-        return len(self.episodes)
-
-    def num_frames(self, episode: int) -> int:
-        """Return the length of an episode in frames."""
-        return self._headers[episode].num_frames
-
-    def read(self, episode: int, start: int, num_frames: int) -> Clip:
-        """Read some frames of an episode.
-
-        Raises:
-            ValueError: the episode has no such frames, or is damaged.
-        """
-        files, length = self.episodes[episode], self.num_frames(episode)
-        if not 0 <= start < start + num_frames <= length:
-            raise ValueError(
-                f"{files[0]}: frames {start} .. {start + num_frames - 1} were asked for, but the "
-                f"episode has {length}"
-            )
-        actions = read_ids(files[-1], self.config)[start : start + num_frames]
-        return Clip(
-            frames=self._read_frames(files, start, num_frames),
-            actions=torch.from_numpy(actions),
-            fps=self.config.fps,
-            encoded=self.encoded,
-        )
+def _check_pixels(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3:
+        raise ValueError(f"{path}: video must be 8-bit [t, h, w, 3], got {dtype} {list(shape)}")

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 
-from scd.data.clip import Clip, ConditionSpec
-from scd.data.source import DataCard, Split
+from scd.data.clip import Clip, ConditionSpec, frames_to_pixels
+from scd.data.record import Played, Recording
+from scd.data.source import DataCard, Opening, Source, Split
 
 ACTION_NAMES = ("none", "up", "down", "left", "right")
 
@@ -118,7 +119,7 @@ class _World:
     """[MAX_FRAMES]"""
 
 
-class ToyWorld:
+class ToyWorld(Source):
     """Toy episodes of one split; each is a function of the seed, the split and its number.
 
     Args:
@@ -127,50 +128,36 @@ class ToyWorld:
         seed: other seeds give other worlds.
     """
 
+    kind = "toy"
+
     def __init__(self, size: Literal[32, 64], split: Split, seed: int = 0) -> None:
         if size not in (32, 64):
             raise ValueError(f"the toy world has size 32 or 64, got {size}")
         if seed < 0:
             raise ValueError(f"seed must be 0 or more, got {seed}")
         self.size = size
-        self.split: Split = split
         self.seed = seed
         self._scale = size // UNITS
         self._room = _draw_room(size)
-
-    @property
-    def card(self) -> DataCard:
-        """Size, speed and steering of the episodes."""
-        return DataCard(
-            height=self.size,
-            width=self.size,
+        card = DataCard(
+            height=size,
+            width=size,
             fps=10.0,
             conditions=ConditionSpec(num_actions=len(ACTION_NAMES)),
             action_names=ACTION_NAMES,
         )
+        super().__init__(f"toy:{size}", split, card, [MAX_FRAMES] * NUM_EPISODES[split])
 
-    @property
-    def num_episodes(self) -> int:
-        """Number of episodes of the split."""
-        return NUM_EPISODES[self.split]
+    @classmethod
+    def open(cls, data: str, split: Split, how: Opening) -> ToyWorld:
+        if data not in ("toy:32", "toy:64"):
+            raise ValueError(f"toy worlds are 'toy:32' and 'toy:64', got {data!r}")
+        return cls(size=32 if data == "toy:32" else 64, split=split)
 
-    def num_frames(self, episode: int) -> int:
-        """Return the length of an episode in frames, which is the same for all."""
-        return MAX_FRAMES
-
-    def read(self, episode: int, start: int, num_frames: int) -> Clip:
-        """Draw some frames of an episode that is steered by the random policy.
-
-        Raises:
-            ValueError: no such episode or frames.
-        """
+    def _read(self, episode: int, start: int, num_frames: int) -> Clip:
+        """Draw some frames of an episode that is steered by the random policy."""
         world = self._begin(episode)
-        stop = start + num_frames
-        if not 0 <= start < stop <= MAX_FRAMES:
-            raise ValueError(
-                f"frames {start} .. {stop - 1} were asked for, an episode has {MAX_FRAMES}"
-            )
-        return self._clip(world, world.actions[:stop], start)
+        return self._clip(world, world.actions[: start + num_frames], start)
 
     def play(self, episode: int, actions: Int64[np.ndarray, " t"]) -> Clip:
         """Draw an episode from its beginning under other actions than the random policy's.
@@ -303,6 +290,25 @@ class ToyWorld:
         left, top = (edge * self._scale for edge in world.occluder)
         width, height = (length * self._scale for length in OCCLUDER)
         return slice(top, top + height), slice(left, left + width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyRecording(Recording):
+    """Record the toy world: shapes that move about a room, one of them steered."""
+
+    kind = "toy"
+
+    size: Literal[32, 64] = 32
+    """Height and width of a frame, in pixels."""
+
+    @property
+    def card(self) -> DataCard:
+        return ToyWorld(size=self.size, split="train").card
+
+    def play(self, split: Split, episode: int) -> Played:
+        clip = ToyWorld(size=self.size, split=split, seed=self.seed).read(episode, 0, self.frames)
+        assert clip.actions is not None
+        return Played(frames_to_pixels(clip.frames).numpy(), clip.actions.numpy())
 
 
 def _space(radii: np.ndarray) -> np.ndarray:

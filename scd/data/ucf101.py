@@ -14,28 +14,26 @@ Source: the settings of MCVD, Latte and FAR; paper, sections 2.5 and 4.2.
 from __future__ import annotations
 
 import difflib
-import logging
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 
 from scd.data.clip import Clip, ConditionSpec, pixels_to_frames
-from scd.data.headers import Files, Header, read_headers
-from scd.data.source import DataCard, EmptySplit, Split
-from scd.data.square import square
+from scd.data.published import Files, Header, PublishedSource
+from scd.data.source import DataCard, Findings, Split
 from scd.data.video import frame_times, probe_video, read_video
-
-ORIGIN = (
-    "videos: https://www.crcv.ucf.edu/data/UCF101/UCF101.rar; lists: "
-    "https://www.crcv.ucf.edu/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip"
-)
-"""Where the collection comes from."""
 
 NUM_CLASSES = 101
 """Classes of the whole collection."""
+
+NUM_LISTED = {"trainlist03": 9_624, "testlist03": 3_696}
+"""Videos that the published lists name. Source: paper, section 4."""
 
 FPS = 25.0
 """Frames per second of most videos; frames are taken one by one as they are stored."""
@@ -52,8 +50,6 @@ EVERY_WATCHED = 100
 VIDEO_FOLDERS = ("UCF-101", "UCF101", "videos", ".")
 LIST_FOLDERS = ("ucfTrainTestlist", "UCF101TrainTestSplits-RecognitionTask/ucfTrainTestlist", ".")
 # Where the two archives put things, and where people do.
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,14 +147,16 @@ def find_ucf101(root: Path, number: int = 3) -> UCF101Files:
         ValueError: a line that is not as it should be.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; {ORIGIN}")
+        raise FileNotFoundError(f"{root}: no such folder; {UCF101Source.origin}")
     paths = list_paths(root, number)
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"missing list files: {', '.join(missing)}; {ORIGIN}")
+        raise FileNotFoundError(f"missing list files: {', '.join(missing)}; {UCF101Source.origin}")
     videos = video_folder(root)
     if not videos.is_dir():
-        raise FileNotFoundError(f"{videos}: no class folders with .avi videos; {ORIGIN}")
+        raise FileNotFoundError(
+            f"{videos}: no class folders with .avi videos; {UCF101Source.origin}"
+        )
     classes: dict[str, int] = {}
     for place, words in _lines(paths[0]):
         if len(words) != 2 or not words[0].isdigit():
@@ -200,44 +198,94 @@ def videos_of(files: UCF101Files, config: UCF101Config, split: Split) -> tuple[s
     return every[::EVERY_WATCHED] if split == "val" else every
 
 
-class UCF101Source:
-    """Videos of one split; opening looks at each file once, and recalls it after.
+class UCF101Source(PublishedSource):
+    """Videos of one split.
 
     Raises:
         FileNotFoundError: no such folder, or a list is missing.
         ValueError: a class is missing or misspelt, a damaged list, no videos, or one by `strict`.
     """
 
+    kind = "ucf101"
+    origin = (
+        "videos: https://www.crcv.ucf.edu/data/UCF101/UCF101.rar; lists: "
+        "https://www.crcv.ucf.edu/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip"
+    )
+    settings = UCF101Config
+    header_depends_on_settings = False
+
     def __init__(
-        self, root: Path, split: Split, config: UCF101Config, strict: bool = False
+        self,
+        root: Path,
+        split: Split,
+        config: UCF101Config | None = None,
+        strict: bool = False,
+        whole: bool = False,
     ) -> None:
-        self.root, self.split, self.config = root, split, config.filled
+        config = (config or UCF101Config()).filled
         self.files = find_ucf101(root, config.list)
         if missing := self.files.missing_classes():
             raise ValueError("; ".join(missing[:3]) + f" ({len(missing)} in all)")
-        chosen = videos_of(self.files, self.config, split)
-        paths: list[Files] = [(self.files.videos / name,) for name in chosen]
-        headers = read_headers(f"ucf101:{root.absolute()}", paths, read_header)
-        wrong = [header.error for header in headers if header.error]
-        if wrong and strict:
-            raise ValueError(wrong[0])
-        if wrong:
-            logger.warning(
-                "%s: left out %d of %d %s videos, the first: %s",
-                *(root, len(wrong), len(chosen), split, wrong[0]),
-            )
-        kept = [number for number, header in enumerate(headers) if not header.error]
-        if not chosen:
-            raise EmptySplit(f"{root}: split {split!r} has no videos")
-        if not kept:
-            raise ValueError(f"{root}: no {split} videos can be read: {wrong[0]}")
-        self.names = [chosen[number] for number in kept]
-        self.headers = [headers[number] for number in kept]
         self._times: dict[int, np.ndarray] = {}
+        super().__init__(root, split, config, strict, whole)
 
-    @property
-    def card(self) -> DataCard:
-        """Size and speed of the clips."""
+    @classmethod
+    def inspect(cls, data: str) -> Findings:
+        findings = Findings()
+        root, config = cls.parse(data)
+        missing = [one for one in list_paths(root, config.list) if not one.is_file()]
+        findings.missing += [f"{one}: no such list" for one in missing]
+        videos = video_folder(root)
+        if not videos.is_dir():
+            findings.missing.append(f"{videos}: no class folders with .avi videos")
+        if findings.missing:
+            return findings
+        try:
+            files = find_ucf101(root, config.list)
+        except (ValueError, OSError) as error:
+            findings.missing.append(str(error))
+            return findings
+        findings.there.append(f"lists: {len(files.classes)} classes in {videos}")
+        if len(files.classes) != NUM_CLASSES:
+            findings.notes.append(
+                f"classInd.txt names {len(files.classes)} classes of {NUM_CLASSES}"
+            )
+        findings.missing += files.missing_classes()
+        for stem, listed in (("trainlist", files.train), ("testlist", files.test)):
+            name = f"{stem}{config.list:02d}"
+            expected = NUM_LISTED.get(name, len(listed))
+            if len(listed) != expected:
+                findings.notes.append(f"{name}.txt names {len(listed):,} videos, not {expected:,}")
+            gone = [one for one in listed if not (videos / one).is_file()]
+            if gone:
+                findings.missing.append(
+                    f"{len(gone)} of {len(listed)} videos of {name}.txt, the first is "
+                    f"{videos / gone[0]}"
+                )
+        return findings
+
+    def oddities(self) -> list[str]:
+        rates = Counter(round(header.fps, 2) for header in self.headers)
+        sizes = Counter((header.height, header.width) for header in self.headers)
+        return [
+            f"videos of several {what} ({_listed(counts)}); {then}"
+            for what, counts, then in (
+                ("frame rates", rates, "frames are taken as they are stored"),
+                ("sizes", sizes, "all are reduced and cut"),
+            )
+            if len(counts) > 1
+        ]
+
+    def _find(self, split: Split) -> list[Files]:
+        return [(self.files.videos / name,) for name in videos_of(self.files, self.config, split)]
+
+    def _look(self, files: Files) -> Header:
+        info = probe_video(files[0])
+        if not 0 < info.fps < float("inf"):
+            raise ValueError(f"{files[0]}: says no frame rate")
+        return Header(**vars(info))
+
+    def _card(self) -> DataCard:
         return DataCard(
             height=self.config.size,
             width=self.config.size,
@@ -248,53 +296,45 @@ class UCF101Source:
             action_names=(),
         )
 
-    @property
-    def num_episodes(self) -> int:
-        """Number of videos of the split that can be read."""
-        return len(self.names)
+    def _length(self, header: Header) -> int:
+        return 1 + (header.num_frames - 1) // self.config.interval
 
-    def num_frames(self, episode: int) -> int:
-        """Return the length of an episode, in frames that are taken."""
-        return 1 + (self.headers[episode].num_frames - 1) // self.config.interval
-
-    def read(self, episode: int, start: int, num_frames: int) -> Clip:
-        """Decode, reduce and cut some frames of a video.
-
-        Raises:
-            ValueError: the video has no such frames, or is damaged.
-        """
-        length, name = self.num_frames(episode), self.names[episode]
-        if not 0 <= start < start + num_frames <= length:
-            raise ValueError(
-                f"{name}: frames {start} .. {start + num_frames - 1} were asked for, but it has "
-                f"{length}"
-            )
-        path, interval = self.files.videos / name, self.config.interval
+    def _read(self, episode: int, start: int, num_frames: int) -> Clip:
+        (path,), interval = self.episodes[episode], self.config.interval
         if episode not in self._times:
             self._times[episode] = frame_times(path)
         wanted = 1 + (num_frames - 1) * interval
         pixels = read_video(path, start * interval, wanted, self._times[episode])[::interval]
-        frames = pixels_to_frames(torch.from_numpy(pixels))
         place, mirrored = 0.5, False
-        if self.split == "train" and self.config.augment:
+        if self.split == "train" and self.config.augment and not self.whole:
             draws = np.random.default_rng((episode, start)).random(2)
             place, mirrored = float(draws[0]), bool(draws[1] < 0.5)
-        frames = square(frames, self.config.size, place)
+        frames = square(pixels_to_frames(torch.from_numpy(pixels)), self.config.size, place)
         return Clip(
             frames=frames.flip(-1) if mirrored else frames,
-            label=self.files.classes[name.split("/")[0]] if self.config.labels else None,
+            label=self.files.classes[path.parent.name] if self.config.labels else None,
             fps=self.card.fps,
         )
 
 
-def read_header(files: Files) -> Header:
-    """Read a video's header.
+def _listed(counts: Counter) -> str:
+    return ", ".join(f"{value}: {number}" for value, number in counts.most_common(5))
 
-    Raises:
-        ValueError: it cannot be read, or does not say how fast it is.
-        FileNotFoundError: no such file.
+
+def square(
+    frames: Float[torch.Tensor, "t 3 h w"], size: int, place: float = 0.5
+) -> Float[torch.Tensor, "t 3 {size} {size}"]:
+    """Reduce frames so that the shorter side fits, by antialiased bilinear weights, and cut.
+
+    Args:
+        frames: in [-1, 1].
+        size: height and width of the result.
+        place: where to cut along the longer side: 0 its beginning, 0.5 the middle, 1 its end.
     """
-    info = probe_video(files[0])
-    if not 0 < info.fps < float("inf"):
-        raise ValueError(f"{files[0]}: says no frame rate")
-    return Header(**vars(info))
+    height, width = frames.shape[-2:]
+    scale = size / min(height, width)
+    reduced = (max(size, int(height * scale)), max(size, int(width * scale)))
+    if reduced != (height, width):
+        frames = F.interpolate(frames, size=reduced, mode="bilinear", antialias=True)
+    top, left = (round((side - size) * place) for side in reduced)
+    return frames[..., top : top + size, left : left + size].clamp(-1, 1)

@@ -19,7 +19,7 @@ from scd.common.config import to_json
 from scd.common.files import refuse_used
 from scd.common.provenance import provenance, write_json, write_text
 from scd.common.runtime import choose_device
-from scd.data.folder import open_source
+from scd.data.source import open_source
 from scd.data.toy import ToyWorld
 from scd.demo.first_look import first_look
 from scd.demo.report import write_report

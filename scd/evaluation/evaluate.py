@@ -14,8 +14,7 @@ from typing import Any, Literal
 from scd.common.config import to_json
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import choose_device
-from scd.data.folder import open_source
-from scd.data.source import Split
+from scd.data.source import Split, open_source
 from scd.evaluation.inverse_dynamics import load_judge
 from scd.evaluation.measure import measure
 from scd.evaluation.plots import plot_metrics

@@ -22,7 +22,7 @@ from scd.common.processes import Processes
 from scd.common.provenance import provenance, write_json
 from scd.common.published_weights import ALEXNET, LPIPS_HEADS, check_weights, shipped_heads
 from scd.common.weights import digest_of
-from scd.data.folder import open_source
+from scd.data.source import open_source
 from scd.evaluation.fvd import KNOWN, load_i3d
 from scd.evaluation.image import SSIM_WINDOW
 from scd.evaluation.inverse_dynamics import TrainedJudge, load_judge

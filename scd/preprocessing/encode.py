@@ -23,16 +23,16 @@ from scd.autoencoders.text_encoder import PromptEmbedder
 from scd.common.config import to_json
 from scd.common.runtime import choose_device, parse_shard
 from scd.data.clip import Clip
-from scd.data.folder import FolderSource
-from scd.data.latent_writer import (
+from scd.data.latents import (
+    FORMAT,
     EncodedEpisode,
+    LatentsInfo,
     begin,
     is_whole,
     remove_leftovers,
     write_episodes,
     write_null_text,
 )
-from scd.data.latents import FORMAT, LatentsInfo
 from scd.data.source import Source, Split
 from scd.preprocessing.parts import choose_autoencoder, choose_texts, embed, open_sources
 from scd.preprocessing.settings import EncodeConfig
@@ -176,17 +176,11 @@ def _encode_file(
         latents = latents[: info.lengths(split)[episode]]
         text = None
         if embedder is not None:
-            text = embed(embedder, _prompt(config, source, episode))
+            text = embed(embedder, source.prompt(episode))
         encoded.append(
             EncodedEpisode(latents=latents, actions=clip.actions, label=clip.label, text=text)
         )
     return encoded
-
-
-def _prompt(config: EncodeConfig, source: Source, episode: int) -> str:
-    if not isinstance(source, FolderSource):
-        raise ValueError(f"{config.data} has no prompts: only folders of episodes can have them")
-    return source.prompt(episode)
 
 
 def _read_ahead(source: Source, episodes: range) -> Iterator[Clip]:

@@ -19,10 +19,9 @@ from scd.autoencoders.build import (
 from scd.autoencoders.pictures import PictureAutoencoder, with_statistics
 from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
 from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_cache
-from scd.data.folder import open_source
 from scd.data.latents import is_latents
 from scd.data.loader import Loader
-from scd.data.source import EmptySplit, Source, Split
+from scd.data.source import EmptySplit, Source, Split, open_source
 from scd.models.checkpoint import read_world_parts, resolve
 from scd.preprocessing.settings import EncodeConfig
 

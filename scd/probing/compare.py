@@ -14,8 +14,7 @@ from scd.common.config import to_json
 from scd.common.files import read_json
 from scd.common.provenance import provenance, write_json, write_text
 from scd.common.runtime import choose_device
-from scd.data.folder import open_source
-from scd.data.source import Source
+from scd.data.source import Source, open_source
 from scd.engine.open import open_engine
 from scd.evaluation.measure import measure
 from scd.evaluation.predict import (

@@ -13,7 +13,7 @@ from scd.common.config import differences, from_json, to_json
 from scd.common.files import read_json
 from scd.common.provenance import write_json
 from scd.common.weights import digest_of
-from scd.data.folder import open_source
+from scd.data.source import open_source
 from scd.evaluation.predict import check_fit
 from scd.models.checkpoint import (
     World,

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from scd.common.files import read_json
-from scd.data.folder import open_source
-from scd.data.source import Source
+from scd.data.source import Source, open_source
 from scd.data.source import Split as DataSplit
 from scd.evaluation.predict import check_fit, choose_windows, read_windows
 from scd.models.checkpoint import World, resolve

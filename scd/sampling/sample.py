@@ -15,8 +15,7 @@ from scd.common.config import to_json
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import Precision, choose_device, cpu_threads
 from scd.data.clip import Clip, Conditions
-from scd.data.folder import open_source
-from scd.data.source import Source, Split
+from scd.data.source import Source, Split, open_source
 from scd.engine.interface import EngineKind
 from scd.engine.open import advised_threads, open_engine
 from scd.evaluation.media import PictureRow, spread, write_grid, write_video

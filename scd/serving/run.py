@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from scd.common.runtime import choose_device
 from scd.common.signals import SIGNALS, Interrupted
 from scd.data.clip import frames_to_pixels
-from scd.data.folder import open_source
+from scd.data.source import open_source
 from scd.engine.open import advised_threads, open_engine
 from scd.evaluation.predict import check_fit
 from scd.models.checkpoint import World, load_world, resolve

@@ -40,9 +40,8 @@ from scd.common.files import remove_leftovers, take_lock, write_file, written_as
 from scd.common.provenance import command
 from scd.common.runlog import RunLog
 from scd.common.runtime import choose_device, derive_seed, describe_hardware, git_commit
-from scd.data.folder import open_source
 from scd.data.loader import Loader
-from scd.data.source import Source
+from scd.data.source import Source, open_source
 from scd.models.build import num_parameters
 from scd.models.checkpoint import (
     RAW_FILE,

@@ -18,11 +18,10 @@ from scd.common.config import added, differences, to_json
 from scd.common.runlog import Tracker
 from scd.common.runtime import Precision, derive_seed
 from scd.data.clip import Batch
-from scd.data.folder import open_source
 from scd.data.latents import PLACE, LatentSource
 from scd.data.loader import Loader
 from scd.data.prompts import PromptSource, is_prompts
-from scd.data.source import DataCard, Source, Split
+from scd.data.source import DataCard, Source, Split, open_source
 from scd.models.build import Diffuser, ModelConfig, SeparableConfig, build
 from scd.models.checkpoint import read_world_parts, resolve
 from scd.models.flow import SamplingConfig

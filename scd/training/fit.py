@@ -8,10 +8,9 @@ from typing import Any
 from scd.autoencoders.build import AutoencoderConfig
 from scd.autoencoders.pixels import PixelAutoencoder
 from scd.common.config import from_json
-from scd.data.folder import open_source
 from scd.data.latents import INFO_FILE, LatentSource, is_latents
 from scd.data.loader import Loader
-from scd.data.source import Source
+from scd.data.source import Source, open_source
 from scd.training.config import TrainConfig, check_window
 
 NUM_MEASURED_BATCHES = 16

@@ -22,9 +22,8 @@ from scd.common.config import to_json
 from scd.common.provenance import provenance
 from scd.common.runtime import choose_device, derive_seed, make_generator
 from scd.data.clip import Batch
-from scd.data.folder import open_source
 from scd.data.loader import Loader
-from scd.data.source import Source
+from scd.data.source import Source, open_source
 from scd.evaluation.image import bootstrap
 from scd.evaluation.inverse_dynamics import (
     Judge,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,14 @@ import pytest
 
 from scd.data import doom
 from scd.data.folder import FolderSource
-from scd.data.record import DoomRecording, record
+from scd.data.record import record
 
-needs_doom = pytest.mark.skipif(doom.vizdoom is None, reason="ViZDoom is not installed")
+has_doom = importlib.util.find_spec("vizdoom") is not None
+needs_doom = pytest.mark.skipif(not has_doom, reason="ViZDoom is not installed")
 
 
-def settings(folder, **changes) -> DoomRecording:
-    given = DoomRecording(
+def settings(folder, **changes) -> doom.DoomRecording:
+    given = doom.DoomRecording(
         out=str(folder), episodes=3, frames=40, size=32, val_fraction=0.3, test_fraction=0.3,
         workers=1,
     )  # fmt: skip
@@ -32,7 +35,7 @@ def files(folder) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    if doom.vizdoom is None:
+    if not has_doom:
         pytest.skip("ViZDoom is not installed")
     return record(settings(tmp_path_factory.mktemp("doom") / "one"))
 
@@ -130,7 +133,7 @@ def test_shrinking_averages_whole_blocks_of_the_middle():
 
 
 def test_missing_vizdoom_is_said_with_the_way_to_get_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(doom, "vizdoom", None)
+    monkeypatch.setitem(sys.modules, "vizdoom", None)
     with pytest.raises(ValueError, match=r'pip install -e "\.\[doom\]"'):
         record(settings(tmp_path / "none"))
     assert not (tmp_path / "none").exists()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from scd.data.clip import ConditionSpec, frames_to_pixels, pixels_to_frames
-from scd.data.folder import FolderSource, open_source
+from scd.data.folder import FolderSource
 from scd.data.loader import Loader
 from scd.data.manifest import (
     choose_splits,
@@ -23,9 +23,9 @@ from scd.data.manifest import (
     write_episode,
     write_manifest,
 )
-from scd.data.record import ToyRecording, record
-from scd.data.source import DataCard
-from scd.data.toy import ToyWorld
+from scd.data.record import record
+from scd.data.source import DataCard, open_source
+from scd.data.toy import ToyRecording, ToyWorld
 from scd.data.video import write_video
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples/clips_from_videos.py"

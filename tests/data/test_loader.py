@@ -10,36 +10,28 @@ import torch
 
 from scd.data.clip import Batch, Clip, ConditionSpec
 from scd.data.loader import Loader
-from scd.data.source import DataCard
+from scd.data.source import DataCard, Source
 from scd.data.toy import ToyWorld
 
+CARD = DataCard(
+    height=2,
+    width=2,
+    fps=5.0,
+    conditions=ConditionSpec(num_actions=1000),
+    action_names=tuple(map(str, range(1000))),
+)
 
-class Numbered:
+
+class Numbered(Source):
     """A source whose pixels are the episode's number and whose actions are those of the frames."""
 
-    card = DataCard(
-        height=2,
-        width=2,
-        fps=5.0,
-        conditions=ConditionSpec(num_actions=1000),
-        action_names=tuple(map(str, range(1000))),
-    )
-
     def __init__(self, *lengths: int, broken: int | None = None):
-        self.lengths = lengths
+        super().__init__("numbered", "train", CARD, lengths)
         self.broken = broken
 
-    @property
-    def num_episodes(self) -> int:
-        return len(self.lengths)
-
-    def num_frames(self, episode: int) -> int:
-        return self.lengths[episode]
-
-    def read(self, episode: int, start: int, num_frames: int) -> Clip:
+    def _read(self, episode: int, start: int, num_frames: int) -> Clip:
         if episode == self.broken:
             raise ValueError(f"episode {episode} is broken")
-        assert 0 <= start <= self.lengths[episode] - num_frames
         return Clip(
             frames=torch.full((num_frames, 3, 2, 2), float(episode)),
             actions=torch.arange(start, start + num_frames),

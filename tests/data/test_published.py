@@ -12,14 +12,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from scd.common.runtime import cache_folder
-from scd.data import minecraft as minecraft_module
+from scd.data import teco as teco_module
 from scd.data.clip import frames_to_pixels
-from scd.data.folder import open_source
 from scd.data.loader import Loader
-from scd.data.minecraft import read_latents
-from scd.data.source import EmptySplit
-from scd.data.square import square
-from scd.data.ucf101 import UCF101Config, UCF101Source
+from scd.data.source import EmptySplit, open_source
+from scd.data.teco import read_latents
+from scd.data.ucf101 import UCF101Config, UCF101Source, square
 from scd.data.video import read_video
 from scd.preprocessing.parts import open_sources
 from scd.preprocessing.settings import EncodeConfig
@@ -165,19 +163,23 @@ def test_dmlab(tmp_path, caplog):
 
 def test_ucf101_by_mcvds_protocol(ucf101):
     source = UCF101Source(ucf101, "test", UCF101Config(size=16), strict=True)
-    assert source.names == [
+    assert names_of(source) == [
         "ApplyEyeMakeup/v_ApplyEyeMakeup_g03_c01.avi",
         "HandstandPushups/v_HandstandPushups_g05_c01.avi",
     ]
     train, val = (UCF101Source(ucf101, s, UCF101Config(size=16)) for s in ("train", "val"))
     assert train.num_episodes == 6 and val.num_episodes == 1
-    assert not set(source.names) & set(val.names)
+    assert not set(names_of(source)) & set(names_of(val))
     assert [source.num_frames(0), source.num_frames(1)] == [22, 24]
     clip = source.read(1, 9, 8)
-    whole = read_video(ucf101 / "UCF-101" / source.names[1])
+    whole = read_video(ucf101 / "UCF-101" / names_of(source)[1])
     assert close_to(clip.frames, by_pillow(whole[9:17], 16))
     assert clip.label is None and clip.actions is None
     assert source.card.conditions.num_labels == 0
+
+
+def names_of(source: UCF101Source) -> list[str]:
+    return ["/".join(files[0].parts[-2:]) for files in source.episodes]
 
 
 def by_pillow(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -195,7 +197,7 @@ def test_ucf101_by_lattes_protocol(ucf101):
     assert source.card.fps == pytest.approx(25 / 3)
     assert source.num_frames(0) == 7  # of 20, every third
     clip = source.read(0, 2, 4)
-    whole = read_video(ucf101 / "UCF-101" / source.names[0])
+    whole = read_video(ucf101 / "UCF-101" / names_of(source)[0])
     assert close_to(clip.frames, by_pillow(whole[6:16:3], 16))
     assert [source.read(index, 0, 1).label for index in (0, 2, 4)] == [0, 1, 2]
     assert UCF101Config(protocol="latte").filled.size == 256
@@ -244,7 +246,7 @@ def test_broken_videos_of_ucf101_are_counted_and_odd_ones_read(ucf101, copy, cap
     write_lossy(odd, moving_pictures(30, 64, 40), "mpeg4", 29.97)
     with caplog.at_level(logging.WARNING):
         source = open_source(f"ucf101:{root}?size=16", "test")
-    assert "left out 1 of 2 test videos" in caplog.text and source.num_episodes == 1
+    assert "left out 1 of 2 test episodes" in caplog.text and source.num_episodes == 1
     assert source.read(0, 0, 30).frames.shape == (30, 3, 16, 16)
     with pytest.raises(ValueError, match="g03_c01.avi"):
         open_source(f"ucf101:{root}", "test", strict=True)
@@ -271,42 +273,44 @@ def test_a_list_too_short_for_a_split_of_ucf101_leaves_it_empty(ucf101, copy):
     root = copy(ucf101)
     path = root / "ucfTrainTestlist/testlist03.txt"
     path.write_text("\n".join(path.read_text().split()[:4]))
-    with pytest.raises(EmptySplit, match="split 'val' has no videos$"):
+    with pytest.raises(EmptySplit, match="split 'val' has no episodes$"):
         open_source(f"ucf101:{root}?size=16", "val")
     config = EncodeConfig(data=f"ucf101:{root}?size=16", autoencoder="pixels", out="unused")
     assert list(open_sources(config)) == ["train", "test"]
     for video in (root / "UCF-101").rglob("*.avi"):
         video.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="no test videos can be read: ") as caught:
+    with pytest.raises(
+        ValueError, match="'test' has no episodes; the first was left out because"
+    ) as caught:
         open_source(f"ucf101:{root}?size=16", "test")
     assert not isinstance(caught.value, EmptySplit)
 
 
 def test_a_file_that_could_not_be_opened_once_is_looked_at_again(minecraft, monkeypatch, caplog):
-    probe = minecraft_module.probe_video
+    probe = teco_module.probe_video
 
     def too_many(path):
         if path.name == "1.mp4":
             raise OSError(errno.EMFILE, "Too many open files")
         return probe(path)
 
-    monkeypatch.setattr(minecraft_module, "probe_video", too_many)
+    monkeypatch.setattr(teco_module, "probe_video", too_many)
     assert open_source(MINECRAFT.format(minecraft), "train").num_episodes == 2
     assert "left out 1 of 3 train episodes" in caplog.text
-    monkeypatch.setattr(minecraft_module, "probe_video", probe)
+    monkeypatch.setattr(teco_module, "probe_video", probe)
     assert open_source(MINECRAFT.format(minecraft), "train").num_episodes == 3
 
 
 def test_headers_are_read_once_and_again_when_a_file_changes(minecraft, copy, monkeypatch):
     root = copy(minecraft)
     seen = []
-    probe = minecraft_module.probe_video
+    probe = teco_module.probe_video
 
     def watched(path):
         seen.append(path.name)
         return probe(path)
 
-    monkeypatch.setattr(minecraft_module, "probe_video", watched)
+    monkeypatch.setattr(teco_module, "probe_video", watched)
     lengths = []
     for _ in range(2):
         source = open_source(MINECRAFT.format(root), "train")

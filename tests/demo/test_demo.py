@@ -17,7 +17,7 @@ from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
 from scd.common import provenance as results
 from scd.common.config import to_json
 from scd.common.runlog import RunLog
-from scd.data.folder import open_source
+from scd.data.source import open_source
 from scd.demo import demo, report
 from scd.evaluation.measure import measure
 from scd.evaluation.predict import Protocol, choose_windows, read_windows

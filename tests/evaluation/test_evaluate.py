@@ -8,8 +8,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from scd.data.folder import open_source
-from scd.data.source import DataCard
+from scd.data.source import DataCard, open_source
 from scd.evaluation import evaluate, image, measure, memory, predict
 from scd.streaming.rollout import Timing
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scd.cli import main
 from scd.common.published_weights import shipped_heads
-from scd.data.folder import open_source
+from scd.data.source import open_source
 from scd.evaluation import evaluate_protocol, fvd, image, predict
 from scd.evaluation import report as protocol_page
 from scd.evaluation.compress import through_h264

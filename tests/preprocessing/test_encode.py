@@ -15,11 +15,12 @@ from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig
 from scd.cli import main
 from scd.common.config import to_json
 from scd.data.clip import Batch
-from scd.data.folder import open_source
 from scd.data.latents import LatentSource, open_file, read_info
 from scd.data.loader import Loader
 from scd.data.manifest import read_manifest, write_manifest
-from scd.data.record import ToyRecording, record
+from scd.data.record import record
+from scd.data.source import open_source
+from scd.data.toy import ToyRecording
 from scd.models.block import BlockConfig
 from scd.models.build import build
 from scd.models.checkpoint import World, load_world, save_world
@@ -86,7 +87,7 @@ def test_latents_are_what_the_autoencoder_makes(videos, latents):
             expected = autoencoder.encode(clip.frames[None])[0]
             assert found.encoded and torch.equal(found.frames, expected.half().float())
             assert torch.equal(found.actions, clip.actions)
-    with pytest.raises(ValueError, match=r"latent frames 15 .. 19 of episode 0 .* has 18"):
+    with pytest.raises(ValueError, match=r"episode 0: latent frames 15 .. 19 .* has 18"):
         stored.read(0, 15, 5)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from scd.data.folder import open_source
+from scd.data.source import open_source
 from scd.evaluation import media, predict
 from scd.models import shipped
 from scd.models.checkpoint import load_world

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import turns, updates
 from scd.cli import main
-from scd.data.folder import open_source
+from scd.data.source import open_source
 from scd.evaluation.inverse_dynamics import Judge, JudgeConfig, TrainedJudge, save_judge
 from tools import few_steps, tables
 

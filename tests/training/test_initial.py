@@ -9,8 +9,8 @@ import torch
 
 from scd.common.runlog import read_log
 from scd.common.runtime import make_generator
-from scd.data.folder import open_source
 from scd.data.loader import Loader
+from scd.data.source import open_source
 from scd.models.checkpoint import load_world, resolve
 from scd.models.flow import SamplingConfig
 from scd.models.kv_cache import CacheConfig

@@ -17,7 +17,7 @@ from scd.common.files import take_lock
 from scd.common.provenance import command
 from scd.common.runlog import read_log
 from scd.common.signals import Interrupted
-from scd.data.folder import open_source
+from scd.data.source import open_source
 from scd.models.block import BlockConfig
 from scd.models.build import DenseConfig, SeparableConfig
 from scd.models.checkpoint import load_progress, load_world

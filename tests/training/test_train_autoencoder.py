@@ -14,12 +14,12 @@ from scd.cli import main
 from scd.common.runlog import read_log
 from scd.common.signals import StopRequest
 from scd.data.clip import Batch, ConditionSpec
-from scd.data.folder import open_source
 from scd.data.latents import LatentSource, read_info
 from scd.data.loader import Loader
 from scd.data.manifest import write_card, write_episode, write_manifest
-from scd.data.record import ToyRecording, record
-from scd.data.source import DataCard
+from scd.data.record import record
+from scd.data.source import DataCard, open_source
+from scd.data.toy import ToyRecording
 from scd.evaluation.lpips import LAYERS
 from scd.models.block import BlockConfig
 from scd.models.checkpoint import load_world
