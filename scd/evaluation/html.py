@@ -10,8 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,11 @@ def write_page(template: str, path: Path, **values: Any) -> None:
     write_text(_environment.get_template(template).render(values), path)
 
 
+def fragment(template: str, **values: Any) -> Markup:
+    """Fill in a template given as text and return it as part of a page."""
+    return Markup(_environment.from_string(template).render(values))
+
+
 def interval(row: Mapping[str, Any], digits: int = 2) -> Markup:
     """Return a cell of a table: a mean with its interval below it."""
     mean, low, high = (f"{row[name]:.{digits}f}" for name in ("mean", "ci_low", "ci_high"))
@@ -57,17 +61,14 @@ def plot(draw: Callable[[Path, Ink], None], text: str, size: str = "grid") -> Ma
             file = Path(folder) / f"{ink}.png"
             draw(file, ink)
             addresses.append(inline(file))
-    return _macro("plot", *addresses, text, size)
+    parts: Any = _environment.get_template(PARTS).module
+    return parts.plot(*addresses, text, size)
 
 
 def inline(path: Path) -> str:
     """Return a picture or video as an address that holds all of it."""
     kind = {".png": "image/png", ".mp4": "video/mp4"}[path.suffix]
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def _macro(name: str, *values: Any) -> Markup:
-    return getattr(_environment.get_template(PARTS).module, name)(*values)
 
 
 _environment = Environment(
@@ -83,36 +84,3 @@ _environment.filters |= {
     "interval": interval,
     "json": json.dumps,
 }
-
-
-def page_of(title: str, body: str) -> str:
-    """Return a whole page around markup; `write_page` takes its place."""
-    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
-
-
-def origin(result: Mapping[str, Any]) -> str:
-    """Return where a result's numbers come from; evaluation/page.html takes its place."""
-    entries = {
-        "command": f"<code>{escape(result['command'])}</code>",
-        "commit": f"<code>{escape(result['commit'])}</code>",
-        "hardware": escape(hardware_line(result["hardware"])),
-        "settings": f"<code>{escape(json.dumps(result['settings']))}</code>",
-    }
-    listed = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in entries.items())
-    return f"<h2>Where the numbers come from</h2><dl>{listed}</dl>"
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a table of markup; the macro `table` takes its place."""
-    return _macro("table", header, [[Markup(cell) for cell in line] for line in lines])
-
-
-def show_plot(files: tuple[Path, Path], text: str, size: str) -> str:
-    """Return a plot of two files; `plot` takes its place."""
-    return _macro("plot", *map(inline, files), text, size)

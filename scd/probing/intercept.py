@@ -8,7 +8,7 @@ mode of PyTorch that every call of the fused kernel goes through.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,17 @@ def replaced(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
+def _all_replaced(
+    layers: Sequence[Layer], forward_of: Callable[[int, Layer], Callable[..., Any]]
+) -> Iterator[None]:
+    """Replace the `forward` of each layer by one that is made from its place and itself."""
+    with ExitStack() as stack:
+        for place, layer in enumerate(layers):
+            stack.enter_context(replaced(layer.block, forward_of(place, layer)))
+        yield
+
+
+@contextmanager
 def recorded(layers: Sequence[Layer]) -> Iterator[dict[int, Call]]:
     """Keep a copy of what the last call of each layer was given and returned.
 
@@ -109,7 +120,9 @@ def recorded(layers: Sequence[Layer]) -> Iterator[dict[int, Call]]:
     """
     calls: dict[int, Call] = {}
 
-    def recorder(place: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def recorder(place: int, layer: Layer) -> Callable[..., Any]:
+        forward = layer.block.forward
+
         def run(tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
             given = tokens.clone()
             output = forward(tokens, *args, **kwargs)
@@ -120,58 +133,44 @@ def recorded(layers: Sequence[Layer]) -> Iterator[dict[int, Call]]:
 
         return run
 
-    with ExitStack() as stack:
-        for place, layer in enumerate(layers):
-            stack.enter_context(replaced(layer.block, recorder(place, layer.block.forward)))
+    with _all_replaced(layers, recorder):
         yield calls
 
 
-@contextmanager
-def without(layers: Sequence[Layer]) -> Iterator[None]:
+def without(layers: Sequence[Layer]) -> AbstractContextManager[None]:
     """Leave layers out: their tokens pass through unchanged and nothing is computed."""
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(replaced(layer.block, layer.identity))
-        yield
+    return _all_replaced(layers, lambda place, layer: layer.identity)
 
 
-@contextmanager
-def held(layers: Sequence[Layer], calls: Sequence[Call]) -> Iterator[None]:
+def held(layers: Sequence[Layer], calls: Sequence[Call]) -> AbstractContextManager[None]:
     """Let layers return what they returned in recorded calls; nothing is computed in them."""
-    with ExitStack() as stack:
-        for layer, call in zip(layers, calls, strict=True):
-            stack.enter_context(replaced(layer.block, _constant(call.output)))
-        yield
+
+    def constant(place: int, layer: Layer) -> Callable[..., Any]:
+        output = calls[place].output
+        return lambda *args, **kwargs: with_tokens(output, tokens_of(output).clone())
+
+    return _all_replaced(layers, constant)
 
 
-@contextmanager
-def change_held(layers: Sequence[Layer], calls: Sequence[Call]) -> Iterator[None]:
+def change_held(layers: Sequence[Layer], calls: Sequence[Call]) -> AbstractContextManager[None]:
     """Let neighbouring layers add what all of them together added in recorded calls.
 
     Nothing is computed in them: the last adds the sum of their changes, the others nothing.
     """
-    last = calls[-1]
-    after = tokens_of(last.output)
+    after = tokens_of(calls[-1].output)
     before = calls[0].tokens.flatten(1, -2)
     change = after - before[:, -after.flatten(1, -2).shape[1] :].view_as(after)
 
     def add(tokens: Tensor, *_: Any, **__: Any) -> Any:
         fresh = tokens.flatten(1, -2)[:, -change.flatten(1, -2).shape[1] :].view_as(change)
-        return with_tokens(last.output, fresh + change)
+        return with_tokens(calls[-1].output, fresh + change)
 
-    with ExitStack() as stack:
-        for layer, call in zip(layers[:-1], calls[:-1], strict=True):
-            stack.enter_context(replaced(layer.block, _passing(call.output)))
-        stack.enter_context(replaced(layers[-1].block, add))
-        yield
+    def passing(place: int, layer: Layer) -> Callable[..., Any]:
+        if place == len(calls) - 1:
+            return add
+        return lambda tokens, *args, **kwargs: with_tokens(calls[place].output, tokens)
 
-
-def _constant(output: Any) -> Callable[..., Any]:
-    return lambda tokens, *args, **kwargs: with_tokens(output, tokens_of(output).clone())
-
-
-def _passing(output: Any) -> Callable[..., Any]:
-    return lambda tokens, *args, **kwargs: with_tokens(output, tokens)
+    return _all_replaced(layers, passing)
 
 
 @contextmanager
@@ -189,7 +188,9 @@ def attention_through(
     """
     running: list[int] = []
 
-    def marked(place: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def marked(place: int, layer: Layer) -> Callable[..., Any]:
+        forward = layer.block.forward
+
         def run(*args: Any, **kwargs: Any) -> Any:
             running.append(place)
             try:
@@ -199,10 +200,7 @@ def attention_through(
 
         return run
 
-    with ExitStack() as stack:
-        for place, layer in enumerate(layers):
-            stack.enter_context(replaced(layer.block, marked(place, layer.block.forward)))
-        stack.enter_context(_KernelMode(running, compute))
+    with _all_replaced(layers, marked), _KernelMode(running, compute):
         yield
 
 

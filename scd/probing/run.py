@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -20,16 +20,29 @@ from scd.common.memory import PeakMemory, check_free, readable
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import choose_device
 from scd.common.weights import digest_of
+from scd.evaluation.html import write_page
 from scd.models.build import num_parameters
 from scd.models.checkpoint import RAW_FILE, World, load_world, resolve
 from scd.models.pretrained import WEIGHTS_FILE
-from scd.probing.measure import MEASUREMENTS, Measurement, Plan, proposed_split
-from scd.probing.open import subject_of
-from scd.probing.page import write_page
-from scd.probing.settings import ProbeConfig, make_plan, memory_needed, open_clips
+from scd.probing.measurement import Measurement, Parts, as_measured, find_measurements
+from scd.probing.models import subject_of
+from scd.probing.settings import Plan, ProbeConfig, make_plan, memory_needed, open_clips
 
 SETTINGS = "settings.json"
 """File of a probe's folder with the settings that all its parts share."""
+
+NOT_CLAIMED = (
+    "That similar features are of no use: how much two vectors look alike says nothing of what a "
+    "later layer reads from their difference. The map of reuse asks that directly.",
+    "That a layer with little effect alone could be left out together with others.",
+    "That attention on earlier frames is what a layer gets from them: values count too, and what "
+    "an earlier layer has fetched stays in the tokens.",
+    "What a split would lose after training. The losses here are those of untrained surgery: they "
+    "rank splits of this model, and finetuning repairs much of them.",
+    "That other clips, other training or another size would show the same: this is one checkpoint. "
+    "The intervals say how the numbers vary over clips.",
+)
+"""Shown at the end of the page."""
 
 
 def probe(config: ProbeConfig) -> dict[str, Any]:
@@ -49,35 +62,28 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     console.print(f"memory: {readable(needed)} beside the weights, on {device}")
     check_free("the probe", needed, device)
     plan = make_plan(config, world, source)
+    measurements = find_measurements()
+    asked = {name: one for name, one in measurements.items() if name in config.measurements}
     out = Path(config.out)
     with _claimed(out, _settings(config)):
         peak = PeakMemory(device)
-        parts = measure(plan, config.measurements, out / "parts", console)
-        result = summarize(config, world, plan, parts)
+        parts = measure(plan, asked, out / "parts", console)
+        result = summarize(plan, world, asked, parts)
         result["memory"] = {"stated_bytes": needed, "peak_bytes": peak.bytes()}
         result |= {"settings": to_json(config)} | provenance(device)
         write_json(result, out / "probe.json")
-        write_page(result, {name: part.get("pictures", {}) for name, part in parts.items()}, out)
+        write_report(result, asked, parts, out / "report.html")
     console.print(f"saved {out / 'probe.json'} and {out / 'report.html'}")
     return result
 
 
 def measure(
-    plan: Plan, names: tuple[Measurement, ...], folder: Path, console: Console
+    plan: Plan, measurements: Mapping[str, Measurement], folder: Path, console: Console
 ) -> dict[str, dict[str, Any]]:
-    """Run measurements, each unless its part is there, and return all parts by name.
-
-    Args:
-        plan: what is measured.
-        names: which measurements.
-        folder: where parts are.
-        console: where the bars go.
-    """
+    """Run measurements, each unless its part is in the folder, and return all parts by name."""
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, dict[str, Any]] = {}
-    for name in get_args(Measurement):
-        if name not in names:
-            continue
+    for name, measurement in measurements.items():
         path = folder / f"{name}.json"
         if path.exists():
             parts[name] = read_json(path)
@@ -85,7 +91,7 @@ def measure(
             continue
         began = time.perf_counter()
         with _bar(name, console) as progress:
-            part = MEASUREMENTS[name](plan, progress)
+            part = measurement.measure(plan, progress)
         part["seconds"] = time.perf_counter() - began
         write_json(part, path)
         parts[name] = part
@@ -94,22 +100,23 @@ def measure(
 
 
 def summarize(
-    config: ProbeConfig, world: World, plan: Plan, parts: Mapping[str, Mapping[str, Any]]
+    plan: Plan, world: World, measurements: Mapping[str, Measurement], parts: Parts
 ) -> dict[str, Any]:
     """Put the parts together in the shape of probe.json."""
     result: dict[str, Any] = {}
-    for part in parts.values():
-        own = ("pictures", "seconds", "left_out", "splices", "seconds_per_step")
-        result |= {key: value for key, value in part.items() if key not in own}
-    if "splices" in parts.get("splits", {}):
-        result |= proposed_split(plan, parts)
-    subject = plan.subject
+    for name, part in parts.items():
+        conclude = measurements[name].conclude
+        if conclude is None or "left_out" in part:
+            result |= as_measured(part)
+        else:
+            result |= conclude(plan, parts)
+    subject, config = plan.subject, plan.config
     return result | {
         "left_out": {name: part["left_out"] for name, part in parts.items() if "left_out" in part},
         "model": {
             "kind": type(world.model).__name__,
             "parameters": num_parameters(world.model),
-            "layers": [layer.name for layer in subject.layers],
+            "layers": plan.names,
             "once": [layer.once for layer in subject.layers],
             "width": subject.width,
             "heads": subject.num_heads,
@@ -125,6 +132,28 @@ def summarize(
         },
         "seconds": {name: part["seconds"] for name, part in parts.items()},
     }
+
+
+def write_report(
+    result: Mapping[str, Any], measurements: Mapping[str, Measurement], parts: Parts, path: Path
+) -> None:
+    """Write the page: cards and a section of each measurement that the model allowed."""
+    shown = sorted(
+        (one.place, name) for name, one in measurements.items() if "left_out" not in parts[name]
+    )
+    names = [name for _, name in shown]
+    write_page(
+        "probing/report.html",
+        path,
+        title="What the layers of a causal video diffuser do",
+        result=result,
+        cards=[card for name in names for card in measurements[name].cards(result)],
+        sections=[
+            measurements[name].section(result, parts[name].get("pictures", {})) for name in names
+        ],
+        memory={key: readable(value) for key, value in result["memory"].items()},
+        not_claimed=NOT_CLAIMED,
+    )
 
 
 def _settings(config: ProbeConfig) -> dict[str, Any]:

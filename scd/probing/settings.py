@@ -1,10 +1,15 @@
-"""Settings of `scd probe` and what follows from them: clips, steps, layers, levels, memory."""
+"""Settings of `scd probe`, and what all measurements of one probe share."""
 
 from __future__ import annotations
 
+import pkgutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
+
+from torch import Tensor
 
 from scd.common.files import read_json
 from scd.data.source import Source, open_source
@@ -13,12 +18,22 @@ from scd.evaluation.predict import check_fit, choose_windows, read_windows
 from scd.models.checkpoint import World, resolve
 from scd.models.decoder import Join
 from scd.models.flow import SamplingConfig
-from scd.probing.attention import MAX_BLOCK_BYTES, chosen_tokens
-from scd.probing.measure import Measurement, Plan
-from scd.probing.open import subject_of
-from scd.probing.reuse import ReuseGrid
+from scd.probing.models import subject_of
 from scd.probing.subject import MIN_PAST, Subject, Task
-from scd.probing.trajectory import MAX_FEATURE_BYTES, feature_bytes, noise_levels
+from scd.probing.trajectory import (
+    MAX_BLOCK_BYTES,
+    MAX_FEATURE_BYTES,
+    feature_bytes,
+    noise_levels,
+)
+
+PACKAGE = "scd.probing.measurements"
+"""Where measurements are: one module each, whose name is the measurement's."""
+
+
+def measurement_names() -> list[str]:
+    """Return the names of all measurements, in the order in which they run."""
+    return [module.name for module in pkgutil.iter_modules(import_module(PACKAGE).__path__)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +46,7 @@ class ProbeConfig:
     """"toy:32", "toy:64", or a folder of episodes."""
     out: str = "probe"
     """Folder for probe.json, report.html and the parts that are done."""
-    measurements: tuple[Measurement, ...] = get_args(Measurement)
+    measurements: tuple[str, ...] = tuple(measurement_names())
     """What to measure. A split is proposed with `splits`, and shown beside what was measured of
     attention, leave_one_out and reuse."""
     num_clips: int = 16
@@ -46,8 +61,8 @@ class ProbeConfig:
     """Numbers, from 1, of the layers whose features are compared and that are left out; None:
     all."""
     tokens: tuple[int, ...] | None = None
-    """Tokens, from 0, row after row, for which it is shown where they look; None: the one in the
-    middle of the frame."""
+    """Tokens, from 0, row after row, whose attention is shown; None: the one in the middle of the
+    frame."""
     reuse_depths: int = 6
     """Depths of the map of reuse; as many as there are layers or more: all."""
     reuse_steps: int = 5
@@ -86,10 +101,44 @@ class ProbeConfig:
             raise ValueError(f"levels are times in (0, 1], one or more, got {self.levels}")
         if self.frame_steps is not None and self.frame_steps < 1:
             raise ValueError(f"frame_steps must be 1 or more, got {self.frame_steps}")
-        if not self.measurements or len(set(self.measurements)) < len(self.measurements):
-            raise ValueError(f"needed different measurements, got {self.measurements}")
+        known, given = set(measurement_names()), self.measurements
+        if not given or len(set(given)) < len(given) or not known.issuperset(given):
+            raise ValueError(
+                f"needed different measurements of {', '.join(sorted(known))}, got {given}"
+            )
         if self.tolerance < 0:
             raise ValueError(f"tolerance must not be negative, got {self.tolerance}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all measurements share."""
+
+    config: ProbeConfig
+    """What is asked for."""
+    subject: Subject
+    """What is probed."""
+    task: Task
+    """Frames and their noise."""
+    sampling: SamplingConfig
+    """Steps of the trajectories."""
+    levels: Sequence[float]
+    """Times at which losses are taken."""
+    decode: Callable[[Tensor], Tensor]
+    """From latent frames to pixels in [-1, 1]."""
+    frame_steps: int
+    """Denoising steps of the frame whose seconds are predicted."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all layers."""
+        return [layer.name for layer in self.subject.layers]
+
+    @property
+    def stepped(self) -> list[int]:
+        """Numbers, from 1, of the layers to look at that run at every step."""
+        asked = self.subject.places(self.config.layers)
+        return [place + 1 for place in self.subject.stepped if place in asked]
 
 
 def open_clips(config: ProbeConfig, world: World) -> Source:
@@ -102,43 +151,36 @@ def open_clips(config: ProbeConfig, world: World) -> Source:
     check_fit(world, source.card, config.data)
     subject = subject_of(world.model)
     subject.places(config.layers)
-    chosen_tokens(subject, config.tokens)
+    subject.tokens(config.tokens)
     choose_windows(source, config.num_clips, config.context + 1, config.seed)
     return source
 
 
 def make_plan(config: ProbeConfig, world: World, source: Source) -> Plan:
-    """Read the clips and choose the steps, layers and noise levels of all measurements.
+    """Read the clips and choose the steps and noise levels of all measurements.
 
     Args:
         config: what is asked for; see `open_clips`.
         world: what is probed.
         source: of the clips.
     """
-    subject = subject_of(world.model)
     num_frames = config.context + 1
     windows = choose_windows(source, config.num_clips, num_frames, config.seed)
     batch = read_windows(source, windows, num_frames)
     device = next(world.model.parameters()).device
     clean = world.autoencoder.encode(batch.frames.to(device))
-    task = Task.of(clean, batch.conditions.to(device), config.seed, config.num_noises)
     # A list of times holds for its own number of steps: others are spaced evenly.
     sampling = SamplingConfig(num_steps=config.num_steps)
     if world.sampling.schedule != "listed":
         sampling = replace(world.sampling, num_steps=config.num_steps, solver="euler")
-    mean, std = training_times(Path(config.run))
     return Plan(
-        subject=subject,
-        task=task,
+        config=config,
+        subject=subject_of(world.model),
+        task=Task.of(clean, batch.conditions.to(device), config.seed, config.num_noises),
         sampling=sampling,
-        levels=config.levels or noise_levels(mean, std),
-        layers=config.layers,
-        tokens=config.tokens,
-        grid=ReuseGrid.of(subject, config.num_steps, config.reuse_depths, config.reuse_steps),
+        levels=config.levels or noise_levels(*training_times(Path(config.run))),
         decode=lambda latents: world.autoencoder.decode(latents[:, None])[:, 0],
         frame_steps=config.frame_steps or world.sampling.num_steps,
-        join=config.join,
-        tolerance=config.tolerance,
     )
 
 

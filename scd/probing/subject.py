@@ -18,6 +18,7 @@ from torch import Tensor
 
 from scd.common.runtime import make_generator
 from scd.data.clip import Conditions
+from scd.evaluation.image import Estimate, bootstrap
 from scd.models.flow import interpolate, velocity_between
 from scd.models.sizes import Sizes
 from scd.probing.intercept import AttentionCall, Layer, attention_through
@@ -38,8 +39,8 @@ def silent(share: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
-    """What the newest frame's tokens look at in one attention of a layer."""
+class FrameAttention:
+    """Attention of the newest frame's tokens in one layer, before the softmax."""
 
     layer: int
     """Place of the layer in `Subject.layers`, from 0."""
@@ -96,7 +97,7 @@ class Subject(ABC):
         """Run the layers that are not `once`: the velocity of the frame at a time in [0, 1]."""
 
     def key_distances(self, layer: int, num_queries: int, num_keys: int) -> Sequence[int] | None:
-        """Tell how many frames back each key of an attention lies; see `Look.distances`.
+        """Tell how many frames back each key of an attention lies; see `FrameAttention.distances`.
 
         As it stands: the keys of whole frames in order, the newest frame last.
 
@@ -114,13 +115,13 @@ class Subject(ABC):
         return [frame for frame in range(frames - 1, -1, -1) for _ in range(self.tokens_per_frame)]
 
     @contextmanager
-    def watch_attention(self, callback: Callable[[Look], None]) -> Iterator[None]:
+    def watch_attention(self, callback: Callable[[FrameAttention], None]) -> Iterator[None]:
         """Show each attention of the newest frame's tokens to a function."""
 
         def show(call: AttentionCall) -> Tensor:
-            look = self._look(call)
-            if look is not None:
-                callback(look)
+            of_newest = self._of_newest(call)
+            if of_newest is not None:
+                callback(of_newest)
             return call.attend()
 
         with attention_through(self.layers, show):
@@ -146,7 +147,7 @@ class Subject(ABC):
         with attention_through(chosen, narrow):
             yield
 
-    def _look(self, call: AttentionCall) -> Look | None:
+    def _of_newest(self, call: AttentionCall) -> FrameAttention | None:
         distances = self.key_distances(call.layer, call.q.shape[-2], call.k.shape[-2])
         if distances is None:
             return None
@@ -154,7 +155,7 @@ class Subject(ABC):
         if bias is not None and bias.shape[-2] > 1:
             bias = bias[..., -self.tokens_per_frame :, :]
         q = call.q[..., -self.tokens_per_frame :, :]
-        return Look(layer=call.layer, q=q, k=call.k, bias=bias, distances=distances)
+        return FrameAttention(layer=call.layer, q=q, k=call.k, bias=bias, distances=distances)
 
     @property
     def stepped(self) -> list[int]:
@@ -175,6 +176,21 @@ class Subject(ABC):
                 f"layers must be different numbers in 1 .. {len(self.layers)}, got {list(numbers)}"
             )
         return [number - 1 for number in numbers]
+
+    def tokens(self, chosen: Sequence[int] | None) -> list[int]:
+        """Return chosen tokens of a frame, from 0; None: the one in the middle.
+
+        Raises:
+            ValueError: none, or tokens that a frame has not.
+        """
+        rows, columns = self.grid
+        if chosen is None:
+            return [rows // 2 * columns + columns // 2]
+        if not chosen or not all(0 <= token < self.tokens_per_frame for token in chosen):
+            raise ValueError(
+                f"tokens lie in 0 .. {self.tokens_per_frame - 1}, one or more, got {list(chosen)}"
+            )
+        return list(chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,17 +249,14 @@ class Task:
 
     @property
     def frame(self) -> Float[Tensor, "b c h w"]:
-        """The true frame."""
         return self.clean[:, -1]
 
     @property
     def num_past(self) -> int:
-        """Given frames."""
         return self.clean.shape[1] - 1
 
     @property
     def num_clips(self) -> int:
-        """Different clips."""
         return self.clean.shape[0] // self.num_noises
 
     @torch.no_grad()
@@ -265,3 +278,24 @@ class Task:
     def per_clip(self, values: Float[Tensor, "*r b"]) -> Float[Tensor, "*r b2"]:
         """Average over the draws of noise of each clip."""
         return values.unflatten(-1, (-1, self.num_noises)).mean(-1)
+
+
+def losses(
+    subject: Subject, task: Task, levels: Sequence[float], state: Any = None
+) -> Float[Tensor, "levels b"]:
+    """Return the loss of each clip at each time, averaged over its draws of noise.
+
+    Args:
+        subject: what is probed.
+        task: frames and their noise.
+        levels: times at which the loss is taken; see `noise_levels`.
+        state: of `task.begin`; None: it is begun here.
+    """
+    state = task.begin(subject) if state is None else state
+    return task.per_clip(torch.stack([task.error(subject, state, time) for time in levels]))
+
+
+def relative(changed: Float[Tensor, "levels b"], full: Float[Tensor, "levels b"]) -> Estimate:
+    """Estimate by which share a loss exceeds another on the same clips."""
+    both = torch.stack([changed.mean(0), full.mean(0)], dim=1).cpu()
+    return bootstrap(both, lambda means: means[:, 0] / means[:, 1] - 1)

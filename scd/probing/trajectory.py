@@ -27,6 +27,10 @@ MAX_FEATURE_BYTES = 2 * GIB
 """Features that are held at once; more are gathered in several passes over the same trajectory."""
 
 
+MAX_BLOCK_BYTES = 64 * 2**20
+"""Attention weights that are held at once; a block has one query at least."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Features:
     """Output of one layer for the same frames at every step."""

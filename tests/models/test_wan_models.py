@@ -24,7 +24,7 @@ from scd.models.wan.separable import WanSeparableDiffuser
 from scd.objectives.denoise import DenoiseConfig, denoise
 from scd.objectives.self_forcing import self_forced
 from scd.probing.intercept import without
-from scd.probing.open import subject_of
+from scd.probing.models import subject_of
 from scd.probing.subject import Task
 from scd.streaming.rollout import Guidance, Rollout
 from tests.tiny_wan import (

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from scd.models.flow import SamplingConfig
-from scd.probing.attention import attention_mass, mass
-from scd.probing.open import subject_of
-from scd.probing.subject import Look
+from scd.probing.measurements.attention import attention_mass, mass
+from scd.probing.models import subject_of
+from scd.probing.subject import FrameAttention
 from scd.probing.trajectory import step_times
 from tests.probing.test_probe_features import their_task
 from tests.probing.test_probe_subject import task_for
@@ -43,7 +43,9 @@ def random_look(bias):
     if bias is not None:
         bias = torch.randn(1, 1, *bias, generator=generator)
         bias[..., 0] = float("-inf")
-    return Look(layer=0, q=q, k=k, bias=bias, distances=[3 - key // 5 for key in range(20)])
+    return FrameAttention(
+        layer=0, q=q, k=k, bias=bias, distances=[3 - key // 5 for key in range(20)]
+    )
 
 
 @pytest.mark.parametrize("bias", [None, (5, 20), (1, 20)])

@@ -6,12 +6,12 @@ import torch
 
 from scd.evaluation.image import MAX_PSNR, psnr_of
 from scd.models.flow import SamplingConfig
-from scd.probing.ablation import leave_one_out, losses, relative
 from scd.probing.intercept import held, recorded
-from scd.probing.open import subject_of
-from scd.probing.reuse import ReuseGrid, reuse_loss, reuse_rollout
-from scd.probing.splice import Split, splice_losses, splits
-from scd.probing.subject import Task
+from scd.probing.measurements.leave_one_out import leave_one_out
+from scd.probing.measurements.reuse import ReuseGrid, reuse_loss, reuse_rollout
+from scd.probing.models import subject_of
+from scd.probing.splits import Split, split_losses, splits
+from scd.probing.subject import Task, losses, relative
 from scd.probing.trajectory import noise_levels, step_times
 from tests.probing.test_probe_features import their_task
 from tests.probing.test_probe_subject import task_for
@@ -185,23 +185,23 @@ def test_a_split_where_nothing_moves_costs_nothing():
     """Layers 1 and 2 know the past only; 3 and 4 see their own frame only."""
     own = [lambda: TheirBlock(sees_past=False)] * 2
     subject = third_party([TheirBlock, TheirBlock, *own], enters_before=2)
-    found = splice_losses(subject, their_task(), LEVELS)
+    found = split_losses(subject, their_task(), LEVELS)
     by_split = {(one.split.num_encoder, one.split.num_first): one for one in found}
     free = by_split[2, 0]
     assert abs(free.with_past.mean) < 1e-5 and abs(free.own_frame.mean) < 1e-5
     assert abs(by_split[1, 0].with_past.mean) < 1e-5
     assert abs(by_split[1, 0].own_frame.mean) > 1e-4
     assert abs(by_split[3, 0].with_past.mean) > 1e-4
-    alone = splice_losses(subject, their_task(), LEVELS, [free.split], own_frame=False)
+    alone = split_losses(subject, their_task(), LEVELS, [free.split], own_frame=False)
     assert alone[0].own_frame is None and alone[0].with_past == free.with_past
 
 
 @torch.no_grad()
-def test_a_splice_is_the_sum_that_it_says():
+def test_a_split_ablation_is_the_sum_that_it_says():
     model = tiny_dense()
     subject, task = subject_of(model), task_for(model)
     split = Split(num_layers=3, num_encoder=2, num_first=1)
-    found = splice_losses(subject, task, [0.4], [split])[0]
+    found = split_losses(subject, task, [0.4], [split])[0]
     state = task.begin(subject)
     tokens = {}
     hooks = [
@@ -231,7 +231,7 @@ def test_a_splice_is_the_sum_that_it_says():
 def test_what_cannot_be_split_is_refused():
     separable = subject_of(tiny_separable())
     with pytest.raises(ValueError, match="split already"):
-        splice_losses(separable, task_for(separable.model), LEVELS)
+        split_losses(separable, task_for(separable.model), LEVELS)
     dense = subject_of(tiny_dense())
     with pytest.raises(ValueError, match="a split of 4 layers, the model has 3"):
-        splice_losses(dense, task_for(dense.model), LEVELS, splits(4))
+        split_losses(dense, task_for(dense.model), LEVELS, splits(4))

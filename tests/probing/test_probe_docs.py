@@ -1,5 +1,6 @@
-"""The adapter of docs/probing.md, run as it stands on a network that shares no code with ours."""
+"""The examples of docs/probing.md, run as they stand: a network of others, a new measurement."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -10,7 +11,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from scd.cli import main
+from scd.probing import settings
+from tests.probing.test_probe_run import dense as dense
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "probing.md"
+
+
+def blocks() -> list[str]:
+    """Python of the page."""
+    return re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
 
 
 class TheirBlock(nn.Module):
@@ -66,7 +76,7 @@ class TheirNetwork(nn.Module):
 
 
 def test_the_pages_adapter_probes_a_network_of_others():
-    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
+    block = next(one for one in blocks() if "class TheirSubject" in one)
     torch.manual_seed(0)
     network = TheirNetwork()
     with torch.no_grad():
@@ -86,3 +96,24 @@ def test_the_pages_adapter_probes_a_network_of_others():
     assert importance[1] == 0 and abs(importance[0]) > 1e-4
     adapter = re.findall(r"^class .*?(?=^\S)", block, re.M | re.S)
     assert len(block.splitlines()) <= 40 and len(adapter[0].splitlines()) <= 18
+
+
+def test_a_measurement_is_one_file(dense, tmp_path, monkeypatch):
+    """The page's own measurement, as a file beside the others: nothing else knows of it."""
+    mine = tmp_path / "more" / "mine.py"
+    mine.parent.mkdir()
+    mine.write_text(next(one for one in blocks() if "MEASUREMENT" in one))
+    package = settings.import_module(settings.PACKAGE)
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(mine.parent)])
+    assert "mine" in settings.measurement_names()
+    out = tmp_path / "out"
+    words = ["probe", dense, "--data", "toy:32", "--out", str(out), "--measurements", "mine"]
+    words += ["attention", "--num-clips", "2", "--context", "2", "--num-steps", "2"]
+    assert main([*words, "--device", "cpu"]) == 0
+    result = json.loads((out / "probe.json").read_text())
+    assert len(result["loss_by_level"]) == 5 and result["seconds"]["mine"] > 0
+    assert sorted(path.name for path in (out / "parts").iterdir()) == [
+        "attention.json", "mine.json",
+    ]  # fmt: skip
+    page = (out / "report.html").read_text()
+    assert page.index("Where do layers look") < page.index("<h2>Loss</h2>")

@@ -7,9 +7,9 @@ import torch
 from scd.data.clip import Conditions
 from scd.models.flow import SamplingConfig, draw_times, solve
 from scd.models.skip import LayerSkip
-from scd.probing.features import agreement, coloured, pca_view, principal
-from scd.probing.open import subject_of
-from scd.probing.similarity import alignment, centred, step_similarity, token_cosine
+from scd.probing.measurements.colours import agreement, coloured, feature_pca, principal
+from scd.probing.measurements.similarity import alignment, centred, step_similarity, token_cosine
+from scd.probing.models import subject_of
 from scd.probing.subject import Task
 from scd.probing.trajectory import (
     Features,
@@ -188,7 +188,7 @@ def test_colours_share_one_scale_and_agreement_is_correlation():
 
 def test_frozen_features_have_the_colours_of_the_last_step_from_the_first_on():
     subject = third_party([TheirBlock] * 3, enters_before=2)
-    view = pca_view(layer_features(subject, their_task(), STEPS), subject.grid, 2, 3)
+    view = feature_pca(layer_features(subject, their_task(), STEPS), subject.grid, 2, 3)
     assert view.pictures.shape == (3, 2, 3, 2, 3, 3) and view.steps == (1, 3, 5)
     assert view.layers == (1, 2, 3)
     np.testing.assert_allclose(view.agreement[:2], 1, atol=1e-4)

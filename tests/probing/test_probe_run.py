@@ -19,10 +19,9 @@ from scd.models.dense import DenseConfig
 from scd.models.embed import FrameShape
 from scd.models.flow import SamplingConfig
 from scd.models.kv_cache import CacheConfig
-from scd.probing import measure
-from scd.probing.open import subject_of
+from scd.probing.models import subject_of
 from scd.probing.run import _settings, probe
-from scd.probing.settings import ProbeConfig, memory_needed, training_times
+from scd.probing.settings import ProbeConfig, measurement_names, memory_needed, training_times
 from tests.tiny import shaken
 
 NUM_LAYERS = 3
@@ -124,9 +123,9 @@ def test_what_is_done_is_not_measured_again(done, dense, monkeypatch):
     out, result = done
     parts = sorted((out / "parts").iterdir())
     before = {path.name: path.stat().st_mtime_ns for path in parts}
-    assert set(before) == {f"{name}.json" for name in measure.MEASUREMENTS}
+    assert set(before) == {f"{name}.json" for name in measurement_names()}
     (out / "parts" / "similarity.json").unlink()
-    monkeypatch.setattr("scd.probing.run.write_page", lambda *_: None)
+    monkeypatch.setattr("scd.probing.run.write_report", lambda *_: None)
     again = probe(config_of(dense, out, tolerance=1e9))
     after = {path.name: path.stat().st_mtime_ns for path in parts}
     changed = {name for name in before if before[name] != after[name]}
@@ -188,6 +187,7 @@ def test_a_separable_model_is_probed_as_far_as_it_applies(separable_config, toy_
         ({"num_clips": 0}, "num_clips must be 1 or more"),
         ({"levels": (0.5, 1.5)}, r"levels are times in \(0, 1\]"),
         ({"measurements": ()}, "different measurements"),
+        ({"measurements": ("colors",)}, "measurements of attention, colours, .*got .*colors"),
         ({"tolerance": -1.0}, "tolerance must not be negative"),
         ({"frame_steps": 0}, "frame_steps must be 1 or more"),
     ],

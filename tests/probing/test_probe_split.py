@@ -14,10 +14,18 @@ from scd.models.dense import DenseConfig
 from scd.models.encoder import EncoderConfig
 from scd.models.separable import SeparableConfig
 from scd.models.sizes import Sizes
-from scd.probing.entries import splice_entries, splice_losses_of
-from scd.probing.measure import chosen_splits
-from scd.probing.splice import SpliceLoss, Split, splits
-from scd.probing.split import Speed, candidates_of, front_of, propose, time_step
+from scd.probing.measurements.splits import as_part, from_part
+from scd.probing.splits import (
+    Speed,
+    Split,
+    SplitLoss,
+    candidates_of,
+    chosen_splits,
+    front_of,
+    propose,
+    splits,
+    time_step,
+)
 from tests.probing.test_probe_features import their_task
 from tests.third_party import TheirBlock, third_party
 from tests.tiny import ACTIONS, BLOCK, SHAPE
@@ -35,7 +43,7 @@ def split_of(num_layers, encoder, first):
 
 def loss_of(split, mean, width=0.01):
     estimate = Estimate(mean=mean, ci_low=mean - width, ci_high=mean + width)
-    return SpliceLoss(split=split, with_past=estimate, own_frame=None)
+    return SplitLoss(split=split, with_past=estimate, own_frame=None)
 
 
 @pytest.mark.parametrize("join", ["prefix", "token_concat", "add"])
@@ -96,12 +104,11 @@ def test_the_fastest_split_within_the_tolerance_is_recommended():
     candidates = candidates_of(losses, speed)
     dense = speed.dense_seconds(6)
     # 0.045 + 0.01 is above 0.05: the upper end of the interval decides.
-    assert propose(candidates, dense, 0.05).candidate.split == split_of(6, 5, 2)
-    assert propose(candidates, dense, 0.06).candidate.split == split_of(6, 5, 1)
-    least = propose(candidates, dense, 0.0)
-    assert least.candidate.split == split_of(6, 5, 3) and "loses least" in least.reason
-    slow = propose(candidates, 0.0, 0.05)
-    assert "no split is predicted to be faster" in slow.reason
+    assert propose(candidates, dense, 0.05)[0].split == split_of(6, 5, 2)
+    assert propose(candidates, dense, 0.06)[0].split == split_of(6, 5, 1)
+    least, why = propose(candidates, dense, 0.0)
+    assert least.split == split_of(6, 5, 3) and "loses least" in why
+    assert "no split is predicted to be faster" in propose(candidates, 0.0, 0.05)[1]
     with pytest.raises(ValueError, match="1 or more candidates"):
         propose([], dense, 0.05)
 
@@ -131,7 +138,7 @@ def test_deep_models_are_tried_at_spaced_depths():
 
 def test_losses_survive_json():
     losses = [loss_of(split_of(6, 4, 1), 0.1)]
-    assert splice_losses_of(splice_entries(losses, 0.25)) == (losses, 0.25)
+    assert from_part(as_part(losses, 0.25)) == (losses, 0.25)
 
 
 class Slow(TheirBlock):

@@ -9,7 +9,7 @@ from scd.models.attention import explicit_attention
 from scd.models.flow import interpolate, velocity_between
 from scd.models.kv_cache import CacheConfig
 from scd.probing.intercept import Layer, change_held, held, newest, recorded, replaced, without
-from scd.probing.open import subject_of
+from scd.probing.models import subject_of
 from scd.probing.subject import CONTEXT, Task
 from tests.tiny import ACTIONS, random_conditions, tiny_dense, tiny_separable
 

@@ -1,19 +1,27 @@
-"""Features as colours: their first principal components, on one basis for all steps of a frame.
+"""Feature PCA: first principal components, as colours, on one basis for all steps of a frame.
 
 Source: paper, section 5.2; the agreement in numbers is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from markupsafe import Markup
 from torch import Tensor
 
-from scd.probing.trajectory import Features, spread
+from scd.evaluation import media
+from scd.evaluation.html import fragment, plot
+from scd.probing.measurement import Entries, Measurement, by_layer, plain
+from scd.probing.plots import NUM_SHOWN, plot_tiles
+from scd.probing.settings import Plan
+from scd.probing.subject import Progress
+from scd.probing.trajectory import Features, layer_features, spread
 
 NUM_COMPONENTS = 3
 """Components, one for each of red, green and blue."""
@@ -21,9 +29,22 @@ NUM_COMPONENTS = 3
 EDGES = (0.01, 0.99)
 """Quantiles of a component that become black and full colour."""
 
+SECTION = """
+{% from "evaluation/parts.html" import table %}
+<h2>Features as colours</h2>
+<p>The first three principal components of a frame's tokens over all steps, as red, green and blue,
+on one scale. The first component of the first step agrees with that of the last by
+{{ "%.2f" % lowest }} to {{ "%.2f" % highest }}, depending on the layer (1: the same up to
+scale).</p>
+{{ pictures }}
+{{ table(header, lines) }}
+<p class="soft">One clip is shown; the numbers are means over all clips. Variance: the share that
+the three components hold.</p>
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
-class ColourView:
+class FeaturePCA:
     """Features of some layers as pictures, and how soon they look as in the last step."""
 
     layers: tuple[int, ...]
@@ -41,9 +62,9 @@ class ColourView:
 
 
 @torch.no_grad()
-def pca_view(
+def feature_pca(
     features: Iterable[Features], grid: tuple[int, int], num_clips: int = 2, num_shown: int = 8
-) -> ColourView:
+) -> FeaturePCA:
     """Find the components of each frame's tokens over all steps, layer by layer.
 
     Args:
@@ -63,7 +84,7 @@ def pca_view(
         layers.append(one.layer + 1)
     if not layers:
         raise ValueError("needed the features of 1 or more layers, got none")
-    return ColourView(
+    return FeaturePCA(
         layers=tuple(layers),
         steps=tuple(step + 1 for step in shown),
         pictures=np.stack(pictures),
@@ -117,3 +138,49 @@ def agreement(components: Float[Tensor, "b steps n 3"]) -> Float[Tensor, "b step
     product = (deviation * last).sum(2).abs()
     scale = deviation.norm(dim=2) * last.norm(dim=2)
     return (product / scale.clamp(min=1e-30)).clamp(0, 1)
+
+
+def measure(plan: Plan, progress: Progress) -> Entries:
+    """Find the principal components of the features."""
+    if not plan.stepped:
+        return {"left_out": "colours: none of the chosen layers runs at every step"}
+    features = layer_features(
+        plan.subject, plan.task, plan.sampling, plan.stepped, progress=progress
+    )
+    found = feature_pca(features, plan.subject.grid)
+    numbers = {"agreement": found.agreement, "explained": found.explained}
+    return {
+        "principal_components": by_layer(found.layers, plan.names, **numbers),
+        "pictures": {"steps": list(found.steps), "colours": plain(found.pictures)},
+    }
+
+
+def section(result: Mapping[str, Any], pictures: Mapping[str, Any]) -> Markup:
+    """Show principal components as colours."""
+    layers = result["principal_components"]
+    shown = media.spread(len(layers), NUM_SHOWN)
+    tiles = np.array(pictures["colours"])[shown][:, 0]
+    names = [layers[place]["name"] for place in shown]
+    steps = [str(step) for step in pictures["steps"]]
+    first = [one["agreement"][0][0] for one in layers]
+    lines = []
+    for one in layers:
+        middle = one["agreement"][len(one["agreement"]) // 2]
+        numbers = (f"{value:.2f}" for value in (*one["agreement"][0], *middle))
+        lines.append([one["name"], *numbers, f"{100 * sum(one['explained']):.0f} %"])
+    parts = [f"{when} {number}" for when in ("first step:", "middle:") for number in (1, 2, 3)]
+    return fragment(
+        SECTION,
+        lowest=min(first),
+        highest=max(first),
+        pictures=plot(
+            lambda path, ink: plot_tiles(tiles, names, steps, path, ink, "step"),
+            "Principal components of one frame, layers from top to bottom, steps from left",
+            "two",
+        ),
+        header=["|correlation| with the last step", *parts, "variance"],
+        lines=lines,
+    )
+
+
+MEASUREMENT = Measurement(measure=measure, section=section, place=30)

@@ -5,18 +5,27 @@ Layers 1 .. k give in all later steps what they gave in step s, and are not comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, PowerNorm
 from torch import Tensor
 
+from scd.evaluation.html import fragment, plot
 from scd.evaluation.image import psnr_of
+from scd.evaluation.plots import Ink, curve_panels, finish
 from scd.models.flow import SamplingConfig
 from scd.probing.intercept import Call, held, recorded
+from scd.probing.measurement import Entries, Measurement, plain
+from scd.probing.plots import draw_bar, draw_map
+from scd.probing.settings import Plan
 from scd.probing.subject import Progress, Subject, Task, silent
 from scd.probing.trajectory import denoise, spread, spread_early, step_times
 
@@ -25,6 +34,21 @@ NUM_LATER = 4
 
 LATEST_SHARE = 0.8
 """Place among the steps of the last one from which reuse is tried, unless it is said otherwise."""
+
+ANNOTATED = 16
+"""Columns up to which the cells of a map carry their numbers."""
+
+SECTION = """
+<h2>May features be reused?</h2>
+<p>The first layers give in all later steps what they gave in one step, and are not computed there.
+This asks directly whether a model can be separated: an encoder's features are those that may be
+kept from the first step on.</p>
+{{ maps }}
+<p class="soft">Left: the loss of later steps, on the straight path from the true frame to its
+noise. Right: the PSNR of finished frames against the true ones, beside that of untouched
+trajectories ({{ "%.1f" % untouched }} dB). PSNR rewards blur: a frame that keeps the first step's
+estimate is the mean of all that may follow, and not worse by this number.</p>
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,3 +224,91 @@ def _mean_loss(subject: Subject, task: Task, state: Any, levels: Sequence[float]
 
 def _psnr(frames: Tensor, true: Tensor) -> float:
     return float(psnr_of((frames.float() - true.float()).square().mean()))
+
+
+def measure(plan: Plan, progress: Progress) -> Entries:
+    """Keep the features of the first layers: the loss, then whole trajectories."""
+    subject, task, sampling, config = plan.subject, plan.task, plan.sampling, plan.config
+    grid = ReuseGrid.of(subject, config.num_steps, config.reuse_depths, config.reuse_steps)
+    loss = reuse_loss(subject, task, sampling, grid, progress=lambda share: progress(0.3 * share))
+    rollout = reuse_rollout(
+        subject, task, sampling, grid, plan.decode, lambda share: progress(0.3 + 0.7 * share)
+    )
+    return {
+        "reuse": {
+            "layers": list(grid.layers),
+            "steps": list(grid.steps),
+            "relative_loss": plain(loss.relative_loss),
+            "psnr": plain(rollout.psnr),
+            "psnr_untouched": rollout.psnr_untouched,
+            "psnr_change": plain(rollout.psnr - rollout.psnr_untouched),
+            "psnr_to_untouched": plain(rollout.psnr_to_untouched),
+        }
+    }
+
+
+def section(result: Mapping[str, Any], _: Mapping[str, Any]) -> Markup:
+    """Show from which step on the features of the first layers may be kept."""
+    found = result["reuse"]
+    names = [str(layer) for layer in found["layers"]]
+    losses, change = np.array(found["relative_loss"]), np.array(found["psnr_change"])
+    return fragment(
+        SECTION,
+        maps=plot(
+            lambda path, ink: plot_reuse(losses, change, names, found["steps"], path, ink),
+            "Loss and PSNR when the first layers are kept from a step on",
+        ),
+        untouched=found["psnr_untouched"],
+    )
+
+
+def plot_reuse(
+    losses: Float[np.ndarray, "l t"],
+    gains: Float[np.ndarray, "l t"],
+    names: Sequence[str],
+    steps: Sequence[int],
+    path: Path,
+    ink: Ink,
+) -> None:
+    """Draw two maps of reuse: relative loss and change of PSNR, layers up against first step.
+
+    Args:
+        losses: relative increase of the velocity loss.
+        gains: PSNR of the finished frame minus that of the untouched one, dB.
+        names: of the last frozen layer.
+        steps: after which features are reused, from 1.
+        path: a .png file.
+        ink: what it will be seen on.
+    """
+    size = (max(4.2, 0.42 * len(steps) + 1.6), max(3.0, 0.27 * len(names) + 1.1))
+    figure, panels = curve_panels(2, ink)
+    figure.set_size_inches(2 * size[0], size[1])
+    worst = min(float(gains.min()), -0.1)
+    for axes, values, scale, label, form in (
+        (panels[0], 100 * losses, PowerNorm(0.5, 0, max(float(100 * losses.max()), 1.0), clip=True),
+         "loss, + %", "{:.0f}"),
+        (panels[1], gains, Normalize(worst, 0), "PSNR, dB", "{:+.1f}"),
+    ):  # fmt: skip
+        cmap = "viridis" if axes is panels[1] else "viridis_r"
+        drawn = draw_map(axes, values, names, scale, cmap)
+        axes.set_xticks(range(len(steps)), [str(step) for step in steps], fontsize=7)
+        axes.set_xlabel("reused after step")
+        axes.set_ylabel("layers up to")
+        if len(steps) <= ANNOTATED:
+            _annotate(axes, values, scale, cmap == "viridis_r", form)
+        draw_bar(figure, drawn, [axes], ink, label)
+    finish(figure, path, "", ink)
+
+
+def _annotate(
+    axes: Axes, values: np.ndarray, scale: Normalize, dark_is_high: bool, form: str
+) -> None:
+    for row, column in np.ndindex(*values.shape):
+        high = float(scale(values[row, column])) > 0.55
+        axes.text(
+            column, row, form.format(values[row, column]), ha="center", va="center", fontsize=6,
+            color="white" if high == dark_is_high else "black",
+        )  # fmt: skip
+
+
+MEASUREMENT = Measurement(measure=measure, section=section, place=60)

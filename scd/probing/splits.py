@@ -1,7 +1,10 @@
-"""Where to cut a dense model: what each split would cost and lose, and which one to take.
+"""Splits of a dense model into encoder and decoder: what each would lose and cost, which to take.
 
-Encoder: layers 1 .. E, once per frame. Decoder: layers 1 .. F and E + 1 .. L, at every step.
-Source: paper, sections 5.6 and 6.1; the predictions and the rule are ours.
+Encoder: layers 1 .. E, once per frame. Decoder: layers 1 .. F and E + 1 .. L, the first and last
+ones, at every step, as the paper composes it. A split ablation takes what layers F + 1 .. E add to
+the tokens from the first step, pure noise, and adds it again in all others; nothing is trained.
+Source: paper, sections 5.6 and 6.1, for the composition; the ablation, the predicted seconds and
+the rule are ours.
 """
 
 from __future__ import annotations
@@ -22,11 +25,131 @@ from scd.models.cost import Load, dense_cost, separable_cost
 from scd.models.decoder import DecoderConfig, Join
 from scd.models.encoder import EncoderConfig
 from scd.models.sizes import Sizes
-from scd.probing.splice import SpliceLoss, Split
-from scd.probing.subject import Subject, Task
+from scd.probing.intercept import change_held, recorded
+from scd.probing.subject import Progress, Subject, Task, losses, relative, silent
 
 NUM_TIMED = 7
 """Calls of the network whose median is a call's time."""
+
+MAX_SPLITS = 90
+"""Splits that are tried; of deeper models only those at evenly spaced depths."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Layers of a dense model as encoder and decoder; layers are counted from 1."""
+
+    num_layers: int
+    """L: layers of the dense model."""
+    num_encoder: int
+    """E: the encoder is layers 1 .. E."""
+    num_first: int
+    """F: the decoder begins with layers 1 .. F, and goes on with E + 1 .. L."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_first < self.num_encoder <= self.num_layers or self.num_decoder < 1:
+            raise ValueError(
+                "a split needs 0 <= first layers < encoder layers <= layers and 1 or more decoder "
+                f"layers, got {self.num_first}, {self.num_encoder} and {self.num_layers}"
+            )
+
+    @property
+    def num_decoder(self) -> int:
+        return self.num_first + self.num_layers - self.num_encoder
+
+    @property
+    def decoder_layers(self) -> list[int]:
+        """Numbers of the dense layers that the decoder is made of."""
+        first = range(1, self.num_first + 1)
+        return [*first, *range(self.num_encoder + 1, self.num_layers + 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitLoss:
+    """Relative increase of the loss by a split, without training."""
+
+    split: Split
+    """The split."""
+    with_past: Estimate
+    """The decoder's layers look at earlier frames as before."""
+    own_frame: Estimate | None
+    """They see their own frame only, as a decoder does; None: it was not measured."""
+
+
+def splits(num_layers: int, max_decoder: int | None = None) -> list[Split]:
+    """List all splits of a dense model; those with more decoder layers come later."""
+    largest = num_layers - 1 if max_decoder is None else max_decoder
+    pairs = [
+        (encoder, first)
+        for encoder in range(1, num_layers + 1)
+        for first in range(encoder)
+        if 1 <= first + num_layers - encoder <= largest
+    ]
+    found = [
+        Split(num_layers=num_layers, num_encoder=encoder, num_first=first)
+        for encoder, first in pairs
+    ]
+    return sorted(found, key=lambda split: (split.num_decoder, split.num_first))
+
+
+def chosen_splits(num_layers: int, most: int = MAX_SPLITS) -> list[Split]:
+    """List all splits, or those whose depths are multiples of the least spacing that leaves few."""
+    for spacing in range(1, num_layers + 1):
+        found = [
+            split
+            for split in splits(num_layers)
+            if split.num_first % spacing == 0 and (num_layers - split.num_encoder) % spacing == 0
+        ]
+        if len(found) <= most:
+            break
+    return found
+
+
+@torch.no_grad()
+def split_losses(
+    subject: Subject,
+    task: Task,
+    levels: Sequence[float],
+    candidates: Sequence[Split] | None = None,
+    own_frame: bool = True,
+    progress: Progress = silent,
+) -> list[SplitLoss]:
+    """Measure the loss of each split on the same clips and noise: a split ablation.
+
+    Args:
+        subject: a dense model.
+        task: frames and their noise.
+        levels: times at which the loss is taken; see `noise_levels`.
+        candidates: the splits; None: all.
+        own_frame: measure too what the decoder's layers do without earlier frames.
+        progress: told how far it is.
+
+    Raises:
+        ValueError: the model is split already, or has another number of layers.
+    """
+    num_layers = len(subject.layers)
+    if any(layer.once for layer in subject.layers):
+        raise ValueError("this model is split already: some of its layers run once per frame")
+    candidates = splits(num_layers) if candidates is None else candidates
+    for split in candidates:
+        if split.num_layers != num_layers:
+            raise ValueError(f"a split of {split.num_layers} layers, the model has {num_layers}")
+    full = losses(subject, task, levels)
+    state = task.begin(subject)
+    with recorded(subject.layers) as calls:
+        subject.velocity(state, task.noise, 1.0)
+    found = []
+    for number, split in enumerate(candidates, 1):
+        frozen = range(split.num_first, split.num_encoder)
+        alone = None
+        with change_held([subject.layers[one] for one in frozen], [calls[one] for one in frozen]):
+            with_past = relative(losses(subject, task, levels, state), full)
+            if own_frame:
+                with subject.own_frame_only([layer - 1 for layer in split.decoder_layers]):
+                    alone = relative(losses(subject, task, levels, state), full)
+        found.append(SplitLoss(split=split, with_past=with_past, own_frame=alone))
+        progress(number / len(candidates))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +178,7 @@ class Speed:
         return self.seconds_per_step * total / step
 
     def _dense(self, split: Split) -> tuple[int, int]:
-        """Count the operations of a frame, and of one step."""
+        """Count the operations of a frame, and of one of its steps."""
         if self.sizes is None:
             return (self.num_steps + 1) * split.num_layers, split.num_layers
         cost = dense_cost(self.sizes, split.num_layers, self._load)
@@ -103,18 +226,6 @@ class Candidate:
         return f"{split.num_encoder}: {split.num_first}+{split.num_layers - split.num_encoder}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Proposal:
-    """The recommended split and why."""
-
-    candidate: Candidate
-    """The split."""
-    dense_seconds: float
-    """Seconds per frame of the model as it is."""
-    reason: str
-    """The rule that chose it, and what it says of this model."""
-
-
 @torch.no_grad()
 def time_step(subject: Subject, task: Task, num_timed: int = NUM_TIMED) -> float:
     """Measure the median seconds of one call of the network for one stream."""
@@ -135,7 +246,7 @@ def time_step(subject: Subject, task: Task, num_timed: int = NUM_TIMED) -> float
 
 
 def candidates_of(
-    losses: Sequence[SpliceLoss],
+    losses: Sequence[SplitLoss],
     speed: Speed,
     leave_one_out: Mapping[int, float] | None = None,
     reuse: Mapping[int, float] | None = None,
@@ -188,8 +299,10 @@ def front_of(
     return ~np.any(no_worse & better, axis=1)
 
 
-def propose(candidates: Sequence[Candidate], dense_seconds: float, tolerance: float) -> Proposal:
-    """Recommend a split.
+def propose(
+    candidates: Sequence[Candidate], dense_seconds: float, tolerance: float
+) -> tuple[Candidate, str]:
+    """Recommend a split, and say why.
 
     Of the splits that are predicted faster than the dense model: the fastest one whose loss stays
     within the tolerance, by the upper end of its interval; if there is none, the one with the
@@ -217,4 +330,4 @@ def propose(candidates: Sequence[Candidate], dense_seconds: float, tolerance: fl
     else:
         chosen = min(candidates, key=lambda one: (one.with_past.mean, one.seconds))
         reason = "no split is predicted to be faster than the dense model; this one loses least"
-    return Proposal(candidate=chosen, dense_seconds=dense_seconds, reason=reason)
+    return chosen, reason
