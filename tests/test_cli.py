@@ -158,18 +158,21 @@ def test_completion_knows_every_command():
     assert set(settings_of_commands()) == set(COMMANDS)
 
 
+def completion_of(shell: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "scd", "--print-completion", shell],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
-def completion(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("completion")
-    for shell in cli.SHELLS:
-        printed = subprocess.run(
-            [sys.executable, "-m", "scd", "--print-completion", shell],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        (folder / shell).write_text(printed.stdout)
-    return folder
+def bash_completion(tmp_path_factory):
+    path = tmp_path_factory.mktemp("completion") / "bash"
+    path.write_text(completion_of("bash"))
+    return path
 
 
 @pytest.mark.parametrize(
@@ -184,9 +187,9 @@ def completion(tmp_path_factory):
     ],
     ids=str,
 )
-def test_bash_completes(words, expected, completion):
+def test_bash_completes(words, expected, bash_completion):
     script = (
-        f"source {completion / 'bash'}; COMP_WORDS=(scd {' '.join(words)}); "
+        f"source {bash_completion}; COMP_WORDS=(scd {' '.join(words)}); "
         f"COMP_CWORD={len(words)}; _tyro_scd; printf '%s\\n' \"${{COMPREPLY[@]}}\""
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
@@ -196,7 +199,8 @@ def test_bash_completes(words, expected, completion):
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_read_their_script(shell, completion):
+def test_other_shells_read_their_script(shell, tmp_path):
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
-    subprocess.run([shell, "-n", completion / shell], check=True)
+    (tmp_path / shell).write_text(completion_of(shell))
+    subprocess.run([shell, "-n", tmp_path / shell], check=True)
