@@ -457,7 +457,7 @@ def _bench(words: list[str]) -> None:
 
 
 def _interventions() -> dict[str, type]:
-    from scd.probing.intervention_settings import DiagonalConfig, RecomposeConfig, SkipConfig
+    from scd.probing.interventions import DiagonalConfig, RecomposeConfig, SkipConfig
 
     return {"skip": SkipConfig, "diagonal": DiagonalConfig, "recompose": RecomposeConfig}
 

@@ -32,7 +32,7 @@ from scd.models.wan.compose import places_of
 from scd.models.wan.config import WanConfig, WanDecoderConfig, WanEncoderConfig, WanSeparableConfig
 from scd.models.wan.source import PARTS, WanSource, open_source
 from scd.models.wan.timesteps import FEW_STEPS, SHIFT, warped_times
-from scd.probing.intervention_settings import proposed_layers
+from scd.probing.interventions import proposed_layers
 
 FPS = 16.0
 """Frames per second of Wan's videos."""

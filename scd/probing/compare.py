@@ -31,8 +31,8 @@ from scd.models.build import num_parameters
 from scd.models.checkpoint import World, load_world
 from scd.models.separable import SeparableConfig
 from scd.probing.intervention_models import Candidate, Start, candidates, claim
-from scd.probing.intervention_settings import Comparison, Intervention
 from scd.probing.intervention_table import markdown, plot
+from scd.probing.interventions import Comparison, Intervention
 from scd.streaming.rollout import Rollout, Timing
 
 NUM_WARM_UP = 8

@@ -25,8 +25,7 @@ from scd.models.checkpoint import (
 )
 from scd.models.pretrained import WEIGHTS_FILE
 from scd.objectives.denoise import DenoiseConfig
-from scd.probing.intervention_change import change
-from scd.probing.intervention_settings import Comparison, Intervention, RecomposeConfig
+from scd.probing.interventions import Comparison, Intervention, RecomposeConfig
 from scd.training.config import TrainConfig
 from scd.training.plan import plan
 from scd.training.trainer import train
@@ -61,7 +60,7 @@ def claim(intervention: Intervention, out: Path) -> Start:
     """Take the folder: write down what starts from where, or find that it is the same.
 
     Raises:
-        ValueError, FileNotFoundError: as `change` and `read_start`.
+        ValueError, FileNotFoundError: as `Intervention.change_world` and `read_start`.
         FileExistsError: the folder holds another intervention, or something else.
     """
     ours = to_json(intervention)
@@ -82,7 +81,7 @@ def claim(intervention: Intervention, out: Path) -> Start:
     ):
         raise FileExistsError(f"{out} exists and holds no intervention: choose another out")
     start, world = read_start(intervention.comparison)
-    changed = change(world, intervention)
+    changed = intervention.change_world(world)
     source = open_source(start.base.data, "val", start.base.strict)
     check_fit(world, source.card, start.base.data)
     save_world(world, out / "untouched")

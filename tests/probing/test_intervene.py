@@ -20,14 +20,16 @@ from scd.models.kv_cache import CacheConfig
 from scd.objectives.denoise import DenoiseConfig
 from scd.optim.optim import OptimConfig
 from scd.probing.compare import intervene
-from scd.probing.intervention_change import change, diagonal, recompose, skipping
 from scd.probing.intervention_models import finetuning, read_start, same_control
-from scd.probing.intervention_settings import (
+from scd.probing.interventions import (
     Comparison,
     DiagonalConfig,
     RecomposeConfig,
     SkipConfig,
     Split,
+    diagonal,
+    recompose,
+    skipping,
     split_of,
 )
 from scd.training.config import TrainConfig
@@ -255,7 +257,7 @@ def test_a_separable_model_is_split_already(separable_config, toy_source):
         RecomposeConfig(comparison=NOWHERE, encoder=1, decoder="0+1"),
     ):
         with pytest.raises(ValueError, match="is split already"):
-            change(world, intervention)
+            intervention.change_world(world)
 
 
 def weights(path) -> bytes:

@@ -1,20 +1,36 @@
-"""What can be asked for: an intervention in a trained dense model, and what it is compared with."""
+"""Changes to a trained dense model: layers skipped, layers made diagonal, or made separable.
+
+Each is a change of the model's settings that keeps its weights: what comes of it, trained and
+measured like any other model, is in scd/probing/compare.py.
+Source: paper, sections 5.4, 5.5 and 6.1.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 import tyro
+from torch import nn
 
 from scd.common.files import read_json
 from scd.engine.interface import EngineKind
-from scd.models.decoder import Join
+from scd.models.checkpoint import World
+from scd.models.decoder import DecoderConfig, Join
+from scd.models.dense import DenseDiffuser
+from scd.models.encoder import EncoderConfig
+from scd.models.flow import SamplingConfig
+from scd.models.separable import SeparableConfig, SeparableDiffuser
+from scd.models.skip import skip_after
 
 Layers = tuple[int, ...]
 """Numbers of layers, counted from 1 as in all names and flags."""
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +86,45 @@ class Comparison:
             raise ValueError("an intervention needs a run to start from and a folder for its out")
 
 
-Shared = Annotated[Comparison, tyro.conf.arg(name="")]
+@dataclass(frozen=True, kw_only=True)
+class Intervention(ABC):
+    """One change of a dense model, and the comparison that it is put to."""
+
+    comparison: Annotated[Comparison, tyro.conf.arg(name="")]
+    """Start, finetuning and measurement."""
+
+    @abstractmethod
+    def change(self, model: DenseDiffuser, sampling: SamplingConfig) -> nn.Module:
+        """Return the changed model; the given one stays as it is.
+
+        Raises:
+            ValueError: the model was changed in this way before, or has not the layers or steps.
+            OSError: the split of a probe cannot be read.
+        """
+
+    def change_world(self, world: World) -> World:
+        """Return a world with the changed model.
+
+        Raises:
+            ValueError, OSError: as `change`, and for a model that is not dense.
+        """
+        if not isinstance(world.model, DenseDiffuser):
+            raise ValueError(
+                "an intervention needs a dense model, but this one is separable: it is split "
+                "already"
+            )
+        model: Any = self.change(world.model, world.sampling)
+        return replace(world, model=model.eval())
 
 
 @dataclass(frozen=True, kw_only=True)
-class SkipConfig:
+class SkipConfig(Intervention):
     """Skip middle layers in all steps but the first ones. Source: paper, section 5.4."""
 
     layers: str
     """First and last layer that is skipped, counted from 1: "4-8"."""
     full_steps: int
     """First steps of each frame that run all layers; fewer than the run's steps per frame."""
-    comparison: Shared
-    """Start, finetuning and measurement."""
 
     @property
     def span(self) -> tuple[int, int]:
@@ -92,23 +134,27 @@ class SkipConfig:
             raise ValueError(f'layers must be given as "4-8", got {self.layers!r}')
         return int(found[1]), int(found[2] or found[1])
 
+    def change(self, model: DenseDiffuser, sampling: SamplingConfig) -> nn.Module:
+        """Return a copy that skips the layers."""
+        return skipping(model, self.span, self.full_steps, sampling)
+
 
 @dataclass(frozen=True, kw_only=True)
-class DiagonalConfig:
+class DiagonalConfig(Intervention):
     """Let a frame see only itself in the last layers. Source: paper, section 5.5."""
 
     last: int
     """How many last layers."""
-    comparison: Shared
-    """Start, finetuning and measurement."""
+
+    def change(self, model: DenseDiffuser, sampling: SamplingConfig) -> nn.Module:
+        """Return a copy whose last layers see no other frame."""
+        return diagonal(model, self.last)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecomposeConfig:
+class RecomposeConfig(Intervention):
     """Make a separable model of a dense one's layers. Source: paper, section 6.1."""
 
-    comparison: Shared
-    """Start, finetuning and measurement."""
     encoder: int = 0
     """How many first layers the encoder gets."""
     decoder: str = ""
@@ -123,9 +169,50 @@ class RecomposeConfig:
     """Train the same separable model from scratch too, with as many operations as the dense
     training and the finetuning took together."""
 
+    def change(self, model: DenseDiffuser, sampling: SamplingConfig) -> nn.Module:
+        """Return a separable model of copies of the layers."""
+        return recompose(model, split_of(self, model.config.num_layers), self.join)
 
-Intervention = SkipConfig | DiagonalConfig | RecomposeConfig
-"""One of the three."""
+
+def skipping(
+    model: DenseDiffuser, span: tuple[int, int], full_steps: int, sampling: SamplingConfig
+) -> DenseDiffuser:
+    """Copy a model so that it skips layers `span`, from 1, in all steps but the first ones.
+
+    Raises:
+        ValueError: layers that are not there, or no step that would skip them.
+    """
+    first, last = span
+    num_layers = model.config.num_layers
+    if model.config.skip is not None:
+        raise ValueError("this model skips layers already")
+    if not 1 <= first <= last <= num_layers or last - first + 1 == num_layers:
+        raise ValueError(
+            f"layers must lie in 1 .. {num_layers} and leave some, got {first} .. {last}"
+        )
+    if not 1 <= full_steps < sampling.num_steps:
+        raise ValueError(
+            f"full_steps must be 1 or more and fewer than the {sampling.num_steps} steps of a "
+            f"frame, got {full_steps}"
+        )
+    skip = skip_after(first - 1, last, full_steps, sampling)
+    return _copied(model, DenseDiffuser(replace(model.config, skip=skip)))
+
+
+def diagonal(model: DenseDiffuser, last: int) -> DenseDiffuser:
+    """Copy a model so that in its last layers a frame sees itself only.
+
+    Raises:
+        ValueError: none, or so many that no layer would see the past.
+    """
+    if model.config.num_diagonal:
+        raise ValueError(f"the last {model.config.num_diagonal} layers are diagonal already")
+    if not 1 <= last < model.config.num_layers:
+        raise ValueError(
+            f"last must lie in 1 .. {model.config.num_layers - 1}, so that a layer sees the past, "
+            f"got {last}"
+        )
+    return _copied(model, DenseDiffuser(replace(model.config, num_diagonal=last)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +223,45 @@ class Split:
     """Its first layers."""
     decoder: Layers
     """Layers in rising order; those of the encoder may be among them, as copies."""
+
+
+def recompose(model: DenseDiffuser, split: Split, join: Join) -> SeparableDiffuser:
+    """Make a separable model of a dense one's layers; those in both parts are copied.
+
+    Embeddings of frames, times and conditions go to both parts, the head to the decoder. The
+    modulation of the encoder's output starts as no change, the start frame as a grey frame.
+
+    Raises:
+        ValueError: the model skips layers or has diagonal ones.
+    """
+    config = model.config
+    if config.skip is not None or config.num_diagonal:
+        raise ValueError(
+            "a model that skips layers or has diagonal ones cannot be recomposed: take the run "
+            "that it came from"
+        )
+    separable = SeparableDiffuser(
+        SeparableConfig(
+            shape=config.shape,
+            block=config.block,
+            encoder=EncoderConfig(num_layers=len(split.encoder)),
+            decoder=DecoderConfig(num_layers=len(split.decoder), join=join, predict=config.predict),
+            conditions=config.conditions,
+            cache=config.cache,
+        )
+    )
+    encoder, decoder = separable.encoder, separable.decoder
+    for part, layers in ((encoder, split.encoder), (decoder, split.decoder)):
+        for name in ("embed_frame", "embed_time", "embed_conditions"):
+            _copied(getattr(model, name), getattr(part, name))
+        for block, layer in zip(part.blocks, layers, strict=True):
+            _copied(model.blocks[layer - 1], block)
+    _copied(model.head, decoder.head)
+    assert encoder.start is not None
+    with torch.no_grad():
+        grey = torch.zeros(1, 1, *config.shape.shape, dtype=encoder.start.dtype)
+        encoder.start.copy_(encoder.embed_frame(grey)[0, 0])
+    return separable
 
 
 def split_of(config: RecomposeConfig, num_layers: int) -> Split:
@@ -185,3 +311,8 @@ def proposed_layers(path: Path) -> tuple[int, Layers]:
         raise ValueError(
             f"{path} holds no proposed_split of encoder_layers and decoder_layers"
         ) from error
+
+
+def _copied(source: nn.Module, target: Module) -> Module:
+    target.load_state_dict(source.state_dict())
+    return target
