@@ -29,8 +29,7 @@ from scd.common.runtime import choose_device, make_generator
 from scd.data.latents import LatentSource
 from scd.data.loader import Loader
 from scd.data.source import Source, Split, open_source
-from scd.preprocessing.encode import encode
-from scd.preprocessing.settings import EncodeConfig
+from scd.preprocessing.encode import EncodeConfig, encode
 from scd.training.config import TrainConfig, build_model
 from scd.training.fit import fit_to_data
 from scd.training.presets import preset

@@ -194,8 +194,7 @@ def _data(words: list[str]) -> None:
 
 
 def _encode(words: list[str]) -> None:
-    from scd.preprocessing.encode import encode, readable
-    from scd.preprocessing.settings import EncodeConfig
+    from scd.preprocessing.encode import EncodeConfig, encode, readable
 
     print(readable(encode(_parse(EncodeConfig, _first_is("--data", words), "encode"))))
 

@@ -18,7 +18,7 @@ from scd.data.check import CheckConfig
 from scd.data.record import recordings
 from scd.demo.demo import DemoConfig
 from scd.evaluation.protocol_settings import ProtocolConfig
-from scd.preprocessing.settings import EncodeConfig
+from scd.preprocessing.encode import EncodeConfig
 from scd.probing.interventions import DiagonalConfig, RecomposeConfig, SkipConfig
 from scd.probing.settings import ProbeConfig
 from scd.sampling.sample import SampleConfig

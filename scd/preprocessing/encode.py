@@ -6,39 +6,110 @@ there and whole is left alone, so the same command continues what was interrupte
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
-from scd.autoencoders.build import Autoencoder, build_autoencoder, fingerprint
-from scd.autoencoders.text_encoder import PromptEmbedder
+from scd.autoencoders.build import (
+    Autoencoder,
+    build_autoencoder,
+    fingerprint,
+    open_autoencoder,
+)
+from scd.autoencoders.pictures import PictureAutoencoder, with_statistics
+from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_cache
 from scd.common.config import to_json
-from scd.common.runtime import choose_device, parse_shard
+from scd.common.runtime import Precision, choose_device, parse_shard
 from scd.data.clip import Clip
 from scd.data.latents import (
     FORMAT,
     EncodedEpisode,
     LatentsInfo,
+    Stored,
     begin,
+    is_latents,
     is_whole,
     remove_leftovers,
     write_episodes,
     write_null_text,
 )
-from scd.data.source import Source, Split
-from scd.preprocessing.parts import choose_autoencoder, choose_texts, embed, open_sources
-from scd.preprocessing.settings import EncodeConfig
+from scd.data.loader import Loader
+from scd.data.source import EmptySplit, Source, Split, open_source
+from scd.models.checkpoint import read_world_parts, resolve
+
+PIXELS = "pixels"
+"""Name of the autoencoder that only standardises."""
+
+MEASURED_BATCHES, MEASURED_CLIPS, MEASURED_FRAMES = 16, 4, 8
+"""Clips on which mean and deviation of pixels or latents are measured."""
 
 READ_AHEAD = 2
 """Episodes that are read while another is encoded."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """One process's share of the encoding of a collection."""
+
+    data: str
+    """Folder of episodes, or "minecraft:PATH", "ucf101:PATH", "dmlab:PATH"."""
+    autoencoder: str
+    """Folder of an autoencoder, or its name on the hub; a world or run, whose autoencoder is taken;
+    or "pixels", which are only brought to mean 0 and deviation 1."""
+    out: str
+    """Folder to write; an encoding by the same autoencoder in it is continued."""
+    shard: str = "0/1"
+    """i/n: the i-th, from 0, of n processes that share the work."""
+    splits: tuple[Split, ...] = ("train", "val", "test")
+    """Parts of the collection; those without episodes are passed over."""
+    text_encoder: str = ""
+    """Folder with text_encoder/ and tokenizer/, or its name on the hub: embeds each episode's
+    prompt, from the manifest or the .txt beside the video. Empty: no texts."""
+    text_length: int = 512
+    """Tokens of an embedded prompt, those that fill it up included."""
+    latent_scale: float = 1.0
+    """What published latents are multiplied by to be of unit scale: 0.2889 for TECO-Minecraft's.
+    Videos have no use for it."""
+    statistics: Literal["given", "measured"] = "given"
+    """Mean and deviation that bring an autoencoder's latents to unit scale, channel by channel:
+    those that come with its weights, or those of this data. Only for autoencoders of pictures."""
+    stored: Stored = "fp16"
+    """Arithmetic in which latents are kept."""
+    episodes_per_file: int = 32
+    """Episodes of a file; what an interruption costs at most."""
+    batch_size: int = 64
+    """Frames that the autoencoder encodes at once; one that looks back in time takes whole
+    episodes."""
+    precision: Precision = "fp32"
+    """Arithmetic of the autoencoder; pixels have none to choose."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    strict: bool = False
+    """Stop at the first episode that cannot be used, instead of leaving it out."""
+
+    def __post_init__(self) -> None:
+        for name in ("episodes_per_file", "batch_size", "text_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 < self.latent_scale < float("inf"):
+            raise ValueError(f"latent_scale must be above 0, got {self.latent_scale}")
+        if not self.splits or len(set(self.splits)) < len(self.splits):
+            raise ValueError(f"splits must be named once each, got {list(self.splits)}")
+        parse_shard(self.shard)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +117,7 @@ class Encoded:
     """What one process did."""
 
     folder: Path
-    """The folder of latents."""
     files_written: int
-    """Files written now."""
     files_found: int
     """Files of this process that were there before."""
     files_left: int
@@ -69,16 +138,13 @@ def encode(config: EncodeConfig) -> Encoded:
             that are not finite, or no episodes.
         OSError: the folder cannot be written.
     """
-    out, device = Path(config.out), choose_device(config.device)
-    sources = open_sources(config)
-    autoencoder = choose_autoencoder(config, sources, device)
-    embedder, null_text = choose_texts(config, device)
-    info = _describe(config, sources, autoencoder, embedder, null_text)
+    out, encoding = Path(config.out), Encoding(config)
+    info = encoding.info
     begin(out, info)
-    if null_text is not None:
-        write_null_text(out, info, null_text)
+    if encoding.null_text is not None:
+        write_null_text(out, info, encoding.null_text)
     jobs: list[tuple[Split, int]] = [
-        (split, number) for split in sources for number in range(info.num_files(split))
+        (split, number) for split in encoding.sources for number in range(info.num_files(split))
     ]
     index, num_processes = parse_shard(config.shard)
     mine = jobs[index::num_processes]
@@ -86,7 +152,7 @@ def encode(config: EncodeConfig) -> Encoded:
     began, num_frames = time.perf_counter(), 0
     for split, number in track(todo, f"encoding into {out}", disable=not todo):
         remove_leftovers(out, info.file_name(split, number))
-        episodes = _encode_file(config, info, sources[split], autoencoder, embedder, split, number)
+        episodes = encoding.episodes(split, number)
         write_episodes(out, info, split, number, episodes)
         num_frames += sum(len(episode.latents) for episode in episodes)
     return Encoded(
@@ -111,76 +177,108 @@ def readable(encoded: Encoded) -> str:
     return line
 
 
-def _describe(
-    config: EncodeConfig,
-    sources: dict[Split, Source],
-    autoencoder: Autoencoder,
-    embedder: PromptEmbedder | None,
-    null_text: Tensor | None,
-) -> LatentsInfo:
-    """Say what the folder will hold.
+class Encoding:
+    """Episodes, autoencoder and text encoder of an encoding, and what its folder will hold.
 
     Raises:
-        ValueError: frames that this autoencoder cannot encode, or actions where it joins frames.
+        FileNotFoundError, ValueError: as `encode`.
     """
-    card = next(iter(sources.values())).card
-    factor = autoencoder.config.frames_per_latent
-    if factor > 1 and card.conditions.has_actions:
-        raise ValueError(
-            f"{config.autoencoder} makes one latent frame of {factor} frames, but {config.data} "
-            "has an action for each: there is no one action of a latent frame"
-        )
-    if null_text is not None:
-        conditions = replace(
-            card.conditions, text_length=config.text_length, text_dim=null_text.shape[-1]
-        )
-        card = replace(card, conditions=conditions)
-    lengths = {
-        split: tuple(
-            1 + (source.num_frames(episode) - 1) // factor for episode in range(source.num_episodes)
-        )
-        for split, source in sources.items()
-    }
-    # Of the weights as they are stored: training compares them so.
-    exact = autoencoder if config.precision == "fp32" else build_autoencoder(autoencoder.config)
-    return LatentsInfo(
-        format=FORMAT,
-        data=config.data,
-        card=card,
-        autoencoder=to_json(autoencoder.config),
-        fingerprint=fingerprint(exact),
-        shape=autoencoder.latent_shape(card.height, card.width),
-        frames_per_latent=factor,
-        stored=config.stored,
-        text="" if embedder is None else embedder.name,
-        episodes_per_file=config.episodes_per_file,
-        train=lengths.get("train", ()),
-        val=lengths.get("val", ()),
-        test=lengths.get("test", ()),
-    )
 
+    def __init__(self, config: EncodeConfig) -> None:
+        self.config = config
+        device = choose_device(config.device)
+        self.sources = open_sources(config)
+        self.autoencoder = choose_autoencoder(config, self.sources, device)
+        self.embedder: PromptEmbedder | None = None
+        self.null_text: Tensor | None = None
+        if config.text_encoder:
+            settings = TextConfig(
+                length=config.text_length, device=str(device), cache=default_cache()
+            )
+            self.embedder = PromptEmbedder(config.text_encoder, settings)
+            self.null_text = _embed(self.embedder, "")
+        self.info = self._describe()
 
-def _encode_file(
-    config: EncodeConfig,
-    info: LatentsInfo,
-    source: Source,
-    autoencoder: Autoencoder,
-    embedder: PromptEmbedder | None,
-    split: Split,
-    number: int,
-) -> list[EncodedEpisode]:
-    episodes = info.episodes(split, number)
-    encoded = []
-    for episode, clip in zip(episodes, _read_ahead(source, episodes), strict=True):
-        latents = _encode_clip(config, info, clip, autoencoder, f"{split} episode {episode}")
-        latents = latents[: info.lengths(split)[episode]]
-        text = None
-        if embedder is not None:
-            text = embed(embedder, source.prompt(episode))
-        encoded.append(
-            EncodedEpisode(latents=latents, actions=clip.actions, label=clip.label, text=text)
+    def _describe(self) -> LatentsInfo:
+        config, autoencoder = self.config, self.autoencoder
+        card = next(iter(self.sources.values())).card
+        factor = autoencoder.config.frames_per_latent
+        if factor > 1 and card.conditions.has_actions:
+            raise ValueError(
+                f"{config.autoencoder} makes one latent frame of {factor} frames, but "
+                f"{config.data} has an action for each: there is no one action of a latent frame"
+            )
+        if self.null_text is not None:
+            text_dim = self.null_text.shape[-1]
+            conditions = replace(card.conditions, text_length=config.text_length, text_dim=text_dim)
+            card = replace(card, conditions=conditions)
+        lengths = {
+            split: tuple(
+                1 + (source.num_frames(episode) - 1) // factor
+                for episode in range(source.num_episodes)
+            )
+            for split, source in self.sources.items()
+        }
+        # Of the weights as they are stored: training compares them so.
+        exact = autoencoder if config.precision == "fp32" else build_autoencoder(autoencoder.config)
+        return LatentsInfo(
+            format=FORMAT,
+            data=config.data,
+            card=card,
+            autoencoder=to_json(autoencoder.config),
+            fingerprint=fingerprint(exact),
+            shape=autoencoder.latent_shape(card.height, card.width),
+            frames_per_latent=factor,
+            stored=config.stored,
+            text="" if self.embedder is None else self.embedder.name,
+            episodes_per_file=config.episodes_per_file,
+            train=lengths.get("train", ()),
+            val=lengths.get("val", ()),
+            test=lengths.get("test", ()),
         )
-    return encoded
+
+    def episodes(self, split: Split, number: int) -> list[EncodedEpisode]:
+        """Return the episodes of one file, encoded."""
+        source, episodes, encoded = self.sources[split], self.info.episodes(split, number), []
+        for episode, clip in zip(episodes, _read_ahead(source, episodes), strict=True):
+            latents = self._latents(clip, f"{split} episode {episode}")
+            text = self.embedder and _embed(self.embedder, source.prompt(episode))
+            encoded.append(
+                EncodedEpisode(
+                    latents=latents[: self.info.lengths(split)[episode]],
+                    actions=clip.actions,
+                    label=clip.label,
+                    text=text,
+                )
+            )
+        return encoded
+
+    @torch.no_grad()
+    def _latents(self, clip: Clip, where: str) -> Float[Tensor, "t c h w"]:
+        """Encode an episode, or take over its published latents; as they are stored, on the CPU."""
+        config, info = self.config, self.info
+        where = f"{config.data}: {where} has latents"
+        if not clip.encoded and config.latent_scale != 1:
+            raise ValueError(f"latent_scale is for published latents, {config.data} holds videos")
+        if clip.encoded:
+            if tuple(clip.frames.shape[1:]) != info.shape:
+                raise ValueError(
+                    f"{where} of {tuple(clip.frames.shape[1:])}, {config.autoencoder} makes "
+                    f"{info.shape} (channels, rows, columns)"
+                )
+            latents = clip.frames * config.latent_scale
+        elif info.frames_per_latent > 1:
+            num_frames = 1 + (len(clip) - 1) // info.frames_per_latent * info.frames_per_latent
+            latents = self.autoencoder.encode(clip.frames[None, :num_frames])[0].cpu()
+        else:
+            parts = clip.frames.split(config.batch_size)
+            latents = torch.cat([self.autoencoder.encode(part[None])[0].cpu() for part in parts])
+        if not torch.isfinite(latents).all():
+            raise ValueError(f"{where} that are not finite")
+        largest = float(latents.abs().max())
+        if config.stored == "fp16" and largest > torch.finfo(torch.float16).max:
+            raise ValueError(f"{where} up to {largest:.3g}: --stored bf16")
+        return latents
 
 
 def _read_ahead(source: Source, episodes: range) -> Iterator[Clip]:
@@ -195,33 +293,77 @@ def _read_ahead(source: Source, episodes: range) -> Iterator[Clip]:
             yield waiting.popleft().result()
 
 
-@torch.no_grad()
-def _encode_clip(
-    config: EncodeConfig, info: LatentsInfo, clip: Clip, autoencoder: Autoencoder, where: str
-) -> Float[Tensor, "t c h w"]:
-    """Encode an episode, or take over its published latents; as they are stored, on the CPU.
+def _embed(embedder: PromptEmbedder, prompt: str) -> Float[Tensor, "l d"]:
+    """Embed one prompt, without what fills it up."""
+    return embedder.embed([prompt])[0, : len(embedder.tokens(prompt))]
+
+
+def open_sources(config: EncodeConfig) -> dict[Split, Source]:
+    """Open the splits that there are.
 
     Raises:
-        ValueError: published latents of another shape, or values that are not finite.
+        FileNotFoundError: no such data.
+        ValueError: a world that is made while it is read, latents, or no episodes.
     """
-    if not clip.encoded and config.latent_scale != 1:
-        raise ValueError(f"latent_scale is for published latents, {config.data} holds videos")
-    if clip.encoded:
-        if tuple(clip.frames.shape[1:]) != info.shape:
-            raise ValueError(
-                f"{config.data}: {where} has latents of {tuple(clip.frames.shape[1:])}, "
-                f"{config.autoencoder} makes {info.shape} (channels, rows, columns)"
-            )
-        latents = clip.frames * config.latent_scale
-    elif info.frames_per_latent > 1:
-        num_frames = 1 + (len(clip) - 1) // info.frames_per_latent * info.frames_per_latent
-        latents = autoencoder.encode(clip.frames[None, :num_frames])[0].cpu()
+    if config.data.startswith("toy:"):
+        raise ValueError(f"{config.data} is made while it is read: record it first (scd record)")
+    if is_latents(config.data):
+        raise ValueError(f"{config.data} holds latents already: name the videos")
+    sources: dict[Split, Source] = {}
+    for split in config.splits:
+        try:
+            sources[split] = open_source(config.data, split, config.strict, whole=True)
+        except EmptySplit as error:
+            logger.warning("%s", error)
+    if not sources:
+        raise ValueError(f"{config.data} has no episodes in {', '.join(config.splits)}")
+    return sources
+
+
+def choose_autoencoder(
+    config: EncodeConfig, sources: dict[Split, Source], device: torch.device
+) -> Autoencoder:
+    """Open the autoencoder, at the scale that is asked for.
+
+    Raises:
+        FileNotFoundError: it is not there, or the hub cannot be reached.
+        ValueError: it cannot be read, has no scale to measure, or no arithmetic to choose.
+    """
+    settings = None
+    if config.autoencoder == PIXELS:
+        settings = PixelConfig()
     else:
-        parts = clip.frames.split(config.batch_size)
-        latents = torch.cat([autoencoder.encode(part[None])[0].cpu() for part in parts])
-    if not torch.isfinite(latents).all():
-        raise ValueError(f"{config.data}: {where} has latents that are not finite")
-    largest = float(latents.abs().max())
-    if config.stored == "fp16" and largest > torch.finfo(torch.float16).max:
-        raise ValueError(f"{config.data}: {where} has latents up to {largest:.3g}: --stored bf16")
-    return latents
+        with suppress(FileNotFoundError):
+            settings = read_world_parts(resolve(config.autoencoder))["autoencoder"]
+    if config.precision != "fp32" and isinstance(settings, PixelConfig):
+        raise ValueError(
+            f"precision {config.precision} has no effect: {config.autoencoder} has pixels for "
+            "latents, which are only brought to mean 0 and deviation 1"
+        )
+    if config.autoencoder == PIXELS:
+        measured = PixelAutoencoder.measure(_measured_frames(sources))
+        # Rounded, so that another machine has the same settings to the last digit.
+        return PixelAutoencoder(
+            replace(measured, mean=round(measured.mean, 3), std=round(measured.std, 3))
+        )
+    if settings is None:
+        autoencoder = open_autoencoder(config.autoencoder, device, config.precision)
+    else:
+        autoencoder = build_autoencoder(settings, device, config.precision)
+    if config.statistics == "measured":
+        if not isinstance(autoencoder, PictureAutoencoder):
+            raise ValueError(
+                f"{config.autoencoder} is no autoencoder of pictures: its latents have the "
+                "statistics that belong to it, --statistics given"
+            )
+        return with_statistics(autoencoder, _measured_frames(sources))
+    return autoencoder
+
+
+def _measured_frames(sources: dict[Split, Source]) -> Iterator[Float[Tensor, "b t 3 h w"]]:
+    """Draw the clips on which statistics are measured: the same in every process."""
+    source = next(iter(sources.values()))
+    lengths = [source.num_frames(episode) for episode in range(source.num_episodes)]
+    loader = Loader(source, MEASURED_CLIPS, min(MEASURED_FRAMES, max(lengths)), seed=0)
+    for index in range(MEASURED_BATCHES):
+        yield loader.batch(index).frames

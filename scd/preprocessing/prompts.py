@@ -7,6 +7,7 @@ encoder is loaded only for prompts that are not there, and its memory given back
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from rich.progress import track
@@ -50,19 +51,27 @@ def embed_prompts(
         BlockingIOError: another process is writing the folder.
     """
     lines = list(dict.fromkeys(read_lines(prompts)))
-    embedder = PromptEmbedder(
-        source,
-        TextConfig(
-            length=config.length, precision=config.precision, device=config.device, cache=folder
-        ),
-    )
+    embedder = PromptEmbedder(source, replace(config, cache=folder))
     for number, line in enumerate(lines, start=1):
         try:
             embedder.tokens(line)
         except ValueError as error:
             raise ValueError(f"{prompts}, prompt {number}: {error}") from error
+    wanted = {
+        "prompts": tuple(lines),
+        "negative": negative_prompt,
+        "text": embedder.name,
+        "length": config.length,
+    }
     if is_prompts(folder):
-        return _same(folder, prompts, lines, negative_prompt, embedder)
+        info = read_prompts_info(folder)
+        different = [name for name, value in wanted.items() if getattr(info, name) != value]
+        if different:
+            raise FileExistsError(
+                f"{folder} holds embedded prompts that differ from {prompts} in "
+                f"{', '.join(different)}: name the folder itself, or another one to write"
+            )
+        return info
     place = Path(folder)
     if place.exists() and not place.is_dir():
         raise FileExistsError(f"{folder} is a file: name a folder for the embedded prompts")
@@ -72,37 +81,11 @@ def embed_prompts(
         for line in track(lines, "prompts", disable=len(lines) < 8):
             embedder.embed([line])
         embedder.release()
+        *files, negative_file = (_name(embedder, text) for text in (*lines, negative_prompt))
         info = PromptsInfo(
-            format=FORMAT,
-            text=embedder.name,
-            length=config.length,
-            dim=dim,
-            prompts=tuple(lines),
-            files=tuple(_name(embedder, line) for line in lines),
-            negative=negative_prompt,
-            negative_file=_name(embedder, negative_prompt),
+            format=FORMAT, dim=dim, files=tuple(files), negative_file=negative_file, **wanted
         )
         write_file(place / INFO_FILE, json.dumps(to_json(info), ensure_ascii=False))
-    return info
-
-
-def _same(
-    folder: str, prompts: str, lines: list[str], negative_prompt: str, embedder: PromptEmbedder
-) -> PromptsInfo:
-    """Return what a folder holds, if it is what was asked for."""
-    info = read_prompts_info(folder)
-    given = {
-        "prompts": tuple(lines),
-        "negative": negative_prompt,
-        "text": embedder.name,
-        "length": embedder.config.length,
-    }
-    different = [name for name, value in given.items() if getattr(info, name) != value]
-    if different:
-        raise FileExistsError(
-            f"{folder} holds embedded prompts that differ from {prompts} in "
-            f"{', '.join(different)}: name the folder itself, or another one to write"
-        )
     return info
 
 

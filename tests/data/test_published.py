@@ -19,8 +19,7 @@ from scd.data.source import EmptySplit, open_source
 from scd.data.teco import read_latents
 from scd.data.ucf101 import UCF101Config, UCF101Source, square
 from scd.data.video import read_video
-from scd.preprocessing.parts import open_sources
-from scd.preprocessing.settings import EncodeConfig
+from scd.preprocessing.encode import EncodeConfig, open_sources
 from tests.layouts import (
     CLASSES,
     moving_pictures,

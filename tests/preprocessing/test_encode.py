@@ -27,8 +27,7 @@ from scd.models.checkpoint import World, load_world, save_world
 from scd.models.dense import DenseConfig
 from scd.models.embed import FrameShape
 from scd.preprocessing import encode as module
-from scd.preprocessing.encode import encode
-from scd.preprocessing.settings import EncodeConfig
+from scd.preprocessing.encode import EncodeConfig, encode
 from scd.training.config import TrainConfig, open_loader
 from scd.training.fit import decides, fit_to_data
 from scd.training.presets import preset

@@ -34,8 +34,7 @@ from scd.objectives.reconstruct import (
     reconstruction_loss,
 )
 from scd.optim.optim import OptimConfig
-from scd.preprocessing.encode import encode
-from scd.preprocessing.settings import EncodeConfig
+from scd.preprocessing.encode import EncodeConfig, encode
 from scd.streaming.rollout import Rollout
 from scd.training import autoencoder_run
 from scd.training.autoencoder import train_autoencoder
