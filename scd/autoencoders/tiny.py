@@ -12,21 +12,18 @@ Source: the layers and names of weights of madebyollin/taehv.
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scd.autoencoders.wan import EXTRA, FRAMES_PER_LATENT
 from scd.common.hub import CONFIG_FILE, class_of
 from scd.common.runtime import DTYPES, Precision
+from scd.common.weights import read_state_dict
 
 WIDTHS = (256, 128, 64, 64)
 """Channels of TAEW's three stages and of its output."""
@@ -248,14 +245,8 @@ def _load_pictures(folder: Path, channels: int) -> nn.Module:
 
 
 def _load_taew(path: Path, channels: int) -> TaewDecoder:
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as weights of TAEW: {error}") from error
-    first = state.get("decoder.1.weight") if isinstance(state, Mapping) else None
+    state = read_state_dict(path)
+    first = state.get("decoder.1.weight")
     if first is None or first.ndim != 4 or first.shape[1] != channels:
         found = "none" if first is None else list(first.shape)
         raise ValueError(

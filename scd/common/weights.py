@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +38,13 @@ _TYPES = {
     "BF16": torch.bfloat16,
 }
 """Types of numbers that weights may have, by their names in a file."""
+
+
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+"""What wrappers of a module put into its names, anywhere."""
+
+_PREFIXES = ("model.", "module.", "generator.", "diffusion_model.")
+"""What checkpoints put in front of all names."""
 
 
 def is_stored(path: Path) -> bool:
@@ -162,7 +170,9 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read as a state dict, it is not a whole safetensors file: {error}"
+        ) from error
 
 
 class LoadedWeights:
@@ -184,7 +194,9 @@ class LoadedWeights:
             raise FileNotFoundError(f"no state dict at {path}")
         self.path = path
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # Files of PyTorch before 1.6 are no archives, which alone can stay on disk.
+            on_disk = is_zipfile(path)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path} cannot be read as a state dict: {error}") from error
         self.key = key
@@ -200,7 +212,7 @@ class LoadedWeights:
         others = [str(name) for name, value in found.items() if not isinstance(value, Tensor)]
         if others:
             raise ValueError(
-                f"{path}: {others[:5]} are not tensors; name the key of the state dict"
+                f"{path}: {others[:5]} are not tensors; name the state dict with --key"
             )
         self._state = {str(name): value for name, value in found.items()}
 
@@ -230,6 +242,43 @@ class LoadedWeights:
 
 Weights = StoredWeights | LoadedWeights
 """Weights that are read one by one."""
+
+
+def open_weights(path: Path, keys: tuple[str, ...] = (), key: str = "") -> Weights:
+    """Look at a state dict in .safetensors, in one file or in several, or in a file of torch.save.
+
+    Args:
+        path: the file.
+        keys: see `LoadedWeights`.
+        key: see `LoadedWeights`; a .safetensors file has none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, holds something else than tensors, or has no such key.
+    """
+    if path.suffix != ".safetensors":
+        return LoadedWeights(path, keys, key)
+    if key:
+        raise ValueError(f"{path} has no {key!r}: a .safetensors file holds one state dict")
+    return StoredWeights(path)
+
+
+def read_state_dict(path: str | Path, key: str = "") -> dict[str, Tensor]:
+    """Read a whole state dict in float32, its names bare.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_weights`.
+    """
+    with open_weights(Path(path), key=key) as weights:
+        return {bare(name): weights.get(name).float() for name in weights.names()}
+
+
+def bare(name: str) -> str:
+    """Take off what wrappers and checkpoints put into the name of a weight."""
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    while prefix := next((one for one in _PREFIXES if name.startswith(one)), ""):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def write_shards(

@@ -13,7 +13,7 @@ from pathlib import Path
 from scd.autoencoders.deep_compression import FAR_SCALE, settings_of
 from scd.autoencoders.networks import new_network, save_network
 from scd.common.files import refuse_used, written_aside
-from scd.convert.reference import read_state_dict
+from scd.common.weights import read_state_dict
 from scd.models.pretrained import check_state
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from scd.common.files import refuse_used
+from scd.common.weights import read_state_dict
 from scd.data.clip import ConditionSpec
 from scd.models.block import BlockConfig
 from scd.models.build import Diffuser, build
@@ -68,36 +65,6 @@ class ReferenceConfig:
     the state dict."""
     cache: CacheConfig = field(default_factory=lambda: CacheConfig(window=300, num_sinks=0))
     """Memory of a stream; the release keeps everything."""
-
-
-def read_state_dict(path: str | Path, key: str = "") -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors file or of a PyTorch file without code in it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, holds something else than tensors, or has no such key.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no state dict at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a state dict: {error}") from error
-    if key:
-        if not isinstance(state, Mapping) or key not in state:
-            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"{path} has no {key!r}; it holds {found}")
-        state = state[key]
-    if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"{path} holds no state dict but {type(state).__name__}")
-    others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
-    if others:
-        raise ValueError(f"{path}: {others[:5]} are not tensors; name the state dict with --key")
-    return {str(name): value.float() for name, value in state.items()}
 
 
 def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

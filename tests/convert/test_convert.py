@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from scd.convert.reference import ReferenceConfig, convert_reference, our_names, read_state_dict
+from scd.common.weights import read_state_dict
+from scd.convert.reference import ReferenceConfig, convert_reference, our_names
 from scd.models.dense import DenseDiffuser
 from scd.models.separable import SeparableDiffuser
 from tests.reference import load_case, reference_folder
@@ -48,6 +49,15 @@ def test_a_state_dict_inside_a_dictionary_needs_its_key(tmp_path):
         read_state_dict(path, "model")
 
 
+@pytest.mark.parametrize("archive", [True, False])
+def test_wrapped_names_and_files_of_old_are_read(tmp_path, archive):
+    path = tmp_path / "training.pt"
+    state = {"module._orig_mod.weight": torch.ones(2, dtype=torch.bfloat16)}
+    torch.save(state, path, _use_new_zipfile_serialization=archive)
+    read = read_state_dict(path)
+    assert read.keys() == {"weight"} and read["weight"].dtype == torch.float32
+
+
 def test_files_that_are_no_state_dicts_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_state_dict(tmp_path / "absent.safetensors")
@@ -56,6 +66,8 @@ def test_files_that_are_no_state_dicts_are_refused(tmp_path):
         with pytest.raises(ValueError, match="cannot be read as a state dict"):
             read_state_dict(tmp_path / name)
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="has no 'ema': a .safetensors file holds one state dict"):
+        read_state_dict(tmp_path / "other.safetensors", "ema")
     with pytest.raises(ValueError, match="not a state dict of the release"):
         convert_reference(str(tmp_path / "other.safetensors"), str(tmp_path / "out"), TINY)
 

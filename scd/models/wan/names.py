@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from scd.common.weights import bare
+
 _PAIRS = (
     ("blocks.{n}.self_attn.q.", "blocks.{n}.attn1.to_q."),
     ("blocks.{n}.self_attn.k.", "blocks.{n}.attn1.to_k."),
@@ -37,11 +39,6 @@ _PAIRS = (
 )
 """Beginnings of names: the original ones, and diffusers'."""
 
-_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-"""What wrappers of a module put into its names, anywhere."""
-_PREFIXES = ("model.", "module.", "generator.", "diffusion_model.")
-"""What checkpoints put in front of all names."""
-
 
 def _rules(there: int, here: int) -> list[tuple[re.Pattern[str], str]]:
     rules = []
@@ -60,18 +57,6 @@ def _renamed(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
         if count:
             return renamed
     return None
-
-
-def bare(name: str) -> str:
-    """Take off what wrappers and checkpoints put into a name."""
-    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _PREFIXES:
-            if name.startswith(prefix):
-                name, stripped = name.removeprefix(prefix), True
-    return name
 
 
 def from_original(name: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scd.common.hub import find_part, read_part_config
-from scd.common.weights import LoadedWeights, StoredWeights, Weights
+from scd.common.weights import StoredWeights, Weights, open_weights
 from scd.data.clip import ConditionSpec
 from scd.models.wan.config import WanBlockConfig
 from scd.models.wan.names import from_original
@@ -120,10 +120,7 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _from_state_dict(path: Path, key: str, head_dim: int) -> WanSource:
-    if path.suffix == ".safetensors":
-        weights: Weights = StoredWeights(path)
-    else:
-        weights = LoadedWeights(path, STATE_KEYS, key)
+    weights = open_weights(path, STATE_KEYS, key)
     names = {from_original(name): name for name in weights.names()}
     probes = ("patch_embedding.weight", "blocks.0.ffn.net.0.proj.weight", "proj_out.weight")
     text = "condition_embedder.text_embedder.linear_1.weight"
