@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.bench import card, limits, timing
 from scd.data.clip import Batch, frames_to_pixels
 from scd.data.loader import Loader

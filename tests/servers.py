@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.data.source import DataCard
 from scd.engine.open import open_engine
 from scd.models.checkpoint import World

@@ -48,7 +48,7 @@ OPTIONAL_PACKAGES = {
         "probing.diffusers_wan",
         "autoencoders.wan",
         "autoencoders.tiny",
-        "autoencoders.networks",
+        "autoencoders.diffusers",
     },
     "transformers": {"autoencoders.text_encoder"},
     "ftfy": {"autoencoders.text_encoder"},

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.data.clip import Conditions, frames_to_pixels, pixels_to_frames
 from scd.data.source import DataCard
 from scd.engine.open import open_engine

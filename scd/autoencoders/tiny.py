@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scd.autoencoders.base import StreamDecoder
 from scd.autoencoders.wan import EXTRA, FRAMES_PER_LATENT
 from scd.common.hub import CONFIG_FILE, class_of
 from scd.common.runtime import DTYPES, Precision
@@ -32,33 +33,10 @@ TIME_FACTORS = (1, 2, 2)
 """By how much each stage of TAEW multiplies the frames."""
 
 
-@runtime_checkable
-class StreamDecoder(Protocol):
-    """Latent frames of a batch of streams to frames of video, one after another."""
-
-    name: str
-    """Of the decoder, for whoever reports a figure."""
-    pictures_per_latent: int
-    """Frames that a latent frame becomes; the first one always becomes one."""
-
-    def next(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t 3 h2 w2"]:
-        """Return the frames in [-1, 1] of the next latent frame."""
-        ...
-
-    def reset(self) -> None:
-        """Forget the stream: the next latent frame is a first one."""
-        ...
-
-    def fork(self) -> StreamDecoder:
-        """Return an independent copy of the stream as it is; the weights are shared."""
-        ...
-
-
 class SoftClamp(nn.Module):
     """Squeezes latents smoothly into -3 .. 3."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Squeeze."""
         return torch.tanh(x / 3) * 3
 
 
@@ -94,7 +72,6 @@ class Grow(nn.Module):
         self.conv = nn.Conv2d(width, width * factor, 1, bias=False)
 
     def forward(self, frames: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t2 c h w"]:
-        """Multiply the frames."""
         grown = self.conv(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
         return rearrange(grown, "b t (n c) h w -> b (t n) c h w", n=self.factor)
 
@@ -136,44 +113,37 @@ class TaewDecoder(nn.Module):
         return x.clamp(0, 1) * 2 - 1
 
 
-class TaewStreamDecoder:
+class TaewStreamDecoder(StreamDecoder):
     """TAEW as a decoder of streams: one frame of the first latent frame, then four of each."""
 
     name = "TAEW (tiny)"
-    """Of the decoder, for whoever reports a figure."""
     pictures_per_latent = FRAMES_PER_LATENT
-    """Frames that a latent frame becomes, but for the first, which becomes one."""
 
     def __init__(self, network: TaewDecoder) -> None:
         self.network = network.eval().requires_grad_(False)
         self.reset()
 
     def reset(self) -> None:
-        """Forget the stream: the next latent frame is a first one."""
         self._memory: dict[int, Tensor] = {}
 
     def fork(self) -> TaewStreamDecoder:
-        """Return an independent copy of the stream as it is; the weights are shared."""
         twin = TaewStreamDecoder(self.network)
         twin._memory = dict(self._memory)
         return twin
 
     @torch.no_grad()
     def next(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t 3 h2 w2"]:
-        """Return the frames in [-1, 1] of the next latent frame: one of the first, then four."""
         skipped = 0 if self._memory else FRAMES_PER_LATENT - 1
         weight = next(self.network.parameters())
         frames = self.network(latent[:, None].to(weight.device, weight.dtype), self._memory)
         return frames[:, skipped:].float()
 
 
-class PictureStreamDecoder:
+class ImageStreamDecoder(StreamDecoder):
     """diffusers' AutoencoderTiny as a decoder of streams: one picture per latent frame."""
 
     name = "AutoencoderTiny (one picture per latent frame)"
-    """Of the decoder, for whoever reports a figure."""
     pictures_per_latent = 1
-    """Frames that a latent frame becomes."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network.eval().requires_grad_(False)
@@ -181,13 +151,12 @@ class PictureStreamDecoder:
     def reset(self) -> None:
         """Do nothing: there is no past."""
 
-    def fork(self) -> PictureStreamDecoder:
+    def fork(self) -> ImageStreamDecoder:
         """Return the decoder itself: there is no past."""
         return self
 
     @torch.no_grad()
     def next(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t 3 h2 w2"]:
-        """Return the picture in [-1, 1] of the next latent frame."""
         weight = next(self.network.parameters())
         network: Any = self.network
         picture = network.decode(latent.to(weight.device, weight.dtype)).sample
@@ -223,7 +192,7 @@ def open_tiny_decoder(
     nn.Module.to(network, torch.device(device), DTYPES[precision])
     if isinstance(network, TaewDecoder):
         return TaewStreamDecoder(network)
-    return PictureStreamDecoder(network)
+    return ImageStreamDecoder(network)
 
 
 def _load_pictures(folder: Path, channels: int) -> nn.Module:

@@ -10,6 +10,7 @@ The network is diffusers' AutoencoderKLWan. Needs the extra `wan`: pip install -
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +19,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.autoencoders.latents import LatentsConfig, cells, check_shape, per_channel
+from scd.autoencoders.base import LatentsConfig, NetworkAutoencoder, StreamDecoder, check_shape
 from scd.common.hub import find_part
-from scd.common.runtime import DTYPES, Precision
+from scd.common.runtime import Precision
 
 FRAMES_PER_LATENT = 4
 """Frames of video that a latent frame stands for, but for the first, which stands for one."""
@@ -69,86 +70,14 @@ def num_pixel_frames(num_latents: int) -> int:
     return max(0, 1 + FRAMES_PER_LATENT * (num_latents - 1))
 
 
-class WanAutoencoder:
-    """Between frames of video and Wan's latents of unit scale, channel by channel.
+class WanAutoencoder(NetworkAutoencoder):
+    """Between frames of video and Wan's latents; the network is diffusers' AutoencoderKLWan."""
 
-    The weights are read when they are first needed: a world can be loaded, and its latents be
-    streamed, where there are none.
-    """
-
-    def __init__(self, config: WanAutoencoderConfig, vae: nn.Module | None = None) -> None:
-        """Describe the autoencoder.
-
-        Args:
-            config: where it lies.
-            vae: diffusers' AutoencoderKLWan, where it is at hand already.
-        """
-        self.config = config
-        self._vae: Any = None
-        self._device, self._dtype = torch.device("cpu"), torch.float32
-        if vae is not None:
-            self._take(vae)
-
-    def place(self, device: torch.device | str, precision: Precision = "fp32") -> WanAutoencoder:
-        """Choose where, and in which arithmetic, it runs; return itself."""
-        self._device, self._dtype = torch.device(device), DTYPES[precision]
-        if self._vae is not None:
-            self._take(self._vae)
-        return self
-
-    def load(self) -> None:
-        """Read the weights now, not when they are first needed; raises as `vae` does."""
-        _ = self.vae
-
-    @property
-    def vae(self) -> Any:
-        """The network, diffusers' AutoencoderKLWan.
-
-        Raises:
-            FileNotFoundError, ValueError: it is not where the settings say, or of another kind.
-        """
-        if self._vae is None:
-            if not self.config.source:
-                raise FileNotFoundError(
-                    "this world does not say where Wan's autoencoder lies: name the folder, as "
-                    "diffusers writes it, that holds vae/"
-                )
-            self._take(_load_vae(self.config.source))
-        return self._vae
-
-    def _take(self, vae: nn.Module) -> None:
-        settings: Any = vae.config
-        down = 2 ** (len(settings.dim_mult) - 1)
-        if settings.patch_size is not None or sum(settings.temperal_downsample) != 2:
-            raise ValueError(
-                "needed the autoencoder of Wan2.1, which shortens time by 4 and has no patches, "
-                f"got patch_size={settings.patch_size} and "
-                f"temperal_downsample={settings.temperal_downsample}"
-            )
-        if (settings.z_dim, down) != (self.config.channels, self.config.cell_size):
-            raise ValueError(
-                f"the world's latents have {self.config.channels} channels and cells of "
-                f"{self.config.cell_size} pixels, this autoencoder's {settings.z_dim} and {down}"
-            )
-        # Not diffusers' own `to`, which warns of layers in 32 bits although this class has none.
-        nn.Module.to(vae, self._device, self._dtype)
-        self._vae = vae.eval().requires_grad_(False)
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return channels, rows and columns of the latent of a height x width frame.
-
-        Raises:
-            ValueError: the frame cannot be cut into cells.
-        """
-        return self.config.channels, *cells(height, width, self.config.cell_size)
+    config: WanAutoencoderConfig
 
     @torch.no_grad()
     def encode(self, frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t2 c h2 w2"]:
-        """Turn 1 + 4n frames in [-1, 1] into 1 + n latent frames: the mean of their distribution.
-
-        Raises:
-            ValueError: another number of frames, or frames that cannot be cut into cells.
-        """
+        """Turn 1 + 4n frames into 1 + n latent frames: the mean of their distribution."""
         num_latent_frames(frames.shape[1])
         self.latent_shape(*frames.shape[-2:])
         # As a stream, so that it is the same: diffusers takes the last layer over all at once.
@@ -162,35 +91,45 @@ class WanAutoencoder:
         stream = WanStreamDecoder(self)
         return torch.cat([stream.next(latent) for latent in latents.unbind(1)], dim=1)
 
-    def to_unit_scale(self, raw: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
-        """Turn what the network makes into latents, by the statistics that come with it."""
-        mean, std = self._statistics()
-        return (raw.float() - mean) / std
+    def computes(self) -> tuple[str, dict[str, Tensor]]:
+        text = "".join(
+            f"{name} {list(self.network.config[name])}\n"
+            for name in ("latents_mean", "latents_std")
+        )
+        return text, self.network.state_dict()
 
-    def from_unit_scale(self, latents: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
-        """Turn latents into what the network reads, on its device and in its arithmetic."""
-        mean, std = self._statistics()
-        return (latents.to(self._device).float() * std + mean).to(self._dtype)
+    def _read(self) -> nn.Module:
+        if not self.config.source:
+            raise FileNotFoundError(
+                "this world does not say where Wan's autoencoder lies: name the folder, as "
+                "diffusers writes it, that holds vae/"
+            )
+        return _load_network(self.config.source)
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        settings: Any = self.vae.config
-        return per_channel(settings.latents_mean, settings.latents_std, self._device)
+    def _shape_of(self, network: Any) -> tuple[int, int]:
+        settings = network.config
+        if settings.patch_size is not None or sum(settings.temperal_downsample) != 2:
+            raise ValueError(
+                "needed the autoencoder of Wan2.1, which shortens time by 4 and has no patches, "
+                f"got patch_size={settings.patch_size} and "
+                f"temperal_downsample={settings.temperal_downsample}"
+            )
+        return settings.z_dim, 2 ** (len(settings.dim_mult) - 1)
+
+    def _statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        settings = self.network.config
+        return settings.latents_mean, settings.latents_std
 
 
-class WanStreamDecoder:
-    """Latent frames of a batch of streams to frames of video, exactly as `WanAutoencoder.decode`.
-
-    `next` once per latent frame, from the first one on; `reset` begins anew; `fork` copies.
-    """
+class WanStreamDecoder(StreamDecoder):
+    """Latent frames of a batch of streams to frames, exactly as `WanAutoencoder.decode`."""
 
     name = "AutoencoderKLWan"
-    """Of the decoder, for whoever reports a figure."""
     pictures_per_latent = FRAMES_PER_LATENT
-    """Frames that a latent frame becomes, but for the first, which becomes one."""
 
     def __init__(self, autoencoder: WanAutoencoder) -> None:
         self.autoencoder = autoencoder
-        self._num_memories = _num_memories(autoencoder.vae.decoder)
+        self._num_memories = _num_memories(autoencoder.network.decoder)
         self.reset()
 
     def reset(self) -> None:
@@ -199,7 +138,6 @@ class WanStreamDecoder:
         self._is_first = True
 
     def fork(self) -> WanStreamDecoder:
-        """Return an independent copy of the stream as it is; the weights are shared."""
         twin = WanStreamDecoder(self.autoencoder)
         # The network puts new tensors into the list and never writes into an old one.
         twin._memory, twin._is_first = list(self._memory), self._is_first
@@ -208,10 +146,10 @@ class WanStreamDecoder:
     @torch.no_grad()
     def next(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t 3 h2 w2"]:
         """Return the frames in [-1, 1] of the next latent frame: one of the first, then four."""
-        vae = self.autoencoder.vae
+        network = self.autoencoder.network
         raw = self.autoencoder.from_unit_scale(latent)[:, :, None]
-        frames = vae.decoder(
-            vae.post_quant_conv(raw),
+        frames = network.decoder(
+            network.post_quant_conv(raw),
             feat_cache=self._memory,
             feat_idx=[0],
             first_chunk=self._is_first,
@@ -234,7 +172,7 @@ class WanStreamEncoder:
 
     def __init__(self, autoencoder: WanAutoencoder) -> None:
         self.autoencoder = autoencoder
-        self._num_memories = _num_memories(autoencoder.vae.encoder)
+        self._num_memories = _num_memories(autoencoder.network.encoder)
         self.reset()
 
     def reset(self) -> None:
@@ -257,10 +195,10 @@ class WanStreamEncoder:
                 f"needed {needed}, got {frames.shape[1]}"
             )
         self.autoencoder.latent_shape(*frames.shape[-2:])
-        vae = self.autoencoder.vae
-        weight = next(vae.parameters())
+        network = self.autoencoder.network
+        weight = next(network.parameters())
         pixels = rearrange(frames, "b t c h w -> b c t h w").to(weight.device, weight.dtype)
-        moments = vae.quant_conv(vae.encoder(pixels, feat_cache=self._memory, feat_idx=[0]))
+        moments = network.quant_conv(network.encoder(pixels, feat_cache=self._memory, feat_idx=[0]))
         self._is_first = False
         mean, _ = moments.chunk(2, dim=1)
         return self.autoencoder.to_unit_scale(mean[:, :, 0])
@@ -277,17 +215,17 @@ def open_wan_autoencoder(
         FileNotFoundError: it is not there, or the hub cannot be reached.
         ValueError: another kind of model, or diffusers is not installed.
     """
-    vae = _load_vae(str(source))
-    settings: Any = vae.config
+    network = _load_network(str(source))
+    settings: Any = network.config
     config = WanAutoencoderConfig(
         source=str(source),
         channels=settings.z_dim,
         cell_size=2 ** (len(settings.dim_mult) - 1),
     )
-    return WanAutoencoder(config, vae).place(device, precision)
+    return WanAutoencoder(config, network).place(device, precision)
 
 
-def _load_vae(source: str) -> Any:
+def _load_network(source: str) -> Any:
     folder = find_part(source, "vae", ("AutoencoderKLWan",), "video autoencoder of Wan")
     try:
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.bench.case import Case
 from scd.bench.limits import synchronize
 from scd.bench.stream import CONTEXT_NOISE, GUIDANCE_SCALE, fill_window

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.autoencoders.build import Autoencoder
-from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
 from scd.common.config import from_json
 from scd.common.runtime import make_generator
 from scd.data.clip import ConditionSpec

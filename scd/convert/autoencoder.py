@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scd.autoencoders.deep_compression import FAR_SCALE, settings_of
-from scd.autoencoders.networks import new_network, save_network
+from scd.autoencoders.diffusers import new_network, save_network
 from scd.common.files import refuse_used, written_aside
 from scd.common.weights import read_state_dict
 from scd.models.pretrained import check_state

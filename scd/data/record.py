@@ -11,7 +11,7 @@ import os
 import signal
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +98,10 @@ class Recording(ABC):
         """End what `play` has started in this process."""
 
 
+_Job = tuple[Recording, int, Split]
+"""One episode to record."""
+
+
 def recordings() -> dict[str, type[Recording]]:
     """Return the worlds that can be recorded, by name."""
     return find_kinds(Recording)
@@ -116,7 +120,7 @@ def record(config: Recording) -> Path:
     out, card = Path(config.out), config.card
     num_done = _begin(out, card, config)
     splits = choose_splits(config.episodes, config.val_fraction, config.test_fraction)
-    jobs = [(config, episode, splits[episode]) for episode in range(num_done, config.episodes)]
+    jobs: list[_Job] = [(config, i, splits[i]) for i in range(num_done, config.episodes)]
     for entry in track(_run(jobs, config.workers), f"recording {out}", total=len(jobs)):
         append_to_manifest(out, entry)
     return out
@@ -157,7 +161,7 @@ def _drop_torn_line(out: Path) -> None:
             aside.write_text(text[: text.rfind("\n") + 1])
 
 
-def _run(jobs: Sequence[tuple[Recording, int, Split]], workers: int) -> Iterator[Entry]:
+def _run(jobs: list[_Job], workers: int) -> Iterator[Entry]:
     """Record episodes, side by side if there are several workers; yield their lines in order."""
     if workers == 1 or len(jobs) < 2:
         for job in jobs:

@@ -21,14 +21,14 @@ from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
+from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.autoencoders.build import (
     Autoencoder,
     build_autoencoder,
     fingerprint,
     open_autoencoder,
 )
-from scd.autoencoders.pictures import PictureAutoencoder, with_statistics
-from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.diffusers import ImageAutoencoder, with_statistics
 from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_cache
 from scd.common.config import to_json
 from scd.common.runtime import Precision, choose_device, parse_shard
@@ -351,7 +351,7 @@ def choose_autoencoder(
     else:
         autoencoder = build_autoencoder(settings, device, config.precision)
     if config.statistics == "measured":
-        if not isinstance(autoencoder, PictureAutoencoder):
+        if not isinstance(autoencoder, ImageAutoencoder):
             raise ValueError(
                 f"{config.autoencoder} is no autoencoder of pictures: its latents have the "
                 "statistics that belong to it, --statistics given"

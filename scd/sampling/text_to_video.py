@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from scd.autoencoders.base import StreamDecoder
 from scd.autoencoders.build import AutoencoderConfig
 from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_cache, refuse_empty
-from scd.autoencoders.tiny import StreamDecoder, open_tiny_decoder
+from scd.autoencoders.tiny import open_tiny_decoder
 from scd.autoencoders.wan import (
     FRAMES_PER_LATENT,
     WanAutoencoder,

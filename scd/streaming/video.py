@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scd.autoencoders.tiny import StreamDecoder
+from scd.autoencoders.base import StreamDecoder
 from scd.data.clip import Conditions
 from scd.engine.interface import Engine
 from scd.models.checkpoint import World

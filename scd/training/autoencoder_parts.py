@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scd.autoencoders.base import cells
 from scd.autoencoders.deep_compression import deep_name, deep_settings
-from scd.autoencoders.latents import cells
-from scd.autoencoders.networks import new_network, shape_of
+from scd.autoencoders.diffusers import new_network, shape_of
 from scd.common.published_weights import ALEXNET, LPIPS_HEADS, check_weights, shipped_heads
 from scd.common.runtime import derive_seed
 from scd.data.source import Source

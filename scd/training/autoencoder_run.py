@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scd.autoencoders.networks import (
+from scd.autoencoders.diffusers import (
     LAST_FILE,
     WEIGHTS_FILE,
     measure_statistics,

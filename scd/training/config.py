@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from scd.autoencoders.base import PixelConfig
 from scd.autoencoders.build import AutoencoderConfig, build_autoencoder, fingerprint
-from scd.autoencoders.pixels import PixelConfig
 from scd.autoencoders.text_encoder import text_fingerprint
 from scd.common.config import added, differences, to_json
 from scd.common.runlog import Tracker

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
+from scd.autoencoders.base import PixelAutoencoder
 from scd.autoencoders.build import AutoencoderConfig
-from scd.autoencoders.pixels import PixelAutoencoder
 from scd.common.config import from_json
 from scd.data.latents import INFO_FILE, LatentSource, is_latents
 from scd.data.loader import Loader

@@ -12,11 +12,14 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
 from scd.autoencoders.build import build_autoencoder, fingerprint, open_autoencoder
 from scd.autoencoders.deep_compression import deep_name, deep_settings, settings_from, settings_of
-from scd.autoencoders.networks import load_network, measure_statistics, new_network, save_network
-from scd.autoencoders.pictures import (
-    PictureAutoencoder,
-    PictureAutoencoderConfig,
-    open_picture_autoencoder,
+from scd.autoencoders.diffusers import (
+    ImageAutoencoder,
+    ImageAutoencoderConfig,
+    load_network,
+    measure_statistics,
+    new_network,
+    open_image_autoencoder,
+    save_network,
     with_statistics,
 )
 from scd.autoencoders.wan import WanAutoencoder
@@ -99,16 +102,16 @@ def test_latents_and_frames_are_those_of_the_network(kind, tmp_path):
     network = tiny(kind, **changes)
     network.save_pretrained(tmp_path / "vae")
     autoencoder = open_autoencoder(str(tmp_path))
-    assert isinstance(autoencoder, PictureAutoencoder)
+    assert isinstance(autoencoder, ImageAutoencoder)
     assert autoencoder.config == replace(
-        open_picture_autoencoder(tmp_path / "vae").config, source=str(tmp_path)
+        open_image_autoencoder(tmp_path / "vae").config, source=str(tmp_path)
     )
     assert autoencoder.latent_shape(32, 16) == (CHANNELS, 8, 4)
     raw, again = plain(network, frames_of())
     latents = autoencoder.encode(frames_of())
     torch.testing.assert_close(latents, (raw - mean) / std)
     torch.testing.assert_close(autoencoder.decode(latents), again)
-    other = build_autoencoder(from_json(PictureAutoencoderConfig, to_json(autoencoder.config)))
+    other = build_autoencoder(from_json(ImageAutoencoderConfig, to_json(autoencoder.config)))
     torch.testing.assert_close(other.encode(frames_of()), latents)
     half = open_autoencoder(str(tmp_path), precision="bf16").encode(frames_of())
     assert half.dtype == torch.float32 and 0 < (half - latents).abs().max() < 0.2
@@ -117,7 +120,7 @@ def test_latents_and_frames_are_those_of_the_network(kind, tmp_path):
 def test_the_scale_of_each_channel_is_given_or_measured(tmp_path):
     mean, std = [float(n) / 4 for n in range(CHANNELS)], [1.0 + n for n in range(CHANNELS)]
     tiny("AutoencoderKL", latents_mean=mean, latents_std=std).save_pretrained(tmp_path / "kl")
-    given = open_picture_autoencoder(tmp_path / "kl")
+    given = open_image_autoencoder(tmp_path / "kl")
     assert (given.config.mean, given.config.std) == (tuple(mean), tuple(std))
     clips = [frames_of(seed=seed, size=32) for seed in range(8)]
     measured = with_statistics(given, clips)
@@ -127,12 +130,12 @@ def test_the_scale_of_each_channel_is_given_or_measured(tmp_path):
     assert fingerprint(measured) != fingerprint(given)
     # The scale stays with the folder, and beside weights that know another one.
     save_network(given.network, tmp_path / "kept", (measured.config.mean, measured.config.std))
-    kept = open_picture_autoencoder(tmp_path / "kept")
+    kept = open_image_autoencoder(tmp_path / "kept")
     assert replace(kept.config, source="") == replace(measured.config, source="")
     assert fingerprint(kept) == fingerprint(measured)
     (tmp_path / "kept/statistics.json").write_text('{"mean": [0.0]}')
     with pytest.raises(ValueError, match="statistics.json is damaged"):
-        open_picture_autoencoder(tmp_path / "kept")
+        open_image_autoencoder(tmp_path / "kept")
 
 
 def test_statistics_by_hand():
@@ -200,13 +203,13 @@ def test_what_is_no_whole_autoencoder_is_refused(tmp_path):
         open_autoencoder(str(tmp_path / "other"))
     (tmp_path / "text").mkdir()
     (tmp_path / "text/config.json").write_text('{"_class_name": "CLIPTextModel"}')
-    with pytest.raises(ValueError, match="needed a picture or video .*it holds CLIPText"):
+    with pytest.raises(ValueError, match="needed a single-image or video .*it holds CLIPText"):
         open_autoencoder(str(tmp_path / "text"))
     with pytest.raises(FileNotFoundError, match="hf download some-owner/some-autoencoder"):
         open_autoencoder("some-owner/some-autoencoder")
     tiny_vae().save_pretrained(tmp_path / "wan/vae")
     assert isinstance(open_autoencoder(str(tmp_path / "wan")), WanAutoencoder)
-    with pytest.raises(ValueError, match="needed a picture autoencoder .*it holds .*KLWan"):
+    with pytest.raises(ValueError, match="needed a single-image autoencoder .*it holds .*KLWan"):
         load_network(tmp_path / "wan")
 
 

@@ -56,8 +56,8 @@ def test_latents_are_diffusers_mean_at_unit_scale(autoencoder):
     clip = clip_of()
     latents = autoencoder.encode(clip)
     assert latents.shape == (2, 3, 16, 2, 3)
-    mean = autoencoder.vae.encode(clip.transpose(1, 2)).latent_dist.mean.transpose(1, 2)
-    settings = autoencoder.vae.config
+    mean = autoencoder.network.encode(clip.transpose(1, 2)).latent_dist.mean.transpose(1, 2)
+    settings = autoencoder.network.config
     for channel in (0, 7, 15):
         expected = mean[:, :, channel] - settings.latents_mean[channel]
         expected = expected / settings.latents_std[channel]
@@ -70,7 +70,7 @@ def test_decoding_is_that_of_diffusers(autoencoder):
     frames = autoencoder.decode(latents)
     assert frames.shape == (2, 13, 3, 24, 32) and frames.std() > 0.01
     raw = autoencoder.from_unit_scale(latents).transpose(1, 2)
-    theirs = autoencoder.vae.decode(raw).sample.transpose(1, 2)
+    theirs = autoencoder.network.decode(raw).sample.transpose(1, 2)
     # Its first layer takes all latent frames at once, which rounds otherwise on some processors.
     torch.testing.assert_close(frames, theirs, atol=1e-6, rtol=1e-5)
 
@@ -113,7 +113,7 @@ def test_streamed_latents_are_those_of_the_whole_clip(autoencoder):
 
 def test_half_precision_is_near(source, autoencoder):
     half = open_wan_autoencoder(source, precision="bf16")
-    assert next(half.vae.parameters()).dtype == torch.bfloat16
+    assert next(half.network.parameters()).dtype == torch.bfloat16
     frames, exact = half.decode(latents_of()), autoencoder.decode(latents_of())
     assert frames.dtype == torch.float32
     assert 0 < (frames - exact).abs().max() < 0.1 * exact.abs().max()
@@ -130,7 +130,7 @@ def test_weights_are_read_when_they_are_needed(source, autoencoder):
         WanAutoencoder(WanAutoencoderConfig(source="")).encode(clip_of())
     here = WanAutoencoder(WanAutoencoderConfig(source=str(source)))
     assert torch.equal(here.decode(latents_of()), autoencoder.decode(latents_of()))
-    with pytest.raises(ValueError, match="8 channels and cells of 8 pixels, this autoencoder's 16"):
+    with pytest.raises(ValueError, match="8 channels and cells of 8 pixels, this autoencoder's have 16"):
         WanAutoencoder(WanAutoencoderConfig(source=str(source), channels=8)).decode(latents_of())
 
 

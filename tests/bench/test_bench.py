@@ -11,7 +11,7 @@ import pytest
 import torch
 import tyro
 
-from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.bench.card import LimitsOfDevice, RowFile
 from scd.bench.case import Case, numbers, parse_case
 from scd.bench.compare import CompareConfig, compare, pairs_of

@@ -11,20 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from scd.evaluation.metrics import AgainstTruth, Drift
+from scd.evaluation.trial import Trial, Unit, measure
 from torch import Tensor, nn
 
 from scd.cli import main
 from scd.common.published_weights import shipped_heads
 from scd.data.source import open_source
-from scd.evaluation import evaluate_protocol, fvd, image, predict
+from scd.evaluation import evaluate, fvd, image, predict
 from scd.evaluation import report as protocol_page
 from scd.evaluation.compress import through_h264
 from scd.evaluation.inverse_dynamics import Judge, JudgeConfig, TrainedJudge, load_judge, save_judge
 from scd.evaluation.lpips import LAYERS, load_lpips
-from scd.evaluation.measure import measure
-from scd.evaluation.protocols import PROTOCOLS
-from scd.evaluation.trajectories import Instruments, Trial, Unit
-from scd.evaluation.units import Parts
+from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig
 from scd.models.checkpoint import load_world, save_world
 from scd.streaming.rollout import Guidance
 
@@ -38,8 +37,8 @@ def model_config(separable_config):
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
     """Picture, page and intervals take longer than the evaluations; other tests see them."""
-    monkeypatch.setattr(evaluate_protocol, "plot_metrics", lambda *_: None)
-    monkeypatch.setattr(evaluate_protocol, "write_report", lambda *_: None)
+    monkeypatch.setattr(evaluate, "plot_metrics", lambda *_: None)
+    monkeypatch.setattr(evaluate, "write_report", lambda *_: None)
     monkeypatch.setattr(image, "NUM_RESAMPLES", 20)
     monkeypatch.setattr(fvd, "NUM_RESAMPLES", 20)
 
@@ -51,11 +50,11 @@ def small(**changes):
 
 def settings(run, folder, tmp_path, protocol=None, **changes):
     values = dict(run=run, data=folder, out=str(tmp_path / "e.json"), device="cpu")
-    return evaluate_protocol.ProtocolConfig(protocol=protocol or small(), **{**values, **changes})
+    return EvaluateConfig(protocol=protocol or small(), **{**values, **changes})
 
 
 def evaluated(*arguments, **changes):
-    result = evaluate_protocol.evaluate_by_protocol(settings(*arguments, **changes))
+    result = evaluate.evaluate(settings(*arguments, **changes))
     assert result is not None
     return result
 
@@ -124,15 +123,15 @@ def trial_of(run, folder, protocol):
         source=source,
         windows=windows,
         protocol=protocol,
-        sampling=world.sampling,
-        guidance=Guidance(),
-        instruments=Instruments(),
+        metrics=[AgainstTruth(protocol), Drift(protocol)],
     )
 
 
 def rolled_out(trial, trajectory):
     """All clips of one trajectory: predicted frames and whole true clips."""
-    parts = [trial.roll_out(Unit(batch, trajectory)) for batch in range(len(trial.batches))]
+    parts = [
+        trial.roll_out(Unit(batch, trajectory)) for batch in range(len(trial.protocol.batches()))
+    ]
     return torch.cat([part.frames for part in parts]), torch.cat([p.batch.frames for p in parts])
 
 
@@ -156,7 +155,7 @@ def test_one_trajectory_of_spread_clips_is_the_evaluation_of_today(
 
 
 def test_result_file_and_page_say_everything(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_protocol, "write_report", protocol_page.write_report)
+    monkeypatch.setattr(evaluate, "write_report", protocol_page.write_report)
     result = evaluated(run, folder, tmp_path)
     written = json.loads((tmp_path / "e.json").read_text())
     assert written == json.loads(json.dumps(result))
@@ -174,7 +173,7 @@ def test_result_file_and_page_say_everything(run, folder, tmp_path, monkeypatch)
     for text in ("best of 5 clips by psnr_per_frame", "median of", "worst of", "fvd_sets", "h264"):
         assert text in page
     assert "num_clips: 64, 5 (protocol, here)" in page
-    table = evaluate_protocol.readable(result)
+    table = evaluate.readable(result)
     assert table.startswith("toy-8-8: 5 clips, 2 trajectories each (mean), 2 given and 3 pred")
     assert "changed: context: 8, 2" in table and "ssim" in table
 
@@ -183,12 +182,12 @@ def test_a_world_is_known_by_its_weights_in_one_file_or_in_several(
     tiny_world, run, folder, tmp_path, monkeypatch
 ):
     device, large = torch.device("cpu"), tmp_path / "large"
-    about = evaluate_protocol.prepare(settings(run, folder, tmp_path), device).about
+    about = evaluate.prepare(settings(run, folder, tmp_path), device).about
     assert about["world"] == sha256(Path(run) / "model.safetensors")
     monkeypatch.setattr("scd.models.checkpoint.SHARD_BYTES", 20_000)
     save_world(tiny_world, large)
     files = [path.read_bytes() for path in sorted(large.glob("model-*.safetensors"))]
-    about = evaluate_protocol.prepare(settings(str(large), folder, tmp_path), device).about
+    about = evaluate.prepare(settings(str(large), folder, tmp_path), device).about
     assert len(files) > 1 and about["world"] == hashlib.sha256(b"".join(files)).hexdigest()
 
 
@@ -298,7 +297,7 @@ def test_fvd_of_predicted_frames_pools_trajectories_if_asked(run, folder, i3d, t
 
 
 def test_clips_from_nothing_are_compared_as_a_set(run, folder, i3d, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_protocol, "write_report", protocol_page.write_report)
+    monkeypatch.setattr(evaluate, "write_report", protocol_page.write_report)
     base = small(context=0, horizon=10, num_clips=3, fvd=True, shuffled_actions=False)
     base = replace(base, num_trajectories=1)
     result = evaluated(run, folder, tmp_path, base, **i3d)
@@ -308,9 +307,7 @@ def test_clips_from_nothing_are_compared_as_a_set(run, folder, i3d, tmp_path, mo
     # Nothing of the clips but their actions is given: other frames under them change nothing.
     batch = predict.read_windows(trial.source, trial.windows[:2], 10)
     other = replace(batch, frames=-batch.frames)
-    first, again = (
-        predict.predict(trial.world, one, trial.rolled).frames for one in (batch, other)
-    )
+    first, again = (predict.predict(trial.world, one, 0).frames for one in (batch, other))
     assert torch.equal(first, again) and torch.equal(first, made[:2])
     detector = fvd.load_i3d(i3d["i3d"], "stylegan-v", torch.device("cpu"))
     sides = [detector.features(clips)[:, None] for clips in (made, true)]
@@ -387,7 +384,7 @@ def test_parts_of_another_evaluation_are_not_mixed_in(run, folder, tmp_path, mon
 
 
 def test_parts_appear_whole(tmp_path):
-    parts = Parts(tmp_path / "parts")
+    parts = evaluate.Parts(tmp_path / "parts")
     parts.open({"seed": 0})
     parts.open({"seed": 0})
     assert parts.missing(["a", "b"]) == ["a", "b"]

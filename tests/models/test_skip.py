@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.bench.case import Case
 from scd.common.config import from_json, to_json
 from scd.data.clip import Conditions

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.data.clip import Conditions, ConditionSpec
 from scd.data.source import DataCard
 from scd.engine.open import open_engine

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.cli import main
 from scd.data.clip import Conditions, frames_to_pixels
 from scd.data.manifest import CARD_FILE, write_card, write_episode, write_manifest

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.cli import main
 from scd.models.block import BlockConfig
 from scd.models.build import build

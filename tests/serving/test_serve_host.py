@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.engine.plain import PlainEngine
 from scd.models.checkpoint import World
 from scd.models.flow import SamplingConfig, schedule, with_num_steps

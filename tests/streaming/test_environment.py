@@ -7,7 +7,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.utils.seeding import np_random
 
 import scd
-from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.data.clip import ConditionSpec
 from scd.engine.open import open_engine
 from scd.models.build import build

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.data.clip import Conditions, ConditionSpec
 from scd.data.source import DataCard
 from scd.engine.open import open_engine

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scd.autoencoders.pixels import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.common import memory as device_memory
 from scd.common.memory import OutOfMemory
 from scd.data.clip import Conditions, ConditionSpec

@@ -1,31 +1,40 @@
-"""Networks of diffusers that encode single pictures: found, built, read, written, and their scale.
+"""Networks of diffusers that encode single images: AutoencoderDC, AutoencoderKL, AutoencoderTiny.
 
-AutoencoderDC, AutoencoderKL and AutoencoderTiny. Needs diffusers, which the extra `wan` brings:
-pip install -e ".[wan]".
+Every frame by itself. Latents are brought to unit scale, channel by channel, by a mean and a
+deviation that belong to the settings: those that come with the weights, or those measured on data.
+A folder that `scd train-autoencoder` or `scd convert autoencoder` wrote is one of these too.
+
+Needs diffusers, which the extra `wan` brings: pip install -e ".[wan]".
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from scd.autoencoders.base import LatentsConfig, NetworkAutoencoder, check_shape
+from scd.common.files import read_json
 from scd.common.hub import class_of, find_part
+from scd.common.runtime import Precision
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel of latents."""
 
-PictureKind = Literal["AutoencoderDC", "AutoencoderKL", "AutoencoderTiny"]
+ImageKind = Literal["AutoencoderDC", "AutoencoderKL", "AutoencoderTiny"]
 """Classes of diffusers."""
 
-KINDS: tuple[PictureKind, ...] = ("AutoencoderDC", "AutoencoderKL", "AutoencoderTiny")
+KINDS: tuple[ImageKind, ...] = get_args(ImageKind)
 """The same, to look through."""
 
 STATISTICS_FILE = "statistics.json"
@@ -40,7 +49,7 @@ LAST_FILE = "last"
 EXTRA = 'this autoencoder needs diffusers: pip install -c constraints.txt -e ".[wan]"'
 """What to do where the optional package is missing."""
 
-TOLD_APART_BY: dict[PictureKind, tuple[str, ...]] = {
+TOLD_APART_BY: dict[ImageKind, tuple[str, ...]] = {
     "AutoencoderDC": (
         "attention_head_dim",
         "decoder_act_fns",
@@ -53,11 +62,128 @@ TOLD_APART_BY: dict[PictureKind, tuple[str, ...]] = {
 }
 """Settings of a network that change what it computes, and that no weight shows."""
 
+NUM_AT_ONCE = 64
+"""Frames that go through the network at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageAutoencoderConfig(LatentsConfig):
+    """Where an image autoencoder lies, and the shape and scale of its latents."""
+
+    source: str
+    """Folder as diffusers writes it, or its name on the hub."""
+    network: ImageKind
+    """Class of diffusers."""
+    channels: int
+    """Channels of a latent frame."""
+    cell_size: int
+    """Rows, and columns, of pixels that one latent cell stands for."""
+    mean: tuple[float, ...]
+    """Mean of each channel of what the network makes."""
+    std: tuple[float, ...]
+    """Standard deviation of each channel."""
+
+    def __post_init__(self) -> None:
+        check_shape(self.channels, self.cell_size)
+        if {len(self.mean), len(self.std)} != {self.channels}:
+            raise ValueError(
+                f"{self.channels} channels need as many entries of mean and std, "
+                f"got {len(self.mean)} and {len(self.std)}"
+            )
+        if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
+            raise ValueError("mean must be finite and std positive and finite")
+
+
+class ImageAutoencoder(NetworkAutoencoder):
+    """Between frames and latents of unit scale, each frame by itself."""
+
+    config: ImageAutoencoderConfig
+
+    @torch.no_grad()
+    def encode(self, frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t c h2 w2"]:
+        """Turn frames in [-1, 1] into latents; of a distribution, its mean."""
+        self.latent_shape(*frames.shape[-2:])
+        return self.to_unit_scale(self.encode_raw(frames))
+
+    @torch.no_grad()
+    def encode_raw(self, frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t c h2 w2"]:
+        """Turn frames into what the network makes, before it is brought to unit scale."""
+        kind, network = self.config.network, self.network
+        return self._in_parts(frames, lambda part: raw_latents(kind, network, part))
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t 3 h2 w2"]:
+        raw, network = self.from_unit_scale(latents), self.network
+        return self._in_parts(raw, lambda part: network.decode(part).sample).clamp(-1, 1)
+
+    def computes(self) -> tuple[str, dict[str, Tensor]]:
+        settings = dict(self.network.config)
+        told = {name: settings.get(name) for name in TOLD_APART_BY[self.config.network]}
+        return json.dumps(told, sort_keys=True), self.network.state_dict()
+
+    def _in_parts(
+        self, tensor: Float[Tensor, "b t c h w"], call: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        flat = tensor.flatten(0, 1).to(self._device, self._dtype)
+        made = torch.cat([call(part).float() for part in flat.split(NUM_AT_ONCE)])
+        return made.unflatten(0, tensor.shape[:2])
+
+    def _read(self) -> nn.Module:
+        kind, network = load_network(self.config.source)
+        if kind != self.config.network:
+            raise ValueError(
+                f"{self.config.source} holds an {kind}, needed the {self.config.network} "
+                "that the settings name"
+            )
+        return network
+
+    def _shape_of(self, network: Any) -> tuple[int, int]:
+        return shape_of(self.config.network, network)
+
+    def _statistics(self) -> Statistics:
+        return self.config.mean, self.config.std
+
+
+def with_statistics(
+    autoencoder: ImageAutoencoder, batches: Iterable[Float[Tensor, "b t 3 h w"]]
+) -> ImageAutoencoder:
+    """Return the same autoencoder at the scale that its latents have on some frames."""
+    mean, std = measure_statistics(autoencoder.encode_raw(frames) for frames in batches)
+    twin = copy(autoencoder)
+    twin.config = replace(autoencoder.config, mean=mean, std=std)
+    return twin
+
+
+def open_image_autoencoder(
+    source: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
+) -> ImageAutoencoder:
+    """Open an image autoencoder: its folder, a pipeline with its vae/, a training, the hub.
+
+    Raises:
+        FileNotFoundError: it is not there, or the hub cannot be reached.
+        ValueError: another kind of model, or diffusers is not installed.
+    """
+    folder = find_network(source)
+    kind, network = load_network(folder)
+    channels, cell_size = shape_of(kind, network)
+    mean, std = given_statistics(folder, kind, network.config)
+    config = ImageAutoencoderConfig(
+        source=str(source),
+        network=kind,
+        channels=channels,
+        cell_size=cell_size,
+        mean=mean,
+        std=std,
+    )
+    return ImageAutoencoder(config, network).place(device, precision)
+
 
 def find_network(
     source: str | os.PathLike[str],
     classes: tuple[str, ...] = KINDS,
-    what: str = "picture autoencoder",
+    what: str = "single-image autoencoder",
 ) -> Path:
     """Return the folder of an autoencoder; of a training, its newest step.
 
@@ -70,7 +196,7 @@ def find_network(
     return find_part(place, "vae", classes, what, at_root=True)
 
 
-def load_network(source: str | os.PathLike[str]) -> tuple[PictureKind, Any]:
+def load_network(source: str | os.PathLike[str]) -> tuple[ImageKind, Any]:
     """Read a network: its class's name and itself.
 
     Raises:
@@ -79,7 +205,7 @@ def load_network(source: str | os.PathLike[str]) -> tuple[PictureKind, Any]:
     """
     folder = find_network(source)
     name = class_of(folder)
-    kind: PictureKind = next(one for one in KINDS if one == name)
+    kind: ImageKind = next(one for one in KINDS if one == name)
     try:
         network, report = _class(kind).from_pretrained(
             str(folder), local_files_only=True, output_loading_info=True
@@ -114,7 +240,7 @@ def save_network(network: Any, folder: Path, statistics: Statistics | None = Non
         (folder / STATISTICS_FILE).write_text(json.dumps(values, indent=2) + "\n")
 
 
-def shape_of(kind: PictureKind, network: Any) -> tuple[int, int]:
+def shape_of(kind: ImageKind, network: Any) -> tuple[int, int]:
     """Return channels of a latent frame, and pixels of a cell each way."""
     settings = network.config
     stages = "block_out_channels" if kind == "AutoencoderKL" else "encoder_block_out_channels"
@@ -122,7 +248,7 @@ def shape_of(kind: PictureKind, network: Any) -> tuple[int, int]:
 
 
 def raw_latents(
-    kind: PictureKind, network: Any, frames: Float[Tensor, "f 3 h w"]
+    kind: ImageKind, network: Any, frames: Float[Tensor, "f 3 h w"]
 ) -> Float[Tensor, "f c h2 w2"]:
     """Return what a network makes of frames; gradient flows."""
     encoded = network.encode(frames)
@@ -159,7 +285,7 @@ def _rounded(values: Tensor) -> list[float]:
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 
-def given_statistics(folder: Path, kind: PictureKind, settings: Any) -> Statistics:
+def given_statistics(folder: Path, kind: ImageKind, settings: Any) -> Statistics:
     """Return the scale that comes with the weights: ours, per channel, or one for all."""
     channels = settings["latent_channels"]
     if (folder / STATISTICS_FILE).is_file():
@@ -177,13 +303,13 @@ def read_statistics(path: Path) -> Statistics:
         ValueError: the file is damaged.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         return tuple(map(float, values["mean"])), tuple(map(float, values["std"]))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): needed mean and std, numbers") from error
 
 
-def _class(kind: PictureKind) -> Any:
+def _class(kind: ImageKind) -> Any:
     try:
         from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL

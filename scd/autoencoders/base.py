@@ -1,0 +1,236 @@
+"""What every autoencoder offers, and the simplest one: pixels at zero mean and unit scale."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from scd.common.runtime import DTYPES, Precision
+
+Network = TypeVar("Network", bound="NetworkAutoencoder")
+
+
+class LatentsConfig:
+    """What the settings of any autoencoder tell of its latents."""
+
+    frames_per_latent: ClassVar[int] = 1
+    """Frames of video that a latent frame stands for, but for the first, which stands for one."""
+    has_text_encoder: ClassVar[bool] = False
+    """Whether a text encoder lies beside the autoencoder."""
+
+    def placeless(self) -> Any:
+        """Return the settings without where the weights lie, if they may lie anywhere."""
+        return self
+
+
+class Autoencoder(ABC):
+    """Between frames in [-1, 1] and latents of unit scale."""
+
+    config: Any
+    """Settings from which `build_autoencoder` makes it again."""
+
+    def load(self) -> None:  # noqa: B027
+        """Read the weights, if there are any, which else are read when they are first needed."""
+
+    def computes(self) -> tuple[str, dict[str, Tensor]]:
+        """Return what its results depend on besides the settings: some text, and its weights.
+
+        Raises:
+            FileNotFoundError, ValueError: the weights cannot be read.
+        """
+        return "", {}
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Return channels, rows and columns of the latent of a height x width frame.
+
+        Raises:
+            ValueError: the frame cannot be cut into cells.
+        """
+
+    @abstractmethod
+    def encode(self, frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t2 c h2 w2"]:
+        """Turn frames in [-1, 1] into latents.
+
+        Raises:
+            ValueError: frames that cannot be cut into cells, or a number of frames that cannot be.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t2 3 h2 w2"]:
+        """Turn latents into frames in [-1, 1]; values outside are clipped."""
+
+
+class StreamDecoder(ABC):
+    """Latent frames of a batch of streams to frames of video, one after another.
+
+    `next` once per latent frame, from the first one on; `reset` begins anew; `fork` copies.
+    """
+
+    name: str
+    """Of the decoder, for whoever reports a figure."""
+    pictures_per_latent: int
+    """Frames that a latent frame becomes; the first one always becomes one."""
+
+    @abstractmethod
+    def next(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t 3 h2 w2"]:
+        """Return the frames in [-1, 1] of the next latent frame."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget the stream: the next latent frame is a first one."""
+
+    @abstractmethod
+    def fork(self) -> StreamDecoder:
+        """Return an independent copy of the stream as it is; the weights are shared."""
+
+
+class NetworkAutoencoder(Autoencoder):
+    """An autoencoder that is a network of diffusers, read when it is first needed.
+
+    So a world can be loaded, and its latents be streamed, where there are no weights. Latents are
+    at unit scale, channel by channel; settings have `channels` and `cell_size`.
+    """
+
+    def __init__(self, config: Any, network: nn.Module | None = None) -> None:
+        """Describe the autoencoder.
+
+        Args:
+            config: where it lies.
+            network: diffusers' network, where it is at hand already.
+        """
+        self.config = config
+        self._network: Any = None
+        self._device, self._dtype = torch.device("cpu"), torch.float32
+        if network is not None:
+            self._take(network)
+
+    def place(self: Network, device: torch.device | str, precision: Precision = "fp32") -> Network:
+        """Choose where, and in which arithmetic, it runs; return itself."""
+        self._device, self._dtype = torch.device(device), DTYPES[precision]
+        if self._network is not None:
+            self._take(self._network)
+        return self
+
+    @property
+    def network(self) -> Any:
+        """Diffusers' network.
+
+        Raises:
+            FileNotFoundError, ValueError: it is not where the settings say, or of another kind.
+        """
+        if self._network is None:
+            self._take(self._read())
+        return self._network
+
+    def load(self) -> None:
+        _ = self.network
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        size = self.config.cell_size
+        return self.config.channels, *cells(height, width, size)
+
+    def to_unit_scale(self, raw: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
+        """Turn what the network makes into latents."""
+        mean, std = self._scale()
+        return (raw.float() - mean) / std
+
+    def from_unit_scale(self, latents: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
+        """Turn latents into what the network reads, on its device and in its arithmetic."""
+        mean, std = self._scale()
+        return (latents.to(self._device).float() * std + mean).to(self._dtype)
+
+    def _scale(self) -> Float[Tensor, "2 c 1 1"]:
+        return torch.tensor(self._statistics(), device=self._device)[..., None, None]
+
+    def _take(self, network: nn.Module) -> None:
+        found = self._shape_of(network)
+        if found != (self.config.channels, self.config.cell_size):
+            raise ValueError(
+                f"the settings name latents of {self.config.channels} channels and cells of "
+                f"{self.config.cell_size} pixels, this autoencoder's have {found[0]} and {found[1]}"
+            )
+        # Not diffusers' own `to`, which warns of layers in 32 bits although these have none.
+        nn.Module.to(network, self._device, self._dtype)
+        self._network = network.eval().requires_grad_(False)
+
+    @abstractmethod
+    def _read(self) -> nn.Module:
+        """Read the network that the settings name."""
+
+    @abstractmethod
+    def _shape_of(self, network: Any) -> tuple[int, int]:
+        """Return channels of a network's latent frame and pixels of a cell each way."""
+
+    @abstractmethod
+    def _statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Return mean and deviation of each channel of what the network makes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelConfig(LatentsConfig):
+    """Mean and spread of the pixels of a dataset."""
+
+    mean: float = 0.0
+    """Mean of the pixels in [-1, 1]."""
+    std: float = 1.0
+    """Standard deviation of the pixels in [-1, 1]."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
+            raise ValueError(
+                f"mean must be finite and std positive, got mean={self.mean}, std={self.std}"
+            )
+
+
+class PixelAutoencoder(Autoencoder):
+    """Latents are the pixels themselves, standardised: for small frames."""
+
+    def __init__(self, config: PixelConfig) -> None:
+        self.config: PixelConfig = config
+
+    @staticmethod
+    def measure(batches: Iterable[Float[Tensor, "b t 3 h w"]]) -> PixelConfig:
+        """Measure the mean and standard deviation of some frames (at least one batch)."""
+        count, total, squares = 0, 0.0, 0.0
+        for frames in batches:
+            count += frames.numel()
+            total += float(frames.double().sum())
+            squares += float(frames.double().square().sum())
+        if count == 0:
+            raise ValueError("needed at least one batch of frames to measure, got none")
+        mean = total / count
+        return PixelConfig(mean=mean, std=math.sqrt(max(squares / count - mean**2, 1e-8)))
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return 3, height, width
+
+    def encode(self, frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t 3 h w"]:
+        return (frames - self.config.mean) / self.config.std
+
+    def decode(self, latents: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t 3 h w"]:
+        return (latents * self.config.std + self.config.mean).clamp(-1, 1)
+
+
+def cells(height: int, width: int, size: int) -> tuple[int, int]:
+    """Return rows and columns of cells of size x size pixels in a frame (ValueError: none fit)."""
+    if height % size or width % size:
+        raise ValueError(
+            f"frames of {height}x{width} pixels cannot be cut into cells of {size}x{size}"
+        )
+    return height // size, width // size
+
+
+def check_shape(channels: int, cell_size: int) -> None:
+    """Refuse less than one channel, or than one pixel to a cell (ValueError)."""
+    if min(channels, cell_size) < 1:
+        raise ValueError(
+            f"channels and cell_size must be 1 or more, got {channels} and {cell_size}"
+        )
