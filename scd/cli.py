@@ -406,7 +406,7 @@ def _serve(words: list[str]) -> None:
 def _convert(words: list[str]) -> None:
     name, rest = _split_name(words, "convert", "layout", ["reference", "autoencoder", "wan"])
     if name == "autoencoder":
-        from scd.convert.autoencoder import ConvertAutoencoderConfig, convert_autoencoder
+        from scd.convert.reference import ConvertAutoencoderConfig, convert_autoencoder
 
         chosen = _parse(ConvertAutoencoderConfig, _first_is("--file", rest), "convert autoencoder")
         print(f"saved {convert_autoencoder(chosen)}")

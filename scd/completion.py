@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from scd.bench.measure import BenchConfig
-from scd.convert.autoencoder import ConvertAutoencoderConfig
 from scd.convert.export import ExportConfig
-from scd.convert.reference import ReferenceConfig
+from scd.convert.reference import ConvertAutoencoderConfig, ReferenceConfig
 from scd.convert.wan import ConvertWanConfig
 from scd.data.check import CheckConfig
 from scd.data.record import recordings

@@ -45,18 +45,6 @@ class ExportConfig:
             raise ValueError("scd export diffusers needs a run and --out")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One transformer to write."""
-
-    folder: str
-    """Name of its folder."""
-    prefix: str
-    """What the names of its weights begin with in the world."""
-    num_layers: int
-    """Its blocks."""
-
-
 def export_diffusers(run: str | os.PathLike[str], out: str) -> list[Path]:
     """Write the transformers of a Wan world, and its other parts where they are at hand.
 
@@ -79,31 +67,30 @@ def export_diffusers(run: str | os.PathLike[str], out: str) -> list[Path]:
     if not config.takes_text:
         raise ValueError(f"{run} is no Wan world but {type(config).__name__}: nothing to export")
     if config.is_separable:
-        parts = [
-            Part(folder="encoder", prefix="encoder.", num_layers=config.encoder.num_layers),
-            Part(folder="decoder", prefix="decoder.", num_layers=config.decoder.num_layers),
-        ]
+        num_layers = {part: getattr(config, part).num_layers for part in ("encoder", "decoder")}
     else:
-        parts = [Part(folder="transformer", prefix="", num_layers=config.num_layers)]
+        num_layers = {"transformer": config.num_layers}
     with StoredWeights(folder / WEIGHTS_FILE) as weights, written_aside(target) as aside:
-        for part in parts:
-            (aside / part.folder).mkdir()
-            text = json.dumps(_transformer_config(config, part.num_layers), indent=2)
-            (aside / part.folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-            write_shards(_tensors(weights, part), aside / part.folder, WEIGHTS_STEM)
+        for part, number in num_layers.items():
+            (aside / part).mkdir()
+            text = json.dumps(_transformer_config(config, number), indent=2)
+            (aside / part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+            write_shards(_tensors(weights, part), aside / part, WEIGHTS_STEM)
         if config.is_separable:
             text = json.dumps(to_json(config), indent=2)
             (aside / SPLIT_FILE).write_text(text + "\n", encoding="utf-8")
         else:
             _add_parts(_source_of(run, settings.get("autoencoder")), aside)
-    return [target / part.folder for part in parts]
+    return [target / part for part in num_layers]
 
 
-def _tensors(weights: StoredWeights, part: Part) -> Iterator[tuple[str, Tensor]]:
+def _tensors(weights: StoredWeights, part: str) -> Iterator[tuple[str, Tensor]]:
+    """Read the weights of "encoder", "decoder", or all of a dense "transformer"."""
+    prefix = "" if part == "transformer" else f"{part}."
     for name in weights.names():
-        if name.startswith(part.prefix):
-            yield name.removeprefix(part.prefix), weights.get(name)
-    if part.prefix == "encoder.":
+        if name.startswith(prefix):
+            yield name.removeprefix(prefix), weights.get(name)
+    if part == "encoder":
         for name in ("proj_out.weight", "proj_out.bias", "scale_shift_table"):
             yield name, weights.get(f"decoder.{name}")
 

@@ -1,4 +1,9 @@
-"""Reading state dicts in the layouts of the paper's release and of FAR, by the names of weights."""
+"""State dicts of the paper's release and of FAR: a world model, or FAR's autoencoder.
+
+`scd convert reference` and `scd convert autoencoder`. A state dict lacks its settings, which the
+names and shapes of its weights tell. FAR's autoencoders are copies of diffusers' AutoencoderDC,
+with the same names. Source of the layouts: paper, section 8, and FAR's settings.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-from scd.common.files import refuse_used
+from scd.autoencoders.deep_compression import FAR_SCALE, settings_of
+from scd.autoencoders.diffusers import new_network, save_network
+from scd.common.files import refuse_used, written_aside
 from scd.common.weights import read_state_dict
 from scd.data.clip import ConditionSpec
 from scd.models.block import BlockConfig
@@ -117,37 +124,24 @@ def config_of(
         name: state.get(f"{first}embed_conditions.{name}.weight") for name in ("actions", "labels")
     }
     # The last row of a table is the null embedding.
-    conditions = ConditionSpec(
-        **{
-            f"num_{name}": 0 if table is None else table.shape[0] - 1
-            for name, table in tables.items()
-        }
+    sizes = {f"num_{name}": 0 if one is None else len(one) - 1 for name, one in tables.items()}
+    shared: Any = dict(
+        shape=shape, block=block, conditions=ConditionSpec(**sizes), cache=config.cache
     )
     if dense:
-        return DenseConfig(
-            shape=shape,
-            block=block,
-            num_layers=_num_layers(state, ""),
-            conditions=conditions,
-            cache=config.cache,
-        )
+        return DenseConfig(num_layers=_num_layers(state, ""), **shared)
     join: Join = config.join
     if "decoder.merge.weight" in state:
         join = "channel_concat"
     if "decoder.align.weight" in state:
         join = "token_concat_projected"
-    return SeparableConfig(
-        shape=shape,
-        block=block,
-        encoder=EncoderConfig(
-            num_layers=_num_layers(state, "encoder."),
-            start_frame=False,
-            modulate_output="encoder.output_modulation.linear.weight" in state,
-        ),
-        decoder=DecoderConfig(num_layers=_num_layers(state, "decoder."), join=join),
-        conditions=conditions,
-        cache=config.cache,
+    encoder = EncoderConfig(
+        num_layers=_num_layers(state, "encoder."),
+        start_frame=False,
+        modulate_output="encoder.output_modulation.linear.weight" in state,
     )
+    decoder = DecoderConfig(num_layers=_num_layers(state, "decoder."), join=join)
+    return SeparableConfig(encoder=encoder, decoder=decoder, **shared)
 
 
 _PROBES = ("embed_frame.project.weight", "blocks.0.attention.q_norm", "embed_time.rise.weight")
@@ -182,4 +176,44 @@ def convert_reference(source: str, out: str, config: ReferenceConfig) -> Path:
     refuse_used(folder)
     model = read_reference(read_state_dict(source, config.key), config)
     model.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertAutoencoderConfig:
+    """One state dict of an autoencoder."""
+
+    file: str = ""
+    """State dict of FAR's deep-compression autoencoder: .pth or .safetensors."""
+    out: str = ""
+    """Folder to write, as diffusers and `scd encode` read it; it must not exist, or be empty."""
+    scale: float = FAR_SCALE
+    """What its latents are multiplied by to be of unit scale; FAR does so for every collection."""
+    key: str = ""
+    """Name of the state dict inside the file, where it lies in a dictionary."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale must be above 0, got {self.scale}")
+
+
+def convert_autoencoder(config: ConvertAutoencoderConfig) -> Path:
+    """Write the folder of an autoencoder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileExistsError: `out` holds something.
+        ValueError: the file is damaged, weights are missing or unknown or of another shape, or
+            diffusers is not installed.
+    """
+    if not config.file or not config.out:
+        raise ValueError("scd convert autoencoder needs a state dict and --out")
+    folder = Path(config.out)
+    refuse_used(folder)
+    state = read_state_dict(config.file, config.key)
+    network = new_network(settings_of(state, config.scale))
+    check_state(network, state, config.file)
+    network.load_state_dict(state)
+    with written_aside(folder) as aside:
+        save_network(network, aside)
     return folder

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ class ConvertWanConfig:
     lowest_time: float = 0.8
     """Lowest time, before the shift, of the noisy frame that the encoder reads in training."""
     encoder_shift: float = 5.0
-    """Bend of these times towards noise; 1: none."""
+    """Timestep shift of these times towards noise; 1: none."""
     join: Literal["input", "middle"] = "input"
     """Where the decoder's context joins the noisy frame: before the first layer, or between the
     first and the last ones."""
@@ -133,7 +134,8 @@ def convert_wan(config: ConvertWanConfig) -> Path:
 
         write_shards(tensors(), aside, WEIGHTS_FILE.removesuffix(".safetensors"), SHARD_BYTES)
         if config.copy_parts and source.folder is not None:
-            _copy_parts(config.model, aside)
+            for part in PARTS:
+                shutil.copytree(find_part(config.model, part), aside / part)
     return folder
 
 
@@ -162,7 +164,7 @@ def read_split(split: str) -> tuple[int, int, int] | None:
         (place for place, layer in enumerate(decoder) if layer != place + 1), len(decoder)
     )
     rest = decoder[num_first:]
-    if list(rest) != list(range(rest[0], rest[0] + len(rest)) if rest else []):
+    if any(after != layer + 1 for layer, after in pairwise(rest)):
         raise ValueError(f"{split}: a decoder is the first and the last layers, got {decoder}")
     return encoder, num_first, len(rest)
 
@@ -189,19 +191,17 @@ def model_config(
         width=config.width // cell,
         patch_size=source.patch_size,
     )
-    cache = CacheConfig(window=config.window, num_sinks=config.num_sinks, rebase_sinks=False)
-    conditions = source.conditions(config.text_length)
+    shared: Any = dict(
+        shape=shape,
+        block=source.block,
+        conditions=source.conditions(config.text_length),
+        cache=CacheConfig(window=config.window, num_sinks=config.num_sinks, rebase_sinks=False),
+    )
     if split is None:
         if any(getattr(config, name) != getattr(ConvertWanConfig, name) for name in _SWITCHES):
             raise ValueError(f"{', '.join(_SWITCHES)} have no effect on split=dense")
-        return WanConfig(
-            shape=shape,
-            block=source.block,
-            num_layers=source.num_layers,
-            conditions=conditions,
-            cache=cache,
-            frames_per_block=config.frames_per_block,
-        )
+        frames = config.frames_per_block
+        return WanConfig(num_layers=source.num_layers, frames_per_block=frames, **shared)
     if config.frames_per_block != 1:
         raise ValueError("frames_per_block has an effect with split=dense only")
     encoder, first, last = split
@@ -211,8 +211,6 @@ def model_config(
             f"the decoder, but {config.model} has {source.num_layers}"
         )
     return WanSeparableConfig(
-        shape=shape,
-        block=source.block,
         encoder=WanEncoderConfig(
             num_layers=encoder,
             noise=config.encoder_noise,
@@ -225,8 +223,7 @@ def model_config(
             join=config.join,
             context_time=config.context_time,
         ),
-        conditions=conditions,
-        cache=cache,
+        **shared,
     )
 
 
@@ -240,24 +237,17 @@ def _cell_size(source: WanSource) -> int:
 
 def _autoencoder(config: ConvertWanConfig, source: WanSource) -> WanAutoencoderConfig:
     """Say where autoencoder and text encoder lie: there, in the world itself, or nowhere yet."""
-    place = ""
-    if source.folder is not None:
-        path = Path(config.model)
-        place = config.model if not path.is_dir() else str(source.folder.resolve())
-        place = place if not path.is_dir() or _has_parts(source.folder) else ""
-        place = str(Path(config.out).resolve()) if config.copy_parts else place
+    place, folder = "", source.folder
+    if folder is not None:
+        if config.copy_parts:
+            place = str(Path(config.out).resolve())
+        elif not Path(config.model).is_dir():
+            place = config.model
+        elif any((folder / part).is_dir() for part in PARTS):
+            place = str(folder.resolve())
     return WanAutoencoderConfig(
         source=place, channels=source.channels, cell_size=_cell_size(source)
     )
-
-
-def _has_parts(folder: Path) -> bool:
-    return any((folder / part).is_dir() for part in PARTS)
-
-
-def _copy_parts(model: str, folder: Path) -> None:
-    for part in PARTS:
-        shutil.copytree(find_part(model, part), folder / part)
 
 
 def _sampling(config: ConvertWanConfig, source: WanSource) -> SamplingConfig:

@@ -26,7 +26,7 @@ from scd.autoencoders.wan import WanAutoencoder
 from scd.cli import main
 from scd.common import hub as diffusers_folder
 from scd.common.config import from_json, to_json
-from scd.convert.autoencoder import ConvertAutoencoderConfig, convert_autoencoder
+from scd.convert.reference import ConvertAutoencoderConfig, convert_autoencoder
 from tests.tiny_wan_vae import tiny_vae
 
 CHANNELS = 8
