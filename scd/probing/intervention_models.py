@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from scd.common.config import differences, from_json, to_json
 from scd.common.files import read_json
@@ -17,7 +18,6 @@ from scd.data.source import open_source
 from scd.evaluation.predict import check_fit
 from scd.models.checkpoint import (
     World,
-    last_step,
     load_progress,
     load_world,
     resolve,
@@ -117,7 +117,7 @@ def read_start(common: Comparison) -> tuple[Start, World]:
 def finetuning(start: Start, common: Comparison, world: World, initial: Path) -> TrainConfig:
     """Return the run that finetunes a world's model with the settings of the run it came from."""
     base, optim = start.base, start.base.optim
-    config = replace(
+    return replace(
         base,
         model=world.model.config,
         initial=str(initial),
@@ -131,12 +131,29 @@ def finetuning(start: Start, common: Comparison, world: World, initial: Path) ->
             decay_fraction=0.0,
         ),
     )
-    return _unattended(config)
 
 
-def _unattended(config: TrainConfig) -> TrainConfig:
-    return replace(
-        config,
+def runs_of(
+    intervention: Intervention, start: Start, untouched: World, before: World, out: Path
+) -> dict[str, TrainConfig]:
+    """Return the runs of a comparison by name: each is an ordinary training."""
+    common = intervention.comparison
+    runs = {"after": finetuning(start, common, before, out / "before")}
+    if common.control:
+        runs["control"] = finetuning(start, common, untouched, out / "untouched")
+    if isinstance(intervention, RecomposeConfig):
+        # A dense model has no context to corrupt, the separable one made of it has.
+        noise = intervention.context_noise
+        objective = replace(start.base.objective, context_noise=noise)
+        after = runs["after"] = replace(runs["after"], objective=objective)
+        if intervention.scratch:
+            step_flops = plan(after).flops_per_step
+            total = _flops(start.base, start.steps) + common.max_steps * step_flops
+            num_steps = max(1, round(total / step_flops))
+            runs["scratch"] = replace(
+                start.base, model=after.model, objective=objective, max_steps=num_steps
+            )
+    unattended: dict[str, Any] = dict(
         validate_every=0,
         sample_every=0,
         save_every=100,
@@ -144,55 +161,37 @@ def _unattended(config: TrainConfig) -> TrainConfig:
         time_limit_s=0.0,
         resume="auto",
     )
+    return {name: replace(run, out=str(out / name), **unattended) for name, run in runs.items()}
 
 
-def _with_context_noise(config: TrainConfig, intervention: Intervention) -> TrainConfig:
-    """A dense model has no context to corrupt, the separable one made of it has."""
-    if not isinstance(intervention, RecomposeConfig):
-        return config
-    assert isinstance(config.objective, DenoiseConfig)
-    objective = replace(config.objective, context_noise=intervention.context_noise)
-    return replace(config, objective=objective)
+def _flops(run: TrainConfig, num_steps: int) -> int:
+    return num_steps * plan(run).flops_per_step
 
 
 def candidates(
     intervention: Intervention, start: Start, untouched: World, out: Path
 ) -> dict[str, Candidate]:
     """Train what is not trained yet; return all models of the comparison by name."""
-    common = intervention.comparison
-    before = load_world(out / "before", device=next(untouched.model.parameters()).device)
-    after = finetuning(start, common, before, out / "before")
-    after = _with_context_noise(after, intervention)
-    runs = {"after": after}
-    if common.control:
-        runs["control"] = finetuning(start, common, untouched, out / "untouched")
-    if common.control_from:
+    device = next(untouched.model.parameters()).device
+    before = load_world(out / "before", device=device)
+    runs = runs_of(intervention, start, untouched, before, out)
+    folders = {}
+    if intervention.comparison.control_from:
         # Told before anything is trained.
-        same_control(runs["control"], Path(common.control_from))
-    # Operations of one step. Noise on a context, and the seed, cost nothing.
-    step_flops = {"after": plan(after).flops_per_step, "control": plan(start.base).flops_per_step}
-    spent = start.steps * step_flops["control"]
-    if isinstance(intervention, RecomposeConfig) and intervention.scratch:
-        scratch = replace(_unattended(start.base), model=before.model.config)
-        total = spent + common.max_steps * step_flops["after"]
-        num_steps = max(1, round(total / step_flops["after"]))
-        scratch = _with_context_noise(replace(scratch, max_steps=num_steps), intervention)
-        runs["scratch"], step_flops["scratch"] = scratch, step_flops["after"]
+        other = Path(intervention.comparison.control_from)
+        folders["control"] = same_control(runs["control"], other)
+    spent = _flops(start.base, start.steps)
     models = {
         name: Candidate(world=world, steps=start.steps, train_flops=spent)
         for name, world in (("untouched", untouched), ("before", before))
     }
-    device = next(before.model.parameters()).device
     for name, run in runs.items():
-        run = replace(run, out=str(out / name))
-        is_there = name == "control" and common.control_from
-        folder = same_control(run, Path(common.control_from)) if is_there else trained(run)
-        from_start = bool(run.initial)
-        own = run.max_steps * step_flops[name]
+        folder = folders.get(name) or train(run)
+        steps, flops = (start.steps, spent) if run.initial else (0, 0)
         models[name] = Candidate(
             world=load_world(folder, device=device),
-            steps=run.max_steps + (start.steps if from_start else 0),
-            train_flops=own + (spent if from_start else 0),
+            steps=steps + run.max_steps,
+            train_flops=flops + _flops(run, run.max_steps),
         )
     return models
 
@@ -219,12 +218,3 @@ def same_control(config: TrainConfig, other: Path) -> Path:
     if load_progress(step).step < config.max_steps:
         raise ValueError(f"the control of {other} is not trained to its end")
     return other / "control"
-
-
-def trained(config: TrainConfig) -> Path:
-    """Train a run to its end, unless it is there already; return its folder."""
-    folder = Path(config.out)
-    step = last_step(folder) if folder.is_dir() else None
-    if step is None or load_progress(step).step < config.max_steps:
-        train(config)
-    return folder
