@@ -358,9 +358,12 @@ def _protocols(words: list[str]) -> None:
 
 
 def _play(words: list[str]) -> None:
-    from scd.serving.play import PlayConfig, play
+    from scd.serving.settings import PlayConfig
 
-    play(_parse(PlayConfig, _first_is("--run", words), "play"))
+    config = _parse(PlayConfig, _first_is("--run", words), "play")
+    from scd.serving.run import play
+
+    play(config)
 
 
 def _train_autoencoder(words: list[str]) -> None:

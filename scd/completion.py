@@ -22,8 +22,7 @@ from scd.probing.interventions import DiagonalConfig, RecomposeConfig, SkipConfi
 from scd.probing.settings import ProbeConfig
 from scd.sampling.sample import SampleConfig
 from scd.sampling.vbench import VBenchConfig
-from scd.serving.play import PlayConfig
-from scd.serving.settings import ServeConfig
+from scd.serving.settings import PlayConfig, ServeConfig
 from scd.training.autoencoder_settings import TrainAutoencoderConfig
 from scd.training.distill import DistillChoice
 from scd.training.inverse_dynamics import TrainJudgeConfig

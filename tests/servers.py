@@ -22,8 +22,8 @@ from scd.engine.open import open_engine
 from scd.models.checkpoint import World
 from scd.models.flow import SamplingConfig
 from scd.models.shipped import Clips
-from scd.serving.app import make_app
 from scd.serving.host import Host
+from scd.serving.http_api import make_app
 from scd.serving.run import Server, host_config, listening, uvicorn_config
 from scd.serving.service import Service
 from scd.serving.settings import ClientLimits, ServeConfig

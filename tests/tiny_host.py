@@ -20,8 +20,8 @@ from scd.models.flow import SamplingConfig
 from scd.models.kv_cache import CacheConfig
 from scd.serving.admission import HostConfig
 from scd.serving.events import Frame
-from scd.serving.history import as_action
 from scd.serving.host import Host
+from scd.serving.session import as_action
 from scd.streaming.rollout import Rollout
 from tests.tiny import SHAPE, tiny_separable
 

@@ -6,11 +6,16 @@ import numpy as np
 from einops import rearrange
 
 from scd.models.shipped import Clips
-from scd.serving.client_messages import ActionValue, Beginning, GuidanceChoice
 from scd.serving.events import Action, Start
-from scd.serving.protocol import ProtocolError
-from scd.serving.server_messages import Limits, WorldInfo
-from scd.serving.upload import Uploads
+from scd.serving.messages import (
+    ActionValue,
+    Beginning,
+    GuidanceChoice,
+    Limits,
+    ProtocolError,
+    WorldInfo,
+)
+from scd.serving.uploads import Uploads
 from scd.streaming.rollout import Guidance
 
 

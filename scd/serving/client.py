@@ -17,7 +17,9 @@ from jaxtyping import UInt8
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from scd.serving.client_messages import (
+from scd.serving.codec import Decoder
+from scd.serving.messages import (
+    VERSION,
     Acknowledge,
     Action,
     ActionValue,
@@ -26,30 +28,30 @@ from scd.serving.client_messages import (
     Codec,
     Create,
     Detach,
+    Detached,
+    Error,
+    Evicted,
     Fork,
+    FrameHeader,
     FromClient,
+    FromServer,
     Hello,
     Pause,
+    ProtocolError,
     Reset,
     Restart,
     Rewind,
     Run,
     Set,
     Snapshot,
-    Step,
-)
-from scd.serving.picture import Decoder
-from scd.serving.protocol import VERSION, ProtocolError, read_server, unpack, write
-from scd.serving.server_messages import (
-    Detached,
-    Error,
-    Evicted,
-    FrameHeader,
-    FromServer,
     SnapshotHeader,
     State,
+    Step,
     Stopped,
     Welcome,
+    read_server,
+    unpack,
+    write,
 )
 
 Message = TypeVar("Message")
@@ -148,7 +150,7 @@ class Client:
         self._socket.close()
 
     def create(self, **beginning: Any) -> State:
-        """Open a session; arguments are the fields of `scd.serving.client_messages.Beginning`."""
+        """Open a session; arguments are the fields of `scd.serving.messages.Beginning`."""
         return self._change(Create(**beginning))
 
     def attach(self, session: str) -> State:

@@ -12,10 +12,8 @@ from scd.data.clip import frames_to_pixels, pixels_to_frames
 from scd.models.flow import with_num_steps
 from scd.serving.errors import BadRequest, SessionBusy
 from scd.serving.events import Action, Frame, Info, Sink
-from scd.serving.history import Kept, as_action
-from scd.serving.player import Order, Player
-from scd.serving.players import Players
-from scd.serving.starts import check_picture, check_seed, check_steps
+from scd.serving.session import Kept, Order, Player, as_action
+from scd.serving.sessions import Players, check_picture, check_seed, check_steps
 from scd.streaming.rollout import Guidance, Rollout
 
 

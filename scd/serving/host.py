@@ -16,8 +16,7 @@ from scd.engine.interface import Engine
 from scd.models.checkpoint import World
 from scd.serving.admission import HostConfig
 from scd.serving.events import Action, Frame, HostOverview, Info, Sink, Start
-from scd.serving.inbox import Call, Inbox
-from scd.serving.stage import Stage
+from scd.serving.scheduler import Call, Inbox, Stage
 from scd.streaming.rollout import Guidance
 
 

@@ -21,14 +21,22 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
 from scd.serving.access import Access, error_json
-from scd.serving.client_messages import Attach, Create, Fork
-from scd.serving.outlet import refusal
-from scd.serving.protocol import CLOSE_CODES, ProtocolError, read_client, read_server, write
+from scd.serving.connection import refusal
+from scd.serving.messages import (
+    CLOSE_CODES,
+    Attach,
+    Create,
+    Fork,
+    ProtocolError,
+    State,
+    read_client,
+    read_server,
+    write,
+)
+from scd.serving.metrics import Statistics, merged
 from scd.serving.ray_replica import SECRET, Crew, Report
-from scd.serving.server_messages import State
 from scd.serving.service import check_token
 from scd.serving.settings import ServeConfig
-from scd.serving.statistics import Statistics, merged
 
 SESSION = re.compile(r"/v1/sessions/([A-Za-z0-9_-]{1,64})(?:/.*)?")
 """Path of a request about a session."""

@@ -23,13 +23,13 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from scd.serving.app import make_inner_app
 from scd.serving.errors import SessionBusy, UnknownSession
-from scd.serving.protocol import ProtocolError
+from scd.serving.http_api import make_inner_app
+from scd.serving.messages import ProtocolError
 from scd.serving.run import STOP_S, Server, open_service, uvicorn_config
 from scd.serving.service import LOG, answer
 from scd.serving.settings import ServeConfig
-from scd.serving.shelf import DESK, SUFFIX
+from scd.serving.store import DESK, SUFFIX
 
 SECRET = "x-scd-secret"
 """Header by which a replica knows that a request comes from here."""

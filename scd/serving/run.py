@@ -1,20 +1,26 @@
-"""`scd serve`: open a world, start its host, and listen until a signal comes."""
+"""`scd serve` and `scd play`: open a world, start its host, listen until a signal comes."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
+import time
+import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 import uvicorn
+from rich.console import Console
 from starlette.types import ASGIApp
 
 from scd.common.runtime import choose_device
@@ -27,10 +33,10 @@ from scd.models.checkpoint import World, load_world, resolve
 from scd.models.shipped import Clips, read_clips, shipped_world
 from scd.sampling.text_to_video import is_steered_by_text
 from scd.serving.admission import HostConfig
-from scd.serving.app import make_app
 from scd.serving.host import Host
+from scd.serving.http_api import make_app
 from scd.serving.service import LOG, Service
-from scd.serving.settings import ServeConfig, read_token
+from scd.serving.settings import PlayConfig, ServeConfig, read_token
 
 STOP_S = 30.0
 """Seconds in which sessions are written to disk when the server stops."""
@@ -274,3 +280,70 @@ class Server(uvicorn.Server):
         self.force_exit = self.signal is not None
         self.signal = self.signal or signal.Signals(number)
         self.should_exit = True
+
+
+WATCH_S = 0.02
+"""Seconds between two looks whether the page has drawn a frame."""
+
+
+def play(config: PlayConfig, say: Callable[[str], None] | None = None) -> None:
+    """Serve a world on this machine and show its page, until SIGINT or SIGTERM.
+
+    Args:
+        config: what, where, and whether a browser opens.
+        say: is told the address, and how long it took to the first frame; None: the console is.
+
+    Raises:
+        OSError: the port is in use, or the world is not there.
+        ValueError: a damaged world, settings that do not fit it, or too little memory.
+        Interrupted: a signal came.
+    """
+    say = say or Console(soft_wrap=True, highlight=False).print
+    served = config.served()
+    with listening(served) as listener, kept_in(served) as folder:
+        service = open_service(served, folder)
+        service.host.start()
+        over = threading.Event()
+
+        def ready(address: str) -> None:
+            say(f"{service.world.name}: play at {address}  (Ctrl-C ends it)")
+            threading.Thread(
+                target=_say_first_frame, args=(service, say, over), daemon=True
+            ).start()
+            if config.browser:
+                threading.Thread(target=show, args=(address, say), daemon=True).start()
+
+        try:
+            run_server(service, listener, ready)
+        finally:
+            over.set()
+            service.host.stop()
+
+
+def show(address: str, say: Callable[[str], None]) -> bool:
+    """Open a page in the player's browser, if this machine has a screen; return whether it did."""
+    # Without a screen some systems would open a browser of letters in this very terminal.
+    has_screen = sys.platform in ("darwin", "win32") or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+    )
+    try:
+        opened = has_screen and webbrowser.open(address)
+    except webbrowser.Error:
+        opened = False
+    if not opened:
+        say("no browser could be opened here: open the address yourself")
+    return opened
+
+
+def num_drawn(service: Service) -> int:
+    """Return how many messages have said that a page drew a frame."""
+    value = service.statistics.registry.get_sample_value("scd_messages_total", {"type": "ack"})
+    return int(value or 0)
+
+
+def _say_first_frame(service: Service, say: Callable[[str], None], over: threading.Event) -> None:
+    while not over.wait(WATCH_S):
+        if num_drawn(service):
+            age_s = time.time() - psutil.Process().create_time()
+            say(f"first frame on the screen {age_s:.1f} s after the start of the command")
+            return

@@ -15,15 +15,21 @@ from scd import __version__
 from scd.models.separable import SeparableConfig
 from scd.models.shipped import Clips
 from scd.serving.checks import Checks
-from scd.serving.client_messages import GuidanceChoice
 from scd.serving.errors import HostStopped, PlayError, UnknownSession
 from scd.serving.events import Info
 from scd.serving.host import Host
-from scd.serving.protocol import VERSION, ProtocolError
-from scd.serving.server_messages import Limits, State, Welcome, WorldInfo
+from scd.serving.messages import (
+    VERSION,
+    GuidanceChoice,
+    Limits,
+    ProtocolError,
+    State,
+    Welcome,
+    WorldInfo,
+)
+from scd.serving.metrics import Statistics
 from scd.serving.settings import ServeConfig
-from scd.serving.statistics import Statistics
-from scd.serving.upload import Uploads
+from scd.serving.uploads import Uploads
 
 Result = TypeVar("Result")
 

@@ -193,6 +193,45 @@ class ServeConfig:
         return is_loopback(self.host)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlayConfig:
+    """A world to play in the browser of this machine."""
+
+    run: str = ""
+    """World, run or step folder; empty: the world that comes with the package."""
+    data: str = ""
+    """Folder of a dataset whose held-out clips streams may begin with; empty: the clips that the
+    world carries, if any."""
+    port: int = 8000
+    """Port of the page; 0: any free one."""
+    browser: bool = True
+    """Open the page in a browser."""
+    sessions: int = 8
+    """Streams in memory at once: every fork is one."""
+    device: str = "auto"
+    """Where the model runs: auto, cpu, cuda, cuda:1."""
+    engine: Annotated[str, tyro.conf.arg(metavar="{plain,fast}")] = "fast"
+    """What runs the model: as it is written, or laid out for the machine."""
+    precision: Annotated[str, tyro.conf.arg(metavar="{fp32,bf16}")] = "fp32"
+    """Of weights, memory and products."""
+
+    def served(self) -> ServeConfig:
+        """Return the settings of the server behind the page.
+
+        Raises:
+            ValueError: settings that no server can have.
+        """
+        return ServeConfig(
+            run=self.run,
+            data=self.data,
+            port=self.port,
+            sessions=self.sessions,
+            device=self.device,
+            engine=self.engine,
+            precision=self.precision,
+        )
+
+
 def is_loopback(host: str) -> bool:
     """Return whether a name or address stands for this machine alone."""
     try:

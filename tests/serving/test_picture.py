@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scd.serving.client_messages import Codec
-from scd.serving.picture import (
+from scd.serving.codec import (
     KEY_INTERVAL,
     Decoder,
     H264Encoder,
@@ -18,6 +17,7 @@ from scd.serving.picture import (
     codec_string,
     make_encoder,
 )
+from scd.serving.messages import Codec
 
 
 def scene(index: int, height: int = 64, width: int = 48) -> np.ndarray:

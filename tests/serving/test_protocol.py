@@ -11,39 +11,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scd.serving.client_messages import (
+from scd.serving.messages import (
+    CLOSE_CODES,
+    VERSION,
     Acknowledge,
     Action,
     Beginning,
     Create,
+    Error,
+    FrameHeader,
     FromClient,
+    FromServer,
     GuidanceChoice,
+    Header,
     Hello,
+    Limits,
+    ProtocolError,
     Reset,
     Run,
     Set,
+    SnapshotHeader,
+    State,
     Step,
-)
-from scd.serving.protocol import (
-    CLOSE_CODES,
-    VERSION,
-    ProtocolError,
+    WorldInfo,
     pack,
     read_client,
     read_fields,
     read_server,
     unpack,
     write,
-)
-from scd.serving.server_messages import (
-    Error,
-    FrameHeader,
-    FromServer,
-    Header,
-    Limits,
-    SnapshotHeader,
-    State,
-    WorldInfo,
 )
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/serving.md").read_text(encoding="utf-8")

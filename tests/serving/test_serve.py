@@ -23,12 +23,10 @@ from scd.data.clip import Conditions, ConditionSpec, frames_to_pixels
 from scd.engine.open import open_engine
 from scd.serving import connection
 from scd.serving.client import Client, Refused, SessionEnded
-from scd.serving.client_messages import GuidanceChoice
-from scd.serving.outlet import MOST_QUEUED, Outlet
-from scd.serving.picture import JpegEncoder, Packed
-from scd.serving.protocol import unpack
-from scd.serving.server_messages import Evicted as EvictedMessage
-from scd.serving.server_messages import FrameHeader
+from scd.serving.codec import JpegEncoder, Packed
+from scd.serving.connection import MOST_QUEUED, Outlet
+from scd.serving.messages import Evicted as EvictedMessage
+from scd.serving.messages import FrameHeader, GuidanceChoice, unpack
 from scd.serving.settings import ClientLimits
 from scd.streaming.rollout import Rollout
 from tests.servers import Serving, serving, tiny_clips, tiny_playable

@@ -28,10 +28,9 @@ from scd.serving.errors import (
     UnknownSession,
 )
 from scd.serving.events import Evicted, Start
-from scd.serving.history import History, Kept, as_action
-from scd.serving.identity import identity_of
-from scd.serving.shelf import SUFFIX, Shelf
-from scd.serving.snapshot import Image, parse, read_header, rebuild, write
+from scd.serving.session import History, Kept, as_action
+from scd.serving.snapshot import Image, identity_of, parse, read_header, rebuild, write
+from scd.serving.store import SUFFIX, Shelf
 from scd.streaming.rollout import Guidance, Rollout
 from tests.serving.test_serve_host import pictures
 from tests.tiny import tiny_dense, tiny_separable
@@ -301,7 +300,7 @@ def test_a_disk_that_is_full_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_sessions_make_room_for_others_and_wait_for_room(tmp_path, monkeypatch):
-    monkeypatch.setattr("scd.serving.eviction.YIELD_S", 0.0)
+    monkeypatch.setattr("scd.serving.store.YIELD_S", 0.0)
     world = make_world()
     with hosting(world, evict_dir=tmp_path, max_sessions=2) as host:
         names = [done(host.create(Start(seed=seed))).session_id for seed in range(5)]

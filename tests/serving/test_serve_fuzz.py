@@ -19,9 +19,7 @@ from websockets.sync.client import ClientConnection, connect
 from scd.data.clip import frames_to_pixels
 from scd.engine.open import open_engine
 from scd.serving.client import Client
-from scd.serving.client_messages import FromClient
-from scd.serving.protocol import CLOSE_CODES, read_server, unpack, write
-from scd.serving.server_messages import Error
+from scd.serving.messages import CLOSE_CODES, Error, FromClient, read_server, unpack, write
 from scd.serving.settings import ClientLimits
 from scd.streaming.rollout import Rollout
 from tests.servers import Serving, serving, tiny_playable

@@ -28,10 +28,10 @@ from scd.engine.open import open_engine
 from scd.models.checkpoint import World, save_world
 from scd.models.shipped import CLIPS_FILE
 from scd.serving import run
-from scd.serving.app import PAGE, read_page
+from scd.serving.access import Bucket, Buckets
 from scd.serving.client import Client
-from scd.serving.client_messages import Create
-from scd.serving.rate import Bucket, Buckets
+from scd.serving.http_api import PAGE, read_page
+from scd.serving.messages import Create
 from scd.serving.ray_app import serve_replicas
 from scd.serving.run import held_out_clips, listening, open_service
 from scd.serving.settings import ClientLimits, ServeConfig, is_loopback, read_token

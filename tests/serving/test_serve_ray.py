@@ -30,10 +30,10 @@ from scd.serving.admission import HostConfig
 from scd.serving.client import Client, Refused, SessionEnded
 from scd.serving.events import Start
 from scd.serving.host import Host
+from scd.serving.metrics import merged
 from scd.serving.ray_app import serve_replicas
 from scd.serving.settings import ServeConfig
-from scd.serving.shelf import SUFFIX
-from scd.serving.statistics import merged
+from scd.serving.store import SUFFIX
 from tests.servers import tiny_playable
 from tests.serving.test_serve import alone
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from scd.data.video import write_video
-from scd.serving import upload
+from scd.serving import uploads as kept_uploads
 from scd.serving.decode import DecodeLimits, Refused, command, container_of, decode
-from scd.serving.protocol import ProtocolError
+from scd.serving.messages import ProtocolError
 from scd.serving.settings import ClientLimits
-from scd.serving.upload import Uploads
+from scd.serving.uploads import Uploads
 
 LIMITS = DecodeLimits(
     height=16, width=16, fps=10.0, max_frames=8, max_pixels=200 * 200, max_s=5.0, cpu_s=20
@@ -191,7 +191,7 @@ def test_refusals_of_the_decoder_arrive():
 
 
 def test_a_decoder_that_takes_too_long_is_killed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(upload, "START_S", 0.0)
+    monkeypatch.setattr(kept_uploads, "START_S", 0.0)
     # Its libraries alone take longer to load.
     assert code_of(uploads(decoder_s=0.01).add(picture())) == "too_slow_to_decode"
 

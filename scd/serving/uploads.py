@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 
 from scd.common.files import file_aside
 from scd.serving.decode import REFUSED, DecodeLimits, command
-from scd.serving.protocol import ProtocolError
+from scd.serving.messages import ProtocolError
 from scd.serving.settings import ClientLimits
 
 AT_ONCE, WAITING = 2, 8

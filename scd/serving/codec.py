@@ -14,7 +14,7 @@ from av.video.frame import PictureType
 from jaxtyping import UInt8
 from PIL import Image
 
-from scd.serving.client_messages import Codec
+from scd.serving.messages import Codec
 
 KEY_INTERVAL = 60
 """Frames from one key frame of H.264 to the next, at most."""
