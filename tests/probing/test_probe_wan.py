@@ -6,7 +6,8 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanT
 
 from scd.data.clip import Conditions
 from scd.models.visibility import FrameCausal, dense_mask
-from scd.probing.diffusers_wan import TIME_SCALE, WanSubject
+from scd.models.wan.transformer import TIME_SCALE
+from scd.probing.diffusers_wan import WanSubject
 from scd.probing.intercept import without
 from scd.probing.subject import Task
 from tests.tiny import shaken
