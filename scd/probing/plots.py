@@ -87,16 +87,7 @@ def plot_tiles(
     ink: Ink,
     label: str = "",
 ) -> None:
-    """Draw small pictures side by side, with a name for each row and column.
-
-    Args:
-        tiles: colours in [0, 1].
-        row_names: from top to bottom.
-        column_names: from left to right.
-        path: a .png file.
-        ink: what it will be seen on.
-        label: below the columns.
-    """
+    """Draw small pictures side by side, with a name for each row and column."""
     num_rows, num_columns, height, width, _ = tiles.shape
     gap = 1 / 16
     picture = np.zeros((num_rows, num_columns, 16 * height + height, 16 * width + width, 4))

@@ -117,12 +117,8 @@ def split_losses(
     """Measure the loss of each split on the same clips and noise: a split ablation.
 
     Args:
-        subject: a dense model.
-        task: frames and their noise.
-        levels: times at which the loss is taken; see `noise_levels`.
         candidates: the splits; None: all.
         own_frame: measure too what the decoder's layers do without earlier frames.
-        progress: told how far it is.
 
     Raises:
         ValueError: the model is split already, or has another number of layers.

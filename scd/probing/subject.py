@@ -286,9 +286,6 @@ def losses(
     """Return the loss of each clip at each time, averaged over its draws of noise.
 
     Args:
-        subject: what is probed.
-        task: frames and their noise.
-        levels: times at which the loss is taken; see `noise_levels`.
         state: of `task.begin`; None: it is begun here.
     """
     state = task.begin(subject) if state is None else state

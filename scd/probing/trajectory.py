@@ -89,7 +89,6 @@ def denoise(
     """Take Euler steps, and give the frame after each.
 
     Args:
-        subject: what is run.
         state: of its `begin`.
         noisy: frames at times[first].
         times: of all steps, and 0.
@@ -110,19 +109,15 @@ def layer_features(
     task: Task,
     sampling: SamplingConfig,
     layers: Sequence[int] | None = None,
-    max_bytes: int = MAX_FEATURE_BYTES,
     progress: Progress = silent,
+    max_bytes: int = MAX_FEATURE_BYTES,
 ) -> Iterator[Features]:
     """Gather what layers give for the newest frame at every step of one trajectory.
 
     Args:
-        subject: what is probed.
-        task: frames and their noise.
-        sampling: steps of the trajectory.
         layers: numbers from 1; None: all that run at every step.
         max_bytes: features that are held at once. The trajectory is the same each time, so what
             does not fit is gathered by running it again.
-        progress: told how far it is.
 
     Yields:
         One layer after another.

@@ -113,7 +113,7 @@ def test_features_are_what_the_layers_gave(build):
     one_layer = feature_bytes(subject, 2, 5)
     assert whole[0].tokens.numel() * 4 == one_layer
     for one, again in zip(
-        whole, layer_features(subject, task, STEPS, None, one_layer), strict=True
+        whole, layer_features(subject, task, STEPS, max_bytes=one_layer), strict=True
     ):
         assert one.layer == again.layer and torch.equal(one.tokens, again.tokens)
     state, times = task.begin(subject), step_times(STEPS)

@@ -6,7 +6,7 @@ held. Source: paper, section 5.3.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from markupsafe import Markup
 from matplotlib.colors import Normalize, PowerNorm
 from torch import Tensor
+from torch.nn import functional
 
 from scd.evaluation.html import fragment, plot
 from scd.evaluation.media import spread
@@ -98,12 +99,8 @@ def attention_mass(
     """Measure every layer and head at every step of a trajectory.
 
     Args:
-        subject: what is probed.
-        task: frames and their noise.
-        sampling: steps of the trajectory.
         chosen: tokens for the maps, from 0; None: that in the middle of the frame.
         max_block_bytes: weights that are held at once.
-        progress: told how far it is.
 
     Raises:
         ValueError: a layer's attention cannot be seen, no layer looks at earlier frames at all,
@@ -112,14 +109,13 @@ def attention_mass(
     times = step_times(sampling)
     chosen = subject.tokens(chosen)
     counter = _Counter(subject, task.num_past, len(times) - 1, chosen, max_block_bytes)
-    # What runs once per frame is the same at all steps; what comes last in `begin` counts.
     with subject.watch_attention(counter.see):
+        # What runs once per frame is the same at all steps; what comes last in `begin` counts.
         state = task.begin(subject)
-    counter.begun = True
-    with subject.watch_attention(counter.see):
-        for step, _ in enumerate(denoise(subject, state, task.noise, times)):
-            counter.step = step + 1
-            progress((step + 1) / (len(times) - 1))
+        counter.begun = True
+        for step, _ in enumerate(denoise(subject, state, task.noise, times), 1):
+            counter.step = step
+            progress(step / (len(times) - 1))
     return counter.result()
 
 
@@ -131,22 +127,21 @@ class _Counter:
         subject: Subject,
         num_past: int,
         num_steps: int,
-        chosen: Sequence[int],
+        chosen: list[int],
         max_block_bytes: int,
     ) -> None:
         layers, heads = len(subject.layers), subject.num_heads
-        self.subject, self.chosen = subject, list(chosen)
+        self.subject, self.chosen = subject, chosen
         self.max_block_bytes, self.num_steps = max_block_bytes, num_steps
         # Distances 0 .. num_past, one more for an encoder's start frame, and the context last.
         self.num_classes = num_past + 3
         self.shares = torch.zeros(layers, heads, num_steps, self.num_classes)
         self.uniform = torch.zeros(layers)
-        self.maps = torch.zeros(layers, self.num_classes, len(self.chosen), *subject.grid)
+        self.maps = torch.zeros(layers, self.num_classes, len(chosen), *subject.grid)
         self.seen: set[int] = set()
         self.step, self.begun = 0, False
 
     def see(self, attention: FrameAttention) -> None:
-        """Add up one attention."""
         layer = self.subject.layers[attention.layer]
         if layer.once == self.begun:
             return
@@ -154,8 +149,7 @@ class _Counter:
         if int(classes.max()) > self.num_classes - 2:
             raise ValueError(f"a key of {layer.name} lies {int(classes.max())} frames back")
         classes = classes.where(classes != CONTEXT, self.num_classes - 1)
-        members = torch.zeros(len(classes), self.num_classes)
-        members[torch.arange(len(classes)), classes] = 1
+        members = functional.one_hot(classes, self.num_classes).float()
         shares = mass(attention, members.to(attention.q.device), self.max_block_bytes).mean(0).cpu()
         steps = slice(None) if layer.once else slice(self.step, self.step + 1)
         self.shares[attention.layer, :, steps] = shares[:, None]
@@ -165,18 +159,13 @@ class _Counter:
             self._map(attention, classes)
 
     def _map(self, attention: FrameAttention, classes: Tensor) -> None:
-        bias = _rows(attention.bias, self.chosen)
-        logits = _logits(
-            attention.q[:1, :, self.chosen], attention.k[:1], None if bias is None else bias[:1]
-        )
-        weights = logits.softmax(-1)[0].mean(0).cpu()
+        weights = _weights(attention, self.chosen, slice(0, 1))[0].mean(0).cpu()
         for one in classes.unique().tolist():
             of_frame = weights[:, classes == one]
             if of_frame.shape[1] == self.subject.tokens_per_frame:
                 self.maps[attention.layer, one] = of_frame.unflatten(1, self.subject.grid)
 
     def result(self) -> AttentionMass:
-        """Return what was gathered."""
         names = [layer.name for layer in self.subject.layers]
         missing = [name for place, name in enumerate(names) if place not in self.seen]
         if missing:
@@ -214,10 +203,21 @@ def mass(
     batch, heads, num_queries = attention.q.shape[:3]
     size = max(1, max_block_bytes // (4 * batch * heads * attention.k.shape[2]))
     total = attention.q.new_zeros(batch, heads, members.shape[1], dtype=torch.float32)
-    for block in _blocks(num_queries, size):
-        logits = _logits(attention.q[:, :, block], attention.k, _rows(attention.bias, block))
-        total += (logits.softmax(-1) @ members).sum(2)
+    for start in range(0, num_queries, size):
+        total += (_weights(attention, slice(start, start + size)) @ members).sum(2)
     return total / num_queries
+
+
+def _weights(
+    attention: FrameAttention, queries: slice | list[int], clips: slice = slice(None)
+) -> Tensor:
+    """Return the softmax of some queries of some clips."""
+    q, k, bias = attention.q[clips, :, queries], attention.k[clips], attention.bias
+    logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT
+    if bias is not None:
+        bias = bias if bias.shape[0] == 1 else bias[clips]
+        logits += (bias if bias.shape[-2] == 1 else bias[:, :, queries]).float()
+    return logits.softmax(-1)
 
 
 def _uniform(bias: Tensor | None, past: Float[Tensor, " s"]) -> float:
@@ -226,20 +226,6 @@ def _uniform(bias: Tensor | None, past: Float[Tensor, " s"]) -> float:
         return float(past.mean())
     seen = (bias > float("-inf")).float().cpu()
     return float(((seen @ past) / seen.sum(-1)).mean())
-
-
-def _blocks(num: int, size: int) -> Iterator[list[int]]:
-    for start in range(0, num, size):
-        yield list(range(start, min(start + size, num)))
-
-
-def _rows(bias: Tensor | None, rows: list[int]) -> Tensor | None:
-    return bias if bias is None or bias.shape[-2] == 1 else bias[:, :, rows]
-
-
-def _logits(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT
-    return logits if bias is None else logits + bias.float()
 
 
 def measure(plan: Plan, progress: Progress) -> Entries:
@@ -329,15 +315,7 @@ def plot_past_mass(
     path: Path,
     ink: Ink,
 ) -> None:
-    """Draw the mass of attention on earlier frames: over layers, over heads, over steps.
-
-    Args:
-        mass: of each layer, head and step, in [0, 1].
-        uniform: what each layer would give if it looked everywhere alike.
-        names: of the layers.
-        path: a .png file.
-        ink: what it will be seen on.
-    """
+    """Draw the mass of attention on earlier frames: over layers, over heads, over steps."""
     figure, (curve, heads, steps) = curve_panels(3, ink)
     layers = range(1, len(names) + 1)
     of_heads = mass.mean(axis=2)

@@ -144,9 +144,7 @@ def measure(plan: Plan, progress: Progress) -> Entries:
     """Find the principal components of the features."""
     if not plan.stepped:
         return {"left_out": "colours: none of the chosen layers runs at every step"}
-    features = layer_features(
-        plan.subject, plan.task, plan.sampling, plan.stepped, progress=progress
-    )
+    features = layer_features(plan.subject, plan.task, plan.sampling, plan.stepped, progress)
     found = feature_pca(features, plan.subject.grid)
     numbers = {"agreement": found.agreement, "explained": found.explained}
     return {

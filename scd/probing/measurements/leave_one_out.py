@@ -66,11 +66,7 @@ def leave_one_out(
     Clips and noise are the same for all layers.
 
     Args:
-        subject: what is probed.
-        task: frames and their noise.
-        levels: times at which the loss is taken; see `noise_levels`.
         layers: numbers from 1; None: all.
-        progress: told how far it is.
 
     Raises:
         ValueError: no such layers.

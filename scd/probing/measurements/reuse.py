@@ -26,7 +26,7 @@ from scd.probing.intercept import Call, held, recorded
 from scd.probing.measurement import Entries, Measurement, plain
 from scd.probing.plots import draw_bar, draw_map
 from scd.probing.settings import Plan
-from scd.probing.subject import Progress, Subject, Task, silent
+from scd.probing.subject import Progress, Subject, Task, losses, silent
 from scd.probing.trajectory import denoise, spread, spread_early, step_times
 
 NUM_LATER = 4
@@ -124,12 +124,8 @@ def reuse_loss(
     Both steps see the same true frame and the same noise, mixed by their times.
 
     Args:
-        subject: what is probed.
-        task: frames and their noise.
-        sampling: times of the steps.
         grid: depths and steps.
         num_later: at how many later steps the loss is taken.
-        progress: told how far it is.
 
     Raises:
         ValueError: fewer than two steps, or a grid that does not fit.
@@ -144,7 +140,8 @@ def reuse_loss(
         later = spread(step + 1, num_steps, num_later)
         all_later.append(tuple(later))
         levels = [times[number - 1] for number in later]
-        calls = _record(subject, state, task.at(times[step - 1]), times[step - 1])
+        with recorded(_stepped(subject)) as calls:
+            subject.velocity(state, task.at(times[step - 1]), times[step - 1])
         full = _mean_loss(subject, task, state, levels)
         for row, depth in enumerate(grid.layers):
             with _kept(subject, calls, depth):
@@ -165,12 +162,8 @@ def reuse_rollout(
     """Finish trajectories whose first layers repeat an earlier step of the same trajectory.
 
     Args:
-        subject: what is probed.
-        task: frames and their noise.
-        sampling: steps of the trajectory.
         grid: depths and steps.
         decode: from latent frames to pixels in [-1, 1].
-        progress: told how far it is.
 
     Raises:
         ValueError: fewer than two steps, or a grid that does not fit.
@@ -207,19 +200,12 @@ def _stepped(subject: Subject) -> list[Any]:
     return [subject.layers[place] for place in subject.stepped]
 
 
-def _record(subject: Subject, state: Any, noisy: Tensor, time: float) -> dict[int, Call]:
-    with recorded(_stepped(subject)) as calls:
-        subject.velocity(state, noisy, time)
-    return calls
-
-
 def _kept(subject: Subject, calls: dict[int, Call], depth: int) -> Any:
     return held(_stepped(subject)[:depth], [calls[place] for place in range(depth)])
 
 
 def _mean_loss(subject: Subject, task: Task, state: Any, levels: Sequence[float]) -> float:
-    errors = [task.error(subject, state, time).double().mean() for time in levels]
-    return float(torch.stack(errors).mean())
+    return float(losses(subject, task, levels, state).double().mean())
 
 
 def _psnr(frames: Tensor, true: Tensor) -> float:
@@ -251,11 +237,11 @@ def section(result: Mapping[str, Any], _: Mapping[str, Any]) -> Markup:
     """Show from which step on the features of the first layers may be kept."""
     found = result["reuse"]
     names = [str(layer) for layer in found["layers"]]
-    losses, change = np.array(found["relative_loss"]), np.array(found["psnr_change"])
+    lost, change = np.array(found["relative_loss"]), np.array(found["psnr_change"])
     return fragment(
         SECTION,
         maps=plot(
-            lambda path, ink: plot_reuse(losses, change, names, found["steps"], path, ink),
+            lambda path, ink: plot_reuse(lost, change, names, found["steps"], path, ink),
             "Loss and PSNR when the first layers are kept from a step on",
         ),
         untouched=found["psnr_untouched"],
@@ -263,29 +249,20 @@ def section(result: Mapping[str, Any], _: Mapping[str, Any]) -> Markup:
 
 
 def plot_reuse(
-    losses: Float[np.ndarray, "l t"],
+    lost: Float[np.ndarray, "l t"],
     gains: Float[np.ndarray, "l t"],
     names: Sequence[str],
     steps: Sequence[int],
     path: Path,
     ink: Ink,
 ) -> None:
-    """Draw two maps of reuse: relative loss and change of PSNR, layers up against first step.
-
-    Args:
-        losses: relative increase of the velocity loss.
-        gains: PSNR of the finished frame minus that of the untouched one, dB.
-        names: of the last frozen layer.
-        steps: after which features are reused, from 1.
-        path: a .png file.
-        ink: what it will be seen on.
-    """
+    """Draw two maps of reuse: relative loss and change of PSNR, layers up against first step."""
     size = (max(4.2, 0.42 * len(steps) + 1.6), max(3.0, 0.27 * len(names) + 1.1))
     figure, panels = curve_panels(2, ink)
     figure.set_size_inches(2 * size[0], size[1])
     worst = min(float(gains.min()), -0.1)
     for axes, values, scale, label, form in (
-        (panels[0], 100 * losses, PowerNorm(0.5, 0, max(float(100 * losses.max()), 1.0), clip=True),
+        (panels[0], 100 * lost, PowerNorm(0.5, 0, max(float(100 * lost.max()), 1.0), clip=True),
          "loss, + %", "{:.0f}"),
         (panels[1], gains, Normalize(worst, 0), "PSNR, dB", "{:+.1f}"),
     ):  # fmt: skip

@@ -171,9 +171,7 @@ def measure(plan: Plan, progress: Progress) -> Entries:
     """Compare the features of all steps."""
     if not plan.stepped:
         return {"left_out": "similarity: none of the chosen layers runs at every step"}
-    features = layer_features(
-        plan.subject, plan.task, plan.sampling, plan.stepped, progress=progress
-    )
+    features = layer_features(plan.subject, plan.task, plan.sampling, plan.stepped, progress)
     found = step_similarity(features)
     matrices = {kind: getattr(found, kind) for kind in CURVES}
     layers = by_layer(found.layers, plan.names, **matrices)
@@ -220,14 +218,7 @@ def plot_similarity(
     path: Path,
     ink: Ink,
 ) -> None:
-    """Draw similarity over layers: of all pairs of steps, and of the last fifth with the rest.
-
-    Args:
-        matrices: a step by step matrix of each layer, by measure.
-        names: of the layers.
-        path: a .png file.
-        ink: what it will be seen on.
-    """
+    """Draw similarity over layers: of all pairs of steps, and of the last fifth with the rest."""
     figure, (every, late) = curve_panels(2, ink)
     layers = range(1, len(names) + 1)
     for name, values in matrices.items():

@@ -217,15 +217,7 @@ def _ranges(numbers: Any) -> str:
 def plot_front(
     candidates: Sequence[Mapping[str, Any]], chosen: str, dense_seconds: float, path: Path, ink: Ink
 ) -> None:
-    """Draw candidates for a split: predicted seconds per frame against predicted loss.
-
-    Args:
-        candidates: as in probe.json.
-        chosen: name of the recommended one.
-        dense_seconds: per frame, of the model as it is.
-        path: a .png file.
-        ink: what it will be seen on.
-    """
+    """Draw candidates for a split: predicted seconds per frame against predicted loss."""
     figure, (axes,) = curve_panels(1, ink)
     figure.set_size_inches(7.5, 4.2)
     axes.axvline(1e3 * dense_seconds, color=GREY, linestyle="--", label="unsplit")
