@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import html
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +17,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from scd.autoencoders.wan import EXTRA
-from scd.common.files import file_aside
 from scd.common.hub import find_part, fingerprint
 from scd.common.runtime import DTYPES, Precision, cache_folder
+from scd.data.prompts import fill_up, read_words, write_words
 
 TEXT_LENGTH = 512
 """Tokens that Wan reads, those that fill up included. Source: the configuration of Wan2.1."""
@@ -127,23 +124,21 @@ class PromptEmbedder:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the text encoder takes memory."""
         return self._encoder is not None
 
     def release(self) -> None:
-        """Give the text encoder's memory back."""
         self._encoder = None
 
     def _embed(self, prompt: str, ids: list[int]) -> Tensor:
         path = self.path_of(prompt)
-        words = self._kept.get(prompt) if path is None else _read(path)
+        words = self._kept.get(prompt) if path is None else read_words(path)
         if words is None:
             words = self._encode(ids)
             if path is None:
                 self._kept[prompt] = words
             else:
-                _write(path, words, clean_prompt(prompt), self.name)
-        return torch.cat([words, words.new_zeros(self.config.length - len(words), words.shape[1])])
+                write_words(path, words, {"prompt": clean_prompt(prompt), "encoder": self.name})
+        return fill_up(words, self.config.length)
 
     def _encode(self, ids: list[int]) -> Tensor:
         """Return the embedded tokens [words c]; without filling, which would be masked anyway."""
@@ -202,37 +197,6 @@ def clean_prompt(prompt: str) -> str:
 def default_cache() -> str:
     """Return the folder of this user where embedded prompts are kept unless another is named."""
     return str(cache_folder("prompts"))
-
-
-def prompt_of(path: str | os.PathLike[str]) -> str:
-    """Return the prompt whose embedding a file holds.
-
-    Raises:
-        ValueError: it is no such file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["scd"])["prompt"]
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} holds no embedded prompt: {error}") from error
-
-
-def _read(path: Path) -> Tensor | None:
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("words")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, remove it: {error}") from error
-
-
-def _write(path: Path, words: Tensor, prompt: str, name: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # One entry: several would be written in a random order, and equal files differ.
-    metadata = {"scd": json.dumps({"prompt": prompt, "encoder": name})}
-    with file_aside(path) as aside:
-        save_file({"words": words.contiguous()}, aside, metadata=metadata)
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -13,11 +13,11 @@ KIND = "kind"
 """Key that names the dataclass where a field may hold one of several."""
 
 ADDED = "added"
-"""Key of a field's metadata: files written before there was the field have its default."""
+"""Key of a field's metadata: files that lack the field mean its default."""
 
 
 def added(default: Any) -> Any:
-    """Declare a field with a default that files may lack, since it came after they were written."""
+    """Declare a field with a default that files may lack."""
     return dataclasses.field(default=default, metadata={ADDED: True})
 
 

@@ -136,9 +136,9 @@ def take_lock(path: Path) -> TextIO:
     return file
 
 
-def remove_leftovers(run: Path) -> None:
-    """Remove what a killed process left half written in a run folder that is ours alone."""
-    for entry in run.glob(f"{TEMPORARY}*"):
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove what a killed process left half written of a file, or, in a folder of ours, of any."""
+    for entry in folder.glob(f"{TEMPORARY}{name}*"):
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 

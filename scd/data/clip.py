@@ -7,7 +7,7 @@ stream that begins with that frame still carries it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,12 +49,10 @@ class ConditionSpec:
 
     @property
     def has_actions(self) -> bool:
-        """Whether each frame carries an action."""
         return bool(self.num_actions or self.action_dim)
 
     @property
     def has_text(self) -> bool:
-        """Whether a clip is steered by an embedded text."""
         return bool(self.text_length)
 
     @property
@@ -63,11 +61,9 @@ class ConditionSpec:
         return self.has_actions or bool(self.num_labels) or self.has_text
 
     def check(self, conditions: Conditions, num_frames: int | None = None) -> None:
-        """Refuse conditions that do not fit.
+        """Refuse (ValueError) what is missing, superfluous, or of other values or sizes.
 
-        Raises:
-            ValueError: missing or superfluous actions, labels or text, ids out of range, vectors
-                of another length, values that are not finite, or fewer actions than frames.
+        There must be `num_frames` actions or more.
         """
         actions, labels = conditions.actions, conditions.labels
         if self.has_actions and actions is None:
@@ -151,12 +147,7 @@ class Conditions:
 
     def to(self, device: torch.device | str) -> Conditions:
         """Move to a device."""
-        return Conditions(
-            **{
-                name: value if value is None else value.to(device, non_blocking=True)
-                for name, value in vars(self).items()
-            }
-        )
+        return self._map(lambda value: value.to(device, non_blocking=True))
 
     def frames(self, start: int, stop: int | None) -> Conditions:
         """Return the conditions of frames start .. stop - 1; label and text hold for all."""
@@ -172,27 +163,21 @@ class Conditions:
         def fold(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[:, :num_frames].flatten(0, 1)[:, None]
 
-        return Conditions(
-            actions=fold(self.actions),
-            labels=_repeat(self.labels, num_frames),
-            null_actions=fold(self.null_actions),
-            null_labels=_repeat(self.null_labels, num_frames),
-            text=_repeat(self.text, num_frames),
-            null_text=_repeat(self.null_text, num_frames),
-        )
+        whole = replace(self, actions=None, null_actions=None).repeat(num_frames)
+        return replace(whole, actions=fold(self.actions), null_actions=fold(self.null_actions))
 
     def repeat(self, num: int) -> Conditions:
         """Repeat each clip's conditions `num` times in a row."""
-        return Conditions(**{name: _repeat(value, num) for name, value in vars(self).items()})
+        return self._map(lambda value: value.repeat_interleave(num, 0))
 
     def concat(self, other: Conditions) -> Conditions:
         """Put another batch, steered by the same kinds of conditions, behind this one."""
-        return Conditions(
-            **{
-                name: None if value is None else torch.cat([value, getattr(other, name)])
-                for name, value in vars(self).items()
-            }
-        )
+        joined = {
+            name: torch.cat([value, getattr(other, name)])
+            for name, value in vars(self).items()
+            if value is not None
+        }
+        return replace(self, **joined)
 
     def with_null_branch(self) -> Conditions:
         """Return twice the batch: everything hidden first, then as it is (for guidance).
@@ -213,9 +198,9 @@ class Conditions:
         hidden = replace(seen, **{name: ~mask for name, mask in masks.items()})
         return replace(hidden, text=self.null_text).concat(seen)
 
-
-def _repeat(value: Tensor | None, num: int) -> Tensor | None:
-    return None if value is None else value.repeat_interleave(num, 0)
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditions:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(self, **{name: change(value) for name, value in given.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,14 +256,12 @@ class Batch:
             raise ValueError(f"clips of one batch need one shape [t, c, h, w], got {shapes}")
         if len({clip.encoded for clip in clips}) != 1:
             raise ValueError("some clips of the batch are pixels and some are latents")
-        labels = [clip.label for clip in clips if clip.label is not None]
-        if len(labels) not in (0, len(clips)):
-            raise ValueError("some clips of the batch have labels and some have none")
+        labels = [None if clip.label is None else torch.tensor(clip.label) for clip in clips]
         return Batch(
             frames=torch.stack([clip.frames for clip in clips]),
             conditions=Conditions(
                 actions=_stacked("actions", [clip.actions for clip in clips]),
-                labels=torch.tensor(labels) if labels else None,
+                labels=_stacked("labels", labels),
                 text=_stacked("a text", [clip.text for clip in clips]),
                 null_text=_stacked("a null text", [clip.null_text for clip in clips]),
             ),

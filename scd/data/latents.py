@@ -27,6 +27,7 @@ from torch import Tensor
 from scd.common.config import differences, from_json, to_json
 from scd.common.files import TEMPORARY, file_aside, read_json, write_file
 from scd.data.clip import Clip
+from scd.data.prompts import fill_up
 from scd.data.source import DataCard, EmptySplit, Findings, Opening, Source, Split, open_source
 
 INFO_FILE = "latents.json"
@@ -82,22 +83,18 @@ class LatentsInfo:
     episodes_per_file: int
     """Episodes of a file; the last one of a split may hold fewer."""
     train: tuple[int, ...]
-    """Latent frames of each episode of the split."""
+    """Latent frames of each episode of the split; likewise of the others."""
     val: tuple[int, ...]
-    """Likewise."""
     test: tuple[int, ...]
-    """Likewise."""
 
     def __post_init__(self) -> None:
         if self.episodes_per_file < 1:
             raise ValueError(f"episodes_per_file must be 1 or more, got {self.episodes_per_file}")
 
     def lengths(self, split: Split) -> tuple[int, ...]:
-        """Return the latent frames of each episode of a split."""
         return {"train": self.train, "val": self.val, "test": self.test}[split]
 
     def num_files(self, split: Split) -> int:
-        """Return how many files a split takes."""
         return -(-len(self.lengths(split)) // self.episodes_per_file)
 
     def episodes(self, split: Split, number: int) -> range:
@@ -106,7 +103,6 @@ class LatentsInfo:
         return range(first, min(first + self.episodes_per_file, len(self.lengths(split))))
 
     def file_name(self, split: Split, number: int) -> str:
-        """Return the name of a file of a split."""
         return f"{split}-{number:05d}-of-{self.num_files(split):05d}.safetensors"
 
 
@@ -142,24 +138,21 @@ def open_file(path: Path, info: LatentsInfo, split: Split, number: int) -> Any:
             f"{file_path} is cut off or damaged ({error}): the same scd encode command writes it "
             "again"
         ) from error
-    expected = expected_metadata(info, split, number)
+    expected = _metadata(info, split, number)
     if found != expected:
         raise ValueError(
             f"{file_path} is not of this encoding: needed {expected}, it says {found}; remove it, "
             "and the same scd encode command writes it again"
         )
     missing = [
-        key
-        for index in info.episodes(split, number)
-        if (key := key_of(index, "latents")) not in keys
+        key for index in info.episodes(split, number) if (key := _key(index, "latents")) not in keys
     ]
     if missing:
         raise ValueError(f"{file_path} lacks {len(missing)} episodes, the first is {missing[0]}")
     return file
 
 
-def expected_metadata(info: LatentsInfo, split: Split, number: int) -> dict[str, Any]:
-    """Return what a file of a split says about itself."""
+def _metadata(info: LatentsInfo, split: Split, number: int) -> dict[str, Any]:
     episodes = info.episodes(split, number)
     return {
         "split": split,
@@ -171,8 +164,7 @@ def expected_metadata(info: LatentsInfo, split: Split, number: int) -> dict[str,
     }
 
 
-def key_of(episode: int, name: str) -> str:
-    """Return the name of a tensor of an episode."""
+def _key(episode: int, name: str) -> str:
     return f"{episode:06d}.{name}"
 
 
@@ -237,41 +229,32 @@ class LatentSource(Source):
         part = slice(start, start + num_frames)
 
         def stored(name: str) -> Any:
-            key = key_of(episode, name)
+            key = _key(episode, name)
             return file.get_slice(key) if key in names else None
 
         actions, text = stored("actions"), stored("text")
-        has_label = key_of(episode, "label") in names
+        has_label = _key(episode, "label") in names
         text_length = self.info.card.conditions.text_length
         return Clip(
             frames=stored("latents")[part].float(),
             actions=None if actions is None else actions[part].clone(),
-            label=int(file.get_tensor(key_of(episode, "label"))) if has_label else None,
+            label=int(file.get_tensor(_key(episode, "label"))) if has_label else None,
             fps=self.info.card.fps / self.info.frames_per_latent,
             encoded=True,
-            text=None if text is None else fill_up(text[:], text_length),
+            text=None if text is None else fill_up(text[:], text_length).float(),
             null_text=self._null_text,
         )
 
 
-def fill_up(words: Float[Tensor, "s d"], length: int) -> Float[Tensor, "l d"]:
-    """Fill an embedded text up with zeros, in 32 bits."""
-    return torch.cat([words, words.new_zeros(length - len(words), words.shape[1])]).float()
-
-
 def read_null_text(path: Path, info: LatentsInfo) -> Float[Tensor, "l d"] | None:
-    """Read the embedded empty prompt; None: these latents have no texts.
-
-    Raises:
-        ValueError: it is missing, damaged, or of another text encoder.
-    """
+    """Read the embedded empty prompt (ValueError: it cannot be read); None: there are no texts."""
     if not info.text:
         return None
     try:
         with safe_open(path / NULL_TEXT_FILE, framework="pt") as file:
             if json.loads((file.metadata() or {}).get(METADATA, "null")) != {"text": info.text}:
                 raise ValueError("of another text encoder")
-            return fill_up(file.get_tensor("text"), info.card.conditions.text_length)
+            return fill_up(file.get_tensor("text"), info.card.conditions.text_length).float()
     except (SafetensorError, FileNotFoundError, ValueError) as error:
         raise ValueError(
             f"{path / NULL_TEXT_FILE} is missing or damaged ({error}): the same scd encode command "
@@ -316,7 +299,7 @@ def begin(out: Path, info: LatentsInfo) -> None:
     ):
         raise FileExistsError(f"{out} holds other things than latents")
     out.mkdir(parents=True, exist_ok=True)
-    write_info(out, info)
+    write_file(out / INFO_FILE, json.dumps(to_json(info)))
 
 
 def _comparable(info: LatentsInfo) -> dict[str, Any]:
@@ -331,7 +314,7 @@ def write_null_text(out: Path, info: LatentsInfo, null_text: Float[Tensor, "l d"
     try:
         read_null_text(out, info)
     except ValueError:
-        save_tensors(out / NULL_TEXT_FILE, {"text": null_text.contiguous()}, {"text": info.text})
+        _save(out / NULL_TEXT_FILE, {"text": null_text.contiguous()}, {"text": info.text})
 
 
 def is_whole(out: Path, info: LatentsInfo, split: Split, number: int) -> bool:
@@ -340,31 +323,16 @@ def is_whole(out: Path, info: LatentsInfo, split: Split, number: int) -> bool:
         open_file(out, info, split, number)
     except FileNotFoundError:
         return False
-    except (ValueError, SafetensorError) as error:
+    except ValueError as error:
         logger.warning("%s", error)
         return False
     return True
 
 
-def remove_leftovers(out: Path, name: str) -> None:
-    """Remove what a killed process left of a file that only this one writes."""
-    for path in out.glob(f"{TEMPORARY}{name}-*"):
-        path.unlink(missing_ok=True)
-
-
-def write_info(path: Path, info: LatentsInfo) -> None:
-    """Write what a folder of latents says about itself."""
-    write_file(path / INFO_FILE, json.dumps(to_json(info)))
-
-
 def write_episodes(
     path: Path, info: LatentsInfo, split: Split, number: int, episodes: Sequence[EncodedEpisode]
 ) -> None:
-    """Write one file of a split: it appears whole or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write one file of a split (OSError: it cannot be written)."""
     tensors: dict[str, Tensor] = {}
     for episode, encoded in zip(info.episodes(split, number), episodes, strict=True):
         assert len(encoded.latents) == info.lengths(split)[episode]
@@ -374,18 +342,11 @@ def write_episodes(
             kept["label"] = torch.tensor(encoded.label)
         for name, tensor in kept.items():
             if tensor is not None:
-                tensors[key_of(episode, name)] = tensor.cpu().contiguous()
-    save_tensors(
-        path / info.file_name(split, number), tensors, expected_metadata(info, split, number)
-    )
+                tensors[_key(episode, name)] = tensor.cpu().contiguous()
+    _save(path / info.file_name(split, number), tensors, _metadata(info, split, number))
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors aside, then rename.
-
-    Raises:
-        OSError: they cannot be written.
-    """
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     with file_aside(path) as aside:
         try:
             save_file(dict(tensors), aside, metadata={METADATA: json.dumps(dict(metadata))})

@@ -21,8 +21,8 @@ from typing import Any, get_args
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from scd.common.config import from_json, to_json
-from scd.common.files import file_aside, parse_json, read_json
+from scd.common.config import added, from_json, to_json
+from scd.common.files import file_aside, parse_json, read_json, write_file
 from scd.data.source import DataCard, Split
 from scd.data.video import write_video
 
@@ -57,11 +57,11 @@ class Entry:
     """Frames of the episode."""
     split: Split
     """Part of the collection that the episode belongs to."""
-    actions: str | None = None
+    actions: str | None = added(None)
     """Actions file (.npz with the key `actions`), relative to the folder."""
-    label: int | None = None
+    label: int | None = added(None)
     """Class of the whole episode."""
-    prompt: str | None = None
+    prompt: str | None = added(None)
     """What the episode shows, in words."""
 
     def __post_init__(self) -> None:
@@ -87,8 +87,7 @@ def read_card(path: Path) -> DataCard:
 def write_card(path: Path, card: DataCard, recording: dict[str, Any] | None = None) -> None:
     """Write the card of a folder, and beside it the settings of the recording, if any."""
     values = to_json(card) | ({} if recording is None else {RECORDING: recording})
-    with file_aside(path / CARD_FILE) as aside:
-        aside.write_text(json.dumps(values, indent=2) + "\n")
+    write_file(path / CARD_FILE, json.dumps(values, indent=2))
 
 
 def read_manifest(path: Path) -> list[Entry]:
@@ -98,9 +97,8 @@ def read_manifest(path: Path) -> list[Entry]:
         FileNotFoundError: no manifest.
         ValueError: a line that is not JSON, or with a missing, unknown or wrong field.
     """
-    optional = {"actions": None, "label": None, "prompt": None}
     return [
-        from_json(Entry, _fields(optional, parse_json(line, where)), where)
+        from_json(Entry, parse_json(line, where), where)
         for number, line in enumerate((path / MANIFEST_FILE).read_text().splitlines(), start=1)
         if line.strip() and (where := f"{path / MANIFEST_FILE} line {number}")
     ]
@@ -134,9 +132,7 @@ def write_episode(
         name: name of its files, without an ending.
         pixels: the pictures.
         actions: action i led from picture i-1 to picture i.
-        fps: frames per second.
-        split: part of the collection.
-        label: class of the whole episode.
+        fps, split, label: as in the card and the manifest.
 
     Raises:
         ValueError: not as many actions as pictures, or no pictures.
@@ -214,10 +210,6 @@ def choose_splits(num_episodes: int, val_fraction: float, test_fraction: float) 
         splits.append(chosen)
         counts[chosen] += 1
     return splits
-
-
-def _fields(optional: dict[str, Any], values: Any) -> Any:
-    return optional | values if isinstance(values, dict) else values
 
 
 def _line(entry: Entry) -> str:

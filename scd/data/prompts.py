@@ -9,16 +9,19 @@ written by scd/preprocessing/prompts.py, and training needs no text encoder.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from scd.common.config import from_json
-from scd.common.files import read_json
+from scd.common.files import file_aside, read_json
 from scd.data.clip import Clip, ConditionSpec
 from scd.data.source import DataCard, Source
 
@@ -139,20 +142,40 @@ class PromptSource(Source):
         )
 
     def _words(self, name: str) -> Float[Tensor, "l c"]:
-        """Read an embedded prompt and fill it up with zeros."""
         file, info = self.path / name, self.info
-        if not file.is_file():
+        words = read_words(file)
+        if words is None:
             raise FileNotFoundError(
                 f"{file} is gone, which {INFO_FILE} beside it names: embed the prompts again"
             )
-        try:
-            with safe_open(file, framework="pt") as opened:
-                words = opened.get_tensor(WORDS)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged, remove it: {error}") from error
         if words.ndim != 2 or len(words) > info.length or words.shape[1] != info.dim:
             raise ValueError(
                 f"{file}: needed up to {info.length} tokens of {info.dim} entries, "
                 f"got {list(words.shape)}"
             )
-        return torch.cat([words, words.new_zeros(info.length - len(words), info.dim)])
+        return fill_up(words, info.length)
+
+
+def read_words(file: Path) -> Tensor | None:
+    """Read what a text encoder made of a prompt (ValueError: damaged); None: it is not there."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(WORDS)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged, remove it: {error}") from error
+
+
+def write_words(file: Path, words: Float[Tensor, "s d"], about: Mapping[str, str]) -> None:
+    """Write what a text encoder made of a prompt, and what it is about."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # One entry: several would be written in a random order, and equal files differ.
+    metadata = {"scd": json.dumps(dict(about))}
+    with file_aside(file) as aside:
+        save_file({WORDS: words.contiguous()}, aside, metadata=metadata)
+
+
+def fill_up(words: Float[Tensor, "s d"], length: int) -> Float[Tensor, "l d"]:
+    """Fill an embedded text up with zeros."""
+    return torch.cat([words, words.new_zeros(length - len(words), words.shape[1])])

@@ -31,13 +31,10 @@ class VideoInfo:
     """What the header of a video file says."""
 
     num_frames: int
-    """Frames in the file."""
     height: int
-    """Rows of a frame, in pixels."""
     width: int
-    """Columns of a frame, in pixels."""
     fps: float
-    """Frames per second, on average."""
+    """Frames per second, on average; 0: not said."""
 
 
 def write_video(

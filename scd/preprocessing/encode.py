@@ -31,6 +31,7 @@ from scd.autoencoders.build import (
 from scd.autoencoders.diffusers import ImageAutoencoder, with_statistics
 from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_cache
 from scd.common.config import to_json
+from scd.common.files import remove_leftovers
 from scd.common.runtime import Precision, choose_device, parse_shard
 from scd.data.clip import Clip
 from scd.data.latents import (
@@ -41,7 +42,6 @@ from scd.data.latents import (
     begin,
     is_latents,
     is_whole,
-    remove_leftovers,
     write_episodes,
     write_null_text,
 )

@@ -130,9 +130,7 @@ def test_weights_are_read_when_they_are_needed(source, autoencoder):
         WanAutoencoder(WanAutoencoderConfig(source="")).encode(clip_of())
     here = WanAutoencoder(WanAutoencoderConfig(source=str(source)))
     assert torch.equal(here.decode(latents_of()), autoencoder.decode(latents_of()))
-    with pytest.raises(
-        ValueError, match="8 channels and cells of 8 pixels, this autoencoder's have 16"
-    ):
+    with pytest.raises(ValueError, match="8 channels and cells .* have 16 and 8"):
         WanAutoencoder(WanAutoencoderConfig(source=str(source), channels=8)).decode(latents_of())
 
 
