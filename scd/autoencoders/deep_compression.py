@@ -8,8 +8,8 @@ network itself is diffusers' AutoencoderDC. Source: paper, section 8.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -28,30 +28,51 @@ HEAD_DIM = 32
 WIDTHS = (128, 256, 512, 512, 1024, 1024)
 """Channels of the stages, the largest frames first; networks with fewer stages have the first."""
 
-ENCODER_LAYERS, DECODER_LAYERS = (0, 4, 8, 2, 2, 2), (0, 5, 10, 2, 2, 2)
-"""Blocks of each stage. The first stage has none: pixels move into channels at once."""
+LAYERS = ((0, 4, 8, 2, 2, 2), (0, 5, 10, 2, 2, 2))
+"""Blocks of each stage of encoder and decoder. The first stage has none: pixels move into channels
+at once."""
 
 NUM_CONVOLVED = 3
 """First stages whose blocks are convolutions; those of the others are linear attention."""
+
+
+class Stage(NamedTuple):
+    """Blocks of an encoder or decoder that see frames of one size."""
+
+    width: int
+    """Channels."""
+    num_blocks: int
+    norm: str
+    """Of the decoder; convolutions after batch norm have ReLU, others SiLU."""
+    attends: bool = False
+    """Whether its blocks are linear attention."""
+    scales: tuple[int, ...] = ()
+    """Sizes of the convolutions over queries, keys and values."""
 
 
 def deep_settings(name: DeepName) -> dict[str, Any]:
     """Return the settings of a network as diffusers' AutoencoderDC takes them.
 
     FAR publishes the settings of 8 and 32; those of 16, with one stage less than 32, are inferred.
-
-    Args:
-        name: which.
     """
+    norm, num_convolved = "rms_norm", NUM_CONVOLVED
     if name == "small-8":
         # Norms that do not look at the batch: a short run has no time for running means.
-        return _settings((32, 32, 64, 128), (0, 1, 1, 1), (0, 2, 1, 1), first="rms_norm")
-    if name == "small-16":
-        return _settings(
-            (16, 16, 32, 64, 256), (0, 1, 1, 1, 1), (0, 1, 1, 1, 1), first="rms_norm", convolved=5
-        )
-    num_stages = {"deep-8": 4, "deep-16": 5, "deep-32": 6}[name]
-    return _settings(WIDTHS[:num_stages], ENCODER_LAYERS[:num_stages], DECODER_LAYERS[:num_stages])
+        widths, layers = (32, 32, 64, 128), ((0, 1, 1, 1), (0, 2, 1, 1))
+    elif name == "small-16":
+        widths, layers, num_convolved = (16, 16, 32, 64, 256), ((0, 1, 1, 1, 1),) * 2, 5
+    else:
+        num_stages = {"deep-8": 4, "deep-16": 5, "deep-32": 6}[name]
+        widths, layers, norm = WIDTHS[:num_stages], LAYERS, "batch_norm"
+    encoder, decoder = (
+        [
+            Stage(width, num_blocks, norm if place < num_convolved else "rms_norm",
+                  attends=place >= num_convolved)
+            for place, (width, num_blocks) in enumerate(zip(widths, side, strict=False))
+        ]
+        for side in layers
+    )  # fmt: skip
+    return settings_from(encoder, decoder, scale=1.0)
 
 
 def deep_name(height: int, width: int) -> DeepName:
@@ -70,46 +91,20 @@ def deep_name(height: int, width: int) -> DeepName:
     return names[side]
 
 
-def _settings(
-    widths: tuple[int, ...],
-    encoder_layers: tuple[int, ...],
-    decoder_layers: tuple[int, ...],
-    first: str = "batch_norm",
-    convolved: int = NUM_CONVOLVED,
-) -> dict[str, Any]:
-    later = len(widths) - convolved
-    types = ["ResBlock"] * convolved + ["EfficientViTBlock"] * later
-    norms = [first] * convolved + ["rms_norm"] * later
-    return settings_from(
-        types=(types, types),
-        widths=(widths, widths),
-        layers=(encoder_layers, decoder_layers),
-        scales=([()] * len(widths), [()] * len(widths)),
-        norms=norms,
-        scale=1.0,
-    )
-
-
 def settings_from(
-    types: tuple[list[str], list[str]],
-    widths: tuple[tuple[int, ...], tuple[int, ...]],
-    layers: tuple[tuple[int, ...], tuple[int, ...]],
-    scales: tuple[list[tuple[int, ...]], list[tuple[int, ...]]],
-    norms: list[str],
+    encoder: Sequence[Stage],
+    decoder: Sequence[Stage],
     scale: float,
     latent_channels: int = LATENT_CHANNELS,
 ) -> dict[str, Any]:
-    """Put the settings of encoder and decoder, in pairs, under diffusers' names.
+    """Put the stages of encoder and decoder under diffusers' names.
 
     Args:
-        types: blocks of each stage.
-        widths: channels of each stage.
-        layers: blocks of each stage.
-        scales: sizes of the convolutions over queries, keys and values of each stage.
-        norms: of the decoder's stages; convolutions after batch norm have ReLU, others SiLU.
+        encoder, decoder: their stages, the largest frames first.
         scale: what latents are multiplied by to be of unit scale.
         latent_channels: channels of a latent frame.
     """
+    norms = [stage.norm for stage in decoder]
     settings: dict[str, Any] = {
         "in_channels": 3,
         "latent_channels": latent_channels,
@@ -120,11 +115,13 @@ def settings_from(
         "decoder_act_fns": ["relu" if norm == "batch_norm" else "silu" for norm in norms],
         "scaling_factor": scale,
     }
-    for index, side in enumerate(("encoder", "decoder")):
-        settings[f"{side}_block_types"] = list(types[index])
-        settings[f"{side}_block_out_channels"] = list(widths[index])
-        settings[f"{side}_layers_per_block"] = list(layers[index])
-        settings[f"{side}_qkv_multiscales"] = [list(sizes) for sizes in scales[index]]
+    for side, stages in (("encoder", encoder), ("decoder", decoder)):
+        settings[f"{side}_block_types"] = [
+            "EfficientViTBlock" if stage.attends else "ResBlock" for stage in stages
+        ]
+        settings[f"{side}_block_out_channels"] = [stage.width for stage in stages]
+        settings[f"{side}_layers_per_block"] = [stage.num_blocks for stage in stages]
+        settings[f"{side}_qkv_multiscales"] = [list(stage.scales) for stage in stages]
     return settings
 
 
@@ -137,80 +134,56 @@ def settings_of(state: Mapping[str, Tensor], scale: float = FAR_SCALE) -> dict[s
     Raises:
         ValueError: not the weights of such a network.
     """
-    found = {side: _read_side(state, side) for side in ("encoder", "decoder")}
-    encoder, decoder = found["encoder"], found["decoder"]
-    if len(encoder["widths"]) != len(decoder["widths"]):
+    encoder, decoder = (_read_side(state, side) for side in ("encoder", "decoder"))
+    if len(encoder) != len(decoder):
         raise ValueError(
-            f"the encoder has {len(encoder['widths'])} stages and the decoder "
-            f"{len(decoder['widths'])}: not a deep-compression autoencoder"
+            f"the encoder has {len(encoder)} stages and the decoder {len(decoder)}: not a "
+            "deep-compression autoencoder"
         )
-    return settings_from(
-        types=(encoder["types"], decoder["types"]),
-        widths=(tuple(encoder["widths"]), tuple(decoder["widths"])),
-        layers=(tuple(encoder["layers"]), tuple(decoder["layers"])),
-        scales=(encoder["scales"], decoder["scales"]),
-        norms=decoder["norms"],
-        scale=scale,
-        latent_channels=state["encoder.conv_out.weight"].shape[0],
-    )
+    latent_channels = state["encoder.conv_out.weight"].shape[0]
+    return settings_from(encoder, decoder, scale, latent_channels)
 
 
-def _read_side(state: Mapping[str, Tensor], side: str) -> dict[str, list[Any]]:
-    """Read the stages of the encoder or the decoder."""
+def _read_side(state: Mapping[str, Tensor], side: str) -> list[Stage]:
     stem = {"encoder": "encoder.down_blocks", "decoder": "decoder.up_blocks"}[side]
     needed = [f"{side}.conv_in.weight", f"{side}.conv_in.conv.weight"]
     last = f"{side}.conv_out.weight" if side == "encoder" else "decoder.conv_in.weight"
-    numbers = sorted(
-        {
-            int(match.group(1))
-            for name in state
-            if (match := re.match(rf"{re.escape(stem)}\.(\d+)\.\d+\.", name))
-        }
-    )
+    matches = (re.match(rf"{re.escape(stem)}\.(\d+)\.\d+\.", name) for name in state)
+    numbers = {int(match.group(1)) for match in matches if match}
     if not numbers or not any(name in state for name in needed) or last not in state:
         raise ValueError(
             f"not a state dict of a deep-compression autoencoder: it lacks {last!r} or {stem!r}; "
             f"it holds {sorted(state)[:4]} ..."
         )
-    read: dict[str, list[Any]] = {
-        name: [] for name in ("types", "widths", "layers", "scales", "norms")
-    }
-    for number in range(max(numbers) + 1):
-        stage = _read_stage(state, f"{stem}.{number}.")
-        for name, value in stage.items():
-            read[name].append(value)
-    if read["layers"][0] == 0:
+    stages = [_read_stage(state, f"{stem}.{number}.") for number in range(max(numbers) + 1)]
+    if not stages[0].num_blocks:
         # Nothing has the width of a first stage without blocks, or its norm.
-        read["widths"][0], read["norms"][0] = WIDTHS[0], read["norms"][1]
-    return read
+        stages[0] = stages[0]._replace(width=WIDTHS[0], norm=stages[1].norm)
+    return stages
 
 
-def _read_stage(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+def _read_stage(state: Mapping[str, Tensor], prefix: str) -> Stage:
     """Read one stage by the names inside its blocks; what is between stages counts as no block."""
     blocks: dict[int, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        if name.startswith(prefix):
-            number, _, rest = name.removeprefix(prefix).partition(".")
-            if number.isdigit():
-                blocks.setdefault(int(number), {})[rest] = tensor
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and number.isdigit():
+            blocks.setdefault(int(number), {})[rest] = tensor
     convolved = [block for block in blocks.values() if "conv1.weight" in block]
     attending = [block for block in blocks.values() if "attn.to_q.weight" in block]
-    stage: dict[str, Any] = {
-        "types": "EfficientViTBlock" if attending else "ResBlock",
-        "layers": len(attending) or len(convolved),
-        "scales": (),
-        "norms": "rms_norm",
-        "widths": 0,
-    }
     if attending:
         block = attending[0]
-        stage["widths"] = block["attn.to_q.weight"].shape[1]
-        places = [
+        scales = sorted(
             name for name in block if re.match(r"attn\.to_qkv_multiscale\.\d+\.proj_in", name)
-        ]
-        stage["scales"] = tuple(block[name].shape[-1] for name in sorted(places))
-    elif convolved:
-        block = convolved[0]
-        stage["widths"] = block["conv1.weight"].shape[0]
-        stage["norms"] = "batch_norm" if "norm.running_mean" in block else "rms_norm"
-    return stage
+        )
+        return Stage(
+            block["attn.to_q.weight"].shape[1],
+            len(attending),
+            "rms_norm",
+            attends=True,
+            scales=tuple(block[name].shape[-1] for name in scales),
+        )
+    if not convolved:
+        return Stage(0, 0, "rms_norm")
+    norm = "batch_norm" if "norm.running_mean" in convolved[0] else "rms_norm"
+    return Stage(convolved[0]["conv1.weight"].shape[0], len(convolved), norm)

@@ -196,16 +196,18 @@ def find_network(
     return find_part(place, "vae", classes, what, at_root=True)
 
 
-def load_network(source: str | os.PathLike[str]) -> tuple[ImageKind, Any]:
-    """Read a network: its class's name and itself.
+def load_network(
+    source: str | os.PathLike[str], classes: tuple[ImageKind, ...] = KINDS
+) -> tuple[ImageKind, Any]:
+    """Read a network of one of these classes: its class's name and itself.
 
     Raises:
         FileNotFoundError: it is not there, or the hub cannot be reached.
         ValueError: another kind of model, damaged weights, or diffusers is not installed.
     """
-    folder = find_network(source)
+    folder = find_network(source, classes)
     name = class_of(folder)
-    kind: ImageKind = next(one for one in KINDS if one == name)
+    kind = next(one for one in classes if one == name)
     try:
         network, report = _class(kind).from_pretrained(
             str(folder), local_files_only=True, output_loading_info=True
@@ -224,11 +226,7 @@ def load_network(source: str | os.PathLike[str]) -> tuple[ImageKind, Any]:
 
 
 def new_network(settings: Mapping[str, Any]) -> nn.Module:
-    """Build diffusers' AutoencoderDC with first weights of PyTorch's generator.
-
-    Raises:
-        ValueError: diffusers is not installed.
-    """
+    """Build diffusers' AutoencoderDC with first weights of PyTorch's generator."""
     return _class("AutoencoderDC")(**settings)
 
 
@@ -297,11 +295,7 @@ def given_statistics(folder: Path, kind: ImageKind, settings: Any) -> Statistics
 
 
 def read_statistics(path: Path) -> Statistics:
-    """Read the mean and deviation of each channel.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """Read the mean and deviation of each channel (ValueError: the file is damaged)."""
     try:
         values = read_json(path)
         return tuple(map(float, values["mean"])), tuple(map(float, values["std"]))
@@ -311,13 +305,7 @@ def read_statistics(path: Path) -> Statistics:
 
 def _class(kind: ImageKind) -> Any:
     try:
-        from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-        from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+        import diffusers
     except ImportError as error:
         raise ValueError(EXTRA) from error
-    return {
-        "AutoencoderDC": AutoencoderDC,
-        "AutoencoderKL": AutoencoderKL,
-        "AutoencoderTiny": AutoencoderTiny,
-    }[kind]
+    return getattr(diffusers, kind)

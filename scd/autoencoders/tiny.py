@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scd.autoencoders.base import StreamDecoder
-from scd.autoencoders.wan import EXTRA, FRAMES_PER_LATENT
-from scd.common.hub import CONFIG_FILE, class_of
+from scd.autoencoders.diffusers import load_network
+from scd.autoencoders.wan import FRAMES_PER_LATENT
 from scd.common.runtime import DTYPES, Precision
 from scd.common.weights import read_state_dict
 
@@ -184,7 +184,7 @@ def open_tiny_decoder(
     path = Path(path)
     network: nn.Module
     if path.is_dir():
-        network = _load_pictures(path, channels)
+        network = _load_images(path, channels)
     elif path.is_file():
         network = _load_taew(path, channels)
     else:
@@ -195,21 +195,10 @@ def open_tiny_decoder(
     return ImageStreamDecoder(network)
 
 
-def _load_pictures(folder: Path, channels: int) -> nn.Module:
-    if class_of(folder) != "AutoencoderTiny":
-        raise ValueError(
-            f"{folder / CONFIG_FILE}: needed an AutoencoderTiny, it holds {class_of(folder)}"
-        )
-    try:
-        from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-    except ImportError as error:
-        raise ValueError(EXTRA) from error
-    network = AutoencoderTiny.from_pretrained(str(folder), local_files_only=True)
-    settings: Any = network.config
-    if settings.latent_channels != channels:
-        raise ValueError(
-            f"{folder} decodes latents of {settings.latent_channels} channels, needed {channels}"
-        )
+def _load_images(folder: Path, channels: int) -> nn.Module:
+    _, network = load_network(folder, ("AutoencoderTiny",))
+    if (found := network.config.latent_channels) != channels:
+        raise ValueError(f"{folder} decodes latents of {found} channels, needed {channels}")
     return network
 
 

@@ -131,9 +131,7 @@ class DoomGame:
             raise ValueError(f"size must be 32, 64 or 128, got {size}")
         if tics < 1:
             raise ValueError(f"tics must be 1 or more, got {tics}")
-        self._scenario = scenario
-        self._size = size
-        self._tics = tics
+        self._scenario, self._size, self._tics = scenario, size, tics
         self._scratch = tempfile.TemporaryDirectory()
         self._game = self._start()
 
@@ -144,7 +142,6 @@ class DoomGame:
         self.close()
 
     def close(self) -> None:
-        """End the game."""
         self._game.close()
         self._scratch.cleanup()
 
@@ -196,9 +193,10 @@ class DoomGame:
 
     def _place(self) -> np.ndarray:
         """Return where the player stands (x, y), in map units."""
-        vizdoom = self._vizdoom
-        variables = (vizdoom.GameVariable.POSITION_X, vizdoom.GameVariable.POSITION_Y)
-        return np.array([self._game.get_game_variable(variable) for variable in variables])
+        names = self._vizdoom.GameVariable
+        return np.array(
+            [self._game.get_game_variable(name) for name in (names.POSITION_X, names.POSITION_Y)]
+        )
 
     def _start(self) -> Any:
         vizdoom = self._vizdoom
@@ -211,27 +209,19 @@ class DoomGame:
                 os.path.join(vizdoom.scenarios_path, f"{self._scenario}.wad")
             )
         else:
-            wad = Path(vizdoom.__file__).with_name("freedoom2.wad")
-            game.set_doom_game_path(str(wad))
+            game.set_doom_game_path(str(Path(vizdoom.__file__).with_name("freedoom2.wad")))
             game.add_game_args("-nomonsters")
         game.set_doom_map("map01")
         game.set_screen_format(vizdoom.ScreenFormat.RGB24)
-        game.set_screen_resolution(
-            vizdoom.ScreenResolution.RES_512X384
-            if self._size == 128
-            else vizdoom.ScreenResolution.RES_256X192
-        )
+        resolutions = vizdoom.ScreenResolution
+        is_large = self._size == 128
+        game.set_screen_resolution(resolutions.RES_512X384 if is_large else resolutions.RES_256X192)
         game.set_render_hud(False)
         game.set_render_weapon(False)
         game.set_render_crosshair(False)
         game.set_render_messages(False)
-        game.set_available_buttons(
-            [
-                vizdoom.Button.MOVE_FORWARD,
-                vizdoom.Button.TURN_LEFT,
-                vizdoom.Button.TURN_RIGHT,
-            ]
-        )
+        button = vizdoom.Button
+        game.set_available_buttons([button.MOVE_FORWARD, button.TURN_LEFT, button.TURN_RIGHT])
         game.set_episode_start_time(10)
         game.set_episode_timeout(0)
         game.set_window_visible(False)
@@ -245,9 +235,7 @@ class DoomGame:
 def shrink(picture: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Cut the middle square out of a picture and average whole blocks of its pixels.
 
-    Args:
-        picture: wider than high; its height is a multiple of `size`.
-        size: height and width of the result.
+    The picture is wider than high, and its height is a multiple of `size`.
     """
     height, width, _ = picture.shape
     block, rest = divmod(height, size)

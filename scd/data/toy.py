@@ -103,20 +103,13 @@ class _World:
     """The beginning of an episode, from which all else follows; in units."""
 
     kinds: tuple[str, ...]
-    colours: np.ndarray
-    """[shapes, 3] in [0, 1]"""
-    radii: np.ndarray
-    """[shapes]"""
-    phases: np.ndarray
-    """[movers, 2]: position along the way forth and back between the walls"""
-    speeds: np.ndarray
-    """[movers, 2]"""
-    agent: np.ndarray
-    """[2]: position before the first action"""
-    occluder: tuple[int, int]
-    """Left and upper edge."""
-    actions: np.ndarray
-    """[MAX_FRAMES]"""
+    colours: np.ndarray  # [shapes 3] in [0, 1]
+    radii: np.ndarray  # [shapes]
+    phases: np.ndarray  # [movers 2]: position along the way forth and back between the walls
+    speeds: np.ndarray  # [movers 2]
+    agent: np.ndarray  # [2]: position before the first action
+    occluder: tuple[int, int]  # left and upper edge
+    actions: np.ndarray  # [MAX_FRAMES]
 
 
 class ToyWorld(Source):
@@ -155,7 +148,6 @@ class ToyWorld(Source):
         return cls(size=32 if data == "toy:32" else 64, split=split)
 
     def _read(self, episode: int, start: int, num_frames: int) -> Clip:
-        """Draw some frames of an episode that is steered by the random policy."""
         world = self._begin(episode)
         return self._clip(world, world.actions[: start + num_frames], start)
 
@@ -171,12 +163,7 @@ class ToyWorld(Source):
     def state(
         self, episode: int, num_frames: int, actions: Int64[np.ndarray, " t"] | None = None
     ) -> ToyState:
-        """Return what is true of an episode's first frames.
-
-        Args:
-            episode: which episode.
-            num_frames: how many frames.
-            actions: what the agent does; None: what the random policy does.
+        """Return what is true of an episode's first frames under actions, or the random policy's.
 
         Raises:
             ValueError: no such episode, not enough actions, or an action that does not exist.
@@ -196,12 +183,7 @@ class ToyWorld(Source):
             colours=world.colours * 2 - 1,
             radii=world.radii * np.float32(self._scale),
             visible=np.concatenate([self._visible(world, block) for block in blocks]),
-            occluder=(
-                float(columns.start),
-                float(rows.start),
-                float(columns.stop),
-                float(rows.stop),
-            ),
+            occluder=tuple(map(float, (columns.start, rows.start, columns.stop, rows.stop))),
             agent=NUM_MOVERS,
             actions=actions,
         )

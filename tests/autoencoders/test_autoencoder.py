@@ -11,7 +11,13 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
 from scd.autoencoders.build import build_autoencoder, fingerprint, open_autoencoder
-from scd.autoencoders.deep_compression import deep_name, deep_settings, settings_from, settings_of
+from scd.autoencoders.deep_compression import (
+    Stage,
+    deep_name,
+    deep_settings,
+    settings_from,
+    settings_of,
+)
 from scd.autoencoders.diffusers import (
     ImageAutoencoder,
     ImageAutoencoderConfig,
@@ -58,15 +64,11 @@ def tiny(kind: str, seed: int = 0, **changes):
 
 
 def tiny_deep(norm: str = "rms_norm"):
-    return settings_from(
-        types=(["ResBlock", "ResBlock", "EfficientViTBlock"],) * 2,
-        widths=((128, 16, 32),) * 2,
-        layers=((0, 1, 1), (0, 2, 1)),
-        scales=([()] * 3,) * 2,
-        norms=[norm, norm, "rms_norm"],
-        scale=0.5,
-        latent_channels=CHANNELS,
+    last = Stage(32, 1, "rms_norm", attends=True)
+    encoder, decoder = (
+        [Stage(128, 0, norm), Stage(16, num_blocks, norm), last] for num_blocks in (1, 2)
     )
+    return settings_from(encoder, decoder, scale=0.5, latent_channels=CHANNELS)
 
 
 def frames_of(b=2, t=3, size=16, seed=0):
