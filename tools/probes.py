@@ -70,16 +70,16 @@ def gather(probes: Mapping[str, Any]) -> dict[str, Any]:
 def summary(label: str, probe: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is kept of one probe."""
     layers = []
-    for similar, looks, without in zip(
+    for similar, attention, without in zip(
         probe["step_similarity"], probe["attention"], probe["leave_one_out"], strict=True
     ):
         layer: dict[str, Any] = {"layer": similar["layer"], "name": similar["name"]}
         for kind in SIMILARITIES:
             layer[kind] = early_and_late(np.array(similar[kind]))
         layer["cka_first_last"] = similar["cka"][0][-1]
-        layer["past_mass"] = float(np.mean(looks["past_mass"]))
-        layer["past_mass_heads"] = [min(looks["past_mass"]), max(looks["past_mass"])]
-        layer["uniform"] = float(np.mean(looks["uniform"]))
+        layer["past_mass"] = float(np.mean(attention["past_mass"]))
+        layer["past_mass_heads"] = [min(attention["past_mass"]), max(attention["past_mass"])]
+        layer["uniform"] = float(np.mean(attention["uniform"]))
         layer |= {key: without[key] for key in ("relative_loss", "ci_low", "ci_high")}
         layers.append(layer)
     found = {"label": label, "layers": layers, "loss": float(np.mean(probe["loss"]["mean"]))}
