@@ -315,32 +315,17 @@ def _vbench(words: list[str]) -> None:
 
 
 def _evaluate(words: list[str]) -> None:
+    from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig
+
     name = _value_of(words, "--protocol")
-    if name is not None:
-        _evaluate_by_protocol(words, name)
-        return
-    from scd.evaluation.evaluate import EvaluateConfig, evaluate, readable
+    chosen = PROTOCOLS["custom" if name is None else _known(name, "protocol", PROTOCOLS)]
+    program = "evaluate" if name is None else f"evaluate --protocol {name}"
+    words = _first_is("--run", words)
+    config = _parse(EvaluateConfig, words, program, EvaluateConfig(protocol=chosen))
 
-    if _asks_for_help(words):
-        with suppress(SystemExit):
-            _parse(EvaluateConfig, ["--help"], "evaluate")
-        print("\nBy a named protocol (scd protocols), of which each setting is a flag:\n")
-        _evaluate_by_protocol(["--help"], "toy-8-8")
-    config = _parse(EvaluateConfig, _first_is("--run", words), "evaluate")
-    print(readable(evaluate(config)))
-    print(f"saved {config.out}")
+    from scd.evaluation.evaluate import evaluate, readable
 
-
-def _evaluate_by_protocol(words: list[str], name: str) -> None:
-    from scd.evaluation.evaluate_protocol import evaluate_by_protocol, readable
-    from scd.evaluation.protocol_settings import ProtocolConfig
-    from scd.evaluation.protocols import PROTOCOLS
-
-    default = ProtocolConfig(protocol=PROTOCOLS[_known(name, "protocol", PROTOCOLS)])
-    config = _parse(
-        ProtocolConfig, _first_is("--run", words), f"evaluate --protocol {name}", default
-    )
-    result = evaluate_by_protocol(config)
+    result = evaluate(config)
     if result is not None:
         print(readable(result))
         print(f"saved {config.out}")

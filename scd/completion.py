@@ -16,7 +16,7 @@ from scd.convert.wan import ConvertWanConfig
 from scd.data.check import CheckConfig
 from scd.data.record import recordings
 from scd.demo.demo import DemoConfig
-from scd.evaluation.protocol_settings import ProtocolConfig
+from scd.evaluation.protocols import EvaluateConfig
 from scd.preprocessing.encode import EncodeConfig
 from scd.probing.interventions import DiagonalConfig, RecomposeConfig, SkipConfig
 from scd.probing.settings import ProbeConfig
@@ -66,7 +66,7 @@ def settings_of_commands() -> dict[str, Any]:
         "serve": ServeConfig,
         "train-autoencoder": TrainAutoencoderConfig,
         "train-judge": TrainJudgeConfig,
-        "evaluate": ProtocolConfig,
+        "evaluate": EvaluateConfig,
         "protocols": lambda: None,
         "probe": ProbeConfig,
         "bench": BenchConfig,

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from scd.evaluation.protocol_settings import ProtocolConfig
-from scd.evaluation.protocols import PROTOCOLS
+from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,7 +103,7 @@ def test_paper_forms_give_each_protocol_the_weights_that_it_measures_with(tmp_pa
         at = words.index("--protocol")
         protocol = PROTOCOLS[words[at + 1]]
         rest = ["--run", run, *words[:at], *words[at + 2 :]]
-        config = tyro.cli(ProtocolConfig, args=rest, default=ProtocolConfig(protocol=protocol))
+        config = tyro.cli(EvaluateConfig, args=rest, default=EvaluateConfig(protocol=protocol))
         assert (bool(config.alexnet), bool(config.i3d)) == (protocol.lpips, protocol.fvd)
         assert bool(config.i3d_sha256) == protocol.fvd
 

@@ -21,7 +21,7 @@ from typing import Any
 from cells import interval, markdown, millions, milliseconds
 
 from scd.common.provenance import command, write_json
-from scd.evaluation.measure import find_row
+from scd.evaluation.metrics import find_row
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

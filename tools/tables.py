@@ -56,7 +56,7 @@ from probes import probes
 from served import loads, played
 
 from scd.common.provenance import hardware_line, write_text
-from scd.evaluation.measure import find_row
+from scd.evaluation.metrics import find_row
 from scd.evaluation.plots import speed_names
 from scd.probing.intervention_table import markdown as intervention
 

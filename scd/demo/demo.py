@@ -23,9 +23,7 @@ from scd.data.source import open_source
 from scd.data.toy import ToyWorld
 from scd.demo.first_look import first_look
 from scd.demo.report import write_report
-from scd.evaluation.measure import Measurement, find_row, measure
-from scd.evaluation.predict import TIMED, Protocol, choose_windows, read_windows, summarize
-from scd.evaluation.side_by_side import (
+from scd.demo.side_by_side import (
     NUM_GIVEN,
     NUM_STREAMED,
     NUM_WARM_UP,
@@ -33,6 +31,10 @@ from scd.evaluation.side_by_side import (
     stream_in_turns,
     write_stream,
 )
+from scd.evaluation.metrics import find_row
+from scd.evaluation.predict import TIMED, choose_windows, read_windows, summarize
+from scd.evaluation.protocols import Protocol
+from scd.evaluation.trial import Measurement, measure
 from scd.models.build import num_parameters
 from scd.models.checkpoint import World, last_step, load_progress, load_world, save_world
 from scd.models.shipped import shipped_world
@@ -81,9 +83,13 @@ class DemoConfig:
     @property
     def protocol(self) -> Protocol:
         """How quality is measured."""
-        num_clips = 16 if self.quick else 64
         return Protocol(
-            context=8, horizon=max(HORIZONS), num_clips=num_clips, batch_size=32, seed=self.seed
+            context=8,
+            horizon=max(HORIZONS),
+            num_clips=16 if self.quick else 64,
+            batch_size=32,
+            seed=self.seed,
+            memory=False,
         )
 
     @property
@@ -145,10 +151,7 @@ def train_and_compare(config: DemoConfig, out: Path) -> dict[str, Any]:
     console.print("[bold]4/5[/] measuring all three on held-out clips")
     source = open_source("toy:32", "val")
     assert isinstance(source, ToyWorld)
-    measured = {
-        name: measure(world, source, config.protocol, with_memory=False)
-        for name, world in worlds.items()
-    }
+    measured = {name: measure(world, source, config.protocol) for name, world in worlds.items()}
     memory = measure_memory(
         {name: worlds[name] for name in STREAMED},
         source,

@@ -8,7 +8,7 @@ from typing import Any
 
 from scd.common.runlog import read_curve
 from scd.evaluation.html import interval, plot, write_page
-from scd.evaluation.measure import find_row
+from scd.evaluation.metrics import find_row
 from scd.evaluation.plots import plot_loss, plot_metrics
 
 NAMES = {

@@ -9,7 +9,7 @@ Accurate Generative Models of Video"; Skorokhodov et al., "StyleGAN-V".
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,8 @@ from torch import Tensor
 from scd.common.published_weights import I3D_STYLEGAN_V, I3D_TF_HUB, KnownFile
 from scd.evaluation.frechet import frechet_of_sets
 from scd.evaluation.image import Estimate
-
-I3dKind = Literal["stylegan-v", "tf-hub"]
-"""Which network, and so how clips are put to it."""
+from scd.evaluation.metrics import Found, Metric, Numbers, Seen
+from scd.evaluation.protocols import MIN_FRAMES, I3dKind, Protocol, Sets
 
 KNOWN: dict[I3dKind, KnownFile] = {"stylegan-v": I3D_STYLEGAN_V, "tf-hub": I3D_TF_HUB}
 """The file of each network."""
@@ -33,15 +32,8 @@ NUM_FEATURES = 400
 SIDE = 224
 """Rows and columns of the frames that I3D was trained on."""
 
-MIN_FRAMES = 10
-"""Frames that a clip must have: I3D halves their number three times and then takes means of two."""
-
 NUM_RESAMPLES = 100
 """Resamplings of the clips from which the interval is read; each takes a decomposition."""
-
-Sets = Literal["each", "pooled"]
-"""Several trajectories of each clip: the mean of one distance for each of them, or one distance of
-all of them together."""
 
 
 class I3d:
@@ -159,3 +151,32 @@ def fvd_estimate(
 def _resampled(num_clips: int, seed: int) -> Int[Tensor, "draws b"]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(num_clips, (NUM_RESAMPLES, num_clips), generator=generator)
+
+
+class Fvd(Metric):
+    """FVD of the model's clips, one after another or together as the protocol says."""
+
+    kind = "fvd"
+
+    def __init__(self, protocol: Protocol, network: I3d) -> None:
+        super().__init__(protocol)
+        self.network = network
+
+    def measure(self, seen: Seen) -> Numbers:
+        """Return features of whole clips, by the model and of the data."""
+        if seen.shuffled:
+            return {}
+        first = 0 if self.protocol.fvd_frames == "all" else seen.context
+        clips = {"model": seen.predicted}
+        # Beside another prediction a file in H.264 holds the truth in another form.
+        if seen.is_first or self.protocol.h264:
+            clips["truth"] = seen.true
+        return {name: {"i3d": self.network.features(one[:, first:])} for name, one in clips.items()}
+
+    def estimates(self, found: Numbers) -> Found:
+        """Yield one distance, at the last horizon and of all frames."""
+        made, true = found["model"]["i3d"], found["truth"]["i3d"]
+        sets, seed = self.protocol.fvd_sets, self.protocol.seed
+        estimate = fvd_estimate(made, true.expand_as(made), sets, seed)
+        for horizon in (self.protocol.horizon, None):
+            yield horizon, "fvd", "model", estimate

@@ -35,6 +35,9 @@ SSIM_CONSTANTS = (0.01**2, 0.03**2)
 """What keeps SSIM's ratios of means and of variances defined, for pixels in [0, 1]. Source: the
 same."""
 
+HIGHER_IS_BETTER = frozenset({"psnr_per_frame", "ssim"})
+"""Metrics of frames of which more is better; of the others less is."""
+
 NUM_RESAMPLES = 1000
 """Resamplings of the clips from which an interval is read."""
 

@@ -1,10 +1,10 @@
-"""A judge of generated frames: a small network that reads the action between two frames.
+"""Inverse dynamics: a small network that reads the action between two frames.
 
-It sees a frame and the one after it (inverse dynamics). Its features, from which it reads the
+It sees a frame and the one after it. Its features, from which it reads the
 action, also have to tell how much the second frame is blurred and noisy; so they carry how frames
 look and not only how they move, and give a Frechet distance of our own (scd/evaluation/frechet.py).
-It is trained on recorded clips by scd/training/inverse_dynamics.py. A number by one judge can be
-compared with numbers by the same judge only: neither is FVD nor comparable with it.
+It is trained on recorded clips by scd/training/inverse_dynamics.py. A number by one such model can
+be compared with numbers by the same one only: neither is FVD nor comparable with it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from scd.data.clip import ConditionSpec
 from scd.data.source import DataCard
 from scd.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_weights, save_weights
 
-JUDGE_FORMAT = "scd-judge-1"
-"""Name and version of the layout of a judge's config.json."""
+FORMAT = "scd-judge-1"
+"""Name and version of the layout of config.json."""
 
 NUM_DISTORTIONS = 2
 """What it reads besides the action: how blurred and how noisy the second frame is."""
@@ -51,7 +51,7 @@ twice as fine as the joint grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeConfig:
+class InverseDynamicsConfig:
     """The network."""
 
     conditions: ConditionSpec = field(default_factory=lambda: ConditionSpec(num_actions=4))
@@ -63,14 +63,14 @@ class JudgeConfig:
 
     def __post_init__(self) -> None:
         if not self.conditions.has_actions:
-            raise ValueError(f"a judge reads actions, got data without: {self.conditions}")
+            raise ValueError(f"inverse dynamics reads actions, got data without: {self.conditions}")
         if self.width < GROUP_SIZE or self.width % GROUP_SIZE:
             raise ValueError(f"width must be a multiple of {GROUP_SIZE}, got {self.width}")
         if self.feature_dim < 1:
             raise ValueError(f"feature_dim must be 1 or more, got {self.feature_dim}")
 
 
-class Judge(nn.Module):
+class InverseDynamics(nn.Module):
     """Convolutions over two frames and over how well each place matches its surroundings before.
 
     What is read is mostly how the picture moves, which plain convolutions learn slowly: so they are
@@ -85,7 +85,7 @@ class Judge(nn.Module):
     action_mean: Tensor
     action_deviation: Tensor
 
-    def __init__(self, config: JudgeConfig, height: int, width: int) -> None:
+    def __init__(self, config: InverseDynamicsConfig, height: int, width: int) -> None:
         """Build the network for frames of one size.
 
         Raises:
@@ -93,7 +93,7 @@ class Judge(nn.Module):
         """
         super().__init__()
         if min(height, width) < SMALLEST:
-            raise ValueError(f"a judge needs frames of 8x8 or more, got {height}x{width}")
+            raise ValueError(f"inverse dynamics needs frames of 8x8 or more, got {height}x{width}")
         self.config = config
         halvings = max(1, math.ceil(math.log2(min(height, width) / GRID)))
         size = [(height, width)]
@@ -202,17 +202,17 @@ def _rest(channels: int) -> list[nn.Module]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedJudge:
-    """A judge with what its numbers depend on."""
+class TrainedInverseDynamics:
+    """An inverse dynamics model with what its numbers depend on."""
 
-    network: Judge
+    network: InverseDynamics
     """In eval mode."""
     card: DataCard
     """Of the data that it was trained on."""
     held_out: Mapping[str, Any]
     """How well it reads the actions of real held-out frames."""
     digest: str = ""
-    """Of the file of its weights: numbers of judges with different digests cannot be compared."""
+    """Of the file of its weights: numbers by models of different digests cannot be compared."""
 
     def check_fit(self, card: DataCard, data: str) -> None:
         """Refuse frames, speeds and actions of another kind than it was trained on (ValueError)."""
@@ -220,7 +220,7 @@ class TrainedJudge:
         other = [name for name in ours if ours[name] != theirs[name]]
         if other:
             raise ValueError(
-                f"the judge was trained on data with other {', '.join(other)}: "
+                f"the inverse dynamics model was trained on data with other {', '.join(other)}: "
                 f"{ {name: ours[name] for name in other} }, but {data} has "
                 f"{ {name: theirs[name] for name in other} }; scd train-judge makes one for it"
             )
@@ -233,11 +233,13 @@ def pairs(
     return frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1)
 
 
-def save_judge(judge: TrainedJudge, folder: Path, about: Mapping[str, Any]) -> None:
-    """Write a judge's folder whole or not at all.
+def save_inverse_dynamics(
+    trained: TrainedInverseDynamics, folder: Path, about: Mapping[str, Any]
+) -> None:
+    """Write a model's folder whole or not at all.
 
     Args:
-        judge: what to save.
+        trained: what to save.
         folder: replaced if it is there.
         about: what else is told of its training.
 
@@ -245,37 +247,41 @@ def save_judge(judge: TrainedJudge, folder: Path, about: Mapping[str, Any]) -> N
         OSError: it could not be written.
     """
     values = {
-        "format": JUDGE_FORMAT,
-        "judge": to_json(judge.network.config),
-        "card": to_json(judge.card),
-        "held_out": dict(judge.held_out),
+        "format": FORMAT,
+        "judge": to_json(trained.network.config),
+        "card": to_json(trained.card),
+        "held_out": dict(trained.held_out),
         "training": dict(about),
     }
     with written_aside(folder) as aside:
         write_json(values, aside / CONFIG_FILE)
-        save_weights(judge.network, aside / WEIGHTS_FILE)
+        save_weights(trained.network, aside / WEIGHTS_FILE)
 
 
-def load_judge(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> TrainedJudge:
-    """Load a judge's folder.
+def load_inverse_dynamics(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> TrainedInverseDynamics:
+    """Load the folder of an inverse dynamics model.
 
     Raises:
-        FileNotFoundError: no judge is there.
+        FileNotFoundError: there is none.
         ValueError: the files are damaged, of another format, or do not fit together.
     """
     file = Path(path) / CONFIG_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"needed the folder of a judge (scd train-judge), got {path}")
-    values = read_json(file, JUDGE_FORMAT)
+        raise FileNotFoundError(
+            f"needed the folder of an inverse dynamics model (scd train-judge), got {path}"
+        )
+    values = read_json(file, FORMAT)
     missing = sorted({"judge", "card", "held_out"} - set(values))
     if missing:
         raise ValueError(f"{file}: missing fields {missing}")
-    config = from_json(JudgeConfig, values["judge"], f"{file}: judge")
+    config = from_json(InverseDynamicsConfig, values["judge"], f"{file}: judge")
     card = from_json(DataCard, values["card"], f"{file}: card")
-    network = Judge(config, card.height, card.width)
+    network = InverseDynamics(config, card.height, card.width)
     load_weights(network, Path(path) / WEIGHTS_FILE, str(device))
     network.requires_grad_(False)
-    return TrainedJudge(
+    return TrainedInverseDynamics(
         network=network.eval(),
         card=card,
         held_out=values["held_out"],

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from scd.data.clip import Batch, Clip
+from scd.data.clip import Batch, Clip, Conditions
 from scd.data.toy import (
     AGENT_COLOUR,
     FLOOR_COLOURS,
@@ -28,6 +28,11 @@ from scd.data.toy import (
     ToyWorld,
 )
 from scd.evaluation.image import Estimate, bootstrap
+from scd.evaluation.predict import predict
+from scd.evaluation.protocols import Protocol
+from scd.models.checkpoint import World
+from scd.models.flow import SamplingConfig
+from scd.streaming.rollout import Guidance
 
 SEEN = 0.5
 """Visible share from which a shape counts as seen."""
@@ -58,16 +63,6 @@ class MemoryEvent:
     """Frame of the window in which it was last seen before it was hidden."""
     frame: int
     """Frame of the window in which it is half visible again: where it is judged."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryScore:
-    """Share of hidden shapes that came back, with its 95 % interval over clips."""
-
-    estimate: Estimate
-    """The share, 0 to 1."""
-    num_events: int
-    """Shapes that should have come back."""
 
 
 def memory_events(
@@ -192,32 +187,76 @@ def find_memory_clips(
     )
 
 
-def memory_score(
-    predicted: Float[Tensor, "b m 3 h w"], clips: MemoryClips, seed: int = 0
-) -> MemoryScore:
-    """Score what a model made of the last m frames of each window.
+def memory_counts(
+    predicted: Float[Tensor, "b m 3 h w"], clips: MemoryClips, first: int = 0
+) -> Float[Tensor, "b 2"]:
+    """Count of each window the shapes that came back, and those that should have.
 
     Args:
         predicted: the frames after the given ones, in [-1, 1].
-        clips: the windows, in the same order.
-        seed: of the interval.
+        clips: the windows.
+        first: index of the first window that was predicted.
     """
     true = clips.batch.frames
     assert predicted.shape[1] == true.shape[1] - clips.num_given
     counts = []
-    for index, (state, events) in enumerate(zip(clips.states, clips.events, strict=True)):
+    for index, frames in enumerate(predicted, start=first):
+        state, events = clips.states[index], clips.events[index]
         back = [
             comes_back(
-                predicted[index, event.frame - clips.num_given],
-                true[index, event.frame],
-                state,
-                event,
+                frames[event.frame - clips.num_given], true[index, event.frame], state, event
             )
             for event in events
         ]
         counts.append([float(sum(back)), float(len(back))])
-    table = torch.tensor(counts)
-    return MemoryScore(
-        estimate=bootstrap(table, lambda means: means[:, 0] / means[:, 1], seed),
-        num_events=int(table[:, 1].sum()),
+    return torch.tensor(counts)
+
+
+def memory_score(counts: Float[Tensor, "b 2"], seed: int = 0) -> Estimate:
+    """Return the share of hidden shapes that came back, with its interval over clips."""
+    return bootstrap(counts, lambda means: means[:, 0] / means[:, 1], seed)
+
+
+def count_batch(
+    world: World,
+    clips: MemoryClips,
+    protocol: Protocol,
+    number: int,
+    sampling: SamplingConfig | None = None,
+    guidance: Guidance | None = None,
+) -> dict[str, Float[Tensor, "b 2"]]:
+    """Count what a world remembers in one batch, and what repeating the last given frame does.
+
+    The world is given the last `protocol.context` of the given frames, so several contexts can be
+    compared on the same events and the same predicted frames.
+
+    Raises:
+        ValueError: a context longer than the given frames.
+    """
+    frames, actions = clips.batch.frames, clips.batch.conditions.actions
+    skipped = clips.num_given - protocol.context
+    if skipped < 0:
+        raise ValueError(
+            f"the clips give {clips.num_given} frames, a context of {protocol.context} was needed"
+        )
+    assert actions is not None
+    chosen = protocol.batches()[number]
+    batch = Batch(
+        frames=frames[chosen, skipped:],
+        conditions=Conditions(actions=actions[chosen, skipped:]),
     )
+    made = predict(
+        world,
+        batch,
+        protocol.context,
+        protocol.seed,
+        number,
+        sampling=sampling,
+        guidance=guidance,
+    )
+    last = frames[chosen, clips.num_given - 1 : clips.num_given]
+    repeated = last.expand(-1, made.frames.shape[1], -1, -1, -1)
+    return {
+        "model": memory_counts(made.frames, clips, chosen.start),
+        "repeat_last": memory_counts(repeated, clips, chosen.start),
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,9 +18,6 @@ from scd.streaming.rollout import Guidance, Rollout, Timing
 
 Window = tuple[int, int]
 """An episode and the frame at which a clip of it begins."""
-
-NUM_CLIPS = 64
-"""Clips on which a world is measured, unless it is said otherwise."""
 
 TIMED = (
     "wall-clock seconds of one rollout step, synchronised with the device; encoder: causal work "
@@ -94,44 +91,6 @@ def read_windows(source: Source, windows: Sequence[Window], num_frames: int) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How clips are rolled out to be measured."""
-
-    context: int = 8
-    """Frames of each clip that the model is given; 0: it begins from nothing."""
-    horizon: int = 8
-    """Frames that it predicts after them."""
-    num_clips: int = NUM_CLIPS
-    """Clips, which do not overlap."""
-    batch_size: int = 16
-    """Clips side by side. Other sizes draw other noise."""
-    seed: int = 0
-    """Seed of the choice of clips, the noise, the shuffling and the intervals."""
-    sampling: SamplingConfig | None = None
-    """How frames are denoised; None: as the world says."""
-    guidance: Guidance | None = None
-    """How predictions are pushed away from an unconditional branch; None: not."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("context", 0), ("horizon", 1), ("num_clips", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
-
-    def reduced_to(self, source: Source) -> Protocol:
-        """Return the same protocol with as many clips as there are, if they are fewer.
-
-        A source without any changes nothing: choosing them says what is missing.
-        """
-        available = count_windows(source, self.context + self.horizon)
-        return replace(self, num_clips=min(self.num_clips, available or self.num_clips))
-
-    def batches(self) -> list[slice]:
-        """Return which clips go side by side."""
-        firsts = range(0, self.num_clips, self.batch_size)
-        return [slice(first, min(first + self.batch_size, self.num_clips)) for first in firsts]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Prediction:
     """What a world made of the rest of some clips."""
 
@@ -144,24 +103,28 @@ class Prediction:
 def predict(
     world: World,
     batch: Batch,
-    protocol: Protocol,
+    context: int,
+    seed: int = 0,
     number: int = 0,
     actions: Conditions | None = None,
+    sampling: SamplingConfig | None = None,
+    guidance: Guidance | None = None,
 ) -> Prediction:
     """Roll out the rest of clips from their first frames.
 
     Args:
         world: what predicts.
         batch: whole clips; of the frames after the context only the actions are used.
-        protocol: its context, sampling, guidance and seed.
-        number: other batches of the same protocol have other noise.
+        context: frames of each clip that the model is given; 0: it begins from nothing.
+        seed: of the noise.
+        number: other batches of the same seed have other noise.
         actions: steer the predicted frames by these, of the same length, instead of the clips'.
+        sampling: how frames are denoised; None: as the world says.
+        guidance: how predictions are pushed away from an unconditional branch; None: not.
     """
-    context, num_frames = protocol.context, batch.frames.shape[1]
-    assert context < num_frames
+    assert context < batch.frames.shape[1]
     # A rollout hashes its seed: other batches, up to 10,000 of a seed, have unrelated noise.
-    seed = protocol.seed * 10_000 + number
-    rollout = Rollout(world, protocol.sampling, protocol.guidance, seed)
+    rollout = Rollout(world, sampling, guidance, seed * 10_000 + number)
     if context:
         rollout.begin(batch.frames[:, :context], batch.conditions.frames(0, context))
     else:
@@ -169,11 +132,34 @@ def predict(
         rollout.begin(None, lasting, batch=len(batch.frames))
     steering = (actions or batch.conditions).actions
     frames, timings = [], []
-    for index in range(context, num_frames):
+    for index in range(context, batch.frames.shape[1]):
         step = rollout.step(None if steering is None else steering[:, index])
         frames.append(step.cpu())
         timings.append(rollout.timing)
     return Prediction(frames=torch.stack(frames, dim=1), timings=timings)
+
+
+def step_in_turns(
+    rollouts: Mapping[str, Rollout], actions: Sequence[Tensor | None]
+) -> tuple[dict[str, Float[Tensor, "m 3 h w"]], dict[str, list[Timing]]]:
+    """Step streams that have begun, one frame of each in turn: A B A B.
+
+    Whatever else the machine does meanwhile then hits all of them alike.
+
+    Args:
+        rollouts: streams by name.
+        actions: of each frame [b]; None: the models take none.
+
+    Returns:
+        The generated frames of the first stream of each, and the timing of each.
+    """
+    frames: dict[str, list[Tensor]] = {name: [] for name in rollouts}
+    timings: dict[str, list[Timing]] = {name: [] for name in rollouts}
+    for now in actions:
+        for name, rollout in rollouts.items():
+            frames[name].append(rollout.step(now)[0].cpu())
+            timings[name].append(rollout.timing)
+    return {name: torch.stack(made) for name, made in frames.items()}, timings
 
 
 def summarize(timings: Sequence[Timing]) -> dict[str, dict[str, float]]:

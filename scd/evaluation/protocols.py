@@ -1,4 +1,5 @@
-"""Named protocols of evaluation: which clips, how many trajectories, and every choice in between.
+"""Settings of an evaluation: its protocol (which clips, how many trajectories, every choice in
+between) and the command's other flags; protocols by name.
 
 A name ending in -published repeats the choices of the evaluation that the paper shares with FAR,
 its quirks included; without it they are the sound ones. Source: paper, section 4; the code that is
@@ -7,23 +8,40 @@ published with FAR and with TECO.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from scd.common.config import differences, to_json
 from scd.data.source import Source, Split
-from scd.evaluation.fvd import MIN_FRAMES, I3dKind, Sets
 from scd.evaluation.lpips import SMALLEST
-from scd.evaluation.predict import Window, choose_windows
+from scd.evaluation.predict import Window, choose_windows, count_windows
+from scd.streaming.rollout import Guidance
+
+NUM_CLIPS = 64
+"""Clips on which a world is measured, unless it is said otherwise."""
+
+I3dKind = Literal["stylegan-v", "tf-hub"]
+"""The network of FVD, and so how clips are put to it."""
+
+Sets = Literal["each", "pooled"]
+"""Several trajectories of each clip: the mean of one distance for each of them, or one distance of
+all of them together."""
+
+MIN_FRAMES = 10
+"""Frames of a clip for FVD: I3D halves their number three times and then takes means of two."""
+
+CUSTOM = "custom"
+"""Name of the protocol that is made of flags alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class NamedProtocol:
+class Protocol:
     """What is rolled out and how it is measured. Every field is part of the protocol."""
 
-    name: Annotated[str, tyro.conf.arg(name="protocol")]
+    name: Annotated[str, tyro.conf.arg(name="protocol")] = CUSTOM
     """Name of the protocol that all other settings begin from; scd protocols lists them."""
     split: Split = "val"
     """Part of the data that the clips are from."""
@@ -34,9 +52,9 @@ class NamedProtocol:
     has one truth: only sets of clips are compared."""
     horizon: int = 8
     """Frames that it predicts after them."""
-    num_clips: int = 256
-    """Clips."""
-    clips: Literal["first", "spread"] = "first"
+    num_clips: int | None = None
+    """Clips; None: 64, or all there are if they are fewer."""
+    clips: Literal["first", "spread"] = "spread"
     """The beginnings of the first episodes that are long enough, in the order of the data; or
     clips that do not overlap, drawn by the seed from as many episodes as possible."""
     every: int = 1
@@ -52,8 +70,10 @@ class NamedProtocol:
     """Seed of the noise, the drawn clips, the shuffling and the intervals."""
     batch_size: int = 16
     """Clips side by side. Other sizes draw other noise."""
-    shuffled_actions: bool = False
+    shuffled_actions: bool = True
     """Roll every clip out once more, steered by another clip's actions."""
+    memory: bool = True
+    """In the toy world: measure which of the shapes that were hidden come back as they were."""
     lpips: bool = False
     """Measure LPIPS, by both of its input conventions."""
     fvd: bool = False
@@ -73,37 +93,57 @@ class NamedProtocol:
     beside truth): both sides lose detail."""
 
     def __post_init__(self) -> None:
-        for field in ("horizon", "num_clips", "every", "num_trajectories", "batch_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be 1 or more, got {getattr(self, field)}")
-        for field in ("size", "context"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field} must be 0 or more, got {getattr(self, field)}")
-        given = not self.from_nothing
-        for field, value, needed in (
-            ("lpips", self.lpips, given),
-            ("shuffled_actions", self.shuffled_actions, given),
-            ("trajectories", self.trajectories != "mean", given),
-            ("fvd_frames", self.fvd_frames != "predicted", given),
-            ("fvd_context", self.fvd_context != "true", given),
-            ("every", self.every != 1, self.clips == "first"),
-            ("mse_trajectory", self.mse_trajectory != "lowest", self.trajectories == "best"),
-            ("fvd_frames", self.fvd_frames != "predicted", self.fvd),
-            ("fvd_sets", self.fvd_sets != "each", self.fvd and self.num_trajectories > 1),
-            ("fvd_context", self.fvd_context != "true", self.h264 or self.fvd_frames == "all"),
+        least = dict.fromkeys(("horizon", "num_clips", "every", "num_trajectories"), 1)
+        least |= {"batch_size": 1, "size": 0, "context": int(self.name == CUSTOM)}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} must be {minimum} or more, got {value}")
+        given, first = not self.from_nothing, self.clips == "first"
+        best, several = self.trajectories == "best", self.num_trajectories > 1
+        for name, idle, needed in (
+            ("lpips", False, given),
+            ("shuffled_actions", False, given),
+            ("memory", False, given),
+            ("trajectories", "mean", given),
+            ("fvd_frames", "predicted", given and self.fvd),
+            ("fvd_context", "true", given and (self.h264 or self.fvd_frames == "all")),
+            ("every", 1, first),
+            ("mse_trajectory", "lowest", best),
+            ("fvd_sets", "each", self.fvd and several),
         ):
-            if value and not needed:
+            if getattr(self, name) != idle and not needed:
                 raise ValueError(
-                    f"{field}={getattr(self, field)} has no effect with the other settings of "
+                    f"{name}={getattr(self, name)} has no effect with the other settings of "
                     f"protocol {self.name}"
                 )
-        if self.fvd and self.num_clips < 2:
+        if self.fvd and self.num_clips == 1:
             raise ValueError(f"FVD needs two clips or more, got num_clips={self.num_clips}")
         if self.fvd and self.num_fvd_frames < MIN_FRAMES:
             raise ValueError(
                 f"FVD needs clips of at least {MIN_FRAMES} frames, this protocol gives it "
                 f"{self.num_fvd_frames}; leave it out by --no-fvd"
             )
+
+    def reduced_to(self, source: Source) -> Protocol:
+        """Say how many clips these are where it was left open: as many as there are, at most 64.
+
+        A source without any changes nothing: choosing them says what is missing.
+        """
+        if self.num_clips is not None:
+            return self
+        if self.clips == "spread":
+            available = count_windows(source, self.num_frames)
+        else:
+            episodes = range(0, source.num_episodes, self.every)
+            available = sum(source.num_frames(one) >= self.num_frames for one in episodes)
+        return replace(self, num_clips=min(NUM_CLIPS, available or NUM_CLIPS))
+
+    def batches(self) -> list[slice]:
+        """Return which clips go side by side."""
+        assert self.num_clips is not None
+        firsts = range(0, self.num_clips, self.batch_size)
+        return [slice(first, min(first + self.batch_size, self.num_clips)) for first in firsts]
 
     @property
     def from_nothing(self) -> bool:
@@ -134,7 +174,60 @@ class NamedProtocol:
             )
 
 
-def _published(protocol: NamedProtocol) -> NamedProtocol:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """One evaluation of one checkpoint."""
+
+    run: str = ""
+    """Run folder, one of its step folders, or a world folder; needed."""
+    data: str = ""
+    """"toy:32", "toy:64", a folder of episodes, or "minecraft:PATH", "ucf101:PATH", "dmlab:PATH";
+    needed."""
+    protocol: Annotated[Protocol, tyro.conf.arg(name="")] = Protocol()
+    """The protocol, and what is changed of it; the result lists the changes."""
+    out: str = "evaluation.json"
+    """The result; a plot (.png) with the same name goes beside it, and a page (.html) of a
+    protocol that has a name."""
+    num_steps: int | None = None
+    """Denoising steps per frame; None: as the checkpoint says."""
+    guidance: Guidance = field(default_factory=Guidance)
+    """How predictions are pushed away from an unconditional branch."""
+    judge: str = ""
+    """Folder of an inverse dynamics model of the same data (scd train-judge): measures action
+    accuracy (control) and the Frechet distance of its features (frechet_own) too. Empty:
+    neither."""
+    alexnet: str = ""
+    """File of torchvision's AlexNet, for LPIPS."""
+    alexnet_sha256: str = ""
+    """SHA-256 by which you identify another file for it, or how it begins."""
+    lpips_heads: str = ""
+    """File of LPIPS's linear heads; empty: the one that comes with torchmetrics."""
+    lpips_heads_sha256: str = ""
+    """SHA-256 by which you identify another file for it, or how it begins."""
+    i3d: str = ""
+    """TorchScript file of I3D, for FVD."""
+    i3d_sha256: str = ""
+    """SHA-256 by which you identify it, or how it begins; needed, since this project does not know
+    that of either network for certain."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The averaged weights, or those the optimiser moved."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; with several processes each takes a GPU of its own."""
+    strict: bool = False
+    """Stop at the first episode that cannot be read, instead of leaving it out."""
+
+    def __post_init__(self) -> None:
+        if Path(self.out).suffix != ".json":
+            raise ValueError(f"out must be a .json file, got {self.out}")
+
+    def as_flags(self) -> dict[str, Any]:
+        """Return all settings as JSON, those of the protocol among the others, like the flags."""
+        settings = to_json(self.protocol) | to_json(self) | {"protocol": self.protocol.name}
+        del settings["name"]
+        return settings
+
+
+def _published(protocol: Protocol) -> Protocol:
     """Return a protocol with the choices that FAR's evaluation makes."""
     changes: dict[str, object] = {"name": f"{protocol.name}-published", "h264": True}
     if protocol.num_trajectories > 1:
@@ -144,27 +237,15 @@ def _published(protocol: NamedProtocol) -> NamedProtocol:
     return replace(protocol, **changes, fvd_context="reconstructed")
 
 
-TECO_PIXELS = NamedProtocol(
-    name="teco-144-156",
-    split="test",
-    size=128,
-    context=144,
-    horizon=156,
-    num_trajectories=4,
-    lpips=True,
-)
-TECO_FVD = NamedProtocol(
-    name="teco-36-264",
-    split="test",
-    size=128,
-    context=36,
-    horizon=264,
-    num_trajectories=4,
-    fvd=True,
-)
-UCF101 = NamedProtocol(
+NAMED = Protocol(split="test", num_clips=256, clips="first", shuffled_actions=False, memory=False)
+"""What most of the named protocols share."""
+
+TECO = replace(NAMED, name="teco-144-156", size=128, context=144, horizon=156, num_trajectories=4)
+TECO_PIXELS = replace(TECO, lpips=True)
+TECO_FVD = replace(TECO, name="teco-36-264", context=36, horizon=264, fvd=True)
+UCF101 = replace(
+    NAMED,
     name="ucf101-mcvd-4-12",
-    split="test",
     size=64,
     context=4,
     horizon=12,
@@ -172,7 +253,8 @@ UCF101 = NamedProtocol(
     lpips=True,
     fvd=True,
 )
-UCF101_GENERATION = NamedProtocol(
+UCF101_GENERATION = replace(
+    NAMED,
     name="ucf101-latte-0-16",
     split="train",
     size=256,
@@ -182,17 +264,10 @@ UCF101_GENERATION = NamedProtocol(
     clips="spread",
     fvd=True,
 )
-DOOM_FVD = NamedProtocol(
-    name="doom-36-264",
-    split="test",
-    size=128,
-    context=36,
-    horizon=264,
-    num_clips=64,
-    shuffled_actions=True,
-)
+DOOM = replace(TECO, name="doom-144-156", num_clips=64, num_trajectories=1, shuffled_actions=True)
+TOY = Protocol(name="toy-8-8", num_clips=64, memory=False)
 
-PROTOCOLS: dict[str, NamedProtocol] = {
+PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         TECO_PIXELS,
@@ -212,9 +287,10 @@ PROTOCOLS: dict[str, NamedProtocol] = {
         UCF101_GENERATION,
         replace(TECO_PIXELS, name="dmlab-144-156", size=64, num_trajectories=1),
         replace(TECO_FVD, name="dmlab-36-264", size=64, num_trajectories=1),
-        replace(DOOM_FVD, name="doom-144-156", context=144, horizon=156),
-        DOOM_FVD,
-        NamedProtocol(name="toy-8-8", num_clips=64, clips="spread", shuffled_actions=True),
+        DOOM,
+        replace(DOOM, name="doom-36-264", context=36, horizon=264),
+        TOY,
+        Protocol(),
     )
 }
 """Complete protocols by name."""
@@ -234,34 +310,23 @@ ABOUT: dict[str, str] = {
     "doom-144-156": "DoomMaze in the shape of TECO-Minecraft, without weights from elsewhere",
     "doom-36-264": "DoomMaze, long predictions, without weights from elsewhere",
     "toy-8-8": "any data with clips of 16 frames, such as toy:32: seconds to minutes",
+    CUSTOM: "what scd evaluate measures without --protocol",
 }
 """What each protocol is for."""
 
 
-def protocol(name: str) -> NamedProtocol:
-    """Return a protocol by its name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}; there are {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[name]
-
-
-def changes_of(used: NamedProtocol) -> list[str]:
+def changes_of(used: Protocol) -> list[str]:
     """List the settings in which a protocol differs from the one of its name: "theirs, ours"."""
-    return differences(to_json(protocol(used.name)), to_json(used))
+    return differences(to_json(PROTOCOLS[used.name]), to_json(used))
 
 
-def choose_clips(
-    source: Source, protocol: NamedProtocol, data: str
-) -> tuple[list[Window], list[int]]:
+def choose_clips(source: Source, protocol: Protocol, data: str) -> tuple[list[Window], list[int]]:
     """Return the clips of a protocol, and the episodes that were too short for one.
 
     Raises:
         ValueError: the data has fewer clips than the protocol needs.
     """
+    assert protocol.num_clips is not None
     length = protocol.num_frames
     if protocol.clips == "spread":
         return choose_windows(source, protocol.num_clips, length, protocol.seed), []

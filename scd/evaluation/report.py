@@ -12,10 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.evaluation.html import inline, interval, write_page
+from scd.evaluation.image import HIGHER_IS_BETTER
 from scd.evaluation.media import write_video
+from scd.evaluation.metrics import AgainstTruth
 from scd.evaluation.protocols import ABOUT
-from scd.evaluation.rows import HIGHER_IS_BETTER, Gathered, ranking
-from scd.evaluation.trajectories import Trial, Unit
+from scd.evaluation.trial import Measurement, Trial, Unit
 
 GAP = 2
 """Columns between truth and prediction."""
@@ -33,13 +34,13 @@ NOT_CLAIMED = (
 """Shown at the end of the page."""
 
 
-def write_report(result: Mapping[str, Any], trial: Trial, gathered: Gathered, path: Path) -> None:
+def write_report(result: Mapping[str, Any], trial: Trial, found: Measurement, path: Path) -> None:
     """Write the page; the clips on it are rolled out once more.
 
     Args:
         result: of the evaluation.
         trial: what made it.
-        gathered: its numbers by clip.
+        found: its numbers by clip.
         path: an .html file, replaced if it exists.
     """
     changes = [f"{change} (protocol, here)" for change in result["changed"]]
@@ -50,7 +51,7 @@ def write_report(result: Mapping[str, Any], trial: Trial, gathered: Gathered, pa
     baselines = list(dict.fromkeys(baseline for _, baseline in rows))
     settings = {
         name: value
-        for name, value in result["settings"]["protocol"].items()
+        for name, value in result["about"]["protocol"].items()
         if name not in ("kind", "name")
     }
     settings |= {f"SHA-256 of {name}": digest for name, digest in result["weights"].items()}
@@ -75,18 +76,19 @@ def write_report(result: Mapping[str, Any], trial: Trial, gathered: Gathered, pa
             ]
             for metric in dict.fromkeys(metric for metric, _ in rows)
         ],
-        videos=_videos(trial, gathered),
+        videos=_videos(trial, found),
         settings=list(settings.items()),
     )
 
 
-def _videos(trial: Trial, gathered: Gathered) -> list[tuple[str, str]]:
+def _videos(trial: Trial, found: Measurement) -> list[tuple[str, str]]:
     """Return addresses and captions; of clips from nothing none is better than another."""
     if trial.protocol.from_nothing:
         text = "Left a clip of the data, right one of the model's, made from nothing: not a pair."
         shown = range(min(len(RANKS), len(trial.windows)))
         return [(_address(clip_beside_truth(trial, clip, 0), trial), text) for clip in shown]
-    metric, numbers, trajectories = ranking(gathered, trial.protocol)
+    ranking = AgainstTruth(trial.protocol).ranking(found.numbers[AgainstTruth.kind])
+    metric, numbers, trajectories = ranking
     order = numbers.argsort(descending=metric in HIGHER_IS_BETTER).tolist()
     videos = []
     for rank, clip in zip(RANKS, (order[0], order[len(order) // 2], order[-1]), strict=True):
@@ -103,7 +105,7 @@ def _videos(trial: Trial, gathered: Gathered) -> list[tuple[str, str]]:
 
 def clip_beside_truth(trial: Trial, clip: int, trajectory: int) -> Float[Tensor, "t 3 h w2"]:
     """Roll a clip's batch out again and return the clip with its truth at the left."""
-    size = trial.rolled.batch_size
+    size = trial.protocol.batch_size
     rolled = trial.roll_out(Unit(clip // size, trajectory))
     true = rolled.batch.frames[clip % size]
     made = torch.cat([true[: trial.protocol.context], rolled.frames[clip % size].to(true)])

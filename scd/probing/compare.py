@@ -16,17 +16,16 @@ from scd.common.provenance import provenance, write_json, write_text
 from scd.common.runtime import choose_device
 from scd.data.source import Source, open_source
 from scd.engine.open import open_engine
-from scd.evaluation.measure import measure
 from scd.evaluation.predict import (
-    NUM_CLIPS,
     TIMED,
-    Protocol,
     check_fit,
     choose_windows,
     read_windows,
+    step_in_turns,
     summarize,
 )
-from scd.evaluation.side_by_side import step_in_turns
+from scd.evaluation.protocols import Protocol, choose_clips
+from scd.evaluation.trial import measure
 from scd.models.build import num_parameters
 from scd.models.checkpoint import World, load_world
 from scd.models.separable import SeparableConfig
@@ -55,8 +54,13 @@ def intervene(intervention: Intervention) -> dict[str, Any]:
     untouched = load_world(out / "untouched", device=device)
     source = open_source(common.data or start.base.data, "val", start.base.strict)
     check_fit(untouched, source.card, common.data or start.base.data)
-    protocol = _protocol(common, source)
-    choose_windows(source, protocol.num_clips, protocol.context + protocol.horizon, protocol.seed)
+    protocol = Protocol(
+        context=common.context,
+        horizon=common.horizon,
+        num_clips=common.num_clips,
+        batch_size=common.batch_size,
+    ).reduced_to(source)
+    choose_clips(source, protocol, common.data or start.base.data)
     models = candidates(intervention, start, untouched, out)
     measured = {
         name: _evaluated(one, source, protocol, out / "evaluations" / f"{name}.json")
@@ -72,16 +76,6 @@ def intervene(intervention: Intervention) -> dict[str, Any]:
     write_text(markdown(result), out / "table.md")
     plot(result, out / "intervention.png")
     return result
-
-
-def _protocol(common: Comparison, source: Source) -> Protocol:
-    protocol = Protocol(
-        context=common.context,
-        horizon=common.horizon,
-        num_clips=NUM_CLIPS if common.num_clips is None else common.num_clips,
-        batch_size=common.batch_size,
-    )
-    return protocol.reduced_to(source) if common.num_clips is None else protocol
 
 
 def _evaluated(one: Candidate, source: Source, protocol: Protocol, path: Path) -> dict[str, Any]:

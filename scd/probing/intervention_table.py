@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scd.evaluation.measure import find_row
+from scd.evaluation.metrics import find_row
 from scd.evaluation.plots import plot_metrics
 
 WORDS = {

@@ -26,12 +26,12 @@ from scd.data.loader import Loader
 from scd.data.source import Source, open_source
 from scd.evaluation.image import bootstrap
 from scd.evaluation.inverse_dynamics import (
-    Judge,
-    JudgeConfig,
-    TrainedJudge,
-    load_judge,
+    InverseDynamics,
+    InverseDynamicsConfig,
+    TrainedInverseDynamics,
+    load_inverse_dynamics,
     pairs,
-    save_judge,
+    save_inverse_dynamics,
 )
 from scd.evaluation.predict import choose_windows, count_windows, read_windows
 
@@ -83,7 +83,7 @@ class TrainJudgeConfig:
             raise ValueError(f"lr must be above 0, got {self.lr}")
 
 
-def train_judge(config: TrainJudgeConfig) -> TrainedJudge:
+def train_judge(config: TrainJudgeConfig) -> TrainedInverseDynamics:
     """Train a judge, measure it on held-out clips, and write its folder.
 
     Raises:
@@ -104,24 +104,24 @@ def train_judge(config: TrainJudgeConfig) -> TrainedJudge:
             f"val episode of {config.data} has {longest}: lower --num-frames or record longer ones"
         )
     card = source.card
-    shape = JudgeConfig(
+    shape = InverseDynamicsConfig(
         conditions=card.conditions, width=config.width, feature_dim=config.feature_dim
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "judge weights"))
-        judge = Judge(shape, card.height, card.width).to(device)
+        judge = InverseDynamics(shape, card.height, card.width).to(device)
     loader = Loader(source, config.batch_size, config.num_frames, config.seed, workers=1)
     _standardise_actions(judge, loader)
     _learn(judge, loader, config)
     judge.eval().requires_grad_(False)
     _standardise_features(judge, loader, config.steps)
     measured = measure_judge(judge, held_out, config.num_frames, config.seed)
-    trained = TrainedJudge(network=judge, card=card, held_out=measured)
-    save_judge(trained, folder, {"settings": to_json(config)} | provenance(device))
-    return load_judge(folder, device)
+    trained = TrainedInverseDynamics(network=judge, card=card, held_out=measured)
+    save_inverse_dynamics(trained, folder, {"settings": to_json(config)} | provenance(device))
+    return load_inverse_dynamics(folder, device)
 
 
-def _learn(judge: Judge, loader: Loader, config: TrainJudgeConfig) -> None:
+def _learn(judge: InverseDynamics, loader: Loader, config: TrainJudgeConfig) -> None:
     optimizer = torch.optim.AdamW(judge.parameters(), lr=config.lr, weight_decay=0.01)
     device, console = judge.feature_mean.device, Console(stderr=True, highlight=False)
     stream = loader.stream()
@@ -145,7 +145,7 @@ def _learn(judge: Judge, loader: Loader, config: TrainJudgeConfig) -> None:
 
 
 def judge_loss(
-    judge: Judge, batch: Batch, generator: torch.Generator
+    judge: InverseDynamics, batch: Batch, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the loss of reading actions and distortions of all pairs of a batch, and logs.
 
@@ -193,14 +193,14 @@ def pair_actions(batch: Batch) -> Tensor:
     return batch.conditions.actions[:, 1:].flatten(0, 1)
 
 
-def _standardise_actions(judge: Judge, loader: Loader) -> None:
+def _standardise_actions(judge: InverseDynamics, loader: Loader) -> None:
     if judge.config.conditions.action_dim:
         batches = [loader.batch(index) for index in range(NUM_STANDARD)]
         actions = torch.cat([pair_actions(batch) for batch in batches])
         judge.standardise(None, actions)
 
 
-def _standardise_features(judge: Judge, loader: Loader, first: int) -> None:
+def _standardise_features(judge: InverseDynamics, loader: Loader, first: int) -> None:
     features = []
     for index in range(first, first + NUM_STANDARD):
         batch = loader.batch(index).to(judge.feature_mean.device)
@@ -209,12 +209,14 @@ def _standardise_features(judge: Judge, loader: Loader, first: int) -> None:
 
 
 @torch.no_grad()
-def measure_judge(judge: Judge, source: Source, num_frames: int, seed: int) -> dict[str, Any]:
+def measure_judge(
+    judge: InverseDynamics, source: Source, num_frames: int, seed: int
+) -> dict[str, Any]:
     """Measure how well a judge reads the actions of real clips that it has not seen.
 
     Returns:
         Discrete actions: accuracy with its interval over clips, and the share of the most frequent
-        action, which is what guessing gives. Continuous ones: error, as `Judge.errors`.
+        action, which is what guessing gives. Continuous ones: error, as `InverseDynamics.errors`.
     """
     num_clips = min(MAX_HELD_OUT, count_windows(source, num_frames))
     windows = choose_windows(source, num_clips, num_frames, seed)

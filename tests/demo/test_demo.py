@@ -19,15 +19,16 @@ from scd.common.config import to_json
 from scd.common.runlog import RunLog
 from scd.data.source import open_source
 from scd.demo import demo, report
-from scd.evaluation.measure import measure
-from scd.evaluation.predict import Protocol, choose_windows, read_windows
-from scd.evaluation.side_by_side import (
+from scd.demo.side_by_side import (
     MEMORY_CONTEXTS,
     NUM_GIVEN,
     measure_memory,
     stream_in_turns,
     write_stream,
 )
+from scd.evaluation.predict import choose_windows, read_windows
+from scd.evaluation.protocols import Protocol
+from scd.evaluation.trial import measure
 from scd.models.build import build
 from scd.models.checkpoint import World
 from scd.models.flow import SamplingConfig
@@ -74,8 +75,8 @@ class Page(HTMLParser):
 def test_report_of_tiny_worlds(worlds, tmp_path):
     source = open_source("toy:32", "val")
     config = demo.DemoConfig(train=True, quick=True)
-    protocol = Protocol(context=2, horizon=8, num_clips=2)
-    measured = {name: measure(world, source, protocol, False) for name, world in worlds.items()}
+    protocol = Protocol(context=2, horizon=8, num_clips=2, memory=False)
+    measured = {name: measure(world, source, protocol) for name, world in worlds.items()}
     memory = measure_memory(worlds, source, Protocol(num_clips=2, horizon=8))
     length = NUM_GIVEN + 12
     batch = read_windows(source, choose_windows(source, 1, length, 0), length)

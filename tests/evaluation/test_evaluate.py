@@ -9,7 +9,10 @@ import torch
 from matplotlib.image import imread
 
 from scd.data.source import DataCard, open_source
-from scd.evaluation import evaluate, image, measure, memory, predict
+from scd.evaluation import evaluate, image, memory, predict
+from scd.evaluation.metrics import AgainstTruth, find_row
+from scd.evaluation.protocols import EvaluateConfig, Protocol
+from scd.evaluation.trial import another_clip, measure
 from scd.streaming.rollout import Timing
 
 
@@ -20,10 +23,10 @@ def model_config(separable_config):
 
 
 def settings(run, folder, tmp_path, **changes):
-    values = dict(run=run, data=folder, context=2, horizon=3, num_clips=5, batch_size=2)
-    return evaluate.EvaluateConfig(
-        **{**values, "device": "cpu", "out": str(tmp_path / "result" / "e.json"), **changes}
-    )
+    values = dict(run=run, data=folder, device="cpu", out=str(tmp_path / "result" / "e.json"))
+    values |= {name: changes.pop(name) for name in values.keys() & changes.keys()}
+    protocol = Protocol(**{**dict(context=2, horizon=3, num_clips=5, batch_size=2), **changes})
+    return EvaluateConfig(protocol=protocol, **values)
 
 
 def test_result_file_says_everything(run, folder, tmp_path):
@@ -52,7 +55,7 @@ def test_result_file_says_everything(run, folder, tmp_path):
 
 def test_table_for_people_shows_the_rows():
     row = {"metric": "psnr", "baseline": "model", "horizon": 5, "mean": 21.5}
-    settings = {"horizon": 5, "num_clips": 12, "split": "val"}
+    settings = {"protocol": "custom", "horizon": 5, "num_clips": 12, "split": "val"}
     result = {"rows": [row], "settings": settings, "left_out": {"ssim": "too small"}}
     head, line, note = evaluate.readable(result).splitlines()
     assert head.split() == ["12", "clips", "of", "val", "+1", "+3", "+5"]
@@ -63,10 +66,10 @@ def test_table_for_people_shows_the_rows():
 def test_same_seed_same_rows_other_seed_other_rows(tiny_world, folder):
     source = open_source(folder, "val")
     first, again, other = (
-        measure.measure(
+        measure(
             tiny_world,
             source,
-            predict.Protocol(context=2, horizon=2, num_clips=3, batch_size=2, seed=seed),
+            Protocol(context=2, horizon=2, num_clips=3, batch_size=2, seed=seed),
         ).rows
         for seed in (0, 0, 1)
     )
@@ -77,11 +80,11 @@ def test_same_seed_same_rows_other_seed_other_rows(tiny_world, folder):
 def test_rows_are_the_metrics_of_the_rollout(tiny_world, folder):
     """The protocol by hand: the same windows, one batch, the plain formula."""
     source = open_source(folder, "val")
-    protocol = predict.Protocol(context=2, horizon=3, num_clips=4, batch_size=4)
-    measured = measure.measure(tiny_world, source, protocol)
+    protocol = Protocol(context=2, horizon=3, num_clips=4, batch_size=4)
+    measured = measure(tiny_world, source, protocol)
     windows = predict.choose_windows(source, 4, 5, seed=0)
     batch = predict.read_windows(source, windows, 5)
-    predicted = predict.predict(tiny_world, batch, protocol).frames
+    predicted = predict.predict(tiny_world, batch, 2).frames
     for horizon in (1, 2, 3):
         true, last = batch.frames[:, 1 + horizon], batch.frames[:, 1]
         model_error = (predicted[:, horizon - 1] - true).square().mean().item()
@@ -93,7 +96,7 @@ def test_rows_are_the_metrics_of_the_rollout(tiny_world, folder):
             ("psnr", "model", 10 * math.log10(4 / model_error)),
             ("psnr_gain", "model", gain),
         ):
-            row = measure.find_row(measured.rows, metric, horizon, baseline)
+            row = find_row(measured.rows, metric, horizon, baseline)
             assert row["mean"] == pytest.approx(value, rel=1e-4), (metric, baseline, horizon)
     (overall,) = [
         row for row in measured.overall if (row["metric"], row["baseline"]) == ("mse", "model")
@@ -104,13 +107,13 @@ def test_rows_are_the_metrics_of_the_rollout(tiny_world, folder):
 
 
 def test_shuffled_actions_are_those_of_another_clip(tiny_world, toy_source):
-    protocol = predict.Protocol(context=2, horizon=2, num_clips=9, batch_size=4)
-    other = measure.another_clip(protocol)
+    protocol = Protocol(context=2, horizon=2, num_clips=9, batch_size=4, memory=False)
+    other = another_clip(9, seed=0)
     assert sorted(other) == list(range(9))
     assert all(index != taken for index, taken in enumerate(other))
-    rows = measure.measure(tiny_world, toy_source, protocol, with_memory=False).rows
+    rows = measure(tiny_world, toy_source, protocol).rows
     model, misled = (
-        measure.find_row(rows, "mse", 2, name)["mean"] for name in ("model", "shuffled_actions")
+        find_row(rows, "mse", 2, name)["mean"] for name in ("model", "shuffled_actions")
     )
     assert model != misled
 
@@ -174,8 +177,8 @@ def test_other_conditions_are_refused(tiny_world, toy_source):
 
 def test_memory_of_a_toy_world(tiny_world):
     source = open_source("toy:32", "val")
-    protocol = predict.Protocol(context=8, horizon=8, num_clips=3, batch_size=2)
-    measured = measure.measure(tiny_world, source, protocol)
+    protocol = Protocol(context=8, horizon=8, num_clips=3, batch_size=2)
+    measured = measure(tiny_world, source, protocol)
     rows = [row for row in measured.rows if row["metric"] == "memory"]
     assert {row["baseline"]: row["mean"] for row in rows} == {"model": 0.0, "repeat_last": 0.0}
     assert measured.memory_events >= 3
@@ -183,17 +186,17 @@ def test_memory_of_a_toy_world(tiny_world):
 
 def test_memory_of_shorter_contexts_is_on_the_same_events(tiny_world):
     clips = memory.find_memory_clips(open_source("toy:32", "val"), 2, 8, 8)
-    protocol = predict.Protocol(context=2, horizon=8, num_clips=2)
-    score = measure.score_memory(tiny_world, clips, protocol)["model"]
-    assert score.num_events == sum(len(events) for events in clips.events)
+    protocol = Protocol(context=2, horizon=8, num_clips=2)
+    counts = memory.count_batch(tiny_world, clips, protocol, 0)["model"]
+    assert counts[:, 1].tolist() == [len(events) for events in clips.events]
     with pytest.raises(ValueError, match="give 8 frames, a context of 9"):
-        measure.score_memory(tiny_world, clips, replace(protocol, context=9))
+        memory.count_batch(tiny_world, clips, replace(protocol, context=9), 0)
 
 
 def test_too_short_a_horizon_for_memory_is_said(tiny_world, monkeypatch):
     monkeypatch.setattr(memory, "MAX_SEARCHED", 3)
-    protocol = predict.Protocol(context=1, horizon=1, num_clips=2)
-    measured = measure.measure(tiny_world, open_source("toy:32", "val"), protocol)
+    protocol = Protocol(context=1, horizon=1, num_clips=2)
+    measured = measure(tiny_world, open_source("toy:32", "val"), protocol)
     assert "1 predicted frames there are 0 in 3 episodes" in measured.left_out["memory"]
 
 
@@ -206,9 +209,13 @@ def test_timing_summary():
 
 def test_ideal_prediction_has_ideal_rows():
     frames = torch.rand(4, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    perfect, flat = image.frame_values(frames, frames), image.frame_values(0 * frames, frames)
-    rows = measure.compare_rows({"model": perfect, "repeat_last": flat}, slice(0, 2), seed=0)
-    found = {(row["metric"], row["baseline"]): row["mean"] for row in rows}
+    sides = {"model": frames, "repeat_last": 0 * frames}
+    values = {
+        baseline: {name: one[:, None] for name, one in image.frame_values(side, frames).items()}
+        for baseline, side in sides.items()
+    }
+    rows = AgainstTruth(Protocol(horizon=2)).estimates(values)
+    found = {(metric, name): one.mean for horizon, metric, name, one in rows if horizon is None}
     assert found["psnr", "model"] == pytest.approx(image.MAX_PSNR)
     assert found["ssim", "model"] == pytest.approx(1.0)
     assert found["psnr_gain", "model"] == pytest.approx(

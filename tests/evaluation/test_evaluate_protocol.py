@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from scd.evaluation.metrics import AgainstTruth, Drift
-from scd.evaluation.trial import Trial, Unit, measure
 from torch import Tensor, nn
 
 from scd.cli import main
@@ -20,10 +18,19 @@ from scd.common.published_weights import shipped_heads
 from scd.data.source import open_source
 from scd.evaluation import evaluate, fvd, image, predict
 from scd.evaluation import report as protocol_page
+from scd.evaluation.actions import ReadActions
 from scd.evaluation.compress import through_h264
-from scd.evaluation.inverse_dynamics import Judge, JudgeConfig, TrainedJudge, load_judge, save_judge
+from scd.evaluation.inverse_dynamics import (
+    InverseDynamics,
+    InverseDynamicsConfig,
+    TrainedInverseDynamics,
+    load_inverse_dynamics,
+    save_inverse_dynamics,
+)
 from scd.evaluation.lpips import LAYERS, load_lpips
-from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig
+from scd.evaluation.metrics import AgainstTruth, Drift
+from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig, Protocol
+from scd.evaluation.trial import Trial, Unit, measure
 from scd.models.checkpoint import load_world, save_world
 from scd.streaming.rollout import Guidance
 
@@ -73,10 +80,10 @@ def numbers(rows):
 @pytest.fixture
 def judge(toy_source, tmp_path):
     torch.manual_seed(0)
-    config = JudgeConfig(conditions=toy_source.card.conditions, width=16, feature_dim=2)
-    network = Judge(config, 32, 32).eval()
-    made = TrainedJudge(network=network, card=toy_source.card, held_out={})
-    save_judge(made, tmp_path / "judge", {})
+    config = InverseDynamicsConfig(conditions=toy_source.card.conditions, width=16, feature_dim=2)
+    network = InverseDynamics(config, 32, 32).eval()
+    made = TrainedInverseDynamics(network=network, card=toy_source.card, held_out={})
+    save_inverse_dynamics(made, tmp_path / "judge", {})
     return str(tmp_path / "judge")
 
 
@@ -135,13 +142,15 @@ def rolled_out(trial, trajectory):
     return torch.cat([part.frames for part in parts]), torch.cat([p.batch.frames for p in parts])
 
 
-def test_one_trajectory_of_spread_clips_is_the_evaluation_of_today(
+def test_one_trajectory_of_spread_clips_is_the_evaluation_without_a_name(
     tiny_world, run, folder, judge, tmp_path
 ):
     result = evaluated(run, folder, tmp_path, small(num_trajectories=1), judge=judge)
-    protocol = predict.Protocol(context=2, horizon=3, num_clips=5, batch_size=2)
-    today = measure(tiny_world, open_source(folder, "val"), protocol, judge=load_judge(judge))
-    for here, there in ((result["rows"], today.rows), (result["overall"], today.overall)):
+    protocol = Protocol(context=2, horizon=3, num_clips=5, batch_size=2)
+    reader = load_inverse_dynamics(judge)
+    metrics = [AgainstTruth(protocol), Drift(protocol), ReadActions(protocol, reader)]
+    plain = measure(tiny_world, open_source(folder, "val"), protocol, metrics)
+    for here, there in ((result["rows"], plain.rows), (result["overall"], plain.overall)):
         found, expected = numbers(here), numbers(there)
         assert found.keys() == expected.keys()
         for key, value in expected.items():

@@ -113,7 +113,7 @@ def test_memory_score_of_known_predictions(memory_clips):
     after = true[:, 16:]
 
     def score(predicted):
-        return memory.memory_score(predicted, memory_clips).estimate.mean
+        return memory.memory_score(memory.memory_counts(predicted, memory_clips)).mean
 
     assert score(after) == 1
     assert score(true[:, 15:16].expand_as(after)) == 0, "repeating the last given frame"
@@ -131,11 +131,12 @@ def test_memory_score_of_known_predictions(memory_clips):
 def test_memory_score_counts_events_and_has_an_interval(memory_clips):
     true = memory_clips.batch.frames
     half = torch.cat([true[:12, 16:], true[12:, 15:16].expand(-1, 8, -1, -1, -1)])
-    found = memory.memory_score(half, memory_clips)
+    counts = memory.memory_counts(half, memory_clips)
+    found = memory.memory_score(counts)
     kept = sum(len(events) for events in memory_clips.events[:12])
-    assert found.num_events == sum(len(events) for events in memory_clips.events)
-    assert found.estimate.mean == pytest.approx(kept / found.num_events)
-    assert 0.2 < found.estimate.ci_low < found.estimate.mean < found.estimate.ci_high < 0.8
+    assert counts[:, 1].tolist() == [len(events) for events in memory_clips.events]
+    assert found.mean == pytest.approx(kept / counts[:, 1].sum().item())
+    assert 0.2 < found.ci_low < found.mean < found.ci_high < 0.8
 
 
 def test_too_few_events_are_an_error(monkeypatch):

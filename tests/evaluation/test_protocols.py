@@ -11,13 +11,18 @@ from scd.evaluation.predict import choose_windows
 from scd.evaluation.protocols import (
     ABOUT,
     PROTOCOLS,
-    NamedProtocol,
     changes_of,
     choose_clips,
-    protocol,
 )
 
-SMALL = NamedProtocol(name="toy-8-8", context=2, horizon=3, num_clips=3)
+SMALL = replace(
+    PROTOCOLS["toy-8-8"],
+    context=2,
+    horizon=3,
+    num_clips=3,
+    clips="first",
+    shuffled_actions=False,
+)
 
 
 def test_every_protocol_is_explained_and_listed_with_every_setting(capsys):
@@ -25,7 +30,7 @@ def test_every_protocol_is_explained_and_listed_with_every_setting(capsys):
     assert main(["protocols"]) == 0
     printed = capsys.readouterr().out
     for name, one in PROTOCOLS.items():
-        assert one.name == name and protocol(name) is one
+        assert one.name == name
         block = printed[printed.index(f"{name}: {ABOUT[name]}\n") :].split("\n\n")[0]
         settings = dict(line.split(maxsplit=1) for line in block.splitlines()[1:])
         assert settings == {
@@ -62,8 +67,9 @@ def test_protocols_are_those_of_the_papers():
         one = PROTOCOLS[name]
         assert (one.context, one.horizon, one.num_clips) == (context, horizon, num_clips)
         assert (one.num_trajectories, one.size, one.clips) == (num_trajectories, size, "first")
-    others = {name: one.split for name, one in PROTOCOLS.items() if name != "toy-8-8"}
-    assert {name for name, split in others.items() if split != "test"} == {"ucf101-latte-0-16"}
+    splits = {name: one.split for name, one in PROTOCOLS.items()}
+    others = {"ucf101-latte-0-16", "toy-8-8", "custom"}
+    assert {name for name, split in splits.items() if split != "test"} == others
     latte = PROTOCOLS["ucf101-latte-0-16"]
     assert (latte.context, latte.horizon, latte.num_clips, latte.size) == (0, 16, 2048, 256)
     # Generation is compared with what was learnt from.
@@ -102,11 +108,6 @@ def test_sizes_are_checked():
         sized.check_size(64, 48, "d")
     with pytest.raises(ValueError, match="LPIPS needs .* 31x31, d has 24x24; .* --no-lpips"):
         replace(sized, size=0).check_size(24, 24, "d")
-
-
-def test_an_unknown_protocol_is_answered_with_all_of_them():
-    with pytest.raises(ValueError, match="unknown protocol 'teco'; there are teco-144-156, .*toy"):
-        protocol("teco")
 
 
 class Lengths(Source):

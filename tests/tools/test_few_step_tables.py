@@ -12,7 +12,12 @@ import torch
 from benchmarks import turns, updates
 from scd.cli import main
 from scd.data.source import open_source
-from scd.evaluation.inverse_dynamics import Judge, JudgeConfig, TrainedJudge, save_judge
+from scd.evaluation.inverse_dynamics import (
+    InverseDynamics,
+    InverseDynamicsConfig,
+    TrainedInverseDynamics,
+    save_inverse_dynamics,
+)
 from tools import few_steps, tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,9 +34,11 @@ def gathered(run, folder, tmp_path, no_pictures):
     """A folder as runs/few_steps.sh leaves it: one world at two numbers of steps."""
     card = open_source(folder, "val").card
     torch.manual_seed(0)
-    config = JudgeConfig(conditions=card.conditions, width=16, feature_dim=2)
-    network = Judge(config, 32, 32).eval()
-    save_judge(TrainedJudge(network=network, card=card, held_out={}), tmp_path / "judge", {})
+    config = InverseDynamicsConfig(conditions=card.conditions, width=16, feature_dim=2)
+    network = InverseDynamics(config, 32, 32).eval()
+    save_inverse_dynamics(
+        TrainedInverseDynamics(network=network, card=card, held_out={}), tmp_path / "judge", {}
+    )
     out = tmp_path / "few"
     out.mkdir()
     flags = ["--data", folder, "--judge", str(tmp_path / "judge"), "--context", "2"]

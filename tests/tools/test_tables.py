@@ -6,7 +6,8 @@ import pytest
 
 from scd.bench.compare import CompareConfig, compare
 from scd.bench.measure import BenchConfig, bench
-from scd.evaluation.evaluate import EvaluateConfig, evaluate
+from scd.evaluation.evaluate import evaluate
+from scd.evaluation.protocols import EvaluateConfig, Protocol
 from scd.models.checkpoint import save_world
 from tools import speed, tables
 
@@ -26,10 +27,8 @@ between
 def test_tables_hold_the_numbers_of_the_file(tiny_world, tmp_path):
     world = save_world(tiny_world, tmp_path / "world")
     out = tmp_path / "results/tiny.json"
-    config = EvaluateConfig(
-        run=str(world), data="toy:32", context=2, horizon=2, out=str(out), num_clips=2, device="cpu"
-    )
-    evaluate(config)
+    protocol = Protocol(context=2, horizon=2, num_clips=2)
+    evaluate(EvaluateConfig(run=str(world), data="toy:32", protocol=protocol, out=str(out)))
     result = json.loads(out.read_text())
     page = tables.render(PAGE, out.parent)
     assert tables.render(page, out.parent) == page

@@ -16,10 +16,8 @@ from scd.cli import main
 from scd.common.config import to_json
 from scd.data.clip import Conditions
 from scd.engine.plain import PlainEngine
-from scd.evaluation.evaluate import EvaluateConfig, evaluate
-from scd.evaluation.evaluate_protocol import prepare
-from scd.evaluation.protocol_settings import ProtocolConfig
-from scd.evaluation.protocols import PROTOCOLS
+from scd.evaluation.evaluate import evaluate, prepare
+from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig, Protocol
 from scd.models.checkpoint import load_world, save_world
 from scd.models.flow import SamplingConfig, schedule, with_num_steps
 from scd.sampling.sample import SampleConfig, sample
@@ -65,11 +63,11 @@ def test_a_checkpoint_carries_its_schedule(runs):
 def test_sample_and_evaluate_follow_it(runs, folder, tmp_path, no_pictures):
     found = {}
     for name, run in runs.items():
-        common = {"run": run, "data": folder, "context": 3, "device": "cpu"}
-        sampled = sample(SampleConfig(**common, frames=3, out=str(tmp_path / "s")))
-        measured = evaluate(
-            EvaluateConfig(**common, horizon=3, num_clips=2, out=str(tmp_path / "e.json"))
-        )
+        common = {"run": run, "data": folder, "device": "cpu"}
+        sampled = sample(SampleConfig(**common, context=3, frames=3, out=str(tmp_path / "s")))
+        protocol = Protocol(context=3, horizon=3, num_clips=2)
+        out = str(tmp_path / f"{name}.json")
+        measured = evaluate(EvaluateConfig(**common, protocol=protocol, out=out))
         assert sampled["model"]["sampling"] == measured["model"]["sampling"]
         found[name] = sampled["model"]["sampling"], measured["rows"]
     assert found["listed"][0]["times"] == [1.0, 0.8, 0.4]
@@ -160,7 +158,7 @@ def test_commands_take_other_steps_than_a_list_has(runs, words, tmp_path, no_pic
 
 def test_protocols_environments_and_turns_take_other_steps_than_a_list_has(runs, folder, tmp_path):
     protocol = replace(PROTOCOLS["toy-8-8"], num_clips=1)
-    config = ProtocolConfig(run=runs["listed"], data=folder, num_steps=2, protocol=protocol)
+    config = EvaluateConfig(run=runs["listed"], data=folder, num_steps=2, protocol=protocol)
     assert prepare(config, CPU).trial.sampling == TWO
     world = load_world(runs["listed"])
     assert WorldEnv(world, num_steps=2)._rollout.sampling == TWO

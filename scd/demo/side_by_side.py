@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from scd.data.clip import Batch
 from scd.data.toy import ToyWorld
-from scd.evaluation.measure import row_of, score_memory
 from scd.evaluation.media import GAP, PictureRow, write_grid, write_video
-from scd.evaluation.memory import find_memory_clips
-from scd.evaluation.predict import Protocol
+from scd.evaluation.memory import count_batch, find_memory_clips, memory_score
+from scd.evaluation.metrics import row_of
+from scd.evaluation.predict import step_in_turns
+from scd.evaluation.protocols import Protocol
 from scd.models.checkpoint import World
 from scd.streaming.rollout import Rollout, Timing
 
@@ -43,20 +44,25 @@ def measure_memory(
         source: where the clips are searched.
         protocol: its horizon, number of clips, batch size and seed.
     """
+    assert protocol.num_clips is not None
     clips = find_memory_clips(source, protocol.num_clips, max(MEMORY_CONTEXTS), protocol.horizon)
-    rows, num_events = [], 0
+    rows = []
     repeated: dict[str, Any] = {}
     for context in MEMORY_CONTEXTS:
+        here = replace(protocol, context=context)
         for name, world in worlds.items():
-            scores = score_memory(world, clips, replace(protocol, context=context))
-            rows.append(row_of("memory", scores["model"].estimate, name) | {"context": context})
-            num_events = scores["model"].num_events
-            repeated = row_of("memory", scores["repeat_last"].estimate, "repeat_last")
+            batches = [count_batch(world, clips, here, at) for at in range(len(here.batches()))]
+            made, last = (
+                memory_score(torch.cat([batch[baseline] for batch in batches]), protocol.seed)
+                for baseline in ("model", "repeat_last")
+            )
+            rows.append(row_of("memory", made, name) | {"context": context})
+            repeated = row_of("memory", last, "repeat_last")
         # The last given frame is the same for every context.
         rows.append(repeated | {"context": context})
     return {
         "rows": rows,
-        "events": num_events,
+        "events": sum(map(len, clips.events)),
         "clips": protocol.num_clips,
         "horizon": protocol.horizon,
     }
@@ -75,29 +81,6 @@ def stream_in_turns(
         rollout.begin(batch.frames[:, :NUM_GIVEN], batch.conditions.frames(0, NUM_GIVEN))
     assert batch.conditions.actions is not None
     return step_in_turns(rollouts, batch.conditions.actions[:, NUM_GIVEN:].unbind(1))
-
-
-def step_in_turns(
-    rollouts: Mapping[str, Rollout], actions: Sequence[Tensor | None]
-) -> tuple[dict[str, Float[Tensor, "m 3 h w"]], dict[str, list[Timing]]]:
-    """Step streams that have begun, one frame of each in turn: A B A B.
-
-    Whatever else the machine does meanwhile then hits all of them alike.
-
-    Args:
-        rollouts: streams by name.
-        actions: of each frame [b]; None: the models take none.
-
-    Returns:
-        The generated frames of the first stream of each, and the timing of each.
-    """
-    frames: dict[str, list[Tensor]] = {name: [] for name in rollouts}
-    timings: dict[str, list[Timing]] = {name: [] for name in rollouts}
-    for now in actions:
-        for name, rollout in rollouts.items():
-            frames[name].append(rollout.step(now)[0].cpu())
-            timings[name].append(rollout.timing)
-    return {name: torch.stack(made) for name, made in frames.items()}, timings
 
 
 def write_stream(

@@ -1,4 +1,4 @@
-"""The judge: what it learns, what is refused, and the rows that it adds to an evaluation."""
+"""Inverse dynamics: what it learns, what is refused, and the rows that it adds to an evaluation."""
 
 import json
 import math
@@ -9,27 +9,36 @@ import torch
 
 from scd.cli import main
 from scd.data.clip import Batch, Clip, Conditions, ConditionSpec
-from scd.data.source import DataCard
-from scd.evaluation import evaluate, measure
-from scd.evaluation.drift import drift_estimates, frame_looks
+from scd.data.source import DataCard, Source
+from scd.evaluation import evaluate
+from scd.evaluation.actions import ReadActions, parts_of
 from scd.evaluation.frechet import frechet_distance, frechet_estimate
 from scd.evaluation.inverse_dynamics import (
-    Judge,
-    JudgeConfig,
-    TrainedJudge,
+    InverseDynamics,
+    InverseDynamicsConfig,
+    TrainedInverseDynamics,
     cost_volume,
-    load_judge,
+    load_inverse_dynamics,
     pairs,
-    save_judge,
+    save_inverse_dynamics,
 )
-from scd.evaluation.judged import JudgedClips, parts_of
-from scd.evaluation.predict import Protocol
+from scd.evaluation.metrics import (
+    AgainstTruth,
+    Drift,
+    Seen,
+    drift_estimates,
+    drift_statistics,
+    find_row,
+)
+from scd.evaluation.predict import choose_windows, read_windows
+from scd.evaluation.protocols import EvaluateConfig, Protocol
+from scd.evaluation.trial import measure
 from scd.training import inverse_dynamics as train_judge
 
 
 @pytest.fixture
 def model_config(separable_config):
-    """One kind is enough: a judge sees only frames."""
+    """One kind is enough: actions are read from frames alone."""
     return separable_config
 
 
@@ -37,7 +46,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-class Stripes:
+class Stripes(Source):
     """Sixty clips of stripes that go left, stay or go right by one pixel, as their action says."""
 
     card = DataCard(
@@ -47,12 +56,12 @@ class Stripes:
         conditions=ConditionSpec(num_actions=3),
         action_names=("left", "stay", "right"),
     )
-    num_episodes = 60
+    length = 12
 
-    def num_frames(self, episode):
-        return 12
+    def __init__(self):
+        super().__init__("stripes", "val", self.card, [self.length] * 60)
 
-    def read(self, episode, start, num_frames):
+    def _read(self, episode, start, num_frames):
         draw = generator(episode)
         actions = torch.randint(3, (12,), generator=draw)
         row = torch.rand(3, 1, 8, generator=draw) * 2 - 1
@@ -68,8 +77,8 @@ class Slides(Stripes):
         Stripes.card, conditions=ConditionSpec(action_dim=1), action_names=("to the right",)
     )
 
-    def read(self, episode, start, num_frames):
-        clip = super().read(episode, start, num_frames)
+    def _read(self, episode, start, num_frames):
+        clip = super()._read(episode, start, num_frames)
         return replace(clip, actions=(clip.actions[:, None] - 1) * 5.0 + 100)
 
 
@@ -115,8 +124,7 @@ def test_continuous_actions_are_read_by_regression(tmp_path, monkeypatch):
 
 def test_held_out_episodes_that_are_too_short_are_refused_before_training(tmp_path, monkeypatch):
     class Short(Stripes):
-        def num_frames(self, episode):
-            return 4
+        length = 4
 
     sources = {"train": Stripes(), "val": Short()}
     monkeypatch.setattr(train_judge, "open_source", lambda _data, split, _strict: sources[split])
@@ -128,7 +136,9 @@ def test_held_out_episodes_that_are_too_short_are_refused_before_training(tmp_pa
 
 
 def test_every_weight_learns_and_both_frames_matter():
-    judge = Judge(JudgeConfig(conditions=ConditionSpec(num_actions=3), width=16), 9, 20)
+    judge = InverseDynamics(
+        InverseDynamicsConfig(conditions=ConditionSpec(num_actions=3), width=16), 9, 20
+    )
     frames = torch.randn(2, 4, 3, 9, 20, generator=generator())
     actions = torch.randint(3, (2, 4), generator=generator())
     batch = Batch(frames=frames, conditions=Conditions(actions=actions))
@@ -163,29 +173,29 @@ def test_half_of_the_clips_are_distorted_by_what_is_told():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"conditions": ConditionSpec(num_labels=2)}, "a judge reads actions"),
+        ({"conditions": ConditionSpec(num_labels=2)}, "inverse dynamics reads actions"),
         ({"width": 24}, "width must be a multiple of 16, got 24"),
         ({"feature_dim": 0}, "feature_dim must be 1 or more, got 0"),
     ],
 )
 def test_settings_that_make_no_judge_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        JudgeConfig(**changes)
+        InverseDynamicsConfig(**changes)
     with pytest.raises(ValueError, match="8x8 or more, got 8x6"):
-        Judge(JudgeConfig(), 8, 6)
+        InverseDynamics(InverseDynamicsConfig(), 8, 6)
 
 
 def untrained(card, feature_dim=4):
     torch.manual_seed(0)
-    config = JudgeConfig(conditions=card.conditions, width=16, feature_dim=feature_dim)
-    network = Judge(config, card.height, card.width).eval().requires_grad_(False)
-    return TrainedJudge(network=network, card=card, held_out={})
+    config = InverseDynamicsConfig(conditions=card.conditions, width=16, feature_dim=feature_dim)
+    network = InverseDynamics(config, card.height, card.width).eval().requires_grad_(False)
+    return TrainedInverseDynamics(network=network, card=card, held_out={})
 
 
 def test_damaged_or_foreign_folders_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="needed the folder of a judge"):
-        load_judge(tmp_path)
-    save_judge(untrained(Stripes.card), tmp_path / "judge", {})
+    with pytest.raises(FileNotFoundError, match="needed the folder of an inverse dynamics model"):
+        load_inverse_dynamics(tmp_path)
+    save_inverse_dynamics(untrained(Stripes.card), tmp_path / "judge", {})
     file = tmp_path / "judge/config.json"
     values = json.loads(file.read_text())
     for broken, message in (
@@ -197,21 +207,23 @@ def test_damaged_or_foreign_folders_are_refused(tmp_path):
     ):
         file.write_text(broken)
         with pytest.raises(ValueError, match=message):
-            load_judge(tmp_path / "judge")
+            load_inverse_dynamics(tmp_path / "judge")
 
 
 def test_a_judge_of_other_data_is_refused(run, folder, tmp_path, toy_source, capsys):
     card = replace(toy_source.card, fps=5.0)
-    save_judge(untrained(card), tmp_path / "judge", {})
+    save_inverse_dynamics(untrained(card), tmp_path / "judge", {})
     flags = ["--data", folder, "--judge", str(tmp_path / "judge"), "--device", "cpu"]
     assert main(["evaluate", run, *flags, "--out", str(tmp_path / "e.json")]) == 2
-    assert "the judge was trained on data with other fps: {'fps': 5.0}" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "inverse dynamics model was trained on data with other fps: {'fps': 5.0}" in errors
 
 
 def test_rows_are_the_judge_read_by_hand(tiny_world, toy_source, tmp_path):
     judge = untrained(toy_source.card)
-    protocol = Protocol(context=2, horizon=5, num_clips=9, batch_size=5)
-    measured = measure.measure(tiny_world, toy_source, protocol, False, judge)
+    protocol = Protocol(context=2, horizon=5, num_clips=9, batch_size=5, memory=False)
+    metrics = [AgainstTruth(protocol), Drift(protocol), ReadActions(protocol, judge)]
+    measured = measure(tiny_world, toy_source, protocol, metrics)
     found = {
         (row["metric"], row["baseline"], row.get("horizon")): row["mean"]
         for row in measured.rows + measured.overall
@@ -220,8 +232,8 @@ def test_rows_are_the_judge_read_by_hand(tiny_world, toy_source, tmp_path):
     for name in baselines:
         steps = [found["control", name, horizon] for horizon in range(1, 6)]
         assert found["control", name, None] == pytest.approx(sum(steps) / 5)
-    windows = measure.choose_windows(toy_source, 9, 7, 0)
-    batch = measure.read_windows(toy_source, windows, 7)
+    windows = choose_windows(toy_source, 9, 7, 0)
+    batch = read_windows(toy_source, windows, 7)
     before, after = batch.frames[:, 3], batch.frames[:, 4]
     features = judge.network.features(before, after)
     errors = judge.network.errors(features, batch.conditions.actions[:, 4])
@@ -235,33 +247,43 @@ def test_rows_are_the_judge_read_by_hand(tiny_world, toy_source, tmp_path):
 
 
 def test_too_few_clips_for_a_distance_are_said(run, folder, tmp_path, toy_source, no_pictures):
-    save_judge(untrained(toy_source.card, feature_dim=8), tmp_path / "judge", {})
-    result = evaluate.evaluate(
-        evaluate.EvaluateConfig(
-            run=run,
-            data=folder,
-            context=2,
-            horizon=2,
-            num_clips=5,
-            judge=str(tmp_path / "judge"),
-            device="cpu",
-            out=str(tmp_path / "e.json"),
-        )
+    save_inverse_dynamics(untrained(toy_source.card, feature_dim=8), tmp_path / "judge", {})
+    config = EvaluateConfig(
+        run=run,
+        data=folder,
+        protocol=Protocol(context=2, horizon=2, num_clips=5),
+        judge=str(tmp_path / "judge"),
+        device="cpu",
+        out=str(tmp_path / "e.json"),
     )
-    assert result["left_out"] == {"frechet_own": "needs 16 clips with this judge, got 5"}
-    assert measure.find_row(result["rows"], "control", 2)["mean"] <= 1
+    result = evaluate.evaluate(config)
+    reason = "needs 16 clips with this inverse dynamics model, got 5"
+    assert result["left_out"] == {"frechet_own": reason}
+    assert find_row(result["rows"], "control", 2)["mean"] <= 1
     assert len(result["judge"]["digest"]) == 16
     assert "control         unsteered" in evaluate.readable(result)
 
 
-def test_the_truth_has_no_distance_and_ideal_looks():
+def test_the_truth_has_no_distance_and_ideal_drift():
     torch.manual_seed(0)
     judge = untrained(Stripes.card)
     clips = Batch.of([Stripes().read(episode, 0, 6) for episode in range(12)])
-    given, true = clips.frames[:, :1], clips.frames[:, 1:]
-    judged = JudgedClips(judge)
-    judged.add(given, {"truth": true, "model": true, "repeat_last": given.expand_as(true)}, {})
-    found = [(name, one) for _, _, name, one in judged.estimates(5, 0)]
+    true = clips.frames[:, 1:]
+    seen = Seen(
+        predicted=clips.frames,
+        true=clips.frames,
+        context=1,
+        steering=clips.conditions.frames(1, None),
+        shuffled=False,
+        is_first=True,
+    )
+    metric = ReadActions(Protocol(horizon=5), judge)
+    measured = {
+        name: {key: value[:, None] for key, value in numbers.items()}
+        for name, numbers in metric.measure(seen).items()
+    }
+    rows = metric.estimates(measured)
+    found = [(name, one) for _, kind, name, one in rows if kind == "frechet_own"]
     assert [name for name, _ in found] == ["model"] * 5 + ["repeat_last"] * 5
     for name, distance in found:
         if name == "model":
@@ -269,21 +291,21 @@ def test_the_truth_has_no_distance_and_ideal_looks():
         else:
             assert 0 < distance.mean
             assert distance.ci_low <= distance.mean <= distance.ci_high
-    looks = frame_looks(true)
-    drift = drift_estimates(looks, looks)
+    statistics = drift_statistics(true)
+    drift = drift_estimates(statistics, statistics)
     assert [drift[name].mean for name in ("sharpness", "contrast", "brightness")] == [1, 1, 0]
 
 
-def test_looks_of_pictures_that_are_known():
+def test_drift_statistics_of_pictures_that_are_known():
     checks = (torch.arange(8)[:, None] + torch.arange(8)) % 2
     frames = (checks * 1.0 - 0.5).expand(1, 1, 3, 8, 8)
-    looks = {name: value.item() for name, value in frame_looks(frames).items()}
-    assert looks == {"detail": 1.0, "spread": 0.5, "level": 0.0}
-    faded = drift_estimates(frame_looks(0.25 * frames + 0.1), frame_looks(frames))
+    looks = {name: value.item() for name, value in drift_statistics(frames).items()}
+    assert looks == {"detail": 1.0, "deviation": 0.5, "level": 0.0}
+    faded = drift_estimates(drift_statistics(0.25 * frames + 0.1), drift_statistics(frames))
     assert faded["sharpness"].mean == pytest.approx(0.25)
     assert faded["contrast"].mean == pytest.approx(0.25)
     assert faded["brightness"].mean == pytest.approx(0.1)
-    flat = drift_estimates(frame_looks(0 * frames), frame_looks(0 * frames))
+    flat = drift_estimates(drift_statistics(0 * frames), drift_statistics(0 * frames))
     assert flat["sharpness"].mean == 1
 
 

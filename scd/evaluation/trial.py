@@ -1,0 +1,338 @@
+"""What an evaluation rolls out, in units that any process may take, and what is measured of it.
+
+A unit is one batch of clips and one of their trajectories. Its noise follows from its number alone,
+so neither the number of processes nor the order of units changes a result.
+
+Baselines are measured on the same clips: `repeat_last` shows the last given frame again,
+`shuffled_actions` is the model steered by the actions of another clip: a model that listens must
+lose by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scd.common.runtime import make_generator
+from scd.data.clip import Batch, Conditions
+from scd.data.source import Source
+from scd.data.toy import ToyWorld
+from scd.evaluation.compress import through_h264
+from scd.evaluation.memory import MemoryClips, count_batch, find_memory_clips, memory_score
+from scd.evaluation.metrics import AgainstTruth, Drift, Metric, Numbers, Seen, row_of
+from scd.evaluation.predict import Window, predict, read_windows
+from scd.evaluation.protocols import CUSTOM, Protocol, choose_clips
+from scd.models.checkpoint import World
+from scd.models.flow import SamplingConfig
+from scd.streaming.rollout import Guidance, Timing
+
+Tensors = dict[str, Tensor]
+"""What is measured of a unit: kind.baseline.name -> numbers, clips first. Kinds are those of the
+metrics, memory, and timing (encoder, decoder, autoencoder by frame)."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One batch of clips and one of their trajectories."""
+
+    batch: int
+    """Number of the batch."""
+    trajectory: int = 0
+    """Number of the trajectory."""
+    what: Literal["trajectory", "shuffled", "memory"] = "trajectory"
+    """shuffled: steered by the actions of another clip, with the noise of the trajectory; memory:
+    other clips, in which shapes of the toy world come back."""
+
+    @property
+    def name(self) -> str:
+        """Name of its file, without an ending."""
+        what = f"trajectory_{self.trajectory:03d}" if self.what == "trajectory" else self.what
+        return f"batch_{self.batch:05d}_{what}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolledOut:
+    """The clips of a unit and what a world made of them."""
+
+    batch: Batch
+    """The true clips, from their beginning."""
+    frames: Float[Tensor, "b m 3 h w"]
+    """The predicted frames after the context, in [-1, 1]."""
+    steering: Conditions
+    """What steered them, of all frames of the clips."""
+    seconds: Float[Tensor, "m 3"]
+    """Of each frame: encoder, decoder, autoencoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A world, clips and a protocol: all that the numbers of a unit depend on."""
+
+    world: World
+    """What predicts."""
+    source: Source
+    """Where clips are read."""
+    windows: list[Window]
+    """The clips."""
+    protocol: Protocol
+    """How they are rolled out and measured; its number of clips is theirs."""
+    metrics: Sequence[Metric]
+    """What is measured."""
+    sampling: SamplingConfig | None = None
+    """How frames are denoised; None: as the world says."""
+    guidance: Guidance | None = None
+    """How predictions are pushed away from an unconditional branch; None: not."""
+
+    @property
+    def with_shuffled(self) -> bool:
+        """Whether clips are also steered by the actions of another one."""
+        has_actions = self.source.card.conditions.has_actions
+        return self.protocol.shuffled_actions and has_actions and len(self.windows) > 1
+
+    @cached_property
+    def memory_clips(self) -> MemoryClips | str:
+        """Windows in which shapes come back; or why there are none, which may be no reason."""
+        if not self.protocol.memory or not isinstance(self.source, ToyWorld):
+            return ""
+        try:
+            return find_memory_clips(
+                self.source, len(self.windows), self.protocol.context, self.protocol.horizon
+            )
+        except ValueError as error:
+            return str(error)
+
+    def units(self) -> list[Unit]:
+        """Return all units, batch by batch."""
+        units = []
+        for batch in range(len(self.protocol.batches())):
+            units += [Unit(batch, number) for number in range(self.protocol.num_trajectories)]
+            if self.with_shuffled:
+                units.append(Unit(batch, what="shuffled"))
+            if isinstance(self.memory_clips, MemoryClips):
+                units.append(Unit(batch, what="memory"))
+        return units
+
+    def roll_out(self, unit: Unit) -> RolledOut:
+        """Predict the rest of a unit's clips.
+
+        Raises:
+            ValueError: a clip that cannot be read.
+        """
+        length, batches = self.protocol.num_frames, self.protocol.batches()
+        chosen, number = batches[unit.batch], unit.batch + len(batches) * unit.trajectory
+        batch = read_windows(self.source, self.windows[chosen], length)
+        other = None
+        if unit.what == "shuffled":
+            order = another_clip(len(self.windows), self.protocol.seed)
+            taken = [self.windows[index] for index in order[chosen]]
+            other = read_windows(self.source, taken, length).conditions
+        made = predict(
+            self.world,
+            batch,
+            self.protocol.context,
+            self.protocol.seed,
+            number,
+            other,
+            self.sampling,
+            self.guidance,
+        )
+        seconds = [[one.encoder_s, one.decoder_s, one.autoencoder_s] for one in made.timings]
+        return RolledOut(
+            batch=batch,
+            frames=made.frames,
+            steering=other or batch.conditions,
+            seconds=torch.tensor(seconds, dtype=torch.float64),
+        )
+
+    def measure(self, unit: Unit) -> Tensors:
+        """Roll a unit out and measure it.
+
+        Raises:
+            ValueError: as `roll_out`, or a network of FVD that is none.
+        """
+        if unit.what == "memory":
+            assert isinstance(self.memory_clips, MemoryClips)
+            counts = count_batch(
+                self.world,
+                self.memory_clips,
+                self.protocol,
+                unit.batch,
+                self.sampling,
+                self.guidance,
+            )
+            return {f"memory.{baseline}.counts": one for baseline, one in counts.items()}
+        rolled = self.roll_out(unit)
+        seen = self._seen(unit, rolled)
+        found = {
+            f"{metric.kind}.{baseline}.{name}": value.contiguous()
+            for metric in self.metrics
+            for baseline, numbers in metric.measure(seen).items()
+            for name, value in numbers.items()
+        }
+        is_full = len(rolled.frames) == min(self.protocol.batch_size, len(self.windows))
+        if is_full and not seen.shuffled:
+            found["timing.model.seconds"] = rolled.seconds
+        return found
+
+    def _seen(self, unit: Unit, rolled: RolledOut) -> Seen:
+        """Return a unit's clips as they are measured."""
+        protocol, true = self.protocol, rolled.batch.frames
+        given = true[:, : protocol.context]
+        if protocol.fvd_context == "reconstructed":
+            given = self._reconstructed(given)
+        predicted = torch.cat([given, rolled.frames.to(given)], dim=1)
+        if protocol.h264:
+            both = [through_h264(*clip) for clip in zip(predicted, true, strict=True)]
+            predicted, true = (torch.stack(side) for side in zip(*both, strict=True))
+        return Seen(
+            predicted=predicted,
+            true=true,
+            context=protocol.context,
+            steering=rolled.steering.frames(protocol.context, None),
+            shuffled=unit.what == "shuffled",
+            is_first=unit.trajectory == 0 and unit.what == "trajectory",
+        )
+
+    @torch.no_grad()
+    def _reconstructed(self, frames: Tensor) -> Tensor:
+        autoencoder = self.world.autoencoder
+        device = next(iter(self.world.model.parameters())).device
+        clips = [autoencoder.decode(autoencoder.encode(clip[None].to(device))) for clip in frames]
+        return torch.cat(clips).float().cpu()
+
+
+def another_clip(num_clips: int, seed: int) -> list[int]:
+    """For each clip choose another one, each once: a random cycle through all of them."""
+    order = torch.randperm(num_clips, generator=make_generator(seed, "shuffle"))
+    other = torch.empty_like(order)
+    other[order] = order.roll(1)
+    return other.tolist()
+
+
+@dataclass(kw_only=True)
+class Measurement:
+    """What an evaluation found."""
+
+    rows: list[dict[str, Any]]
+    """metric, horizon, mean, ci_low, ci_high, baseline; one for each horizon. A distance between
+    sets of frames has one for each quarter of the horizon, at the quarter's last frame."""
+    overall: list[dict[str, Any]]
+    """The same of all predicted frames together, without a horizon."""
+    clips: list[dict[str, Any]]
+    """Where each clip is and, by metric, the mean over the predicted frames of each trajectory."""
+    timings: list[Timing]
+    """Of the model's steps on full batches, without the first step."""
+    left_out: dict[str, str]
+    """What could not be measured, and why."""
+    memory_events: int
+    """Hidden shapes behind the memory score."""
+    numbers: Mapping[str, Numbers]
+    """All of it clip by clip, by the kinds of the metrics."""
+
+
+def measure(
+    world: World, source: Source, protocol: Protocol, metrics: Sequence[Metric] | None = None
+) -> Measurement:
+    """Roll out held-out clips and compare them with the truth and the baselines.
+
+    Args:
+        world: what predicts.
+        source: the episodes.
+        protocol: which clips, and how they are rolled out.
+        metrics: what is measured; None: what needs no other network.
+
+    Raises:
+        ValueError: the data has fewer clips than the protocol needs.
+    """
+    protocol = protocol.reduced_to(source)
+    trial = Trial(
+        world=world,
+        source=source,
+        windows=choose_clips(source, protocol, "the data")[0],
+        protocol=protocol,
+        metrics=[AgainstTruth(protocol), Drift(protocol)] if metrics is None else metrics,
+    )
+    return measurement(trial, {unit: trial.measure(unit) for unit in trial.units()})
+
+
+def measurement(trial: Trial, parts: Mapping[Unit, Tensors]) -> Measurement:
+    """Make a result of what was measured of all units, in the order of `Trial.units`."""
+    protocol, seed = trial.protocol, trial.protocol.seed
+    found, timings = _gather(parts)
+    result = Measurement(
+        rows=[],
+        overall=[],
+        clips=[{"episode": episode, "start": start} for episode, start in trial.windows],
+        # The first step of a process also pays for what is set up once.
+        timings=timings[1:] or timings,
+        left_out=_left_out(trial),
+        memory_events=0,
+        numbers=found,
+    )
+    estimates = [
+        estimate
+        for metric in trial.metrics
+        if found.get(metric.kind)
+        for estimate in metric.estimates(found[metric.kind])
+    ]
+    for baseline, numbers in found.get("memory", {}).items():
+        counts = numbers["counts"][:, 0]
+        result.memory_events = int(counts[:, 1].sum())
+        estimates.append((protocol.horizon, "memory", baseline, memory_score(counts, seed)))
+    about = {}
+    if protocol.name != CUSTOM:
+        about["protocol"] = protocol.name
+        about |= {name: getattr(protocol, name) for name in ("num_clips", "num_trajectories")}
+    for horizon, metric, baseline, estimate in estimates:
+        row = row_of(metric, estimate, baseline)
+        if horizon is None:
+            result.overall.append(row | about)
+        else:
+            result.rows.append(row | {"horizon": horizon} | about)
+    values = {
+        name: one.tolist()
+        for metric in trial.metrics
+        if found.get(metric.kind)
+        for name, one in metric.by_clip(found[metric.kind]).items()
+    }
+    for index, clip in enumerate(result.clips):
+        clip["values"] = {name: numbers[index] for name, numbers in values.items()}
+    return result
+
+
+def _left_out(trial: Trial) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if trial.protocol.shuffled_actions and not trial.with_shuffled:
+        found["shuffled_actions"] = "needs actions and two clips"
+    for metric in trial.metrics:
+        found |= metric.left_out(trial.source.card, len(trial.windows))
+    if isinstance(trial.memory_clips, str) and trial.memory_clips:
+        found["memory"] = trial.memory_clips
+    return found
+
+
+def _gather(parts: Mapping[Unit, Tensors]) -> tuple[dict[str, Numbers], list[Timing]]:
+    """Put the units together: batches one after another, trajectories side by side."""
+    tables: dict[tuple[str, ...], dict[int, list[Tensor]]] = {}
+    timings: list[Timing] = []
+    for unit, tensors in parts.items():
+        for key, value in tensors.items():
+            if key == "timing.model.seconds":
+                timings += [
+                    Timing(encoder_s=encoder, decoder_s=decoder, autoencoder_s=autoencoder)
+                    for encoder, decoder, autoencoder in value.tolist()
+                ]
+            else:
+                table = tables.setdefault(tuple(key.split(".")), {})
+                table.setdefault(unit.trajectory, []).append(value)
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for (kind, baseline, name), table in tables.items():
+        joined = [torch.cat(batches) for _, batches in sorted(table.items())]
+        found.setdefault(kind, {}).setdefault(baseline, {})[name] = torch.stack(joined, dim=1)
+    return dict(found), timings
