@@ -207,7 +207,7 @@ def load_network(
     """
     folder = find_network(source, classes)
     name = class_of(folder)
-    kind = next(one for one in classes if one == name)
+    kind: ImageKind = next(one for one in classes if one == name)
     try:
         network, report = _class(kind).from_pretrained(
             str(folder), local_files_only=True, output_loading_info=True

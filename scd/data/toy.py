@@ -90,7 +90,7 @@ class ToyState:
     """Radius of each shape, in pixels."""
     visible: Float32[np.ndarray, "t shapes"]
     """Share of each shape's area that is neither behind the occluder nor behind another shape."""
-    occluder: tuple[float, float, float, float]
+    occluder: tuple[int, int, int, int]
     """Left, upper, right and lower edge of the occluder, in pixels."""
     agent: int
     """Index of the shape that the actions move."""
@@ -183,7 +183,7 @@ class ToyWorld(Source):
             colours=world.colours * 2 - 1,
             radii=world.radii * np.float32(self._scale),
             visible=np.concatenate([self._visible(world, block) for block in blocks]),
-            occluder=tuple(map(float, (columns.start, rows.start, columns.stop, rows.stop))),
+            occluder=(columns.start, rows.start, columns.stop, rows.stop),
             agent=NUM_MOVERS,
             actions=actions,
         )
