@@ -19,7 +19,8 @@ class CheckConfig:
     """Look at a collection of clips: exit status 2 if something that is needed is missing."""
 
     path: Annotated[str, tyro.conf.Positional]
-    """The folder. For a published collection settings may follow: PATH?protocol=latte."""
+    """The folder, or KIND:PATH as --data takes it. For a published collection settings may follow:
+    PATH?protocol=latte."""
     layout: Annotated[str, tyro.conf.arg(name="as")] = "folder"
     """What it should be: `folder`, of episodes or of their latents, or a kind of published
     collection, as in KIND:PATH of --data: `minecraft`, `ucf101`, `dmlab`."""
@@ -31,29 +32,40 @@ def check(config: CheckConfig) -> Findings:
     Raises:
         ValueError: a kind that there is not, or settings that this collection does not have.
     """
-    path = config.path.partition("?")[0]
+    layout, named = _named(config)
+    path = named.partition("?")[0]
     if not Path(path).is_dir():
-        return Findings(missing=[f"{path}: no such folder"])
+        return Findings(missing=[f"{config.path}: no such folder"])
     kind = _kind(config)
-    data = path if config.layout == "folder" else f"{config.layout}:{config.path}"
+    data = path if layout == "folder" else f"{layout}:{named}"
     findings = kind.inspect(data)
     if not findings.missing:
         _open_splits(kind, data, findings)
     return findings
 
 
+def _named(config: CheckConfig) -> tuple[str, str]:
+    """Return the kind, and the path with its settings, whichever way they were given."""
+    name, _, path = config.path.partition(":")
+    if config.layout == "folder" and path and name in find_kinds(Source):
+        return name, path
+    return config.layout, config.path
+
+
 def _kind(config: CheckConfig) -> type[Source]:
-    if config.layout == "folder":
-        return kind_of(config.path)
+    layout, path = _named(config)
+    if layout == "folder":
+        return kind_of(path)
     kinds = find_kinds(Source)
-    if config.layout not in kinds:
-        raise ValueError(f"--as must be one of {', '.join(sorted(kinds))}, got {config.layout!r}")
-    return kinds[config.layout]
+    if layout not in kinds:
+        raise ValueError(f"--as must be one of {', '.join(sorted(kinds))}, got {layout!r}")
+    return kinds[layout]
 
 
 def readable(config: CheckConfig, findings: Findings) -> str:
     """Return what was found, for people."""
-    lines = [f"{config.path} as {config.layout}"]
+    layout, path = _named(config)
+    lines = [f"{path} as {layout}"]
     lines += [f"  there    {line}" for line in findings.there]
     lines += [f"  note     {line}" for line in findings.notes]
     lines += [f"  missing  {line}" for line in findings.missing]
