@@ -284,8 +284,8 @@ def _distill_wan(words: list[str]) -> None:
 
 
 def _sample(words: list[str]) -> None:
-    from scd.sampling.sample import SampleConfig, sample
-    from scd.sampling.sample_text import PromptSampleConfig, readable_speed, sample_prompt
+    from scd.sampling.sample import readable_speed, sample, sample_prompt
+    from scd.sampling.settings import PromptSampleConfig, SampleConfig
     from scd.sampling.text_to_video import is_steered_by_text
 
     words = _first_is("--run", words)
@@ -308,7 +308,8 @@ def _sample(words: list[str]) -> None:
 
 
 def _vbench(words: list[str]) -> None:
-    from scd.sampling.vbench import VBenchConfig, vbench
+    from scd.sampling.settings import VBenchConfig
+    from scd.sampling.vbench import vbench
 
     config = _parse(VBenchConfig, _first_is("--run", words), "vbench")
     print(f"rendered {vbench(config)} videos into {config.out}")

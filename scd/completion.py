@@ -20,8 +20,7 @@ from scd.evaluation.protocols import EvaluateConfig
 from scd.preprocessing.encode import EncodeConfig
 from scd.probing.interventions import DiagonalConfig, RecomposeConfig, SkipConfig
 from scd.probing.settings import ProbeConfig
-from scd.sampling.sample import SampleConfig
-from scd.sampling.vbench import VBenchConfig
+from scd.sampling.settings import SampleConfig, VBenchConfig
 from scd.serving.settings import PlayConfig, ServeConfig
 from scd.training.autoencoder_settings import TrainAutoencoderConfig
 from scd.training.distill import DistillChoice

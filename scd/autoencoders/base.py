@@ -67,6 +67,10 @@ class Autoencoder(ABC):
     def decode(self, latents: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t2 3 h2 w2"]:
         """Turn latents into frames in [-1, 1]; values outside are clipped."""
 
+    def stream_decoder(self) -> StreamDecoder:
+        """Return what decodes the latents of streams, one latent frame after another."""
+        return FrameDecoder(self)
+
 
 class StreamDecoder(ABC):
     """Latent frames of a batch of streams to frames of video, one after another.
@@ -90,6 +94,26 @@ class StreamDecoder(ABC):
     @abstractmethod
     def fork(self) -> StreamDecoder:
         """Return an independent copy of the stream as it is; the weights are shared."""
+
+
+class FrameDecoder(StreamDecoder):
+    """An autoencoder that knows no time: one frame per latent frame."""
+
+    pictures_per_latent = 1
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        self.autoencoder = autoencoder
+        self.name = type(autoencoder).__name__
+
+    def next(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 3 h2 w2"]:
+        return self.autoencoder.decode(latent[:, None]).float()
+
+    def reset(self) -> None:
+        """Do nothing: there is no past."""
+
+    def fork(self) -> FrameDecoder:
+        """Return the decoder itself: there is no past."""
+        return self
 
 
 class NetworkAutoencoder(Autoencoder):

@@ -88,8 +88,11 @@ class WanAutoencoder(NetworkAutoencoder):
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t2 3 h2 w2"]:
         """Turn 1 + n latent frames into 1 + 4n frames in [-1, 1]."""
-        stream = WanStreamDecoder(self)
+        stream = self.stream_decoder()
         return torch.cat([stream.next(latent) for latent in latents.unbind(1)], dim=1)
+
+    def stream_decoder(self) -> WanStreamDecoder:
+        return WanStreamDecoder(self)
 
     def computes(self) -> tuple[str, dict[str, Tensor]]:
         text = "".join(

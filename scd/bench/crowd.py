@@ -19,8 +19,7 @@ from scd.data.source import DataCard
 from scd.engine.open import open_engine
 from scd.models.checkpoint import World
 from scd.streaming.rollout import Guidance
-from scd.streaming.session import Session
-from scd.streaming.sessions import Streams
+from scd.streaming.sessions import Session, Streams
 
 
 class NoAutoencoder(PixelAutoencoder):

@@ -10,20 +10,33 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Wall-clock seconds of one frame, by part; with a GPU each part is synchronised."""
+    """Wall-clock seconds of one step, by part; with a GPU each part is synchronised."""
 
     encoder_s: float = 0.0
-    """Causal work outside the denoising loop: the context, and for a dense model the pass that
-    writes the frame before into memory."""
+    """Causal work outside the denoising loop: the context, and the update of the KV cache."""
     decoder_s: float = 0.0
     """All denoising steps."""
     autoencoder_s: float = 0.0
     """Latent to pixels."""
+    update_s: float = 0.0
+    """Part of encoder_s: a finished frame goes into the KV cache, its pixels are out already."""
+    num_frames: int = 1
+    """Frames of video that came of the step, for each stream."""
 
     @property
     def total_s(self) -> float:
         """Sum of the parts."""
-        return self.encoder_s + self.decoder_s + self.autoencoder_s
+        return self.denoise_only_s + self.autoencoder_s
+
+    @property
+    def denoise_only_s(self) -> float:
+        """All of the network, nothing of the autoencoder."""
+        return self.encoder_s + self.decoder_s
+
+    @property
+    def ready_s(self) -> float:
+        """From the beginning of the step until its frames are there."""
+        return self.total_s - self.update_s
 
 
 class Clock:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from scd.autoencoders.wan import FRAMES_PER_LATENT
 from scd.common.runtime import Precision, choose_device, cpu_threads
-from scd.data.clip import frames_to_pixels, pixels_to_frames
-from scd.sampling.text_to_video import TextToVideo, VideoConfig, cover, is_steered_by_text
-from scd.streaming.video import TextStream
+from scd.data.clip import Conditions, frames_to_pixels, pixels_to_frames
+from scd.sampling.settings import VideoConfig
+from scd.sampling.text_to_video import TextToVideo, cover, is_steered_by_text
+from scd.streaming.rollout import Rollout
 
 PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 """Precision of a model by the type of its weights."""
@@ -185,21 +186,23 @@ class SCDPipeline:
 
     def _steps(
         self,
-        stream: TextStream,
+        stream: Rollout,
         text: Tensor,
         null_text: Tensor | None,
         given: Tensor | None,
         num_frames: int,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Give frames [t 3 h w] and latents [t c h w] of one video, on the CPU, as they come."""
-        shown = stream.begin(text, null_text, given)
+        conditions = Conditions(text=text, null_text=null_text)
+        shown = stream.begin(conditions=conditions, latents=given, can_reset=False)
         if given is not None:
             yield shown[0].cpu(), given[0].cpu()
         num_latents = self.parts.num_latents(num_frames)
-        while stream.num_latents < num_latents:
-            frames = stream.step()
+        while stream.num_frames < num_latents:
+            frames = stream.step_video()
             assert stream.newest is not None
-            yield frames[0].cpu(), stream.newest[0].float().cpu()
+            # Of one stream: a latent frame, or a block of them.
+            yield frames[0].cpu(), stream.newest.flatten(0, -4).float().cpu()
 
     def _texts(self, prompt: str | Sequence[str] | None, embedded: Tensor | None) -> Tensor:
         if (prompt is None) == (embedded is None):

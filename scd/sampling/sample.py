@@ -1,22 +1,24 @@
-"""One stream from a checkpoint, as a video, a picture and the seconds that each frame took."""
+"""`scd sample`: one stream as a video, a picture, and the seconds that each step took."""
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from scd.common.config import to_json
 from scd.common.provenance import provenance, write_json
-from scd.common.runtime import Precision, choose_device, cpu_threads
+from scd.common.runtime import choose_device, cpu_threads, peak_memory_gib
 from scd.data.clip import Clip, Conditions
-from scd.data.source import Source, Split, open_source
-from scd.engine.interface import EngineKind
+from scd.data.source import Source, open_source
 from scd.engine.open import advised_threads, open_engine
 from scd.evaluation.media import PictureRow, spread, write_grid, write_video
 from scd.evaluation.predict import TIMED, check_fit, choose_windows, summarize
@@ -24,70 +26,20 @@ from scd.models.build import num_parameters
 from scd.models.checkpoint import World, load_world
 from scd.models.flow import with_num_steps
 from scd.models.shipped import read_clips
-from scd.streaming.rollout import Guidance, Rollout, Timing
+from scd.sampling.settings import PromptSampleConfig, SampleConfig, parse_switches
+from scd.sampling.text_to_video import Stream, TextToVideo, latent_at, read_picture, render
+from scd.streaming.rollout import Rollout
 
 NUM_SHOWN = 12
-"""Columns of the picture, spread evenly over the predicted frames."""
+"""Columns of the picture, spread evenly over the frames."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """One stream from one checkpoint."""
-
-    run: str
-    """Run folder, one of its step folders, or a world folder."""
-    data: str = ""
-    """Where given frames and actions come from: "toy:32", "toy:64", or a folder of episodes. Empty:
-    from the clips that the world carries, as a shipped one does; the seed chooses which."""
-    context: int = 16
-    """Given first frames. 0: begin from nothing."""
-    frames: int = 64
-    """Frames to generate after them."""
-    steps: int | None = None
-    """Denoising steps per frame; None: as the checkpoint says."""
-    out: str = "sample"
-    """Folder for sample.mp4, sample.png and sample.json."""
-    split: Split = "val"
-    """Part of the data that the clip is from."""
-    seed: int = 0
-    """Seed of the choice of the clip and of the noise."""
-    guidance: Guidance = field(default_factory=Guidance)
-    """How predictions are pushed away from an unconditional branch."""
-    window: int | None = None
-    """Frames in memory; None: as the model was trained."""
-    weights: Literal["ema", "raw"] = "ema"
-    """The averaged weights, or those the optimiser moved."""
-    engine: EngineKind = "fast"
-    """How the model is run: as it is written, or laid out for the machine; the frames are the same
-    to rounding."""
-    precision: Precision = "fp32"
-    """Arithmetic of the stream, weights and memory included."""
-    threads: int | None = None
-    """CPU threads; None: what suits the size of the model, one for a small one."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    strict: bool = False
-    """Stop at the first episode that cannot be read, instead of leaving it out."""
-
-    def __post_init__(self) -> None:
-        if self.context < 0:
-            raise ValueError(f"context must be 0 or more, got {self.context}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be 1 or more, got {self.threads}")
-        if self.frames < 1:
-            raise ValueError(f"frames must be 1 or more, got {self.frames}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stream:
-    """Frames of one stream and when they came."""
-
-    frames: Float[Tensor, "m 3 h w"]
-    """Generated frames in [-1, 1], on the CPU."""
-    timings: list[Timing]
-    """Of each frame."""
-    time_to_first_frame_s: float
-    """Seconds from the given frames to the first generated one."""
+PROMPT_TIMED = (
+    "wall-clock seconds, synchronised with the device; denoise_only: all passes of the network, "
+    "causal ones included, nothing of the decoder; end_to_end: these and the decoder; a step is a "
+    "latent frame, or a block of them; the first step is apart from the rest; first_frame_s begins "
+    "when the prompt is embedded; embedding prompts, loading and writing files are in none of them"
+)
+"""What the seconds of a prompt's video mean, for result files."""
 
 
 def sample(config: SampleConfig) -> dict[str, Any]:
@@ -103,33 +55,38 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     world = load_world(config.run, config.weights, device)
     clip = _given_clip(config, world)
     world = replace(world, sampling=with_num_steps(world.sampling, config.steps))
-    described = _describe(world)
+    described = {
+        "kind": type(world.model).__name__,
+        "parameters": num_parameters(world.model),
+        "sampling": to_json(world.sampling),
+    }
     with cpu_threads(config.threads or advised_threads(world.model.config)):
         engine = open_engine(world.model, config.engine, config.precision, release=True)
         rollout = Rollout(
             world, guidance=config.guidance, seed=config.seed, window=config.window, engine=engine
         )
         stream = run_stream(rollout, clip, config.context, config.frames)
-    out = Path(config.out)
-    given = clip.frames[: config.context]
-    write_video(torch.cat([given, stream.frames]), out / "sample.mp4", clip.fps)
     # A stream from nothing makes a world of its own: no truth to compare with.
     true = clip.frames[config.context :] if config.context else clip.frames[:0]
-    write_picture(given, true, stream.frames, out / "sample.png")
+    first, steady = stream.timings[0], stream.timings[1:] or stream.timings
     result = {
         "frames": config.frames,
         "true_frames": len(true),
         "frames_steered_by_the_episode": len(clip) - config.context,
-        "frames_per_second": 1 / _mean_total(stream.timings),
-        "time_to_first_frame_s": stream.time_to_first_frame_s,
-        "seconds_per_frame": summarize(stream.timings[1:] or stream.timings),
-        "first_frame_s": vars(stream.timings[0]) | {"total_s": stream.timings[0].total_s},
+        "frames_per_second": len(steady) / sum(timing.total_s for timing in steady),
+        "time_to_first_frame_s": stream.first_frame_s,
+        "seconds_per_frame": summarize(steady),
+        "first_frame_s": {
+            name: getattr(first, name)
+            for name in ("encoder_s", "decoder_s", "autoencoder_s", "total_s")
+        },
         "timed": f"{TIMED}; one stream, the first frame apart from the rest; writing files is not "
         "timed",
         "model": described,
         "settings": to_json(config),
     } | provenance(device)
-    write_json(result, out / "sample.json")
+    rows, columns = rows_of(stream, true)
+    _write(config.out, stream, clip.fps, rows, columns, result)
     return result
 
 
@@ -154,19 +111,6 @@ def _given_clip(config: SampleConfig, world: World) -> Clip:
         actions=clips.actions[number, :wanted],
         fps=world.card.fps,
     )
-
-
-def _mean_total(timings: list[Timing]) -> float:
-    steady = timings[1:] or timings
-    return sum(timing.total_s for timing in steady) / len(steady)
-
-
-def _describe(world: World) -> dict[str, Any]:
-    return {
-        "kind": type(world.model).__name__,
-        "parameters": num_parameters(world.model),
-        "sampling": to_json(world.sampling),
-    }
 
 
 def choose_clip(source: Source, num_given: int, num_generated: int, seed: int) -> Clip:
@@ -198,40 +142,134 @@ def run_stream(rollout: Rollout, clip: Clip, num_given: int, num_generated: int)
     labels = None if clip.label is None else torch.tensor([clip.label])
     actions = None if clip.actions is None else clip.actions[None]
     began = time.perf_counter()
-    if num_given:
-        past = None if actions is None else actions[:, :num_given]
-        rollout.begin(clip.frames[None, :num_given], Conditions(actions=past, labels=labels))
-    else:
-        rollout.begin(None, Conditions(labels=labels))
+    past = None if actions is None or not num_given else actions[:, :num_given]
+    given = clip.frames[None, :num_given] if num_given else None
+    shown = rollout.begin(given, Conditions(actions=past, labels=labels), can_reset=False)[0].cpu()
     frames, timings, first_s = [], [], 0.0
     for index in range(num_given, num_given + num_generated):
         frame = rollout.step(None if actions is None else actions[:, index % len(clip)])
         first_s = first_s or time.perf_counter() - began
-        frames.append(frame[0].cpu())
+        frames.append(frame.cpu())
         timings.append(rollout.timing)
-    return Stream(frames=torch.stack(frames), timings=timings, time_to_first_frame_s=first_s)
+    return Stream(given=shown, frames=torch.cat(frames), timings=timings, first_frame_s=first_s)
 
 
-def write_picture(
-    given: Float[Tensor, "g 3 h w"],
-    true: Float[Tensor, "t 3 h w"],
-    generated: Float[Tensor, "m 3 h w"],
-    path: Path,
-) -> None:
-    """Write the truth, as far as it goes, above the generated frames, with their horizons.
+def rows_of(stream: Stream, true: Float[Tensor, "t 3 h w"]) -> tuple[list[PictureRow], list[str]]:
+    """Lay out the truth, as far as it goes, above generated frames, and say their horizons.
 
     Args:
-        given: first frames of the stream; the last one is shown in the first column.
-        true: what followed them in the episode; may be shorter than the stream, or empty.
-        generated: the stream.
-        path: a .png file.
+        stream: the last given frame, if any, is shown in the first column.
+        true: what followed in the episode; may be shorter than the stream, or empty.
     """
-    shown = spread(len(generated), NUM_SHOWN)
-    last = given[-1:]
-    prediction = PictureRow(name="prediction", frames=torch.cat([last, generated[shown]]))
-    truth = PictureRow(
-        name="truth",
-        frames=torch.cat([last, true[[index for index in shown if index < len(true)]]]),
-    )
+    shown, last = spread(len(stream.frames), NUM_SHOWN), stream.given[-1:]
+    known = true[[index for index in shown if index < len(true)]]
+    prediction = PictureRow(name="prediction", frames=torch.cat([last, stream.frames[shown]]))
+    truth = [PictureRow(name="truth", frames=torch.cat([last, known]))] if len(true) else []
     columns = ["given"] * len(last) + [f"+{index + 1}" for index in shown]
-    write_grid([truth, prediction] if len(true) else [prediction], columns, path)
+    return [*truth, prediction], columns
+
+
+def _write(
+    folder: str,
+    stream: Stream,
+    fps: float,
+    rows: Sequence[PictureRow],
+    columns: Sequence[str],
+    result: Mapping[str, Any],
+) -> None:
+    out = Path(folder)
+    write_video(torch.cat([stream.given, stream.frames]), out / "sample.mp4", fps)
+    write_grid(rows, columns, out / "sample.png")
+    write_json(result, out / "sample.json")
+
+
+def sample_prompt(config: PromptSampleConfig) -> dict[str, Any]:
+    """Render one video, write it with a picture and the result, and return the result.
+
+    Raises:
+        FileNotFoundError: no such run, picture, or parts of the source.
+        ValueError: a run that no text steers, or prompts that are empty or too long.
+    """
+    prompts = [config.prompt, *(prompt for _, prompt in parse_switches(config.prompt_at))]
+    began = time.perf_counter()
+    parts = TextToVideo(config.video, prompts)
+    opened_s = time.perf_counter() - began
+    with cpu_threads(parts.threads):
+        stream = _render(config, parts)
+    num_given, frames = len(stream.given), torch.cat([stream.given, stream.frames])
+    result = {
+        "frames": len(frames),
+        "given_frames": num_given,
+        "fps": parts.fps,
+        "speed": speed(stream),
+        "timed": PROMPT_TIMED,
+        "opened_s": opened_s,
+        "peak_memory_gib": peak_memory_gib(parts.device),
+        "model": parts.described,
+        "settings": to_json(config),
+    } | provenance(parts.device)
+    shown = spread(len(frames), NUM_SHOWN)
+    columns = [f"{index}, given" if index < num_given else str(index) for index in shown]
+    rows = [PictureRow(name="video", frames=frames[shown])]
+    _write(config.out, stream, parts.fps, rows, columns, result)
+    return result
+
+
+def _render(config: PromptSampleConfig, parts: TextToVideo) -> Stream:
+    card, switches = parts.world.card, parse_switches(config.prompt_at)
+    texts = parts.embed([config.prompt, *(prompt for _, prompt in switches)])
+    given = None
+    if config.first:
+        given = parts.encode(read_picture(config.first, card.height, card.width))
+    return render(
+        parts.stream(config.seed),
+        texts[:1],
+        parts.num_latents(math.ceil(config.seconds * card.fps)),
+        parts.embed_negative(),
+        given,
+        {
+            latent_at(second, card.fps): texts[number : number + 1]
+            for number, (second, _) in enumerate(switches, start=1)
+        },
+    )
+
+
+def speed(stream: Stream) -> dict[str, Any]:
+    """Return frames per second and seconds, of the network alone and of the whole, for people."""
+    first, steady = stream.timings[0], stream.timings[1:] or stream.timings
+    frames = sum(timing.num_frames for timing in steady)
+    spans = {
+        "denoise_only": [timing.denoise_only_s for timing in steady],
+        "end_to_end": [timing.total_s for timing in steady],
+    }
+    return {
+        "first_frame_s": stream.first_frame_s,
+        "first_frame_denoise_only_s": first.denoise_only_s - first.update_s,
+        **{
+            name: {
+                "frames_per_second": frames / sum(seconds),
+                "step_p50_s": float(np.percentile(seconds, 50)),
+                "step_p99_s": float(np.percentile(seconds, 99)),
+            }
+            for name, seconds in spans.items()
+        },
+        "steps_timed": len(steady),
+    }
+
+
+def readable_speed(result: Mapping[str, Any]) -> str:
+    """Say a result of `sample_prompt` in a few lines."""
+    speeds = result["speed"]
+    lines = [
+        f"{result['frames']} frames ({result['given_frames']} given) at {result['fps']:g} per "
+        f"second, decoder {result['model']['decoder']}",
+        f"first frame after {speeds['first_frame_s']:.3f} s, "
+        f"denoise-only {speeds['first_frame_denoise_only_s']:.3f} s",
+    ]
+    for name in ("denoise_only", "end_to_end"):
+        one = speeds[name]
+        lines.append(
+            f"{name.replace('_', '-'):12} {one['frames_per_second']:.2f} frames/s, "
+            f"a step p50 {one['step_p50_s']:.3f} s, p99 {one['step_p99_s']:.3f} s"
+        )
+    return "\n".join(lines)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,72 +20,34 @@ from scd.autoencoders.tiny import open_tiny_decoder
 from scd.autoencoders.wan import (
     FRAMES_PER_LATENT,
     WanAutoencoder,
-    WanStreamDecoder,
-    num_pixel_frames,
 )
 from scd.common.config import from_json, to_json
-from scd.common.runtime import Precision, choose_device
-from scd.data.clip import ConditionSpec, pixels_to_frames
+from scd.common.runtime import choose_device
+from scd.common.timing import Timing
+from scd.data.clip import Conditions, ConditionSpec, pixels_to_frames
 from scd.data.video import read_video
-from scd.engine.interface import EngineKind
 from scd.engine.open import advised_threads, open_engine
 from scd.models.build import num_parameters
 from scd.models.checkpoint import load_world, resolve
 from scd.models.flow import with_num_steps
 from scd.models.pretrained import CONFIG_FILE, read_settings
 from scd.models.shipped import parts_beside
-from scd.streaming.video import TextStream
+from scd.sampling.settings import VideoConfig
+from scd.streaming.rollout import Guidance, Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoConfig:
-    """How one run makes video of prompts."""
+class Stream:
+    """Frames of one stream and when they came."""
 
-    run: str
-    """Run folder, one of its step folders, or a world folder, whose model a text steers."""
-    steps: int | None = None
-    """Denoising steps per latent frame; None: as the checkpoint says."""
-    guidance_scale: float = 1.0
-    """Push away from the negative prompt, which doubles the work; 1: none, as few-step models
-    need."""
-    negative_prompt: str = ""
-    """What guidance leads away from."""
-    window: int | None = None
-    """Latent frames in memory; None: as the model was trained."""
-    weights: Literal["ema", "raw"] = "ema"
-    """The averaged weights, or those the optimiser moved."""
-    engine: EngineKind = "plain"
-    """How the model is run: as it is written, or laid out for the machine."""
-    precision: Precision = "bf16"
-    """Arithmetic of the model, weights and memory included."""
-    source: str = ""
-    """Folder with vae/, text_encoder/ and tokenizer/ as diffusers writes them, or its name on the
-    hub. Empty: where the run says."""
-    tiny: str = ""
-    """Small decoder instead of Wan's own: a file of TAEW's weights, or a folder of an
-    AutoencoderTiny. Empty: Wan's own. Results name it."""
-    decoder_precision: Precision = "fp32"
-    """Arithmetic of the decoder."""
-    text_precision: Precision = "bf16"
-    """Arithmetic of the text encoder: bf16 takes 11 GiB for Wan's, fp32 twice that."""
-    text_device: str = "auto"
-    """Where the text encoder runs; its memory is given back before the video begins. auto: where
-    the model runs."""
-    text_cache: str | None = None
-    """Folder in which embedded prompts are kept; empty: nowhere. None: in the user's cache."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    threads: int | None = None
-    """CPU threads of the video; None: what suits the size of the model, one for a small one."""
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale must be a number, got {self.guidance_scale}")
-        if self.negative_prompt and self.guidance_scale == 1:
-            raise ValueError("negative_prompt has no effect on guidance_scale=1")
-        for name, value in (("steps", self.steps), ("threads", self.threads)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
+    given: Float[Tensor, "g 3 h w"]
+    """Given first frames in [-1, 1], as the decoder shows them, on the CPU."""
+    frames: Float[Tensor, "m 3 h w"]
+    """Generated frames after them."""
+    timings: list[Timing]
+    """Of each step."""
+    first_frame_s: float
+    """Seconds from given frames, or the embedded prompt, to the first generated frame."""
 
 
 class TextToVideo:
@@ -129,8 +91,7 @@ class TextToVideo:
         self.autoencoder = WanAutoencoder(place).place(self.device, config.decoder_precision)
         self.decoder = self._open_decoder()
         self.world = load_world(config.run, config.weights, self.device)
-        sampling = self.world.sampling
-        self.sampling = with_num_steps(sampling, config.steps) if config.steps else sampling
+        self.sampling = with_num_steps(self.world.sampling, config.steps)
         self.threads = config.threads or advised_threads(self.world.model.config)
         self.num_parameters = num_parameters(self.world.model)
         self.engine = open_engine(self.world.model, config.engine, config.precision, release=True)
@@ -197,7 +158,7 @@ class TextToVideo:
 
     def stream(
         self, seed: int, scale: float | None = None, num_steps: int | None = None
-    ) -> TextStream:
+    ) -> Rollout:
         """Return a stream that has yet to begin; it shares the weights.
 
         Args:
@@ -205,15 +166,17 @@ class TextToVideo:
             scale: of the guidance; None: as the settings say.
             num_steps: per latent frame; None: as the settings say.
         """
-        sampling = with_num_steps(self.sampling, num_steps)
-        return TextStream(
+        scale = self.config.guidance_scale if scale is None else scale
+        # Of those of the world: custom times there and back would be others.
+        sampling = with_num_steps(self.world.sampling, num_steps or self.config.steps)
+        return Rollout(
             self.world,
+            sampling,
+            None if scale == 1 else Guidance(kind="conditions", scale=scale),
+            seed,
+            self.config.window,
             self.engine,
             self.decoder.fork(),
-            seed=seed,
-            scale=self.config.guidance_scale if scale is None else scale,
-            window=self.config.window,
-            sampling=sampling,
         )
 
     def encode(self, frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t2 c h2 w2"]:
@@ -244,7 +207,7 @@ class TextToVideo:
         if config.tiny:
             channels = self.autoencoder.config.channels
             return open_tiny_decoder(config.tiny, channels, self.device, config.decoder_precision)
-        return WanStreamDecoder(self.autoencoder)
+        return self.autoencoder.stream_decoder()
 
 
 def is_steered_by_text(run: str) -> bool:
@@ -264,9 +227,50 @@ def _settings_of(run: str) -> dict[str, Any]:
     return read_settings(resolve(run) / CONFIG_FILE)
 
 
-def first_frame_of(latent: int) -> int:
-    """Return the index of the first frame of video that a latent frame stands for."""
-    return num_pixel_frames(latent)
+def latent_at(second: float, fps: float) -> int:
+    """Return the first latent frame none of whose frames is shown before a second."""
+    frame = round(second * fps)
+    return 1 + -(-(frame - 1) // FRAMES_PER_LATENT) if frame > 0 else 0
+
+
+def render(
+    rollout: Rollout,
+    text: Float[Tensor, "1 l _"],
+    num_latents: int,
+    null_text: Float[Tensor, "1 l _"] | None = None,
+    given: Float[Tensor, "1 t c h w"] | None = None,
+    switches: Mapping[int, Tensor] | None = None,
+) -> Stream:
+    """Stream one video.
+
+    Args:
+        rollout: of one batch row; it begins anew.
+        text: embedded prompt.
+        num_latents: latent frames of the whole video, given ones included.
+        null_text: what guidance leads away from.
+        given: latents of given first frames.
+        switches: embedded prompts [1 l c] by the latent frame from which on they hold.
+
+    Raises:
+        ValueError: no frame left to generate, or what the rollout refuses.
+    """
+    if given is not None and given.shape[1] >= num_latents:
+        raise ValueError(
+            f"the {given.shape[1]} given latent frames leave none to generate of {num_latents}"
+        )
+    waiting = sorted((switches or {}).items())
+    began = time.perf_counter()
+    conditions = Conditions(text=text, null_text=null_text)
+    shown = rollout.begin(conditions=conditions, latents=given, can_reset=False)[0].cpu()
+    frames, timings, first_s = [], [], 0.0
+    while rollout.num_frames < num_latents:
+        while waiting and waiting[0][0] <= rollout.num_frames:
+            rollout.change_text(waiting.pop(0)[1])
+        step_began = time.perf_counter()
+        frames.append(rollout.step_video()[0].cpu())
+        timings.append(rollout.timing)
+        first_s = first_s or step_began - began + rollout.timing.ready_s
+    return Stream(given=shown, frames=torch.cat(frames), timings=timings, first_frame_s=first_s)
 
 
 def read_picture(path: str | Path, height: int, width: int) -> Float[Tensor, "1 1 3 h w"]:

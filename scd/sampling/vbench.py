@@ -10,9 +10,8 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
 
 from scd.common.config import differences, to_json
@@ -22,8 +21,8 @@ from scd.common.runtime import cpu_threads, parse_shard
 from scd.data.clip import frames_to_pixels
 from scd.data.prompts import read_lines
 from scd.data.video import write_video
-from scd.sampling.sample_text import render
-from scd.sampling.text_to_video import TextToVideo, VideoConfig
+from scd.sampling.settings import VBenchConfig
+from scd.sampling.text_to_video import TextToVideo, render
 
 NAME_BYTES = 255
 """Longest name of a file on most disks."""
@@ -36,36 +35,6 @@ FREE_FIELDS = ("out", "shard", "prompts", "texts")
 
 FREE_VIDEO_FIELDS = ("device", "threads", "text_device", "text_cache")
 """The same, of how the video is made."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VBenchConfig:
-    """Videos of all prompts of a file."""
-
-    video: Annotated[VideoConfig, tyro.conf.arg(name="")]
-    """The run, and how it makes video."""
-    prompts: str
-    """Text file with a prompt per line, which gives the videos their names."""
-    seeds: int = 5
-    """Videos of each prompt: PROMPT-0.mp4 .. PROMPT-4.mp4. VBench takes 5."""
-    out: str
-    """Folder for the videos and vbench.json."""
-    texts: str = ""
-    """Text file with what is shown for each prompt instead, line by line: prompts that a language
-    model wrote out, under the names of the short ones. Empty: the prompts themselves."""
-    seconds: float = 5.0
-    """Length of a video, rounded up to whole latent frames."""
-    first_seed: int = 0
-    """Seed of the noise of PROMPT-0.mp4; the following ones count up. Equal for all prompts."""
-    shard: str = "0/1"
-    """i/n: the i-th, from 0, of n processes that share the work."""
-
-    def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be 1 or more, got {self.seeds}")
-        if not 0 < self.seconds < math.inf:
-            raise ValueError(f"seconds must be above 0, got {self.seconds}")
-        parse_shard(self.shard)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from scd.engine.pool import pool_bytes
 from scd.models.checkpoint import World
 from scd.serving.errors import TooManySessions
 from scd.streaming.rollout import Guidance, Rollout
-from scd.streaming.session import Session
+from scd.streaming.sessions import Session
 
 SHARE = 0.8
 """Of the free memory that sessions may have unless told; activations and pictures need the rest."""

@@ -29,8 +29,7 @@ from scd.serving.session import Player, as_action
 from scd.serving.sessions import Players
 from scd.serving.snapshot import identity_of, parse, write
 from scd.serving.store import Aside, Evictions, Shelf, lacks_room
-from scd.streaming.session import Finished, Session
-from scd.streaming.sessions import Streams
+from scd.streaming.sessions import Finished, Session, Streams
 
 
 @dataclass(eq=False, kw_only=True)

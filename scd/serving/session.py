@@ -16,7 +16,7 @@ from scd.data.clip import frames_to_pixels
 from scd.serving.errors import OutOfHistory
 from scd.serving.events import Action, Event, Frame, FrameTiming, Info, Sink, Start
 from scd.streaming.rollout import Rollout
-from scd.streaming.session import Finished, Session
+from scd.streaming.sessions import Finished, Session
 
 
 @dataclass(frozen=True, kw_only=True)

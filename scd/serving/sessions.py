@@ -27,8 +27,7 @@ from scd.serving.events import Action, Event, Evicted, Info, Start, Stopped
 from scd.serving.session import History, Kept, Player, as_action
 from scd.serving.snapshot import Image
 from scd.streaming.rollout import Guidance, Rollout
-from scd.streaming.session import Session
-from scd.streaming.sessions import Streams
+from scd.streaming.sessions import Session, Streams
 
 
 def check_start(start: Start, world: World, spec: ConditionSpec, config: HostConfig) -> None:

@@ -26,8 +26,7 @@ from scd.models.checkpoint import World
 from scd.models.flow import with_num_steps
 from scd.models.shipped import Clips
 from scd.streaming.rollout import Rollout
-from scd.streaming.session import Session
-from scd.streaming.sessions import Streams
+from scd.streaming.sessions import Session, Streams
 
 Frame = np.ndarray
 """Pixels [h, w, 3], uint8."""

@@ -1,4 +1,4 @@
-"""A stream of frames from a trained model, steered by actions, one step per frame.
+"""A stream of frames from a trained model, steered by actions or a text, step by step.
 
 Source: paper, section 3.
 """
@@ -6,6 +6,7 @@ Source: paper, section 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from scd.autoencoders.base import FrameDecoder, StreamDecoder
 from scd.common.runtime import make_generator
 from scd.common.timing import Clock, Timing
 from scd.data.clip import Conditions
@@ -52,23 +54,26 @@ class Draft:
     context: Any
     """Of the engine; of twice the batch with guidance."""
     noise: Tensor
-    """Where denoising starts, [b c h w]."""
+    """Where denoising starts, [b c h w]; of a block [b frames c h w]."""
     fresh: Tensor | None
-    """Noise of the steps, [steps b c h w]; None: they need none."""
+    """Noise of the steps, [steps *noise]; None: they need none."""
     conditions: Conditions
     """Of the frame."""
 
 
 class Rollout:
-    """A batch of streams from one world.
+    """A batch of streams from one world, steered by actions, labels or text.
 
     `begin` with given first frames or from nothing, then `step` once per frame. `observe` instead
-    of `step` puts in a frame from outside. `fork` copies the stream as it is; `reset` goes back to
-    where `begin` left it. Everything is repeatable from `seed`: the noise of frame i depends on
-    the seed and i alone.
+    of `step` puts in a frame from outside, `change_text` steers what follows by another text.
+    `fork` copies the stream as it is; `reset` goes back to where `begin` left it. Everything is
+    repeatable from `seed`: the noise of frame i depends on the seed and i alone.
 
-    The latent of the newest frame, `newest` [b c h w], can be kept: `replay` makes it part of the
-    past of an earlier fork, which is then as this stream was.
+    Where a latent frame stands for several frames of video, or a block of them is denoised
+    together, `step_video` takes the place of `step`; frames are counted as latent ones.
+
+    The latents of the newest step, `newest`, can be kept: `replay` makes them part of the past of
+    an earlier fork, which is then as this stream was.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Rollout:
         seed: int = 0,
         window: int | None = None,
         engine: Engine | None = None,
+        decoder: StreamDecoder | None = None,
     ) -> None:
         """Prepare to stream.
 
@@ -89,6 +95,7 @@ class Rollout:
             seed: of the noise.
             window: frames in memory; None: as the model was trained.
             engine: what runs the model; None: the model as it is written.
+            decoder: from latents to frames, from now on this stream's own; None: the autoencoder's.
 
         Raises:
             ValueError: guidance that this model cannot give.
@@ -100,14 +107,16 @@ class Rollout:
         self.window = window
         self.timing = Timing()
         self.sampling = sampling or world.sampling
-        spec = self.engine.config.conditions
-        if self.guidance.kind == "conditions" and not spec.is_steered:
+        config = self.engine.config
+        if self.guidance.kind == "conditions" and not config.conditions.is_steered:
             raise ValueError("guidance by conditions needs a model with actions, labels or text")
-        if self.guidance.kind == "context_noise" and not self.engine.config.is_separable:
+        if self.guidance.kind == "context_noise" and not config.is_separable:
             raise ValueError("guidance by context noise needs a separable model")
+        self.block_size = config.frames_per_block
         self.newest: Tensor | None = None
+        self._decoder = decoder
         self._state: Any = None
-        self._start: Any = None
+        self._start: Rollout | None = None
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -124,6 +133,16 @@ class Rollout:
         self._times = schedule(sampling).tolist()
 
     @property
+    def num_steps(self) -> int:
+        """Denoising steps per frame; may be changed while the stream runs."""
+        return self.sampling.num_steps
+
+    @num_steps.setter
+    def num_steps(self, value: int) -> None:
+        # Of the sampling that was given: custom times there and back would be others.
+        self._use(with_num_steps(self._given_sampling, value))
+
+    @property
     def times(self) -> list[float]:
         """Times of the steps, descending from 1 to 0."""
         return self._times
@@ -132,6 +151,13 @@ class Rollout:
     def guidance_scale(self) -> float | None:
         """Strength of the guidance; None: a frame is denoised in one branch."""
         return None if self.guidance.kind == "none" else self.guidance.scale
+
+    @property
+    def decoder(self) -> StreamDecoder:
+        """From latents to frames; that of the autoencoder is opened when it is first needed."""
+        if self._decoder is None:
+            self._decoder = self.world.autoencoder.stream_decoder()
+        return self._decoder
 
     @property
     def state(self) -> Any:
@@ -149,16 +175,6 @@ class Rollout:
         """Class of each stream, [b]; None: this model has none."""
         return self._lasting.labels
 
-    @property
-    def num_steps(self) -> int:
-        """Denoising steps per frame; may be changed while the stream runs."""
-        return self.sampling.num_steps
-
-    @num_steps.setter
-    def num_steps(self, value: int) -> None:
-        # Of the sampling that was given: of listed times there and back would leave others.
-        self._use(with_num_steps(self._given_sampling, value))
-
     @torch.no_grad()
     def begin(
         self,
@@ -166,39 +182,67 @@ class Rollout:
         conditions: Conditions | None = None,
         batch: int = 1,
         can_reset: bool = True,
-    ) -> None:
+        latents: Float[Tensor, "b t2 c h2 w2"] | None = None,
+    ) -> Float[Tensor, "b t3 3 h3 w3"]:
         """Start the streams.
 
         Args:
             frames: given first frames in [-1, 1]; None: from nothing.
             conditions: the actions that led to those frames; labels and text of the streams.
             batch: number of streams, where no frames are given.
-            can_reset: keep a copy of the memory for `reset`.
+            can_reset: keep a copy of the KV cache for `reset`.
+            latents: of the given first frames, in their place.
+
+        Returns:
+            The given frames, as the decoder shows them where it makes video; none from nothing.
 
         Raises:
             ValueError: frames of another size, conditions that do not fit, or no frames for a
                 model that cannot begin from nothing.
         """
-        spec = self.engine.config.conditions
         conditions = conditions or Conditions()
-        latents = None
         if frames is not None:
             self._check_size(frames)
-            if frames.shape[1] == 0:
+        given = frames if latents is None else latents
+        if given is not None:
+            if given.shape[1] == 0:
                 raise ValueError("given first frames must be 1 or more; None begins from nothing")
-            batch = frames.shape[0]
-            spec.check(conditions, frames.shape[1])
-            latents = self._encode(frames)
+            batch = given.shape[0]
+            self.engine.config.conditions.check(conditions, given.shape[1])
+            latents = self._encode(given) if latents is None else self._checked(latents)
         self.batch = batch
-        self._last(replace(conditions, actions=None, null_actions=None))
-        past = self._doubled(conditions.to(self.engine.device), latents)
-        both = batch * (1 + self._branches_state)
-        self._state = self.engine.begin(past[1], past[0], both, self.window)
-        self.newest = None if latents is None else latents[:, -1]
-        self.num_given = 0 if frames is None else frames.shape[1]
-        self.num_frames = self.num_given
-        self._start = self._state.fork() if can_reset else None
-        self._first = self.newest
+        self._steer(replace(conditions, actions=None, null_actions=None))
+        actions, null_actions = conditions.actions, conditions.null_actions
+        steering = Conditions(actions=actions, null_actions=null_actions).to(self.engine.device)
+        past = replace(self._lasting, actions=steering.actions, null_actions=steering.null_actions)
+        both = batch * (1 + self._has_null_state)
+        seen = None if latents is None else self._twice(latents)
+        self._state = self.engine.begin(seen, self._with_null(past), both, self.window)
+        self.newest = None if latents is None else self._last_block(latents)
+        self.num_given = self.num_frames = 0 if latents is None else latents.shape[1]
+        if self._decoder is not None:
+            self._decoder.reset()
+        shown = self._shown(frames, latents)
+        self._start = None
+        self._start = self.fork() if can_reset else None
+        return shown
+
+    def _checked(self, latents: Tensor) -> Tensor:
+        shape = (*latents.shape[:2], *self.engine.shape.shape)
+        if latents.shape != shape:
+            raise ValueError(f"given latents must be {list(shape)}, got {list(latents.shape)}")
+        return latents.to(self.engine.device, self.engine.dtype)
+
+    def _last_block(self, latents: Tensor) -> Tensor:
+        return latents[:, -1] if self.block_size == 1 else latents[:, -self.block_size :]
+
+    def _shown(self, frames: Tensor | None, latents: Tensor | None) -> Tensor:
+        if latents is None:
+            return torch.zeros(self.batch, 0, 3, self.world.card.height, self.world.card.width)
+        # Each frame by itself: there is nothing that the decoder must have seen.
+        if frames is not None and isinstance(self.decoder, FrameDecoder):
+            return frames
+        return self._decode(latents)
 
     def change_text(
         self, text: Float[Tensor, "b l c"], null_text: Float[Tensor, "b l c"] | None = None
@@ -211,16 +255,25 @@ class Rollout:
         if self._state is None:
             raise ValueError("begin the stream first")
         null_text = self._lasting.null_text if null_text is None else null_text
-        self._last(replace(self._lasting, text=text, null_text=null_text))
+        self._steer(replace(self._lasting, text=text, null_text=null_text))
 
-    def _last(self, lasting: Conditions) -> None:
-        """Keep what steers all frames of the streams."""
-        spec = self.engine.config.conditions
+    def _steer(self, lasting: Conditions) -> None:
+        """Keep what steers all frames of the streams: labels and text."""
+        spec, device, dtype = self.engine.config.conditions, self.engine.device, self.engine.dtype
         replace(spec, num_actions=0, action_dim=0).check(lasting)
-        for name, value in (("labels", lasting.labels), ("texts", lasting.text)):
+        text, null_text = lasting.text, lasting.null_text if self._has_null_state else None
+        for name, value in (("labels", lasting.labels), ("texts", text), ("texts", null_text)):
             if value is not None and value.shape[0] != self.batch:
                 raise ValueError(f"{self.batch} streams need as many {name}, got {value.shape[0]}")
-        self._lasting = lasting.to(self.engine.device)
+        if text is not None and null_text is None and self._has_null_state:
+            raise ValueError("guidance needs an embedded text to lead away from: null_text")
+        self._lasting = replace(
+            lasting.to(device),
+            text=None if text is None else text.to(device, dtype),
+            null_text=None if null_text is None else null_text.to(device, dtype),
+        )
+        # One object for all frames: keys and values of a text are made anew for another one.
+        self._unsteered = self._with_null(self._lasting)
 
     def _check_size(self, frames: Tensor) -> None:
         card = self.world.card
@@ -231,27 +284,29 @@ class Rollout:
             )
 
     @property
-    def _branches_state(self) -> bool:
+    def _has_null_state(self) -> bool:
+        """Whether the unconditional branch of guidance has a KV cache of its own."""
         return self.guidance.kind == "conditions"
 
-    def _doubled(
-        self, conditions: Conditions, latents: Tensor | None
-    ) -> tuple[Conditions, Tensor | None]:
-        if not self._branches_state:
-            return conditions, latents
-        return conditions.with_null_branch(), None if latents is None else torch.cat([latents] * 2)
+    def _with_null(self, conditions: Conditions) -> Conditions:
+        return conditions.with_null_branch() if self._has_null_state else conditions
+
+    def _twice(self, latents: Tensor) -> Tensor:
+        return torch.cat([latents, latents]) if self._has_null_state else latents
 
     def _conditions(self, actions: Tensor | None) -> Conditions:
         """Return the conditions of one frame from its actions [b] or [b a]."""
         if self._state is None:
             raise ValueError("begin the stream first")
+        spec = self.engine.config.conditions
+        if actions is None and not spec.has_actions:
+            return self._unsteered
         conditions = replace(self._lasting, actions=None if actions is None else actions[:, None])
-        self.engine.config.conditions.check(conditions, 1)
+        spec.check(conditions, 1)
         if actions is not None and actions.shape[0] != self.batch:
             raise ValueError(f"{self.batch} streams need as many actions, got {actions.shape[0]}")
-        return self._doubled(conditions.to(self.engine.device), None)[0]
+        return self._with_null(conditions.to(self.engine.device))
 
-    @torch.no_grad()
     def step(
         self, actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None
     ) -> Float[Tensor, "b 3 h w"]:
@@ -260,21 +315,54 @@ class Rollout:
         A step that is interrupted leaves the streams as they were.
 
         Raises:
+            ValueError: the stream has not begun, the actions do not fit, or a step makes several
+                frames.
+        """
+        if self.block_size > 1 or self.world.autoencoder.config.frames_per_latent > 1:
+            raise ValueError("a step of this world makes several frames: step_video returns them")
+        return self.step_video(actions)[:, 0]
+
+    @torch.no_grad()
+    def step_video(
+        self, actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None
+    ) -> Float[Tensor, "b t 3 h w"]:
+        """Generate the next latent frame, or block of them, of each stream; return its frames.
+
+        Raises:
             ValueError: the stream has not begun, or the actions do not fit.
         """
         conditions = self._conditions(actions)
         clock = Clock(self.engine.device)
         context = self._context(conditions)
-        encoder_s = clock.lap()
-        latent = self._denoise(context)
+        context_s = clock.lap()
+        latents = self._denoise(context)
         decoder_s = clock.lap()
-        frame = self._decode(latent)
+        frames = self._decode(latents)
         autoencoder_s = clock.lap()
-        self._remember(latent, conditions)
+        self._update(latents, conditions)
+        update_s = clock.lap()
         self.timing = Timing(
-            encoder_s=encoder_s + clock.lap(), decoder_s=decoder_s, autoencoder_s=autoencoder_s
+            encoder_s=context_s + update_s,
+            decoder_s=decoder_s,
+            autoencoder_s=autoencoder_s,
+            update_s=update_s,
+            num_frames=frames.shape[1],
         )
-        return frame
+        return frames
+
+    @torch.no_grad()
+    def step_latents(
+        self, actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None
+    ) -> Float[Tensor, "b *m c h w"]:
+        """Generate what `step_video` shows as latents, which no decoder sees; it is not timed.
+
+        Raises:
+            ValueError: the stream has not begun, or the actions do not fit.
+        """
+        conditions = self._conditions(actions)
+        latents = self._denoise(self._context(conditions))
+        self._update(latents, conditions)
+        return latents
 
     def draft(self, actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None) -> Draft:
         """Do the first part of `step`, for a caller who denoises himself.
@@ -288,9 +376,9 @@ class Rollout:
         return draft_all([self], [actions])[0]
 
     @torch.no_grad()
-    def keep(self, draft: Draft, latent: Float[Tensor, "b c h w"]) -> None:
+    def keep(self, draft: Draft, latent: Float[Tensor, "b *m c h w"]) -> None:
         """Do the last part of `step`: make the denoised latents of a draft part of the past."""
-        self._remember(latent, draft.conditions)
+        self._update(latent, draft.conditions)
 
     def check(self, actions: Tensor | None) -> None:
         """Refuse actions that `step` would refuse (ValueError)."""
@@ -311,8 +399,7 @@ class Rollout:
         if self.engine.encoder_noise == "none":
             return None
         use: NoiseUse = "frame" if self.engine.encoder_noise == "same" else "encoder"
-        noise = self._noise(use, self.engine.shape.shape)
-        return torch.cat([noise, noise]) if self._branches_state else noise
+        return self._twice(self._noise(use, self.engine.shape.shape))
 
     def _denoise(self, context: Any) -> Tensor:
         noise = self._noise("frame", self.engine.shape.shape)
@@ -320,8 +407,11 @@ class Rollout:
             context, noise, self.times, self.sampling.solver, self.guidance_scale, self._fresh()
         )
 
-    def _decode(self, latent: Tensor) -> Tensor:
-        return self.world.autoencoder.decode(latent[:, None])[:, 0].float()
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Turn latents [b c h w], or [b t c h w], into all frames that they stand for."""
+        one_by_one = [latents] if latents.ndim == 4 else latents.unbind(1)
+        frames = [self.decoder.next(latent) for latent in one_by_one]
+        return frames[0] if len(frames) == 1 else torch.cat(frames, dim=1)
 
     @torch.no_grad()
     def observe(
@@ -338,12 +428,12 @@ class Rollout:
         conditions = self._conditions(actions)
         if frames.shape[0] != self.batch:
             raise ValueError(f"{self.batch} streams need as many frames, got {frames.shape[0]}")
-        self._remember(self._encode(frames[:, None])[:, 0], conditions)
+        self._update(self._encode(frames[:, None])[:, 0], conditions)
 
     @torch.no_grad()
     def replay(
         self,
-        latents: Float[Tensor, "b c h w"],
+        latents: Float[Tensor, "b *m c h w"],
         actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None,
     ) -> None:
         """Put in what was `newest` at the next frame, and the actions that led to it.
@@ -351,60 +441,58 @@ class Rollout:
         Raises:
             ValueError: the stream has not begun, or the actions do not fit.
         """
-        self._remember(latents, self._conditions(actions))
+        self._update(latents, self._conditions(actions))
 
     def _encode(self, frames: Tensor) -> Tensor:
         latents = self.world.autoencoder.encode(frames.to(self.engine.device))
         return latents.to(self.engine.dtype)
 
-    def _remember(self, latent: Tensor, conditions: Conditions) -> None:
-        newest = latent
-        if self._branches_state:
-            latent = torch.cat([latent, latent])
-        self.engine.observe(self._state, latent, conditions)
-        self.newest = newest
-        self.num_frames += 1
+    def _update(self, latents: Tensor, conditions: Conditions) -> None:
+        """Make finished latents part of the past: the KV cache is updated."""
+        self.engine.observe(self._state, self._twice(latents), conditions)
+        self.newest = latents
+        self.num_frames += self.block_size
 
     def generate(
-        self, actions: Int[Tensor, "b t"] | Float[Tensor, "b t a"] | None, num_frames: int
+        self, actions: Int[Tensor, "b t"] | Float[Tensor, "b t a"] | None, num_steps: int
     ) -> Float[Tensor, "b t2 3 h w"]:
-        """Generate several frames, one step each, for actions that are known beforehand.
+        """Generate the frames of several steps, for actions that are known beforehand.
 
-        On a GPU nothing waits between frames: while one becomes pixels, the next is under way; the
-        parts are not timed then.
+        On a GPU nothing waits between steps: while one's latents become pixels, the next is under
+        way; the parts are not timed then.
         """
-        if actions is not None and actions.shape[1] < num_frames:
-            raise ValueError(f"{num_frames} frames need as many actions, got {actions.shape[1]}")
-        known = [None if actions is None else actions[:, index] for index in range(num_frames)]
+        if actions is not None and actions.shape[1] < num_steps:
+            raise ValueError(f"{num_steps} frames need as many actions, got {actions.shape[1]}")
+        known = [None if actions is None else actions[:, index] for index in range(num_steps)]
         if self.engine.device.type == "cuda":
             return self._generate_overlapped(known)
-        return torch.stack([self.step(now) for now in known], dim=1)
+        return torch.cat([self.step_video(now) for now in known], dim=1)
 
     @torch.no_grad()
     def _generate_overlapped(self, actions: list[Tensor | None]) -> Tensor:
-        """Decode each frame on a stream of its own, beside the causal pass of the next one."""
+        """Decode each step on a CUDA stream of its own, beside the causal pass of the next one."""
         device = self.engine.device
         here, beside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         frames = []
         for now in actions:
             conditions = self._conditions(now)
-            latent = self._denoise(self._context(conditions))
+            latents = self._denoise(self._context(conditions))
             beside.wait_stream(here)
             with torch.cuda.stream(beside):
-                frames.append(self._decode(latent))
-            latent.record_stream(beside)
-            self._remember(latent, conditions)
+                frames.append(self._decode(latents))
+            latents.record_stream(beside)
+            self._update(latents, conditions)
         here.wait_stream(beside)
         for frame in frames:
             frame.record_stream(here)
-        return torch.stack(frames, dim=1)
+        return torch.cat(frames, dim=1)
 
     def reset(self) -> None:
         """Go back to where `begin` left the streams."""
         if self._start is None:
             raise ValueError("begin the stream first, with can_reset")
-        self._state = self._start.fork()
-        self.newest = self._first
+        start = self._start.fork()
+        self._state, self._decoder, self.newest = start._state, start._decoder, start.newest
         self.num_frames = self.num_given
 
     def end(self) -> None:
@@ -413,21 +501,28 @@ class Rollout:
 
     def fork(self) -> Rollout:
         """Return an independent copy of the streams as they are; the weights are shared."""
-        twin = object.__new__(Rollout)
-        vars(twin).update(vars(self))
+        twin = copy(self)
         if self._state is not None:
             twin._state = self._state.fork()
+        if self._decoder is not None:
+            twin._decoder = self._decoder.fork()
         return twin
 
     def _noise(self, use: NoiseUse, shape: tuple[int, ...]) -> Tensor:
-        return self._placed(frame_noise(self.seed, self.num_frames, use, (self.batch, *shape)))
+        drawn = [frame_noise(self.seed, frame, use, (self.batch, *shape)) for frame in self._next()]
+        return self._placed(drawn[0] if len(drawn) == 1 else torch.stack(drawn, dim=1))
 
     def _fresh(self) -> Tensor | None:
         number = num_fresh(self.times, self.sampling.solver)
         if not number:
             return None
         shape = (self.batch, *self.engine.shape.shape)
-        return self._placed(step_noise(self.seed, self.num_frames, number, shape))
+        drawn = [step_noise(self.seed, frame, number, shape) for frame in self._next()]
+        return self._placed(drawn[0] if len(drawn) == 1 else torch.stack(drawn, dim=2))
+
+    def _next(self) -> range:
+        """Return the numbers of the frames that the next step makes."""
+        return range(self.num_frames, self.num_frames + self.block_size)
 
     def _placed(self, noise: Tensor) -> Tensor:
         if self.engine.device.type == "cuda":

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from scd.autoencoders.build import Autoencoder, latents_of
 from scd.common.runtime import derive_seed
-from scd.data.clip import Batch
-from scd.engine.plain import PlainEngine
+from scd.data.clip import Batch, Conditions
 from scd.evaluation.media import PictureRow, write_grid
 from scd.models.checkpoint import World
 from scd.objectives.denoise import validation_loss
 from scd.streaming.rollout import Rollout
-from scd.streaming.video import TextStream
 from scd.training.config import TrainConfig, open_training
 from scd.training.state import Run
 
@@ -157,13 +155,12 @@ def write_text_sample(
     frames, text = batch.frames[:1], batch.conditions.text[:1]
     # Opened before any frame is made: where it is not at hand nothing is made.
     decode = open_decoder(world.autoencoder)
-    stream = TextStream(world, PlainEngine(world.model), None, seed=seed)
-    stream.begin(text)
+    rollout = Rollout(world, seed=seed)
+    rollout.begin(None, Conditions(text=text), can_reset=False)
     latents = []
-    for _ in range(0, num_frames, stream.block_size):
-        stream.step()
-        assert stream.newest is not None
-        latents.append(stream.newest)
+    for _ in range(0, num_frames, rollout.block_size):
+        made = rollout.step_latents()
+        latents.append(made[:, None] if made.ndim == 4 else made)
     if path is None:
         return
     shown = {"truth": frames, "model": torch.cat(latents, dim=1).float()}

@@ -12,6 +12,7 @@ from scd.evaluation import media, predict
 from scd.models import shipped
 from scd.models.checkpoint import load_world
 from scd.sampling import sample
+from scd.sampling.settings import SampleConfig
 from scd.streaming.rollout import Rollout
 
 
@@ -23,7 +24,7 @@ def model_config(separable_config):
 
 def settings(run, data, tmp_path, **changes):
     values = dict(run=run, data=data, context=3, frames=5, device="cpu", out=str(tmp_path / "s"))
-    return sample.SampleConfig(**{**values, **changes})
+    return SampleConfig(**{**values, **changes})
 
 
 def test_video_picture_and_result(run, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from scd.autoencoders.base import PixelAutoencoder, PixelConfig
-from scd.autoencoders.wan import open_wan_autoencoder
+from scd.autoencoders.wan import num_pixel_frames, open_wan_autoencoder
 from scd.cli import main
 from scd.data.clip import pixels_to_frames
 from scd.data.prompts import read_lines
@@ -18,9 +18,9 @@ from scd.data.video import probe_video, read_video
 from scd.models.checkpoint import World, save_world
 from scd.models.flow import SamplingConfig
 from scd.sampling.pipeline import SCDPipeline
-from scd.sampling.sample_text import latent_at, parse_switches
-from scd.sampling.text_to_video import TextToVideo, VideoConfig, cover, first_frame_of, read_picture
-from scd.sampling.vbench import VBenchConfig, list_jobs
+from scd.sampling.settings import VBenchConfig, VideoConfig, parse_switches
+from scd.sampling.text_to_video import TextToVideo, cover, latent_at, read_picture
+from scd.sampling.vbench import list_jobs
 from tests.tiny import ACTIONS, tiny_dense
 from tests.tiny_text_world import write_text_run
 from tests.tiny_wan_vae import tiny_decoder, write_tiny_parts
@@ -116,7 +116,7 @@ def test_switches_hold_from_the_latent_frame_that_begins_then():
             parse_switches([wrong])
     with pytest.raises(ValueError, match="same second"):
         parse_switches(["1: a", "1.0: b"])
-    assert [first_frame_of(latent) for latent in range(4)] == [0, 1, 5, 9]
+    assert [num_pixel_frames(latent) for latent in range(4)] == [0, 1, 5, 9]
     # Frame 32 is shown at 2 s; latent frame 9 begins with frame 33.
     assert [latent_at(second, 16.0) for second in (0.0, 1 / 16, 2 / 16, 2.0)] == [0, 1, 2, 9]
 
@@ -304,6 +304,15 @@ def test_the_pipeline_takes_batches_embeddings_and_pictures(pipe, tmp_path):
     assert not torch.allclose(given[1:], two[0, 1:], atol=1e-3)
     guided = pipe("the cat", negative_prompt="the dog", guidance_scale=3.0, num_frames=5)
     assert not np.allclose(guided.frames[0], two[0].permute(0, 2, 3, 1).numpy(), atol=1e-3)
+
+
+def test_another_number_of_steps_is_of_the_custom_times_of_the_checkpoint(run, pipe):
+    four = pipe.parts.stream(0).times
+    assert len(four) == 5 and four == pipe.parts.stream(0, num_steps=4).times
+    assert pipe.parts.stream(0, num_steps=2).times == [four[0], four[2], 0.0]
+    two = SCDPipeline.from_pretrained(run, torch_dtype=torch.float32, text_cache="", steps=2)
+    # Of the checkpoint's own times, whatever the settings chose of them.
+    assert two.parts.stream(0, num_steps=4).times == four
 
 
 def test_what_the_pipeline_refuses(pipe, run, tmp_path):

@@ -20,8 +20,7 @@ from scd.models.checkpoint import World
 from scd.models.flow import SamplingConfig
 from scd.models.kv_cache import CacheConfig
 from scd.streaming.rollout import Guidance, Rollout
-from scd.streaming.session import Session
-from scd.streaming.sessions import Streams
+from scd.streaming.sessions import Session, Streams
 from tests.tiny import BLOCK, SHAPE, random_conditions, tiny_dense, tiny_separable
 
 FP32 = 1e-5

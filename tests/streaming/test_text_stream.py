@@ -3,13 +3,9 @@
 import pytest
 import torch
 
-from scd.autoencoders.wan import WanStreamDecoder
 from scd.data.clip import Conditions
-from scd.engine.plain import PlainEngine
 from scd.models.flow import guided_velocity, schedule, solve
-from scd.streaming.rollout import Rollout, frame_noise, step_noise
-from scd.streaming.video import TextStream
-from tests.tiny import tiny_dense
+from scd.streaming.rollout import Guidance, Rollout, frame_noise, step_noise
 from tests.tiny_text_world import FOUR_STEPS, KINDS, text_world
 from tests.tiny_wan_vae import tiny_vae
 
@@ -32,17 +28,23 @@ def texts(batch=2, seed=0):
     return torch.randn(batch, 16, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def stream_of(world, decoder=True, **settings):
-    chosen = WanStreamDecoder(world.autoencoder) if decoder else None
-    return TextStream(world, PlainEngine(world.model), chosen, seed=3, **settings)
+def stream_of(world, scale=1.0):
+    return Rollout(world, None, Guidance(kind="conditions", scale=scale) if scale != 1 else None, 3)
+
+
+def begin(stream, text=None, null_text=None, given=None):
+    text = texts() if text is None else text
+    batch, conditions = len(text), Conditions(text=text, null_text=null_text)
+    return stream.begin(conditions=conditions, batch=batch, latents=given)
 
 
 def run(stream, num=NUM):
     """Return frames and latents of some steps."""
     frames, latents = [], []
     for _ in range(num):
-        frames.append(stream.step())
-        latents.append(stream.newest)
+        frames.append(stream.step_video())
+        newest = stream.newest
+        latents.append(newest[:, None] if newest.ndim == 4 else newest)
     return torch.cat(frames, dim=1), torch.cat(latents, dim=1)
 
 
@@ -84,41 +86,41 @@ def plain(world, text, num=NUM, scale=1.0, null=None, given=None, switches=None)
 
 def test_a_stream_is_what_the_model_computes_and_a_whole_clip_decodes_to(world):
     stream = stream_of(world)
-    assert stream.begin(texts()).shape == (2, 0, 3, 16, 32)
+    assert begin(stream).shape == (2, 0, 3, 16, 32)
     frames, latents = run(stream)
     assert torch.equal(latents, plain(world, texts()))
     assert frames.shape == (2, 9, 3, 16, 32)
     assert torch.equal(frames, world.autoencoder.decode(latents))
-    assert stream.num_latents == NUM and stream.timing.num_frames == 4
-    stream.begin(texts())
+    assert stream.num_frames == NUM and stream.timing.num_frames == 4
+    begin(stream)
     again, _ = run(stream)
     assert torch.equal(again, frames)
 
 
-def test_a_rollout_has_the_same_latents(world):
-    rollout = Rollout(world, seed=3)
-    rollout.begin(None, Conditions(text=texts()), batch=2)
-    latents = []
+def test_latents_without_frames_and_latents_that_others_denoise_are_the_same(world):
+    bare, drafted = stream_of(world), stream_of(world)
+    begin(bare)
+    begin(drafted)
+    latents, kept = [], []
     for _ in range(NUM):
-        draft = rollout.draft()
-        solver = rollout.sampling.solver
-        latent = rollout.engine.denoise(
-            draft.context, draft.noise, rollout.times, solver, None, draft.fresh
+        latents.append(bare.step_latents())
+        draft = drafted.draft()
+        solver = drafted.sampling.solver
+        latent = drafted.engine.denoise(
+            draft.context, draft.noise, drafted.times, solver, None, draft.fresh
         )
-        rollout.keep(draft, latent)
-        latents.append(latent)
-    stream = stream_of(world, decoder=False)
-    stream.begin(texts())
-    frames, ours = run(stream)
-    assert torch.equal(ours, torch.stack(latents, dim=1))
-    assert frames.shape[1] == 0
+        drafted.keep(draft, latent)
+        kept.append(latent)
+    expected = plain(world, texts())
+    assert torch.equal(torch.stack(latents, dim=1), expected)
+    assert torch.equal(torch.stack(kept, dim=1), expected)
 
 
 def test_a_stream_goes_on_from_given_frames(world):
     clip = torch.rand(2, 5, 3, 16, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     given = world.autoencoder.encode(clip)
     stream = stream_of(world)
-    shown = stream.begin(texts(), given=given)
+    shown = begin(stream, given=given)
     frames, latents = run(stream, 2)
     assert torch.equal(latents, plain(world, texts(), 2, given=given))
     whole = world.autoencoder.decode(torch.cat([given, latents], dim=1))
@@ -130,9 +132,9 @@ def test_a_stream_goes_on_from_given_frames(world):
 
 def test_another_text_from_some_frame_on(world):
     stream = stream_of(world)
-    stream.begin(texts())
+    begin(stream)
     before, _ = run(stream, 2)
-    stream.steer(texts(seed=1))
+    stream.change_text(texts(seed=1))
     _, after = run(stream, NUM - 2)
     switched = plain(world, texts(), switches={2: texts(seed=1)})
     assert torch.equal(after, switched[:, 2:])
@@ -143,33 +145,33 @@ def test_another_text_from_some_frame_on(world):
 def test_guidance_leads_away_from_another_text(world):
     null = texts(seed=5)
     stream = stream_of(world, scale=2.5)
-    stream.begin(texts(), null)
+    begin(stream, texts(), null)
     _, guided = run(stream)
     torch.testing.assert_close(guided, plain(world, texts(), scale=2.5, null=null))
     assert not torch.allclose(guided, plain(world, texts()), atol=1e-3)
     with pytest.raises(ValueError, match="to lead away from"):
-        stream.begin(texts())
+        begin(stream)
 
 
 def test_a_fork_is_independent(world):
     stream = stream_of(world)
-    stream.begin(texts())
-    stream.step()
+    begin(stream)
+    stream.step_video()
     twin = stream.fork()
-    twin.steer(texts(seed=1))
-    twin.step()
+    twin.change_text(texts(seed=1))
+    twin.step_video()
     frames, _ = run(stream, NUM - 1)
     assert torch.equal(frames, world.autoencoder.decode(plain(world, texts()))[:, 1:])
 
 
 def test_noise_of_an_encoder_may_be_that_of_the_frame(source):
     world = text_world("separable", source)
-    fresh = stream_of(world, decoder=False)
-    same = stream_of(world, decoder=False)
+    fresh = stream_of(world)
+    same = stream_of(world)
     same.engine.encoder_noise = "same"
     latents = []
     for stream in (fresh, same):
-        stream.begin(texts())
+        begin(stream)
         latents.append(run(stream, 1)[1])
     assert not torch.allclose(*latents, atol=1e-4)
 
@@ -177,9 +179,9 @@ def test_noise_of_an_encoder_may_be_that_of_the_frame(source):
 def test_blocks_of_frames(source):
     world = text_world("blocks", source)
     stream = stream_of(world)
-    stream.begin(texts())
+    begin(stream)
     frames, latents = run(stream, 2)
-    assert latents.shape[1] == 6 and stream.num_latents == 6
+    assert latents.shape[1] == 6 and stream.num_frames == 6
     assert torch.equal(frames, world.autoencoder.decode(latents))
     noise = torch.stack([frame_noise(3, n, "frame", (2, 16, 2, 4)) for n in range(3)], dim=1)
     fresh = torch.stack([step_noise(3, n, 3, (2, 16, 2, 4)) for n in range(3)], dim=2)
@@ -199,15 +201,15 @@ def test_blocks_of_frames(source):
 def test_what_a_stream_refuses(source):
     world = text_world("separable", source)
     stream = stream_of(world)
-    with pytest.raises(ValueError, match="begin the streams first"):
-        stream.step()
+    with pytest.raises(ValueError, match="begin the stream first"):
+        stream.step_video()
     with pytest.raises(ValueError, match=r"\[streams, 16, 32\]"):
-        stream.begin(torch.zeros(1, 16, 8))
+        begin(stream, torch.zeros(1, 16, 8))
     with pytest.raises(ValueError, match=r"given latents must be \[2, 1, 16, 2, 4\]"):
-        stream.begin(texts(), given=torch.zeros(2, 1, 16, 2, 2))
-    stream.begin(texts())
+        begin(stream, given=torch.zeros(2, 1, 16, 2, 2))
+    begin(stream)
     with pytest.raises(ValueError, match="2 streams need as many texts, got 1"):
-        stream.steer(texts(1))
-    with pytest.raises(ValueError, match="not steered by a text"):
-        TextStream(world, PlainEngine(tiny_dense()), None)
+        stream.change_text(texts(1))
+    with pytest.raises(ValueError, match="several frames"):
+        stream.step()
     assert set(KINDS) == {"separable", "dense", "blocks"}

@@ -20,7 +20,8 @@ from scd.evaluation.evaluate import evaluate, prepare
 from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig, Protocol
 from scd.models.checkpoint import load_world, save_world
 from scd.models.flow import SamplingConfig, schedule, with_num_steps
-from scd.sampling.sample import SampleConfig, sample
+from scd.sampling.sample import sample
+from scd.sampling.settings import SampleConfig
 from scd.streaming.environment import WorldEnv, WorldVectorEnv
 from scd.streaming.rollout import Rollout
 

@@ -1,0 +1,196 @@
+"""Settings of `scd sample` and `scd vbench`, apart from what carries them out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from scd.common.runtime import Precision, parse_shard
+from scd.data.source import Split
+from scd.engine.interface import EngineKind
+from scd.streaming.rollout import Guidance
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """One stream from one checkpoint."""
+
+    run: str
+    """Run folder, one of its step folders, or a world folder."""
+    data: str = ""
+    """Where given frames and actions come from: "toy:32", "toy:64", or a folder of episodes. Empty:
+    from the clips that the world carries, as a shipped one does; the seed chooses which."""
+    context: int = 16
+    """Given first frames. 0: begin from nothing."""
+    frames: int = 64
+    """Frames to generate after them."""
+    steps: int | None = None
+    """Denoising steps per frame; None: as the checkpoint says."""
+    out: str = "sample"
+    """Folder for sample.mp4, sample.png and sample.json."""
+    split: Split = "val"
+    """Part of the data that the clip is from."""
+    seed: int = 0
+    """Seed of the choice of the clip and of the noise."""
+    guidance: Guidance = field(default_factory=Guidance)
+    """How predictions are pushed away from an unconditional branch."""
+    window: int | None = None
+    """Frames in memory; None: as the model was trained."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The averaged weights, or those the optimiser moved."""
+    engine: EngineKind = "fast"
+    """How the model is run: as it is written, or laid out for the machine; the frames are the same
+    to rounding."""
+    precision: Precision = "fp32"
+    """Arithmetic of the stream, weights and memory included."""
+    threads: int | None = None
+    """CPU threads; None: what suits the size of the model, one for a small one."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    strict: bool = False
+    """Stop at the first episode that cannot be read, instead of leaving it out."""
+
+    def __post_init__(self) -> None:
+        if self.context < 0:
+            raise ValueError(f"context must be 0 or more, got {self.context}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be 1 or more, got {self.threads}")
+        if self.frames < 1:
+            raise ValueError(f"frames must be 1 or more, got {self.frames}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    """How one run makes video of prompts."""
+
+    run: str
+    """Run folder, one of its step folders, or a world folder, whose model a text steers."""
+    steps: int | None = None
+    """Denoising steps per latent frame; None: as the checkpoint says."""
+    guidance_scale: float = 1.0
+    """Push away from the negative prompt, which doubles the work; 1: none, as few-step models
+    need."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    window: int | None = None
+    """Latent frames in memory; None: as the model was trained."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The averaged weights, or those the optimiser moved."""
+    engine: EngineKind = "plain"
+    """How the model is run: as it is written, or laid out for the machine."""
+    precision: Precision = "bf16"
+    """Arithmetic of the model, weights and memory included."""
+    source: str = ""
+    """Folder with vae/, text_encoder/ and tokenizer/ as diffusers writes them, or its name on the
+    hub. Empty: where the run says."""
+    tiny: str = ""
+    """Small decoder instead of Wan's own: a file of TAEW's weights, or a folder of an
+    AutoencoderTiny. Empty: Wan's own. Results name it."""
+    decoder_precision: Precision = "fp32"
+    """Arithmetic of the decoder."""
+    text_precision: Precision = "bf16"
+    """Arithmetic of the text encoder: bf16 takes 11 GiB for Wan's, fp32 twice that."""
+    text_device: str = "auto"
+    """Where the text encoder runs; its memory is given back before the video begins. auto: where
+    the model runs."""
+    text_cache: str | None = None
+    """Folder in which embedded prompts are kept; empty: nowhere. None: in the user's cache."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """CPU threads of the video; None: what suits the size of the model, one for a small one."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be a number, got {self.guidance_scale}")
+        if self.negative_prompt and self.guidance_scale == 1:
+            raise ValueError("negative_prompt has no effect on guidance_scale=1")
+        for name, value in (("steps", self.steps), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSampleConfig:
+    """One video of a prompt."""
+
+    prompt: str
+    """What to show."""
+    video: Annotated[VideoConfig, tyro.conf.arg(name="")]
+    """The run, and how it makes video."""
+    seconds: float = 5.0
+    """Length of the video, rounded up to whole latent frames."""
+    prompt_at: tuple[str, ...] = ()
+    """Other prompts from some second on: "2.0: TEXT" "3.5: TEXT". The past stays as it is."""
+    first: str = ""
+    """Picture, or video whose first frame is taken, that the video begins with, scaled until it
+    covers the frame. Empty: it begins from nothing."""
+    seed: int = 0
+    """Seed of the noise."""
+    out: str = "sample"
+    """Folder for sample.mp4, sample.png and sample.json."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds must be above 0, got {self.seconds}")
+        for second, _ in parse_switches(self.prompt_at):
+            if second >= self.seconds:
+                raise ValueError(
+                    f"prompt_at has a prompt from {second:g} s on, the video has {self.seconds:g} s"
+                )
+
+
+def parse_switches(words: Sequence[str]) -> list[tuple[float, str]]:
+    """Read prompts with the second at which they begin, "2.0: TEXT", in the order of time.
+
+    Raises:
+        ValueError: no such form, or two at the same time.
+    """
+    switches = []
+    for word in words:
+        second, colon, prompt = word.partition(":")
+        try:
+            begins = float(second)
+        except ValueError:
+            begins = math.nan
+        if not colon or not prompt.strip() or not 0 <= begins < math.inf:
+            raise ValueError(f'prompt_at needs a second and a prompt, "2.0: TEXT", got {word!r}')
+        switches.append((begins, prompt.strip()))
+    seconds = [second for second, _ in switches]
+    if len(set(seconds)) < len(seconds):
+        raise ValueError(f"prompt_at has two prompts from the same second on: {sorted(seconds)}")
+    return sorted(switches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBenchConfig:
+    """Videos of all prompts of a file."""
+
+    video: Annotated[VideoConfig, tyro.conf.arg(name="")]
+    """The run, and how it makes video."""
+    prompts: str
+    """Text file with a prompt per line, which gives the videos their names."""
+    seeds: int = 5
+    """Videos of each prompt: PROMPT-0.mp4 .. PROMPT-4.mp4. VBench takes 5."""
+    out: str
+    """Folder for the videos and vbench.json."""
+    texts: str = ""
+    """Text file with what is shown for each prompt instead, line by line: prompts that a language
+    model wrote out, under the names of the short ones. Empty: the prompts themselves."""
+    seconds: float = 5.0
+    """Length of a video, rounded up to whole latent frames."""
+    first_seed: int = 0
+    """Seed of the noise of PROMPT-0.mp4; the following ones count up. Equal for all prompts."""
+    shard: str = "0/1"
+    """i/n: the i-th, from 0, of n processes that share the work."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be 1 or more, got {self.seeds}")
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds must be above 0, got {self.seconds}")
+        parse_shard(self.shard)
