@@ -24,9 +24,9 @@ from scd.models.embed import FrameShape
 from scd.models.encoder import EncoderConfig
 from scd.models.flow import SamplingConfig
 from scd.models.kv_cache import CacheConfig
-from scd.models.pretrained import CONFIG_FILE, read_settings
 from scd.models.separable import SeparableConfig
 from scd.models.wan.config import WanConfig, WanSeparableConfig
+from scd.models.weights import CONFIG_FILE, read_settings
 from scd.training.presets import PRESETS
 
 _WAN_SHAPE = FrameShape(channels=16, height=60, width=104, patch_size=2)

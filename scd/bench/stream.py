@@ -130,11 +130,10 @@ def fill_window(state: Any, engine: Engine, generator: torch.Generator) -> None:
     for held in (cache.keys, cache.values):
         held[0].normal_(generator=generator)
         held[1:] = held[0]
-    newest = "next_row" if isinstance(state, SeparableState) else "next_frame"
-    first = getattr(state, newest)
+    first = state.next_position
     cache.reset()
     cache.advance(list(range(first, first + cache.config.window)))
-    setattr(state, newest, first + cache.config.window)
+    state.next_position = first + cache.config.window
     if isinstance(state, SeparableState):
         shape = (cache.keys.shape[1], 1, *engine.shape.shape)
         state.newest = torch.randn(

@@ -22,10 +22,10 @@ from scd.common.hub import find_part
 from scd.common.weights import StoredWeights, write_shards
 from scd.models.build import ModelConfig
 from scd.models.checkpoint import resolve
-from scd.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, read_settings
 from scd.models.shipped import parts_beside
 from scd.models.wan.config import WanConfig, WanSeparableConfig
 from scd.models.wan.source import PARTS, WEIGHTS_STEM
+from scd.models.weights import CONFIG_FILE, WEIGHTS_FILE, read_settings
 
 SPLIT_FILE = "scd.json"
 """Beside the two transformers of a separable world: its settings, without which they are none."""

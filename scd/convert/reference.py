@@ -27,8 +27,8 @@ from scd.models.dense import DenseConfig
 from scd.models.embed import FrameShape
 from scd.models.encoder import EncoderConfig
 from scd.models.kv_cache import CacheConfig
-from scd.models.pretrained import check_state
 from scd.models.separable import SeparableConfig
+from scd.models.weights import check_state
 
 _STACK_NAMES = (
     (r"x_embedder\.", "embed_frame.project."),

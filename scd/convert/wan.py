@@ -28,11 +28,11 @@ from scd.models.checkpoint import write_world_settings
 from scd.models.embed import FrameShape
 from scd.models.flow import SamplingConfig
 from scd.models.kv_cache import CacheConfig
-from scd.models.pretrained import WEIGHTS_FILE, check_shapes
-from scd.models.wan.compose import places_of
 from scd.models.wan.config import WanConfig, WanDecoderConfig, WanEncoderConfig, WanSeparableConfig
+from scd.models.wan.separable import places_of
 from scd.models.wan.source import PARTS, WanSource, open_source
 from scd.models.wan.timesteps import FEW_STEPS, SHIFT, warped_times
+from scd.models.weights import WEIGHTS_FILE, check_shapes
 from scd.probing.interventions import proposed_layers
 
 FPS = 16.0

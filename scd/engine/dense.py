@@ -19,7 +19,8 @@ from scd.engine.block import PARTS, FastBlock, Parts, blocks_of, norm_weights, s
 from scd.engine.embed import FastEmbedder, FastHead
 from scd.engine.interface import Engine
 from scd.engine.modulation import Modulations
-from scd.models.dense import DenseConfig, DenseDiffuser, DenseState
+from scd.models.base import State
+from scd.models.dense import DenseConfig, DenseDiffuser
 from scd.models.embed import from_patches, to_patches
 from scd.models.flow import CLEAN_TIME, Solver, guided_velocity, solve
 from scd.models.kv_cache import KVCache
@@ -53,7 +54,7 @@ class FastDense(Engine):
         """
         model.eval()
         self.config, self.shape = model.config, model.shape
-        self.num_seeing, self.skip = model.config.num_seeing, model.config.skip
+        self.num_seeing, self.skip = model.num_seeing, model.skip
         self.needs_first_frame = model.needs_first_frame
         self.like = model.head.project.weight.detach().new_empty(0)
         self.device, self.dtype = self.like.device, self.like.dtype
@@ -74,19 +75,19 @@ class FastDense(Engine):
         clean: Tensor | None,
         conditions: Conditions,
         batch: int = 1,
-        num_frames_in_memory: int | None = None,
-    ) -> DenseState:
+        window: int | None = None,
+    ) -> State:
         """Start a batch of streams; see interface.Engine."""
-        cache = KVCache.for_blocks(
-            self.config.cache.with_window(num_frames_in_memory),
+        cache = KVCache(
+            self.config.cache.with_window(window),
             self.config.block,
-            self.num_seeing,
-            batch if clean is None else clean.shape[0],
-            self.shape.num_tokens,
-            self.like,
-            rotate_halves,
+            num_layers=self.num_seeing,
+            batch=batch if clean is None else clean.shape[0],
+            tokens_per_frame=self.shape.num_tokens,
+            like=self.like,
+            rotate=rotate_halves,
         )
-        state = DenseState(cache=cache, next_frame=0)
+        state = State(cache=cache, next_position=0)
         for frame in range(0 if clean is None else clean.shape[1]):
             assert clean is not None
             self.observe(state, clean[:, frame], conditions.frames(frame, frame + 1))
@@ -94,14 +95,14 @@ class FastDense(Engine):
 
     @torch.no_grad()
     def context(
-        self, state: DenseState, conditions: Conditions, noise: Tensor | None = None
+        self, state: State, conditions: Conditions, noise: Tensor | None = None
     ) -> FastDenseContext:
         """Return what every step of the next frame needs; see interface.Engine."""
         state.cache.make_room()
         return self._place(state, conditions)
 
-    def _place(self, state: DenseState, conditions: Conditions) -> FastDenseContext:
-        frame, block = state.next_frame, self.config.block
+    def _place(self, state: State, conditions: Conditions) -> FastDenseContext:
+        frame, block = state.next_position, self.config.block
         return FastDenseContext(
             cache=state.cache,
             turn=frame_turn(self.norm_weights, frame, self.shape, block),
@@ -180,7 +181,7 @@ class FastDense(Engine):
         return block.finish(x, read, part)
 
     @torch.no_grad()
-    def observe(self, state: DenseState, clean: Tensor, conditions: Conditions) -> None:
+    def observe(self, state: State, clean: Tensor, conditions: Conditions) -> None:
         """Make frames part of the past: one pass over them writes the memory."""
         state.cache.make_room()
         context = self._place(state, conditions)
@@ -193,5 +194,5 @@ class FastDense(Engine):
                 continue
             part = parts[PARTS * layer : PARTS * (layer + 1)]
             state.cache.write(layer, *block.keys_values(x, part, context.turn, layer))
-        state.cache.advance([state.next_frame])
-        state.next_frame += 1
+        state.cache.advance([state.next_position])
+        state.next_position += 1

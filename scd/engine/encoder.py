@@ -47,8 +47,14 @@ class FastEncoder:
         """Allocate the memory of a batch of streams."""
         weight = self.encoder.embed_frame.project.weight
         num_layers, num_tokens = len(self.blocks), self.shape.num_tokens
-        return KVCache.for_blocks(
-            config, self.config_block, num_layers, batch, num_tokens, weight, rotate_halves
+        return KVCache(
+            config,
+            self.config_block,
+            num_layers=num_layers,
+            batch=batch,
+            tokens_per_frame=num_tokens,
+            like=weight,
+            rotate=rotate_halves,
         )
 
     def extend(

@@ -46,7 +46,7 @@ class Engine(ABC):
         clean: Tensor | None,
         conditions: Conditions,
         batch: int = 1,
-        num_frames_in_memory: int | None = None,
+        window: int | None = None,
     ) -> Any:
         """Start a batch of streams from given frames [b t c h w], or (None) from nothing."""
 

@@ -31,10 +31,10 @@ class PlainEngine(Engine):
         clean: Tensor | None,
         conditions: Conditions,
         batch: int = 1,
-        num_frames_in_memory: int | None = None,
+        window: int | None = None,
     ) -> Any:
         """Start a batch of streams; see interface.Engine."""
-        return self.model.begin(clean, conditions, batch, num_frames_in_memory)
+        return self.model.begin(clean, conditions, batch, window)
 
     @torch.no_grad()
     def context(self, state: Any, conditions: Conditions, noise: Tensor | None = None) -> Any:

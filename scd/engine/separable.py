@@ -28,7 +28,7 @@ class FastContext:
 
     tokens: Tensor
     """Context tokens [f n d]."""
-    gain: Tensor
+    norm_scale: Tensor
     """Factor of the encoder's last norm, [r 1 d] for 1 or f frames: noise enters before it."""
     conditions: Conditions
     """Of the frames."""
@@ -74,7 +74,7 @@ class FastSeparable(Engine):
         clean: Tensor | None,
         conditions: Conditions,
         batch: int = 1,
-        num_frames_in_memory: int | None = None,
+        window: int | None = None,
     ) -> SeparableState:
         """Start a batch of streams; see interface.Engine."""
         if clean is None:
@@ -82,7 +82,7 @@ class FastSeparable(Engine):
         num_given = clean.shape[1]
         if num_given == 0 and self.needs_first_frame:
             raise ValueError("this model has no start frame: it needs 1 or more first frames")
-        config = self.config.cache.with_window(num_frames_in_memory)
+        config = self.config.cache.with_window(window)
         cache = self.encoder.new_cache(clean.shape[0], config)
         first = self.encoder.encoder.first_row
         # The row of the last given frame waits: it carries an action that is not known yet.
@@ -91,16 +91,18 @@ class FastSeparable(Engine):
             self.encoder.extend(cache, frame, conditions.frames(row + 1, row + 2), row)
             cache.advance([row])
         row = max(first, num_given - 1)
-        return SeparableState(cache=cache, newest=clean[:, max(row, 0) :], next_row=row)
+        return SeparableState(cache=cache, newest=clean[:, max(row, 0) :], next_position=row)
 
     @torch.no_grad()
     def context(
         self, state: SeparableState, conditions: Conditions, noise: Tensor | None = None
     ) -> FastContext:
         """Run the encoder for the next frame; see interface.Engine."""
-        tokens, gain = self.encoder.extend(state.cache, state.newest, conditions, state.next_row)
+        tokens, norm_scale = self.encoder.extend(
+            state.cache, state.newest, conditions, state.next_position
+        )
         state.encoded_for = conditions
-        return FastContext(tokens=tokens, gain=gain, conditions=conditions)
+        return FastContext(tokens=tokens, norm_scale=norm_scale, conditions=conditions)
 
     @torch.no_grad()
     def contexts(
@@ -116,13 +118,13 @@ class FastSeparable(Engine):
             [state.cache for state in states],
             [state.newest for state in states],
             side_by_side(conditions),
-            [state.next_row for state in states],
+            [state.next_position for state in states],
         )
         for state, condition in zip(states, conditions, strict=True):
             state.encoded_for = condition
         return [
-            FastContext(tokens=tokens, gain=gain, conditions=condition)
-            for (tokens, gain), condition in zip(found, conditions, strict=True)
+            FastContext(tokens=tokens, norm_scale=norm_scale, conditions=condition)
+            for (tokens, norm_scale), condition in zip(found, conditions, strict=True)
         ]
 
     @torch.no_grad()
@@ -130,11 +132,11 @@ class FastSeparable(Engine):
         self, context: FastContext, strength: float, noise: Tensor
     ) -> FastContext:
         """Double the batch by a corrupted context; see interface.Engine."""
-        noisy = context.tokens + strength * noise.to(self.dtype) * context.gain
-        gain = context.gain.expand(context.tokens.shape[0], -1, -1)
+        noisy = context.tokens + strength * noise.to(self.dtype) * context.norm_scale
+        norm_scale = context.norm_scale.expand(context.tokens.shape[0], -1, -1)
         return FastContext(
             tokens=torch.cat([noisy, context.tokens]),
-            gain=torch.cat([gain, gain]),
+            norm_scale=torch.cat([norm_scale, norm_scale]),
             conditions=context.conditions.concat(context.conditions),
         )
 
@@ -195,9 +197,7 @@ class FastSeparable(Engine):
         """Make frames part of the past; see interface.Engine."""
         if state.encoded_for is not conditions:
             self.context(state, conditions)
-        state.cache.advance([state.next_row])
-        state.newest, state.encoded_for = clean[:, None], None
-        state.next_row += 1
+        state.keep(clean)
 
     def _put(self, context: FastContext) -> DecoderRows:
         num_frames = context.tokens.shape[0]

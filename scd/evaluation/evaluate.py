@@ -41,7 +41,7 @@ from scd.evaluation.trial import Measurement, Trial, measurement
 from scd.models.build import num_parameters
 from scd.models.checkpoint import RAW_FILE, load_world, resolve
 from scd.models.flow import with_num_steps
-from scd.models.pretrained import WEIGHTS_FILE
+from scd.models.weights import WEIGHTS_FILE
 
 ABOUT_FILE, LOCK_FILE = "about.json", "lock"
 """Files of the folder of parts: all that they depend on, and what is locked while it is written."""

@@ -28,7 +28,7 @@ from scd.common.files import read_json, written_aside
 from scd.common.provenance import write_json
 from scd.data.clip import ConditionSpec
 from scd.data.source import DataCard
-from scd.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_weights, save_weights
+from scd.models.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights, save_weights
 
 FORMAT = "scd-judge-1"
 """Name and version of the layout of config.json."""

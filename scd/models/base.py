@@ -1,17 +1,19 @@
-"""What every causal diffuser has: settings that all kinds share, and the interface they answer."""
+"""What every causal diffuser has: settings, random changes in training, and one interface."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.data.clip import ConditionSpec
-from scd.models.embed import EncoderNoise, FrameShape
-from scd.models.kv_cache import CacheConfig
-from scd.models.pretrained import Pretrained
+from scd.data.clip import Conditions, ConditionSpec
+from scd.models.embed import EncoderNoise, Field, FrameShape
+from scd.models.kv_cache import CacheConfig, KVCache
+from scd.models.weights import Pretrained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,25 +42,82 @@ class DiffuserConfig:
     """How much of the past a stream remembers."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random changes of the input in training; without it a model is a pure function."""
+
+    generator: torch.Generator
+    """Source of all draws."""
+    condition_dropout: float = 0.0
+    """Chance that an action (frame by frame), or a label or text (clip by clip), is hidden."""
+    context_noise: float = 0.0
+    """Strength eta of the noise on the context. Source: paper, section 2.3 (equation 7)."""
+
+    def drop(self, conditions: Conditions) -> Conditions:
+        """Hide conditions at random; each call draws anew (encoder and decoder separately)."""
+        if self.condition_dropout == 0:
+            return conditions
+        if conditions.actions is not None:
+            hidden = self._hidden(conditions.actions.shape[:2], conditions.actions.device)
+            if conditions.null_actions is not None:
+                hidden = hidden | conditions.null_actions
+            conditions = replace(conditions, null_actions=hidden)
+        if conditions.labels is not None:
+            hidden = self._hidden(conditions.labels.shape, conditions.labels.device)
+            if conditions.null_labels is not None:
+                hidden = hidden | conditions.null_labels
+            conditions = replace(conditions, null_labels=hidden)
+        if conditions.text is not None:
+            if conditions.null_text is None:
+                raise ValueError(
+                    "hiding the text at random needs null_text, the embedded empty prompt; "
+                    "else condition_dropout must be 0"
+                )
+            hidden = self._hidden(conditions.text.shape[:1], conditions.text.device)
+            text = torch.where(hidden[:, None, None], conditions.null_text, conditions.text)
+            conditions = replace(conditions, text=text)
+        return conditions
+
+    def _hidden(self, shape: torch.Size, device: torch.device) -> Tensor:
+        draw = torch.rand(shape, generator=self.generator, device=self.generator.device)
+        return (draw < self.condition_dropout).to(device)
+
+    def noise_like(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Draw standard normal noise of the shape of x."""
+        draw = torch.randn(x.shape, generator=self.generator, device=self.generator.device)
+        return draw.to(x.device, x.dtype)
+
+
+@dataclass(kw_only=True)
+class State:
+    """A batch of streams: what is cached of their past."""
+
+    cache: KVCache
+    """Keys and values of past frames."""
+    next_position: int
+    """Frame position at which the cache is written next."""
+
+    def fork(self) -> Any:
+        """Return an independent copy."""
+        return replace(self, cache=self.cache.fork())
+
+
 class CausalDiffuser(nn.Module, Pretrained):
     """The interface that all kinds share.
 
-    Training: `model(clean, noisy, time, conditions)`. Streaming, for each frame: `context` once,
-    `velocity` once per step, `observe` with the finished frame.
+    Training: `model(clean, noisy, time, conditions)`. Streaming: `begin`, then for each frame
+    `context` once, `velocity` once per step, `observe` with the finished frame.
     """
 
     config: Any
     encoder: Any
     decoder: Any
+    shape: FrameShape
+    """Of a latent frame."""
     encoder_noise: EncoderNoise = "none"
     """What noise `context` needs."""
     needs_first_frame = False
     """Whether a stream must be given its first frame."""
-
-    @property
-    def shape(self) -> FrameShape:
-        """Shape of a latent frame."""
-        return self.config.shape
 
     @property
     def parts(self) -> list[Any]:
@@ -86,6 +145,30 @@ class CausalDiffuser(nn.Module, Pretrained):
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that train at the encoder's learning rate: none without an encoder."""
         return self.encoder.parameters() if self.config.is_separable else iter(())
+
+    def field(
+        self,
+        clean: Float[Tensor, "b t c h w"],
+        conditions: Conditions,
+        num_noisy: int,
+        num_draws: int = 1,
+    ) -> Field:
+        """Return `forward` as a function of noisy frames and times, for many steps on one history.
+
+        Where there is an encoder it runs once, here; else each call runs all of the model.
+        """
+
+        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
+            assert noisy.shape[1:3] == (num_draws, num_noisy)
+            return self(clean, noisy, time, conditions)
+
+        return velocity
+
+    def stream_cache(self, batch: int, window: int | None) -> KVCache:
+        """Allocate the KV cache of a batch of streams; window None: the model's own."""
+        config = self.config
+        cache = config.cache.with_window(window)
+        return self.parts[0].new_cache(cache, batch, config.frames_per_block)
 
     def with_noisy_branch(self, context: Any, strength: float, noise: Tensor) -> Any:
         """Return a context of twice the batch: with corrupted context first, then as it was.

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from scd.models.attention import Rotary, join_heads, rotate, split_heads
 
@@ -67,20 +65,6 @@ class BlockConfig:
     def num_heads(self) -> int:
         """Attention heads of a block."""
         return self.width // self.head_dim
-
-
-class Stack(nn.Module):
-    """Blocks in a row, each kept or, in the backward pass, recomputed."""
-
-    blocks: nn.ModuleList
-    recomputes = False
-    """Whether training recomputes a block instead of keeping what is inside it."""
-
-    def run(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        """Run a block, or a method of one."""
-        if self.recomputes and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
 
 class Modulation(nn.Module):
@@ -178,22 +162,6 @@ class Block(nn.Module):
         shift, scale, gate = self.mlp_modulation(embedding)
         return x + gate * self.mlp(layer_norm(x) * (1 + scale) + shift)
 
-    def with_keys_values(
-        self,
-        x: Float[Tensor, "b t n d"],
-        embedding: Float[Tensor, "b t d"],
-        rotary: Rotary,
-        attend: Attend,
-    ) -> tuple[Float[Tensor, "b t n d"], Float[Tensor, "b k s e"], Float[Tensor, "b k s e"]]:
-        """Run the block and return the keys and values of its tokens too, for others to read."""
-        seen: list[tuple[Tensor, Tensor]] = []
-
-        def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            seen.append((k, v))
-            return attend(q, k, v)
-
-        return self(x, embedding, rotary, read), *seen[0]
-
     def keys_values(
         self, x: Float[Tensor, "b t n d"], embedding: Float[Tensor, "b t d"], rotary: Rotary
     ) -> tuple[Float[Tensor, "b k s e"], Float[Tensor, "b k s e"]]:
@@ -202,3 +170,21 @@ class Block(nn.Module):
         return self.attention.keys_values(
             (layer_norm(x) * (1 + scale) + shift).flatten(1, 2), rotary
         )
+
+
+def with_keys_values(
+    block: Callable[..., Tensor],
+    x: Float[Tensor, "b t n d"],
+    embedding: Tensor,
+    rotary: Rotary,
+    read: Attend,
+    *text: tuple[Tensor, Tensor],
+) -> tuple[Float[Tensor, "b t n d"], Float[Tensor, "b k s e"], Float[Tensor, "b k s e"]]:
+    """Run any block and return the keys and values of its tokens too, for others to read."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def reading(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.append((k, v))
+        return read(q, k, v)
+
+    return block(x, embedding, rotary, reading, *text), *seen[0]

@@ -1,14 +1,14 @@
-"""One function that builds any model from its settings."""
+"""One function that builds any model from its settings, and one that counts what it costs."""
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
-from scd.models.cost import FrameCost, Load
+from scd.models.cost import FrameCost, Load, dense_cost, separable_cost
 from scd.models.dense import DenseConfig, DenseDiffuser
 from scd.models.separable import SeparableConfig, SeparableDiffuser
 from scd.models.wan.config import WanConfig, WanSeparableConfig
+from scd.models.wan.cost import wan_cost, wan_separable_cost
 from scd.models.wan.dense import WanDiffuser
 from scd.models.wan.separable import WanSeparableDiffuser
 
@@ -27,12 +27,17 @@ def build(config: ModelConfig) -> Diffuser:
     return DenseDiffuser(config)
 
 
+def frame_cost(config: ModelConfig, load: Load) -> FrameCost:
+    """Count one frame of the model that a configuration describes."""
+    if isinstance(config, SeparableConfig):
+        return separable_cost(config, load)
+    if isinstance(config, WanSeparableConfig):
+        return wan_separable_cost(config, load)
+    if isinstance(config, WanConfig):
+        return wan_cost(config, load)
+    return dense_cost(config, load)
+
+
 def num_parameters(module: nn.Module) -> int:
     """Count the parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def frame_cost(config: ModelConfig, load: Load) -> FrameCost:
-    """Count one frame of the model that a configuration describes, without its weights."""
-    with torch.device("meta"):
-        return build(config).frame_cost(load)

@@ -37,7 +37,7 @@ from scd.common.weights import SHARD_BYTES, is_file_of, is_stored, write_shards
 from scd.data.source import DataCard
 from scd.models.build import Diffuser, ModelConfig, build
 from scd.models.flow import SamplingConfig
-from scd.models.pretrained import CONFIG_FILE, FORMAT, WEIGHTS_FILE, load_weights, read_settings
+from scd.models.weights import CONFIG_FILE, FORMAT, WEIGHTS_FILE, load_weights, read_settings
 
 RAW_FILE = "raw.safetensors"
 """Weights that the optimiser moves, in a checkpoint of a run."""

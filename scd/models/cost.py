@@ -1,18 +1,21 @@
 """What one frame costs by formula: operations, bytes that must move, and memory that must be held.
 
-Operations are counted as in scd/models/sizes.py. Bytes are a lower bound: weights are read once per
-pass, keys and values once where they are attended to, and activations stay on the chip.
+A matrix product of [m k] and [k n] is 2 m n k operations, attention of q queries over s keys at
+width d is 4 q s d. Everything element by element (norms, rotations, gates) counts nothing. Bytes
+are a lower bound: weights are read once per pass, keys and values once where they are attended to,
+and activations stay on the chip.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scd.models.decoder import DecoderConfig
-from scd.models.encoder import EncoderConfig
-from scd.models.sizes import Sizes
-from scd.models.skip import LayerSkip
+from scd.models.dense import DenseConfig
+from scd.models.embed import TimeEmbedder
+from scd.models.separable import SeparableConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +55,15 @@ class Load:
 class FrameCost:
     """Cost of the next frame of all streams together, their windows full."""
 
-    encoder_flops: int
+    encoder_flops: int = 0
     """Operations of the encoder pass; a dense model has none."""
-    prepare_flops: int
+    prepare_flops: int = 0
     """Operations on a frame's context that do not depend on the time of a step."""
     step_flops: int
     """Operations of one call of the network that denoises."""
-    memory_flops: int
+    memory_flops: int = 0
     """Operations of the pass that writes the finished frame into memory (dense)."""
-    encoder_bytes: int
+    encoder_bytes: int = 0
     """Bytes that the encoder pass moves."""
     prepare_bytes: int
     """Bytes that move once per frame: for the context, and the weights of all that depends on
@@ -73,13 +76,13 @@ class FrameCost:
     """Operations that a light step saves."""
     light_bytes: int = 0
     """Bytes that a light step does not move."""
-    memory_bytes: int
+    memory_bytes: int = 0
     """Bytes that the pass that writes the finished frame moves."""
     weight_bytes: int
     """All parameters."""
     cache_bytes: int
     """Keys and values that stay from frame to frame."""
-    prefix_bytes: int
+    prefix_bytes: int = 0
     """Keys and values that last for one frame (join "prefix")."""
 
     def flops(self, num_steps: int, times: Sequence[float] | None = None) -> int:
@@ -110,10 +113,123 @@ class FrameCost:
         return self.weight_bytes + self.cache_bytes + self.prefix_bytes
 
 
-def separable_cost(
-    sizes: Sizes, encoder: EncoderConfig, decoder: DecoderConfig, load: Load
-) -> FrameCost:
-    """Count a separable model's frame; SeparableDiffuser.frame_cost states the formulas."""
+class Sizes:
+    """Operations and parameters of the parts that all models are made of, for one frame."""
+
+    def __init__(self, config: Any) -> None:
+        """Take the settings of a model."""
+        self.shape, self.block, self.conditions = config.shape, config.block, config.conditions
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a frame."""
+        return self.shape.num_tokens
+
+    def linear(self, num_tokens: int, num_maps: int) -> int:
+        """Return the operations of `num_maps` square maps on some tokens."""
+        return 2 * num_tokens * num_maps * self.block.width**2
+
+    def attention(self, queries: int, keys: int) -> int:
+        """Return the operations of logits and of what is read."""
+        return 4 * queries * keys * self.block.width
+
+    def block_flops(self, keys: int, tokens: int | None = None, read: int | None = None) -> int:
+        """Return the operations of one block: 4 maps of attention, 8 of the MLP, 6 modulations.
+
+        Args:
+            keys: that each token sees.
+            tokens: that give keys and values; None: those of a frame.
+            read: tokens whose output somebody reads; None: all.
+        """
+        tokens = self.tokens if tokens is None else tokens
+        read = tokens if read is None else read
+        maps = self.linear(tokens, 2) + self.linear(read, 10)
+        return maps + self.attention(read, keys) + self.linear(1, 6)
+
+    @property
+    def keys_values_flops(self) -> int:
+        """Operations of a block that only gives keys and values: 2 maps and half the modulation."""
+        return self.linear(self.tokens, 2) + self.linear(1, 3)
+
+    @property
+    def embed_flops(self) -> int:
+        """Operations of cutting a frame into tokens."""
+        return 2 * self.tokens * self.shape.token_dim * self.block.width
+
+    @property
+    def time_flops(self) -> int:
+        """Operations of embedding a time."""
+        return 2 * (2 * TimeEmbedder.NUM_SINUSOIDS) * self.block.width + self.linear(1, 1)
+
+    @property
+    def condition_flops(self) -> int:
+        """Operations of embedding a continuous action; discrete ones are looked up."""
+        return 2 * self.conditions.action_dim * self.block.width
+
+    @property
+    def head_flops(self) -> int:
+        """Operations of turning tokens back into a frame: its modulation and one map."""
+        return self.linear(1, 2) + self.embed_flops
+
+    @property
+    def keys_values_size(self) -> int:
+        """Values that a layer remembers of a frame."""
+        return 2 * self.tokens * self.block.width
+
+    @property
+    def modulation_parameters(self) -> int:
+        """Parameters of the maps of a block that see only its time and conditions."""
+        return 6 * (self.block.width + 1) * self.block.width
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of a block: 18 square matrices, biases, norms of queries and keys."""
+        width = self.block.width
+        biases = 9 * width
+        return 12 * width**2 + biases + 2 * self.block.head_dim + self.modulation_parameters
+
+    @property
+    def embed_parameters(self) -> int:
+        """Parameters that cut a frame into tokens."""
+        learned = self.tokens * self.block.width if self.block.learned_positions else 0
+        return (self.shape.token_dim + 1) * self.block.width + learned
+
+    @property
+    def time_parameters(self) -> int:
+        """Parameters that embed times and conditions."""
+        width, spec = self.block.width, self.conditions
+        rows = 2 * TimeEmbedder.NUM_SINUSOIDS + 1 + width + 1
+        rows += spec.num_actions + 1 if spec.num_actions else 0
+        rows += spec.action_dim + 2 if spec.action_dim else 0
+        rows += spec.num_labels + 1 if spec.num_labels else 0
+        return rows * width
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the map from tokens to a frame, without its modulation."""
+        return (self.block.width + 1) * self.shape.token_dim
+
+    @property
+    def output_modulation_parameters(self) -> int:
+        """Parameters of a modulation of two parts, at the end of a stack."""
+        return 2 * (self.block.width + 1) * self.block.width
+
+
+def separable_cost(config: SeparableConfig, load: Load) -> FrameCost:
+    """Count a frame of a separable model: n tokens, width d, p values per token, C frames.
+
+    Encoder, each of its layers: 24 n d^2 (4 maps of attention, 8 of the MLP) + 4 n C n d
+    (attention) + 12 d^2 (modulations). A step, each layer of the decoder: the same for s tokens
+    over k keys in place of n and C n: joint s = k = 2n, prefix s = n and k = 2n, others s = k = n;
+    of the last joint layer only n tokens go on after keys and values. Prefix, once per frame: all
+    layers for n tokens over n keys, of the last only keys and values. Besides (channels, times,
+    conditions, head): 2 n p d, 2 (256 d + d^2), 4 d^2 where they occur.
+
+    Bytes: weights of encoder and decoder once per pass, those of times and conditions once per
+    frame; 2 C n d keys and values per encoder layer, C - 1 frames read and one written; prefix
+    2 n d per layer, written once and read in every step.
+    """
+    sizes, encoder, decoder = Sizes(config), config.encoder, config.decoder
     tokens, layers = sizes.tokens, decoder.num_layers
     context = load.num_context_frames * tokens
     encoder_flops = (
@@ -151,11 +267,9 @@ def separable_cost(
         encoder_flops=load.num_encoded * encoder_flops,
         prepare_flops=load.num_denoised * prepare_flops,
         step_flops=load.num_denoised * _step_flops(sizes, decoder),
-        memory_flops=0,
         encoder_bytes=size * (encoder_parameters + load.num_encoded * cache),
         prepare_bytes=size * (time_weights + prepare_weights + load.num_denoised * prefix),
         step_bytes=size * (step_weights + load.num_denoised * prefix),
-        memory_bytes=0,
         weight_bytes=size * (encoder_parameters + step_weights + time_weights + align),
         cache_bytes=size * load.num_encoded * cache,
         prefix_bytes=size * load.num_denoised * prefix,
@@ -208,14 +322,22 @@ def _align_parameters(sizes: Sizes, decoder: DecoderConfig) -> int:
     return (width + 3) * width if decoder.join == "token_concat_projected" else 0
 
 
-def dense_cost(
-    sizes: Sizes,
-    num_layers: int,
-    load: Load,
-    num_diagonal: int = 0,
-    skip: LayerSkip | None = None,
-) -> FrameCost:
-    """Count a dense model's frame; DenseDiffuser.frame_cost states the formulas."""
+def dense_cost(config: DenseConfig, load: Load) -> FrameCost:
+    """Count a frame of a dense model: as `separable_cost`, C frames with the noisy one among them.
+
+    A step: each layer 24 n d^2 (4 maps of attention, 8 of the MLP) + 4 n C n d (attention) +
+    12 d^2 (modulations); besides 4 n p d (channels), 2 (256 d + d^2) (time), 4 d^2 (head). The
+    pass that caches the clean frame: the same without the head, and of the last layer only keys
+    and values.
+
+    Bytes: weights once per pass, those of times and conditions once per frame; 2 (C - 1) n d keys
+    and values per layer read in every step, and 2 n d written once.
+
+    A diagonal layer: n keys in place of C n, no part in the pass that caches, nothing cached. A
+    step that skips layers: those that are left.
+    """
+    sizes, num_layers, skip = Sizes(config), config.num_layers, config.skip
+    num_diagonal = config.num_diagonal
     num_seeing = num_layers - num_diagonal
     context = load.num_context_frames * sizes.tokens
     seeing, diagonal = sizes.block_flops(context), sizes.block_flops(sizes.tokens)
@@ -245,11 +367,9 @@ def dense_cost(
     skipped_diagonal = len(skipped) - skipped_seeing
     size = load.bytes_per_value
     return FrameCost(
-        encoder_flops=0,
         prepare_flops=load.num_denoised * sizes.condition_flops,
         step_flops=load.num_denoised * step,
         memory_flops=load.num_encoded * remember,
-        encoder_bytes=0,
         prepare_bytes=size * time_weights,
         # The noisy frame's own keys and values need not leave the chip.
         step_bytes=size * (step_weights + num_seeing * read),
@@ -260,5 +380,4 @@ def dense_cost(
         memory_bytes=size * (remember_weights + (num_seeing - 1) * read + num_seeing * remembered),
         weight_bytes=size * (step_weights + time_weights),
         cache_bytes=size * num_seeing * (read + remembered),
-        prefix_bytes=0,
     )

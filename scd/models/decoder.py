@@ -5,6 +5,7 @@ Source: paper, sections 1.1 and 1.4. The join "prefix" is ours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scd.data.clip import Conditions, ConditionSpec
-from scd.models.attention import Rotary, attend, frame_positions, rotary_table
-from scd.models.block import Block, BlockConfig, Stack
+from scd.models.attention import attend
+from scd.models.block import Block, BlockConfig, with_keys_values
 from scd.models.embed import (
     ConditionEmbedder,
     FrameHead,
@@ -22,8 +23,10 @@ from scd.models.embed import (
     Prediction,
     TimeEmbedder,
     TokenEmbedder,
+    steered,
 )
 from scd.models.flow import CLEAN_TIME
+from scd.models.stack import Stack, attend_also
 
 Join = Literal["token_concat", "token_concat_projected", "channel_concat", "add", "prefix"]
 
@@ -59,32 +62,27 @@ class Prepared:
     keys_values: list[tuple[Float[Tensor, "f k n e"], Float[Tensor, "f k n e"]]]
     """Join "prefix": the context's keys and values in each layer; otherwise empty."""
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Prepared:
+        """Change the frames' axis of all parts alike."""
+        return Prepared(
+            tokens=change(self.tokens),
+            steering=None if self.steering is None else change(self.steering),
+            keys_values=[(change(k), change(v)) for k, v in self.keys_values],
+        )
+
     def repeat(self, num: int) -> Prepared:
         """Repeat each frame `num` times in a row, for several noise draws of it."""
-        if num == 1:
-            return self
-        return Prepared(
-            tokens=self.tokens.repeat_interleave(num, 0),
-            steering=None if self.steering is None else self.steering.repeat_interleave(num, 0),
-            keys_values=[
-                (k.repeat_interleave(num, 0), v.repeat_interleave(num, 0))
-                for k, v in self.keys_values
-            ],
-        )
+        return self if num == 1 else self.map(lambda part: part.repeat_interleave(num, 0))
 
     def concat(self, other: Prepared) -> Prepared:
         """Put other frames behind these."""
-        steering = None
-        if self.steering is not None and other.steering is not None:
-            steering = torch.cat([self.steering, other.steering])
-        return Prepared(
-            tokens=torch.cat([self.tokens, other.tokens]),
-            steering=steering,
-            keys_values=[
-                (torch.cat([mine[0], theirs[0]]), torch.cat([mine[1], theirs[1]]))
-                for mine, theirs in zip(self.keys_values, other.keys_values, strict=True)
-            ],
-        )
+        theirs = iter(other.parts())
+        return self.map(lambda part: torch.cat([part, next(theirs)]))
+
+    def parts(self) -> list[Tensor]:
+        """Return all parts, in the order of `map`."""
+        steering = [] if self.steering is None else [self.steering]
+        return [self.tokens, *steering, *(part for pair in self.keys_values for part in pair)]
 
 
 class FrameDecoder(Stack):
@@ -97,8 +95,8 @@ class FrameDecoder(Stack):
         block: BlockConfig,
         conditions: ConditionSpec,
     ) -> None:
-        super().__init__()
-        self.config, self.shape, self.block = config, shape, block
+        super().__init__(shape, block)
+        self.config = config
         self.embed_frame = TokenEmbedder(shape, block.width, block.learned_positions)
         self.embed_time = TimeEmbedder(block.width)
         self.embed_conditions = ConditionEmbedder(conditions, block.width)
@@ -110,6 +108,14 @@ class FrameDecoder(Stack):
         self.blocks = nn.ModuleList(Block(block) for _ in range(config.num_layers))
         self.head = FrameHead(shape, block.width, config.predict)
 
+    def initialise(self) -> None:
+        """Let the join begin as a sum, or without the context. Source: paper, section 1.4."""
+        if self.config.join == "channel_concat":
+            identity = torch.eye(self.block.width)
+            self.merge.weight.data.copy_(torch.cat([identity, identity], dim=1))
+        if self.config.join == "token_concat_projected":
+            nn.init.zeros_(self.align.weight)
+
     def prepare(self, context: Float[Tensor, "f n d"], conditions: Conditions) -> Prepared:
         """Do all that is the same for every step of a frame.
 
@@ -117,24 +123,20 @@ class FrameDecoder(Stack):
             context: of f frames, side by side.
             conditions: of the same frames, as f clips of one frame.
         """
-        tokens = context[:, None]
+        x = context[:, None]
         steering = self.embed_conditions(conditions)
         if self.config.join == "token_concat_projected":
-            tokens = self.align(self.align_norm(tokens))
-        keys_values = []
+            x = self.align(self.align_norm(x))
+        prepared = Prepared(tokens=x, steering=steering, keys_values=[])
         if self.config.join == "prefix":
-            embedding = self.embed_time(tokens.new_full(tokens.shape[:2], CLEAN_TIME).float())
-            embedding = embedding if steering is None else embedding + steering
-            rotary = self._rotary(tokens.device)
-            x = tokens
-            for block in self.blocks:
-                assert isinstance(block, Block)
-                if block is self.blocks[-1]:
-                    keys_values.append(block.keys_values(x, embedding, rotary))
-                    break
-                x, k, v = self.run(block.with_keys_values, x, embedding, rotary, attend)
-                keys_values.append((k, v))
-        return Prepared(tokens=tokens, steering=steering, keys_values=keys_values)
+            time = x.new_full(x.shape[:2], CLEAN_TIME).float()
+            inputs = (steered(self.embed_time(time), steering), self.rotary([0]))
+            *blocks, last = self.blocks
+            for block in blocks:
+                x, k, v = self.run_block(with_keys_values, block, x, *inputs, attend)
+                prepared.keys_values.append((k, v))
+            prepared.keys_values.append(last.keys_values(x, *inputs))  # type: ignore[operator]
+        return prepared
 
     def denoise(
         self,
@@ -149,12 +151,11 @@ class FrameDecoder(Stack):
             noisy: latent frames at `time`.
             time: 0 clean to 1 noise.
         """
-        embedding = self.embed_time(time[:, None])
-        if prepared.steering is not None:
-            embedding = embedding + prepared.steering
-        rotary = self._rotary(noisy.device)
+        embedding = steered(self.embed_time(time[:, None]), prepared.steering)
+        # Within one frame only differences of positions matter, so every frame is frame 0.
+        rotary = self.rotary([0])
         x = self.embed_frame(noisy[:, None])
-        join, num_tokens = self.config.join, self.shape.num_tokens
+        join = self.config.join
         if join in ("token_concat", "token_concat_projected"):
             # Both halves have the same places: rotary positions and time do not tell them apart.
             x = torch.cat([prepared.tokens.to(x.dtype), x], dim=2)
@@ -164,26 +165,8 @@ class FrameDecoder(Stack):
         elif join == "add":
             x = x + prepared.tokens
         for layer, block in enumerate(self.blocks):
-            last = layer == len(self.blocks) - 1
-            read = _with_prefix(*prepared.keys_values[layer]) if join == "prefix" else attend
+            read = attend_also(*prepared.keys_values[layer]) if join == "prefix" else attend
             # Nobody reads the context's half after the last block.
-            num_read = num_tokens if last else None
-            x = self.run(block, x, embedding, rotary, read, num_read)
+            num_read = self.shape.num_tokens if layer == len(self.blocks) - 1 else None
+            x = self.run_block(block, x, embedding, rotary, read, num_read)
         return self.head(x, embedding, noisy[:, None], time[:, None])[:, 0]
-
-    def _rotary(self, device: torch.device) -> Rotary:
-        # Within one frame only differences of positions matter, so every frame is frame 0.
-        frame = torch.zeros(1, dtype=torch.long, device=device)
-        positions = frame_positions(frame, self.shape.rows, self.shape.columns)
-        return rotary_table(positions, self.block.rotary_axes, self.block.rotary_theta)
-
-
-def _with_prefix(keys: Tensor, values: Tensor):
-    def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(
-            q,
-            torch.cat([keys.to(k.dtype), k], dim=2),
-            torch.cat([values.to(v.dtype), v], dim=2),
-        )
-
-    return read

@@ -7,7 +7,8 @@ that are skipped or that see their own frame only: sections 5.4 and 5.5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -16,25 +17,21 @@ from torch import Tensor, nn
 
 from scd.common.config import added
 from scd.data.clip import Conditions
-from scd.models.attention import Rotary, attend, frame_positions, rotary_table
-from scd.models.augment import Augmentation
-from scd.models.base import CausalDiffuser, DiffuserConfig
-from scd.models.block import Block, BlockConfig, Stack
-from scd.models.cost import FrameCost, Load, dense_cost
+from scd.models.attention import FrameCausal, Rotary
+from scd.models.base import Augmentation, CausalDiffuser, DiffuserConfig, State
+from scd.models.block import Block, BlockConfig
 from scd.models.embed import (
     ConditionEmbedder,
-    Field,
     FrameHead,
     Prediction,
     TimeEmbedder,
     TokenEmbedder,
+    initialise,
+    steered,
 )
 from scd.models.flow import CLEAN_TIME
-from scd.models.initialise import initialise
 from scd.models.kv_cache import KVCache
-from scd.models.sizes import Sizes
-from scd.models.skip import LayerSkip
-from scd.models.visibility import DistanceBias, FrameCausal, TeacherForcing, Visibility
+from scd.models.stack import LayerSkip, Stack, Text, check_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,77 +65,73 @@ class DenseConfig(DiffuserConfig):
                 f"got {self.skip.first} .. {self.skip.stop - 1}"
             )
 
-    @property
-    def num_seeing(self) -> int:
-        """Layers that see the past, the first ones."""
-        return self.num_layers - self.num_diagonal
-
-
-@dataclass(kw_only=True)
-class DenseState:
-    """A batch of streams: the clean frames so far."""
-
-    cache: KVCache
-    """Keys and values of all clean frames, of the layers that see the past."""
-    next_frame: int
-    """Position of the frame that comes next."""
-
-    def fork(self) -> DenseState:
-        """Return an independent copy."""
-        return replace(self, cache=self.cache.fork())
-
 
 @dataclass(frozen=True, kw_only=True)
 class DenseContext:
-    """What a denoising step of one frame needs: the memory itself, to attend to."""
+    """What a denoising step of one frame, or of one block of frames, needs."""
 
     cache: KVCache
-    """Memory; the noisy frame's place in it is overwritten at each step."""
+    """What it attends to; the noisy frame's place in it is overwritten at each step."""
     frame: int
-    """Position of the frame."""
+    """Position of the frame, or of the first one of its block."""
+    rotary: Rotary
+    """Of its tokens."""
     steering: Float[Tensor, "b 1 d"] | None
     """Embedded conditions of the frame."""
-    rotary: Rotary
-    """Positions of its tokens."""
+    text: Text
+    """That its tokens look at."""
 
 
-class DenseDiffuser(CausalDiffuser, Stack):
+class DenseBase(CausalDiffuser, Stack):
     """One stack of frame-causal blocks behind the interface that all models share.
 
-    A frame may look at the clean frames before it and at itself; the first frame has no past. The
-    token of frame i carries action i, clean or noisy.
+    A frame may look at the clean frames before it and at itself; the first frame has no past. With
+    blocks of frames (`frames_per_block`), what is denoised and observed has an axis of frames
+    behind that of the batch: [b frames c h w].
+
+    A kind of model says how frames become tokens, and tokens velocities: `tokens`, `embeddings`,
+    `velocities`, and what its blocks look at besides: `text_of`, `text_in`.
     """
 
-    config_class = DenseConfig
+    state_class: type[State] = State
+    clean_time = CLEAN_TIME
+    """Time of a clean frame."""
+    num_local_frames = 0
+    """Newest frames that a frame sees in training on noisy history. 0: all."""
+    begins_at_once = True
+    """Whether all given frames of a stream that fit its cache are read in one pass."""
 
-    def __init__(self, config: DenseConfig) -> None:
-        super().__init__()
-        self.config = config
-        block = config.block
-        self.embed_frame = TokenEmbedder(config.shape, block.width, block.learned_positions)
-        self.embed_time = TimeEmbedder(block.width)
-        self.embed_conditions = ConditionEmbedder(config.conditions, block.width)
-        self.blocks = nn.ModuleList(Block(block) for _ in range(config.num_layers))
-        self.head = FrameHead(config.shape, block.width, config.predict)
-        initialise(self, block)
+    def tokens(self, frames: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t n d"]:
+        """Cut frames into tokens."""
+        raise NotImplementedError
 
-    def frame_cost(self, load: Load) -> FrameCost:
-        """Count one frame: n tokens, width d, p values per token, C frames, the noisy one included.
+    def steering(self, conditions: Conditions) -> Float[Tensor, "b t d"] | None:
+        """Embed what steers frames, but for a text; None: nothing does."""
+        return None
 
-        A step: each layer 24 n d^2 (4 maps of attention, 8 of the MLP) + 4 n C n d (attention) +
-        12 d^2 (modulations); besides 4 n p d (channels), 2 (256 d + d^2) (time), 4 d^2 (head). The
-        pass that remembers the clean frame: the same without the head, and of the last layer only
-        keys and values.
+    def embeddings(
+        self, time: Float[Tensor, "b t"], steering: Float[Tensor, "#b #t d"] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what modulates frames at the end, and what modulates them in all blocks."""
+        raise NotImplementedError
 
-        Bytes: weights once per pass, those of times and conditions once per frame; 2 (C - 1) n d
-        keys and values per layer read in every step, and 2 n d written once.
+    def velocities(
+        self,
+        x: Float[Tensor, "b t n d"],
+        embedding: Tensor,
+        noisy: Float[Tensor, "b t c h w"],
+        time: Float[Tensor, "b t"],
+    ) -> Float[Tensor, "b t c h w"]:
+        """Turn tokens into the velocity of noisy frames."""
+        raise NotImplementedError
 
-        A diagonal layer: n keys in place of C n, no part in the pass that remembers, no memory. A
-        step that skips layers: those that are left.
-        """
-        config = self.config
-        sizes = Sizes(shape=self.shape, block=config.block, conditions=config.conditions)
-        return dense_cost(sizes, config.num_layers, load, config.num_diagonal, config.skip)
+    def text_of(self, conditions: Conditions, batch: int) -> Text:
+        """Return keys and values of the text of some clips; None: the blocks look at none."""
+        return None
+
+    def text_in(self, state: Any, conditions: Conditions) -> Text:
+        """Return the same for streams, which keep them."""
+        return None
 
     def forward(
         self,
@@ -147,6 +140,7 @@ class DenseDiffuser(CausalDiffuser, Stack):
         time: Float[Tensor, "b r m"],
         conditions: Conditions,
         augment: Augmentation | None = None,
+        clean_time: Float[Tensor, "b t"] | None = None,
     ) -> Float[Tensor, "b r m c h w"]:
         """Return the velocity of noisy frames, all at once.
 
@@ -159,251 +153,185 @@ class DenseDiffuser(CausalDiffuser, Stack):
             conditions: of all t frames of the clip.
             augment: random changes for training; None: a pure function of the input. It may not
                 ask for context noise, since this model has no context to corrupt.
+            clean_time: of the history, where noise was added to it; None: that of clean frames.
         """
         if augment is not None:
             if augment.context_noise > 0:
                 raise ValueError("a dense model has no context: context_noise must be 0")
             conditions = augment.drop(conditions)
-        num_draws = noisy.shape[1]
+        batch, num_draws, num_noisy = noisy.shape[:3]
+        size = self.config.frames_per_block
         frames = rearrange(noisy, "b r m c h w -> (b r) m c h w")
-        times = rearrange(time, "b r m -> (b r) m")
+        time = rearrange(time, "b r m -> (b r) m")
         if clean is None:
-            velocity = self._mixed(frames, times, conditions.repeat(num_draws))
+            conditions = conditions.repeat(num_draws)
+            embedding, modulation = self.embeddings(time, self.steering(conditions))
+            visible = FrameCausal(
+                num_frames=num_noisy,
+                tokens_per_frame=self.shape.num_tokens,
+                frames_per_block=size,
+                num_local=self.num_local_frames,
+            )
+            text = self.text_of(conditions, batch * num_draws)
+            x = self.tokens(frames)
+            x = self.run_masked(x, modulation, range(num_noisy), visible, text, time)
         else:
-            velocity = self._teacher_forced(clean, frames, times, conditions)
+            check_blocks(clean.shape[1], num_noisy, size)
+            # The last block of clean frames is no frame's past.
+            num_past, first = clean.shape[1] - size, clean.shape[1] - num_noisy
+            if clean_time is None:
+                clean_time = self._clean_times(clean)
+            before, now = conditions.frames(0, num_past), conditions.frames(first, clean.shape[1])
+            _, past = self.embeddings(clean_time[:, :num_past], self.steering(before))
+            steering = self.steering(now)
+            if steering is not None:
+                steering = steering.repeat_interleave(num_draws, 0)
+            embedding, modulation = self.embeddings(time, steering)
+            x = self.run_teacher_forced(
+                self.tokens(clean[:, :num_past]),
+                past,
+                self.tokens(frames),
+                modulation,
+                self.text_of(conditions, batch),
+                time,
+                size,
+            )
+        velocity = self.velocities(x, embedding, frames, time)
         return rearrange(velocity, "(b r) m c h w -> b r m c h w", r=num_draws)
-
-    def field(
-        self,
-        clean: Float[Tensor, "b t c h w"],
-        conditions: Conditions,
-        num_noisy: int,
-        num_draws: int = 1,
-    ) -> Field:
-        """Return `forward` as a function of noisy frames and times; each call runs all of it."""
-
-        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
-            assert noisy.shape[1:3] == (num_draws, num_noisy)
-            return self(clean, noisy, time, conditions)
-
-        return velocity
-
-    def _mixed(self, frames: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
-        num_frames = frames.shape[1]
-        positions = list(range(num_frames))
-        embedding = self._embedding(time, conditions)
-        rotary = self._rotary(positions, frames.device)
-        visible = FrameCausal(num_frames=num_frames, tokens_per_frame=self.shape.num_tokens)
-        bias = self._bias(positions, positions)
-
-        def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, k, v, visible, bias)
-
-        x = self.embed_frame(frames)
-        for layer, block in enumerate(self.blocks):
-            reads = read if layer < self.config.num_seeing else self._read_own
-            x = self._kept(layer, time, x, self.run(block, x, embedding, rotary, reads))
-        return self.head(x, embedding, frames, time)
-
-    def _teacher_forced(
-        self, clean: Tensor, noisy: Tensor, time: Tensor, conditions: Conditions
-    ) -> Tensor:
-        num_clean, num_noisy = clean.shape[1] - 1, noisy.shape[1]
-        num_draws = noisy.shape[0] // clean.shape[0]
-        first = clean.shape[1] - num_noisy
-        if first < 0:
-            raise ValueError(f"{clean.shape[1]} clean frames, but {num_noisy} noisy ones")
-        device, num_tokens = noisy.device, self.shape.num_tokens
-        past, present = list(range(num_clean)), list(range(first, first + num_noisy))
-        # The last clean frame is no frame's past.
-        x_past = self.embed_frame(clean[:, :-1])
-        x = self.embed_frame(noisy)
-        time_past = x_past.new_full(x_past.shape[:2], CLEAN_TIME, dtype=torch.float32)
-        embedding_past = self._embedding(time_past, conditions.frames(0, num_clean))
-        embedding = self._embedding(
-            time, conditions.frames(first, first + num_noisy).repeat(num_draws)
-        )
-        rotary_past, rotary = self._rotary(past, device), self._rotary(present, device)
-        visible_past = FrameCausal(num_frames=num_clean, tokens_per_frame=num_tokens)
-        visible = TeacherForcing(
-            num_clean=num_clean,
-            first_noisy=first,
-            num_noisy=num_noisy,
-            tokens_per_frame=num_tokens,
-        )
-        bias_past = self._bias(past, past)
-        bias = self._bias(present, past + present)
-
-        def read_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, k, v, visible_past, bias_past)
-
-        for layer, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            if layer >= self.config.num_seeing:
-                after = self.run(block, x, embedding, rotary, self._read_own)
-                x = self._kept(layer, time, x, after)
-                continue
-            past_inputs = (x_past, embedding_past, rotary_past)
-            if layer == self.config.num_seeing - 1 or num_clean == 0:
-                keys, values = block.keys_values(*past_inputs)
-            else:
-                x_past, keys, values = self.run(block.with_keys_values, *past_inputs, read_past)
-            keys, values = (part.repeat_interleave(num_draws, 0) for part in (keys, values))
-
-            def read(
-                q: Tensor, k: Tensor, v: Tensor, keys: Tensor = keys, values: Tensor = values
-            ) -> Tensor:
-                keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
-                return attend(q, keys, values, visible, bias)
-
-            x = self._kept(layer, time, x, self.run(block, x, embedding, rotary, read))
-        return self.head(x, embedding, noisy, time)
-
-    def _read_own(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend within each frame: the attention of a diagonal layer."""
-        size = self.shape.num_tokens
-        num_frames = q.shape[2] // size
-        q, k, v = (rearrange(part, "b k (t n) e -> (b t) k n e", n=size) for part in (q, k, v))
-        return rearrange(attend(q, k, v), "(b t) k n e -> b k (t n) e", t=num_frames)
-
-    def _kept(self, layer: int, time: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """Return a layer's output [b t n d], but its input for noisy frames that skip it."""
-        skip = self.config.skip
-        if skip is None or layer not in skip.layers:
-            return after
-        return torch.where(skip.skips(time)[..., None, None], before, after)
 
     def begin(
         self,
         clean: Float[Tensor, "b t c h w"] | None,
         conditions: Conditions,
         batch: int = 1,
-        num_frames_in_memory: int | None = None,
-    ) -> DenseState:
-        """Start a batch of streams, from given first frames or (None) from nothing."""
-        weight = self.embed_frame.project.weight
-        cache = KVCache.for_blocks(
-            self.config.cache.with_window(num_frames_in_memory),
-            self.config.block,
-            self.config.num_seeing,
-            batch if clean is None else clean.shape[0],
-            self.shape.num_tokens,
-            weight,
-        )
-        state = DenseState(cache=cache, next_frame=0)
+        window: int | None = None,
+    ) -> State:
+        """Start a batch of streams, from given first frames or (None) from nothing.
+
+        Raises:
+            ValueError: given frames that are no whole blocks, or without a text that is needed.
+        """
+        size = self.config.frames_per_block
         num_given = 0 if clean is None else clean.shape[1]
-        while clean is not None and state.next_frame < num_given:
-            start = state.next_frame
-            stop = min(start + max(cache.num_free, 1), num_given)
-            self._remember(state, clean[:, start:stop], conditions.frames(start, stop))
+        if num_given % size:
+            raise ValueError(f"needed whole blocks of {size} frames, got {num_given} frames")
+        batch = batch if clean is None else clean.shape[0]
+        state = self.state_class(cache=self.stream_cache(batch, window), next_position=0)
+        while clean is not None and state.next_position < num_given:
+            start = state.next_position
+            num = max(state.cache.num_free, 1) if self.begins_at_once else size
+            stop = min(start + num, num_given)
+            self._cache_frames(state, clean[:, start:stop], conditions.frames(start, stop))
         return state
 
     def context(
-        self, state: DenseState, conditions: Conditions, noise: Tensor | None = None
+        self, state: State, conditions: Conditions, noise: Tensor | None = None
     ) -> DenseContext:
         """Return what every step of the next frame needs; conditions are [b 1]."""
         state.cache.make_room()
+        first = state.next_position
         return DenseContext(
             cache=state.cache,
-            frame=state.next_frame,
-            steering=self.embed_conditions(conditions),
-            rotary=self._rotary([state.next_frame], state.cache.keys.device),
+            frame=first,
+            rotary=self.rotary(range(first, first + self.config.frames_per_block)),
+            steering=self.steering(conditions),
+            text=self.text_in(state, conditions),
         )
 
     def velocity(
         self,
         context: DenseContext,
-        noisy: Float[Tensor, "b c h w"],
+        noisy: Float[Tensor, "b *m c h w"],
         time: Float[Tensor, " b"],
-    ) -> Float[Tensor, "b c h w"]:
-        """Run the layers once, each over the whole memory and the noisy frame, or itself only.
-
-        What all frames skip is not computed.
-        """
-        embedding = self.embed_time(time[:, None])
-        if context.steering is not None:
-            embedding = embedding + context.steering
-        bias = self._cache_bias(context.cache, [context.frame])
-        x = self.embed_frame(noisy[:, None])
-        skip = self.config.skip
-        skipped = skip.layers if skip is not None and bool(skip.skips(time).all()) else ()
-        for layer, block in enumerate(self.blocks):
-            if layer in skipped:
-                continue
-            read = self._read_own
-            if layer < self.config.num_seeing:
-                read = self._reader(context.cache, layer, None, bias)
-            after = block(x, embedding, context.rotary, read)
-            x = self._kept(layer, time[:, None], x, after)
-        return self.head(x, embedding, noisy[:, None], time[:, None])[:, 0]
+    ) -> Float[Tensor, "b *m c h w"]:
+        """Run the layers once, each over the whole cache and the noisy frame or block."""
+        frames = self._as_block(noisy)
+        times = time[:, None].expand(frames.shape[:2])
+        embedding, modulation = self.embeddings(times, context.steering)
+        x = self.run_cached(
+            context.cache,
+            self.tokens(frames),
+            modulation,
+            context.rotary,
+            [context.frame // self.config.frames_per_block],
+            context.text,
+            times,
+        )
+        return self.velocities(x, embedding, frames, times).reshape(noisy.shape)
 
     def observe(
-        self, state: DenseState, clean: Float[Tensor, "b c h w"], conditions: Conditions
+        self, state: State, clean: Float[Tensor, "b *m c h w"], conditions: Conditions
     ) -> None:
-        """Make a frame part of the past: one pass over the clean frame writes its memory.
+        """Make a frame or block part of the past: one pass over it, clean, fills the cache.
 
         Carrying the clean frame along with the next frame's first step would cost the same.
         """
-        self._remember(state, clean[:, None], conditions)
+        self._cache_frames(state, self._as_block(clean), conditions)
 
-    def _remember(self, state: DenseState, clean: Tensor, conditions: Conditions) -> None:
-        num_frames = clean.shape[1]
-        frames = list(range(state.next_frame, state.next_frame + num_frames))
-        cache = state.cache
-        cache.make_room()
-        time = clean.new_full(clean.shape[:2], CLEAN_TIME, dtype=torch.float32)
-        embedding = self._embedding(time, conditions)
-        rotary = self._rotary(frames, clean.device)
-        bias = self._cache_bias(cache, frames)
-        visible = None
-        if num_frames > 1:
-            visible = FrameCausal(
-                num_frames=cache.num_frames + num_frames,
-                num_past=cache.num_frames,
-                tokens_per_frame=self.shape.num_tokens,
-            )
-        x = self.embed_frame(clean)
-        last = self.config.num_seeing - 1
-        for layer, block in enumerate(self.blocks[: last + 1]):
-            assert isinstance(block, Block)
-            if layer == last:
-                cache.write(layer, *block.keys_values(x, embedding, rotary))
-            else:
-                x = block(x, embedding, rotary, self._reader(cache, layer, visible, bias))
-        cache.advance(frames)
-        state.next_frame += num_frames
-
-    @staticmethod
-    def _reader(cache: KVCache, layer: int, visible: Visibility | None, bias: DistanceBias | None):
-        def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, *cache.write(layer, k, v), visible, bias)
-
-        return read
-
-    def _embedding(self, time: Tensor, conditions: Conditions) -> Tensor:
-        embedding = self.embed_time(time)
-        steering = self.embed_conditions(conditions)
-        return embedding if steering is None else embedding + steering
-
-    def _rotary(self, frames: list[int], device: torch.device) -> Rotary:
-        positions = frame_positions(
-            torch.tensor(frames, dtype=torch.long, device=device),
-            self.shape.rows,
-            self.shape.columns,
+    def _cache_frames(self, state: State, frames: Tensor, conditions: Conditions) -> None:
+        state.cache.make_room()
+        size, first = self.config.frames_per_block, state.next_position
+        stop = first + frames.shape[1]
+        _, modulation = self.embeddings(self._clean_times(frames), self.steering(conditions))
+        places = list(range(first // size, stop // size))
+        self.run_cached(
+            state.cache,
+            self.tokens(frames),
+            modulation,
+            self.rotary(range(first, stop)),
+            places,
+            self.text_in(state, conditions),
+            only_cache=True,
         )
-        return rotary_table(
-            positions, self.config.block.rotary_axes, self.config.block.rotary_theta
-        )
+        state.cache.advance(places)
+        state.next_position = stop
 
-    def _cache_bias(self, cache: KVCache, frames: list[int]) -> DistanceBias | None:
-        return self._bias(frames, cache.positions_with(frames))
+    def _clean_times(self, frames: Tensor) -> Tensor:
+        return frames.new_full(frames.shape[:2], self.clean_time, dtype=torch.float32)
 
-    def _bias(self, queries: list[int], keys: list[int]) -> DistanceBias | None:
-        if self.config.block.distance_bias == 0:
-            return None
-        return DistanceBias(
-            slope=self.config.block.distance_bias,
-            query_frames=tuple(queries),
-            key_frames=tuple(keys),
-            tokens_per_frame=self.shape.num_tokens,
-        )
+    def _as_block(self, frames: Tensor) -> Tensor:
+        """Return frames [b frames c h w] of one block."""
+        size = self.config.frames_per_block
+        block = frames[:, None] if frames.ndim == 4 else frames
+        if block.shape[1] != size:
+            raise ValueError(f"needed blocks of {size} frames, got {block.shape[1]}")
+        return block
+
+
+class DenseDiffuser(DenseBase):
+    """A dense model of plain blocks. The token of frame i carries action i, clean or noisy."""
+
+    config_class = DenseConfig
+
+    def __init__(self, config: DenseConfig) -> None:
+        block = config.block
+        Stack.__init__(self, config.shape, block)
+        self.config = config
+        self.skip, self.num_diagonal = config.skip, config.num_diagonal
+        self.embed_frame = TokenEmbedder(config.shape, block.width, block.learned_positions)
+        self.embed_time = TimeEmbedder(block.width)
+        self.embed_conditions = ConditionEmbedder(config.conditions, block.width)
+        self.blocks = nn.ModuleList(Block(block) for _ in range(config.num_layers))
+        self.head = FrameHead(config.shape, block.width, config.predict)
+        initialise(self, block)
+
+    def tokens(self, frames: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t n d"]:
+        return self.embed_frame(frames)
+
+    def steering(self, conditions: Conditions) -> Float[Tensor, "b t d"] | None:
+        return self.embed_conditions(conditions)
+
+    def embeddings(
+        self, time: Float[Tensor, "b t"], steering: Float[Tensor, "#b #t d"] | None
+    ) -> tuple[Tensor, Tensor]:
+        embedding = steered(self.embed_time(time), steering)
+        return embedding, embedding
+
+    def velocities(
+        self,
+        x: Float[Tensor, "b t n d"],
+        embedding: Tensor,
+        noisy: Float[Tensor, "b t c h w"],
+        time: Float[Tensor, "b t"],
+    ) -> Float[Tensor, "b t c h w"]:
+        return self.head(x, embedding, noisy, time)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scd.data.clip import Conditions, ConditionSpec
-from scd.models.block import Modulation, layer_norm
+from scd.models.block import Block, BlockConfig, Modulation, layer_norm
 from scd.models.flow import velocity_from_clean
 
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -189,6 +189,13 @@ class ConditionEmbedder(nn.Module):
         return embedded
 
 
+def steered(
+    embedding: Float[Tensor, "b t d"], steering: Float[Tensor, "#b #t d"] | None
+) -> Float[Tensor, "b t d"]:
+    """Add to the embedded time of frames what steers them, if anything does."""
+    return embedding if steering is None else embedding + steering
+
+
 class FrameHead(nn.Module):
     """Tokens back to a frame: modulated norm, one linear map, patches in their places."""
 
@@ -212,3 +219,38 @@ class FrameHead(nn.Module):
         if self.predict == "velocity":
             return output
         return velocity_from_clean(noisy, output, time)
+
+
+def initialise(module: nn.Module, config: BlockConfig) -> None:
+    """Set the initial weights of a model.
+
+    Linear maps Xavier-uniform with zero bias; tables, time embedding and learned positions normal
+    with deviation 0.02 (tables: as configured); modulations zero but for the gates' bias; heads
+    zero; what a part of its own kind needs by its `initialise`.
+    Source: paper, section 1.2.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)
+        if isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight, std=config.initial_condition_std)
+    for part in module.modules():
+        if isinstance(part, TimeEmbedder):
+            nn.init.normal_(part.rise.weight, std=0.02)
+            nn.init.normal_(part.mix.weight, std=0.02)
+        if isinstance(part, Modulation):
+            nn.init.zeros_(part.linear.weight)
+            nn.init.zeros_(part.linear.bias)
+    for part in module.modules():
+        if isinstance(part, Block):
+            for modulation in (part.attention_modulation, part.mlp_modulation):
+                modulation.linear.bias.data.chunk(3)[2].fill_(config.initial_gate)
+        if isinstance(part, TokenEmbedder) and part.positions is not None:
+            nn.init.normal_(part.positions, std=0.02)
+        if isinstance(part, ConditionEmbedder) and part.spec.action_dim:
+            nn.init.normal_(part.null_action, std=0.02)
+        if isinstance(part, FrameHead):
+            nn.init.zeros_(part.project.weight)
+        if own := getattr(part, "initialise", None):
+            own()

@@ -12,12 +12,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scd.data.clip import Conditions, ConditionSpec
-from scd.models.attention import attend, frame_positions, rotary_table
-from scd.models.block import Block, BlockConfig, Modulation, Stack, layer_norm
-from scd.models.embed import ConditionEmbedder, FrameShape, TimeEmbedder, TokenEmbedder
+from scd.models.attention import FrameCausal
+from scd.models.block import Block, BlockConfig, Modulation, layer_norm
+from scd.models.embed import (
+    ConditionEmbedder,
+    FrameShape,
+    TimeEmbedder,
+    TokenEmbedder,
+    steered,
+)
 from scd.models.flow import CLEAN_TIME
-from scd.models.kv_cache import CacheConfig, KVCache
-from scd.models.visibility import DistanceBias, FrameCausal
+from scd.models.kv_cache import KVCache
+from scd.models.stack import Stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +49,7 @@ class Context:
 
     tokens: Float[Tensor, "b t n d"]
     """Context tokens of each frame to be denoised, one for each token of the frame."""
-    gain: Float[Tensor, "b t 1 d"]
+    norm_scale: Float[Tensor, "b t 1 d"]
     """Factor by which the last norm's output was scaled: noise enters before it."""
 
     def with_noise(self, strength: float, noise: Float[Tensor, "b t n d"]) -> Context:
@@ -51,11 +57,13 @@ class Context:
 
         Source: paper, section 2.3 (equation 7).
         """
-        return replace(self, tokens=self.tokens + strength * noise * self.gain)
+        return replace(self, tokens=self.tokens + strength * noise * self.norm_scale)
 
     def last(self, num_frames: int) -> Context:
         """Return the context of the last frames only."""
-        return Context(tokens=self.tokens[:, -num_frames:], gain=self.gain[:, -num_frames:])
+        return Context(
+            tokens=self.tokens[:, -num_frames:], norm_scale=self.norm_scale[:, -num_frames:]
+        )
 
 
 class CausalEncoder(Stack):
@@ -72,8 +80,8 @@ class CausalEncoder(Stack):
         block: BlockConfig,
         conditions: ConditionSpec,
     ) -> None:
-        super().__init__()
-        self.config, self.shape, self.block = config, shape, block
+        super().__init__(shape, block)
+        self.config = config
         self.embed_frame = TokenEmbedder(shape, block.width, block.learned_positions)
         self.embed_time = TimeEmbedder(block.width)
         self.embed_conditions = ConditionEmbedder(conditions, block.width)
@@ -82,6 +90,11 @@ class CausalEncoder(Stack):
         )
         self.blocks = nn.ModuleList(Block(block) for _ in range(config.num_layers))
         self.output_modulation = Modulation(block.width, 2) if config.modulate_output else None
+
+    def initialise(self) -> None:
+        """Draw the start frame."""
+        if self.start is not None:
+            nn.init.normal_(self.start, std=0.02)
 
     @property
     def first_row(self) -> int:
@@ -101,26 +114,16 @@ class CausalEncoder(Stack):
         Raises:
             ValueError: without a start frame, a clip of fewer than two frames.
         """
-        tokens = self._rows(clean[:, :-1], with_start=self.config.start_frame)
-        num_rows = tokens.shape[1]
+        x = self._rows(clean[:, :-1], with_start=self.config.start_frame)
+        num_rows = x.shape[1]
         if num_rows == 0:
             raise ValueError("an encoder without a start frame needs 2 or more frames, got 1")
-        upcoming = conditions.frames(self.first_row + 1, None)
-        frames = list(range(self.first_row, self.first_row + num_rows))
-        visible = FrameCausal(num_frames=num_rows, tokens_per_frame=self.shape.num_tokens)
-        bias = self._bias(frames, frames)
-
-        def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, k, v, visible if num_rows > 1 else None, bias)
-
-        return self._run(tokens, upcoming, frames, [read] * len(self.blocks))
-
-    def new_cache(self, batch: int, config: CacheConfig) -> KVCache:
-        """Allocate the memory of a batch of streams."""
-        weight = self.embed_frame.project.weight
-        return KVCache.for_blocks(
-            config, self.block, len(self.blocks), batch, self.shape.num_tokens, weight
-        )
+        visible = None
+        if num_rows > 1:
+            visible = FrameCausal(num_frames=num_rows, tokens_per_frame=self.shape.num_tokens)
+        embedding = self._embedding(x, conditions.frames(self.first_row + 1, None))
+        rows = range(self.first_row, self.first_row + num_rows)
+        return self._finished(self.run_masked(x, embedding, rows, visible), embedding)
 
     def extend(
         self,
@@ -139,33 +142,14 @@ class CausalEncoder(Stack):
             first_row: frame position of the first row; -1 is the start frame.
             keep: False leaves it to the caller to advance the cache, or to replace the rows.
         """
-        tokens = self._rows(clean, with_start=first_row == -1)
-        num_rows = tokens.shape[1]
-        frames = list(range(first_row, first_row + num_rows))
+        x = self._rows(clean, with_start=first_row == -1)
+        rows = list(range(first_row, first_row + x.shape[1]))
         cache.make_room()
-        bias = self._bias(frames, cache.positions_with(frames))
-        # The frames in memory come first, then the rows, unless the ring has wrapped: then there
-        # is one row only, and it sees everything.
-        visible = None
-        if num_rows > 1:
-            visible = FrameCausal(
-                num_frames=cache.num_frames + num_rows,
-                num_past=cache.num_frames,
-                tokens_per_frame=self.shape.num_tokens,
-            )
-
-        def reader(layer: int):
-            def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return attend(q, *cache.write(layer, k, v), visible, bias)
-
-            return read
-
-        readers = [reader(layer) for layer in range(len(self.blocks))]
-        # A block recomputed in the backward pass would write into a memory that has moved on.
-        context = self._run(tokens, upcoming, frames, readers, can_recompute=False)
+        embedding = self._embedding(x, upcoming)
+        x = self.run_cached(cache, x, embedding, self.rotary(rows), rows)
         if keep:
-            cache.advance(frames)
-        return context
+            cache.advance(rows)
+        return self._finished(x, embedding)
 
     def _rows(self, clean: Tensor, with_start: bool) -> Float[Tensor, "b t n d"]:
         tokens = self.embed_frame(clean)
@@ -175,37 +159,14 @@ class CausalEncoder(Stack):
             tokens = torch.cat([start, tokens], dim=1)
         return tokens
 
-    def _bias(self, queries: list[int], keys: list[int]) -> DistanceBias | None:
-        if self.block.distance_bias == 0:
-            return None
-        return DistanceBias(
-            slope=self.block.distance_bias,
-            query_frames=tuple(queries),
-            key_frames=tuple(keys),
-            tokens_per_frame=self.shape.num_tokens,
-        )
+    def _embedding(self, x: Tensor, upcoming: Conditions) -> Tensor:
+        time = x.new_full(x.shape[:2], CLEAN_TIME, dtype=torch.float32)
+        return steered(self.embed_time(time), self.embed_conditions(upcoming))
 
-    def _run(
-        self,
-        x: Tensor,
-        upcoming: Conditions,
-        frames: list[int],
-        readers: list,
-        can_recompute: bool = True,
-    ) -> Context:
-        embedding = self.embed_time(x.new_full(x.shape[:2], CLEAN_TIME, dtype=torch.float32))
-        steering = self.embed_conditions(upcoming)
-        if steering is not None:
-            embedding = embedding + steering
-        positions = frame_positions(
-            torch.tensor(frames, device=x.device), self.shape.rows, self.shape.columns
-        )
-        rotary = rotary_table(positions, self.block.rotary_axes, self.block.rotary_theta)
-        for block, read in zip(self.blocks, readers, strict=True):
-            inputs = (x, embedding, rotary, read)
-            x = self.run(block, *inputs) if can_recompute else block(*inputs)
+    def _finished(self, x: Tensor, embedding: Tensor) -> Context:
         x = layer_norm(x)
         if self.output_modulation is None:
-            return Context(tokens=x, gain=torch.ones_like(x[:, :, :1]))
+            return Context(tokens=x, norm_scale=torch.ones_like(x[:, :, :1]))
         scale, shift = self.output_modulation(embedding)
-        return Context(tokens=x * (1 + scale) + shift, gain=(1 + scale).expand_as(x[:, :, :1]))
+        norm_scale = (1 + scale).expand_as(x[:, :, :1])
+        return Context(tokens=x * (1 + scale) + shift, norm_scale=norm_scale)

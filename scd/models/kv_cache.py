@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from scd.common.memory import check_free
 from scd.models.attention import Rotary, rotary_table, rotate
-from scd.models.block import BlockConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,14 @@ class CacheConfig:
         """Return the same with another window; None: this one."""
         return self if window is None else replace(self, window=window)
 
+    def in_blocks(self, frames_per_block: int) -> CacheConfig:
+        """Return the same for a ring in which a block of frames has one place."""
+        return replace(
+            self,
+            window=self.window // frames_per_block,
+            num_sinks=self.num_sinks // frames_per_block,
+        )
+
 
 class KVCache:
     """Memory of one batch of streams.
@@ -75,63 +83,42 @@ class KVCache:
     def __init__(
         self,
         config: CacheConfig,
+        block: Any,
         *,
         num_layers: int,
         batch: int,
-        num_heads: int,
-        head_dim: int,
         tokens_per_frame: int,
-        rotary_axes: tuple[int, int, int],
-        rotary_theta: float,
-        dtype: torch.dtype,
-        device: torch.device,
-        turn: Callable[[Tensor, Rotary], Tensor] = rotate,
+        like: Tensor,
+        rotate: Callable[[Tensor, Rotary], Tensor] = rotate,
     ) -> None:
-        """Allocate the ring; `turn` rotates keys in the order of entries that they come in.
+        """Allocate the ring.
+
+        Args:
+            config: its size, in frames, or in whatever else has a place of its own.
+            block: settings of the blocks: heads and rotary embedding.
+            num_layers: that see other frames.
+            batch: streams side by side.
+            tokens_per_frame: of a place.
+            like: in whose type, and on whose device, keys and values are kept.
+            rotate: applies a rotary embedding to keys in the order of entries that they come in.
 
         Raises:
             OutOfMemory: the ring needs more than is free; nothing was allocated.
         """
-        self.config = config
-        self.turn = turn
+        self.config, self.block = config, block
         self.tokens_per_frame = tokens_per_frame
-        self.rotary_axes = rotary_axes
-        self.rotary_theta = rotary_theta
-        shape = (num_layers, batch, num_heads, config.window * tokens_per_frame, head_dim)
+        self.rotate = rotate
+        size = config.window * tokens_per_frame
+        shape = (num_layers, batch, block.num_heads, size, block.head_dim)
         what = f"a memory of {config.window} frames for each of {batch} streams"
-        check_free(what, 2 * math.prod(shape) * dtype.itemsize, device)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        check_free(what, 2 * math.prod(shape) * like.dtype.itemsize, like.device)
+        self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.values = torch.empty_like(self.keys)
         self.sink_keys: Tensor | None = None
         self.slots: list[int | None] = []
         """Frame position held by each slot of the ring; None: its frame has left the window."""
         self.num_evicted = 0
         """Frames that have left the window."""
-
-    @staticmethod
-    def for_blocks(
-        config: CacheConfig,
-        block: BlockConfig,
-        num_layers: int,
-        batch: int,
-        tokens_per_frame: int,
-        weight: Tensor,
-        turn: Callable[[Tensor, Rotary], Tensor] = rotate,
-    ) -> KVCache:
-        """Allocate the memory of a stack of blocks, in the type and on the device of a weight."""
-        return KVCache(
-            config,
-            num_layers=num_layers,
-            batch=batch,
-            num_heads=block.num_heads,
-            head_dim=block.head_dim,
-            tokens_per_frame=tokens_per_frame,
-            rotary_axes=block.rotary_axes,
-            rotary_theta=block.rotary_theta,
-            dtype=weight.dtype,
-            device=weight.device,
-            turn=turn,
-        )
 
     @property
     def num_frames(self) -> int:
@@ -174,10 +161,10 @@ class KVCache:
         # Filled in place: a list made into a tensor would wait for a GPU.
         moved = torch.zeros(size, 3, dtype=torch.long, device=self.keys.device)
         moved[:, 0] = self.num_evicted
-        rotary = rotary_table(moved, self.rotary_axes, self.rotary_theta)
+        rotary = rotary_table(moved, self.block.rotary_axes, self.block.rotary_theta)
         # Two rotations in a row are one: always from the keys as first written, so that no
         # rounding adds up over a long stream.
-        turned = self.turn(self.sink_keys.flatten(0, 1), rotary)
+        turned = self.rotate(self.sink_keys.flatten(0, 1), rotary)
         self.keys[:, :, :, :size] = turned.unflatten(0, self.sink_keys.shape[:2])
 
     def _next_slot(self) -> int:

@@ -13,16 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.data.clip import Conditions
-from scd.models.augment import Augmentation
-from scd.models.base import CausalDiffuser, DiffuserConfig
+from scd.models.base import Augmentation, CausalDiffuser, DiffuserConfig, State
 from scd.models.block import BlockConfig
-from scd.models.cost import FrameCost, Load, separable_cost
 from scd.models.decoder import DecoderConfig, FrameDecoder, Prepared
-from scd.models.embed import Field
+from scd.models.embed import Field, initialise
 from scd.models.encoder import CausalEncoder, Context, EncoderConfig
-from scd.models.initialise import initialise
-from scd.models.kv_cache import KVCache
-from scd.models.sizes import Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +35,12 @@ class SeparableConfig(DiffuserConfig):
 
 
 @dataclass(kw_only=True)
-class SeparableState:
-    """A batch of streams: the past in memory, and the newest frame, which waits for the action
-    that follows it."""
+class SeparableState(State):
+    """A batch of streams: the cached past, and the newest frame, which waits for the action that
+    follows it: its row, at `next_position`, is -1 for the start frame."""
 
-    cache: KVCache
-    """Keys and values of all rows before the newest."""
     newest: Tensor
     """Newest frame, [b 1 c h w], or [b 0 c h w] for the start frame."""
-    next_row: int
-    """Frame position of the newest row; -1 is the start frame."""
     encoded_for: Conditions | None = None
     """Conditions with which the newest row lies in the cache already, though it is not kept yet:
     so a context can be computed again, for another action. None: it does not."""
@@ -57,6 +48,12 @@ class SeparableState:
     def fork(self) -> SeparableState:
         """Return an independent copy."""
         return replace(self, cache=self.cache.fork(), encoded_for=None)
+
+    def keep(self, clean: Float[Tensor, "b c h w"]) -> None:
+        """Keep the row that was encoded last; a finished frame waits in its place."""
+        self.cache.advance([self.next_position])
+        self.newest, self.encoded_for = clean[:, None].detach(), None
+        self.next_position += 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,43 +69,18 @@ class SeparableContext:
 
 
 class SeparableDiffuser(CausalDiffuser):
-    """Encoder and decoder behind the interface that all models share.
-
-    Training: `model(clean, noisy, time, conditions)`. Streaming, for each frame: `context` once,
-    `velocity` once per step, `observe` with the finished frame.
-    """
+    """A causal encoder, run once per frame, and a frame decoder, run at every step."""
 
     config_class = SeparableConfig
 
     def __init__(self, config: SeparableConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.shape = config, config.shape
         parts = (config.shape, config.block, config.conditions)
         self.encoder = CausalEncoder(config.encoder, *parts)
         self.decoder = FrameDecoder(config.decoder, *parts)
+        self.needs_first_frame = not config.encoder.start_frame
         initialise(self, config.block)
-
-    @property
-    def needs_first_frame(self) -> bool:
-        """Whether a stream must be given its first frame."""
-        return not self.config.encoder.start_frame
-
-    def frame_cost(self, load: Load) -> FrameCost:
-        """Count one frame: n tokens, width d, p values per token, C frames of context.
-
-        Encoder, each of its layers: 24 n d^2 (4 maps of attention, 8 of the MLP) + 4 n C n d
-        (attention) + 12 d^2 (modulations). A step, each layer of the decoder: the same for s
-        tokens over k keys in place of n and C n: joint s = k = 2n, prefix s = n and k = 2n, others
-        s = k = n; of the last joint layer only n tokens go on after keys and values. Prefix, once
-        per frame: all layers for n tokens over n keys, of the last only keys and values. Besides
-        (channels, times, conditions, head): 2 n p d, 2 (256 d + d^2), 4 d^2 where they occur.
-
-        Bytes: weights of encoder and decoder once per pass, those of times and conditions once per
-        frame; 2 C n d keys and values per encoder layer, C - 1 frames read and one written; prefix
-        2 n d per layer, written once and read in every step.
-        """
-        sizes = Sizes(shape=self.shape, block=self.config.block, conditions=self.config.conditions)
-        return separable_cost(sizes, self.config.encoder, self.config.decoder, load)
 
     def forward(
         self,
@@ -161,16 +133,9 @@ class SeparableDiffuser(CausalDiffuser):
         num_noisy: int,
         num_draws: int = 1,
     ) -> Field:
-        """Return `forward` as a function of noisy frames and times, for many steps on one history.
-
-        The encoder runs once, here, and each call of the function costs the decoder only.
-        """
+        """Return `forward` as a function of noisy frames and times; the encoder runs once, here."""
         prepared = self._prepared(clean, conditions, num_noisy, None).repeat(num_draws)
-
-        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
-            return self._denoised(prepared, noisy, time)
-
-        return velocity
+        return lambda noisy, time: self._denoised(prepared, noisy, time)
 
     def _prepared(
         self, clean: Tensor, conditions: Conditions, num_noisy: int, augment: Augmentation | None
@@ -200,7 +165,7 @@ class SeparableDiffuser(CausalDiffuser):
         clean: Float[Tensor, "b t c h w"] | None,
         conditions: Conditions,
         batch: int = 1,
-        num_frames_in_memory: int | None = None,
+        window: int | None = None,
     ) -> SeparableState:
         """Start a batch of streams.
 
@@ -208,31 +173,26 @@ class SeparableDiffuser(CausalDiffuser):
             clean: given first frames; None: from nothing.
             conditions: of the given frames.
             batch: number of streams, where no frames are given.
-            num_frames_in_memory: window of this stream; None: the model's own.
+            window: frames in the KV cache of these streams; None: the model's own.
 
         Raises:
             ValueError: no frames given to a model without a start frame.
         """
         if clean is None:
-            weight = self.encoder.embed_frame.project.weight
-            clean = torch.empty(batch, 0, *self.shape.shape, dtype=weight.dtype).to(weight.device)
+            like = self.encoder.like
+            clean = torch.empty(batch, 0, *self.shape.shape, dtype=like.dtype, device=like.device)
         num_given = clean.shape[1]
         if num_given == 0 and self.needs_first_frame:
             raise ValueError("this model has no start frame: it needs 1 or more first frames")
-        cache_config = self.config.cache.with_window(num_frames_in_memory)
-        cache = self.encoder.new_cache(clean.shape[0], cache_config)
+        cache = self.stream_cache(clean.shape[0], window)
         row = self.encoder.first_row
         # The row of the last given frame waits: it carries an action that is not known yet.
         while row < num_given - 1:
-            num_rows = min(max(cache.num_free, 1), num_given - 1 - row)
-            self.encoder.extend(
-                cache,
-                clean[:, max(row, 0) : row + num_rows],
-                conditions.frames(row + 1, row + 1 + num_rows),
-                row,
-            )
-            row += num_rows
-        return SeparableState(cache=cache, newest=clean[:, max(row, 0) :], next_row=row)
+            stop = min(row + max(cache.num_free, 1), num_given - 1)
+            upcoming = conditions.frames(row + 1, stop + 1)
+            self.encoder.extend(cache, clean[:, max(row, 0) : stop], upcoming, row)
+            row = stop
+        return SeparableState(cache=cache, newest=clean[:, max(row, 0) :], next_position=row)
 
     def context(
         self, state: SeparableState, conditions: Conditions, noise: Tensor | None = None
@@ -242,7 +202,7 @@ class SeparableDiffuser(CausalDiffuser):
         It may be called again, for other conditions of the same frame; the last call counts.
         """
         encoded = self.encoder.extend(
-            state.cache, state.newest, conditions, state.next_row, keep=False
+            state.cache, state.newest, conditions, state.next_position, keep=False
         )
         state.encoded_for = conditions
         return self._context(encoded, conditions)
@@ -254,16 +214,14 @@ class SeparableDiffuser(CausalDiffuser):
     def with_noisy_branch(
         self, context: SeparableContext, strength: float, noise: Float[Tensor, "b 1 n d"]
     ) -> SeparableContext:
-        """Return a context of twice the batch: with corrupted context first, then as it was.
-
-        The unconditional branch of guidance by context noise. Source: paper, section 3.
-        """
-        noisy = self._context(context.encoded.with_noise(strength, noise), context.conditions)
+        """Return a context of twice the batch: with corrupted context first, then as it was."""
+        encoded = context.encoded
+        noisy = self._context(encoded.with_noise(strength, noise), context.conditions)
         return SeparableContext(
             prepared=noisy.prepared.concat(context.prepared),
             encoded=Context(
-                tokens=torch.cat([noisy.encoded.tokens, context.encoded.tokens]),
-                gain=torch.cat([noisy.encoded.gain, context.encoded.gain]),
+                tokens=torch.cat([noisy.encoded.tokens, encoded.tokens]),
+                norm_scale=torch.cat([encoded.norm_scale, encoded.norm_scale]),
             ),
             conditions=context.conditions.concat(context.conditions),
         )
@@ -278,10 +236,7 @@ class SeparableDiffuser(CausalDiffuser):
         return self.decoder.denoise(context.prepared, noisy, time)
 
     def observe(
-        self,
-        state: SeparableState,
-        clean: Float[Tensor, "b c h w"],
-        conditions: Conditions,
+        self, state: SeparableState, clean: Float[Tensor, "b c h w"], conditions: Conditions
     ) -> None:
         """Make a frame part of the past: the one just denoised, or a given one.
 
@@ -289,6 +244,4 @@ class SeparableDiffuser(CausalDiffuser):
         """
         if state.encoded_for is not conditions:
             self.context(state, conditions)
-        state.cache.advance([state.next_row])
-        state.newest, state.encoded_for = clean[:, None].detach(), None
-        state.next_row += 1
+        state.keep(clean)

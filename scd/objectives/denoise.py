@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from scd.data.clip import Conditions
-from scd.models.augment import Augmentation
+from scd.models.base import Augmentation
 from scd.models.flow import CLEAN_TIME, draw_times, interpolate, velocity_between
 
 Network = Callable[..., Tensor]

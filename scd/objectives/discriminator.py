@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scd.data.clip import Conditions
-from scd.models.augment import Augmentation
+from scd.models.base import Augmentation
 from scd.models.build import Diffuser
 from scd.models.separable import SeparableDiffuser
 from scd.objectives.denoise import Network

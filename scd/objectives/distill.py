@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scd.data.clip import Conditions
-from scd.models.augment import Augmentation
+from scd.models.base import Augmentation
 from scd.models.embed import Field
 from scd.models.flow import SamplingConfig, clean_from_velocity, guide, interpolate, schedule
 from scd.objectives.denoise import Network, noisy_history

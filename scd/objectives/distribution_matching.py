@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scd.common.config import added
 from scd.data.clip import Conditions
-from scd.models.augment import Augmentation
+from scd.models.base import Augmentation
 from scd.models.flow import clean_from_velocity, interpolate, velocity_between
 from scd.objectives.denoise import Network
 from scd.objectives.score import dmd_gradient, dmd_loss, draw_score_times, sid_loss

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.data.clip import Conditions
-from scd.models.augment import Augmentation
+from scd.models.base import Augmentation
 from scd.models.flow import interpolate, velocity_between
 from scd.models.wan.timesteps import NUM_TIMES, time_table, training_weights
 from scd.objectives.denoise import Network

@@ -23,7 +23,7 @@ from scd.models.checkpoint import (
     resolve,
     save_world,
 )
-from scd.models.pretrained import WEIGHTS_FILE
+from scd.models.weights import WEIGHTS_FILE
 from scd.objectives.denoise import DenoiseConfig
 from scd.probing.interventions import Comparison, Intervention, RecomposeConfig
 from scd.training.config import TrainConfig

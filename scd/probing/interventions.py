@@ -25,7 +25,7 @@ from scd.models.dense import DenseDiffuser
 from scd.models.encoder import EncoderConfig
 from scd.models.flow import SamplingConfig
 from scd.models.separable import SeparableConfig, SeparableDiffuser
-from scd.models.skip import skip_after
+from scd.models.stack import skip_after
 
 Layers = tuple[int, ...]
 """Numbers of layers, counted from 1 as in all names and flags."""

@@ -14,9 +14,9 @@ from scd.common.runtime import make_generator
 from scd.data.clip import Conditions
 from scd.models.block import BlockConfig
 from scd.models.build import Diffuser
+from scd.models.cost import Sizes
 from scd.models.dense import DenseDiffuser
 from scd.models.separable import SeparableDiffuser
-from scd.models.sizes import Sizes
 from scd.models.wan.dense import WanDiffuser
 from scd.models.wan.separable import WanSeparableDiffuser
 from scd.probing.intercept import Layer, no_change
@@ -45,7 +45,7 @@ class OurSubject(Subject):
         self.frame_shape = model.shape.shape
         self.num_heads, self.width = config.block.num_heads, config.block.width
         if isinstance(config.block, BlockConfig):
-            self.sizes = Sizes(shape=config.shape, block=config.block, conditions=config.conditions)
+            self.sizes = Sizes(config)
         self.window = config.cache.window
         # Which keys the attention that comes next looks at; None: it is none of the newest frame.
         self._distances: Sequence[int] | None = None
@@ -79,7 +79,7 @@ class OurSubject(Subject):
         self._distances = None
         # No room for more frames than there are.
         room = min(config.cache.window, max(num_past, config.cache.num_sinks) + 1)
-        stream = self.model.begin(past, conditions.frames(0, num_past), num_frames_in_memory=room)
+        stream = self.model.begin(past, conditions.frames(0, num_past), window=room)
         return stream, conditions.frames(num_past, num_past + 1)
 
     def from_positions(self, positions: Sequence[int], newest: int) -> list[int]:
@@ -148,11 +148,12 @@ class DenseSubject(_Dense):
     def __init__(self, model: DenseDiffuser) -> None:
         if model.config.skip is not None:
             raise ValueError("the probe compares all layers at all steps, this model skips some")
+        self._num_seeing = model.num_seeing
         super().__init__(model)
 
     def key_distances(self, layer: int, num_queries: int, num_keys: int) -> Sequence[int] | None:
         """Tell the same of all layers but the diagonal ones, which see their own frame only."""
-        if layer >= self.model.config.num_seeing:
+        if layer >= self._num_seeing:
             return [0] * num_keys
         return super().key_distances(layer, num_queries, num_keys)
 
@@ -167,7 +168,7 @@ class SeparableSubject(_Separable):
 
     def newest_row(self, stream: Any) -> int:
         """Return that of the newest known frame, or of the start frame."""
-        return stream.next_row
+        return stream.next_position
 
 
 class _ReadsText(OurSubject):
@@ -224,7 +225,7 @@ class WanSeparableSubject(_ReadsText, _Separable):
 
     def newest_row(self, stream: Any) -> int:
         """Return that of the frame to come."""
-        return stream.next_frame
+        return stream.next_position
 
     def encode(self, stream: Any, now: Conditions, past: Tensor) -> Any:
         """Give the encoder the same noise each time."""

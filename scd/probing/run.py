@@ -23,7 +23,7 @@ from scd.common.weights import digest_of
 from scd.evaluation.html import write_page
 from scd.models.build import num_parameters
 from scd.models.checkpoint import RAW_FILE, World, load_world, resolve
-from scd.models.pretrained import WEIGHTS_FILE
+from scd.models.weights import WEIGHTS_FILE
 from scd.probing.measurement import Measurement, Parts, as_measured, find_measurements
 from scd.probing.models import subject_of
 from scd.probing.settings import Plan, ProbeConfig, make_plan, memory_needed, open_clips

@@ -21,10 +21,12 @@ from jaxtyping import Bool, Float
 from scd.bench.limits import synchronize
 from scd.data.clip import Conditions
 from scd.evaluation.image import Estimate
-from scd.models.cost import Load, dense_cost, separable_cost
+from scd.models.build import frame_cost
+from scd.models.cost import Load, Sizes
 from scd.models.decoder import DecoderConfig, Join
+from scd.models.dense import DenseConfig
 from scd.models.encoder import EncoderConfig
-from scd.models.sizes import Sizes
+from scd.models.separable import SeparableConfig
 from scd.probing.intercept import change_held, recorded
 from scd.probing.subject import Progress, Subject, Task, losses, relative, silent
 
@@ -177,7 +179,7 @@ class Speed:
         """Count the operations of a frame, and of one of its steps."""
         if self.sizes is None:
             return (self.num_steps + 1) * split.num_layers, split.num_layers
-        cost = dense_cost(self.sizes, split.num_layers, self._load)
+        cost = frame_cost(DenseConfig(num_layers=split.num_layers, **vars(self.sizes)), self._load)
         return cost.flops(self.num_steps), cost.step_flops
 
     def _split_operations(self, split: Split) -> int:
@@ -185,9 +187,12 @@ class Speed:
             tokens = 2 if self.join in ("token_concat", "token_concat_projected") else 1
             prepare = split.num_decoder if self.join == "prefix" else 0
             return split.num_encoder + prepare + self.num_steps * split.num_decoder * tokens
-        encoder = EncoderConfig(num_layers=split.num_encoder)
-        decoder = DecoderConfig(num_layers=split.num_decoder, join=self.join)
-        return separable_cost(self.sizes, encoder, decoder, self._load).flops(self.num_steps)
+        config = SeparableConfig(
+            encoder=EncoderConfig(num_layers=split.num_encoder),
+            decoder=DecoderConfig(num_layers=split.num_decoder, join=self.join),
+            **vars(self.sizes),
+        )
+        return frame_cost(config, self._load).flops(self.num_steps)
 
     @property
     def _load(self) -> Load:

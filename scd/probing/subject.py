@@ -19,8 +19,8 @@ from torch import Tensor
 from scd.common.runtime import make_generator
 from scd.data.clip import Conditions
 from scd.evaluation.image import Estimate, bootstrap
+from scd.models.cost import Sizes
 from scd.models.flow import interpolate, velocity_between
-from scd.models.sizes import Sizes
 from scd.probing.intercept import AttentionCall, Layer, attention_through
 
 CONTEXT = -1

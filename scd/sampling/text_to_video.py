@@ -30,8 +30,8 @@ from scd.engine.open import advised_threads, open_engine
 from scd.models.build import num_parameters
 from scd.models.checkpoint import load_world, resolve
 from scd.models.flow import with_num_steps
-from scd.models.pretrained import CONFIG_FILE, read_settings
 from scd.models.shipped import parts_beside
+from scd.models.weights import CONFIG_FILE, read_settings
 from scd.sampling.settings import VideoConfig
 from scd.streaming.rollout import Guidance, Rollout
 

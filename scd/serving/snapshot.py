@@ -161,7 +161,7 @@ def fill(rollout: Rollout, note: MemoryNote, tensors: Mapping[str, Tensor], pref
     cache: KVCache = state.cache
     separable = isinstance(state, SeparableState)
     # Just begun, a separable stream stands at its start frame, or at its only given frame.
-    first = state.next_row if separable else 0
+    first = state.next_position if separable else 0
     if not rollout.num_given <= note.num_frames <= LAST_FRAME:
         raise BadSnapshot(f"a stream cannot have {note.num_frames} frames")
     next_position = max(first, note.num_frames - 1) if separable else note.num_frames
@@ -180,9 +180,7 @@ def fill(rollout: Rollout, note: MemoryNote, tensors: Mapping[str, Tensor], pref
         shape = (state.newest.shape[0], min(note.num_frames, 1), *rollout.engine.shape.shape)
         like = state.newest.new_empty(shape)
         state.newest = _like(like, tensors, f"{prefix}.newest").to(like.device, copy=True)
-        state.next_row = next_position
-    else:
-        state.next_frame = next_position
+    state.next_position = next_position
     rollout.num_frames = note.num_frames
 
 

@@ -51,7 +51,7 @@ from scd.models.checkpoint import (
     load_progress,
     load_state,
 )
-from scd.models.pretrained import load_weights
+from scd.models.weights import load_weights
 from scd.objectives.reconstruct import Distance, PatchJudge
 from scd.optim.muon import kernels
 from scd.optim.optim import EMA, build_optimizers, parameter_groups

@@ -8,8 +8,8 @@ from typing import Any
 from scd.common.config import differences, to_json
 from scd.models.build import Diffuser
 from scd.models.checkpoint import read_world_parts, resolve
-from scd.models.pretrained import WEIGHTS_FILE, load_weights
 from scd.models.shipped import parts_beside
+from scd.models.weights import WEIGHTS_FILE, load_weights
 from scd.training.config import TrainConfig
 
 FREE_SETTINGS = (

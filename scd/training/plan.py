@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scd.common.config import to_json
 from scd.data.clip import Conditions
+from scd.models.attention import forget
 from scd.models.build import Diffuser, build, num_parameters
-from scd.models.visibility import forget
 from scd.objectives.denoise import DenoiseConfig, denoise
 from scd.objectives.teacher_forcing import TeacherForcingConfig, teacher_forced_loss
 from scd.optim.optim import OptimConfig, ParameterGroup, parameter_groups

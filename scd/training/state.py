@@ -30,7 +30,7 @@ from scd.models.checkpoint import (
     load_progress,
     save_step,
 )
-from scd.models.pretrained import WEIGHTS_FILE, load_weights
+from scd.models.weights import WEIGHTS_FILE, load_weights
 from scd.optim.optim import EMA
 from scd.training.config import FREE_FIELDS, Objective, TrainConfig, build_model, open_loader
 from scd.training.initial import load_initial

@@ -17,10 +17,10 @@ from scd.data.clip import Conditions
 from scd.models.build import Diffuser
 from scd.models.checkpoint import load_world, read_world_parts, resolve
 from scd.models.embed import Field
-from scd.models.pretrained import WEIGHTS_FILE, check_shapes, load_weights
 from scd.models.wan.config import WanConfig
 from scd.models.wan.dense import WanDiffuser
 from scd.models.wan.source import WanSource, open_source
+from scd.models.weights import WEIGHTS_FILE, check_shapes, load_weights
 from scd.objectives.denoise import Network
 from scd.objectives.distill import Path
 from scd.training.config import TrainConfig

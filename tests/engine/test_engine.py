@@ -16,7 +16,7 @@ from scd.engine.separable import FastSeparable
 from scd.models.attention import explicit_attention, frame_positions, rotary_table, rotate
 from scd.models.block import BlockConfig
 from scd.models.kv_cache import CacheConfig
-from scd.models.skip import LayerSkip
+from scd.models.stack import LayerSkip
 from scd.training.presets import preset
 from tests.tiny import BLOCK, SHAPE, random_conditions, tiny_dense, tiny_separable
 

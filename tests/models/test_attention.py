@@ -5,15 +5,19 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from scd.models.attention import (
+    DistanceBias,
+    FrameCausal,
+    TeacherForcing,
     _compiled_flex,
     _flex,
     attend,
+    dense_bias,
+    dense_mask,
     explicit_attention,
     frame_positions,
     rotary_table,
     rotate,
 )
-from scd.models.visibility import DistanceBias, FrameCausal, TeacherForcing, dense_bias, dense_mask
 
 CPU = torch.device("cpu")
 THREE_FRAMES = FrameCausal(num_frames=3, tokens_per_frame=4)

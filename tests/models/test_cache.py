@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from scd.models.attention import frame_positions, rotary_table, rotate
+from scd.models.block import BlockConfig
 from scd.models.kv_cache import CacheConfig, KVCache
 
 AXES, THETA = (4, 6, 6), 100.0
@@ -13,15 +14,11 @@ ROWS, COLUMNS = 1, 2
 def new_cache(window, num_sinks, rebase=True):
     return KVCache(
         CacheConfig(window=window, num_sinks=num_sinks, rebase_sinks=rebase),
+        BlockConfig(width=32, head_dim=16, rotary_axes=AXES, rotary_theta=THETA),
         num_layers=2,
         batch=1,
-        num_heads=2,
-        head_dim=16,
         tokens_per_frame=ROWS * COLUMNS,
-        rotary_axes=AXES,
-        rotary_theta=THETA,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        like=torch.empty(0),
     )
 
 

@@ -33,7 +33,7 @@ from scd.models.checkpoint import (
 from scd.models.decoder import DecoderConfig
 from scd.models.encoder import EncoderConfig
 from scd.models.flow import SamplingConfig
-from scd.models.pretrained import WEIGHTS_FILE
+from scd.models.weights import WEIGHTS_FILE
 
 SPEC = ConditionSpec(num_actions=2)
 SMALL = BlockConfig(width=16, head_dim=16, rotary_axes=(4, 6, 6))

@@ -15,7 +15,7 @@ from scd.models.build import build, frame_cost, num_parameters
 from scd.models.cost import FrameCost, Load
 from scd.models.decoder import Join
 from scd.models.kv_cache import CacheConfig
-from scd.models.skip import LayerSkip
+from scd.models.stack import LayerSkip
 from scd.training.presets import preset
 from tests.tiny import ACTIONS, random_conditions, tiny_dense, tiny_separable
 
@@ -69,7 +69,7 @@ def cost_of(model, guidance: str = "none") -> FrameCost:
         branches=1 if guidance == "none" else 2,
         memories=2 if guidance == "conditions" else 1,
     )
-    return model.frame_cost(streams)
+    return frame_cost(model.config, streams)
 
 
 @pytest.mark.parametrize("guidance", ["none", "conditions", "context_noise"])
@@ -146,7 +146,7 @@ def test_the_prefix_is_what_a_frame_prepares():
 
 def test_bytes_grow_with_what_is_read():
     model = tiny_separable("prefix", cache=CACHE)
-    one, two = (model.frame_cost(Load(num_context_frames=WINDOW, batch=b)) for b in (1, 2))
+    one, two = (frame_cost(model.config, Load(num_context_frames=WINDOW, batch=b)) for b in (1, 2))
     assert one.weight_bytes == two.weight_bytes
     assert two.cache_bytes == 2 * one.cache_bytes
     assert two.bytes(3) - one.bytes(3) == one.cache_bytes + 4 * one.prefix_bytes

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from scd.data.clip import Conditions, ConditionSpec
-from scd.models.augment import Augmentation
+from scd.models.attention import FrameCausal, TeacherForcing
+from scd.models.base import Augmentation
 from scd.models.block import Block, BlockConfig
 from scd.models.build import build, num_parameters
 from scd.models.kv_cache import CacheConfig
 from scd.models.separable import SeparableDiffuser
-from scd.models.skip import LayerSkip
-from scd.models.visibility import FrameCausal, TeacherForcing
+from scd.models.stack import LayerSkip
 from scd.training.presets import preset
 from tests.tiny import ACTIONS, SHAPE, random_clips, random_conditions, tiny_dense, tiny_separable
 
@@ -246,9 +246,9 @@ def test_a_stream_past_its_window_is_a_banded_parallel_pass(make, monkeypatch):
                 & ((k // size >= num_clean) | (q // size + first - k // size < window))
             )
 
-    for module in ("encoder", "dense"):
+    for module in ("encoder", "stack"):
         monkeypatch.setattr(f"scd.models.{module}.FrameCausal", BandedCausal)
-    monkeypatch.setattr("scd.models.dense.TeacherForcing", BandedForcing)
+    monkeypatch.setattr("scd.models.stack.TeacherForcing", BandedForcing)
     parallel = model(*clips)[:, 0]
     torch.testing.assert_close(streamed, parallel, atol=5e-6, rtol=5e-6)
     monkeypatch.undo()
@@ -304,7 +304,7 @@ def test_context_noise_scales_with_the_last_norm():
     context = model.encoder(clean, conditions)
     noise = torch.randn_like(context.tokens)
     moved = context.with_noise(0.05, noise).tokens - context.tokens
-    torch.testing.assert_close(moved, 0.05 * noise * context.gain, atol=1e-6, rtol=0)
+    torch.testing.assert_close(moved, 0.05 * noise * context.norm_scale, atol=1e-6, rtol=0)
     state = model.begin(clean, conditions)
     streamed = model.context(state, one_frame(conditions, 0))
     both = model.with_noisy_branch(streamed, 0.05, noise[:, :1])

@@ -5,11 +5,17 @@ import torch
 
 from scd.convert.reference import ReferenceConfig, our_names, read_reference
 from scd.data.clip import Conditions
-from scd.models.attention import frame_positions, rotary_table
+from scd.models.attention import (
+    DistanceBias,
+    FrameCausal,
+    dense_bias,
+    dense_mask,
+    frame_positions,
+    rotary_table,
+)
 from scd.models.embed import time_sinusoids
 from scd.models.flow import SamplingConfig, guided_velocity, schedule, solve
 from scd.models.kv_cache import CacheConfig
-from scd.models.visibility import DistanceBias, FrameCausal, dense_bias, dense_mask
 from scd.objectives.denoise import velocity_loss
 from tests.reference import cases, grid_of, load_case, load_tables
 

@@ -15,7 +15,7 @@ from scd.models.checkpoint import World, load_world, resolve, save_world
 from scd.models.dense import DenseConfig
 from scd.models.flow import CLEAN_TIME, SamplingConfig, schedule
 from scd.models.kv_cache import CacheConfig
-from scd.models.skip import LayerSkip, skip_after
+from scd.models.stack import LayerSkip, skip_after
 from scd.objectives.denoise import DenoiseConfig
 from scd.streaming.rollout import Rollout
 from scd.training.config import TrainConfig

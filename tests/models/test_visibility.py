@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from scd.models.visibility import (
+from scd.models.attention import (
     TILE,
     DistanceBias,
     FrameCausal,

@@ -12,8 +12,9 @@ from scd.data.clip import Conditions, ConditionSpec
 from scd.data.source import DataCard
 from scd.engine.open import open_engine
 from scd.engine.plain import PlainEngine
-from scd.models.augment import Augmentation
-from scd.models.build import build, num_parameters
+from scd.models.base import Augmentation
+from scd.models.block import with_keys_values
+from scd.models.build import build, frame_cost, num_parameters
 from scd.models.checkpoint import World
 from scd.models.cost import Load
 from scd.models.flow import SamplingConfig
@@ -182,12 +183,12 @@ def test_a_full_window_drops_the_oldest_frame_but_the_sinks(name, window, num_si
 
 def plain_window(model, stack, clean, noisy, time, conditions, noise, cache):
     """The last frame's velocity with all keys and values in lists, dropped by hand."""
-    text = stack.text_memory(conditions.text)
+    text = stack.text_keys_values(conditions.text)
     held = [[] for _ in stack.blocks]
     num_others = cache.window - cache.num_sinks - 1
 
     def run(frames, times, frame, keep):
-        x = stack.embed(frames[:, None])
+        x = stack.tokens(frames[:, None])
         embedding, modulation = stack.condition_embedder.times(times[:, None])
         rotary = stack.rotary([frame])
         for layer, block in enumerate(stack.blocks):
@@ -199,7 +200,7 @@ def plain_window(model, stack, clean, noisy, time, conditions, noise, cache):
                 values = torch.cat([*(pair[1] for pair in past), v], dim=2)
                 return torch.softmax(q @ keys.mT / q.shape[-1] ** 0.5, -1) @ values
 
-            x, k, v = block.with_keys_values(x, modulation, rotary, read, text[layer])
+            x, k, v = with_keys_values(block, x, modulation, rotary, read, text[layer])
             if keep:
                 held[layer].append((k, v))
         return x, embedding
@@ -210,7 +211,7 @@ def plain_window(model, stack, clean, noisy, time, conditions, noise, cache):
         x, embedding = run(noisy[:, 0, 5], time[:, 0, 5], 5, False)
         return model.head(x, embedding)[:, 0]
     x, _ = run(noise[:, 0, 5], torch.ones(2), 5, False)
-    words = model.decoder.text_memory(conditions.text)
+    words = model.decoder.text_keys_values(conditions.text)
     return model.decoder.denoise(x[:, 0], words, noisy[:, 0, 5], time[:, 0, 5])
 
 
@@ -447,7 +448,7 @@ def test_settings_that_do_not_fit_are_refused():
 def test_operations_and_weights_are_those_that_a_frame_takes(model):
     model = windowed(model, CacheConfig(window=3, num_sinks=0, rebase_sinks=False))
     clean, noisy, _, conditions, noise = wan_clips(num_frames=4)
-    cost = model.frame_cost(Load(num_context_frames=3, batch=2))
+    cost = frame_cost(model.config, Load(num_context_frames=3, batch=2))
     engine = PlainEngine(model)
     state = engine.begin(clean[:, :3], conditions)
     counted = {}
@@ -467,15 +468,7 @@ def test_operations_and_weights_are_those_that_a_frame_takes(model):
     assert 2 * cost.step_flops == pytest.approx(counted["steps"], rel=0.01)
     assert cost.memory_flops == pytest.approx(counted["memory"], rel=0.01)
     assert cost.weight_bytes == 4 * num_parameters(model)
-    memories = (
-        [state.text]
-        if isinstance(model, WanDiffuser)
-        else [
-            state.encoder_text,
-            state.decoder_text,
-        ]
-    )
-    words = sum(part.numel() for memory in memories for pair in memory.layers for part in pair)
+    words = sum(part.numel() for pair in state.text.layers for part in pair)
     assert cost.cache_bytes == state.cache.num_bytes + 4 * words
 
 

@@ -118,7 +118,7 @@ def test_layers_of_a_separable_model_are_copies_of_the_dense_ones():
     clean, *_ = random_clips(model)
     assert torch.equal(made.encoder.embed_frame(clean), model.embed_frame(clean))
     context = made.encoder(clean, random_clips(model)[3])
-    assert torch.equal(context.gain, torch.ones_like(context.gain))
+    assert torch.equal(context.norm_scale, torch.ones_like(context.norm_scale))
     # But for what keeps the norm from dividing by zero.
     deviation = context.tokens.std(-1, correction=0)
     torch.testing.assert_close(deviation, torch.ones(2, 5, 6), atol=1e-4, rtol=0)
@@ -136,7 +136,7 @@ def test_a_row_of_the_encoder_is_what_the_dense_model_makes_of_a_clean_frame():
     made.encoder.blocks[1].register_forward_hook(lambda block, given, out: seen.append(out))
     # The row of a frame carries the next frame's action: all actions are one here.
     same = Conditions(actions=torch.ones_like(conditions.actions))
-    cache = made.encoder.new_cache(2, made.config.cache)
+    cache = made.encoder.new_cache(made.config.cache, 2)
     for frame in range(3):
         made.encoder.extend(cache, clean[:, frame : frame + 1], same.frames(0, 1), frame)
     rows = torch.cat(seen, dim=1)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from scd.evaluation.image import MAX_PSNR, psnr_of
+from scd.models.attention import attend
 from scd.models.flow import SamplingConfig
 from scd.probing.intercept import held, recorded
 from scd.probing.measurements.leave_one_out import leave_one_out
@@ -218,7 +219,11 @@ def test_a_split_ablation_is_the_sum_that_it_says():
         embedding = model.embed_time(time) + context.steering
 
         def run(layer, x, narrow=narrow, embedding=embedding):
-            read = model._read_own if narrow else model._reader(context.cache, layer, None, None)
+
+            def past(q, k, v):
+                return attend(q, *context.cache.write(layer, k, v))
+
+            read = model.attend_own if narrow else past
             return model.blocks[layer](x, embedding, context.rotary, read)
 
         x = run(2, run(0, model.embed_frame(noisy[:, None])) + change)

@@ -6,7 +6,7 @@ import torch
 
 from scd.data.clip import Conditions
 from scd.models.flow import SamplingConfig, draw_times, solve
-from scd.models.skip import LayerSkip
+from scd.models.stack import LayerSkip
 from scd.probing.measurements.colours import agreement, coloured, feature_pca, principal
 from scd.probing.measurements.similarity import alignment, centred, step_similarity, token_cosine
 from scd.probing.models import subject_of

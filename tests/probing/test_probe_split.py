@@ -8,12 +8,11 @@ import torch
 
 from scd.evaluation.image import Estimate
 from scd.models.build import frame_cost
-from scd.models.cost import Load
+from scd.models.cost import Load, Sizes
 from scd.models.decoder import DecoderConfig
 from scd.models.dense import DenseConfig
 from scd.models.encoder import EncoderConfig
 from scd.models.separable import SeparableConfig
-from scd.models.sizes import Sizes
 from scd.probing.measurements.splits import as_part, from_part
 from scd.probing.splits import (
     Speed,
@@ -48,7 +47,7 @@ def loss_of(split, mean, width=0.01):
 
 @pytest.mark.parametrize("join", ["prefix", "token_concat", "add"])
 def test_predicted_seconds_are_the_ratio_of_operations_of_real_models(join):
-    speed = speed_of(Sizes(shape=SHAPE, block=BLOCK, conditions=ACTIONS), join)
+    speed = speed_of(Sizes(DenseConfig(shape=SHAPE, block=BLOCK, conditions=ACTIONS)), join)
     load = Load(num_context_frames=9)
     dense = frame_cost(
         DenseConfig(shape=SHAPE, block=BLOCK, num_layers=6, conditions=ACTIONS), load

@@ -5,7 +5,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformer3DModel
 
 from scd.data.clip import Conditions
-from scd.models.visibility import FrameCausal, dense_mask
+from scd.models.attention import FrameCausal, dense_mask
 from scd.models.wan.transformer import TIME_SCALE
 from scd.probing.diffusers_wan import WanSubject
 from scd.probing.intercept import without

@@ -346,8 +346,8 @@ def test_contexts_of_several_states_are_those_of_each(spec, block):
     together = engine.contexts(states, conditions, [None] * len(states))
     for found, wanted, state, now in zip(together, alone, states, conditions, strict=True):
         torch.testing.assert_close(found.tokens, wanted.tokens, atol=FP32, rtol=0)
-        gain = found.gain.expand(wanted.gain.shape)
-        torch.testing.assert_close(gain, wanted.gain, atol=FP32, rtol=0)
+        scale = found.norm_scale.expand(wanted.norm_scale.shape)
+        torch.testing.assert_close(scale, wanted.norm_scale, atol=FP32, rtol=0)
         # What was written is kept without another pass.
         assert found.conditions is now and state.encoded_for is now
     assert world.model.config.block == block

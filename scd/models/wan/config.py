@@ -18,6 +18,9 @@ from scd.models.kv_cache import CacheConfig
 class WanBlockConfig:
     """Settings that all blocks of a Wan model share; the values of Wan2.1 1.3B."""
 
+    distance_bias = 0.0
+    """There is no attention bias over frame distance."""
+
     num_heads: int = 12
     """Attention heads."""
     head_dim: int = 128

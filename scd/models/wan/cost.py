@@ -1,38 +1,17 @@
 """What one frame of a Wan model costs by formula: operations, bytes, memory.
 
-Counted as in scd/models/sizes.py and scd/models/cost.py. A text is embedded once per prompt, so its
-maps do not count, but its keys and values are read in every pass.
+Counted as in scd/models/cost.py. A text is embedded once per prompt, so its maps do not count, but
+its keys and values are read in every pass.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from scd.data.clip import ConditionSpec
-from scd.models.cost import FrameCost, Load
-from scd.models.embed import FrameShape
-from scd.models.wan.config import WanBlockConfig, WanConfig, WanSeparableConfig
+from scd.models.cost import FrameCost, Load, Sizes
+from scd.models.wan.config import WanConfig, WanSeparableConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class WanSizes:
+class WanSizes(Sizes):
     """Operations and parameters of the parts of a Wan model, for one frame."""
-
-    shape: FrameShape
-    """Tokens of a frame."""
-    block: WanBlockConfig
-    """Width of a token and of the MLP."""
-    conditions: ConditionSpec
-    """Tokens of the text."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a frame."""
-        return self.shape.num_tokens
-
-    def linear(self, num_tokens: int, num_maps: int) -> int:
-        """Return the operations of `num_maps` square maps on some tokens."""
-        return 2 * num_tokens * num_maps * self.block.width**2
 
     def block_flops(self, keys: int, tokens: int | None = None, read: int | None = None) -> int:
         """Return the operations of one block: 4 maps of self-attention, 2 to the text, the MLP.
@@ -54,19 +33,9 @@ class WanSizes:
         return self.linear(self.tokens, 2)
 
     @property
-    def embed_flops(self) -> int:
-        """Operations of cutting a frame into tokens; turning them back takes as many."""
-        return 2 * self.tokens * self.shape.token_dim * self.block.width
-
-    @property
     def time_flops(self) -> int:
         """Operations of embedding a time, and of the modulation that all blocks share."""
         return 2 * self.block.freq_dim * self.block.width + self.linear(1, 7)
-
-    @property
-    def keys_values_size(self) -> int:
-        """Values that a layer remembers of a frame."""
-        return 2 * self.tokens * self.block.width
 
     @property
     def text_size(self) -> int:
@@ -115,7 +84,7 @@ def wan_cost(config: WanConfig, load: Load) -> FrameCost:
     (6 maps) + 4 n d f + 4 n (C n + l) d; besides 4 n p d (p values per token) and the time's
     2 (256 d + 7 d^2). The pass that remembers: the same without head; of the last layer 4 n d^2.
     """
-    sizes = _sizes(config)
+    sizes = WanSizes(config)
     size, layers, frames = load.bytes_per_value, config.num_layers, config.frames_per_block
     n = frames * sizes.tokens
     # The context counts this block's frames.
@@ -131,17 +100,13 @@ def wan_cost(config: WanConfig, load: Load) -> FrameCost:
     read = load.num_encoded * (load.num_context_frames - frames) * sizes.keys_values_size
     text = load.num_encoded * sizes.text_size
     return FrameCost(
-        encoder_flops=0,
-        prepare_flops=0,
         step_flops=load.num_denoised * step,
         memory_flops=load.num_encoded * remember,
-        encoder_bytes=0,
         prepare_bytes=size * sizes.time_parameters,
         step_bytes=size * (step_weights + layers * (read + text)),
         memory_bytes=size * (remember_weights + (layers - 1) * (read + text) + layers * written),
         weight_bytes=size * (step_weights + sizes.time_parameters + sizes.text_parameters),
         cache_bytes=size * layers * (read + written + text),
-        prefix_bytes=0,
     )
 
 
@@ -152,7 +117,7 @@ def wan_separable_cost(config: WanSeparableConfig, load: Load) -> FrameCost:
     layer's output, for the finished frame. A step: the decoder's layers for 2 n tokens over 2 n
     keys, of the last one n tokens; with join "middle" the first layers for n tokens over n.
     """
-    sizes, decoder = _sizes(config), config.decoder
+    sizes, decoder = WanSizes(config), config.decoder
     size, layers, n = load.bytes_per_value, config.encoder.num_layers, sizes.tokens
     block = sizes.block_flops(load.num_context_frames * n)
     begin = sizes.embed_flops + sizes.time_flops
@@ -178,7 +143,6 @@ def wan_separable_cost(config: WanSeparableConfig, load: Load) -> FrameCost:
     others = sizes.time_parameters + sizes.text_parameters
     return FrameCost(
         encoder_flops=load.num_encoded * (begin + layers * block),
-        prepare_flops=0,
         step_flops=load.num_denoised * steps,
         memory_flops=load.num_encoded * (begin + (layers - 1) * block + sizes.keys_values_flops),
         encoder_bytes=size * (encoder_weights + sizes.time_parameters + layers * (read + text)),
@@ -188,9 +152,4 @@ def wan_separable_cost(config: WanSeparableConfig, load: Load) -> FrameCost:
         * (encoder_weights - less + (layers - 1) * (read + text) + layers * written),
         weight_bytes=size * (encoder_weights + step_weights + 2 * others),
         cache_bytes=size * (layers * (read + written + text) + decoder.num_layers * text),
-        prefix_bytes=0,
     )
-
-
-def _sizes(config: WanConfig | WanSeparableConfig) -> WanSizes:
-    return WanSizes(shape=config.shape, block=config.block, conditions=config.conditions)

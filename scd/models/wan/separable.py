@@ -1,13 +1,14 @@
 """Separable Wan model: the first layers as causal encoder, the first and the last as decoder.
 
-The encoder reads the frame to come as noise, beside the clean frames in its memory; so each frame
-takes it two passes, one that gives the context and one that remembers the finished frame. Source:
-paper, sections 6.1 to 6.3.
+The encoder reads the frame to come as noise, beside the cached clean frames; so each frame takes it
+two passes, one that gives the context and one that caches the finished frame. Source: paper,
+sections 6.1 to 6.3.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -15,37 +16,64 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.common.runtime import make_generator
-from scd.data.clip import Conditions
-from scd.models.augment import Augmentation
-from scd.models.base import CausalDiffuser
-from scd.models.cost import FrameCost, Load
-from scd.models.embed import EncoderNoise, Field
+from scd.data.clip import Conditions, ConditionSpec
+from scd.models.attention import attend
+from scd.models.base import Augmentation, CausalDiffuser
+from scd.models.embed import EncoderNoise, Field, FrameShape
 from scd.models.flow import interpolate
-from scd.models.kv_cache import KVCache
-from scd.models.wan.block import TextKeysValues
-from scd.models.wan.config import WanSeparableConfig
-from scd.models.wan.cost import wan_separable_cost
-from scd.models.wan.decoder import WanFrameDecoder
-from scd.models.wan.text import TextMemory, remember_text, text_of
-from scd.models.wan.transformer import WanTransformer
+from scd.models.stack import Text, check_blocks
+from scd.models.wan.config import WanBlockConfig, WanDecoderConfig, WanSeparableConfig
+from scd.models.wan.transformer import WanState, WanTransformer, text_in, text_of
 
 
-@dataclass(kw_only=True)
-class WanSeparableState:
-    """A batch of streams: the clean frames so far, and the text that holds now."""
+class WanFrameDecoder(WanTransformer):
+    """The first and the last layers of a Wan model over one frame and its context."""
 
-    cache: KVCache
-    """Keys and values of all clean frames in the encoder's layers, at their absolute positions."""
-    next_frame: int
-    """Position of the frame that comes next."""
-    encoder_text: TextMemory | None = None
-    """The encoder's keys and values of the text; None: no frame has asked for it."""
-    decoder_text: TextMemory | None = None
-    """The decoder's."""
+    def __init__(
+        self,
+        config: WanDecoderConfig,
+        shape: FrameShape,
+        block: WanBlockConfig,
+        conditions: ConditionSpec,
+    ) -> None:
+        super().__init__(shape, block, conditions, config.num_layers)
+        self.config = config
 
-    def fork(self) -> WanSeparableState:
-        """Return an independent copy."""
-        return replace(self, cache=self.cache.fork())
+    def denoise(
+        self,
+        context: Float[Tensor, "f n d"],
+        text: Text,
+        noisy: Float[Tensor, "f c h w"],
+        time: Float[Tensor, " f"],
+    ) -> Float[Tensor, "f c h w"]:
+        """Return the velocity of noisy frames, each by itself.
+
+        Args:
+            context: of the same f frames.
+            text: of each frame, or of fewer rows which as many frames in a row share.
+            noisy: latent frames at `time`.
+            time: 0 clean to 1 noise.
+        """
+        embedding, modulation = self.condition_embedder.times(time[:, None])
+        # Within one frame only differences of positions matter, so every frame is frame 0.
+        rotary = self.rotary([0])
+        x = self.tokens(noisy[:, None])
+        join = self.config.num_first if self.config.join == "middle" else 0
+        for layer, (block, words) in enumerate(zip(self.blocks, text or (), strict=True)):
+            if layer == join:
+                # Context and noise have the same places, and stand as two frames side by side.
+                x = torch.cat([context[:, None].to(x.dtype), x], dim=1)
+                modulation = torch.cat([self._of_context(modulation, time), modulation], dim=1)
+                rotary = rotary[0].repeat(2, 1), rotary[1].repeat(2, 1)
+            last = layer == len(self.blocks) - 1
+            # Nobody reads the context's half after the last block.
+            x = self.run_block(block, x, modulation, rotary, attend, words, 1 if last else None)
+        return self.head(x, embedding)[:, 0]
+
+    def _of_context(self, modulation: Tensor, time: Tensor) -> Tensor:
+        if self.config.context_time == "same":
+            return modulation
+        return self.condition_embedder.times(torch.zeros_like(time)[:, None])[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,33 +82,22 @@ class WanFrameContext:
 
     tokens: Float[Tensor, "b n d"]
     """What the encoder knows of the frame."""
-    text: list[TextKeysValues]
+    text: Text
     """The decoder's keys and values of the text in each layer."""
 
 
 class WanSeparableDiffuser(CausalDiffuser):
-    """Encoder and decoder behind the interface that all models share.
-
-    Streaming, for each frame: `context` once, with noise, `velocity` once per step, `observe`.
-    """
+    """Encoder and decoder behind the interface that all models share; `context` needs noise."""
 
     config_class = WanSeparableConfig
 
     def __init__(self, config: WanSeparableConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.shape = config, config.shape
         parts = (config.shape, config.block, config.conditions)
         self.encoder = WanTransformer(*parts, config.encoder.num_layers, has_head=False)
         self.decoder = WanFrameDecoder(config.decoder, *parts)
-
-    @property
-    def encoder_noise(self) -> EncoderNoise:
-        """What noise `context` needs: see `WanEncoderConfig.noise`."""
-        return self.config.encoder.noise
-
-    def frame_cost(self, load: Load) -> FrameCost:
-        """Count one frame; `wan_separable_cost` states the formula."""
-        return wan_separable_cost(self.config, load)
+        self.encoder_noise: EncoderNoise = config.encoder.noise
 
     def forward(
         self,
@@ -161,17 +178,18 @@ class WanSeparableDiffuser(CausalDiffuser):
     ) -> Float[Tensor, "b r2 m n d"]:
         """Run the encoder over clean frames and, beside them, those to be denoised as noise."""
         batch, num_draws, num_noisy = noise.shape[:3]
+        check_blocks(clean.shape[1], num_noisy)
         time = self._encoder_times(noise, augment)
         frames = interpolate(clean[:, None, -num_noisy:].expand_as(noise), noise, time)
         if clean_time is None:
             clean_time = torch.zeros(clean.shape[:2], device=clean.device)
         times = self.encoder.condition_embedder.times
-        tokens = self.encoder.teacher_forced(
-            clean,
-            times(clean_time)[1],
-            frames.flatten(0, 1),
+        tokens = self.encoder.run_teacher_forced(
+            self.encoder.tokens(clean[:, :-1]),
+            times(clean_time[:, :-1])[1],
+            self.encoder.tokens(frames.flatten(0, 1)),
             times(time.flatten(0, 1))[1],
-            self.encoder.text_memory(text_of(conditions, batch)),
+            self.encoder.text_keys_values(text_of(conditions, batch)),
         )
         if augment is not None and augment.context_noise > 0:
             tokens = _corrupted(tokens, augment.context_noise, augment.noise_like(tokens))
@@ -192,7 +210,7 @@ class WanSeparableDiffuser(CausalDiffuser):
         batch, num_draws, num_noisy = noisy.shape[:3]
         velocity = self.decoder.denoise(
             rearrange(context.expand(-1, num_draws, -1, -1, -1), "b r m n d -> (b r m) n d"),
-            self.decoder.text_memory(text_of(conditions, batch)),
+            self.decoder.text_keys_values(text_of(conditions, batch)),
             rearrange(noisy, "b r m c h w -> (b r m) c h w"),
             rearrange(time, "b r m -> (b r m)"),
         )
@@ -203,20 +221,18 @@ class WanSeparableDiffuser(CausalDiffuser):
         clean: Float[Tensor, "b t c h w"] | None,
         conditions: Conditions,
         batch: int = 1,
-        num_frames_in_memory: int | None = None,
-    ) -> WanSeparableState:
+        window: int | None = None,
+    ) -> WanState:
         """Start a batch of streams, from given first frames or (None) from nothing."""
-        config = self.config.cache.with_window(num_frames_in_memory)
-        cache = self.encoder.new_cache(config, batch if clean is None else clean.shape[0])
-        state = WanSeparableState(cache=cache, next_frame=0)
-        for number in range(0 if clean is None else clean.shape[1]):
-            assert clean is not None
-            self.observe(state, clean[:, number], conditions)
+        batch = batch if clean is None else clean.shape[0]
+        state = WanState(cache=self.stream_cache(batch, window), next_position=0)
+        for frame in () if clean is None else clean.unbind(1):
+            self.observe(state, frame, conditions)
         return state
 
     def context(
         self,
-        state: WanSeparableState,
+        state: WanState,
         conditions: Conditions,
         noise: Float[Tensor, "b c h w"] | None = None,
     ) -> WanFrameContext:
@@ -229,11 +245,9 @@ class WanSeparableDiffuser(CausalDiffuser):
         """
         if noise is None:
             raise ValueError("the encoder of a separable Wan model reads noise: none was given")
-        batch = noise.shape[0]
-        state.decoder_text = remember_text(self.decoder, conditions, batch, state.decoder_text)
-        tokens = self._extend(state, noise, 1.0, conditions, only_remember=False)
-        assert tokens is not None
-        return WanFrameContext(tokens=tokens[:, 0], text=state.decoder_text.layers)
+        tokens = self._encode(state, noise, 1.0, conditions)
+        text = text_in(state, conditions, self.encoder, self.decoder)
+        return WanFrameContext(tokens=tokens[:, 0], text=text[len(self.encoder.blocks) :])
 
     def with_noisy_branch(
         self, context: WanFrameContext, strength: float, noise: Float[Tensor, "b 1 n d"]
@@ -242,7 +256,7 @@ class WanSeparableDiffuser(CausalDiffuser):
         noisy = _corrupted(context.tokens, strength, noise[:, 0])
         return WanFrameContext(
             tokens=torch.cat([noisy, context.tokens]),
-            text=[(k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1)) for k, v in context.text],
+            text=[(k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1)) for k, v in context.text or ()],
         )
 
     def velocity(
@@ -255,29 +269,32 @@ class WanSeparableDiffuser(CausalDiffuser):
         return self.decoder.denoise(context.tokens, context.text, noisy, time)
 
     def observe(
-        self, state: WanSeparableState, clean: Float[Tensor, "b c h w"], conditions: Conditions
+        self, state: WanState, clean: Float[Tensor, "b c h w"], conditions: Conditions
     ) -> None:
-        """Make a frame part of the past: one pass of the encoder at time 0 writes its memory."""
-        self._extend(state, clean, 0.0, conditions, only_remember=True)
-        state.cache.advance([state.next_frame])
-        state.next_frame += 1
+        """Make a frame part of the past: one pass of the encoder at time 0 fills the cache."""
+        self._encode(state, clean, 0.0, conditions, only_cache=True)
+        state.cache.advance([state.next_position])
+        state.next_position += 1
 
-    def _extend(
+    def _encode(
         self,
-        state: WanSeparableState,
+        state: WanState,
         frames: Tensor,
         time: float,
         conditions: Conditions,
-        only_remember: bool,
-    ) -> Tensor | None:
+        only_cache: bool = False,
+    ) -> Tensor:
         state.cache.make_room()
-        text = remember_text(self.encoder, conditions, frames.shape[0], state.encoder_text)
-        state.encoder_text = text
+        encoder, place = self.encoder, [state.next_position]
         times = torch.full((frames.shape[0], 1), time, device=frames.device)
-        modulation = self.encoder.condition_embedder.times(times)[1]
-        rotary = self.encoder.rotary([state.next_frame])
-        return self.encoder.extend(
-            state.cache, frames[:, None], modulation, text.layers, rotary, only_remember
+        return encoder.run_cached(
+            state.cache,
+            encoder.tokens(frames[:, None]),
+            encoder.condition_embedder.times(times)[1],
+            encoder.rotary(place),
+            place,
+            text_in(state, conditions, encoder, self.decoder),
+            only_cache=only_cache,
         )
 
 
@@ -290,3 +307,27 @@ def _drawn(frames: Tensor, augment: Augmentation | None) -> Tensor:
 def _corrupted(tokens: Tensor, strength: float, noise: Tensor) -> Tensor:
     """Add noise to context tokens; they come from no norm, so it has the scale of each token."""
     return tokens + strength * noise * tokens.std(dim=-1, keepdim=True)
+
+
+def places_of(name: str, num_layers: int, config: WanSeparableConfig) -> list[str]:
+    """Return the names under which a weight of the dense model lies in the separable one.
+
+    Both parts have embedders of their own, equal at first; a layer may lie in both, in one, or in
+    none.
+    """
+    found = re.match(r"blocks\.(\d+)\.(.+)", name)
+    if found is None:
+        is_head = name.startswith("proj_out.") or name == "scale_shift_table"
+        return [f"decoder.{name}"] if is_head else [f"encoder.{name}", f"decoder.{name}"]
+    layer, rest = int(found[1]), found[2]
+    places = [f"encoder.blocks.{layer}.{rest}"] if layer < config.encoder.num_layers else []
+    for place, own in enumerate(decoder_layers(num_layers, config)):
+        if own == layer:
+            places.append(f"decoder.blocks.{place}.{rest}")
+    return places
+
+
+def decoder_layers(num_layers: int, config: WanSeparableConfig) -> list[int]:
+    """Return the layers of the dense model, from 0, that the decoder is made of."""
+    first, last = config.decoder.num_first, config.decoder.num_last
+    return [*range(first), *range(num_layers - last, num_layers)]

@@ -1,12 +1,12 @@
-"""A stack of Wan's blocks with what turns frames, times and text into its input, and back.
+"""Wan's transformer under the names of diffusers' weights, and the text that a stream keeps.
 
-It knows three ways to run: all frames under a mask, noisy frames beside their clean history, and
-frames that read a memory. Source: paper, sections 6.1 and 6.3.
+Names as in diffusers' WanTransformer3DModel. Source: paper, sections 6.1 and 6.3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -14,14 +14,167 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scd.data.clip import ConditionSpec
-from scd.models.attention import Rotary, attend, frame_positions, rotary_table
-from scd.models.block import Attend, Stack
+from scd.data.clip import Conditions, ConditionSpec
+from scd.models.attention import Rotary, attend, join_heads, rotate, split_heads
+from scd.models.base import State
+from scd.models.block import Attend
 from scd.models.embed import FrameShape, to_patches
-from scd.models.kv_cache import CacheConfig, KVCache
-from scd.models.visibility import FrameCausal, TeacherForcing, Visibility
-from scd.models.wan.block import TextKeysValues, WanBlock
+from scd.models.stack import Stack
 from scd.models.wan.config import WanBlockConfig
+
+KeysValues = tuple[Float[Tensor, "b k s e"], Float[Tensor, "b k s e"]]
+"""Keys and values of some tokens."""
+
+TextKeysValues = tuple[Float[Tensor, "b k l e"], Float[Tensor, "b k l e"]]
+"""Keys and values of a text in one layer."""
+
+
+class WanAttention(nn.Module):
+    """Queries, keys and values, normalised over all heads together; and the way back."""
+
+    def __init__(self, config: WanBlockConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.to_q = nn.Linear(config.width, config.width)
+        self.to_k = nn.Linear(config.width, config.width)
+        self.to_v = nn.Linear(config.width, config.width)
+        self.to_out = nn.ModuleList([nn.Linear(config.width, config.width)])
+        self.norm_q = nn.RMSNorm(config.width, config.eps)
+        self.norm_k = nn.RMSNorm(config.width, config.eps)
+
+    def queries(
+        self, x: Float[Tensor, "b s d"], rotary: Rotary | None = None
+    ) -> Float[Tensor, "b k s e"]:
+        """Project tokens to queries, rotated if there are positions."""
+        return self._placed(self.norm_q(self.to_q(x)), rotary)
+
+    def keys_values(self, x: Float[Tensor, "b s d"], rotary: Rotary | None = None) -> KeysValues:
+        """Project tokens to keys, rotated if there are positions, and to values."""
+        k = self._placed(self.norm_k(self.to_k(x)), rotary)
+        return k, split_heads(self.to_v(x), self.head_dim)
+
+    def out(self, read: Float[Tensor, "b k s e"]) -> Float[Tensor, "b s d"]:
+        """Project what was read back to the width of the model."""
+        return self.to_out[0](join_heads(read))
+
+    def _placed(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        heads = split_heads(x, self.head_dim)
+        return heads if rotary is None else rotate(heads, rotary)
+
+
+def _read_text(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    num_sharing = q.shape[0] // k.shape[0]
+    queries = rearrange(q, "(b f) k s e -> b k (f s) e", f=num_sharing)
+    return rearrange(attend(queries, k, v), "b k (f s) e -> (b f) k s e", f=num_sharing)
+
+
+class WanUp(nn.Module):
+    """Linear map and tanh-GELU."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, inner)
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d2"]:
+        """Map tokens."""
+        return functional.gelu(self.proj(x), approximate="tanh")
+
+
+class WanFeedForward(nn.Module):
+    """The MLP; the middle place of its list has no weights, and is there for the names."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([WanUp(width, inner), nn.Identity(), nn.Linear(inner, width)])
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        """Map tokens."""
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class WanBlock(nn.Module):
+    """Self-attention, attention to the text, and an MLP.
+
+    The first and the last stand behind a norm and a gate that the frame's time modulates; the text
+    is read without gate or modulation.
+    """
+
+    def __init__(self, config: WanBlockConfig) -> None:
+        super().__init__()
+        self.attn1 = WanAttention(config)
+        self.attn2 = WanAttention(config)
+        self.norm2 = nn.LayerNorm(config.width, config.eps) if config.norm_before_text else None
+        self.ffn = WanFeedForward(config.width, config.ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.width) / config.width**0.5)
+        self.eps = config.eps
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t n d"],
+        modulation: Float[Tensor, "b t 6 d"],
+        rotary: Rotary,
+        read: Attend,
+        text: tuple[Tensor, Tensor],
+        num_read: int | None = None,
+    ) -> Float[Tensor, "b t2 n d"]:
+        """Run the block.
+
+        Args:
+            x: tokens of one or more frames.
+            modulation: of each frame's time.
+            rotary: positions of all t * n tokens.
+            read: from rotated queries, keys and values to what is read.
+            text: keys and values of the text, from `text_keys_values`; of fewer rows, where as many
+                rows of x in a row share each.
+            num_read: how many frames, the last ones, somebody will read; the others only give keys
+                and values. None: all.
+        """
+        parts = self._parts(modulation)
+        normed = self._modulated(x, parts[0], parts[1])
+        k, v = self.attn1.keys_values(normed.flatten(1, 2), rotary)
+        if num_read is not None:
+            x, normed = x[:, -num_read:], normed[:, -num_read:]
+            parts = [part[:, -num_read:] for part in parts]
+            num_tokens = num_read * x.shape[2]
+            rotary = rotary[0][-num_tokens:], rotary[1][-num_tokens:]
+        q = self.attn1.queries(normed.flatten(1, 2), rotary)
+        x = self._added(x, self.attn1.out(read(q, k, v)), parts[2])
+        normed = x
+        if self.norm2 is not None:
+            weight, bias = self.norm2.weight, self.norm2.bias
+            normed = self._normed(x.to(weight.dtype), weight, bias).to(x.dtype)
+        q = self.attn2.queries(normed.flatten(1, 2))
+        x = x + self.attn2.out(_read_text(q, *text)).view(x.shape)
+        return self._added(x, self.ffn(self._modulated(x, parts[3], parts[4])), parts[5])
+
+    def keys_values(
+        self, x: Float[Tensor, "b t n d"], modulation: Float[Tensor, "b t 6 d"], rotary: Rotary
+    ) -> KeysValues:
+        """Return only keys and values: all that others need of tokens whose output is not read."""
+        shift, scale = self._parts(modulation)[:2]
+        return self.attn1.keys_values(self._modulated(x, shift, scale).flatten(1, 2), rotary)
+
+    def text_keys_values(self, text: Float[Tensor, "b l d"]) -> TextKeysValues:
+        """Return keys and values of an embedded text, which serve all frames of a stream."""
+        return self.attn2.keys_values(text)
+
+    def _parts(self, modulation: Tensor) -> list[Tensor]:
+        """Shift, scale and gate of attention, then of the MLP, [b t 1 d] each, in float32."""
+        table = self.scale_shift_table.float() + modulation.float()
+        return list(rearrange(table, "b t (parts one) d -> parts b t one d", one=1))
+
+    def _modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return (self._normed(x.float()) * (1 + scale) + shift).to(x.dtype)
+
+    def _normed(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None):
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+
+    @staticmethod
+    def _added(x: Tensor, change: Tensor, gate: Tensor) -> Tensor:
+        return (x.float() + change.view(x.shape).float() * gate).to(x.dtype)
+
 
 TIME_SCALE = 1000
 """What Wan multiplies times by."""
@@ -82,6 +235,8 @@ def time_sinusoids(time: Float[Tensor, "*b"], num: int) -> Float[Tensor, "*b fea
 class WanTransformer(Stack):
     """Embedders and blocks, and the head if there is one, named as in WanTransformer3DModel."""
 
+    recomputes_streams = True
+
     def __init__(
         self,
         shape: FrameShape,
@@ -90,8 +245,7 @@ class WanTransformer(Stack):
         num_layers: int,
         has_head: bool = True,
     ) -> None:
-        super().__init__()
-        self.frame_shape, self.block_config = shape, block
+        Stack.__init__(self, shape, block)
         patch = (1, shape.patch_size, shape.patch_size)
         self.patch_embedding = nn.Conv3d(shape.channels, block.width, patch, patch)
         self.condition_embedder = WanEmbedder(block, conditions.text_dim)
@@ -101,17 +255,22 @@ class WanTransformer(Stack):
             table = torch.randn(1, 2, block.width) / block.width**0.5
             self.scale_shift_table = nn.Parameter(table)
 
-    def embed(self, frames: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t n d"]:
+    @property
+    def like(self) -> Tensor:
+        """A weight in the type, and on the device, in which tokens are computed."""
+        return self.patch_embedding.weight
+
+    def tokens(self, frames: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t n d"]:
         """Cut frames into tokens: the convolution of patches, which do not overlap, as one map."""
         weight = self.patch_embedding.weight
-        patches = to_patches(frames.to(weight.dtype), self.frame_shape.patch_size)
+        patches = to_patches(frames.to(weight.dtype), self.shape.patch_size)
         return functional.linear(patches, weight.flatten(1), self.patch_embedding.bias)
 
-    def text_memory(self, text: Float[Tensor, "b l c"]) -> list[TextKeysValues]:
+    def text_keys_values(self, text: Float[Tensor, "b l c"]) -> list[TextKeysValues]:
         """Embed a text and return its keys and values in every layer; padding counts as text."""
         weight = self.condition_embedder.time_proj.weight
         words = self.condition_embedder.text_embedder(text.to(weight.dtype))
-        return [block.text_keys_values(words) for block in self._blocks]
+        return [block.text_keys_values(words) for block in self.blocks]  # type: ignore[operator]
 
     def head(
         self, x: Float[Tensor, "b t n d"], embedding: Float[Tensor, "b t d"]
@@ -119,169 +278,71 @@ class WanTransformer(Stack):
         """Turn tokens into velocities."""
         table = self.scale_shift_table.float() + embedding.float()[:, :, None]
         shift, scale = rearrange(table, "b t (parts one) d -> parts b t one d", one=1)
-        normed = functional.layer_norm(x.float(), x.shape[-1:], eps=self.block_config.eps)
+        normed = functional.layer_norm(x.float(), x.shape[-1:], eps=self.block.eps)
         patches = self.proj_out((normed * (1 + scale) + shift).to(x.dtype))
-        # The channel stands last within a patch here, and first in `embed`.
+        # The channel stands last within a patch here, and first in `tokens`.
         return rearrange(
             patches,
             "b t (rows columns) (p q c) -> b t c (rows p) (columns q)",
-            rows=self.frame_shape.rows,
-            p=self.frame_shape.patch_size,
-            q=self.frame_shape.patch_size,
+            rows=self.shape.rows,
+            p=self.shape.patch_size,
+            q=self.shape.patch_size,
         )
 
-    def masked(
-        self,
-        frames: Float[Tensor, "b t c h w"],
-        modulation: Float[Tensor, "b t 6 d"],
-        text: list[TextKeysValues],
-        visible: Visibility | None,
-    ) -> Float[Tensor, "b t n d"]:
-        """Run all layers over all frames in one sequence, under a mask; None: each sees all."""
-        rotary = self.rotary(range(frames.shape[1]))
 
-        def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, k, v, visible)
+@dataclass(frozen=True, kw_only=True)
+class TextCache:
+    """Keys and values of the text of each stream."""
 
-        x = self.embed(frames)
-        for block, words in zip(self._blocks, text, strict=True):
-            x = self.run(block, x, modulation, rotary, read, words)
-        return x
+    text: Tensor
+    """Embedded text, [b l c]."""
+    layers: list[TextKeysValues]
+    """Of each layer, of all parts."""
+    carries_gradient: bool
+    """Whether gradient reaches the weights that made them."""
 
-    def teacher_forced(
-        self,
-        clean: Float[Tensor, "b t c h w"],
-        clean_modulation: Float[Tensor, "b t 6 d"],
-        noisy: Float[Tensor, "br m c h w"],
-        modulation: Float[Tensor, "br m 6 d"],
-        text: list[TextKeysValues],
-        frames_per_block: int = 1,
-    ) -> Float[Tensor, "br m n d"]:
-        """Run all layers over noisy frames, each beside the clean frames before it.
+    def serves(self, text: Tensor) -> bool:
+        """Tell whether this is the cache of a text, with gradient where it is asked for."""
+        if torch.is_grad_enabled() and not self.carries_gradient:
+            return False
+        # The same tensor comes every frame; only another one has to be looked at.
+        return text is self.text or (text.shape == self.text.shape and torch.equal(text, self.text))
 
-        Args:
-            clean: frames of a clip: each sees those up to itself.
-            clean_modulation: of their times.
-            noisy: r draws of the last m frames, the r of a clip in a row; each sees the clean
-                frames before it and itself, and stands where the clean one stands.
-            modulation: of their times.
-            text: of each clip.
-            frames_per_block: frames that see each other.
-        """
-        num_draws, num_noisy = noisy.shape[0] // clean.shape[0], noisy.shape[1]
-        first = clean.shape[1] - num_noisy
-        if first < 0 or first % frames_per_block or num_noisy % frames_per_block:
-            raise ValueError(
-                f"needed whole blocks of {frames_per_block} frames and no more noisy than clean "
-                f"ones, got {num_noisy} noisy and {clean.shape[1]} clean ones"
-            )
-        # The last block of clean frames is no frame's past.
-        num_past, size = clean.shape[1] - frames_per_block, self.frame_shape.num_tokens
-        x_past, x = self.embed(clean[:, :num_past]), self.embed(noisy)
-        past_modulation = clean_modulation[:, :num_past]
-        past_rotary = self.rotary(range(num_past))
-        rotary = self.rotary(range(first, first + num_noisy))
-        visible_past = FrameCausal(
-            num_frames=num_past, tokens_per_frame=size, frames_per_block=frames_per_block
+
+def text_of(conditions: Conditions, batch: int) -> Tensor:
+    """Return the text of a batch of streams.
+
+    Raises:
+        ValueError: there is none, or of another number of streams.
+    """
+    if conditions.text is None:
+        raise ValueError("a Wan model is steered by an embedded text, but none was given")
+    if conditions.text.shape[0] != batch:
+        raise ValueError(f"{batch} streams need as many texts, got {conditions.text.shape[0]}")
+    return conditions.text
+
+
+@dataclass(kw_only=True)
+class WanState(State):
+    """A batch of streams: the cached clean frames, and the text that holds now."""
+
+    text: TextCache | None = None
+    """Keys and values of the text; None: no frame has asked for it."""
+
+
+def text_in(
+    state: WanState, conditions: Conditions, *parts: WanTransformer
+) -> list[TextKeysValues]:
+    """Return keys and values of a text in all layers of some parts, kept while it is the same.
+
+    Raises:
+        ValueError: there is no text, or of another number of streams.
+    """
+    text = text_of(conditions, state.cache.keys.shape[1])
+    if state.text is None or not state.text.serves(text):
+        state.text = TextCache(
+            text=text,
+            layers=[layer for part in parts for layer in part.text_keys_values(text)],
+            carries_gradient=torch.is_grad_enabled(),
         )
-        visible = None
-        if num_noisy > frames_per_block:
-            visible = TeacherForcing(
-                num_clean=num_past,
-                first_noisy=first,
-                num_noisy=num_noisy,
-                tokens_per_frame=size,
-                frames_per_block=frames_per_block,
-            )
-
-        def read_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, k, v, visible_past)
-
-        for layer, (block, words) in enumerate(zip(self._blocks, text, strict=True)):
-            if layer == len(text) - 1 or num_past == 0:
-                keys, values = block.keys_values(x_past, past_modulation, past_rotary)
-            else:
-                x_past, keys, values = self.run(
-                    block.with_keys_values, x_past, past_modulation, past_rotary, read_past, words
-                )
-            keys, values = (part.repeat_interleave(num_draws, 0) for part in (keys, values))
-            read = _reading_also(keys, values, visible)
-            x = self.run(block, x, modulation, rotary, read, words)
-        return x
-
-    def extend(
-        self,
-        cache: KVCache,
-        frames: Float[Tensor, "b t c h w"],
-        modulation: Float[Tensor, "b t 6 d"],
-        text: list[TextKeysValues],
-        rotary: Rotary,
-        only_remember: bool = False,
-    ) -> Float[Tensor, "b t n d"] | None:
-        """Run frames that see each other and a memory, and write them into its next place.
-
-        Args:
-            cache: has room for them; the caller advances it to keep them.
-            frames: next frames of each stream.
-            modulation: of their times.
-            text: of each stream.
-            rotary: their positions.
-            only_remember: nobody reads their tokens: the last layer only remembers, and None is
-                returned.
-        """
-        x = self.embed(frames)
-        for layer, (block, words) in enumerate(zip(self._blocks, text, strict=True)):
-            if only_remember and layer == len(text) - 1:
-                cache.write(layer, *block.keys_values(x, modulation, rotary))
-                return None
-            x = self.run(block, x, modulation, rotary, _remembering(cache, layer), words)
-        return x
-
-    def new_cache(self, config: CacheConfig, batch: int, frames_per_block: int = 1) -> KVCache:
-        """Allocate the memory of a batch of streams; a place of it holds a block of frames."""
-        block, weight = self.block_config, self.patch_embedding.weight
-        return KVCache(
-            CacheConfig(
-                window=config.window // frames_per_block,
-                num_sinks=config.num_sinks // frames_per_block,
-                rebase_sinks=config.rebase_sinks,
-            ),
-            num_layers=len(self.blocks),
-            batch=batch,
-            num_heads=block.num_heads,
-            head_dim=block.head_dim,
-            tokens_per_frame=self.frame_shape.num_tokens * frames_per_block,
-            rotary_axes=block.rotary_axes,
-            rotary_theta=block.rotary_theta,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
-
-    def rotary(self, frames: Sequence[int]) -> Rotary:
-        """Return the positions of the tokens of some frames."""
-        device = self.patch_embedding.weight.device
-        positions = frame_positions(
-            torch.tensor(list(frames), dtype=torch.long, device=device),
-            self.frame_shape.rows,
-            self.frame_shape.columns,
-        )
-        return rotary_table(
-            positions, self.block_config.rotary_axes, self.block_config.rotary_theta
-        )
-
-    @property
-    def _blocks(self) -> list[WanBlock]:
-        blocks = list(self.blocks)
-        return blocks  # type: ignore[return-value]
-
-
-def _reading_also(keys: Tensor, values: Tensor, visible: Visibility | None) -> Attend:
-    def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), visible)
-
-    return read
-
-
-def _remembering(cache: KVCache, layer: int) -> Attend:
-    write = cache.writer(layer)
-    return lambda q, k, v: attend(q, *write(k, v))
+    return state.text.layers
