@@ -40,28 +40,16 @@ class Autoencoder(ABC):
         """Read the weights, if there are any, which else are read when they are first needed."""
 
     def computes(self) -> tuple[str, dict[str, Tensor]]:
-        """Return what its results depend on besides the settings: some text, and its weights.
-
-        Raises:
-            FileNotFoundError, ValueError: the weights cannot be read.
-        """
+        """Return what its results depend on besides the settings: some text, and its weights."""
         return "", {}
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return channels, rows and columns of the latent of a height x width frame.
-
-        Raises:
-            ValueError: the frame cannot be cut into cells.
-        """
+        """Return channels, rows and columns of a frame's latent (ValueError: no whole cells)."""
 
     @abstractmethod
     def encode(self, frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t2 c h2 w2"]:
-        """Turn frames in [-1, 1] into latents.
-
-        Raises:
-            ValueError: frames that cannot be cut into cells, or a number of frames that cannot be.
-        """
+        """Turn frames in [-1, 1] into latents (ValueError: of another size or number)."""
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t2 3 h2 w2"]:
@@ -124,12 +112,7 @@ class NetworkAutoencoder(Autoencoder):
     """
 
     def __init__(self, config: Any, network: nn.Module | None = None) -> None:
-        """Describe the autoencoder.
-
-        Args:
-            config: where it lies.
-            network: diffusers' network, where it is at hand already.
-        """
+        """Describe the autoencoder; diffusers' network may be at hand already."""
         self.config = config
         self._network: Any = None
         self._device, self._dtype = torch.device("cpu"), torch.float32

@@ -63,11 +63,7 @@ def open_autoencoder(
 
 
 def fingerprint(autoencoder: Autoencoder) -> str:
-    """Name what an autoencoder computes, wherever its weights lie: 32 hexadecimal digits.
-
-    Raises:
-        FileNotFoundError, ValueError: its weights cannot be read.
-    """
+    """Name what an autoencoder computes, wherever its weights lie: 32 hexadecimal digits."""
     settings = {name: value for name, value in to_json(autoencoder.config).items() if name != PLACE}
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
     text, weights = autoencoder.computes()

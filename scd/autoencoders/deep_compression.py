@@ -76,11 +76,7 @@ def deep_settings(name: DeepName) -> dict[str, Any]:
 
 
 def deep_name(height: int, width: int) -> DeepName:
-    """Return the network whose latents of such frames have 8 rows or columns, the shorter side.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Return the network whose latents of such frames have 8 rows or columns, the shorter side."""
     side = min(height, width)
     names: dict[int, DeepName] = {64: "deep-8", 128: "deep-16", 256: "deep-32"}
     if side not in names:
@@ -97,13 +93,7 @@ def settings_from(
     scale: float,
     latent_channels: int = LATENT_CHANNELS,
 ) -> dict[str, Any]:
-    """Put the stages of encoder and decoder under diffusers' names.
-
-    Args:
-        encoder, decoder: their stages, the largest frames first.
-        scale: what latents are multiplied by to be of unit scale.
-        latent_channels: channels of a latent frame.
-    """
+    """Put the stages of encoder and decoder, the largest frames first, under diffusers' names."""
     norms = [stage.norm for stage in decoder]
     settings: dict[str, Any] = {
         "in_channels": 3,
@@ -130,9 +120,6 @@ def settings_of(state: Mapping[str, Tensor], scale: float = FAR_SCALE) -> dict[s
 
     FAR's weights have the names of diffusers' AutoencoderDC. What no weight tells is as in FAR's
     settings: heads of 32, ReLU after batch norm and SiLU elsewhere, pixels moved into channels.
-
-    Raises:
-        ValueError: not the weights of such a network.
     """
     encoder, decoder = (_read_side(state, side) for side in ("encoder", "decoder"))
     if len(encoder) != len(decoder):

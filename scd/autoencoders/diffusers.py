@@ -159,12 +159,7 @@ def open_image_autoencoder(
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
 ) -> ImageAutoencoder:
-    """Open an image autoencoder: its folder, a pipeline with its vae/, a training, the hub.
-
-    Raises:
-        FileNotFoundError: it is not there, or the hub cannot be reached.
-        ValueError: another kind of model, or diffusers is not installed.
-    """
+    """Open an image autoencoder: its folder, a pipeline with its vae/, a training, the hub."""
     folder = find_network(source)
     kind, network = load_network(folder)
     channels, cell_size = shape_of(kind, network)
@@ -185,12 +180,7 @@ def find_network(
     classes: tuple[str, ...] = KINDS,
     what: str = "single-image autoencoder",
 ) -> Path:
-    """Return the folder of an autoencoder; of a training, its newest step.
-
-    Raises:
-        FileNotFoundError: it is not there, or the hub cannot be reached.
-        ValueError: another kind of model.
-    """
+    """Return the folder of an autoencoder; of a training, its newest step."""
     last = Path(source) / LAST_FILE
     place = Path(source) / last.read_text().strip() if last.is_file() else source
     return find_part(place, "vae", classes, what, at_root=True)
@@ -258,11 +248,7 @@ def raw_latents(
 def measure_statistics(
     parts: Iterable[Float[Tensor, "*b c h w"]],
 ) -> Statistics:
-    """Measure mean and deviation of each channel, rounded: other machines get the same numbers.
-
-    Raises:
-        ValueError: no part, values that are not finite, or a channel that never changes.
-    """
+    """Measure mean and deviation of each channel, rounded: other machines get the same numbers."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for part in parts:
         values = part.double().cpu().movedim(-3, 0).flatten(1)

@@ -81,11 +81,7 @@ class PromptEmbedder:
         return f"{self._name}-{self.config.precision}"
 
     def tokens(self, prompt: str) -> list[int]:
-        """Return the ids of a prompt's tokens, the end token included.
-
-        Raises:
-            ValueError: there are more than the text encoder takes.
-        """
+        """Return the ids of a prompt's tokens, the end token included (ValueError: too many)."""
         ids = self._tokenizer(clean_prompt(prompt)).input_ids
         if len(ids) > self.config.length:
             kept = self._tokenizer.decode(ids[: self.config.length - 1])
@@ -97,11 +93,7 @@ class PromptEmbedder:
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "b l c"]:
-        """Embed prompts, on the CPU, in the text encoder's arithmetic.
-
-        Raises:
-            ValueError: a prompt is too long: none is embedded then.
-        """
+        """Embed prompts, in the text encoder's arithmetic (ValueError: one is too long)."""
         tokens = [self.tokens(prompt) for prompt in prompts]
         return torch.stack(
             [self._embed(prompt, ids) for prompt, ids in zip(prompts, tokens, strict=True)]
@@ -111,10 +103,7 @@ class PromptEmbedder:
         """Embed prompts one after another, so that `embed` finds them, and give the memory back.
 
         Filled up they may take more memory than there is: only what their words became is kept, in
-        the cache, or in memory where there is none.
-
-        Raises:
-            ValueError: a prompt is too long: none is embedded then.
+        the cache, or in memory where there is none. If a prompt is too long, none is embedded.
         """
         for prompt in prompts:
             self.tokens(prompt)
@@ -157,12 +146,7 @@ class PromptEmbedder:
 
 
 def text_fingerprint(source: str | os.PathLike[str]) -> str:
-    """Name a source's tokenizer and text encoder, wherever they lie; none of them is loaded.
-
-    Raises:
-        FileNotFoundError: they are not there, or the hub cannot be reached.
-        ValueError: a text encoder of another kind.
-    """
+    """Name a source's tokenizer and text encoder, wherever they lie; none of them is loaded."""
     if not str(source):
         raise FileNotFoundError("no folder of a text encoder is named")
     return fingerprint(*_find(source))
@@ -195,7 +179,6 @@ def clean_prompt(prompt: str) -> str:
 
 
 def default_cache() -> str:
-    """Return the folder of this user where embedded prompts are kept unless another is named."""
     return str(cache_folder("prompts"))
 
 

@@ -54,11 +54,7 @@ class WanAutoencoderConfig(LatentsConfig):
 
 
 def num_latent_frames(num_frames: int) -> int:
-    """Return how many latent frames stand for a number of frames of video.
-
-    Raises:
-        ValueError: it is not 1 and some whole fours.
-    """
+    """Return how many latent frames stand for 1 + 4n frames of video (others: ValueError)."""
     whole, rest = divmod(num_frames - 1, FRAMES_PER_LATENT)
     if num_frames < 1 or rest:
         raise ValueError(f"Wan's autoencoder takes 1 frame and then 4 at a time, got {num_frames}")
@@ -136,7 +132,6 @@ class WanStreamDecoder(StreamDecoder):
         self.reset()
 
     def reset(self) -> None:
-        """Forget the stream: the next latent frame is a first one."""
         self._memory: list[Any] = [None] * self._num_memories
         self._is_first = True
 
@@ -179,18 +174,12 @@ class WanStreamEncoder:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the stream: the next frame is a first one."""
         self._memory: list[Any] = [None] * self._num_memories
         self._is_first = True
 
     @torch.no_grad()
     def next(self, frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b c h2 w2"]:
-        """Return the latent frame of the next frames in [-1, 1].
-
-        Raises:
-            ValueError: another number of frames than 1 at first and then 4, or frames that cannot
-                be cut into cells.
-        """
+        """Return the latent frame of the next frames in [-1, 1]: 1 at first, then 4 at a time."""
         needed = 1 if self._is_first else FRAMES_PER_LATENT
         if frames.shape[1] != needed:
             raise ValueError(
@@ -212,12 +201,7 @@ def open_wan_autoencoder(
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
 ) -> WanAutoencoder:
-    """Open the autoencoder of a folder as diffusers writes it, of its vae/, or of the hub.
-
-    Raises:
-        FileNotFoundError: it is not there, or the hub cannot be reached.
-        ValueError: another kind of model, or diffusers is not installed.
-    """
+    """Open the autoencoder of a folder as diffusers writes it, of its vae/, or of the hub."""
     network = _load_network(str(source))
     settings: Any = network.config
     config = WanAutoencoderConfig(

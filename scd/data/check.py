@@ -63,7 +63,6 @@ def _kind(config: CheckConfig) -> type[Source]:
 
 
 def readable(config: CheckConfig, findings: Findings) -> str:
-    """Return what was found, for people."""
     layout, path = _named(config)
     lines = [f"{path} as {layout}"]
     lines += [f"  there    {line}" for line in findings.there]

@@ -146,7 +146,6 @@ class Conditions:
     """What stands in for a text that is hidden: the embedded empty, or negative, prompt."""
 
     def to(self, device: torch.device | str) -> Conditions:
-        """Move to a device."""
         return self._map(lambda value: value.to(device, non_blocking=True))
 
     def frames(self, start: int, stop: int | None) -> Conditions:
@@ -180,11 +179,7 @@ class Conditions:
         return replace(self, **joined)
 
     def with_null_branch(self) -> Conditions:
-        """Return twice the batch: everything hidden first, then as it is (for guidance).
-
-        Raises:
-            ValueError: there is a text, but nothing that stands in for it.
-        """
+        """Return twice the batch: everything hidden first, then as it is (for guidance)."""
         if self.text is not None and self.null_text is None:
             raise ValueError("hiding the text needs null_text, the embedded negative prompt")
         masks = {}
@@ -246,11 +241,7 @@ class Batch:
 
     @staticmethod
     def of(clips: Sequence[Clip]) -> Batch:
-        """Stack clips.
-
-        Raises:
-            ValueError: the clips differ in length, size, or in what steers them.
-        """
+        """Stack clips (ValueError: they differ in length, size, or in what steers them)."""
         shapes = sorted({tuple(clip.frames.shape) for clip in clips})
         if len(shapes) != 1:
             raise ValueError(f"clips of one batch need one shape [t, c, h, w], got {shapes}")

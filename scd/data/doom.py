@@ -149,9 +149,6 @@ class DoomGame:
         """Play an episode by a random policy that likes to walk and keeps doing the same.
 
         A game that ends before its last frame is thrown away and another one is begun.
-
-        Raises:
-            ValueError: no seed was found whose game lasts so long.
         """
         for restart in range(MAX_RESTARTS):
             generator = np.random.default_rng((seed, episode, restart))

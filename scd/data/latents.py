@@ -107,17 +107,11 @@ class LatentsInfo:
 
 
 def is_latents(path: Path | str) -> bool:
-    """Tell whether a folder holds latents."""
     return (Path(path) / INFO_FILE).is_file()
 
 
 def read_info(path: Path) -> LatentsInfo:
-    """Read what a folder of latents says about itself.
-
-    Raises:
-        FileNotFoundError: no such folder or file.
-        ValueError: not JSON, or a missing, unknown or wrong field.
-    """
+    """Read what a folder of latents says about itself."""
     return from_json(LatentsInfo, read_json(path / INFO_FILE, FORMAT), str(path / INFO_FILE))
 
 
@@ -332,7 +326,6 @@ def is_whole(out: Path, info: LatentsInfo, split: Split, number: int) -> bool:
 def write_episodes(
     path: Path, info: LatentsInfo, split: Split, number: int, episodes: Sequence[EncodedEpisode]
 ) -> None:
-    """Write one file of a split (OSError: it cannot be written)."""
     tensors: dict[str, Tensor] = {}
     for episode, encoded in zip(info.episodes(split, number), episodes, strict=True):
         assert len(encoded.latents) == info.lengths(split)[episode]

@@ -89,11 +89,6 @@ class Loader:
         self._last_order: tuple[int, np.ndarray] | None = None
 
     def batch(self, index: int) -> Batch:
-        """Return a batch.
-
-        Raises:
-            ValueError: an index below 0, or a clip that cannot be read.
-        """
         if index < 0:
             raise ValueError(f"batches are numbered from 0, got {index}")
         first = index * self.batch_size

@@ -70,12 +70,7 @@ class Entry:
 
 
 def read_card(path: Path) -> DataCard:
-    """Read the card of a folder.
-
-    Raises:
-        FileNotFoundError: no such folder or card.
-        ValueError: not JSON, or a missing, unknown or wrong field.
-    """
+    """Read the card of a folder (ValueError: not JSON, or a missing, unknown or wrong field)."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such data folder (or 'toy:32', 'toy:64')")
     values = read_json(path / CARD_FILE)
@@ -91,12 +86,7 @@ def write_card(path: Path, card: DataCard, recording: dict[str, Any] | None = No
 
 
 def read_manifest(path: Path) -> list[Entry]:
-    """Read the episodes of a folder.
-
-    Raises:
-        FileNotFoundError: no manifest.
-        ValueError: a line that is not JSON, or with a missing, unknown or wrong field.
-    """
+    """Read the episodes of a folder (ValueError: a line with a missing, unknown or wrong field)."""
     return [
         from_json(Entry, parse_json(line, where), where)
         for number, line in enumerate((path / MANIFEST_FILE).read_text().splitlines(), start=1)
@@ -105,13 +95,11 @@ def read_manifest(path: Path) -> list[Entry]:
 
 
 def write_manifest(path: Path, entries: list[Entry]) -> None:
-    """Write all episodes of a folder."""
     with file_aside(path / MANIFEST_FILE) as aside:
         aside.write_text("".join(map(_line, entries)))
 
 
 def append_to_manifest(path: Path, entry: Entry) -> None:
-    """Add one episode."""
     with open(path / MANIFEST_FILE, "a") as file:
         file.write(_line(entry))
 
@@ -127,15 +115,7 @@ def write_episode(
 ) -> Entry:
     """Write one episode's files, without losing a bit, and return its line of the manifest.
 
-    Args:
-        path: the folder.
-        name: name of its files, without an ending.
-        pixels: the pictures.
-        actions: action i led from picture i-1 to picture i.
-        fps, split, label: as in the card and the manifest.
-
-    Raises:
-        ValueError: not as many actions as pictures, or no pictures.
+    Files are called `name`, without an ending; action i led from picture i-1 to picture i.
     """
     if actions is not None and len(actions) != len(pixels):
         raise ValueError(f"{name}: {len(pixels)} frames need as many actions, got {len(actions)}")
@@ -156,12 +136,7 @@ def write_episode(
 
 
 def read_actions(path: Path) -> np.ndarray:
-    """Read an actions file: ids as int64 [t], or vectors as float32 [t a].
-
-    Raises:
-        ValueError: missing, damaged, not an .npz file with the key `actions`, or neither integers
-            nor floats.
-    """
+    """Read an actions file: ids as int64 [t], or vectors as float32 [t a]."""
     actions = read_array(path, "actions")
     if np.issubdtype(actions.dtype, np.integer):
         return actions.astype(np.int64)
@@ -187,9 +162,6 @@ def choose_splits(num_episodes: int, val_fraction: float, test_fraction: float) 
     The second episode goes to `val` and the third to `test`, where these have shares at all, so
     that small collections have them too. The split of an episode does not depend on how many
     follow.
-
-    Raises:
-        ValueError: shares below 0, or none left for training.
     """
     shares: dict[Split, float] = {
         "train": 1 - val_fraction - test_fraction,

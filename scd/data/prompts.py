@@ -90,17 +90,11 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def is_prompts(path: Path | str) -> bool:
-    """Tell whether a folder holds embedded prompts."""
     return (Path(path) / INFO_FILE).is_file()
 
 
 def read_prompts_info(path: Path | str) -> PromptsInfo:
-    """Read what a folder of embedded prompts says about itself.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or of another format.
-    """
+    """Read what a folder of embedded prompts says about itself."""
     file = Path(path) / INFO_FILE
     if not file.is_file():
         raise FileNotFoundError(f"needed a folder of embedded prompts, there is no {file}")
@@ -120,10 +114,6 @@ class PromptSource(Source):
             card: of the world that is to make the clips; what steers them the folder knows.
             shape: channels, rows and columns of its latent frames.
             num_frames: latent frames that are to be made of each prompt.
-
-        Raises:
-            FileNotFoundError: there is no such folder, or a file of it is gone.
-            ValueError: it is damaged.
         """
         self.path = Path(path)
         self.info = read_prompts_info(path)

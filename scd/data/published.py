@@ -111,11 +111,7 @@ class PublishedSource(Source):
 
     @classmethod
     def parse(cls, data: str) -> tuple[Path, Any]:
-        """Read a name such as `ucf101:PATH?size=128&labels=1`: the folder, and the settings.
-
-        Raises:
-            ValueError: no path, or a setting that this collection does not have.
-        """
+        """Read a name such as `ucf101:PATH?size=128&labels=1`: the folder, and the settings."""
         path, _, query = data.removeprefix(f"{cls.kind}:").partition("?")
         if not path:
             raise ValueError(
@@ -168,14 +164,9 @@ def _value(hint: Any, word: str) -> Any:
 def read_headers(
     name: str, episodes: Sequence[Files], look: Callable[[Files], Header]
 ) -> list[Header]:
-    """Find out about every episode, or recall it.
+    """Find out about every episode, or recall it under this name.
 
     What was found wrong is looked at again each time: the next one may find the disk well again.
-
-    Args:
-        name: of the collection and of what is found out; other names are remembered apart.
-        episodes: files of each.
-        look: finds out about one; raises ValueError or OSError where it cannot be used.
     """
     digest = hashlib.blake2b(f"1 {name}".encode(), digest_size=16).hexdigest()
     store = cache_folder("headers") / f"{digest}.json"

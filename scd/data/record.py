@@ -84,11 +84,7 @@ class Recording(ABC):
     @property
     @abstractmethod
     def card(self) -> DataCard:
-        """What all episodes share.
-
-        Raises:
-            ValueError: a package that the world needs is not installed.
-        """
+        """What all episodes share (ValueError: a package that the world needs is not installed)."""
 
     @abstractmethod
     def play(self, split: Split, episode: int) -> Played:
@@ -103,15 +99,11 @@ _Job = tuple[Recording, int, Split]
 
 
 def recordings() -> dict[str, type[Recording]]:
-    """Return the worlds that can be recorded, by name."""
     return find_kinds(Recording)
 
 
 def record(config: Recording) -> Path:
     """Record episodes into a folder, going on where an earlier call was interrupted.
-
-    Returns:
-        The folder.
 
     Raises:
         FileExistsError: the folder holds something else than a recording with these settings.

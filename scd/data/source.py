@@ -129,11 +129,9 @@ class Source(ABC):
 
     @property
     def num_episodes(self) -> int:
-        """Number of episodes."""
         return len(self._lengths)
 
     def num_frames(self, episode: int) -> int:
-        """Return the length of an episode in frames."""
         return self._lengths[episode]
 
     def title(self, episode: int) -> str:
@@ -141,11 +139,7 @@ class Source(ABC):
         return f"{self.name}, {self.split} episode {episode}"
 
     def prompt(self, episode: int) -> str:
-        """Return what an episode shows, in words.
-
-        Raises:
-            ValueError: nobody has said it.
-        """
+        """Return what an episode shows, in words (ValueError: nobody has said it)."""
         raise ValueError(f"{self.name} has no prompts: only folders of episodes can have them")
 
     def read(self, episode: int, start: int, num_frames: int) -> Clip:

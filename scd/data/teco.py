@@ -106,12 +106,7 @@ class TecoSource(PublishedSource):
 
     @classmethod
     def list_episodes(cls, root: Path, split: Split) -> Listing:
-        """Find the folder that holds a split, and its episodes, by FAR's list if there is one.
-
-        Raises:
-            FileNotFoundError: no such collection.
-            ValueError: the list is damaged.
-        """
+        """Find the folder that holds a split, and its episodes, by FAR's list if there is one."""
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; {cls.origin}")
         is_train = split == "train"
@@ -328,11 +323,7 @@ def _locate(root: Path, written: str) -> Path:
 
 
 def read_latents(path: Path) -> torch.Tensor:
-    """Read the published latents of an episode, [t c h w].
-
-    Raises:
-        ValueError: missing, damaged or something else.
-    """
+    """Read the published latents of an episode, [t c h w]."""
     try:
         if path.suffix == ".pt":
             latents: Any = torch.load(path, map_location="cpu", weights_only=True)

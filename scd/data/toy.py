@@ -152,22 +152,14 @@ class ToyWorld(Source):
         return self._clip(world, world.actions[: start + num_frames], start)
 
     def play(self, episode: int, actions: Int64[np.ndarray, " t"]) -> Clip:
-        """Draw an episode from its beginning under other actions than the random policy's.
-
-        Raises:
-            ValueError: no such episode, or an action that does not exist.
-        """
+        """Draw an episode from its beginning under other actions than the random policy's."""
         _check_actions(actions)
         return self._clip(self._begin(episode), actions, 0)
 
     def state(
         self, episode: int, num_frames: int, actions: Int64[np.ndarray, " t"] | None = None
     ) -> ToyState:
-        """Return what is true of an episode's first frames under actions, or the random policy's.
-
-        Raises:
-            ValueError: no such episode, not enough actions, or an action that does not exist.
-        """
+        """Return what is true of an episode's first frames under these actions, or its own."""
         world = self._begin(episode)
         actions = world.actions if actions is None else actions
         _check_actions(actions)

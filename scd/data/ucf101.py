@@ -326,10 +326,7 @@ def square(
 ) -> Float[torch.Tensor, "t 3 {size} {size}"]:
     """Reduce frames so that the shorter side fits, by antialiased bilinear weights, and cut.
 
-    Args:
-        frames: in [-1, 1].
-        size: height and width of the result.
-        place: where to cut along the longer side: 0 its beginning, 0.5 the middle, 1 its end.
+    Along the longer side `place` says where: 0 its beginning, 0.5 the middle, 1 its end.
     """
     height, width = frames.shape[-2:]
     scale = size / min(height, width)

@@ -42,17 +42,9 @@ def write_video(
 ) -> None:
     """Write pictures as an H.264 mp4 file, aside first and then renamed.
 
-    The same pictures always give the same bytes.
-
-    Args:
-        path: file to write or replace.
-        pixels: the pictures.
-        fps: frames per second.
-        lossless: keep every bit (H.264 4:4:4 RGB, for training data); otherwise colour at half
-            resolution and a small loss, which is what browsers can play.
-
-    Raises:
-        ValueError: no pictures, or an odd height or width where colour is at half resolution.
+    The same pictures always give the same bytes. Lossless keeps every bit (H.264 4:4:4 RGB, for
+    training data); otherwise colour is at half resolution, so sides must be even, and there is a
+    small loss: what browsers can play.
     """
     path = Path(path)
     num_frames, height, width, _ = pixels.shape
@@ -104,12 +96,7 @@ def probe_video(path: Path | str) -> VideoInfo:
 
 
 def frame_times(path: Path | str) -> Int64[np.ndarray, " all_frames"]:
-    """Return when each frame is shown, in ascending order and in the file's own time unit.
-
-    Raises:
-        ValueError: not a video, or one whose frames carry no times.
-        FileNotFoundError: no such file.
-    """
+    """Return when each frame is shown, in ascending order and in the file's own time unit."""
     try:
         with av.open(str(path)) as container:
             return _frame_times(container, _video_stream(container, path), path)
@@ -125,11 +112,7 @@ def read_video(
 ) -> UInt8[np.ndarray, "t h w 3"]:
     """Decode some consecutive frames, beginning at the last keyframe before them.
 
-    Args:
-        path: the file.
-        start: first frame to return.
-        num_frames: how many frames; None: all that follow.
-        times: what `frame_times` returned for this file; saves one pass over it.
+    What `frame_times` returned for this file, given as `times`, saves one pass over it.
 
     Raises:
         ValueError: not a video, damaged, or it has fewer frames.

@@ -28,9 +28,12 @@ from scd.common.provenance import provenance, write_json
 from scd.common.published_weights import ALEXNET, LPIPS_HEADS, check_weights, shipped_heads
 from scd.common.weights import digest_of
 from scd.data.source import open_source
-from scd.evaluation.actions import ReadActions
 from scd.evaluation.fvd import KNOWN, Fvd, load_i3d
-from scd.evaluation.inverse_dynamics import TrainedInverseDynamics, load_inverse_dynamics
+from scd.evaluation.inverse_dynamics import (
+    ReadActions,
+    TrainedInverseDynamics,
+    load_inverse_dynamics,
+)
 from scd.evaluation.lpips import load_lpips
 from scd.evaluation.metrics import AgainstTruth, Drift, Metric
 from scd.evaluation.plots import plot_metrics
@@ -80,9 +83,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 
     Raises:
         FileNotFoundError: no such run, data, inverse dynamics model or weights.
-        ValueError: weights that the protocol needs are not given or are others, data of another
-            kind or size, fewer clips than the protocol needs, or a folder with parts of another
-            evaluation.
+        ValueError: weights that are not given or are others, data of another kind or size, too few
+            clips, or a folder with parts of another evaluation.
     """
     processes = Processes(config.device)
     prepared = prepare(config, processes.device)
@@ -104,11 +106,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 
 
 def prepare(config: EvaluateConfig, device: torch.device) -> Prepared:
-    """Open everything that an evaluation needs, before anything is rolled out.
-
-    Raises:
-        FileNotFoundError, ValueError: as `evaluate`.
-    """
+    """Open everything that an evaluation needs, before anything is rolled out."""
     for name in ("run", "data"):
         if not getattr(config, name):
             raise ValueError(f"scd evaluate needs --{name}")
@@ -158,11 +156,7 @@ def prepare(config: EvaluateConfig, device: torch.device) -> Prepared:
 def open_metrics(
     config: EvaluateConfig, device: torch.device
 ) -> tuple[list[Metric], dict[str, str]]:
-    """Return what a protocol measures, and the hash of each file of weights by its name.
-
-    Raises:
-        FileNotFoundError, ValueError: a file that is not given, not there, or another one.
-    """
+    """Return what a protocol measures, and the hash of each file of weights by its name."""
     protocol, hashes = config.protocol, {}
     for metric, name in (("lpips", "alexnet"), ("fvd", "i3d")):
         wanted, given = getattr(protocol, metric), getattr(config, name)
@@ -209,14 +203,7 @@ class Parts:
         self.folder = folder
 
     def open(self, about: Mapping[str, Any]) -> None:
-        """Make the folder, or go on with one that was left.
-
-        Args:
-            about: all that the parts depend on, as JSON.
-
-        Raises:
-            ValueError: the folder holds parts that depend on something else, or other things.
-        """
+        """Make the folder, or go on with one whose parts depend on the same (else ValueError)."""
         file = self.folder / ABOUT_FILE
         about = json.loads(json.dumps(about))
         if not file.is_file():
@@ -241,16 +228,13 @@ class Parts:
         return [name for name in names if not self._is_whole(self._file(name))]
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write a part, which appears whole or not at all."""
         with file_aside(self._file(name)) as aside:
             save_file(dict(tensors), aside)
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """Read a part."""
         return load_file(self._file(name))
 
     def remove(self) -> None:
-        """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, name: str) -> Path:
@@ -268,7 +252,7 @@ class Parts:
 
 
 def _measure_units(prepared: Prepared, parts: Parts, processes: Processes) -> None:
-    """Share the missing units out among the processes and measure them."""
+    """Share the missing units out among the processes."""
     units = {unit.name: unit for unit in prepared.trial.units()}
     lock = None
     if processes.rank == 0:

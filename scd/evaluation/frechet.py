@@ -40,13 +40,10 @@ def _root(covariance: Float[Tensor, "*r d d"]) -> Float[Tensor, "*r d d"]:
 def frechet_of_sets(
     features: Float[Tensor, "num d"], other: Float[Tensor, "num_other d"]
 ) -> Float[Tensor, ""]:
-    """Return the distance between two sets of samples, with unbiased covariances.
+    """Return the distance between two sets of two samples or more, with unbiased covariances.
 
     The same as `frechet_distance` of their moments, without ever forming a covariance: of 256
     samples with 400 features each only products of 256 by 256 are decomposed.
-
-    Raises:
-        ValueError: fewer than two samples on a side.
     """
     if min(len(features), len(other)) < 2:
         raise ValueError(
@@ -73,15 +70,10 @@ def frechet_estimate(
 ) -> Estimate:
     """Estimate the distance between features of the same clips by two sources, and its interval.
 
-    Every frame of every clip is one sample. Clips are resampled, of both sides alike. A resampled
-    set holds clips twice and is therefore narrower than a fresh one, which moves its distances up:
-    the interval is that of the resampled distances, moved to have its median at the distance.
-
-    Args:
-        features: of some frames of each clip.
-        other: of the same clips from the other source; of the same frames, or fewer of them where
-            `features` has several predictions of each.
-        seed: of the resampling.
+    Every frame of every clip is one sample; `features` may have several predictions of each frame
+    of `other`. Clips are resampled, of both sides alike. A resampled set holds clips twice and is
+    therefore narrower than a fresh one, which moves its distances up: the interval is that of the
+    resampled distances, moved to have its median at the distance.
     """
     moments = torch.stack([_moments(features), _moments(other)], dim=1)
     mean, draws = bootstrap_draws(moments, _distance_of_moments, seed)

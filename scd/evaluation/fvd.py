@@ -40,18 +40,13 @@ class I3d:
     """A network that turns clips into features. Made by `load_i3d`."""
 
     def __init__(self, module: Callable[..., Any], kind: I3dKind, device: torch.device) -> None:
-        """Keep a module that is on the device already."""
         self.module = module
         self.kind: I3dKind = kind
         self.device = device
 
     @torch.no_grad()
     def features(self, frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b 400"]:
-        """Return the features of clips, pixels in [-1, 1], one clip after another.
-
-        Raises:
-            ValueError: fewer than 10 frames, or a network that answers in another form.
-        """
+        """Return the features of clips, pixels in [-1, 1], one clip after another."""
         if frames.shape[1] < MIN_FRAMES:
             raise ValueError(
                 f"FVD needs clips of at least {MIN_FRAMES} frames, got {frames.shape[1]}"
@@ -88,11 +83,7 @@ def at_side(clip: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b 3 t 224 224"]:
 
 
 def load_i3d(path: str, kind: I3dKind, device: torch.device) -> I3d:
-    """Read a TorchScript file.
-
-    Raises:
-        ValueError: it is no TorchScript file.
-    """
+    """Read a TorchScript file (ValueError: it is none)."""
     try:
         module = torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
@@ -106,13 +97,7 @@ def fvd(
     true: Float[Tensor, "b trajectories d"],
     sets: Sets = "each",
 ) -> float:
-    """Return the distance between features of clips.
-
-    Args:
-        predicted: of each clip's trajectories.
-        true: of the clips beside them.
-        sets: how trajectories are put together. "pooled" takes the truth of the first only.
-    """
+    """Return the distance between features of clips; "pooled" takes each first truth only."""
     if sets == "pooled":
         return frechet_of_sets(predicted.flatten(0, 1), true[:, 0]).item()
     each = [
@@ -127,15 +112,7 @@ def fvd_estimate(
     sets: Sets = "each",
     seed: int = 0,
 ) -> Estimate:
-    """Return the distance with its interval over clips.
-
-    A resampled set holds clips twice, which moves its distances up: as in
-    `scd.evaluation.frechet.frechet_estimate`, the interval is that of the resampled distances,
-    moved to have its median at the distance.
-
-    Raises:
-        ValueError: fewer than two clips.
-    """
+    """Return the distance of two clips or more, with its interval as of `frechet_estimate`."""
     if len(predicted) < 2:
         raise ValueError(f"FVD needs two clips or more, got {len(predicted)}")
     mean = fvd(predicted, true, sets)

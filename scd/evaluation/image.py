@@ -72,10 +72,7 @@ def ssim(
 ) -> Float[Tensor, "*b"]:
     """Structural similarity of each frame, at most 1; 11 x 11 Gaussian window, sigma 1.5.
 
-    Pixels are in [-1, 1]; they are measured as [0, 1].
-
-    Raises:
-        ValueError: the frames are smaller than the window.
+    Pixels are in [-1, 1]; they are measured as [0, 1]. Frames must not be smaller than the window.
     """
     *batch, channels, height, width = predicted.shape
     if min(height, width) < SSIM_WINDOW:
@@ -165,13 +162,7 @@ def _resampled(num_clips: int, num_draws: int, seed: int) -> Float[Tensor, "r b"
 def psnr_gain(
     error: Float[Tensor, " b"], reference: Float[Tensor, " b"], seed: int = 0
 ) -> Estimate:
-    """Estimate by how many dB the PSNR of the mean error exceeds that of a reference, paired.
-
-    Args:
-        error: mean squared error of each clip.
-        reference: mean squared error of the same clips by another prediction.
-        seed: of the resampling.
-    """
+    """Estimate by how many dB the PSNR of the mean error exceeds that of a reference, paired."""
     both = torch.stack([error, reference], dim=1)
     return bootstrap(both, lambda means: psnr_of(means[:, 0]) - psnr_of(means[:, 1]), seed)
 
@@ -191,11 +182,6 @@ def frame_values(
 
 
 def estimates(values: Mapping[str, Float[Tensor, " b"]], seed: int = 0) -> dict[str, Estimate]:
-    """Average over clips, with intervals: what `frame_values` gave, and psnr, made of mse.
-
-    Args:
-        values: of one frame (or the mean over some) of each clip, by metric.
-        seed: of the resampling.
-    """
+    """Average over clips, with intervals; beside mse stands psnr, that of the mean error."""
     found = {name: bootstrap(of_clips, seed=seed) for name, of_clips in values.items()}
     return found | {"psnr": bootstrap(values["mse"], psnr_of, seed)}

@@ -1,10 +1,9 @@
-"""Inverse dynamics: a small network that reads the action between two frames.
+"""Inverse dynamics: a small network that reads the action between two frames, and what it measures.
 
-It sees a frame and the one after it. Its features, from which it reads the
-action, also have to tell how much the second frame is blurred and noisy; so they carry how frames
-look and not only how they move, and give a Frechet distance of our own (scd/evaluation/frechet.py).
-It is trained on recorded clips by scd/training/inverse_dynamics.py. A number by one such model can
-be compared with numbers by the same one only: neither is FVD nor comparable with it.
+Its features, from which it reads the action, also have to tell how much the second frame is blurred
+and noisy; so they carry how frames look and not only how they move, and give a Frechet distance. It
+is trained on recorded clips by scd/training/inverse_dynamics.py. A number by one such model can be
+compared with numbers by the same one only: neither is FVD nor comparable with it.
 """
 
 from __future__ import annotations
@@ -28,6 +27,10 @@ from scd.common.files import read_json, written_aside
 from scd.common.provenance import write_json
 from scd.data.clip import ConditionSpec
 from scd.data.source import DataCard
+from scd.evaluation.frechet import frechet_estimate
+from scd.evaluation.image import bootstrap
+from scd.evaluation.metrics import Found, Metric, Numbers, Seen
+from scd.evaluation.protocols import Protocol
 from scd.models.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights, save_weights
 
 FORMAT = "scd-judge-1"
@@ -48,6 +51,12 @@ GRID = 16
 SHIFT = 3
 """How far the first frame is shifted to find each place of the second in it, in pixels of frames
 twice as fine as the joint grid."""
+
+NUM_PARTS = 4
+"""Parts of the horizon in each of which a distance is taken by itself."""
+
+CLIPS_PER_FEATURE = 2
+"""Clips that a distance needs for each feature: the frames of one clip are much alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +95,6 @@ class InverseDynamics(nn.Module):
     action_deviation: Tensor
 
     def __init__(self, config: InverseDynamicsConfig, height: int, width: int) -> None:
-        """Build the network for frames of one size.
-
-        Raises:
-            ValueError: frames below 8 x 8.
-        """
         super().__init__()
         if min(height, width) < SMALLEST:
             raise ValueError(f"inverse dynamics needs frames of 8x8 or more, got {height}x{width}")
@@ -236,16 +240,7 @@ def pairs(
 def save_inverse_dynamics(
     trained: TrainedInverseDynamics, folder: Path, about: Mapping[str, Any]
 ) -> None:
-    """Write a model's folder whole or not at all.
-
-    Args:
-        trained: what to save.
-        folder: replaced if it is there.
-        about: what else is told of its training.
-
-    Raises:
-        OSError: it could not be written.
-    """
+    """Write a model's folder whole or not at all, and what else is to be told of its training."""
     values = {
         "format": FORMAT,
         "judge": to_json(trained.network.config),
@@ -287,3 +282,89 @@ def load_inverse_dynamics(
         held_out=values["held_out"],
         digest=hashlib.sha256((Path(path) / WEIGHTS_FILE).read_bytes()).hexdigest()[:16],
     )
+
+
+class ReadActions(Metric):
+    """Actions that are read back from frames, and the Frechet distance of the features.
+
+    Action accuracy (`control` in results) is the share of frames from which the action that was
+    given is read back; for continuous actions `control_error`, as `InverseDynamics.errors`. Its
+    baselines: `model`; `shuffled_actions`, against the actions that were given, those of the other
+    clip; `truth`, real frames, the ceiling; and `unsteered`, real frames against the actions of
+    another clip, what a perfect model that does not listen would get.
+
+    The distance (`frechet_own`) is that between predicted and true pairs of frames.
+    """
+
+    kind = "actions"
+
+    def __init__(self, protocol: Protocol, reader: TrainedInverseDynamics) -> None:
+        super().__init__(protocol)
+        self.reader = reader
+        self.discrete = bool(reader.card.conditions.num_actions)
+
+    @property
+    def num_clips_needed(self) -> int:
+        """Clips that a distance needs."""
+        return CLIPS_PER_FEATURE * self.reader.network.config.feature_dim
+
+    @torch.no_grad()
+    def measure(self, seen: Seen) -> Numbers:
+        """Return errors of actions and features of frames, of a baseline one of them or both."""
+        features = {name: self._features(seen, one) for name, one in seen.with_truth.items()}
+        found = {name: {"features": one.cpu()} for name, one in features.items()}
+        if seen.shuffled:
+            read = features | {"unsteered": self._features(seen, seen.future)}
+        else:
+            read = {name: one for name, one in features.items() if name != "repeat_last"}
+        actions = seen.steering.actions
+        assert actions is not None
+        for name, one in read.items():
+            flat = actions.to(one.device).flatten(0, 1)
+            errors = self.reader.network.errors(one.flatten(0, 1), flat)
+            found.setdefault(name, {})["error"] = errors.unflatten(0, one.shape[:2]).cpu()
+        return found
+
+    def _features(self, seen: Seen, frames: Tensor) -> Float[Tensor, "b m d"]:
+        network = self.reader.network
+        whole = torch.cat([seen.last, frames], dim=1).to(network.feature_mean.device)
+        return network.features(*pairs(whole)).unflatten(0, frames.shape[:2])
+
+    def estimates(self, found: Numbers) -> Found:
+        """Yield accuracy for each frame, and a distance for each part of the horizon."""
+        seed = self.protocol.seed
+        metric = "control" if self.discrete else "control_error"
+        for baseline, numbers in found.items():
+            if "error" in numbers:
+                errors = numbers["error"].mean(1)
+                values = 1 - errors if self.discrete else errors
+                for horizon, frames in self.horizons():
+                    yield horizon, metric, baseline, bootstrap(values[:, frames].mean(1), seed=seed)
+        true = found["truth"]["features"]
+        if len(true) < self.num_clips_needed:
+            return
+        parts = [(part.stop, part) for part in parts_of(self.protocol.horizon)]
+        for baseline, numbers in found.items():
+            if "features" in numbers and baseline != "truth":
+                for horizon, frames in [*parts, (None, slice(None))]:
+                    sides = (numbers["features"], true)
+                    made, real = (side[:, :, frames].flatten(1, 2) for side in sides)
+                    yield horizon, "frechet_own", baseline, frechet_estimate(made, real, seed)
+
+    def left_out(self, card: DataCard, num_clips: int) -> dict[str, str]:
+        needed = self.num_clips_needed
+        if num_clips >= needed:
+            return {}
+        return {
+            "frechet_own": f"needs {needed} clips with this inverse dynamics model, got {num_clips}"
+        }
+
+    def by_clip(self, found: Numbers) -> dict[str, Float[Tensor, "b trajectories"]]:
+        return {"action_error": found["model"]["error"].double().mean(2)}
+
+
+def parts_of(horizon: int) -> list[slice]:
+    """Cut a horizon into quarters, or into single frames if it is shorter than four."""
+    number = min(NUM_PARTS, horizon)
+    ends = [horizon * part // number for part in range(number + 1)]
+    return [slice(start, stop) for start, stop in zip(ends[:-1], ends[1:], strict=True)]

@@ -52,7 +52,6 @@ class Lpips(nn.Module):
     """The five stages of AlexNet, and a weight for each of their channels."""
 
     def __init__(self) -> None:
-        """Make the network with weights that mean nothing yet; `load_lpips` gives it some."""
         super().__init__()
         self.stages = nn.ModuleList(
             nn.Conv2d(given, made, kernel, stride, padding)
@@ -71,16 +70,7 @@ class Lpips(nn.Module):
         true: Float[Tensor, "*b 3 h w"],
         given: InputRange = "signed",
     ) -> Float[Tensor, "*b"]:
-        """Return the distance of each pair of frames, 0 or more.
-
-        Args:
-            predicted: pixels in [-1, 1].
-            true: the same.
-            given: what the network is fed.
-
-        Raises:
-            ValueError: frames below 31 x 31.
-        """
+        """Return the distance, 0 or more, of each pair of frames of 31 x 31 pixels or more."""
         *batch, _, height, width = predicted.shape
         if min(height, width) < SMALLEST:
             raise ValueError(
@@ -111,11 +101,7 @@ class Lpips(nn.Module):
 
 
 def load_lpips(alexnet: str, heads: str, device: torch.device | str = "cpu") -> Lpips:
-    """Read the network from a state dict of torchvision's AlexNet and one of LPIPS's heads.
-
-    Raises:
-        ValueError: a file that does not hold what it must.
-    """
+    """Read the network from a state dict of torchvision's AlexNet and one of LPIPS's heads."""
     stages: dict[str, tuple[int, ...]] = {}
     for number, given, made, kernel, *_ in LAYERS:
         stages[f"features.{number}.weight"] = (made, given, kernel, kernel)

@@ -47,13 +47,9 @@ def enlarge(pixels: UInt8[Tensor, "t h w 3"], size: int) -> UInt8[Tensor, "t _ _
 def write_video(
     frames: Float[Tensor, "t 3 h w"], path: Path, fps: float, size: int = SHOWN_SIZE
 ) -> None:
-    """Write H.264 in yuv420p, which every browser plays; small frames are enlarged.
+    """Write H.264 in yuv420p, which every browser plays, of frames in [-1, 1].
 
-    Args:
-        frames: pixels in [-1, 1].
-        path: an .mp4 file, replaced if it exists.
-        fps: frames per second.
-        size: pixels that the shorter side has at least.
+    Small frames are enlarged until the shorter side has `size` pixels at least.
     """
     pixels = enlarge(frames_to_pixels(frames), size)
     # yuv420p halves the colour planes: odd sides would be refused.
@@ -72,11 +68,7 @@ def spread(num_frames: int, num_shown: int) -> list[int]:
 
 
 def grid_pixels(rows: Sequence[PictureRow]) -> UInt8[Tensor, "_ _ 3"]:
-    """Lay rows of frames out as one picture, enlarged, with gaps; missing frames stay grey.
-
-    Raises:
-        ValueError: no rows or frames, or frames of different sizes.
-    """
+    """Lay rows of frames out as one picture, enlarged, with gaps; missing frames stay grey."""
     sizes = sorted({tuple(row.frames.shape[-2:]) for row in rows})
     num_columns = max((len(row.frames) for row in rows), default=0)
     if len(sizes) != 1 or num_columns == 0:
@@ -99,13 +91,7 @@ def grid_pixels(rows: Sequence[PictureRow]) -> UInt8[Tensor, "_ _ 3"]:
 def write_grid(rows: Sequence[PictureRow], columns: Sequence[str], path: Path) -> None:
     """Write a PNG of rows of frames, named at the left, with a label above each column.
 
-    Args:
-        rows: from top to bottom; truth above prediction by convention.
-        columns: a label per column, such as the horizon.
-        path: a .png file, replaced if it exists.
-
-    Raises:
-        ValueError: as `grid_pixels`, or another number of labels than columns.
+    Truth stands above prediction by convention; labels are such as the horizon.
     """
     picture = grid_pixels(rows)
     num_columns = max(len(row.frames) for row in rows)
@@ -136,7 +122,6 @@ def write_grid(rows: Sequence[PictureRow], columns: Sequence[str], path: Path) -
 
 
 def write_figure(figure: Figure, path: Path, transparent: bool = False) -> None:
-    """Write a matplotlib figure as PNG, aside and then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with file_aside(path) as aside:
         figure.savefig(aside, format="png", transparent=transparent)

@@ -157,7 +157,7 @@ class MemoryClips:
 def find_memory_clips(
     world: ToyWorld, num_clips: int, num_given: int, num_predicted: int
 ) -> MemoryClips:
-    """Search the beginnings of a toy world's episodes, in order, for windows with an event.
+    """Search a toy world's episodes, in order, for windows at their beginning with an event.
 
     Raises:
         ValueError: not enough of them, as when too few frames are predicted.
@@ -229,9 +229,6 @@ def count_batch(
 
     The world is given the last `protocol.context` of the given frames, so several contexts can be
     compared on the same events and the same predicted frames.
-
-    Raises:
-        ValueError: a context longer than the given frames.
     """
     frames, actions = clips.batch.frames, clips.batch.conditions.actions
     skipped = clips.num_given - protocol.context

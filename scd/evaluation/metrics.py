@@ -118,13 +118,6 @@ class AgainstTruth(Metric):
     def __init__(
         self, protocol: Protocol, network: Lpips | None = None, device: torch.device | str = "cpu"
     ) -> None:
-        """Keep what measures.
-
-        Args:
-            protocol: says how a clip's number follows from those of its trajectories.
-            network: measures LPIPS, if given.
-            device: where frames are compared.
-        """
         super().__init__(protocol)
         self.network, self.device = network, device
 
@@ -285,11 +278,7 @@ def row_of(metric: str, estimate: Estimate, baseline: str) -> dict[str, Any]:
 def find_row(
     rows: Sequence[Mapping[str, Any]], metric: str, horizon: int, baseline: str = "model"
 ) -> Mapping[str, Any]:
-    """Return the one row of a metric, horizon and baseline.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Return the one row of a metric, horizon and baseline (ValueError: there is none)."""
     for row in rows:
         if (row["metric"], row["horizon"], row["baseline"]) == (metric, horizon, baseline):
             return row

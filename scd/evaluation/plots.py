@@ -38,7 +38,7 @@ LABELS = {
     "sharpness": "detail of the frames over the truth's",
     "control": "share of actions that are read back",
     "control_error": "error of actions that are read back",
-    "frechet_own": "Frechet distance of the judge's features",
+    "frechet_own": "Frechet distance of inverse dynamics features",
     "loss": "loss",
 }
 """Axis labels of metrics."""
@@ -55,13 +55,10 @@ def plot_metrics(
 
     Args:
         rows: as in an evaluation's JSON: metric, horizon, mean, ci_low, ci_high, baseline.
-        metrics: one panel each, from left to right.
+        metrics: one panel each, from left to right; all must have rows.
         path: a .png file.
         title: above all panels.
         ink: what it will be seen on.
-
-    Raises:
-        ValueError: no row of one of `metrics`.
     """
     missing = [name for name in metrics if not any(row["metric"] == name for row in rows)]
     if missing:
@@ -94,14 +91,7 @@ def plot_loss(
     title: str = "",
     ink: Ink = "on white",
 ) -> None:
-    """Draw training losses against steps on a logarithmic scale.
-
-    Args:
-        curves: for each name its steps and its losses.
-        path: a .png file.
-        title: above the plot.
-        ink: what it will be seen on.
-    """
+    """Draw training losses against steps, by name, on a logarithmic scale."""
     figure, (axes,) = curve_panels(1, ink)
     for name, (steps, losses) in curves.items():
         _curve(axes, steps, losses, name, None)
@@ -120,14 +110,7 @@ def plot_speed(
 ) -> None:
     """Draw milliseconds per frame against the context, one panel per number of steps.
 
-    Args:
-        rows: of `scd bench`; a curve is named by what tells its rows from the others.
-        path: a .png file.
-        title: above all panels.
-        ink: what it will be seen on.
-
-    Raises:
-        ValueError: no rows.
+    A curve is named by what tells its rows of `scd bench` from the others.
     """
     if not rows:
         raise ValueError("a plot of speed needs rows of scd bench, got none")
@@ -170,7 +153,6 @@ def speed_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def curve_panels(number: int, ink: Ink) -> tuple[Figure, list[Axes]]:
-    """Make an empty figure of panels side by side."""
     figure = Figure(figsize=(4.6 * number, 3.4), dpi=150, layout="constrained")
     panels = list(figure.subplots(1, number, squeeze=False)[0])
     for axes in panels:
@@ -207,17 +189,14 @@ def _curve(
 
 
 def legend(axes: Axes, ink: Ink) -> None:
-    """Name the curves of a panel."""
     axes.legend(frameon=False, labelcolor=text_colour(ink), fontsize=8)
 
 
 def finish(figure: Figure, path: Path, title: str, ink: Ink) -> None:
-    """Write a figure, with a title if there is one."""
     if title:
         figure.suptitle(title, color=text_colour(ink), fontsize=10)
     write_figure(figure, path, transparent=ink != "on white")
 
 
 def text_colour(ink: Ink) -> str:
-    """Return the colour of text on a page."""
     return "#d8dbe0" if ink == "on dark" else "#33373d"

@@ -27,11 +27,7 @@ TIMED = (
 
 
 def check_fit(world: World, card: DataCard, data: str) -> None:
-    """Refuse data that the world was not trained for.
-
-    Raises:
-        ValueError: frames of another size or other actions or labels.
-    """
+    """Refuse data of another size or steering than the world was trained for (ValueError)."""
     ours, theirs = world.card, card
     if (ours.height, ours.width) != (theirs.height, theirs.width):
         raise ValueError(
@@ -53,14 +49,8 @@ def count_windows(source: Source, num_frames: int) -> int:
 def choose_windows(source: Source, num_windows: int, num_frames: int, seed: int) -> list[Window]:
     """Draw clips that do not overlap, from as many different episodes as possible.
 
-    Args:
-        source: the episodes.
-        num_windows: how many clips.
-        num_frames: length of each.
-        seed: other seeds draw other episodes and places.
-
     Raises:
-        ValueError: no episode is long enough, there are fewer such clips, or none is wanted.
+        ValueError: there are fewer such clips, or none is wanted.
     """
     if num_windows < 1:
         raise ValueError(f"the number of clips must be 1 or more, got {num_windows}")
@@ -86,7 +76,6 @@ def choose_windows(source: Source, num_windows: int, num_frames: int, seed: int)
 
 
 def read_windows(source: Source, windows: Sequence[Window], num_frames: int) -> Batch:
-    """Read clips side by side."""
     return Batch.of([source.read(episode, start, num_frames) for episode, start in windows])
 
 
@@ -142,13 +131,9 @@ def predict(
 def step_in_turns(
     rollouts: Mapping[str, Rollout], actions: Sequence[Tensor | None]
 ) -> tuple[dict[str, Float[Tensor, "m 3 h w"]], dict[str, list[Timing]]]:
-    """Step streams that have begun, one frame of each in turn: A B A B.
+    """Step streams that have begun, by name, one frame of each in turn: A B A B.
 
     Whatever else the machine does meanwhile then hits all of them alike.
-
-    Args:
-        rollouts: streams by name.
-        actions: of each frame [b]; None: the models take none.
 
     Returns:
         The generated frames of the first stream of each, and the timing of each.

@@ -35,14 +35,7 @@ NOT_CLAIMED = (
 
 
 def write_report(result: Mapping[str, Any], trial: Trial, found: Measurement, path: Path) -> None:
-    """Write the page; the clips on it are rolled out once more.
-
-    Args:
-        result: of the evaluation.
-        trial: what made it.
-        found: its numbers by clip.
-        path: an .html file, replaced if it exists.
-    """
+    """Write the page; the clips on it are rolled out once more."""
     changes = [f"{change} (protocol, here)" for change in result["changed"]]
     changes += [f"without {name}: {reason}" for name, reason in result["left_out"].items()]
     if result["short_episodes"]:

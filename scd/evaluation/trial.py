@@ -10,20 +10,23 @@ lose by it.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import av
+import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from jaxtyping import Float
 from torch import Tensor
 
 from scd.common.runtime import make_generator
-from scd.data.clip import Batch, Conditions
+from scd.data.clip import Batch, Conditions, frames_to_pixels, pixels_to_frames
 from scd.data.source import Source
 from scd.data.toy import ToyWorld
-from scd.evaluation.compress import through_h264
 from scd.evaluation.memory import MemoryClips, count_batch, find_memory_clips, memory_score
 from scd.evaluation.metrics import AgainstTruth, Drift, Metric, Numbers, Seen, row_of
 from scd.evaluation.predict import Window, predict, read_windows
@@ -35,6 +38,19 @@ from scd.streaming.rollout import Guidance, Timing
 Tensors = dict[str, Tensor]
 """What is measured of a unit: kind.baseline.name -> numbers, clips first. Kinds are those of the
 metrics, memory, and timing (encoder, decoder, autoencoder by frame)."""
+
+
+H264_FPS = 8
+"""Frames per second of files in H.264."""
+
+H264_CRF = 25
+"""Constant rate factor of imageio's default quality, 5 of 10: int((1 - 5/10) * 51)."""
+
+H264_PLAIN = "asm=0"
+"""x264 without assembler code, whose choices for small pictures differed from call to call."""
+
+H264_MULTIPLE = 16
+"""imageio scales pictures whose sides are no multiples of this, which is not done here."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +135,7 @@ class Trial:
         return units
 
     def roll_out(self, unit: Unit) -> RolledOut:
-        """Predict the rest of a unit's clips.
-
-        Raises:
-            ValueError: a clip that cannot be read.
-        """
+        """Predict the rest of a unit's clips."""
         length, batches = self.protocol.num_frames, self.protocol.batches()
         chosen, number = batches[unit.batch], unit.batch + len(batches) * unit.trajectory
         batch = read_windows(self.source, self.windows[chosen], length)
@@ -151,11 +163,6 @@ class Trial:
         )
 
     def measure(self, unit: Unit) -> Tensors:
-        """Roll a unit out and measure it.
-
-        Raises:
-            ValueError: as `roll_out`, or a network of FVD that is none.
-        """
         if unit.what == "memory":
             assert isinstance(self.memory_clips, MemoryClips)
             counts = count_batch(
@@ -181,7 +188,6 @@ class Trial:
         return found
 
     def _seen(self, unit: Unit, rolled: RolledOut) -> Seen:
-        """Return a unit's clips as they are measured."""
         protocol, true = self.protocol, rolled.batch.frames
         given = true[:, : protocol.context]
         if protocol.fvd_context == "reconstructed":
@@ -205,6 +211,51 @@ class Trial:
         device = next(iter(self.world.model.parameters())).device
         clips = [autoencoder.decode(autoencoder.encode(clip[None].to(device))) for clip in frames]
         return torch.cat(clips).float().cpu()
+
+
+def through_h264(
+    predicted: Float[Tensor, "t 3 h w"], true: Float[Tensor, "t 3 h w"]
+) -> tuple[Float[Tensor, "t 3 h w"], Float[Tensor, "t 3 h w"]]:
+    """Return frames in [-1, 1] as they come back from a file in H.264, as published evaluations do.
+
+    They write prediction and truth side by side into an mp4 file by imageio and measure what they
+    read back, so their numbers hold the losses of the compression on both sides. The same frames
+    always give the same result: one thread encodes, in plain code.
+    """
+    width = predicted.shape[-1]
+    both = torch.cat([predicted, true], dim=-1)
+    if both.shape[-2] % H264_MULTIPLE or both.shape[-1] % H264_MULTIPLE:
+        raise ValueError(
+            f"side by side in H.264, frames need sides that are multiples of {H264_MULTIPLE}, "
+            f"got {both.shape[-2]}x{both.shape[-1]}"
+        )
+    pixels = _decoded(_encoded(frames_to_pixels(both).cpu().numpy()))
+    found = pixels_to_frames(torch.from_numpy(pixels)).to(predicted.device)
+    return found[..., :width], found[..., width:]
+
+
+def _encoded(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        options = {"crf": str(H264_CRF), "x264-params": H264_PLAIN}
+        stream = container.add_stream("libx264", rate=H264_FPS, options=options)
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width = pixels.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        reformatter = VideoReformatter()
+        for picture in pixels:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame = reformatter.reformat(frame, format="yuv420p", threads=1)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def _decoded(data: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(data), "r") as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return np.stack(shown)
 
 
 def another_clip(num_clips: int, seed: int) -> list[int]:
@@ -241,14 +292,7 @@ def measure(
 ) -> Measurement:
     """Roll out held-out clips and compare them with the truth and the baselines.
 
-    Args:
-        world: what predicts.
-        source: the episodes.
-        protocol: which clips, and how they are rolled out.
-        metrics: what is measured; None: what needs no other network.
-
-    Raises:
-        ValueError: the data has fewer clips than the protocol needs.
+    Metrics are, unless given, those that need no other network.
     """
     protocol = protocol.reduced_to(source)
     trial = Trial(

@@ -57,7 +57,8 @@ class TrainAutoencoderConfig:
     alexnet_sha256: str = ""
     """SHA-256 by which you identify another file for it, or how it begins."""
     lpips_heads: str = ""
-    """File of LPIPS's linear heads; empty: the one that comes with torchmetrics."""
+    """File of LPIPS's linear heads; empty: that of the package torchmetrics, if it is
+    installed."""
     lpips_heads_sha256: str = ""
     """SHA-256 by which you identify another file for it, or how it begins."""
     optim: OptimConfig = field(

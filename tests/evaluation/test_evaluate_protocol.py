@@ -18,11 +18,10 @@ from scd.common.published_weights import shipped_heads
 from scd.data.source import open_source
 from scd.evaluation import evaluate, fvd, image, predict
 from scd.evaluation import report as protocol_page
-from scd.evaluation.actions import ReadActions
-from scd.evaluation.compress import through_h264
 from scd.evaluation.inverse_dynamics import (
     InverseDynamics,
     InverseDynamicsConfig,
+    ReadActions,
     TrainedInverseDynamics,
     load_inverse_dynamics,
     save_inverse_dynamics,
@@ -30,7 +29,7 @@ from scd.evaluation.inverse_dynamics import (
 from scd.evaluation.lpips import LAYERS, load_lpips
 from scd.evaluation.metrics import AgainstTruth, Drift
 from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig, Protocol
-from scd.evaluation.trial import Trial, Unit, measure
+from scd.evaluation.trial import Trial, Unit, measure, through_h264
 from scd.models.checkpoint import load_world, save_world
 from scd.streaming.rollout import Guidance
 

@@ -10,7 +10,7 @@ from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
-from scd.evaluation import compress, frechet, fvd, image
+from scd.evaluation import frechet, fvd, image, trial
 
 
 class Scaling(nn.Module):
@@ -134,7 +134,7 @@ def test_h264_changes_both_sides_a_little_and_always_alike():
     generator = torch.Generator().manual_seed(0)
     small = torch.rand(2, 6, 3, 4, 4, generator=generator) * 2 - 1
     predicted, true = small.repeat_interleave(8, -1).repeat_interleave(8, -2)
-    read, *_, again = (compress.through_h264(predicted, true) for _ in range(8))
+    read, *_, again = (trial.through_h264(predicted, true) for _ in range(8))
     for side, whole, twin in zip(read, (predicted, true), again, strict=True):
         assert side.shape == whole.shape and torch.equal(side, twin)
         error = image.psnr_of(image.mse(side, whole).mean()).item()
@@ -142,7 +142,7 @@ def test_h264_changes_both_sides_a_little_and_always_alike():
         swapped = image.psnr_of(image.mse(side, predicted + true - whole).mean()).item()
         assert swapped < error - 5
     with pytest.raises(ValueError, match="multiples of 16, got 12x24"):
-        compress.through_h264(torch.zeros(2, 3, 12, 12), torch.zeros(2, 3, 12, 12))
+        trial.through_h264(torch.zeros(2, 3, 12, 12), torch.zeros(2, 3, 12, 12))
 
 
 def test_psnr_and_ssim_are_those_of_scikit_image():

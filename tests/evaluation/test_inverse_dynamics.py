@@ -11,15 +11,16 @@ from scd.cli import main
 from scd.data.clip import Batch, Clip, Conditions, ConditionSpec
 from scd.data.source import DataCard, Source
 from scd.evaluation import evaluate
-from scd.evaluation.actions import ReadActions, parts_of
 from scd.evaluation.frechet import frechet_distance, frechet_estimate
 from scd.evaluation.inverse_dynamics import (
     InverseDynamics,
     InverseDynamicsConfig,
+    ReadActions,
     TrainedInverseDynamics,
     cost_volume,
     load_inverse_dynamics,
     pairs,
+    parts_of,
     save_inverse_dynamics,
 )
 from scd.evaluation.metrics import (

@@ -125,6 +125,12 @@ def test_the_heads_of_torchmetrics_are_the_published_ones(files):
     assert all((head >= 0).all() and head.any() for head in network.heads)
 
 
+def test_without_torchmetrics_the_heads_must_be_named(monkeypatch):
+    monkeypatch.setattr(weights, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="torchmetrics and lpips.*give its path by --lpips-heads"):
+        weights.check_weights(weights.shipped_heads(), weights.LPIPS_HEADS)
+
+
 def test_a_file_is_told_by_its_hash(files, tmp_path):
     digest = hashlib.sha256(open(files[0], "rb").read()).hexdigest()
     with pytest.raises(ValueError, match=f"has SHA-256 {digest}, needed .* begins with 7be5be79"):
