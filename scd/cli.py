@@ -458,8 +458,7 @@ def _intervene(words: list[str]) -> None:
         print("try scd intervene skip --help")
         return
     config = _parse(kinds[name], _first_is("--run", rest), f"intervene {name}")
-    from scd.probing.compare import intervene
-    from scd.probing.intervention_table import markdown
+    from scd.probing.compare import intervene, markdown
 
     print(markdown(intervene(config)))
     print(f"saved {config.comparison.out}")

@@ -58,7 +58,7 @@ from served import loads, played
 from scd.common.provenance import hardware_line, write_text
 from scd.evaluation.metrics import find_row
 from scd.evaluation.plots import speed_names
-from scd.probing.intervention_table import markdown as intervention
+from scd.probing.compare import markdown as intervention
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = (DOCS.parent / "README.md", DOCS / "results.md")

@@ -43,9 +43,9 @@ NUM_SHOWN = 9
 
 NOT_CLAIMED = (
     "That this is a good model of Doom: it has a few million parameters, saw 64x64 pixels and was "
-    "trained for two and a half hours on one CPU core. Rooms change behind your back.",
-    "That the frames under a held action are right: nothing true is there to compare them with. "
-    "The row of the clip's own actions has a truth, above it.",
+    "trained for two and a half hours on one CPU core. Rooms change while you look away.",
+    "That the frames under a held action are right: there are no true ones to compare them with. "
+    "Only the clip's own actions have true frames, in the row above them.",
     "That the milliseconds hold elsewhere: they are of this machine, one stream, this number of "
     "steps, without a browser or a network.",
 )
@@ -174,7 +174,10 @@ def write_report(result: Mapping[str, Any], out: Path) -> None:
         numbers=[
             (f"{result['frames_per_second']:.0f}", "frames per second, one stream"),
             (f"{timing['total']['p50'] * 1e3:.1f} ms", "per frame, median"),
-            (f"{result['seconds_to_first_frame']:.1f} s", "from nothing to the first frame"),
+            (
+                f"{result['seconds_to_first_frame']:.1f} s",
+                "from the weights file to the first frame",
+            ),
             (f"{result['parameters'] / 1e6:.1f} M", "parameters"),
             (f"{result['denoising_steps']}", "denoising steps per frame"),
         ],

@@ -1,4 +1,4 @@
-"""An intervention from start to table: change, finetune, measure, time; what is done is skipped.
+"""`scd intervene`: change a model, finetune, measure, time and tabulate; what is done is skipped.
 
 Beside the models (scd/probing/intervention_models.py) the folder holds `evaluations/` and the
 result: `intervention.json`, `table.md` and `intervention.png`.
@@ -16,6 +16,8 @@ from scd.common.provenance import provenance, write_json, write_text
 from scd.common.runtime import choose_device
 from scd.data.source import Source, open_source
 from scd.engine.open import open_engine
+from scd.evaluation.metrics import find_row
+from scd.evaluation.plots import plot_metrics
 from scd.evaluation.predict import (
     TIMED,
     check_fit,
@@ -30,12 +32,20 @@ from scd.models.build import num_parameters
 from scd.models.checkpoint import World, load_world
 from scd.models.separable import SeparableConfig
 from scd.probing.intervention_models import Candidate, Start, candidates, claim
-from scd.probing.intervention_table import markdown, plot
 from scd.probing.interventions import Comparison, Intervention
 from scd.streaming.rollout import Rollout, Timing
 
 NUM_WARM_UP = 8
 """First frames of a timed stream that do not count: caches fill, tables are made."""
+
+WORDS = {
+    "untouched": "the run as it is",
+    "before": "changed, not finetuned",
+    "after": "changed, finetuned",
+    "control": "as it is, finetuned equally long",
+    "scratch": "separable from scratch, equal compute",
+}
+"""What each model is."""
 
 
 def intervene(intervention: Intervention) -> dict[str, Any]:
@@ -159,3 +169,60 @@ def _result(
         "run_steps": start.steps,
         "is_separable": isinstance(models["after"].world.model.config, SeparableConfig),
     }
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Return a Markdown table: quality with 95 % intervals, training, and time per frame."""
+    horizon = result["protocol"]["horizon"]
+    horizons = sorted({1, (horizon + 1) // 2, horizon})
+    columns = [("psnr", h) for h in horizons]
+    if "ssim" not in result["left_out"]:
+        columns.append(("ssim", horizon))
+    if "shuffled_actions" not in result["left_out"]:
+        columns.append(("psnr lost by wrong actions", horizon))
+    titles = [
+        f"{metric.replace('psnr', 'PSNR').replace('ssim', 'SSIM')} +{h}" for metric, h in columns
+    ]
+    head = ["model", "steps", "training, TFLOP", *titles, "ms per frame", "speed-up"]
+    models = result["models"]
+    slowest = models["untouched"]["seconds_per_frame"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, model in models.items():
+        rows = [row for row in result["rows"] if row["model"] == name]
+        cells = [_cell(rows, metric, h) for metric, h in columns]
+        seconds = model["seconds_per_frame"]
+        cells += [f"{1000 * seconds:.1f}", f"{slowest / seconds:.2f}"]
+        training = [str(model["steps"]), f"{model['train_flops'] / 1e12:.3g}"]
+        lines.append(f"| {' | '.join([WORDS[name], *training, *cells])} |")
+    notes = [
+        f"{result['protocol']['num_clips']} held-out clips, the same for all; in brackets 95 % "
+        "intervals over clips.",
+        f"Time: {result['timed']}.",
+        f"Models: {result['trained']}.",
+    ]
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def _cell(rows: list[Mapping[str, Any]], metric: str, horizon: int) -> str:
+    if metric == "psnr lost by wrong actions":
+        right = find_row(rows, "psnr", horizon)["mean"]
+        return f"{right - find_row(rows, 'psnr', horizon, 'shuffled_actions')['mean']:.2f}"
+    row = find_row(rows, metric, horizon)
+    digits = 3 if metric == "ssim" else 2
+    low, high = (f"{row[name]:.{digits}f}" for name in ("ci_low", "ci_high"))
+    return f"{row['mean']:.{digits}f} ({low} .. {high})"
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Draw quality against the horizon, a curve for each model and one for the last frame."""
+    rows = [
+        row | {"baseline": row["model"]} for row in result["rows"] if row["baseline"] == "model"
+    ]
+    # The same for every model: nothing is predicted.
+    rows += [
+        row
+        for row in result["rows"]
+        if row["baseline"] == "repeat_last" and row["model"] == "untouched"
+    ]
+    panels = ["psnr"] + (["ssim"] if "ssim" not in result["left_out"] else [])
+    plot_metrics(rows, panels, path, f"{result['intervention']}: before and after finetuning")

@@ -35,7 +35,6 @@ _FROM_ONE = FuncFormatter(lambda place, _: f"{place + 1:.0f}")
 
 
 def count_from_one(axis: Axis, num_ticks: int | Literal["auto"] = "auto") -> None:
-    """Count the cells along an axis from 1."""
     axis.set_major_locator(MaxNLocator(num_ticks, integer=True))
     axis.set_major_formatter(_FROM_ONE)
 
@@ -72,8 +71,7 @@ def draw_map(
 
 
 def draw_bar(figure: Figure, drawn: AxesImage, axes: list[Axes], ink: Ink, label: str = "") -> None:
-    """Draw the scale of colours beside panels."""
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.9)
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.9, ticks=MaxNLocator(4))
     bar.set_label(label, color=text_colour(ink), fontsize=8)
     bar.ax.tick_params(colors=text_colour(ink), labelsize=7)
     bar.outline.set_edgecolor(text_colour(ink))  # pyright: ignore[reportCallIssue]
@@ -83,11 +81,15 @@ def plot_tiles(
     tiles: Float[np.ndarray, "rows columns h w 3"],
     row_names: Sequence[str],
     column_names: Sequence[str],
+    label: str,
     path: Path,
     ink: Ink,
-    label: str = "",
 ) -> None:
-    """Draw small pictures side by side, with a name for each row and column."""
+    """Draw small pictures side by side, with a name for each row and column.
+
+    Args:
+        label: below the columns.
+    """
     num_rows, num_columns, height, width, _ = tiles.shape
     gap = 1 / 16
     picture = np.zeros((num_rows, num_columns, 16 * height + height, 16 * width + width, 4))

@@ -1,8 +1,8 @@
 """Splits of a dense model into encoder and decoder: what each would lose and cost, which to take.
 
 Encoder: layers 1 .. E, once per frame. Decoder: layers 1 .. F and E + 1 .. L, the first and last
-ones, at every step, as the paper composes it. A split ablation takes what layers F + 1 .. E add to
-the tokens from the first step, pure noise, and adds it again in all others; nothing is trained.
+ones, at every step, as the paper composes it. In a split ablation layers F + 1 .. E add at every
+step what they added to the tokens at the first, from pure noise; nothing is trained.
 Source: paper, sections 5.6 and 6.1, for the composition; the ablation, the predicted seconds and
 the rule are ours.
 """
@@ -31,7 +31,7 @@ from scd.probing.intercept import change_held, recorded
 from scd.probing.subject import Progress, Subject, Task, losses, relative, silent
 
 NUM_TIMED = 7
-"""Calls of the network whose median is a call's time."""
+"""Calls of the network of which the median time is taken."""
 
 MAX_SPLITS = 90
 """Splits that are tried; of deeper models only those at evenly spaced depths."""
@@ -71,9 +71,8 @@ class SplitLoss:
     """Relative increase of the loss by a split, without training."""
 
     split: Split
-    """The split."""
     with_past: Estimate
-    """The decoder's layers look at earlier frames as before."""
+    """The decoder's layers attend to earlier frames as before."""
     own_frame: Estimate | None
     """They see their own frame only, as a decoder does; None: it was not measured."""
 
@@ -81,15 +80,11 @@ class SplitLoss:
 def splits(num_layers: int, max_decoder: int | None = None) -> list[Split]:
     """List all splits of a dense model; those with more decoder layers come later."""
     largest = num_layers - 1 if max_decoder is None else max_decoder
-    pairs = [
-        (encoder, first)
+    found = [
+        Split(num_layers=num_layers, num_encoder=encoder, num_first=first)
         for encoder in range(1, num_layers + 1)
         for first in range(encoder)
         if 1 <= first + num_layers - encoder <= largest
-    ]
-    found = [
-        Split(num_layers=num_layers, num_encoder=encoder, num_first=first)
-        for encoder, first in pairs
     ]
     return sorted(found, key=lambda split: (split.num_decoder, split.num_first))
 
@@ -119,8 +114,8 @@ def split_losses(
     """Measure the loss of each split on the same clips and noise: a split ablation.
 
     Args:
-        candidates: the splits; None: all.
-        own_frame: measure too what the decoder's layers do without earlier frames.
+        candidates: None: all splits.
+        own_frame: measure the loss without earlier frames in the decoder's layers too.
 
     Raises:
         ValueError: the model is split already, or has another number of layers.
@@ -170,7 +165,7 @@ class Speed:
         return self.seconds_per_step * self._split_operations(split) / self._dense(split)[1]
 
     def dense_seconds(self, num_layers: int) -> float:
-        """Return the seconds per frame of the dense model, with the pass that remembers it."""
+        """Predict the seconds per frame of the dense model, its KV cache update included."""
         split = Split(num_layers=num_layers, num_encoder=1, num_first=0)
         total, step = self._dense(split)
         return self.seconds_per_step * total / step
@@ -200,23 +195,17 @@ class Speed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class Candidate(SplitLoss):
     """A split with all that is predicted of it."""
 
-    split: Split
-    """The split."""
     seconds: float
     """Predicted seconds per frame."""
-    with_past: Estimate
-    """Relative loss without training, the decoder's layers looking at earlier frames as before."""
-    own_frame: Estimate | None
-    """The same, the decoder's layers seeing their own frame only; None: not measured."""
     left_out: float | None
     """Sum of the leave-one-out losses of the layers that the decoder lacks."""
     reuse: float | None
     """Loss of reusing the encoder's layers from the first step on: the nearest measured depth."""
     past_mass: float | None
-    """Mean attention on earlier frames of the layers after the encoder; None: there are none."""
+    """Mean attention to earlier frames of the layers after the encoder; None: there are none."""
     on_front: bool
     """Whether no other split is both faster and better."""
 
@@ -256,11 +245,9 @@ def candidates_of(
     """Put what was measured of each split beside what it would cost.
 
     Args:
-        losses: of each split.
-        speed: of the dense model.
         leave_one_out: relative loss without a layer, by its number; None: not measured.
         reuse: relative loss with layers up to a number kept from the first step on.
-        past_mass: attention of a layer on earlier frames, by its number.
+        past_mass: a layer's attention to earlier frames, by its number.
     """
     seconds = np.array([speed.seconds(one.split) for one in losses])
     front = front_of(seconds, np.array([one.with_past.mean for one in losses]))
@@ -278,16 +265,10 @@ def candidates_of(
             attention = statistics.fmean(past_mass[layer] for layer in last)
         found.append(
             Candidate(
-                split=split,
-                seconds=predicted,
-                with_past=one.with_past,
-                own_frame=one.own_frame,
-                left_out=left_out,
-                reuse=reused,
-                past_mass=attention,
-                on_front=on_front,
+                **vars(one), seconds=predicted, left_out=left_out, reuse=reused,
+                past_mass=attention, on_front=on_front,
             )
-        )
+        )  # fmt: skip
     return found
 
 

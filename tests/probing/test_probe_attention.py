@@ -36,7 +36,7 @@ class MaskedBlock(TheirBlock):
         return tokens + self.out(read.transpose(1, 2).flatten(2))
 
 
-def random_look(bias):
+def random_attention(bias):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 3, 5, 8, generator=generator)
     k = torch.randn(2, 3, 20, 8, generator=generator)
@@ -51,12 +51,12 @@ def random_look(bias):
 @pytest.mark.parametrize("bias", [None, (5, 20), (1, 20)])
 @pytest.mark.parametrize("max_block_bytes", [1, 1500, 2**20])
 def test_blockwise_mass_is_that_of_an_explicit_softmax(bias, max_block_bytes):
-    look = random_look(bias)
-    logits = look.q @ look.k.mT / 8**0.5
-    weights = (logits if bias is None else logits + look.bias).softmax(-1)
-    members = nn.functional.one_hot(torch.tensor(look.distances), 4).float()
+    attention = random_attention(bias)
+    logits = attention.q @ attention.k.mT / 8**0.5
+    weights = (logits if bias is None else logits + attention.bias).softmax(-1)
+    members = nn.functional.one_hot(torch.tensor(attention.distances), 4).float()
     expected = weights.unflatten(-1, (4, 5)).sum(-1).mean(2).flip(-1)
-    torch.testing.assert_close(mass(look, members, max_block_bytes), expected)
+    torch.testing.assert_close(mass(attention, members, max_block_bytes), expected)
 
 
 def test_deep_layers_that_see_their_own_frame_have_no_mass_on_the_past():
@@ -99,14 +99,16 @@ def test_maps_and_mass_of_a_dense_model_are_those_of_its_weights():
     subject = subject_of(tiny_dense(block=replace(BLOCK, distance_bias=0.5)))
     task = task_for(subject.model)
     found = attention_mass(subject, task, STEPS, chosen=[2])
-    looks = []
-    with subject.watch_attention(looks.append):
+    attentions = []
+    with subject.watch_attention(attentions.append):
         subject.velocity(task.begin(subject), task.noise, step_times(STEPS)[0])
-    for look in looks:
-        assert look.bias is not None
-        weights = (look.q @ look.k.mT / 16**0.5 + look.bias).softmax(-1)
+    for attention in attentions:
+        assert attention.bias is not None
+        weights = (attention.q @ attention.k.mT / 16**0.5 + attention.bias).softmax(-1)
         np.testing.assert_allclose(
-            weights[..., :18].sum(-1).mean((0, 2)), found.past_mass[look.layer, :, 0], atol=1e-5
+            weights[..., :18].sum(-1).mean((0, 2)),
+            found.past_mass[attention.layer, :, 0],
+            atol=1e-5,
         )
     assert found.maps.shape == (3, 4, 1, 2, 3)
     np.testing.assert_allclose(found.maps.sum((1, 2, 3, 4)), 1, atol=1e-5)

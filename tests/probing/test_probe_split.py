@@ -1,11 +1,14 @@
 """Proposed splits: predicted seconds = the cost formulas, the front, the rule."""
 
+import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from scd.common.config import from_json, to_json
 from scd.evaluation.image import Estimate
 from scd.models.build import frame_cost
 from scd.models.cost import Load, Sizes
@@ -13,7 +16,6 @@ from scd.models.decoder import DecoderConfig
 from scd.models.dense import DenseConfig
 from scd.models.encoder import EncoderConfig
 from scd.models.separable import SeparableConfig
-from scd.probing.measurements.splits import as_part, from_part
 from scd.probing.splits import (
     Speed,
     Split,
@@ -136,8 +138,10 @@ def test_deep_models_are_tried_at_spaced_depths():
 
 
 def test_losses_survive_json():
-    losses = [loss_of(split_of(6, 4, 1), 0.1)]
-    assert from_part(as_part(losses, 0.25)) == (losses, 0.25)
+    one = loss_of(split_of(6, 4, 1), 0.1)
+    both = replace(one, own_frame=one.with_past)
+    for loss in (one, both):
+        assert from_json(SplitLoss, json.loads(json.dumps(to_json(loss)))) == loss
 
 
 class Slow(TheirBlock):

@@ -73,21 +73,21 @@ def test_watched_attention_is_what_the_layer_reads(model):
     subject, task = subject_of(model), task_for(model)
     state = task.begin(subject)
     plain = subject.velocity(state, task.noise, 1.0)
-    looks = []
-    with subject.watch_attention(looks.append):
+    attentions = []
+    with subject.watch_attention(attentions.append):
         begun = task.begin(subject)
-        in_begin = len(looks)
+        in_begin = len(attentions)
         watched = subject.velocity(begun, task.noise, 1.0)
     torch.testing.assert_close(watched, plain, atol=1e-6, rtol=0)
-    assert [look.layer for look in looks[in_begin:]] == subject.stepped
-    assert {look.layer for look in looks[:in_begin]} == {
+    assert [attention.layer for attention in attentions[in_begin:]] == subject.stepped
+    assert {attention.layer for attention in attentions[:in_begin]} == {
         place for place, layer in enumerate(subject.layers) if layer.once
     }
-    for look in looks:
-        assert look.q.shape == (2, subject.num_heads, subject.tokens_per_frame, 16)
-        assert len(look.distances) == look.k.shape[2] and look.bias is None
-        values = torch.randn(look.k.shape, generator=torch.Generator().manual_seed(1))
-        assert explicit_attention(look.q, look.k, values, None).isfinite().all()
+    for attention in attentions:
+        assert attention.q.shape == (2, subject.num_heads, subject.tokens_per_frame, 16)
+        assert len(attention.distances) == attention.k.shape[2] and attention.bias is None
+        values = torch.randn(attention.k.shape, generator=torch.Generator().manual_seed(1))
+        assert explicit_attention(attention.q, attention.k, values, None).isfinite().all()
 
 
 def test_distances_of_keys():
@@ -96,7 +96,9 @@ def test_distances_of_keys():
     for name, model in (("dense", tiny_dense()), ("joint", tiny_separable())):
         subject, task = subject_of(model), task_for(model)
         with subject.watch_attention(
-            lambda look, name=name: seen.update({(name, look.layer): list(look.distances)})
+            lambda attention, name=name: seen.update(
+                {(name, attention.layer): list(attention.distances)}
+            )
         ):
             subject.velocity(task.begin(subject), task.noise, 1.0)
     assert seen["dense", 2] == [3] * n + [2] * n + [1] * n + [0] * n
@@ -109,11 +111,11 @@ def test_distances_in_a_memory_that_has_wrapped():
     cache = CacheConfig(window=3, num_sinks=0)
     subject = subject_of(tiny_dense(cache=cache))
     task = task_for(subject.model, num_frames=6)
-    looks = []
-    with subject.watch_attention(looks.append):
+    attentions = []
+    with subject.watch_attention(attentions.append):
         subject.velocity(task.begin(subject), task.noise, 1.0)
     # Frames 3, 4 and 5 lie in places 0, 1 and 2 of the ring.
-    assert list(looks[-1].distances) == [2] * 6 + [1] * 6 + [0] * 6
+    assert list(attentions[-1].distances) == [2] * 6 + [1] * 6 + [0] * 6
 
 
 @torch.no_grad()

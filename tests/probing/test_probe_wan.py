@@ -101,13 +101,14 @@ def test_the_transformer_stays_as_it_was(subject, transformer):
 def test_attention_is_seen_over_frames_and_not_over_the_text(subject):
     task = Task.of(frames_of(4), Conditions())
     state = task.begin(subject)
-    looks = []
-    with torch.no_grad(), subject.watch_attention(looks.append):
+    attentions = []
+    with torch.no_grad(), subject.watch_attention(attentions.append):
         subject.velocity(state, task.noise, 1.0)
-    assert [look.layer for look in looks] == [0, 1, 2]
-    for look in looks:
-        assert look.q.shape == (2, 2, TOKENS, 24) and look.k.shape == (2, 2, 4 * TOKENS, 24)
-        assert look.distances == [d for d in (3, 2, 1, 0) for _ in range(TOKENS)]
+    assert [attention.layer for attention in attentions] == [0, 1, 2]
+    for attention in attentions:
+        assert attention.q.shape == (2, 2, TOKENS, 24)
+        assert attention.k.shape == (2, 2, 4 * TOKENS, 24)
+        assert attention.distances == [d for d in (3, 2, 1, 0) for _ in range(TOKENS)]
 
 
 def test_a_layer_can_be_left_out(subject):

@@ -1,4 +1,4 @@
-"""How much of its attention a frame that is being denoised gives to earlier frames.
+"""Share of attention that a frame which is being denoised gives to earlier frames.
 
 Weights are summed block by block in float32 from queries and keys: no matrix of all weights is ever
 held. Source: paper, section 5.3.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,17 @@ SHADES = (BLUE, PURPLE, PINK, ORANGE, "#8f9a2f", GREEN)
 SECTION = """
 <h2>Where do layers look?</h2>
 <p>The share of attention that the tokens of the denoised frame give to earlier frames, beside what
-it would be if all keys counted alike. It is {{ "%.2f" % first }} in {{ names[0] }} and
+it would be if all keys weighed the same. It is {{ "%.2f" % first }} in {{ names[0] }} and
 {{ "%.2f" % last }} in {{ names[-1] }}.
 {% if context > 0 %}
-The decoder of a separable model sees no earlier frame: its mass on them is 0 by construction, and
-up to {{ "%.2f" % context }} of its attention goes to the context tokens.
+The decoder of a separable model sees no earlier frame: its share is 0 by construction, and up to
+{{ "%.2f" % context }} of its attention goes to the context tokens.
 {% endif %}
 </p>
 {{ mass }}{{ distances }}
 {% for one in maps %}{{ one }}{% endfor %}
-<p class="soft">Maps: what one token of the frame looks at ({{ places | join("; ") }}), in one clip
-at the middle step, averaged over heads; white is the largest weight of its row.</p>
+<p class="soft">Maps: what one token of the frame attends to ({{ places | join("; ") }}), in one
+clip at the middle step, averaged over heads; white is the largest weight of its row.</p>
 """
 
 
@@ -93,22 +94,19 @@ def attention_mass(
     task: Task,
     sampling: SamplingConfig,
     chosen: Sequence[int] | None = None,
-    max_block_bytes: int = MAX_BLOCK_BYTES,
     progress: Progress = silent,
 ) -> AttentionMass:
     """Measure every layer and head at every step of a trajectory.
 
     Args:
         chosen: tokens for the maps, from 0; None: that in the middle of the frame.
-        max_block_bytes: weights that are held at once.
 
     Raises:
-        ValueError: a layer's attention cannot be seen, no layer looks at earlier frames at all,
+        ValueError: a layer's attention cannot be seen, no layer attends to earlier frames at all,
             fewer than two steps, or tokens that a frame has not.
     """
     times = step_times(sampling)
-    chosen = subject.tokens(chosen)
-    counter = _Counter(subject, task.num_past, len(times) - 1, chosen, max_block_bytes)
+    counter = _Counter(subject, task.num_past, len(times) - 1, subject.tokens(chosen))
     with subject.watch_attention(counter.see):
         # What runs once per frame is the same at all steps; what comes last in `begin` counts.
         state = task.begin(subject)
@@ -122,17 +120,9 @@ def attention_mass(
 class _Counter:
     """Gathers the shares of all attentions: `see` each attention, then `result`."""
 
-    def __init__(
-        self,
-        subject: Subject,
-        num_past: int,
-        num_steps: int,
-        chosen: list[int],
-        max_block_bytes: int,
-    ) -> None:
+    def __init__(self, subject: Subject, num_past: int, num_steps: int, chosen: list[int]) -> None:
         layers, heads = len(subject.layers), subject.num_heads
-        self.subject, self.chosen = subject, chosen
-        self.max_block_bytes, self.num_steps = max_block_bytes, num_steps
+        self.subject, self.chosen, self.num_steps = subject, chosen, num_steps
         # Distances 0 .. num_past, one more for an encoder's start frame, and the context last.
         self.num_classes = num_past + 3
         self.shares = torch.zeros(layers, heads, num_steps, self.num_classes)
@@ -150,7 +140,7 @@ class _Counter:
             raise ValueError(f"a key of {layer.name} lies {int(classes.max())} frames back")
         classes = classes.where(classes != CONTEXT, self.num_classes - 1)
         members = functional.one_hot(classes, self.num_classes).float()
-        shares = mass(attention, members.to(attention.q.device), self.max_block_bytes).mean(0).cpu()
+        shares = mass(attention, members.to(attention.q.device)).mean(0).cpu()
         steps = slice(None) if layer.once else slice(self.step, self.step + 1)
         self.shares[attention.layer, :, steps] = shares[:, None]
         self.seen.add(attention.layer)
@@ -196,7 +186,6 @@ def mass(
     """Sum the weights of the keys of each class, averaged over queries.
 
     Args:
-        attention: queries and keys.
         members: 1 where a key belongs to a class.
         max_block_bytes: weights that are held at once.
     """
@@ -211,7 +200,6 @@ def mass(
 def _weights(
     attention: FrameAttention, queries: slice | list[int], clips: slice = slice(None)
 ) -> Tensor:
-    """Return the softmax of some queries of some clips."""
     q, k, bias = attention.q[clips, :, queries], attention.k[clips], attention.bias
     logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT
     if bias is not None:
@@ -229,7 +217,6 @@ def _uniform(bias: Tensor | None, past: Float[Tensor, " s"]) -> float:
 
 
 def measure(plan: Plan, progress: Progress) -> Entries:
-    """Measure what a frame that is denoised looks at."""
     tokens = plan.config.tokens
     found = attention_mass(plan.subject, plan.task, plan.sampling, tokens, progress=progress)
     layers = by_layer(
@@ -246,7 +233,6 @@ def measure(plan: Plan, progress: Progress) -> Entries:
 
 
 def cards(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Show the mass of the first and of the last layer that may look at earlier frames."""
     seeing = [one for one in result["attention"] if np.mean(one["uniform"]) > 0]
     return [
         (f"{np.mean(one['past_mass']):.2f}", f"of its attention {one['name']} gives to earlier "
@@ -256,7 +242,6 @@ def cards(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def section(result: Mapping[str, Any], pictures: Mapping[str, Any]) -> Markup:
-    """Show which frames the layers look at."""
     layers = result["attention"]
     names = [one["name"] for one in layers]
     mass = np.array([one["past_mass_by_step"] for one in layers])
@@ -274,19 +259,16 @@ def section(result: Mapping[str, Any], pictures: Mapping[str, Any]) -> Markup:
         names=names,
         context=max(np.mean(one["context_mass"]) for one in layers),
         mass=plot(
-            lambda path, ink: plot_past_mass(mass, uniform, names, path, ink),
-            "Attention on earlier frames by layer, head and step",
+            partial(plot_past_mass, mass, uniform, names),
+            "Attention to earlier frames by layer, head and step",
         ),
         distances=plot(
-            lambda path, ink: plot_distances(profile, names, path, ink),
-            "Attention against the distance of frames",
+            partial(plot_distances, profile, names), "Attention against the distance of frames"
         ),
         maps=[
             plot(
-                lambda path, ink, at=at: plot_tiles(
-                    _grey(maps[:, :, at]), shown_names, distances, path, ink
-                ),
-                f"What the token in {place} of a frame looks at",
+                partial(plot_tiles, _grey(maps[:, :, at]), shown_names, distances, ""),
+                f"What the token in {place} of a frame attends to",
                 "two",
             )
             for at, place in enumerate(places)
@@ -296,7 +278,6 @@ def section(result: Mapping[str, Any], pictures: Mapping[str, Any]) -> Markup:
 
 
 def _place(token: int, num_columns: int) -> str:
-    """Write a token's place for people, who count from 1."""
     row, column = divmod(token, num_columns)
     return f"row {row + 1}, column {column + 1}"
 
@@ -315,7 +296,7 @@ def plot_past_mass(
     path: Path,
     ink: Ink,
 ) -> None:
-    """Draw the mass of attention on earlier frames: over layers, over heads, over steps."""
+    """Draw the attention to earlier frames by layer, by head and by step."""
     figure, (curve, heads, steps) = curve_panels(3, ink)
     layers = range(1, len(names) + 1)
     of_heads = mass.mean(axis=2)
@@ -329,7 +310,7 @@ def plot_past_mass(
         linewidth=0, label="lowest to highest head",
     )  # fmt: skip
     curve.set_ylim(-0.02, 1.02)
-    curve.set_ylabel("attention on earlier frames")
+    curve.set_ylabel("attention to earlier frames")
     name_layers(curve, names)
     legend(curve, ink)
     for axes, values, label in (
@@ -345,7 +326,7 @@ def plot_past_mass(
 def plot_distances(
     profile: Float[np.ndarray, "l t"], names: Sequence[str], path: Path, ink: Ink
 ) -> None:
-    """Draw how far back attention looks: mass against the distance in frames, 0 its own frame."""
+    """Draw attention against the distance in frames, 0 the frame itself."""
     figure, (axes, every) = curve_panels(2, ink)
     distances = range(profile.shape[1])
     for colour, layer in zip(SHADES, spread(len(names), len(SHADES)), strict=False):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from scd.probing.measurement import Entries, Measurement, by_layer, plain
 from scd.probing.plots import NUM_SHOWN, plot_tiles
 from scd.probing.settings import Plan
 from scd.probing.subject import Progress
-from scd.probing.trajectory import Features, layer_features, spread
+from scd.probing.trajectory import Features, layer_features
 
 NUM_COMPONENTS = 3
 """Components, one for each of red, green and blue."""
@@ -70,13 +71,13 @@ def feature_pca(
     Args:
         features: of the layers.
         grid: rows and columns of a frame's tokens.
-        num_clips: how many clips are shown, the first ones; numbers are over all clips.
-        num_shown: how many steps are shown, the first and the last among them.
+        num_clips: first clips that are drawn; numbers are over all clips.
+        num_shown: steps that are drawn, evenly from the first to the last.
     """
     layers, pictures, agreements, shares, shown = [], [], [], [], []
     for one in features:
         components, share = principal(one.tokens)
-        shown = spread(0, one.tokens.shape[0] - 1, num_shown)
+        shown = media.spread(one.tokens.shape[0], num_shown)
         picture = coloured(components[:num_clips])[:, shown]
         pictures.append(picture.unflatten(2, grid).cpu().numpy())
         agreements.append(agreement(components).mean(0).cpu().numpy())
@@ -141,7 +142,6 @@ def agreement(components: Float[Tensor, "b steps n 3"]) -> Float[Tensor, "b step
 
 
 def measure(plan: Plan, progress: Progress) -> Entries:
-    """Find the principal components of the features."""
     if not plan.stepped:
         return {"left_out": "colours: none of the chosen layers runs at every step"}
     features = layer_features(plan.subject, plan.task, plan.sampling, plan.stepped, progress)
@@ -154,7 +154,6 @@ def measure(plan: Plan, progress: Progress) -> Entries:
 
 
 def section(result: Mapping[str, Any], pictures: Mapping[str, Any]) -> Markup:
-    """Show principal components as colours."""
     layers = result["principal_components"]
     shown = media.spread(len(layers), NUM_SHOWN)
     tiles = np.array(pictures["colours"])[shown][:, 0]
@@ -172,7 +171,7 @@ def section(result: Mapping[str, Any], pictures: Mapping[str, Any]) -> Markup:
         lowest=min(first),
         highest=max(first),
         pictures=plot(
-            lambda path, ink: plot_tiles(tiles, names, steps, path, ink, "step"),
+            partial(plot_tiles, tiles, names, steps, "step"),
             "Principal components of one frame, layers from top to bottom, steps from left",
             "two",
         ),

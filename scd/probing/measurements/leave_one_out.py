@@ -1,4 +1,4 @@
-"""What the loss on held-out clips says when one layer after another is left out.
+"""Leave-one-out ablation: the loss on held-out clips without each layer.
 
 Source: paper, section 5.6.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ SECTION = """
 <p>The loss rises most without {{ most }}, by {{ "%.0f" % highest }} %, and least without
 {{ least }}, by {{ "%.1f" % lowest }} %.</p>
 {{ bars }}
-<p class="soft">Mean over the times {{ levels }}, the same clips and noise for all layers; 95 %
-intervals by resampling clips. The layer is left out of the pass over the given frames too.</p>
+<p class="soft">Mean over the noise levels {{ levels }} (0 is clean, 1 is noise), the same clips and
+noise for all layers; 95 % intervals by resampling clips. The layer is left out of the pass over the
+given frames too.</p>
 """
 
 
@@ -38,7 +40,7 @@ class LeaveOneOut:
     """Relative increase of the loss without each layer: 0.5 is half as much again."""
 
     layers: tuple[int, ...]
-    """Number of each layer, from 1."""
+    """Numbers from 1."""
     relative_loss: Float[np.ndarray, " layers"]
     """Loss without the layer / loss with all layers - 1, of the means over clips and levels."""
     ci_low: Float[np.ndarray, " layers"]
@@ -48,9 +50,9 @@ class LeaveOneOut:
     by_level: Float[np.ndarray, "layers levels"]
     """The same at each noise level."""
     levels: tuple[float, ...]
-    """Times at which the loss was taken."""
+    """Noise levels, as times."""
     loss: Float[np.ndarray, "levels clips"]
-    """Loss with all layers."""
+    """With all layers."""
 
 
 @torch.no_grad()
@@ -92,7 +94,6 @@ def leave_one_out(
 
 
 def measure(plan: Plan, progress: Progress) -> Entries:
-    """Leave out one layer after another."""
     found = leave_one_out(plan.subject, plan.task, plan.levels, plan.config.layers, progress)
     kinds = ("relative_loss", "ci_low", "ci_high", "by_level")
     numbers = {kind: getattr(found, kind) for kind in kinds}
@@ -103,7 +104,6 @@ def measure(plan: Plan, progress: Progress) -> Entries:
 
 
 def section(result: Mapping[str, Any], _: Mapping[str, Any]) -> Markup:
-    """Show what each layer is worth."""
     layers = result["leave_one_out"]
     names = [one["name"] for one in layers]
     mean, low, high = (
@@ -116,7 +116,7 @@ def section(result: Mapping[str, Any], _: Mapping[str, Any]) -> Markup:
         least=names[int(mean.argmin())],
         lowest=100 * mean.min(),
         bars=plot(
-            lambda path, ink: plot_leave_one_out(mean, low, high, names, path, ink),
+            partial(plot_leave_one_out, mean, low, high, names),
             "Relative increase of the loss without each layer",
         ),
         levels=", ".join(f"{level:.2f}" for level in result["loss"]["levels"]),
@@ -131,7 +131,6 @@ def plot_leave_one_out(
     path: Path,
     ink: Ink,
 ) -> None:
-    """Draw the relative increase of the loss without each layer, with intervals over clips."""
     figure, (axes,) = curve_panels(1, ink)
     figure.set_size_inches(7.5, 3.4)
     layers = np.arange(1, len(names) + 1)
@@ -142,7 +141,7 @@ def plot_leave_one_out(
         layers, percent, yerr=spread_of, fmt="none", ecolor=text_colour(ink), capsize=2, linewidth=1
     )
     scale_percent(axes)
-    axes.set_ylabel("loss without the layer, + %")
+    axes.set_ylabel("loss increase without the layer, %")
     axes.axhline(0, color=text_colour(ink), linewidth=0.8)
     name_layers(axes, names)
     finish(figure, path, "", ink)

@@ -1,12 +1,10 @@
-"""May the features of the first layers be kept from some step on? Separability, tested directly.
-
-Layers 1 .. k give in all later steps what they gave in step s, and are not computed there. (Ours.)
-"""
+"""Feature reuse: from step s on layers 1 .. k keep their output and are not computed. (Ours.)"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +31,21 @@ NUM_LATER = 4
 """Later steps at which the loss is taken, spread from the next to the last."""
 
 LATEST_SHARE = 0.8
-"""Place among the steps of the last one from which reuse is tried, unless it is said otherwise."""
+"""Latest step from which reuse is tried by default, as a share of all steps."""
 
 ANNOTATED = 16
 """Columns up to which the cells of a map carry their numbers."""
 
 SECTION = """
 <h2>May features be reused?</h2>
-<p>The first layers give in all later steps what they gave in one step, and are not computed there.
-This asks directly whether a model can be separated: an encoder's features are those that may be
+<p>From some step on the first layers keep their output of that step and are not computed again.
+This tests directly whether a model can be separated: an encoder's features are those that may be
 kept from the first step on.</p>
 {{ maps }}
-<p class="soft">Left: the loss of later steps, on the straight path from the true frame to its
-noise. Right: the PSNR of finished frames against the true ones, beside that of untouched
-trajectories ({{ "%.1f" % untouched }} dB). PSNR rewards blur: a frame that keeps the first step's
-estimate is the mean of all that may follow, and not worse by this number.</p>
+<p class="soft">Left: increase of the loss at later steps, on the straight path from the true frame
+to its noise. Right: change of the PSNR of finished frames, which is {{ "%.1f" % untouched }} dB
+when nothing is kept. PSNR rewards blur: the first step's estimate is the mean of all frames that
+may follow, and so a frame that keeps it can score higher.</p>
 """
 
 
@@ -124,8 +122,7 @@ def reuse_loss(
     Both steps see the same true frame and the same noise, mixed by their times.
 
     Args:
-        grid: depths and steps.
-        num_later: at how many later steps the loss is taken.
+        num_later: later steps at which the loss is taken.
 
     Raises:
         ValueError: fewer than two steps, or a grid that does not fit.
@@ -162,7 +159,6 @@ def reuse_rollout(
     """Finish trajectories whose first layers repeat an earlier step of the same trajectory.
 
     Args:
-        grid: depths and steps.
         decode: from latent frames to pixels in [-1, 1].
 
     Raises:
@@ -213,7 +209,6 @@ def _psnr(frames: Tensor, true: Tensor) -> float:
 
 
 def measure(plan: Plan, progress: Progress) -> Entries:
-    """Keep the features of the first layers: the loss, then whole trajectories."""
     subject, task, sampling, config = plan.subject, plan.task, plan.sampling, plan.config
     grid = ReuseGrid.of(subject, config.num_steps, config.reuse_depths, config.reuse_steps)
     loss = reuse_loss(subject, task, sampling, grid, progress=lambda share: progress(0.3 * share))
@@ -234,14 +229,13 @@ def measure(plan: Plan, progress: Progress) -> Entries:
 
 
 def section(result: Mapping[str, Any], _: Mapping[str, Any]) -> Markup:
-    """Show from which step on the features of the first layers may be kept."""
     found = result["reuse"]
     names = [str(layer) for layer in found["layers"]]
     lost, change = np.array(found["relative_loss"]), np.array(found["psnr_change"])
     return fragment(
         SECTION,
         maps=plot(
-            lambda path, ink: plot_reuse(lost, change, names, found["steps"], path, ink),
+            partial(plot_reuse, lost, change, names, found["steps"]),
             "Loss and PSNR when the first layers are kept from a step on",
         ),
         untouched=found["psnr_untouched"],
@@ -256,15 +250,15 @@ def plot_reuse(
     path: Path,
     ink: Ink,
 ) -> None:
-    """Draw two maps of reuse: relative loss and change of PSNR, layers up against first step."""
+    """Draw two maps: relative loss and change of PSNR, layers kept against the step kept."""
     size = (max(4.2, 0.42 * len(steps) + 1.6), max(3.0, 0.27 * len(names) + 1.1))
     figure, panels = curve_panels(2, ink)
     figure.set_size_inches(2 * size[0], size[1])
-    worst = min(float(gains.min()), -0.1)
+    between = Normalize(min(float(gains.min()), 0), max(float(gains.max()), 0) + 0.01)
     for axes, values, scale, label, form in (
         (panels[0], 100 * lost, PowerNorm(0.5, 0, max(float(100 * lost.max()), 1.0), clip=True),
-         "loss, + %", "{:.0f}"),
-        (panels[1], gains, Normalize(worst, 0), "PSNR, dB", "{:+.1f}"),
+         "loss increase, %", "{:.0f}"),
+        (panels[1], gains, between, "change of PSNR, dB", "{:+.1f}"),
     ):  # fmt: skip
         cmap = "viridis" if axes is panels[1] else "viridis_r"
         drawn = draw_map(axes, values, names, scale, cmap)

@@ -1,7 +1,7 @@
 """How much the features of a frame change over its denoising steps.
 
 Every token of a transformer carries a large common vector, so that any two features look alike by
-plain cosine: with nothing but the common vector left it is 1. Centred cosine takes it away first.
+plain cosine: with nothing but the common vector left it is 1. Centred cosine subtracts it first.
 Source: paper, section 5.1; the centring and CKA (Kornblith et al., "Similarity of Neural Network
 Representations Revisited") are ours.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from scd.probing.plots import (
 )
 from scd.probing.settings import Plan
 from scd.probing.subject import Progress
-from scd.probing.trajectory import Features, layer_features, spread
+from scd.probing.trajectory import Features, layer_features
 
 CURVES = {
     "cosine": ("cosine (inflated by the common vector)", BLUE),
@@ -56,14 +57,14 @@ SHOWN = ("cosine", "centred", "centred_by_step")
 SECTION = """
 <h2>Do features change from step to step?</h2>
 <p><strong>Plain cosine is inflated.</strong> All tokens of a transformer share a large common
-vector, so any two features look alike. Centred cosine takes each layer's mean token over tokens,
-clips and steps away first. Over all pairs of steps plain cosine lies between {{ cosine }},
+vector, so any two features look alike. Centred cosine first subtracts each layer's mean token over
+tokens, clips and steps. Over all pairs of steps plain cosine lies between {{ cosine }},
 depending on the layer, centred cosine between {{ centred }}, and centred by step between
 {{ centred_by_step }}.</p>
 {{ curves }}{{ matrices }}
 <p class="soft">Every row of matrices has its own scale of colours. Flattened: all tokens of a frame
-as one vector. Centred by step: each step's own mean token is taken away, so what all tokens gain in
-common as the time goes by is no change. CKA compares the steps {{ cka_steps | join(", ") }}, by
+as one vector. Centred by step: each step's own mean token is subtracted, so what all tokens gain in
+common from step to step is no change. CKA compares the steps {{ cka_steps | join(", ") }}, by
 linear kernel alignment, which centres each step by itself.</p>
 """
 
@@ -81,17 +82,17 @@ class StepSimilarity:
     layers: tuple[int, ...]
     """Number of each layer, from 1."""
     cosine: Matrices
-    """Cosine of each token with itself at the other step, averaged over tokens."""
+    """Of each token with itself at the other step, averaged over tokens."""
     flattened: Matrices
     """Cosine of all tokens of a frame as one vector."""
     centred: Matrices
-    """As `cosine`, after the layer's mean token over all tokens, clips and steps is taken away."""
+    """As `cosine`, after the layer's mean token over all tokens, clips and steps is subtracted."""
     centred_by_step: Matrices
-    """As `cosine`, after each step's own mean token over all tokens and clips is taken away: what
-    all tokens gain in common as the time goes by does not count as change."""
+    """As `cosine`, after each step's own mean token over all tokens and clips is subtracted: what
+    all tokens gain in common from step to step does not count as change."""
     cka: Float[np.ndarray, "layers some some"]
-    """Linear centred kernel alignment of the tokens of all clips, which centres each step by
-    itself: a check that needs no two features to lie in the same coordinates."""
+    """Linear centred kernel alignment of the tokens of all clips, each step centred by itself. It
+    does not depend on the coordinates of the features."""
     cka_steps: tuple[int, ...]
     """Steps of `cka`, from 1."""
 
@@ -101,26 +102,23 @@ def step_similarity(
     features: Iterable[Features], num_cka_steps: int = NUM_CKA_STEPS
 ) -> StepSimilarity:
     """Compare the features of every two steps, layer by layer."""
-    kinds = ("cosine", "flattened", "centred", "centred_by_step")
-    found: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
-    layers, alignments, steps = [], [], []
+    found: dict[str, list[Tensor]] = {kind: [] for kind in CURVES}
+    layers, steps = [], []
     for one in features:
         tokens = one.tokens
         layers.append(one.layer + 1)
-        steps = spread(0, tokens.shape[0] - 1, num_cka_steps)
+        steps = media.spread(tokens.shape[0], num_cka_steps)
         found["cosine"].append(token_cosine(tokens))
         found["flattened"].append(token_cosine(tokens.flatten(2)[:, :, None]))
         found["centred"].append(token_cosine(centred(tokens)))
         found["centred_by_step"].append(token_cosine(centred(tokens, by_step=True)))
-        alignments.append(alignment(tokens[steps]))
+        found["cka"].append(alignment(tokens[steps]))
     if not layers:
         raise ValueError("needed the features of 1 or more layers, got none")
-    matrices = {name: torch.stack(of_layers).cpu().numpy() for name, of_layers in found.items()}
     return StepSimilarity(
         layers=tuple(layers),
-        cka=torch.stack(alignments).cpu().numpy(),
         cka_steps=tuple(step + 1 for step in steps),
-        **matrices,
+        **{kind: torch.stack(of_layers).cpu().numpy() for kind, of_layers in found.items()},
     )
 
 
@@ -137,12 +135,7 @@ def token_cosine(tokens: Float[Tensor, "steps b n d"]) -> Float[Tensor, "steps s
 def centred(
     tokens: Float[Tensor, "steps b n d"], by_step: bool = False
 ) -> Float[Tensor, "steps b n d"]:
-    """Take away the common vector: the mean token over all tokens and clips, and all steps or each.
-
-    Args:
-        tokens: of one layer.
-        by_step: each step has a mean of its own.
-    """
+    """Subtract the mean token over all tokens and clips, and over all steps or of each."""
     axes = (1, 2) if by_step else (0, 1, 2)
     # In float64: the common vector may be a thousand times as long as what is left.
     mean = tokens.mean(dim=axes, keepdim=True, dtype=torch.float64)
@@ -168,7 +161,6 @@ def alignment(tokens: Float[Tensor, "steps b n d"]) -> Float[Tensor, "steps step
 
 
 def measure(plan: Plan, progress: Progress) -> Entries:
-    """Compare the features of all steps."""
     if not plan.stepped:
         return {"left_out": "similarity: none of the chosen layers runs at every step"}
     features = layer_features(plan.subject, plan.task, plan.sampling, plan.stepped, progress)
@@ -179,7 +171,6 @@ def measure(plan: Plan, progress: Progress) -> Entries:
 
 
 def cards(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Show the similarity of late and early steps in the middle layer, plain and centred."""
     layers = result["step_similarity"]
     middle = layers[len(layers) // 2]
     text = "similarity of the last fifth of the steps with the steps before"
@@ -190,21 +181,15 @@ def cards(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def section(result: Mapping[str, Any], _: Mapping[str, Any]) -> Markup:
-    """Show how much features change from step to step, plain and centred."""
     layers = result["step_similarity"]
     names = [one["name"] for one in layers]
     matrices = {kind: np.array([one[kind] for one in layers]) for kind in CURVES}
     means = {kind: pair_means(matrices[kind])[0] for kind in SHOWN}
     return fragment(
         SECTION,
-        curves=plot(
-            lambda path, ink: plot_similarity(matrices, names, path, ink),
-            "Similarity of steps over layers",
-        ),
+        curves=plot(partial(plot_similarity, matrices, names), "Similarity of steps over layers"),
         matrices=plot(
-            lambda path, ink: plot_matrices(
-                {kind.replace("_", " "): matrices[kind] for kind in SHOWN}, names, path, ink
-            ),
+            partial(plot_matrices, {kind: matrices[kind] for kind in SHOWN}, names),
             "Similarity of every two steps in some layers",
         ),
         cka_steps=result["cka_steps"],
@@ -268,7 +253,7 @@ def plot_matrices(
             count_from_one(axes.yaxis, 3)
             if place == 0:
                 axes.set_title(names[layer], fontsize=9, color=text_colour(ink))
-        row[0].set_ylabel(f"{kind}\nstep", fontsize=8)
+        row[0].set_ylabel(f"{kind.replace('_', ' ')}\nstep", fontsize=8)
         draw_bar(figure, drawn, list(row), ink)
     finish(figure, path, "", ink)
 

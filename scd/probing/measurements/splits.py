@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
 
+from scd.common.config import from_json, to_json
 from scd.evaluation.html import fragment, plot
-from scd.evaluation.image import Estimate
 from scd.evaluation.plots import Ink, curve_panels, finish, legend, text_colour
 from scd.probing.measurement import Entries, Measurement, Parts
 from scd.probing.plots import BLUE, GREY, ORANGE, scale_percent
@@ -22,7 +24,6 @@ from scd.probing.settings import Plan
 from scd.probing.splits import (
     Candidate,
     Speed,
-    Split,
     SplitLoss,
     candidates_of,
     chosen_splits,
@@ -34,26 +35,27 @@ from scd.probing.subject import Progress
 
 SECTION = """
 {% from "evaluation/parts.html" import table %}
-<h2>A split</h2>
+<h2>A split into encoder and decoder</h2>
 <p><strong>Encoder: layers {{ encoder }}</strong>, once per frame. <strong>Decoder: layers
 {{ decoder }}</strong>, at each of {{ basis.num_steps }} steps. Predicted:
 {{ "%.1f" % (1e3 * split.predicted_seconds_per_frame) }} ms per frame instead of
-{{ "%.1f" % (1e3 * split.dense_seconds_per_frame) }}, and without any training a loss
+{{ "%.1f" % (1e3 * split.dense_seconds_per_frame) }}; the loss changes by
 {{ "%+.1f" % (100 * split.predicted_relative_loss) }} %
 ({{ "%+.1f" % (100 * split.predicted_relative_loss_ci[0]) }} ..
-{{ "%+.1f" % (100 * split.predicted_relative_loss_ci[1]) }}). Why this one: {{ split.reason }}.</p>
+{{ "%+.1f" % (100 * split.predicted_relative_loss_ci[1]) }}) without any training. Why this one:
+{{ split.reason }}.</p>
 {{ front }}
 {{ table(["encoder: first + last", "ms per frame", "loss", "own frame only", "left out", "reuse",
           "attention"], lines) }}
-<p class="soft">The splits that no other beats. Loss: what layers between the decoder's first and
-last ones add is taken from the first step, pure noise, and added again in all others; nothing is
-trained. Own frame only: the decoder's layers besides see no earlier frame, as a decoder does not.
-Left out: the sum of the leave-one-out losses of the layers that the decoder lacks. Reuse: the loss
-of keeping all of the encoder's layers from the first step on. Attention: on earlier frames, in the
-layers after the encoder. Seconds: one step of the model took
-{{ "%.1f" % (1e3 * basis.seconds_per_step) }} ms here; the rest follows by the ratio of
-{{ basis.counted }}, with {{ basis.num_context_frames }} frames in sight and the context given to
-the decoder by <code>{{ basis.join }}</code>.</p>
+<p class="soft">The Pareto front: splits that no other beats in both time and loss. Loss: increase
+when the layers between the decoder's first and last ones add at every step what they added at the
+first, from pure noise; nothing is trained. Own frame only: the decoder's layers see no earlier
+frame either, as in a separable model. Left out: sum of the leave-one-out losses of the layers that
+the decoder lacks. Reuse: loss increase when all of the encoder's layers keep their output of the
+first step. Attention: to earlier frames, mean of the layers after the encoder. Time: one step of
+the model took {{ "%.1f" % (1e3 * basis.seconds_per_step) }} ms here; the rest is predicted from the
+ratio of {{ basis.counted }}, with {{ basis.num_context_frames }} frames in the attention window and
+the context given to the decoder by <code>{{ basis.join }}</code>.</p>
 """
 
 
@@ -66,31 +68,15 @@ def measure(plan: Plan, progress: Progress) -> Entries:
         return {"left_out": "splits: a model of one layer cannot be split"}
     seconds = time_step(subject, plan.task)
     tried = chosen_splits(len(subject.layers))
-    return as_part(split_losses(subject, plan.task, plan.levels, tried, progress=progress), seconds)
-
-
-def as_part(found: Sequence[SplitLoss], seconds_per_step: float) -> Entries:
-    """Return what is kept of the measurement, until the other measurements are done too."""
-    return {"seconds_per_step": seconds_per_step, "splices": [asdict(one) for one in found]}
-
-
-def from_part(part: Mapping[str, Any]) -> tuple[list[SplitLoss], float]:
-    """Undo `as_part`."""
-    losses = [
-        SplitLoss(
-            split=Split(**one["split"]),
-            with_past=Estimate(**one["with_past"]),
-            own_frame=None if one["own_frame"] is None else Estimate(**one["own_frame"]),
-        )
-        for one in part["splices"]
-    ]
-    return losses, part["seconds_per_step"]
+    found = split_losses(subject, plan.task, plan.levels, tried, progress=progress)
+    return {"seconds_per_step": seconds, "losses": [to_json(one) for one in found]}
 
 
 def conclude(plan: Plan, parts: Parts) -> Entries:
     """Recommend a split, from what all measurements found."""
     subject, config = plan.subject, plan.config
-    losses, seconds = from_part(parts["splits"])
+    seconds = parts["splits"]["seconds_per_step"]
+    losses = [from_json(SplitLoss, one) for one in parts["splits"]["losses"]]
     num_frames = plan.task.clean.shape[1]
     speed = Speed(
         seconds_per_step=seconds,
@@ -122,7 +108,7 @@ def conclude(plan: Plan, parts: Parts) -> Entries:
 
 
 def known_of_layers(parts: Parts) -> dict[str, Mapping[int, float] | None]:
-    """Return what earlier measurements say of single layers, for `candidates_of`."""
+    """Return what the other measurements say of single layers, for `candidates_of`."""
     left = parts.get("leave_one_out", {}).get("leave_one_out")
     attention = parts.get("attention", {}).get("attention")
     reuse = parts.get("reuse", {}).get("reuse")
@@ -138,7 +124,6 @@ def known_of_layers(parts: Parts) -> dict[str, Mapping[int, float] | None]:
 
 
 def candidate_entry(one: Candidate) -> Entries:
-    """Return one candidate for a split."""
     return {
         "name": one.name,
         "encoder_layers": one.split.num_encoder,
@@ -149,7 +134,6 @@ def candidate_entry(one: Candidate) -> Entries:
 
 
 def cards(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Show the recommended split and its speed."""
     split = result["proposed_split"]
     ratio = split["dense_seconds_per_frame"] / split["predicted_seconds_per_frame"]
     return [
@@ -160,7 +144,7 @@ def cards(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def section(result: Mapping[str, Any], _: Mapping[str, Any]) -> Markup:
-    """Show the recommended split beside all others."""
+    """Show the recommended split among all."""
     split, candidates = result["proposed_split"], result["candidates"]
     chosen = split["name"]
     shown = [one for one in candidates if one["on_front"] or one["name"] == chosen]
@@ -172,9 +156,7 @@ def section(result: Mapping[str, Any], _: Mapping[str, Any]) -> Markup:
         encoder=_ranges(range(1, split["encoder_layers"] + 1)),
         decoder=_ranges(split["decoder_layers"]),
         front=plot(
-            lambda path, ink: plot_front(
-                candidates, chosen, split["dense_seconds_per_frame"], path, ink
-            ),
+            partial(plot_front, candidates, chosen, split["dense_seconds_per_frame"]),
             "Predicted seconds per frame against predicted loss of all splits",
         ),
         lines=[_cells(one, one["name"] == chosen) for one in shown],
@@ -204,12 +186,8 @@ def _cells(one: Mapping[str, Any], chosen: bool) -> list[str]:
 
 def _ranges(numbers: Any) -> str:
     """Write numbers as people do: 1 to 3, 7 and 11 to 12."""
-    groups: list[list[int]] = []
-    for number in numbers:
-        if groups and number == groups[-1][-1] + 1:
-            groups[-1].append(number)
-        else:
-            groups.append([number])
+    runs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    groups = [[number for _, number in run] for _, run in runs]
     words = [f"{one[0]} to {one[-1]}" if len(one) > 1 else str(one[0]) for one in groups]
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
@@ -244,7 +222,7 @@ def plot_front(
         )  # fmt: skip
     scale_percent(axes)
     axes.set_xlabel("predicted ms per frame")
-    axes.set_ylabel("predicted loss, + %")
+    axes.set_ylabel("loss increase without training, %")
     legend(axes, ink)
     finish(figure, path, "", ink)
 
