@@ -25,9 +25,10 @@ from rich.progress import track
 from torch.nn.functional import interpolate
 
 from scd.common.files import refuse_used
-from scd.data.clip import ConditionSpec, check_actions
+from scd.data.clip import check_actions
 from scd.data.manifest import choose_splits, read_actions, write_card, write_episode, write_manifest
 from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec
 from scd.data.video import frame_times, probe_video, read_video
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi")

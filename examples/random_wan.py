@@ -23,9 +23,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from scd.autoencoders.tiny import TaewDecoder
 from scd.common.files import written_aside
-from scd.data.clip import ConditionSpec
 from scd.data.manifest import Entry, write_card, write_manifest
 from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec
 from scd.data.video import write_video
 
 WORDS = "a the cat dog red blue ball runs jumps over in of and snow night street car sea"

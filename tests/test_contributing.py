@@ -54,7 +54,7 @@ def test_a_source_of_clips_is_one_file(added, tmp_path, capsys):
     write_episodes(tmp_path / "clips")
     clip = open_source(f"npz:{tmp_path / 'clips'}", "train").read(0, 2, 3)
     stored = np.load(tmp_path / "clips/train/a.npz")
-    assert clip.actions.tolist() == [2, 0, 1]
+    assert clip.actions is not None and clip.actions.tolist() == [2, 0, 1]
     assert clip.frames[0, 1, 3, 5].item() == pytest.approx(stored["frames"][2, 3, 5, 1] / 127.5 - 1)
     assert main(["data", "check", f"npz:{tmp_path / 'clips'}"]) == 0
     assert "1 episodes, 6 frames" in capsys.readouterr().out

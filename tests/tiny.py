@@ -2,7 +2,8 @@
 
 import torch
 
-from scd.data.clip import Conditions, ConditionSpec
+from scd.data.clip import Conditions
+from scd.data.spaces import ConditionSpec
 from scd.models.block import BlockConfig
 from scd.models.build import build
 from scd.models.decoder import DecoderConfig

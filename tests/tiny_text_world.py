@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from scd.autoencoders.wan import WanAutoencoder, WanAutoencoderConfig
-from scd.data.clip import ConditionSpec
 from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec
 from scd.models.build import build
 from scd.models.checkpoint import World, save_world
 from scd.models.embed import FrameShape

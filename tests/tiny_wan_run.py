@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from scd.cli import main
-from scd.data.clip import ConditionSpec
 from scd.data.manifest import Entry, write_card, write_manifest
 from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec
 from scd.data.video import write_video
 from tests.layouts import moving_pictures
 from tests.tiny_wan import write_tiny_transformer

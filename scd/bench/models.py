@@ -14,7 +14,7 @@ from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.autoencoders.build import Autoencoder
 from scd.common.config import from_json
 from scd.common.runtime import make_generator
-from scd.data.clip import ConditionSpec
+from scd.data.spaces import ConditionSpec
 from scd.models.block import BlockConfig
 from scd.models.build import Diffuser, ModelConfig, build
 from scd.models.checkpoint import load_world, resolve

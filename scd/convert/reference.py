@@ -19,7 +19,7 @@ from scd.autoencoders.deep_compression import FAR_SCALE, settings_of
 from scd.autoencoders.diffusers import new_network, save_network
 from scd.common.files import refuse_used, written_aside
 from scd.common.weights import read_state_dict
-from scd.data.clip import ConditionSpec
+from scd.data.spaces import ConditionSpec
 from scd.models.block import BlockConfig
 from scd.models.build import Diffuser, build
 from scd.models.decoder import DecoderConfig, Join

@@ -14,77 +14,36 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from scd.common.config import added
+from scd.data.spaces import ConditionSpec
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConditionSpec:
-    """What steers a model: discrete or continuous actions, class labels, a text, or nothing."""
+def check_conditions(
+    spec: ConditionSpec, conditions: Conditions, num_frames: int | None = None
+) -> None:
+    """Refuse (ValueError) what is missing, superfluous, or of other values or sizes.
 
-    num_actions: int = 0
-    """Number of discrete actions; ids are 0 .. num_actions - 1. 0: no discrete actions."""
-    action_dim: int = 0
-    """Entries of a continuous action vector. 0: no continuous actions."""
-    num_labels: int = 0
-    """Number of class labels of a whole clip; ids are 0 .. num_labels - 1. 0: no labels."""
-    text_length: int = added(0)
-    """Tokens of an embedded text, those that fill it up included. 0: no text."""
-    text_dim: int = added(0)
-    """Entries of an embedded token of the text. 0: no text."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_actions", "action_dim", "num_labels", "text_length", "text_dim"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if bool(self.text_length) != bool(self.text_dim):
+    There must be `num_frames` actions or more.
+    """
+    actions, labels = conditions.actions, conditions.labels
+    if spec.has_actions and actions is None:
+        raise ValueError("this model is steered by actions, but none were given")
+    if not spec.has_actions and actions is not None:
+        raise ValueError("actions were given, but this model was built without actions")
+    if actions is not None:
+        check_actions(spec, actions)
+        if num_frames is not None and actions.shape[1] < num_frames:
             raise ValueError(
-                "a text needs both a length and a dimension: "
-                f"got text_length={self.text_length} and text_dim={self.text_dim}"
+                f"{num_frames} frames need {num_frames} actions, got {actions.shape[1]}"
             )
-        if self.num_actions and self.action_dim:
-            raise ValueError(
-                "actions are either discrete or continuous: "
-                f"got num_actions={self.num_actions} and action_dim={self.action_dim}"
-            )
-
-    @property
-    def has_actions(self) -> bool:
-        return bool(self.num_actions or self.action_dim)
-
-    @property
-    def has_text(self) -> bool:
-        return bool(self.text_length)
-
-    @property
-    def is_steered(self) -> bool:
-        """Whether there is anything that guidance could hide."""
-        return self.has_actions or bool(self.num_labels) or self.has_text
-
-    def check(self, conditions: Conditions, num_frames: int | None = None) -> None:
-        """Refuse (ValueError) what is missing, superfluous, or of other values or sizes.
-
-        There must be `num_frames` actions or more.
-        """
-        actions, labels = conditions.actions, conditions.labels
-        if self.has_actions and actions is None:
-            raise ValueError("this model is steered by actions, but none were given")
-        if not self.has_actions and actions is not None:
-            raise ValueError("actions were given, but this model was built without actions")
-        if actions is not None:
-            check_actions(self, actions)
-            if num_frames is not None and actions.shape[1] < num_frames:
-                raise ValueError(
-                    f"{num_frames} frames need {num_frames} actions, got {actions.shape[1]}"
-                )
-        if bool(self.num_labels) != (labels is not None):
-            raise ValueError(
-                f"this model has {self.num_labels} labels, but labels were "
-                + ("given" if labels is not None else "not given")
-            )
-        if labels is not None:
-            _check_ids("label", labels, self.num_labels)
-        for name, text in (("text", conditions.text), ("null_text", conditions.null_text)):
-            _check_text(self, name, text)
+    if bool(spec.num_labels) != (labels is not None):
+        raise ValueError(
+            f"this model has {spec.num_labels} labels, but labels were "
+            + ("given" if labels is not None else "not given")
+        )
+    if labels is not None:
+        _check_ids("label", labels, spec.num_labels)
+    for name, text in (("text", conditions.text), ("null_text", conditions.null_text)):
+        _check_text(spec, name, text)
 
 
 def _check_text(spec: ConditionSpec, name: str, text: Tensor | None) -> None:

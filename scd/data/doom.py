@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import UInt8
 
-from scd.data.clip import ConditionSpec
 from scd.data.record import Played, Recording
 from scd.data.source import DataCard, Split
+from scd.data.spaces import ConditionSpec
 
 Scenario = Literal["my_way_home", "map01"]
 

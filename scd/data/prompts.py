@@ -22,8 +22,9 @@ from torch import Tensor
 
 from scd.common.config import from_json
 from scd.common.files import file_aside, read_json
-from scd.data.clip import Clip, ConditionSpec
+from scd.data.clip import Clip
 from scd.data.source import DataCard, Source
+from scd.data.spaces import ConditionSpec
 
 INFO_FILE = "prompts.json"
 """What a folder of embedded prompts says about itself."""

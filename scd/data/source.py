@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
-from scd.data.clip import Clip, ConditionSpec
+from scd.data.clip import Clip
+from scd.data.spaces import ConditionSpec
 
 Split = Literal["train", "val", "test"]
 """Part of a collection; episodes of one part never appear in another."""

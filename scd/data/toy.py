@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 
-from scd.data.clip import Clip, ConditionSpec, frames_to_pixels
+from scd.data.clip import Clip, frames_to_pixels
 from scd.data.record import Played, Recording
 from scd.data.source import DataCard, Opening, Source, Split
+from scd.data.spaces import ConditionSpec
 
 ACTION_NAMES = ("none", "up", "down", "left", "right")
 

@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 
-from scd.data.clip import Clip, ConditionSpec, pixels_to_frames
+from scd.data.clip import Clip, pixels_to_frames
 from scd.data.published import Files, Header, PublishedSource
 from scd.data.source import DataCard, Findings, Split
+from scd.data.spaces import ConditionSpec
 from scd.data.video import frame_times, probe_video, read_video
 
 NUM_CLASSES = 101

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from scd.common.config import from_json, to_json
 from scd.common.files import read_json, written_aside
 from scd.common.provenance import write_json
-from scd.data.clip import ConditionSpec
 from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec
 from scd.evaluation.frechet import frechet_estimate
 from scd.evaluation.image import bootstrap
 from scd.evaluation.metrics import Found, Metric, Numbers, Seen

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.data.clip import Conditions, ConditionSpec
+from scd.data.clip import Conditions
+from scd.data.spaces import ConditionSpec
 from scd.models.embed import EncoderNoise, Field, FrameShape
 from scd.models.kv_cache import CacheConfig, KVCache
 from scd.models.weights import Pretrained

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scd.data.clip import Conditions, ConditionSpec
+from scd.data.clip import Conditions
+from scd.data.spaces import ConditionSpec
 from scd.models.block import Block, BlockConfig, Modulation, layer_norm
 from scd.models.flow import velocity_from_clean
 

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.data.clip import Conditions, ConditionSpec
+from scd.data.clip import Conditions
+from scd.data.spaces import ConditionSpec
 from scd.models.attention import FrameCausal
 from scd.models.block import Block, BlockConfig, Modulation, layer_norm
 from scd.models.embed import (

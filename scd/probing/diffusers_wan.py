@@ -16,7 +16,8 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from jaxtyping import Float
 from torch import Tensor
 
-from scd.data.clip import Conditions, ConditionSpec
+from scd.data.clip import Conditions
+from scd.data.spaces import ConditionSpec
 from scd.models.embed import FrameShape
 from scd.models.kv_cache import CacheConfig
 from scd.models.wan.config import WanBlockConfig, WanConfig

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scd.common.runtime import make_generator
-from scd.data.clip import Conditions
+from scd.data.clip import Conditions, check_conditions
 from scd.models.block import BlockConfig
 from scd.models.build import Diffuser
 from scd.models.cost import Sizes
@@ -75,7 +75,7 @@ class OurSubject(Subject):
             ValueError: conditions of another kind than the model's.
         """
         num_past, config = past.shape[1], self.model.config
-        config.conditions.check(conditions, num_past + 1)
+        check_conditions(config.conditions, conditions, num_past + 1)
         self._distances = None
         # No room for more frames than there are.
         room = min(config.cache.window, max(num_past, config.cache.num_sinks) + 1)

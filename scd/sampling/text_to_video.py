@@ -24,7 +24,8 @@ from scd.autoencoders.wan import (
 from scd.common.config import from_json, to_json
 from scd.common.runtime import choose_device
 from scd.common.timing import Timing
-from scd.data.clip import Conditions, ConditionSpec, pixels_to_frames
+from scd.data.clip import Conditions, pixels_to_frames
+from scd.data.spaces import ConditionSpec
 from scd.data.video import read_video
 from scd.engine.open import advised_threads, open_engine
 from scd.models.build import num_parameters

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scd.data.clip import Conditions, ConditionSpec, pixels_to_frames
+from scd.data.clip import Conditions, pixels_to_frames
+from scd.data.spaces import ConditionSpec
 from scd.models.checkpoint import World
 from scd.models.flow import with_num_steps
 from scd.serving.admission import (

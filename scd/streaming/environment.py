@@ -19,8 +19,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from scd.data.clip import Conditions, ConditionSpec, frames_to_pixels
+from scd.data.clip import Conditions, frames_to_pixels
 from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec
 from scd.engine.open import open_engine
 from scd.models.checkpoint import World
 from scd.models.flow import with_num_steps

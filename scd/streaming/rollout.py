@@ -17,7 +17,7 @@ from torch import Tensor
 from scd.autoencoders.base import FrameDecoder, StreamDecoder
 from scd.common.runtime import make_generator
 from scd.common.timing import Clock, Timing
-from scd.data.clip import Conditions
+from scd.data.clip import Conditions, check_conditions
 from scd.engine.interface import Engine
 from scd.engine.plain import PlainEngine
 from scd.models.checkpoint import World
@@ -208,7 +208,7 @@ class Rollout:
             if given.shape[1] == 0:
                 raise ValueError("given first frames must be 1 or more; None begins from nothing")
             batch = given.shape[0]
-            self.engine.config.conditions.check(conditions, given.shape[1])
+            check_conditions(self.engine.config.conditions, conditions, given.shape[1])
             latents = self._encode(given) if latents is None else self._checked(latents)
         self.batch = batch
         self._steer(replace(conditions, actions=None, null_actions=None))
@@ -260,7 +260,7 @@ class Rollout:
     def _steer(self, lasting: Conditions) -> None:
         """Keep what steers all frames of the streams: labels and text."""
         spec, device, dtype = self.engine.config.conditions, self.engine.device, self.engine.dtype
-        replace(spec, num_actions=0, action_dim=0).check(lasting)
+        check_conditions(replace(spec, num_actions=0, action_dim=0), lasting)
         text, null_text = lasting.text, lasting.null_text if self._has_null_state else None
         for name, value in (("labels", lasting.labels), ("texts", text), ("texts", null_text)):
             if value is not None and value.shape[0] != self.batch:
@@ -302,7 +302,7 @@ class Rollout:
         if actions is None and not spec.has_actions:
             return self._unsteered
         conditions = replace(self._lasting, actions=None if actions is None else actions[:, None])
-        spec.check(conditions, 1)
+        check_conditions(spec, conditions, 1)
         if actions is not None and actions.shape[0] != self.batch:
             raise ValueError(f"{self.batch} streams need as many actions, got {actions.shape[0]}")
         return self._with_null(conditions.to(self.engine.device))

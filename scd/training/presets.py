@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from scd.autoencoders.wan import WanAutoencoderConfig
-from scd.data.clip import ConditionSpec
+from scd.data.spaces import ConditionSpec
 from scd.models.block import BlockConfig
 from scd.models.build import ModelConfig
 from scd.models.decoder import DecoderConfig

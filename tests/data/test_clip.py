@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from scd.data.clip import Batch, Clip, Conditions, ConditionSpec, frames_to_pixels, pixels_to_frames
+from scd.data.clip import (
+    Batch,
+    Clip,
+    Conditions,
+    check_conditions,
+    frames_to_pixels,
+    pixels_to_frames,
+)
+from scd.data.spaces import ConditionSpec
 from scd.data.toy import AGENT_RADIUS, AGENT_STEP, MOVES, UNITS, WALL, ToyWorld
 
 
@@ -86,12 +94,14 @@ def test_batch_stacks_clips_of_one_kind():
 )
 def test_conditions_that_do_not_fit_are_refused(spec, conditions, message):
     with pytest.raises(ValueError, match=message):
-        spec.check(conditions, num_frames=4)
+        check_conditions(spec, conditions, num_frames=4)
 
 
 def test_conditions_that_fit_are_accepted():
-    ConditionSpec(num_actions=3).check(Conditions(actions=torch.tensor([[0, 1, 2, 2]])), 4)
-    ConditionSpec(action_dim=2).check(Conditions(actions=torch.zeros(1, 4, 2)), 4)
-    ConditionSpec(num_labels=2).check(Conditions(labels=torch.tensor([1])), 4)
+    check_conditions(
+        ConditionSpec(num_actions=3), Conditions(actions=torch.tensor([[0, 1, 2, 2]])), 4
+    )
+    check_conditions(ConditionSpec(action_dim=2), Conditions(actions=torch.zeros(1, 4, 2)), 4)
+    check_conditions(ConditionSpec(num_labels=2), Conditions(labels=torch.tensor([1])), 4)
     with pytest.raises(ValueError, match="either discrete or continuous"):
         ConditionSpec(num_actions=2, action_dim=2)

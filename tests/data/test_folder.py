@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from scd.data.clip import ConditionSpec, frames_to_pixels, pixels_to_frames
+from scd.data.clip import frames_to_pixels, pixels_to_frames
 from scd.data.folder import FolderSource
 from scd.data.loader import Loader
 from scd.data.manifest import (
@@ -25,6 +25,7 @@ from scd.data.manifest import (
 )
 from scd.data.record import record
 from scd.data.source import DataCard, open_source
+from scd.data.spaces import ConditionSpec
 from scd.data.toy import ToyRecording, ToyWorld
 from scd.data.video import write_video
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from scd.data.clip import Batch, Clip, ConditionSpec
+from scd.data.clip import Batch, Clip
 from scd.data.loader import Loader
 from scd.data.source import DataCard, Source
+from scd.data.spaces import ConditionSpec
 from scd.data.toy import ToyWorld
 
 CARD = DataCard(

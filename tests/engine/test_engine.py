@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from scd.data.clip import ConditionSpec
+from scd.data.spaces import ConditionSpec
 from scd.engine.attention import Attention, by_halves, rotate_halves
 from scd.engine.block import blocks_of
 from scd.engine.linear import PackedLinear

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from scd.cli import main
-from scd.data.clip import Batch, Clip, Conditions, ConditionSpec
+from scd.data.clip import Batch, Clip, Conditions
 from scd.data.source import DataCard, Source
+from scd.data.spaces import ConditionSpec
 from scd.evaluation import evaluate
 from scd.evaluation.frechet import frechet_distance, frechet_estimate
 from scd.evaluation.inverse_dynamics import (

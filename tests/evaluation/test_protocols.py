@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 import pytest
 
 from scd.cli import main
-from scd.data.clip import ConditionSpec
 from scd.data.source import DataCard, Source, open_source
+from scd.data.spaces import ConditionSpec
 from scd.evaluation.predict import choose_windows
 from scd.evaluation.protocols import (
     ABOUT,

@@ -16,8 +16,8 @@ import torch
 from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.common.files import remove_leftovers, written_aside
 from scd.common.weights import digest_of
-from scd.data.clip import ConditionSpec
 from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec
 from scd.models.block import BlockConfig
 from scd.models.build import DenseConfig, SeparableConfig, SeparableDiffuser, build
 from scd.models.checkpoint import (

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from scd.data.clip import Conditions, ConditionSpec
+from scd.data.clip import Conditions
+from scd.data.spaces import ConditionSpec
 from scd.models.attention import FrameCausal, TeacherForcing
 from scd.models.base import Augmentation
 from scd.models.block import Block, BlockConfig

@@ -8,8 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scd.autoencoders.base import PixelAutoencoder, PixelConfig
-from scd.data.clip import Conditions, ConditionSpec
+from scd.data.clip import Conditions
 from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec
 from scd.engine.open import open_engine
 from scd.engine.plain import PlainEngine
 from scd.models.base import Augmentation

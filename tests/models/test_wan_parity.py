@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from scd.data.clip import Conditions, ConditionSpec
+from scd.data.clip import Conditions
+from scd.data.spaces import ConditionSpec
 from scd.models.embed import FrameShape
 from scd.models.flow import (
     SMALLEST_TIME,

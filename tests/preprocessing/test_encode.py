@@ -14,7 +14,7 @@ from scd.autoencoders.build import fingerprint, open_autoencoder
 from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig
 from scd.cli import main
 from scd.common.config import to_json
-from scd.data.clip import Batch
+from scd.data.clip import Batch, check_conditions
 from scd.data.latents import LatentSource, open_file, read_info
 from scd.data.loader import Loader
 from scd.data.manifest import read_manifest, write_manifest
@@ -300,7 +300,7 @@ def test_wans_autoencoder_and_prompts(videos, tmp_path):
     words = embedder.embed([pixels.prompt(0), pixels.prompt(1)]).float()
     torch.testing.assert_close(batch.conditions.text, words)
     torch.testing.assert_close(batch.conditions.null_text, embedder.embed(["", ""]).float())
-    source.card.conditions.check(batch.conditions)
+    check_conditions(source.card.conditions, batch.conditions)
     (tmp_path / "latents/null_text.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="null_text.safetensors is missing or damaged"):
         LatentSource(tmp_path / "latents", "train")

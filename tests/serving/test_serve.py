@@ -19,7 +19,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.sync.server import ServerConnection, serve
 
-from scd.data.clip import Conditions, ConditionSpec, frames_to_pixels
+from scd.data.clip import Conditions, frames_to_pixels
+from scd.data.spaces import ConditionSpec
 from scd.engine.open import open_engine
 from scd.serving import connection
 from scd.serving.client import Client, Refused, SessionEnded

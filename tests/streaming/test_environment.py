@@ -8,7 +8,7 @@ from gymnasium.utils.seeding import np_random
 
 import scd
 from scd.autoencoders.base import PixelAutoencoder, PixelConfig
-from scd.data.clip import ConditionSpec
+from scd.data.spaces import ConditionSpec
 from scd.engine.open import open_engine
 from scd.models.build import build
 from scd.models.checkpoint import World

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from scd.autoencoders.base import PixelAutoencoder, PixelConfig
-from scd.data.clip import Conditions, ConditionSpec
+from scd.data.clip import Conditions
 from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec
 from scd.engine.open import open_engine
 from scd.models.checkpoint import World
 from scd.models.flow import SamplingConfig, schedule, solve

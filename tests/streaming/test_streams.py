@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.common import memory as device_memory
 from scd.common.memory import OutOfMemory
-from scd.data.clip import Conditions, ConditionSpec
+from scd.data.clip import Conditions
 from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec
 from scd.engine.open import open_engine
 from scd.engine.plain import PlainEngine
 from scd.engine.pool import FramePool, NewFrame, pool_bytes

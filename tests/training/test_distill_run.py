@@ -14,7 +14,7 @@ from torch import nn
 from scd.cli import main
 from scd.common.config import from_json, to_json
 from scd.common.runlog import read_log
-from scd.data.clip import ConditionSpec
+from scd.data.spaces import ConditionSpec
 from scd.models.build import build
 from scd.models.checkpoint import load_companions, load_world, resolve
 from scd.models.flow import SamplingConfig

@@ -13,12 +13,13 @@ from scd.autoencoders.build import open_autoencoder
 from scd.cli import main
 from scd.common.runlog import read_log
 from scd.common.signals import StopRequest
-from scd.data.clip import Batch, ConditionSpec
+from scd.data.clip import Batch
 from scd.data.latents import LatentSource, read_info
 from scd.data.loader import Loader
 from scd.data.manifest import write_card, write_episode, write_manifest
 from scd.data.record import record
 from scd.data.source import DataCard, open_source
+from scd.data.spaces import ConditionSpec
 from scd.data.toy import ToyRecording
 from scd.evaluation.lpips import LAYERS
 from scd.models.block import BlockConfig

@@ -13,9 +13,9 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 from scd.cli import main
 from scd.common.runlog import read_log
-from scd.data.clip import ConditionSpec
 from scd.data.manifest import Entry, write_card, write_manifest
 from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec
 from scd.data.video import probe_video, read_video, write_video
 from scd.models.checkpoint import load_world
 from tests.layouts import moving_pictures

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from scd.data.clip import ConditionSpec
+from scd.data.spaces import ConditionSpec
 from scd.models.base import DiffuserConfig
 from scd.models.embed import EncoderNoise, FrameShape
 from scd.models.kv_cache import CacheConfig

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.common.runtime import make_generator
-from scd.data.clip import Conditions, ConditionSpec
+from scd.data.clip import Conditions
+from scd.data.spaces import ConditionSpec
 from scd.models.attention import attend
 from scd.models.base import Augmentation, CausalDiffuser
 from scd.models.embed import EncoderNoise, Field, FrameShape

@@ -13,7 +13,7 @@ from typing import Any
 
 from scd.common.hub import find_part, read_part_config
 from scd.common.weights import StoredWeights, Weights, open_weights
-from scd.data.clip import ConditionSpec
+from scd.data.spaces import ConditionSpec
 from scd.models.wan.config import WanBlockConfig
 from scd.models.wan.names import from_original
 
