@@ -39,7 +39,7 @@ from scd.common.provenance import provenance, write_json
 from scd.data.clip import frames_to_pixels
 from scd.engine.open import advised_threads, open_engine
 from scd.models.checkpoint import load_world
-from scd.serving.client import Client, Received, Refused, SessionEnded
+from scd.serving.client import Client, Frame, Refused, SessionEnded
 from scd.streaming.rollout import Rollout
 
 MEMORY_LIMIT, FAIR_LIMIT = 0.05, 0.10
@@ -228,7 +228,7 @@ class Guest:
             if number <= 0 or last >= self.config.frames - 1:
                 return
 
-    def compare(self, received: Received, session: str, generation: int, seed: int) -> None:
+    def compare(self, received: Frame, session: str, generation: int, seed: int) -> None:
         """See that a frame is of this session, this generation and this stream."""
         header = received.header
         self.tally.add("frames")

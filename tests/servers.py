@@ -119,16 +119,16 @@ def serving(
     config = ServeConfig(port=0, limits=limits, **changes)
     engine = open_engine(world.model, "fast")
     settings = replace(host_config(config, evict_dir), memory_gib=config.memory_gib or 0.5)
-    host = Host(world, engine, settings, report=lambda text: None)
     num_actions = world.card.conditions.num_actions
     clips = tiny_clips(num_actions) if num_actions else None
+    host = Host(world, engine, settings, lambda text: None, clips, "tiny")
     host.start()
     with listening(config) as listener:
         ready = threading.Event()
 
         async def run() -> None:
             # Made where it runs: what it holds belongs to that event loop.
-            parts["service"] = service = Service(host, config, "tiny", clips, token)
+            parts["service"] = service = Service(host, config, token)
             parts["server"] = server = Server(uvicorn_config(config, make_app(service)), ready.set)
             await server.serve(sockets=[listener])
 

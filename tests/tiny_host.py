@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import pytest
 import torch
 
 from scd.autoencoders.base import PixelAutoencoder, PixelConfig
@@ -18,10 +19,12 @@ from scd.engine.open import open_engine
 from scd.models.checkpoint import World
 from scd.models.flow import SamplingConfig
 from scd.models.kv_cache import CacheConfig
+from scd.models.shipped import Clips
+from scd.serving import messages as said
 from scd.serving.admission import HostConfig
-from scd.serving.events import Frame
 from scd.serving.host import Host
-from scd.serving.session import as_action
+from scd.serving.messages import Answer, Frame, ServeError
+from scd.serving.session import as_action, as_guidance
 from scd.streaming.rollout import Rollout
 from tests.tiny import SHAPE, tiny_separable
 
@@ -48,12 +51,117 @@ def make_engine(world, kind="fast", precision="fp32"):
     return open_engine(world.model, kind, precision)
 
 
+class Talk(Host):
+    """A host with a method for each message; what it returns is for `done`."""
+
+    def say(self, kind, name="", sink=None, pictures=None, file=b"", **fields):
+        """Have the host obey a message; `pictures`: the upload that it names."""
+        if pictures is not None:
+            fields |= {"upload": "some"}
+        return self.ask(kind(**fields), name, sink, pictures, file)
+
+    def create(self, pictures=None, sink=None, **beginning):
+        """Without a client, unless there is a sink."""
+        return self.say(said.Create, "", sink, **given(pictures), **beginning)
+
+    def reset(self, name, pictures=None, **beginning):
+        """As `create`."""
+        return self.say(said.Reset, name, **given(pictures), **beginning)
+
+    def attach(self, name, sink):
+        """Hear a session."""
+        return self.say(said.Attach, name, sink, session=name)
+
+    def detach(self, name, sink):
+        """Hear it no more."""
+        return self.say(said.Detach, name, sink)
+
+    def act(self, name, action, sequence=0):
+        """Hold an action."""
+        return self.say(said.Action, name, action=action, sequence=sequence)
+
+    def run(self, name, fps=None):
+        """Make frames."""
+        return self.say(said.Run, name, fps=fps)
+
+    def step(self, name, action=None, count=1):
+        """Make some frames."""
+        return self.say(said.Step, name, action=action, count=count)
+
+    def acknowledge(self, name, generation, frame):
+        """Say that a frame was drawn."""
+        return self.say(said.Acknowledge, name, generation=generation, frame=frame)
+
+    def rewind(self, name, frame):
+        """Go back."""
+        return self.say(said.Rewind, name, frame=frame)
+
+    def fork(self, name, frame=None, seed=None):
+        """Copy."""
+        return self.say(said.Fork, name, frame=frame, seed=seed)
+
+    def observe(self, name, picture, action=None):
+        """Put in a frame."""
+        return self.say(said.Observe, name, pictures=picture[None], action=action)
+
+    def frames(self, name, first, count=1):
+        """Show the history."""
+        return self.say(said.Show, name, frame=first, count=count)
+
+    def restore(self, file):
+        """Open a session from a file."""
+        return self.say(said.Restore, file=file)
+
+    def set(self, name, **changes):
+        """Change how frames are made."""
+        return self.say(said.Set, name, **changes)
+
+    def pause(self, name):
+        """Make no more frames."""
+        return self.say(said.Pause, name)
+
+    def restart(self, name):
+        """Begin anew as before."""
+        return self.say(said.Restart, name)
+
+    def snapshot(self, name):
+        """Return a session as a file."""
+        return self.say(said.Snapshot, name)
+
+    def close(self, name):
+        """Delete a session."""
+        return self.say(said.Close, name)
+
+    def look(self, name):
+        """Return how a session stands."""
+        return self.say(said.Look, name)
+
+    def is_here(self, name):
+        """Say whether a session is in memory or on disk."""
+        return self.call(lambda loop: loop.evictions.has(name))
+
+    def release(self, name):
+        """Put a session on disk for another host."""
+        return self.call(lambda loop: loop.evictions.release(name))
+
+
+def given(pictures):
+    """Fields of a beginning from pictures; none: from nothing."""
+    return {} if pictures is None else {"pictures": pictures, "start": "upload"}
+
+
+def clip_of(pictures, actions):
+    """The clips of a world that has one."""
+    frames = torch.from_numpy(pictures).movedim(-1, 1)[None]
+    return Clips(frames=frames, actions=torch.tensor(actions)[None])
+
+
 @contextmanager
-def hosting(world=None, engine=None, said=None, **limits):
+def hosting(world=None, engine=None, said=None, clips=None, **limits):
     """A host that runs, and is stopped in the end."""
     world = world or make_world()
     report = print if said is None else said.append
-    host = Host(world, engine or make_engine(world), replace(QUICK, **limits), report)
+    host = Talk(world, engine or make_engine(world), replace(QUICK, **limits), report, clips)
     host.start()
     try:
         yield host
@@ -62,7 +170,22 @@ def hosting(world=None, engine=None, said=None, **limits):
 
 
 def done(future):
-    return future.result(WAIT_S)
+    """The file, the frames, or the message that comes of a message to a host."""
+    answer = future.result(WAIT_S)
+    if not isinstance(answer, Answer):
+        return answer
+    if answer.file is not None:
+        return answer.file
+    # What is shown again goes with a state.
+    new = [frame for frame in answer.frames if not frame.header.shown or answer.message is None]
+    return new or answer.message
+
+
+def refused(future, code, words=None):
+    """See that a message is refused with a code, in words."""
+    with pytest.raises(ServeError, match=words) as caught:
+        done(future)
+    assert caught.value.code == code
 
 
 class Client:
@@ -77,7 +200,8 @@ class Client:
             self.events.append(event)
             self._bell.notify_all()
         if self.acknowledges and isinstance(event, Frame):
-            self.host.acknowledge(event.session_id, event.generation, event.index)
+            header = event.header
+            self.host.acknowledge(header.session, header.generation, header.frame)
 
     @property
     def frames(self):
@@ -101,14 +225,14 @@ def until(condition):
         time.sleep(0.002)
 
 
-def alone(world, engine, actions, start=None, seed=0, num_steps=None, guidance=None):
-    """The pixels of a rollout of its own, [t h w 3], after the given frames of a start."""
+def alone(world, engine, actions, given=None, seed=0, num_steps=None, guidance=None):
+    """The pixels of a rollout of its own, [t h w 3], after given frames and their actions."""
     sampling = world.sampling if num_steps is None else replace(world.sampling, num_steps=num_steps)
-    rollout = Rollout(world, sampling, guidance, seed, None, engine)
+    rollout = Rollout(world, sampling, as_guidance(guidance), seed, None, engine)
     frames, conditions = None, Conditions()
-    if start is not None:
-        frames = pixels_to_frames(torch.from_numpy(start.frames))[None]
-        conditions = Conditions(actions=torch.tensor(start.actions)[None])
+    if given is not None:
+        frames = pixels_to_frames(torch.from_numpy(given[0]))[None]
+        conditions = Conditions(actions=torch.tensor(given[1])[None])
     rollout.begin(frames, conditions)
     made = [rollout.step(as_action(action, batch=True))[0] for action in actions]
     return frames_to_pixels(torch.stack(made)).numpy()
@@ -118,4 +242,4 @@ def equal(frames, pixels):
     """Compare frames of events with pixels, bit for bit."""
     assert len(frames) == len(pixels)
     for frame, wanted in zip(frames, pixels, strict=True):
-        np.testing.assert_array_equal(frame.frame, wanted)
+        np.testing.assert_array_equal(frame.pixels, wanted)

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from scd.serving.messages import ProtocolError
-from scd.serving.metrics import Statistics
+from scd.serving.messages import ServeError
+from scd.serving.metrics import Metrics
 from scd.serving.settings import ServeConfig, is_loopback
 
 MOST_CALLERS = 4096
@@ -95,7 +95,7 @@ STATUS = {
 """HTTP status by the code of an error; others are 400."""
 
 
-def error_json(error: ProtocolError) -> tuple[int, bytes]:
+def error_json(error: ServeError) -> tuple[int, bytes]:
     """Return the status and the body of an answer that refuses."""
     body = {"error": {"code": error.code, "message": str(error)}}
     return STATUS.get(error.code, 400), json.dumps(body).encode()
@@ -108,7 +108,7 @@ class Access:
         self,
         app: ASGIApp,
         config: ServeConfig,
-        statistics: Statistics,
+        metrics: Metrics,
         check_token: Callable[[str | None], None],
     ) -> None:
         """Stand before an application.
@@ -116,10 +116,10 @@ class Access:
         Args:
             app: for those who are let through.
             config: of the server.
-            statistics: where requests and refusals are counted.
+            metrics: where requests and refusals are counted.
             check_token: raises where a request shows another token than the server's.
         """
-        self._app, self._statistics, self._check_token = app, statistics, check_token
+        self._app, self._metrics, self._check_token = app, metrics, check_token
         self._origins = {origin.lower() for origin in config.origins}
         self._hosts = {urlsplit(origin).netloc for origin in self._origins}
         self._local = config.is_local
@@ -134,8 +134,8 @@ class Access:
         headers = _headers(scope)
         try:
             self._check(scope, headers)
-        except ProtocolError as error:
-            self._statistics.errors.labels(error.code).inc()
+        except ServeError as error:
+            self._metrics.errors.labels(error.code).inc()
             await _refuse(scope, send, error)
             return
         if scope["type"] == "websocket":
@@ -144,7 +144,7 @@ class Access:
 
         async def send_shut_in(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._statistics.requests.labels(str(message["status"])).inc()
+                self._metrics.requests.labels(str(message["status"])).inc()
                 message["headers"] = [*message["headers"], *_shutting_in(headers["host"])]
             await send(message)
 
@@ -153,18 +153,18 @@ class Access:
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         host = headers.get("host", "").lower()
         if not HOST.fullmatch(host) or not self._is_ours(host):
-            raise ProtocolError("wrong_host", "this server does not go by the name asked for")
+            raise ServeError("wrong_host", "this server does not go by the name asked for")
         is_socket = scope["type"] == "websocket"
         changes = is_socket or scope["method"] not in ("GET", "HEAD")
         origin = headers.get("origin", "").lower()
         # Programs send no origin, browsers always do with these.
         if changes and origin and not self._is_same(origin, host):
-            raise ProtocolError("forbidden_origin", "pages of another origin may not use this")
+            raise ServeError("forbidden_origin", "pages of another origin may not use this")
         path = scope["path"]
         if is_socket or not (path.startswith("/v1/") or path == "/metrics"):
             return
         if not self._buckets.take(str((scope.get("client") or ("",))[0])):
-            raise ProtocolError("too_many_requests", "too many requests: wait a second")
+            raise ServeError("too_many_requests", "too many requests: wait a second")
         scheme, _, token = headers.get("authorization", "").partition(" ")
         self._check_token(token if scheme.lower() == "bearer" else None)
 
@@ -201,7 +201,7 @@ def _shutting_in(host: str) -> list[tuple[bytes, bytes]]:
     ]
 
 
-async def _refuse(scope: Scope, send: Send, error: ProtocolError) -> None:
+async def _refuse(scope: Scope, send: Send, error: ServeError) -> None:
     status, body = error_json(error)
     kind = "websocket.http.response" if scope["type"] == "websocket" else "http.response"
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]

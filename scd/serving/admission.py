@@ -9,7 +9,7 @@ from scd.common.memory import GIB, OutOfMemory, free_bytes, readable
 from scd.engine.interface import Engine
 from scd.engine.pool import pool_bytes
 from scd.models.checkpoint import World
-from scd.serving.errors import TooManySessions
+from scd.serving.messages import ServeError
 from scd.streaming.rollout import Guidance, Rollout
 from scd.streaming.sessions import Session
 
@@ -162,18 +162,20 @@ class Admission:
         """Promise memory to a session, in place of what it may have been promised before.
 
         Raises:
-            TooManySessions: there are as many as there may be, or they have the memory.
+            ServeError: too_many_sessions: no more may be there, or the others have the memory.
         """
         others = {key: value for key, value in self._promised.items() if key != name}
         if len(others) >= self.max_sessions:
-            raise TooManySessions(
-                f"{len(others)} of {self.max_sessions} sessions are there already"
+            raise ServeError(
+                "too_many_sessions",
+                f"{len(others)} of {self.max_sessions} sessions are there already",
             )
         left = self.budget - sum(others.values())
         if needed > left:
-            raise TooManySessions(
+            raise ServeError(
+                "too_many_sessions",
                 f"a session of this kind needs {readable(needed)}, {readable(left)} of "
-                f"{readable(self.budget)} are left"
+                f"{readable(self.budget)} are left",
             )
         self._promised[name] = needed
 

@@ -8,40 +8,37 @@ from __future__ import annotations
 import ssl
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-import numpy as np
-from jaxtyping import UInt8
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from scd.serving.codec import Decoder
 from scd.serving.messages import (
-    VERSION,
     Acknowledge,
     Action,
     ActionValue,
     Attach,
     Close,
     Codec,
+    Command,
     Create,
     Detach,
     Detached,
     Error,
     Evicted,
     Fork,
+    Frame,
     FrameHeader,
-    FromClient,
     FromServer,
     Hello,
     Pause,
-    ProtocolError,
     Reset,
     Restart,
     Rewind,
     Run,
+    ServeError,
     Set,
     Snapshot,
     SnapshotHeader,
@@ -49,28 +46,16 @@ from scd.serving.messages import (
     Step,
     Stopped,
     Welcome,
-    read_server,
-    unpack,
-    write,
 )
+from scd.serving.protocol import VERSION, read_server, unpack, write
 
-Message = TypeVar("Message")
+Said = TypeVar("Said")
 
 MAX_BYTES = 2**30
 """Of one message of the server; a snapshot is the largest."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Received:
-    """A frame that has come."""
-
-    header: FrameHeader
-    """Index, generation, action and times."""
-    pixels: UInt8[np.ndarray, "h w 3"]
-    """The picture."""
-
-
-class Refused(ProtocolError):
+class Refused(ServeError):
     """The server did not obey; `code` says why, the session is as it was."""
 
 
@@ -120,7 +105,7 @@ class Client:
         except (OSError, InvalidStatus, TimeoutError) as error:
             raise ConnectionError(f"no scd server answers at {url}: {error}") from error
         self._timeout_s = timeout_s
-        self._frames: deque[Received] = deque()
+        self._frames: deque[Frame] = deque()
         self._decoder = Decoder()
         self._num_requests = 0
         self._shown: tuple[int, int] | None = None
@@ -157,14 +142,14 @@ class Client:
         """Take over a session that nobody is attached to."""
         return self._change(Attach(session=session))
 
-    def step(self, action: ActionValue | None = None, count: int = 1) -> list[Received]:
+    def step(self, action: ActionValue | None = None, count: int = 1) -> list[Frame]:
         """Make some frames and return them."""
         self._frames.clear()
         request = self._send(Step(action=action, count=count))
-        kept: list[Received] = []
+        kept: list[Frame] = []
         while len(kept) < count or self.state is None or self.state.request != request:
             message = self._receive()
-            if isinstance(message, Received) and not message.header.shown:
+            if isinstance(message, Frame) and not message.header.shown:
                 kept.append(message)
                 self._acknowledge(message.header)
         return kept
@@ -181,7 +166,7 @@ class Client:
         """Hold an action from the next frame that begins."""
         self._send(Action(action=action, sequence=sequence))
 
-    def frames(self) -> Iterator[Received]:
+    def frames(self) -> Iterator[Frame]:
         """Return frames as they come, without end; each is acknowledged when the next is asked for.
 
         Raises:
@@ -196,7 +181,7 @@ class Client:
                 self._send(Acknowledge(generation=generation, frame=index))
             if not self._frames:
                 message = self._receive()
-                if isinstance(message, Received):
+                if isinstance(message, Frame):
                     self._frames.append(message)
                 continue
             frame = self._frames.popleft()
@@ -242,7 +227,7 @@ class Client:
         self._ask(Close(), Detached)
         self.state = None
 
-    def _change(self, message: FromClient) -> State:
+    def _change(self, message: Command) -> State:
         state = self._ask(message, State)
         if isinstance(message, (Create, Attach, Reset, Restart, Rewind, Fork)):
             # Also those that came while the server had not answered.
@@ -250,20 +235,20 @@ class Client:
             self._shown = None
         return state
 
-    def _ask(self, message: FromClient, kind: type[Message]) -> Message:
+    def _ask(self, message: Command, kind: type[Said]) -> Said:
         request = self._send(message)
         while True:
             answer = self._receive()
             if isinstance(answer, kind) and getattr(answer, "request", None) == request:
                 return answer
-            if isinstance(answer, Received):
+            if isinstance(answer, Frame):
                 self._frames.append(answer)
 
-    def _send(self, message: FromClient) -> int:
+    def _send(self, message: Command) -> int:
         self._num_requests += 1
-        fields = {**vars(message), "request": self._num_requests}
+        numbered = message.model_copy(update={"request": self._num_requests})
         try:
-            self._socket.send(write(type(message)(**fields)))
+            self._socket.send(write(numbered))
         except ConnectionClosed as error:
             raise _ended(error) from error
         return self._num_requests
@@ -271,7 +256,7 @@ class Client:
     def _acknowledge(self, header: FrameHeader) -> None:
         self._send(Acknowledge(generation=header.generation, frame=header.frame))
 
-    def _receive(self) -> Received | FromServer | bytes:
+    def _receive(self) -> Frame | FromServer | bytes:
         """Return the next message; what refuses a request, or ends the session, is raised."""
         try:
             data = self._socket.recv(timeout=self._timeout_s)
@@ -282,7 +267,7 @@ class Client:
             if isinstance(header, SnapshotHeader):
                 return payload
             pixels = self._decoder.decode(payload, header.codec, header.key)
-            return Received(header=header, pixels=pixels[: header.height, : header.width])
+            return Frame(header=header, pixels=pixels[: header.height, : header.width])
         message = read_server(data)
         if isinstance(message, State):
             self.state = message

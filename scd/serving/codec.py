@@ -121,7 +121,7 @@ class Decoder:
         """Wait for a key frame."""
         self._context: av.VideoCodecContext | None = None
 
-    def decode(self, payload: bytes, codec: Codec, key: bool) -> UInt8[np.ndarray, "_ _ 3"]:
+    def decode(self, payload: bytes, codec: str, key: bool) -> UInt8[np.ndarray, "_ _ 3"]:
         """Unpack one frame; an H.264 picture may have a row and a column more than the frame.
 
         Raises:

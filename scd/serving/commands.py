@@ -1,175 +1,398 @@
-"""What a client may ask of a session that is there; on the thread that owns the model."""
+"""What each message asks of a session: one method per class, on the thread that owns the model.
+
+`Commands.handle` finds the method by the message's `type`. What depends on the world or the limits
+is checked here and nowhere else; what does not, by the schema in `scd.serving.messages`.
+"""
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from einops import rearrange
 
 from scd.data.clip import frames_to_pixels, pixels_to_frames
 from scd.models.flow import with_num_steps
-from scd.serving.errors import BadRequest, SessionBusy
-from scd.serving.events import Action, Frame, Info, Sink
-from scd.serving.session import Kept, Order, Player, as_action
-from scd.serving.sessions import Players, check_picture, check_seed, check_steps
+from scd.models.shipped import Clips
+from scd.serving.messages import (
+    Acknowledge,
+    Action,
+    ActionValue,
+    Answer,
+    Attach,
+    Beginning,
+    Close,
+    Command,
+    Create,
+    Detach,
+    Detached,
+    Fork,
+    Frame,
+    GuidanceChoice,
+    Look,
+    Observe,
+    Pause,
+    Reset,
+    Restart,
+    Restore,
+    Rewind,
+    Run,
+    ServeError,
+    Set,
+    Show,
+    Sink,
+    Snapshot,
+    SnapshotHeader,
+    Step,
+    WorldInfo,
+)
+from scd.serving.session import KeptFrame, Order, Session, Start, as_action, as_guidance
+from scd.serving.sessions import Sessions
+from scd.serving.store import Evictions
 from scd.streaming.rollout import Guidance, Rollout
 
 
+@dataclass(eq=False, kw_only=True)
+class Call:
+    """A message that waits for the model thread, and what goes with it."""
+
+    message: Command | Callable[[Any], Any]
+    """Or something that the host itself wants done, which is called with the engine loop."""
+    name: str = ""
+    """Of the session; empty for messages that open one."""
+    sink: Sink | None = None
+    """Of the client that says it; None: it does not stay to hear."""
+    upload: np.ndarray | None = None
+    """Frames [t h w 3] that the message's `upload` names."""
+    file: bytes = b""
+    """Snapshot to restore."""
+    future: Future[Any] = field(default_factory=Future)
+    """Gets the `Answer`, or what the host's own call returns."""
+    num_tries: int = 0
+    """How often room was made for it."""
+
+    def settle(self, result: Any = None, error: BaseException | None = None) -> None:
+        """Fulfil or refuse the future; nothing happens where it is done."""
+        with suppress(InvalidStateError):
+            if error is not None:
+                self.future.set_exception(error)
+            else:
+                self.future.set_result(result)
+
+
 class Commands:
-    """Calls on one session each; they raise ValueError and leave the session as it was then."""
+    """Obeys messages; raises ValueError and leaves the session as it was then."""
 
-    def __init__(self, players: Players) -> None:
-        """Obey for these sessions."""
-        self.players = players
+    def __init__(
+        self, sessions: Sessions, evictions: Evictions, clips: Clips | None, world: WorldInfo
+    ) -> None:
+        """Obey for sessions in memory and on disk, of a world with clips to begin from."""
+        self.sessions, self._evictions = sessions, evictions
+        self._clips, self._world, self._config = clips, world, sessions.config
 
-    def info(self, session_id: str) -> Info:
-        """Say how a session stands."""
-        return self.players.player(session_id).info()
+    def handle(self, session: Session | None, message: Command, call: Call) -> Any:
+        """Obey a message; return its `Answer`, or a future of it."""
+        if session is None and call.name and message.needs_session:
+            raise self.sessions.missing(call.name)
+        return getattr(self, message.verb)(session, message, call)
 
-    def attach(self, session_id: str, sink: Sink) -> Info:
-        """Let a client hear a session."""
-        player = self.players.player(session_id)
-        if player.sink not in (None, sink):
-            raise SessionBusy("another client is attached to this session")
-        player.sink = sink
-        player.go_on_from(self.players.clock())
-        return player.info()
+    # Sessions come and go
 
-    def detach(self, session_id: str, sink: Sink) -> None:
+    def create(self, _: None, message: Create, call: Call) -> Answer:
+        session = self.sessions.create(self._start(message, call.upload))
+        world = self._world
+        zeros = (0.0,) * world.action_dim if world.action_dim else 0
+        session.action = zeros if world.actions else None
+        return self._joined(session, call.sink)
+
+    def restore(self, _: None, message: Restore, call: Call) -> Future[Answer]:
+        restored = self._evictions.restore(call.file)
+        return _then(restored, lambda session: Answer(message=session.state()))
+
+    def attach(self, session: Session, message: Attach, call: Call) -> Answer:
+        if session.sink not in (None, call.sink):
+            raise ServeError("session_busy", "another client is attached to this session")
+        return self._joined(session, call.sink)
+
+    def _joined(self, session: Session, sink: Sink | None, source: str | None = None) -> Answer:
+        if sink is not None:
+            session.sink = sink
+            session.go_on_from(self.sessions.clock())
+        return self._moved(session, sink, source)
+
+    def _moved(self, session: Session, sink: Sink | None, source: str | None = None) -> Answer:
+        """Answer with the state, and for a client the newest frame, to have a picture at once."""
+        frames: list[Frame] = []
+        if sink is not None and session.index >= max(0, session.history.kept_from):
+            # A device that is full now fails when the next frame is made, and says so then.
+            with suppress(Exception):
+                frames = self._shown(session, session.index, 1)
+        state = session.state()
+        return Answer(
+            message=state if source is None else state.model_copy(update={"forked_from": source}),
+            frames=frames,
+        )
+
+    def fork(self, session: Session, message: Fork, call: Call) -> Answer:
+        index = session.index if message.frame is None else message.frame
+        twin = self.sessions.fork(session, index, message.seed)
+        if call.sink is not None:
+            self._let_go(session, call.sink)
+        return self._joined(twin, call.sink, source=session.name)
+
+    def detach(self, session: Session | None, message: Detach, call: Call) -> Answer:
+        if session is not None:
+            self._let_go(session, call.sink)
+        return Answer(message=Detached(session=call.name))
+
+    def _let_go(self, session: Session, sink: Sink | None) -> None:
         """Let a client go; nothing happens if it is not there."""
-        player = self.players.playing.get(session_id)
-        if player is not None and player.sink == sink:
-            player.use(self.players.clock())
-            player.let_go()
+        if sink is not None and session.sink == sink:
+            session.use(self.sessions.clock())
+            session.let_go()
 
-    def act(self, session_id: str, action: Action, sequence: int) -> None:
-        """Hold an action."""
-        player = self.players.player(session_id)
-        self._hold(player, action, sequence)
+    def close(self, session: Session | None, message: Close, call: Call) -> Any:
+        answer = Answer(message=Detached(session=call.name))
 
-    def _hold(self, player: Player, action: Action, sequence: int) -> None:
-        session, steering = player.session, as_action(action)
-        session.rollout.check(session.as_batch(steering))
-        player.action, player.sequence = action, sequence
-        if session.status == "waiting":
-            self.players.streams.steer(session, steering)
+        def said(was_on_disk: bool) -> Answer:
+            if session is None and not was_on_disk:
+                raise self.sessions.missing(call.name)
+            return answer
 
-    def run(self, session_id: str, fps: float | None) -> Info:
-        """Make frames until paused."""
-        player = self.players.player(session_id)
-        if player.sink is None:
-            raise BadRequest("only a session with a client runs: attach first, or step it")
-        if fps is not None and not 0 < fps < float("inf"):
-            raise BadRequest(f"fps must be a finite number above 0, got {fps}")
-        if not player.running:
-            player.free(self.players.clock())
-        player.running, player.fps = True, fps
-        return player.info()
+        deleted = self._evictions.delete(call.name)
+        if session is None:
+            return _then(deleted, said)
+        self._let_go(session, call.sink)
+        self.sessions.stop(session, ServeError("unknown_session", "the session was deleted"))
+        return answer
 
-    def pause(self, session_id: str) -> Info:
-        """Begin no more frames."""
-        player = self.players.player(session_id)
-        player.running = False
-        return player.info()
+    # What a session is told
 
-    def step(
-        self, session_id: str, action: Action, count: int, sequence: int
-    ) -> Future[list[Frame]]:
-        """Pause, and make some frames."""
-        player, config = self.players.player(session_id), self.players.config
-        if not 1 <= count <= config.max_step_count:
-            raise BadRequest(f"count must lie in 1 .. {config.max_step_count}, got {count}")
-        if len(player.orders) >= config.max_orders:
-            raise BadRequest(f"{len(player.orders)} steps of this session wait already")
-        if action is not None:
-            self._hold(player, action, sequence)
-        player.running = False
-        if not player.orders:
-            player.free(self.players.clock())
-        order = Order(future=Future(), count=count)
-        player.orders.append(order)
+    def look(self, session: Session, message: Look, call: Call) -> Answer:
+        return Answer(message=session.state())
+
+    def action(self, session: Session, message: Action, call: Call) -> Answer:
+        self._hold(session, self._action(message.action), message.sequence)
+        return Answer()
+
+    def _hold(self, session: Session, action: ActionValue | None, sequence: int) -> None:
+        session.action, session.sequence = action, sequence
+        if session.stream.status == "waiting":
+            self.sessions.streams.steer(session.stream, as_action(action))
+
+    def run(self, session: Session, message: Run, call: Call) -> Answer:
+        if session.sink is None:
+            raise ServeError(
+                "bad_request", "only a session with a client runs: attach first, or step it"
+            )
+        if not session.running:
+            session.free(self.sessions.clock())
+        session.running, session.fps = True, message.fps
+        return Answer(message=session.state())
+
+    def pause(self, session: Session, message: Pause, call: Call) -> Answer:
+        session.running = False
+        return Answer(message=session.state())
+
+    def step(self, session: Session, message: Step, call: Call) -> Future[Answer]:
+        self._check_count(message.count)
+        if len(session.orders) >= self._config.max_orders:
+            raise ServeError(
+                "bad_request", f"{len(session.orders)} steps of this session wait already"
+            )
+        if message.action is not None:
+            self._hold(session, self._action(message.action), 0)
+        session.running = False
+        if not session.orders:
+            session.free(self.sessions.clock())
+        order = Order(future=Future(), count=message.count)
+        session.orders.append(order)
         return order.future
 
-    def acknowledge(self, session_id: str, generation: int, index: int) -> None:
-        """Note what a client has drawn; of an older generation nothing."""
-        player = self.players.player(session_id)
-        if generation == player.generation:
-            was_full = not player.is_heard(self.players.config.queue_frames)
-            player.acknowledge(index)
+    def ack(self, session: Session, message: Acknowledge, call: Call) -> Answer:
+        if message.generation == session.generation:
+            was_full = not session.is_heard(self._config.queue_frames)
+            session.acknowledge(message.frame)
             if was_full:
-                player.free(self.players.clock())
+                session.free(self.sessions.clock())
+        return Answer()
 
-    def change(
-        self, session_id: str, num_steps: int | None, guidance: Guidance | None, seed: int | None
-    ) -> Info:
-        """Change how frames are made."""
-        player = self.players.player(session_id)
-        rollout, sampling = player.session.rollout, None
-        if num_steps is not None:
-            check_steps(num_steps, self.players.config.max_steps)
+    def set(self, session: Session, message: Set, call: Call) -> Answer:
+        rollout, sampling = session.rollout, None
+        if message.steps is not None:
             # Of those of the world, as after a reset or an eviction: listed times there and back
             # would be others.
-            sampling = with_num_steps(rollout.world.sampling, num_steps)
-        if seed is not None:
-            check_seed(seed)
-        if guidance is not None:
-            self._check_guidance(rollout, guidance)
+            sampling = with_num_steps(rollout.world.sampling, self._steps(message.steps))
+        if message.guidance is not None:
+            guidance = self._guidance(message.guidance)
+            self._check_change(rollout, guidance)
             rollout.guidance = guidance
         rollout.sampling = sampling or rollout.sampling
-        rollout.seed = rollout.seed if seed is None else seed
-        return player.info()
+        rollout.seed = rollout.seed if message.seed is None else message.seed
+        return Answer(message=session.state())
 
-    def _check_guidance(self, rollout: Rollout, guidance: Guidance) -> None:
-        # Made only to see whether this model can give it.
-        Rollout(rollout.world, None, guidance, 0, None, rollout.engine)
+    def _check_change(self, rollout: Rollout, guidance: Guidance) -> None:
         if (guidance.kind == "conditions") != (rollout.guidance.kind == "conditions"):
-            raise BadRequest("guidance by conditions has a memory of its own: reset with it")
-        if guidance.kind != "none" and self.players.config.max_rows < 2:
-            raise BadRequest("a guided frame takes 2 rows, max_rows is 1")
+            raise ServeError(
+                "bad_request", "guidance by conditions has a memory of its own: reset with it"
+            )
+        if guidance.kind != "none" and self._config.max_rows < 2:
+            raise ServeError("bad_request", "a guided frame takes 2 rows, max_rows is 1")
 
-    def observe(self, session_id: str, frame: UInt8[np.ndarray, "h w 3"], action: Action) -> Info:
-        """Put in a frame from outside."""
-        player, card = self.players.player(session_id), self.players.streams.world.card
-        if player.running or player.orders:
-            raise BadRequest("pause the session before a frame is put in")
-        check_picture(frame, (card.height, card.width, 3))
-        if action is None:
-            action = player.action
-        steering = as_action(action)
-        player.session.rollout.check(player.session.as_batch(steering))
-        self.players.drop(player)
-        self.players.streams.observe(
-            player.session, pixels_to_frames(torch.from_numpy(frame.copy())), steering
+    def reset(self, session: Session, message: Reset, call: Call) -> Answer:
+        self.sessions.restart(session, self._start(message, call.upload))
+        return self._moved(session, call.sink)
+
+    def restart(self, session: Session, message: Restart, call: Call) -> Answer:
+        state, start = session.state(), session.start
+        now = {"seed": state.seed, "steps": state.steps, "guidance": state.guidance}
+        begun = start.message.model_copy(update=now)
+        self.sessions.restart(
+            session, Start(message=begun, frames=start.frames, actions=start.actions)
         )
-        rollout = player.session.rollout
-        assert rollout.newest is not None
-        player.history.add(rollout, Kept(latent=rollout.newest, action=action))
-        player.go_on_from(self.players.clock())
-        return player.info()
+        return self._moved(session, call.sink)
 
-    def frames(self, session_id: str, first: int, count: int) -> list[Frame]:
-        """Show frames of the history."""
-        player = self.players.player(session_id)
-        if not 1 <= count <= self.players.config.max_step_count:
-            raise BadRequest(
-                f"count must lie in 1 .. {self.players.config.max_step_count}, got {count}"
-            )
-        kept = [player.history.frame(index) for index in range(first, first + count)]
+    def rewind(self, session: Session, message: Rewind, call: Call) -> Answer:
+        self.sessions.rewind(session, message.frame)
+        return self._moved(session, call.sink)
+
+    def observe(self, session: Session, message: Observe, call: Call) -> Answer:
+        if session.running or session.orders:
+            raise ServeError("bad_request", "pause the session before a frame is put in")
+        assert call.upload is not None
+        (frame,) = self._pictures(call.upload[-1:])
+        action = session.action if message.action is None else self._action(message.action)
+        self.sessions.drop(session)
+        self.sessions.streams.observe(
+            session.stream, pixels_to_frames(torch.from_numpy(frame.copy())), as_action(action)
+        )
+        rollout = session.rollout
+        assert rollout.newest is not None
+        session.history.add(rollout, KeptFrame(latent=rollout.newest, action=action))
+        session.go_on_from(self.sessions.clock())
+        return Answer(message=session.state())
+
+    def show(self, session: Session, message: Show, call: Call) -> Answer:
+        self._check_count(message.count)
+        return Answer(frames=self._shown(session, message.frame, message.count))
+
+    def _shown(self, session: Session, first: int, count: int) -> list[Frame]:
+        kept = [session.history.frame(index) for index in range(first, first + count)]
         latents = torch.cat([frame.latent for frame in kept])
-        decoded = self.players.streams.world.autoencoder.decode(latents[:, None])[:, 0].float()
+        decoded = self.sessions.streams.world.autoencoder.decode(latents[:, None])[:, 0].float()
+        pixels = frames_to_pixels(decoded).cpu().numpy()
         return [
-            Frame(
-                session_id=session_id,
-                generation=player.generation,
-                index=first + place,
-                action=frame.action,
-                sequence=frame.sequence,
-                frame=pixels,
-                num_steps=frame.num_steps,
-            )
-            for place, (frame, pixels) in enumerate(
-                zip(kept, frames_to_pixels(decoded).cpu().numpy(), strict=True)
-            )
+            session.frame(first + place, frame, picture, shown=True)
+            for place, (frame, picture) in enumerate(zip(kept, pixels, strict=True))
         ]
+
+    def snapshot(self, session: Session, message: Snapshot, call: Call) -> Future[Answer]:
+        header = SnapshotHeader(session=session.name)
+        written = self._evictions.snapshot(session)
+        return _then(written, lambda file: Answer(message=header, file=file))
+
+    # What depends on the world and the limits
+
+    def _action(self, action: ActionValue) -> ActionValue:
+        world = self._world
+        if not world.actions:
+            message = "nothing steers this world: send no action"
+        elif isinstance(action, tuple) != bool(world.action_dim):
+            wanted = f"a vector of {world.action_dim} numbers" if world.action_dim else "a number"
+            message = f"an action of this world is {wanted}"
+        elif isinstance(action, tuple) and len(action) != world.action_dim:
+            message = f"needed {world.action_dim} entries, got {len(action)}"
+        elif isinstance(action, int) and action >= len(world.actions):
+            message = f"actions are 0 .. {len(world.actions) - 1}, got {action}"
+        else:
+            return action
+        raise ServeError("unknown_action", message)
+
+    def _steps(self, steps: int) -> int:
+        most = self._config.max_steps
+        if steps > most:
+            raise ServeError("bad_field", f"steps: must lie in 1 .. {most} here, got {steps}")
+        return steps
+
+    def _check_count(self, count: int) -> None:
+        most = self._config.max_step_count
+        if not 1 <= count <= most:
+            raise ServeError("bad_field", f"count: must lie in 1 .. {most} here, got {count}")
+
+    def _guidance(self, choice: GuidanceChoice) -> Guidance:
+        if choice.kind not in self._world.guidance:
+            raise ServeError("bad_field", f"guidance: this world has {list(self._world.guidance)}")
+        try:
+            guidance = as_guidance(choice)
+        except ValueError as error:
+            raise ServeError("bad_field", f"guidance: {error}") from None
+        assert guidance is not None
+        return guidance
+
+    def _start(self, asked: Beginning, upload: np.ndarray | None) -> Start:
+        """Return what a session begins with, where that is possible."""
+        if asked.steps is not None:
+            self._steps(asked.steps)
+        if asked.guidance is not None:
+            self._guidance(asked.guidance)
+        num_labels = self._world.num_labels
+        if (asked.label is None) == bool(num_labels) or (asked.label or 0) >= max(1, num_labels):
+            wanted = f"one of 0 .. {num_labels - 1}" if num_labels else "none"
+            raise ServeError("bad_field", f"label: this world wants {wanted}, got {asked.label}")
+        if asked.start == "clip":
+            return self._clip(asked)
+        if asked.start == "upload":
+            assert upload is not None
+            frames = self._pictures(upload)
+            return Start(message=asked, frames=frames, actions=self._led_to(asked, len(frames)))
+        if self._world.needs_start:
+            raise ServeError("bad_field", "start: this world cannot begin from nothing")
+        return Start(message=asked)
+
+    def _clip(self, asked: Beginning) -> Start:
+        clips, number = self._clips, asked.clip or 0
+        if clips is None or number >= len(clips.frames):
+            raise ServeError("unknown_clip", f"this world has {self._world.clips} clips")
+        frames = rearrange(clips.frames[number].numpy(), "t c h w -> t h w c")
+        actions = tuple(clips.actions[number].tolist()) if self._world.actions else ()
+        return Start(message=asked, frames=np.ascontiguousarray(frames), actions=actions)
+
+    def _led_to(self, asked: Beginning, num_frames: int) -> tuple[ActionValue, ...]:
+        world = self._world
+        if not world.actions and asked.action is None:
+            return ()
+        default = (0.0,) * world.action_dim if world.action_dim else 0
+        action = default if asked.action is None else asked.action
+        return (self._action(action),) * num_frames
+
+    def _pictures(self, frames: np.ndarray) -> np.ndarray:
+        world, most = self._world, self._config.max_start_frames
+        shape = (world.height, world.width, 3)
+        if frames.dtype != np.uint8 or frames.shape[1:] != shape:
+            raise ServeError(
+                "bad_request",
+                f"pictures must be bytes of shape {shape}, got {frames.dtype} of "
+                f"{frames.shape[1:]}",
+            )
+        if not 1 <= len(frames) <= most:
+            raise ServeError("bad_request", f"1 to {most} frames can be given, got {len(frames)}")
+        return frames
+
+
+def _then(future: Future[Any], make: Callable[[Any], Answer]) -> Future[Answer]:
+    """Return the future of an answer that follows from another one."""
+    answer: Future[Answer] = Future()
+
+    def done(settled: Future[Any]) -> None:
+        try:
+            answer.set_result(make(settled.result()))
+        except Exception as error:
+            answer.set_exception(error)
+
+    future.add_done_callback(done)
+    return answer

@@ -8,7 +8,7 @@ import io
 import json
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,20 @@ from starlette.types import ASGIApp
 from scd.data.clip import pixels_to_frames
 from scd.evaluation.media import write_video
 from scd.serving.access import Access, error_json
-from scd.serving.codec import JpegEncoder, Packed
-from scd.serving.connection import frame_header, serve_client
-from scd.serving.events import Frame, Info
+from scd.serving.codec import JpegEncoder
+from scd.serving.connection import serve_client
 from scd.serving.messages import (
-    Beginning,
-    Fork,
-    Observe,
-    ProtocolError,
-    Rewind,
-    Set,
-    Step,
-    read_fields,
+    COMMANDS,
+    Command,
+    Frame,
+    Look,
+    Restore,
+    ServeError,
+    Show,
+    State,
 )
-from scd.serving.service import Service, answer, as_error, check_known
+from scd.serving.protocol import read_body, write
+from scd.serving.service import Service, answer, as_error
 
 PAGE = Path(__file__).resolve().parent / "web"
 """Folder of the page."""
@@ -59,7 +59,7 @@ def make_app(service: Service, page: Path = PAGE) -> ASGIApp:
         page: folder of the page. Its files are read now: no path of a client is ever looked up.
     """
     inner = make_inner_app(service, page)
-    return Access(inner, service.config, service.statistics, service.check_token)
+    return Access(inner, service.config, service.metrics, service.check_token)
 
 
 def make_inner_app(service: Service, page: Path = PAGE) -> ASGIApp:
@@ -76,13 +76,13 @@ def make_inner_app(service: Service, page: Path = PAGE) -> ASGIApp:
     async def show(request: Request) -> Response:
         name = request.url.path.removeprefix("/") or "index.html"
         if name not in files:
-            return _refused(ProtocolError("unknown_path", "there is no such page"))
+            return _refused(ServeError("unknown_path", "there is no such page"))
         kind, data = files[name]
         return Response(data, media_type=kind)
 
     async def refuse(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        answer = _refused(ProtocolError("unknown_path", f"no such request: {error.detail}"))
+        answer = _refused(ServeError("unknown_path", f"no such request: {error.detail}"))
         answer.status_code = error.status_code
         return answer
 
@@ -100,7 +100,7 @@ def read_page(folder: Path) -> Mapping[str, tuple[str, bytes]]:
     }
 
 
-def _refused(error: ProtocolError) -> Response:
+def _refused(error: ServeError) -> Response:
     status, body = error_json(error)
     return Response(body, status, media_type="application/json")
 
@@ -114,33 +114,24 @@ SMALL_BODY = 65536
 MOST_VIDEOS = 1
 """Videos that are written at once."""
 
-Handler = Callable[..., Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 def make_router(service: Service) -> APIRouter:
-    """Return all routes of one server."""
+    """Return all routes of one server: those of messages, and some of HTTP alone."""
     router = APIRouter()
     api = HttpApi(service)
-    for method, path, handler in (
-        ("GET", "/health", api.health),
-        ("GET", "/metrics", api.metrics),
-        ("GET", "/v1/world", api.world),
-        ("POST", "/v1/uploads", api.upload),
-        ("POST", "/v1/sessions", api.create),
-        ("POST", "/v1/sessions/restore", api.restore),
-        ("GET", "/v1/sessions/{session}", api.state),
-        ("DELETE", "/v1/sessions/{session}", api.delete),
-        ("POST", "/v1/sessions/{session}/step", api.step),
-        ("POST", "/v1/sessions/{session}/observe", api.observe),
-        ("POST", "/v1/sessions/{session}/set", api.change),
-        ("POST", "/v1/sessions/{session}/reset", api.reset),
-        ("POST", "/v1/sessions/{session}/restart", api.restart),
-        ("POST", "/v1/sessions/{session}/rewind", api.rewind),
-        ("POST", "/v1/sessions/{session}/fork", api.fork),
-        ("POST", "/v1/sessions/{session}/snapshot", api.snapshot),
-        ("GET", "/v1/sessions/{session}/frames/{index}", api.frame),
-        ("GET", "/v1/sessions/{session}/video", api.video),
-    ):
+    routes: dict[str, Handler] = {
+        "GET /health": api.health,
+        "GET /metrics": api.metrics,
+        "GET /v1/world": api.world,
+        "POST /v1/uploads": api.upload,
+        "GET /v1/sessions/{session}/frames/{index}": api.frame,
+        "GET /v1/sessions/{session}/video": api.video,
+    }
+    routes |= {kind.route: partial(api.obey, kind) for kind in COMMANDS if kind.route}
+    for route, handler in routes.items():
+        method, path = route.split()
         router.add_api_route(
             path, _guarded(handler, service), methods=[method], response_model=None
         )
@@ -150,17 +141,13 @@ def make_router(service: Service) -> APIRouter:
 def _guarded(handler: Handler, service: Service) -> Handler:
     async def guarded(request: Request) -> Response:
         try:
-            session = request.path_params.get("session")
-            if session is None:
-                return await handler(request)
-            check_known(session)
-            await service.find(session)
-            return await handler(request, session)
+            if "session" in request.path_params:
+                await service.reach(request.path_params["session"])
+            return await handler(request)
         except Exception as error:
             said = as_error(error)
-            service.statistics.errors.labels(said.code).inc()
-            status, body = error_json(said)
-            return Response(body, status, media_type="application/json")
+            service.metrics.errors.labels(said.code).inc()
+            return _refused(said)
 
     return guarded
 
@@ -170,24 +157,24 @@ class HttpApi:
 
     def __init__(self, service: Service) -> None:
         """For one server."""
-        self._service, self._host, self._checks = service, service.host, service.checks
+        self._service = service
         self._videos = asyncio.Semaphore(MOST_VIDEOS)
 
     async def health(self, request: Request) -> Response:
         """Say with a status whether the server can be used, and what it does."""
-        health = self._service.health()
-        overview = self._host.overview()
-        values = {"ok": health.ok, "reason": health.reason, "sessions": overview.num_sessions}
-        return _json(values, 200 if health.ok else 503)
+        reason = self._service.fault()
+        num_sessions = self._service.host.overview().num_sessions
+        values = {"ok": not reason, "reason": reason, "sessions": num_sessions}
+        return _json(json.dumps(values), 503 if reason else 200)
 
     async def metrics(self, request: Request) -> Response:
         """Return all counters as Prometheus reads them."""
         kind = "text/plain; version=0.0.4; charset=utf-8"
-        return Response(self._service.statistics.text(), media_type=kind)
+        return Response(self._service.metrics.text(), media_type=kind)
 
     async def world(self, request: Request) -> Response:
         """Return what `welcome` says."""
-        return _json(asdict(self._service.welcome()))
+        return _json(write(self._service.welcome()))
 
     async def upload(self, request: Request) -> Response:
         """Take a picture or a video: its id and number of frames."""
@@ -195,130 +182,76 @@ class HttpApi:
         uploads.check_room()
         data = await _body(request, self._service.limits.max_upload_bytes)
         identity, num_frames = await uploads.add(data)
-        self._service.statistics.uploads.inc()
-        return _json({"upload": identity, "frames": num_frames}, 201)
+        self._service.metrics.uploads.inc()
+        return _json(json.dumps({"upload": identity, "frames": num_frames}), 201)
 
-    async def create(self, request: Request) -> Response:
-        """Open a session."""
-        asked = await _fields(request, Beginning)
-        return self._state(await answer(self._host.create(self._checks.beginning(asked))), 201)
-
-    async def restore(self, request: Request) -> Response:
-        """Open a session from a snapshot."""
-        data = await _body(request, self._service.limits.max_snapshot_bytes)
-        return self._state(await answer(self._host.restore(data)), 201)
-
-    async def state(self, request: Request, session: str) -> Response:
-        """Say how a session stands."""
-        return self._state(await answer(self._host.info(session)))
-
-    async def delete(self, request: Request, session: str) -> Response:
-        """End a session."""
-        await answer(self._host.delete(session))
-        return Response(status_code=204)
-
-    async def step(self, request: Request, session: str) -> Response:
-        """Make some frames and return them, each header with its picture."""
-        kind = request.query_params.get("format", "jpeg")
-        if kind not in ("jpeg", "png"):
-            raise ProtocolError("bad_field", f"format: jpeg or png, got {kind[:20]!r}")
-        asked = await _fields(request, Step)
-        action, count = (
-            self._checks.action(asked.action),
-            self._checks.count(asked.count),
+    async def obey(self, kind: type[Command], request: Request) -> Response:
+        """Have a message obeyed: its fields are the body, its session is in the path."""
+        picture = request.query_params.get("format", "jpeg")
+        if picture not in ("jpeg", "png"):
+            raise ServeError("bad_field", f"format: jpeg or png, got {picture[:20]!r}")
+        session, file = request.path_params.get("session", ""), b""
+        if kind is Restore:
+            file = await _body(request, self._service.limits.max_snapshot_bytes)
+            message: Command = Restore()
+        else:
+            message = read_body(kind, await _body(request, SMALL_BODY))
+        found = await answer(self._service.ask(message, session, file=file))
+        if kind.status == 204:
+            return Response(status_code=204)
+        if found.file is not None:
+            return Response(found.file, kind.status, media_type="application/octet-stream")
+        assert found.message is not None, "messages without an answer have no route"
+        if not found.frames:
+            return _json(write(found.message), kind.status)
+        for frame in found.frames:
+            self._service.metrics.note_frame(frame.header)
+        packed = await asyncio.to_thread(
+            lambda: [_with_picture(frame, picture) for frame in found.frames]
         )
-        frames = await answer(self._host.step(session, action, count))
-        for frame in frames:
-            self._service.statistics.note_frame(frame)
-        packed = await asyncio.to_thread(lambda: [_with_picture(frame, kind) for frame in frames])
-        state = asdict(self._service.state(await answer(self._host.info(session))))
-        return _json({"frames": packed, "state": state})
+        values = {"frames": packed, "state": found.message.model_dump(mode="json")}
+        return _json(json.dumps(values), kind.status)
 
-    async def observe(self, request: Request, session: str) -> Response:
-        """Put in the next frame: the last one of an upload."""
-        asked = await _fields(request, Observe)
-        frame = self._service.uploads.frames(asked.upload)[-1]
-        action = self._checks.action(asked.action)
-        return self._state(await answer(self._host.observe(session, frame, action)))
-
-    async def change(self, request: Request, session: str) -> Response:
-        """Change how frames are made."""
-        asked = await _fields(request, Set)
-        steps, guidance = (
-            self._checks.steps(asked.steps),
-            self._checks.guidance(asked.guidance),
-        )
-        return self._state(await answer(self._host.change(session, steps, guidance, asked.seed)))
-
-    async def reset(self, request: Request, session: str) -> Response:
-        """Begin anew as the body says."""
-        start = self._checks.beginning(await _fields(request, Beginning))
-        return self._state(await answer(self._host.reset(session, start)))
-
-    async def restart(self, request: Request, session: str) -> Response:
-        """Begin anew as before."""
-        return self._state(await answer(self._host.reset(session)))
-
-    async def rewind(self, request: Request, session: str) -> Response:
-        """Go back to a frame."""
-        asked = await _fields(request, Rewind)
-        return self._state(await answer(self._host.rewind(session, asked.frame)))
-
-    async def fork(self, request: Request, session: str) -> Response:
-        """Copy a session."""
-        asked = await _fields(request, Fork)
-        info = await answer(self._host.fork(session, asked.frame, asked.seed))
-        return self._state(info, 201, forked_from=session)
-
-    async def snapshot(self, request: Request, session: str) -> Response:
-        """Return a session as a file."""
-        data = await answer(self._host.snapshot(session))
-        return Response(data, media_type="application/octet-stream")
-
-    async def frame(self, request: Request, session: str) -> Response:
+    async def frame(self, request: Request) -> Response:
         """Return a frame of the history as a picture."""
         text = request.path_params["index"]
         if not (text.isascii() and text.isdecimal() and len(text) < 16):
-            raise ProtocolError("bad_field", "a frame has a number")
-        (frame,) = await answer(self._host.frames(session, int(text)))
-        return Response(JpegEncoder().encode(frame.frame).payload, media_type="image/jpeg")
+            raise ServeError("bad_field", "a frame has a number")
+        (pixels,) = await self._shown(request.path_params["session"], int(text), 1)
+        return Response(JpegEncoder().encode(pixels).payload, media_type="image/jpeg")
 
-    async def video(self, request: Request, session: str) -> Response:
+    async def video(self, request: Request) -> Response:
         """Return the history as an MP4 file."""
         async with self._videos:
-            frames = await self._history(session)
-            data = await asyncio.to_thread(_as_video, frames, self._service.world.fps)
+            frames = await self._history(request.path_params["session"])
+            data = await asyncio.to_thread(_as_video, frames, self._service.host.info.fps)
         return Response(data, media_type="video/mp4")
 
     async def _history(self, session: str) -> list[np.ndarray]:
-        info = await answer(self._host.info(session))
-        first, stop = max(0, info.kept_from), info.index + 1
+        state = (await answer(self._service.ask(Look(), session))).message
+        assert isinstance(state, State)
+        first, stop = state.kept_from, state.frame + 1
         if first >= stop:
-            raise ProtocolError("out_of_history", "the session has no frame yet")
+            raise ServeError("out_of_history", "the session has no frame yet")
         # Few at a time: others' frames are made between.
         most = min(self._service.limits.max_step_count, 16)
         kept = []
         for begin in range(first, stop, most):
-            count = min(most, stop - begin)
-            kept += [one.frame for one in await answer(self._host.frames(session, begin, count))]
+            kept += await self._shown(session, begin, min(most, stop - begin))
         return kept
 
-    def _state(self, info: Info, status: int = 200, forked_from: str | None = None) -> Response:
-        return _json(asdict(self._service.state(info, forked_from=forked_from)), status)
+    async def _shown(self, session: str, first: int, count: int) -> list[np.ndarray]:
+        asked = self._service.ask(Show(frame=first, count=count), session)
+        return [frame.pixels for frame in (await answer(asked)).frames]
 
 
-def _json(values: Any, status: int = 200) -> Response:
-    body = json.dumps(values, allow_nan=False)
+def _json(body: str, status: int = 200) -> Response:
     return Response(body, status, media_type="application/json")
-
-
-async def _fields(request: Request, kind: type) -> Any:
-    return read_fields(kind, await _body(request, SMALL_BODY))
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:
     """Read a body, as far as it is allowed to go."""
-    too_large = ProtocolError("too_large", f"at most {max_bytes} bytes are taken here")
+    too_large = ServeError("too_large", f"at most {max_bytes} bytes are taken here")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > max_bytes:
         raise too_large
@@ -330,20 +263,20 @@ async def _body(request: Request, max_bytes: int) -> bytes:
                 if len(data) > max_bytes:
                     raise too_large
     except TimeoutError:
-        raise ProtocolError("too_late", f"the body did not come within {BODY_S:g} s") from None
+        raise ServeError("too_late", f"the body did not come within {BODY_S:g} s") from None
     return bytes(data)
 
 
 def _with_picture(frame: Frame, kind: str) -> dict[str, Any]:
+    """Return a header with its picture, as JSON has them."""
     if kind == "jpeg":
-        packed = JpegEncoder().encode(frame.frame)
+        payload = JpegEncoder().encode(frame.pixels).payload
     else:
         file = io.BytesIO()
-        Image.fromarray(frame.frame).save(file, "PNG")
-        packed = Packed(payload=file.getvalue(), key=True)
-    header = asdict(frame_header(frame, False, "jpeg", packed))
-    header["codec"] = kind
-    return header | {"picture": base64.b64encode(packed.payload).decode()}
+        Image.fromarray(frame.pixels).save(file, "PNG")
+        payload = file.getvalue()
+    header = frame.header.model_dump(mode="json")
+    return header | {"codec": kind, "picture": base64.b64encode(payload).decode()}
 
 
 def _as_video(frames: list[np.ndarray], fps: float) -> bytes:

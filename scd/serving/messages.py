@@ -1,37 +1,107 @@
-"""Messages between clients and the server: dataclasses <-> JSON, and binary frames."""
+"""Messages of clients and server: one schema for WebSocket, HTTP, host and snapshots.
+
+docs/serving.md is the page that explains them.
+
+Each `Command` is obeyed by the method of `scd.serving.commands.Commands` that its `type` names. Its
+class says how it is reached: over HTTP by its `route`, over a WebSocket unless `over_socket` is
+False.
+"""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar, Literal, NotRequired
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+import numpy as np
+from jaxtyping import UInt8
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 SAFE = 2**53 - 1
 """Largest integer of a message: the largest that JavaScript counts to without a gap."""
 
 Count = Annotated[int, Field(ge=0, le=SAFE)]
 """A whole number from 0 on."""
+Index = Annotated[int, Field(ge=-1, le=SAFE)]
+"""Of a frame; -1: before the first."""
 ActionValue = Count | Annotated[tuple[float, ...], Field(min_length=1, max_length=1024)]
 """An action: its number in the world's list, or a vector where the world wants vectors."""
 Identity = Annotated[str, Field(max_length=64)]
 """Id of a session or an upload."""
+Steps = Annotated[int, Field(ge=1, le=1000)]
+"""Denoising steps per frame."""
 Codec = Literal["jpeg", "h264"]
 """How frames are packed: each a picture of its own, or a video stream."""
-StartKind = Literal["nothing", "clip", "upload"]
-"""What a stream begins from: no frame; a clip that the world carries; a picture or video that the
-client has sent before."""
-
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GuidanceChoice:
+class ServeError(ValueError):
+    """A message or a request that is not obeyed; the session, if there is one, is as it was."""
+
+    def __init__(
+        self, code: str, message: str, fatal: bool = False, request: int | None = None
+    ) -> None:
+        """Say what was needed and what came.
+
+        Args:
+            code: short name for machines; docs/serving.md lists them.
+            message: one sentence for people.
+            fatal: whether the connection ends with it.
+            request: number of the message that is refused, where it had one.
+        """
+        super().__init__(message)
+        self.code, self.fatal, self.request = code, fatal, request
+
+
+class Message(BaseModel):
+    """What is said; a reader ignores fields that it does not know."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Numbered(Message):
+    """A message of a client, or the answer to one."""
+
+    request: Count | None = None
+    """Number of the client's choice; the answer carries it."""
+
+
+# What a client says. Unknown fields are refused: a typing error would else go unnoticed.
+
+
+class Command(Numbered):
+    """What a client asks for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    route: ClassVar[str] = ""
+    """Method and path of the HTTP request; empty: there is none."""
+    status: ClassVar[int] = 200
+    """Of the HTTP answer."""
+    over_socket: ClassVar[bool] = True
+    """Whether it can be said over a WebSocket."""
+    wakes: ClassVar[bool] = True
+    """Whether a session that is on disk is brought back for it."""
+    needs_session: ClassVar[bool] = True
+    """Whether it is refused where its session is not in memory."""
+    moves: ClassVar[bool] = False
+    """Whether the connection has another session afterwards, or none."""
+
+    @property
+    def verb(self) -> str:
+        """Its type."""
+        return vars(self)["type"]
+
+
+class GuidanceChoice(Message):
     """How frames are pushed away from an unconditional branch; as in `scd.streaming.rollout`."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["none", "conditions", "context_noise"] = "none"
     """The branch."""
@@ -41,20 +111,10 @@ class GuidanceChoice:
     """Strength of the noise in the branch "context_noise"."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClientMessage:
-    """What every message of a client may carry."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    request: Count | None = None
-    """Number of the client's choice; the answer carries it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hello(ClientMessage):
+class Hello(Command):
     """First message of a connection; answered by `welcome`."""
 
+    type: Literal["hello"] = "hello"
     version: Count
     """Of the protocol that the client speaks."""
     token: Annotated[str, Field(max_length=256)] | None = None
@@ -63,17 +123,16 @@ class Hello(ClientMessage):
     """Of this connection's frames."""
     quality: Annotated[int, Field(ge=1, le=100)] = 90
     """Of JPEG frames."""
-    type: Literal["hello"] = "hello"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Beginning(ClientMessage):
+class Beginning(Command):
     """What a stream begins with."""
 
     seed: Count = 0
     """Of the noise."""
-    start: StartKind = "nothing"
-    """Where the first frames come from."""
+    start: Literal["nothing", "clip", "upload"] = "nothing"
+    """Where the first frames come from: there are none; a clip that the world carries; a picture or
+    video that the client has sent before."""
     clip: Count | None = None
     """Number of the clip, for start "clip"."""
     upload: Identity | None = None
@@ -82,179 +141,215 @@ class Beginning(ClientMessage):
     """That is said to have led to the frames of an upload; none: action 0, or a vector of zeros."""
     label: Count | None = None
     """Class of the stream, for worlds with labels."""
-    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    steps: Steps | None = None
     """Denoising steps per frame; none: as the world says."""
     guidance: GuidanceChoice | None = None
     """None: none."""
 
+    @model_validator(mode="after")
+    def _check_start(self) -> Beginning:
+        for name in ("clip", "upload"):
+            if (getattr(self, name) is not None) != (self.start == name):
+                raise PydanticCustomError("start", f"{name}: goes with start {name!r}, and only so")
+        if self.action is not None and self.start != "upload":
+            raise PydanticCustomError("start", "action: goes with start 'upload', and only so")
+        return self
 
-@dataclass(frozen=True, kw_only=True)
+
 class Create(Beginning):
     """Open a session and attach to it; answered by `state`."""
 
+    route = "POST /v1/sessions"
+    status = 201
+    moves = True
     type: Literal["create"] = "create"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reset(Beginning):
-    """Begin the session anew, as the message says; answered by `state`, one generation later."""
+class Restore(Command):
+    """Open a session, under a new name, from a snapshot: the body of the request."""
 
-    type: Literal["reset"] = "reset"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Restart(ClientMessage):
-    """Begin the session anew as it began before; answered by `state`, one generation later."""
-
-    type: Literal["restart"] = "restart"
+    route = "POST /v1/sessions/restore"
+    status = 201
+    over_socket = False
+    type: Literal["restore"] = "restore"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Attach(ClientMessage):
+class Attach(Command):
     """Take over a session that nobody is attached to; answered by `state`."""
 
+    moves = True
+    type: Literal["attach"] = "attach"
     session: Identity
     """Its id."""
-    type: Literal["attach"] = "attach"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Action(ClientMessage):
+class Look(Command):
+    """Ask how a session stands; answered by `state`."""
+
+    route = "GET /v1/sessions/{session}"
+    over_socket = False
+    type: Literal["look"] = "look"
+
+
+class Show(Command):
+    """Ask for frames of the history, given ones too while they are kept."""
+
+    over_socket = False
+    type: Literal["show"] = "show"
+    frame: Count
+    """The first one."""
+    count: Count = 1
+    """How many."""
+
+
+class Action(Command):
     """Hold an action from the next frame that begins until another is held; not answered."""
 
+    wakes = False
+    type: Literal["action"] = "action"
     action: ActionValue
     """Number of the action in the world's list, or a vector."""
     sequence: Count = 0
     """Of the client's choice; frames say by which they were led."""
-    type: Literal["action"] = "action"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run(ClientMessage):
+class Run(Command):
     """Make frames until `pause`; answered by `state`."""
 
+    type: Literal["run"] = "run"
     fps: Annotated[float, Field(gt=0, le=1000)] | None = None
     """At most so many frames per second; none: as many as the server allows."""
-    type: Literal["run"] = "run"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pause(ClientMessage):
-    """Make no more frames; answered by `state`."""
+class Pause(Command):
+    """Begin no more frames, one that has begun still comes; answered by `state`."""
 
     type: Literal["pause"] = "pause"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step(ClientMessage):
-    """Make some frames now; they follow, then `state`."""
+class Step(Command):
+    """Pause, and make some frames; they follow, then `state`."""
 
+    route = "POST /v1/sessions/{session}/step"
+    type: Literal["step"] = "step"
     action: ActionValue | None = None
     """That leads to them; none: the held one."""
     count: Annotated[int, Field(ge=1, le=1000)] = 1
     """How many."""
-    type: Literal["step"] = "step"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Set(ClientMessage):
+class Set(Command):
     """Change how frames are made, from the next that begins; answered by `state`."""
 
-    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    route = "POST /v1/sessions/{session}/set"
+    type: Literal["set"] = "set"
+    steps: Steps | None = None
     """Denoising steps per frame; none: as they are."""
     guidance: GuidanceChoice | None = None
     """None: as it is. Another kind may need another memory: then only `reset` can change it."""
     seed: Count | None = None
     """Of the noise from here on; none: as it is."""
-    type: Literal["set"] = "set"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rewind(ClientMessage):
+class Reset(Beginning):
+    """Begin the session anew, as the message says; answered by `state`, one generation later."""
+
+    route = "POST /v1/sessions/{session}/reset"
+    type: Literal["reset"] = "reset"
+
+
+class Restart(Command):
+    """Begin anew as before, with the seed, steps and guidance of now; answered by `state`."""
+
+    route = "POST /v1/sessions/{session}/restart"
+    type: Literal["restart"] = "restart"
+
+
+class Rewind(Command):
     """Go back so that an earlier frame is the newest; answered by `state`, one generation later."""
 
+    route = "POST /v1/sessions/{session}/rewind"
+    type: Literal["rewind"] = "rewind"
     frame: Count
     """Its index; no older than `history_from` of the state."""
-    type: Literal["rewind"] = "rewind"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fork(ClientMessage):
+class Fork(Command):
     """Copy the session and move this connection to the copy; answered by `state` of the copy."""
 
+    route = "POST /v1/sessions/{session}/fork"
+    status = 201
+    moves = True
+    type: Literal["fork"] = "fork"
     frame: Count | None = None
     """Newest frame of the copy; none: that of the session."""
     seed: Count | None = None
     """Of the copy's noise; none: the same."""
-    type: Literal["fork"] = "fork"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Observe(ClientMessage):
-    """Put in the next frame from outside; over HTTP only."""
+class Observe(Command):
+    """Put in the next frame of a paused session from outside; over HTTP only."""
 
+    route = "POST /v1/sessions/{session}/observe"
+    over_socket = False
+    type: Literal["observe"] = "observe"
     upload: Identity
     """Whose last frame it is."""
     action: ActionValue | None = None
     """That led to it; none: the held one."""
-    type: Literal["observe"] = "observe"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Acknowledge(ClientMessage):
+class Acknowledge(Command):
     """Say that a frame, and all before it, were drawn; not answered."""
 
+    wakes = False
+    type: Literal["ack"] = "ack"
     generation: Count
     """Of the frame."""
     frame: Count
     """Its index."""
-    type: Literal["ack"] = "ack"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Snapshot(ClientMessage):
+class Snapshot(Command):
     """Ask for the session as a file; answered by the binary message `snapshot`."""
 
+    route = "POST /v1/sessions/{session}/snapshot"
     type: Literal["snapshot"] = "snapshot"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Detach(ClientMessage):
+class Detach(Command):
     """Let go of the session, which stays, paused; answered by `detached`."""
 
+    wakes = False
+    needs_session = False
+    moves = True
     type: Literal["detach"] = "detach"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Close(ClientMessage):
+class Close(Command):
     """Delete the session; answered by `detached`. The connection stays."""
 
+    route = "DELETE /v1/sessions/{session}"
+    status = 204
+    wakes = False
+    needs_session = False
+    moves = True
     type: Literal["close"] = "close"
 
 
-FromClient = (
-    Hello
-    | Create
-    | Attach
-    | Action
-    | Run
-    | Pause
-    | Step
-    | Set
-    | Reset
-    | Restart
-    | Rewind
-    | Fork
-    | Acknowledge
-    | Snapshot
-    | Detach
-    | Close
-)
+COMMANDS: tuple[type[Command], ...] = (
+    Hello, Create, Restore, Attach, Look, Show, Action, Run, Pause, Step, Set, Reset, Restart,
+    Rewind, Fork, Observe, Acknowledge, Snapshot, Detach, Close,
+)  # fmt: skip
 """Every message of a client."""
+SPOKEN = tuple(kind for kind in COMMANDS if kind.over_socket)
+"""Messages that can be said over a WebSocket."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorldInfo:
+# What the server says. A client ignores what it does not know, so that more can be said later.
+
+
+class WorldInfo(Message):
     """What is played."""
 
     name: str
@@ -283,38 +378,26 @@ class WorldInfo:
     """Kinds of guidance that it can give, "none" among them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What the server allows."""
+class Limits(Message):
+    """What the server allows; fields as in `scd.serving.settings`."""
 
     max_message_bytes: int
-    """Of one message of a client."""
     messages_per_s: float
-    """Messages of one connection, on average."""
     max_steps: int
-    """Denoising steps per frame."""
     max_step_count: int
-    """Frames of one `step`."""
     max_fps: float
-    """Frames per second of one session."""
     queue_frames: int
-    """Frames under way that are not acknowledged; then no more are made."""
     history_frames: int
-    """Frames that a session can be rewound by, about."""
     max_upload_bytes: int
-    """Of one upload."""
     max_upload_pixels: int
-    """Rows times columns of an uploaded picture or video."""
     max_upload_s: float
-    """Length of an uploaded video."""
     max_snapshot_bytes: int
-    """Of a snapshot that is sent to be restored."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Welcome:
+class Welcome(Numbered):
     """First message of the server: what is played, and within which limits."""
 
+    type: Literal["welcome"] = "welcome"
     version: int
     """Of the protocol."""
     server: str
@@ -325,138 +408,126 @@ class Welcome:
     """What is allowed."""
     codecs: tuple[str, ...]
     """Codecs that this server has."""
-    request: int | None = None
-    """Of the message that this answers."""
-    type: Literal["welcome"] = "welcome"
 
 
-@dataclass(frozen=True, kw_only=True)
-class State:
+class State(Numbered):
     """How a session stands."""
 
-    session: str
-    """Its id."""
-    generation: int
+    type: Literal["state"] = "state"
+    session: Identity
+    """Its id, a secret that lets anybody play it."""
+    generation: Count
     """Raised whenever frames under way became void: reset, restart, rewind."""
-    frame: int
+    frame: Index
     """Index of the newest frame; -1: there is none yet."""
-    num_given: int
+    num_given: Count
     """Frames that it began with; they have the indices 0 .. num_given - 1."""
     running: bool
     """Whether frames are made until `pause`."""
+    attached: bool
+    """Whether it has a client."""
     fps: float | None
     """Limit that `run` set; none: none."""
-    action: int | tuple[float, ...] | None
+    action: ActionValue | None
     """The one held; none: the world has no actions."""
-    steps: int
+    sequence: Count
+    """That came with it."""
+    steps: Steps
     """Denoising steps per frame."""
     guidance: GuidanceChoice
     """As it is."""
-    seed: int
+    seed: Count
     """Of the noise."""
-    history_from: int
-    """Oldest frame that `rewind` and `fork` reach."""
-    forked_from: str | None = None
+    history_from: Index
+    """Oldest frame that `rewind` and `fork` reach; -1: before the first."""
+    kept_from: Count
+    """Oldest frame that can be shown: given ones too, while they are kept."""
+    forked_from: Identity | None = None
     """Session of which this one was forked just now."""
-    request: int | None = None
-    """Of the message that this answers."""
-    type: Literal["state"] = "state"
 
 
-@dataclass(frozen=True, kw_only=True)
-class FrameHeader:
+class FrameHeader(Message):
     """Header of a frame; the picture follows."""
 
-    session: str
+    type: Literal["frame"] = "frame"
+    session: Identity
     """Whose frame it is."""
-    generation: int
+    generation: Count
     """In which it was made."""
-    frame: int
+    frame: Count
     """Its index in the session."""
-    action: int | tuple[float, ...] | None
+    action: ActionValue | None
     """That led to it; none: the world has none, or the frame was given."""
-    sequence: int
+    sequence: Count
     """That came with the action; 0: none did."""
-    steps: int
+    steps: Count
     """Denoising steps that it took; 0: it was given."""
-    encoder_ms: float
-    """Causal pass."""
-    decoder_ms: float
-    """All denoising steps."""
-    autoencoder_ms: float
-    """Latent to pixels."""
-    queued_ms: float
+    encoder_ms: float = 0.0
+    """Causal pass, of all frames that began with it."""
+    decoder_ms: float = 0.0
+    """From then to the end of its last denoising step."""
+    autoencoder_ms: float = 0.0
+    """Latents to pixels, of all frames that ended with it."""
+    queued_ms: float = 0.0
     """From the moment at which it could have begun to the one at which it began."""
-    codec: Codec
+    codec: Codec | Literal["png"] = "jpeg"
     """Of the payload."""
-    key: bool
+    key: bool = True
     """Whether it can be decoded without an earlier one."""
-    config: str | None
+    config: str | None = None
     """Codec string for a WebCodecs decoder, with key frames of H.264."""
-    width: int
+    width: Count
     """Columns of the frame; an H.264 picture may have one more."""
-    height: int
+    height: Count
     """Rows of the frame; an H.264 picture may have one more."""
     shown: bool = False
     """Whether it is sent to be seen again, or was given: not new, not to be acknowledged."""
-    type: Literal["frame"] = "frame"
 
 
-@dataclass(frozen=True, kw_only=True)
-class SnapshotHeader:
+class SnapshotHeader(Numbered):
     """Header of a snapshot; the file follows."""
 
-    session: str
-    """Whose."""
-    request: int | None = None
-    """Of the message that this answers."""
     type: Literal["snapshot"] = "snapshot"
+    session: Identity
+    """Whose."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Detached:
+class Detached(Numbered):
     """The connection has no session any more, because it said so."""
 
+    type: Literal["detached"] = "detached"
     session: str
     """That it had."""
-    request: int | None = None
-    """Of the message that this answers."""
-    type: Literal["detached"] = "detached"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Error:
+class Error(Numbered):
     """A message was not obeyed; the session is as it was."""
 
+    type: Literal["error"] = "error"
     code: str
     """For machines."""
     message: str
     """For people."""
     fatal: bool
     """Whether the connection is closed now."""
-    request: int | None = None
-    """Of the message that this answers."""
-    type: Literal["error"] = "error"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stopped:
+class Stopped(Message):
     """The session has ended without being asked to; the connection has none any more."""
 
+    type: Literal["stopped"] = "stopped"
     session: str
     """Which."""
     reason: str
-    """Why."""
-    type: Literal["stopped"] = "stopped"
+    """Why, for people."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evicted:
+class Evicted(Message):
     """The idle session was put on disk; the connection has none now, `attach` brings it back."""
 
+    type: Literal["evicted"] = "evicted"
     session: str
     """Which."""
-    type: Literal["evicted"] = "evicted"
 
 
 FromServer = Welcome | State | Detached | Error | Stopped | Evicted
@@ -465,130 +536,31 @@ Header = FrameHeader | SnapshotHeader
 """Every header of a binary one."""
 
 
-VERSION = 1
-"""Of the protocol; raised when an older client could misunderstand a message."""
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """A frame, unpacked."""
 
-CLOSE_CODES = {
-    "too_large": 1009,
-    "fault": 1011,
-    "bad_message": 4000,
-    "wrong_version": 4001,
-    "unauthorised": 4003,
-    "too_many_errors": 4004,
-    "too_late": 4008,
-    "too_many_messages": 4009,
-    "too_slow": 4010,
-    "too_many_connections": 4013,
-    "model_stopped": 4500,
-}
-"""Codes with which a WebSocket is closed, by the code of the error that says why."""
+    header: FrameHeader
+    """Index, generation, action and times."""
+    pixels: UInt8[np.ndarray, "h w 3"]
+    """The picture."""
 
 
-class ProtocolError(ValueError):
-    """A message or a request that cannot be obeyed."""
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What comes of a command."""
 
-    def __init__(
-        self, code: str, message: str, fatal: bool = False, request: int | None = None
-    ) -> None:
-        """Say what was needed and what came.
-
-        Args:
-            code: short name for machines.
-            message: one sentence for people.
-            fatal: whether the connection ends with it.
-            request: number of the message that is refused, where it had one.
-        """
-        super().__init__(message)
-        self.code, self.fatal, self.request = code, fatal, request
+    message: State | Detached | SnapshotHeader | None = None
+    """For the client; None: it is not told."""
+    frames: list[Frame] = field(default_factory=list)
+    """That were made, or that are shown again."""
+    file: bytes | None = None
+    """A snapshot, whose header is the message."""
 
 
-_CLIENT = TypeAdapter(Annotated[FromClient, Field(discriminator="type")])
-_SERVER = TypeAdapter(Annotated[FromServer, Field(discriminator="type")])
-_REQUEST = TypeAdapter(TypedDict("Request", {"request": NotRequired[Count]}))
-_HEADER = TypeAdapter(Annotated[Header, Field(discriminator="type")])
+Event = Frame | Stopped | Evicted
+"""What an attached client is told without asking."""
 
-
-def read_client(text: str | bytes) -> FromClient:
-    """Read a message of a client.
-
-    Raises:
-        ProtocolError: bad_message (fatal), unknown_type, or unknown_field or bad_field with the
-            field's name.
-    """
-    try:
-        return _CLIENT.validate_json(text)
-    except ValidationError as error:
-        raise _refused(error, _request(text)) from None
-
-
-def read_server(text: str | bytes) -> FromServer:
-    """Read a text message of the server (ProtocolError as `read_client`)."""
-    try:
-        return _SERVER.validate_json(text)
-    except ValidationError as error:
-        raise _refused(error) from None
-
-
-def write(message: Any) -> str:
-    """Write any message as one JSON object."""
-    return json.dumps(asdict(message), separators=(",", ":"), allow_nan=False)
-
-
-def pack(header: Header, payload: bytes) -> bytes:
-    """Join a header and its payload to a binary message."""
-    text = write(header).encode()
-    return len(text).to_bytes(4, "little") + text + payload
-
-
-def unpack(data: bytes) -> tuple[Header, bytes]:
-    """Split a binary message.
-
-    Raises:
-        ProtocolError: it is cut off, or its header is not one of ours.
-    """
-    end = 4 + int.from_bytes(data[:4], "little")
-    if len(data) < 4 or len(data) < end:
-        raise ProtocolError("bad_message", f"needed {end} bytes of header, got {len(data)}", True)
-    try:
-        return _HEADER.validate_json(data[4:end]), data[end:]
-    except ValidationError as error:
-        raise _refused(error) from None
-
-
-def read_fields(kind: Any, text: bytes) -> Any:
-    """Read the JSON body of an HTTP request as one of the dataclasses; no body: all defaults.
-
-    Raises:
-        ProtocolError: bad_message, unknown_field or bad_field.
-    """
-    try:
-        return TypeAdapter(kind).validate_json(text or b"{}")
-    except ValidationError as error:
-        raise _refused(error) from None
-
-
-def _request(text: str | bytes) -> int | None:
-    """Return the number that a refused message had, if it can be read."""
-    try:
-        return _REQUEST.validate_json(text, strict=True).get("request")
-    except ValidationError:
-        return None
-
-
-def _refused(error: ValidationError, request: int | None = None) -> ProtocolError:
-    first = error.errors(include_url=False, include_input=False, include_context=True)[0]
-    kind, says = first["type"], first["msg"]
-    where = ".".join(str(part) for part in first["loc"])
-    if kind == "json_invalid" or (not where and not kind.startswith("union_tag")):
-        code, fatal, message = "bad_message", True, f"a message is one JSON object: {says}"
-    elif kind.startswith("union_tag"):
-        context = first.get("ctx", {})
-        tag = str(context["tag"])[:40] if "tag" in context else None
-        code, fatal, message = "unknown_type", False, "a message needs a type"
-        if tag is not None:
-            message = f"unknown type {tag!r}; there are {context['expected_tags']}"
-    elif kind == "unexpected_keyword_argument":
-        code, fatal, message = "unknown_field", False, f"no such field: {where}"
-    else:
-        code, fatal, message = "bad_field", False, f"{where}: {says}"
-    return ProtocolError(code, message[:400], fatal, request)
+Sink = Callable[[Event], None]
+"""A client's ear. Called on the model thread: it must not block, and must not call the host and
+wait. One that raises is detached."""

@@ -4,28 +4,48 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from scd.serving.events import Frame, HostOverview
+from scd.serving.messages import FrameHeader
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.12, 0.2, 0.4, 0.8, 2.0, 5.0)
 """Bounds of the histograms of durations."""
 
-COUNTED = (
-    "num_frames",
-    "num_dropped",
-    "num_faults",
-    "num_evictions",
-    "num_restores",
-    "num_failed_evictions",
-)
-"""Numbers of a host's overview that only grow."""
+
+def _number(help: str, counter: bool = False) -> Any:
+    return field(default=0, metadata={"help": help, "counter": counter})
 
 
-class Statistics:
+@dataclass(frozen=True, kw_only=True)
+class HostOverview:
+    """What a host does, read without waiting for it; each number is one of /metrics."""
+
+    healthy: bool = _number("1 while the model thread is there.")
+    reason: str = ""
+    """Why it is not healthy; not among the metrics."""
+    uptime_s: float = _number("Seconds since the start.")
+    tick_age_s: float = _number("Seconds since the model thread last said that it is alive.")
+    num_sessions: int = _number("Sessions in memory.")
+    num_running: int = _number("Sessions that make frames until they are paused.")
+    num_attached: int = _number("Sessions that have a client.")
+    num_evicted: int = _number("Sessions on disk.")
+    max_sessions: int = _number("Sessions that there may be in memory.")
+    reserved_bytes: int = _number("Memory promised to sessions.")
+    budget_bytes: int = _number("Memory that may be promised.")
+    num_commands: int = _number("Calls that wait for the model thread.")
+    num_frames: int = _number("Frames made.", counter=True)
+    num_dropped: int = _number("Frames made or begun for nothing.", counter=True)
+    num_faults: int = _number("Sessions stopped by a fault.", counter=True)
+    num_evictions: int = _number("Sessions put on disk.", counter=True)
+    num_restores: int = _number("Sessions brought back from disk.", counter=True)
+    num_failed_evictions: int = _number("Sessions that could not be put on disk.", counter=True)
+
+
+class Metrics:
     """Counters of one server; `text` is what GET /metrics returns."""
 
     def __init__(self, overview: Callable[[], HostOverview] | None) -> None:
@@ -55,37 +75,31 @@ class Statistics:
             "From the arrival of an action to the sending of the first frame that obeys it.",
         )
         self._parts = times("frame", "Time of a frame by part.", "part")
+        self._overview = overview
         if overview is not None:
-            self.registry.register(_HostNumbers(overview))
+            registry.register(self)  # type: ignore[arg-type]
 
-    def note_frame(self, frame: Frame) -> None:
+    def note_frame(self, frame: FrameHeader) -> None:
         """Count the times of a new frame."""
-        for part in fields(frame.timing):
-            name = part.name.removesuffix("_s")
-            self._parts.labels(name).observe(getattr(frame.timing, part.name))
+        for part in ("queued", "encoder", "decoder", "autoencoder"):
+            self._parts.labels(part).observe(getattr(frame, f"{part}_ms") / 1000)
 
     def text(self) -> bytes:
         """Return all of it, as Prometheus reads it."""
         return generate_latest(self.registry)
 
-
-class _HostNumbers:
-    """The host's own numbers, read when they are asked for."""
-
-    def __init__(self, overview: Callable[[], HostOverview]) -> None:
-        self._overview = overview
-
     def collect(self) -> Iterator[Metric]:
+        """Return the host's own numbers, for the registry."""
+        assert self._overview is not None
         overview = self._overview()
-        for field in fields(overview):
-            value = getattr(overview, field.name)
-            if isinstance(value, str):
-                continue
-            name = field.name.removeprefix("num_")
-            if name.endswith("_s"):
-                name = f"{name.removesuffix('_s')}_seconds"
-            made = CounterMetricFamily if field.name in COUNTED else GaugeMetricFamily
-            yield made(f"scd_{name}", HELP[field.name], value=float(value))
+        for one in fields(overview):
+            if one.metadata:
+                name = one.name.removeprefix("num_")
+                if name.endswith("_s"):
+                    name = f"{name.removesuffix('_s')}_seconds"
+                made = CounterMetricFamily if one.metadata["counter"] else GaugeMetricFamily
+                value = float(getattr(overview, one.name))
+                yield made(f"scd_{name}", one.metadata["help"], value=value)
 
 
 def merged(texts: list[tuple[str, str]]) -> bytes:
@@ -108,25 +122,3 @@ def merged(texts: list[tuple[str, str]]) -> bytes:
         for line in [*comments[family].values(), *samples]
     ]
     return ("\n".join(lines) + "\n").encode()
-
-
-HELP = {
-    "healthy": "1 while the model thread is there.",
-    "uptime_s": "Seconds since the start.",
-    "tick_age_s": "Seconds since the model thread last said that it is alive.",
-    "num_sessions": "Sessions in memory.",
-    "num_running": "Sessions that make frames until they are paused.",
-    "num_attached": "Sessions that have a client.",
-    "num_evicted": "Sessions on disk.",
-    "max_sessions": "Sessions that there may be in memory.",
-    "reserved_bytes": "Memory promised to sessions.",
-    "budget_bytes": "Memory that may be promised.",
-    "num_commands": "Calls that wait for the model thread.",
-    "num_frames": "Frames made.",
-    "num_dropped": "Frames made or begun for nothing.",
-    "num_faults": "Sessions stopped by a fault.",
-    "num_evictions": "Sessions put on disk.",
-    "num_restores": "Sessions brought back from disk.",
-    "num_failed_evictions": "Sessions that could not be put on disk.",
-}
-"""What each number of a host's overview is."""

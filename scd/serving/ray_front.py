@@ -21,19 +21,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
 from scd.serving.access import Access, error_json
-from scd.serving.connection import refusal
 from scd.serving.messages import (
-    CLOSE_CODES,
     Attach,
     Create,
     Fork,
-    ProtocolError,
+    ServeError,
     State,
+)
+from scd.serving.metrics import Metrics, merged
+from scd.serving.protocol import (
+    CLOSE_CODES,
     read_client,
     read_server,
+    refusal,
     write,
 )
-from scd.serving.metrics import Statistics, merged
 from scd.serving.ray_replica import SECRET, Crew, Report
 from scd.serving.service import check_token
 from scd.serving.settings import ServeConfig
@@ -59,8 +61,8 @@ class Front:
 
     def with_access(self, config: ServeConfig, token: str | None) -> ASGIApp:
         """Return the application behind the check of who may ask, as for one server."""
-        self.statistics = Statistics(None)
-        return Access(self, config, self.statistics, lambda shown: check_token(token, shown))
+        self.metrics = Metrics(None)
+        return Access(self, config, self.metrics, lambda shown: check_token(token, shown))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or serve a WebSocket until it ends."""
@@ -76,7 +78,7 @@ class Front:
         request = Request(scope, receive)
         try:
             response = await self._answer(request)
-        except ProtocolError as error:
+        except ServeError as error:
             status, body = error_json(error)
             response = Response(body, status, media_type="application/json")
         await response(scope, receive, send)
@@ -114,7 +116,7 @@ class Front:
             try:
                 return await self._pass_on(request, self._crew.freest())
             except Unreachable:
-                raise ProtocolError("overloaded", "replicas change: try again") from None
+                raise ServeError("overloaded", "replicas change: try again") from None
 
     async def _pass_on(self, request: Request, replica: Report) -> Response:
         import aiohttp
@@ -137,12 +139,12 @@ class Front:
             self._crew.lost(replica)
             raise Unreachable from error
         except aiohttp.ClientError as error:
-            raise ProtocolError("model_stopped", f"{ENDED} ({type(error).__name__})") from error
+            raise ServeError("model_stopped", f"{ENDED} ({type(error).__name__})") from error
         if answer.status == 503 and answer.headers.get(SECRET) == "leaving":
             answer.release()
             self._crew.lost(replica)
             if has_body:
-                raise ProtocolError("overloaded", "replicas change: try again")
+                raise ServeError("overloaded", "replicas change: try again")
             raise Unreachable
 
         async def body() -> AsyncIterator[bytes]:
@@ -171,7 +173,7 @@ class Front:
 
         asked = await asyncio.gather(*map(ask, self._crew.running), return_exceptions=True)
         told = [one for one in asked if not isinstance(one, BaseException)]
-        return merged([*told, ("front", self.statistics.text().decode())])
+        return merged([*told, ("front", self.metrics.text().decode())])
 
 
 class Unreachable(ConnectionError):
@@ -197,7 +199,7 @@ class Pipe:
             try:
                 await self._tie(None)
                 await self._pass()
-            except ProtocolError as error:
+            except ServeError as error:
                 await self._socket.send_text(write(refusal(error)))
                 await self._socket.close(CLOSE_CODES[error.code], f"{error.code}: {error}"[:120])
             finally:
@@ -233,7 +235,7 @@ class Pipe:
             return
         try:
             message = read_client(text)
-        except ProtocolError:
+        except ServeError:
             return
         self._is_fresh = not isinstance(message, (Attach, Create, Fork))
         if isinstance(message, Attach):
@@ -267,7 +269,7 @@ class Pipe:
                 await self._upstream.receive()
             self._down = asyncio.create_task(self._pass_down(self._upstream, replica))
             return
-        raise ProtocolError("model_stopped", "no replica answers: try again", fatal=True)
+        raise ServeError("model_stopped", "no replica answers: try again", fatal=True)
 
     async def _untie(self) -> None:
         if self._down is not None:

@@ -23,13 +23,12 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from scd.serving.errors import SessionBusy, UnknownSession
 from scd.serving.http_api import make_inner_app
-from scd.serving.messages import ProtocolError
+from scd.serving.messages import ServeError
 from scd.serving.run import STOP_S, Server, open_service, uvicorn_config
 from scd.serving.service import LOG, answer
 from scd.serving.settings import ServeConfig
-from scd.serving.store import DESK, SUFFIX
+from scd.serving.store import OWN, SUFFIX
 
 SECRET = "x-scd-secret"
 """Header by which a replica knows that a request comes from here."""
@@ -44,8 +43,8 @@ FIND_S, RETRY_S = 0.6, 0.1
 """Seconds for which a session is looked for, and between two looks."""
 
 LEAVING_S = 10.0
-"""Seconds for which a session is waited for that a replica has on its desk: that one may be ending,
-and is writing what it plays."""
+"""Seconds for which a session is waited for that lies in the folder of a replica: that one may be
+ending, and is writing what it plays."""
 
 ASK_S = 3.0
 """Seconds that other replicas have to answer."""
@@ -98,17 +97,17 @@ class Replica:
 
     async def report(self) -> dict[str, Any]:
         """Describe this replica, as a `Report`."""
-        sessions = tuple(await answer(self._service.host.names()))
+        playing = self._service.host.call(lambda loop: tuple(loop.sessions.playing))
+        sessions = await answer(playing)
         return asdict(Report(name=self._name, url=self._url, sessions=sessions))
 
     async def release(self, session: str) -> str:
         """Put a session on disk for another replica; say what came of it."""
+        released = self._service.host.call(lambda loop: loop.evictions.release(session))
         try:
-            return "released" if await answer(self._service.host.release(session)) else "later"
-        except UnknownSession:
-            return "unknown"
-        except SessionBusy:
-            return "busy"
+            return "released" if await answer(released) else "later"
+        except ServeError as error:
+            return error.code
 
     async def lease(self, seconds: float) -> None:
         """Be an ongoing request for so long, for Ray Serve to count."""
@@ -116,9 +115,9 @@ class Replica:
 
     def check_health(self) -> None:
         """Raise if Ray Serve shall start another replica in place of this one."""
-        health = self._service.health()
-        if not health.ok or not self._thread.is_alive():
-            raise RuntimeError(health.reason or "its web server has ended")
+        fault = self._service.fault()
+        if fault or not self._thread.is_alive():
+            raise RuntimeError(fault or "its web server has ended")
 
     async def __del__(self) -> None:
         """Write all sessions, tell their clients, and end."""
@@ -131,16 +130,17 @@ class Replica:
         """Bring a session here, if it is in another replica's memory.
 
         Raises:
-            SessionBusy: it has a client there.
+            ServeError: session_busy: it has a client there.
         """
         until = time.monotonic() + FIND_S
         latest = until + LEAVING_S
-        while not await answer(self._service.host.is_here(session)):
+        host = self._service.host
+        while not await answer(host.call(lambda loop: loop.evictions.has(session))):
             said = await self._ask_peers(session)
-            if "busy" in said:
-                raise SessionBusy("another client is attached to this session")
+            if "session_busy" in said:
+                raise ServeError("session_busy", "another client is attached to this session")
             now = time.monotonic()
-            is_coming = "later" in said or "released" in said or self._is_at_a_desk(session)
+            is_coming = "later" in said or "released" in said or self._is_being_played(session)
             if now > (latest if is_coming else until):
                 return
             await asyncio.sleep(RETRY_S)
@@ -158,9 +158,9 @@ class Replica:
             # Some do not answer, or have just gone: then the folder tells.
             return []
 
-    def _is_at_a_desk(self, session: str) -> bool:
+    def _is_being_played(self, session: str) -> bool:
         # Looked up in what is there: what a client says becomes no path.
-        written = self._folder.glob(f"{DESK}*/*{SUFFIX}")
+        written = self._folder.glob(f"{OWN}*/*{SUFFIX}")
         return any(path.name == f"{session}{SUFFIX}" for path in written)
 
 
@@ -250,10 +250,10 @@ class Crew:
         """Return the replica with fewest clients, and of these the one with fewest sessions.
 
         Raises:
-            ProtocolError: there is none.
+            ServeError: there is none.
         """
         if not self._running:
-            raise ProtocolError("model_stopped", "no replica is there: try again", fatal=True)
+            raise ServeError("model_stopped", "no replica is there: try again", fatal=True)
         return min(self.running, key=lambda one: (self._num_clients[one.name], len(one.sessions)))
 
     async def owner(self, session: str) -> Report | None:

@@ -115,9 +115,10 @@ def open_service(
     clips = held_out_clips(config.data, world) if config.data else read_clips(folder)
     engine = open_engine(world.model, config.engine, config.precision, release=True)
     num_given = 0 if clips is None else clips.frames.shape[1]
-    host = Host(world, engine, host_config(config, evict_dir, num_given), LOG.warning)
     name = resolve(folder).name if not (folder / "last").is_file() else folder.name
-    return Service(host, config, name, clips, token, shared)
+    limits = host_config(config, evict_dir, num_given)
+    host = Host(world, engine, limits, LOG.warning, clips, name)
+    return Service(host, config, token, shared)
 
 
 def world_folder(config: ServeConfig) -> Path:
@@ -306,7 +307,7 @@ def play(config: PlayConfig, say: Callable[[str], None] | None = None) -> None:
         over = threading.Event()
 
         def ready(address: str) -> None:
-            say(f"{service.world.name}: play at {address}  (Ctrl-C ends it)")
+            say(f"{service.host.info.name}: play at {address}  (Ctrl-C ends it)")
             threading.Thread(
                 target=_say_first_frame, args=(service, say, over), daemon=True
             ).start()
@@ -337,7 +338,7 @@ def show(address: str, say: Callable[[str], None]) -> bool:
 
 def num_drawn(service: Service) -> int:
     """Return how many messages have said that a page drew a frame."""
-    value = service.statistics.registry.get_sample_value("scd_messages_total", {"type": "ack"})
+    value = service.metrics.registry.get_sample_value("scd_messages_total", {"type": "ack"})
     return int(value or 0)
 
 

@@ -1,66 +1,31 @@
-"""What the model thread does in turn: obey calls, make frames, see who is idle."""
+"""What the model thread does in turn: obey messages, make frames, see who is idle."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from threading import Condition
 from typing import Any
 
 from scd.common.memory import OutOfMemory
 from scd.engine.interface import Engine
 from scd.models.checkpoint import World
+from scd.models.shipped import Clips
 from scd.serving.admission import HostConfig
-from scd.serving.commands import Commands
-from scd.serving.errors import (
-    BadRequest,
-    HostStopped,
-    Overloaded,
-    PlayError,
-    SessionStopped,
-    TooManySessions,
-    UnknownSession,
-)
-from scd.serving.events import HostOverview, Info
-from scd.serving.session import Player, as_action
-from scd.serving.sessions import Players
-from scd.serving.snapshot import identity_of, parse, write
-from scd.serving.store import Aside, Evictions, Shelf, lacks_room
-from scd.streaming.sessions import Finished, Session, Streams
+from scd.serving.commands import Call, Commands
+from scd.serving.messages import Command, ServeError, WorldInfo
+from scd.serving.metrics import HostOverview
+from scd.serving.session import Session, as_action
+from scd.serving.sessions import Sessions
+from scd.serving.snapshot import fingerprint_of
+from scd.serving.store import Evictions, SessionStore, lacks_room
+from scd.streaming.sessions import Finished, Streams
+from scd.streaming.sessions import Session as Stream
 
 
-@dataclass(eq=False, kw_only=True)
-class Call:
-    """Something that the model thread shall do."""
-
-    do: Callable[[Any], Any]
-    """Is called with the stage."""
-    wakes: str | None = None
-    """Session that has to be in memory for it; None: none has to."""
-    future: Future[Any] = field(default_factory=Future)
-    """Gets what comes of it."""
-    num_tries: int = 0
-    """How often room was made for it."""
-
-    def succeed(self, value: Any) -> None:
-        """Fulfil the future; nothing happens where it is done."""
-        try:
-            self.future.set_result(value)
-        except InvalidStateError:
-            pass
-
-    def fail(self, error: BaseException) -> None:
-        """Refuse the future; nothing happens where it is done."""
-        try:
-            self.future.set_exception(error)
-        except InvalidStateError:
-            pass
-
-
-class Inbox:
+class RequestQueue:
     """Filled from any thread, emptied by one; once closed, whatever is put in is refused."""
 
     def __init__(self, max_calls: int) -> None:
@@ -81,9 +46,10 @@ class Inbox:
         call.future.set_running_or_notify_cancel()
         with self._bell:
             if self.reason:
-                call.fail(HostStopped(self.reason))
+                call.settle(error=_stopped(self.reason))
             elif len(self._waiting) >= self.max_calls:
-                call.fail(Overloaded(f"{self.max_calls} calls wait for the model already"))
+                many = f"{self.max_calls} calls wait for the model already"
+                call.settle(error=ServeError("overloaded", many))
             else:
                 self._open.add(call)
                 self._waiting.append(call)
@@ -95,7 +61,7 @@ class Inbox:
         """Add what the host itself wants done, beyond the limit and before all that waits."""
         with self._bell:
             if not self.reason:
-                self._waiting.appendleft(Call(do=lambda _: do()))
+                self._waiting.appendleft(Call(message=lambda _: do()))
                 self._bell.notify()
 
     def ring(self) -> None:
@@ -121,94 +87,92 @@ class Inbox:
             waiting = [*self._waiting, *self._open]
             self._waiting.clear()
         for call in waiting:
-            call.fail(HostStopped(reason))
+            call.settle(error=_stopped(reason))
 
 
-class Rounds:
+class Scheduler:
     """`ask`, then `tick`, again and again; `next_at` says when, if nothing happens until then."""
 
-    def __init__(self, players: Players) -> None:
+    def __init__(self, sessions: Sessions) -> None:
         """Make frames for these sessions."""
-        self.players = players
+        self.sessions = sessions
         self.num_frames = self._num_begun = 0
         # Asked for, not begun.
-        self._asked: dict[Session, Player] = {}
+        self._asked: dict[Stream, Session] = {}
 
     def next_at(self) -> float:
         """Return when the next frame may begin; infinity: none, unless something is said."""
-        queue = self.players.config.queue_frames
-        whens = [player.could_begin_at(queue) for player in self.players.playing.values()]
+        queue = self.sessions.config.queue_frames
+        whens = [session.could_begin_at(queue) for session in self.sessions.playing.values()]
         return min(whens, default=float("inf"))
 
     def ask(self) -> None:
         """Ask for the frames that are due, first for those whose last one began first."""
-        now, queue = self.players.clock(), self.players.config.queue_frames
-        playing = self.players.playing.values()
-        due = [player for player in playing if player.could_begin_at(queue) <= now]
+        now, queue = self.sessions.clock(), self.sessions.config.queue_frames
+        playing = self.sessions.playing.values()
+        due = [session for session in playing if session.could_begin_at(queue) <= now]
         # In the order in which they joined, the first would always be ahead of whom they end with.
-        for player in sorted(due, key=lambda player: player.num_turn):
-            self.players.streams.request(player.session, as_action(player.action))
-            self._asked[player.session] = player
+        for session in sorted(due, key=lambda session: session.num_turn):
+            self.sessions.streams.request(session.stream, as_action(session.action))
+            self._asked[session.stream] = session
 
     def tick(self) -> None:
         """Bring all frames under way a call of the network further; hand out those that are done.
 
         Where the device is full in a call that all share, the session that joined last is ended.
         """
-        players = self.players
-        began = players.clock()
+        sessions = self.sessions
+        began = sessions.clock()
         ends: dict[str, float] = {}
 
         def lap(part: str) -> None:
-            ends[part] = players.clock()
+            ends[part] = sessions.clock()
             if part == "encoder":
                 self._note_begun(began, ends[part])
 
         try:
-            ended = players.streams.tick(lap)
+            ended = sessions.streams.tick(lap)
         except OutOfMemory as error:
             # Those whose own pass failed before are told now: the end of the tick is not reached.
-            for one in list(players.playing.values()):
-                if one.session.status == "stopped":
-                    self._stop(one, one.session.reason)
-            under_way = [one for one in players.playing.values() if one.session.status != "idle"]
+            for one in list(sessions.playing.values()):
+                if one.stream.status == "stopped":
+                    self._stop(one, one.stream.reason)
+            under_way = [one for one in sessions.playing.values() if one.stream.status != "idle"]
             if not under_way:
                 raise
-            players.stop(under_way[-1], SessionStopped(str(error)))
+            sessions.stop(under_way[-1], ServeError("session_stopped", str(error)))
             return
         denoised = ends["decoder"]
         for one in ended:
             self._hand_out(one, denoised, ends.get("autoencoder", denoised))
 
     def _note_begun(self, began: float, encoded: float) -> None:
-        for session, player in list(self._asked.items()):
-            if session.status == "waiting":
+        for stream, session in list(self._asked.items()):
+            if stream.status == "waiting":
                 continue
-            del self._asked[session]
-            if session.status == "denoising" and player.session is session:
+            del self._asked[stream]
+            if stream.status == "denoising" and session.stream is stream:
                 self._num_begun += 1
-                player.num_turn = self._num_begun
-                player.begin(began, encoded, self.players.config.max_fps)
+                session.num_turn = self._num_begun
+                session.begin(began, encoded, self.sessions.config.max_fps)
 
     def _hand_out(self, ended: Finished, denoised: float, decoded: float) -> None:
-        players = self.players
-        found = [one for one in players.playing.values() if one.session is ended.session]
+        sessions = self.sessions
+        found = [one for one in sessions.playing.values() if one.stream is ended.session]
         if not found:
             # It was told after a tick that was broken off; see there.
             return
-        (player,) = found
+        (session,) = found
         if ended.error is not None:
-            self._stop(player, ended.error)
+            self._stop(session, ended.error)
             return
-        frame = player.finish(ended, denoised, decoded)
+        frame = session.finish(ended, denoised, decoded)
         self.num_frames += 1
-        fault = player.hand_out(frame, players.clock())
-        if fault is not None:
-            players.report(f"a client was detached, it raised {type(fault).__name__}: {fault}")
+        sessions.note_fault(session.hand_out(frame, sessions.clock()))
 
-    def _stop(self, player: Player, fault: str) -> None:
-        self.players.report(fault)
-        self.players.stop(player, SessionStopped(fault))
+    def _stop(self, session: Session, fault: str) -> None:
+        self.sessions.report(fault)
+        self.sessions.stop(session, ServeError("session_stopped", fault))
 
 
 SLICE_S = 0.005
@@ -221,7 +185,7 @@ MOST_TRIES = 3
 """Sessions that make room for one call."""
 
 
-class Stage:
+class EngineLoop:
     """Everything that one thread alone may touch: `turn` again and again, then `end`."""
 
     def __init__(
@@ -229,7 +193,9 @@ class Stage:
         world: World,
         engine: Engine,
         config: HostConfig,
-        inbox: Inbox,
+        clips: Clips | None,
+        info: WorldInfo,
+        requests: RequestQueue,
         report: Callable[[str], None],
     ) -> None:
         """Allocate.
@@ -238,143 +204,113 @@ class Stage:
             ValueError: there is not enough memory.
             OSError: the folder for idle sessions cannot be made.
         """
-        self.config, self._inbox = config, inbox
-        self.identity = identity_of(world, engine)
+        self.config, self._requests = config, requests
+        fingerprint = fingerprint_of(world, engine)
         streams = Streams(world, engine, max_rows=config.max_rows)
-        self.players = Players(streams, config, time.monotonic, report)
-        self.commands, self.rounds = Commands(self.players), Rounds(self.players)
-        self.aside = Aside(inbox.put_own)
-        shelf = None
+        self.sessions = Sessions(streams, config, time.monotonic, report)
+        self.scheduler = Scheduler(self.sessions)
+        store = None
         if config.evict_dir is not None:
-            shelf = Shelf(config.evict_dir, self.identity, config.max_evicted)
-        self.evictions = Evictions(self.players, shelf, self.aside)
+            store = SessionStore(config.evict_dir, fingerprint, config.max_evicted)
+        self.evictions = Evictions(self.sessions, store, fingerprint, requests.put_own)
+        self.commands = Commands(self.sessions, self.evictions, clips, info)
         self._sweep_at = time.monotonic() + SWEEP_S
 
     def turn(self) -> None:
-        """Obey what was asked meanwhile, begin what is due, and make one call of the network."""
-        streams = self.players.streams
+        """Obey what was said meanwhile, begin what is due, and make one call of the network."""
+        streams = self.sessions.streams
         now = time.monotonic()
-        wait_s = 0.0 if streams.is_busy else min(self.rounds.next_at() - now, NAP_S)
+        wait_s = 0.0 if streams.is_busy else min(self.scheduler.next_at() - now, NAP_S)
         self._obey_for(wait_s)
-        self.rounds.ask()
+        self.scheduler.ask()
         if streams.is_busy:
-            self.rounds.tick()
+            self.scheduler.tick()
         if time.monotonic() >= self._sweep_at:
             often_s = self.config.backup_s or SWEEP_S
             self._sweep_at = time.monotonic() + min(SWEEP_S, self.config.idle_s, often_s)
             self.evictions.sweep()
 
     def _obey_for(self, wait_s: float) -> None:
-        call = self._inbox.take(wait_s)
+        call = self._requests.take(wait_s)
         until = time.monotonic() + SLICE_S
         while call is not None:
             self._obey(call)
-            call = self._inbox.take(0.0) if time.monotonic() < until else None
+            call = self._requests.take(0.0) if time.monotonic() < until else None
 
     def _obey(self, call: Call) -> None:
-        name = call.wakes
-        if name is not None and self.evictions.lies_here(name):
-            self.evictions.wake(name, lambda error: self._again(call, error))
+        message = call.message
+        wakes = isinstance(message, Command) and message.wakes and bool(call.name)
+        if wakes and self.evictions.can_wake(call.name):
+            self.evictions.wake(call.name, lambda error: self._again(call, error))
             return
         try:
-            result = call.do(self)
+            result = self._done(message, call)
         except Exception as error:
-            if lacks_room(error) and call.num_tries < MOST_TRIES:
-                call.num_tries += 1
-                if self.evictions.make_room(lambda _: self._obey(call)):
-                    return
-            call.fail(_named(error))
+            self._refuse(call, error)
             return
         if isinstance(result, Future):
-            result.add_done_callback(lambda done: _pass_on(done, call))
+            result.add_done_callback(lambda done: self._pass_on(done, call))
         else:
-            call.succeed(result)
+            call.settle(result)
+
+    def _done(self, message: Command | Callable[[Any], Any], call: Call) -> Any:
+        if not isinstance(message, Command):
+            return message(self)
+        is_here = call.name in self.sessions.playing
+        session = self.sessions.get(call.name) if is_here else None
+        return self.commands.handle(session, message, call)
+
+    def _refuse(self, call: Call, error: Exception) -> None:
+        """Refuse a call, unless a session makes room for it."""
+        if lacks_room(error) and call.num_tries < MOST_TRIES:
+            call.num_tries += 1
+            if self.evictions.make_room(lambda _: self._obey(call)):
+                return
+        call.settle(error=_named(error))
 
     def _again(self, call: Call, error: Exception | None) -> None:
         if error is not None:
-            call.fail(_named(error))
+            call.settle(error=_named(error))
         else:
             self._obey(call)
 
-    def snapshot(self, session_id: str, history: bool) -> Future[bytes]:
-        """Write a session as a file, beside this thread."""
-        image = self.players.image(self.players.player(session_id), history)
-        answer: Future[bytes] = Future()
-        self.aside.do(lambda: write(image, self.identity), lambda done: _pass_on(done, answer))
-        return answer
-
-    def restore(self, data: bytes) -> Future[Info]:
-        """Open a session from a file, which is read beside this thread."""
-        answer: Future[Info] = Future()
-
-        def adopt(done: Future) -> None:
-            try:
-                parsed = done.result()
-                self.identity.refuse(parsed.identity)
-                answer.set_result(self.evictions.adopt(parsed, None))
-            except Exception as error:
-                if not lacks_room(error) or not self.evictions.make_room(lambda _: adopt(done)):
-                    answer.set_exception(_named(error))
-
-        self.aside.do(lambda: parse(data), adopt)
-        return answer
-
-    def delete(self, session_id: str) -> None:
-        """End a session, in memory or on disk."""
-        shelf = self.evictions.shelf
-        if shelf is not None and self.evictions.lies_here(session_id):
-            shelf.discard(session_id)
-            return
-        player = self.players.player(session_id)
-        self.players.stop(player, UnknownSession("the session was deleted"))
-        if shelf is not None:
-            shelf.discard(session_id)
-
-    def is_here(self, session_id: str) -> bool:
-        """Whether a session is in memory or on disk."""
-        return session_id in self.players.playing or self.evictions.lies_here(session_id)
+    def _pass_on(self, done: Future[Any], call: Call) -> None:
+        error = done.exception()
+        if error is None:
+            call.settle(done.result())
+        else:
+            call.settle(error=_named(error) if isinstance(error, Exception) else error)
 
     def overview(self) -> HostOverview:
         """Say how all stands; from any thread, since it only reads, and copies what may grow."""
-        players, evictions = self.players, self.evictions
-        playing = list(players.playing.values())
+        sessions, evictions = self.sessions, self.evictions
+        playing = list(sessions.playing.values())
         return HostOverview(
             healthy=True,
-            reason="",
             num_sessions=len(playing),
-            num_running=sum(player.running for player in playing),
-            num_attached=sum(player.sink is not None for player in playing),
-            num_evicted=0 if evictions.shelf is None else len(evictions.shelf),
+            num_running=sum(session.running for session in playing),
+            num_attached=sum(session.sink is not None for session in playing),
+            num_evicted=0 if evictions.store is None else len(evictions.store),
             max_sessions=self.config.max_sessions,
-            reserved_bytes=players.admission.reserved,
-            budget_bytes=players.admission.budget,
-            num_frames=self.rounds.num_frames,
-            num_dropped=players.num_dropped,
-            num_faults=players.num_faults,
+            reserved_bytes=sessions.admission.reserved,
+            budget_bytes=sessions.admission.budget,
+            num_frames=self.scheduler.num_frames,
+            num_dropped=sessions.num_dropped,
+            num_faults=sessions.num_faults,
             num_evictions=evictions.num_evictions,
             num_restores=evictions.num_restores,
             num_failed_evictions=evictions.num_failed,
         )
 
-    def end(self, reason: str, tell_evicted: bool) -> None:
-        """Put all sessions on disk, or end them; see `Evictions.drain`."""
-        # Before, since both would write a session that is on its way out.
-        self.aside.end()
-        self.evictions.drain(reason, tell_evicted)
+
+def _stopped(reason: str) -> ServeError:
+    return ServeError("model_stopped", reason, fatal=True)
 
 
 def _named(error: Exception) -> Exception:
     """Return an error with a code where it is somebody's request that does not fit."""
-    if isinstance(error, PlayError):
-        return error
     if isinstance(error, OutOfMemory):
-        return TooManySessions(str(error))
-    return BadRequest(str(error)) if isinstance(error, ValueError) else error
-
-
-def _pass_on(done: Future, to: Call | Future) -> None:
-    error = done.exception()
-    if isinstance(to, Future):
-        to.set_result(done.result()) if error is None else to.set_exception(error)
-    else:
-        to.succeed(done.result()) if error is None else to.fail(error)
+        return ServeError("too_many_sessions", str(error))
+    if isinstance(error, ValueError) and not isinstance(error, ServeError):
+        return ServeError("bad_request", str(error))
+    return error

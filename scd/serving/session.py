@@ -7,34 +7,73 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from scd.data.clip import frames_to_pixels
-from scd.serving.errors import OutOfHistory
-from scd.serving.events import Action, Event, Frame, FrameTiming, Info, Sink, Start
-from scd.streaming.rollout import Rollout
-from scd.streaming.sessions import Finished, Session
+from scd.serving.messages import (
+    ActionValue,
+    Answer,
+    Beginning,
+    Event,
+    Frame,
+    FrameHeader,
+    GuidanceChoice,
+    ServeError,
+    Sink,
+    State,
+)
+from scd.streaming.rollout import Guidance, Rollout
+from scd.streaming.sessions import Finished
+from scd.streaming.sessions import Session as Stream
+
+
+def as_action(action: ActionValue | None, batch: bool = False) -> Tensor | None:
+    """Return an action as a tensor: of one session, or of a batch of one."""
+    if action is None:
+        return None
+    dtype = torch.long if isinstance(action, int) else torch.float32
+    value = torch.tensor(action, dtype=dtype)
+    return value[None] if batch else value
+
+
+def as_guidance(choice: GuidanceChoice | None) -> Guidance | None:
+    """Return guidance as a stream takes it (ValueError: values that have no effect)."""
+    return None if choice is None else Guidance(**vars(choice))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class Start:
+    """What a session began with."""
+
+    message: Beginning
+    """Seed, label, steps and guidance."""
+    frames: UInt8[np.ndarray, "t h w 3"] | None = None
+    """Given first frames; None: from nothing."""
+    actions: tuple[ActionValue, ...] = ()
+    """That led to those frames, one each; empty for a world without actions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptFrame:
     """One frame of the history."""
 
     latent: Float[Tensor, "1 c h w"]
     """As the model made it, or saw it."""
-    action: Action
+    action: ActionValue | None
     """That led to it."""
     sequence: int = 0
     """That came with the action."""
-    num_steps: int = 0
+    steps: int = 0
     """Denoising steps that it took; 0: it was given."""
 
 
 class History:
-    """The newest frames of one session, and every few frames a copy of its memory.
+    """The newest frames of one session, and every few frames a copy of its KV cache.
 
     `add` after each frame; `at` returns the stream as it was when a frame was the newest: the copy
     before it, to which the frames since then are shown again. Copies are never stepped themselves,
@@ -44,32 +83,34 @@ class History:
     can be reached, and fewer than `reach + every`.
     """
 
-    def __init__(self, rollout: Rollout, given: Sequence[Kept], reach: int, every: int) -> None:
-        """Begin with a stream that has just begun.
+    def __init__(
+        self,
+        copies: Sequence[Rollout],
+        frames: Sequence[KeptFrame],
+        first: int,
+        reach: int,
+        every: int,
+    ) -> None:
+        """Put together what is kept; `begin` makes the history of a stream that has just begun.
 
         Args:
-            rollout: is copied.
-            given: its newest given frames, the last one last; can be shown, not gone back to.
+            copies: of the stream, oldest first; not to be stepped.
+            frames: the newest ones, the last one last.
+            first: index of the first of these.
             reach: frames that can at least be gone back, 1 or more.
             every: frames from one copy to the next, 1 or more.
         """
         self.reach, self.every = reach, every
-        self._frames: list[Kept] = list(given[-reach:])
-        self._first = rollout.num_frames - len(self._frames)
+        self._frames, self._first = list(frames), first
         # By the number of frames that the stream had.
-        self._copies: dict[int, Rollout] = {rollout.num_frames: rollout.fork()}
+        self._copies = {copy.num_frames: copy for copy in copies}
+        self._forget()
 
     @staticmethod
-    def of_parts(
-        copies: Sequence[Rollout], frames: Sequence[Kept], first: int, reach: int, every: int
-    ) -> History:
-        """Put together again what `copies`, `kept` and `kept_from` gave; the parts must fit."""
-        history = object.__new__(History)
-        history.reach, history.every = reach, every
-        history._frames, history._first = list(frames), first
-        history._copies = {copy.num_frames: copy for copy in copies}
-        history._forget()
-        return history
+    def begin(rollout: Rollout, given: Sequence[KeptFrame], reach: int, every: int) -> History:
+        """Return the history of a stream; given frames can be shown, not gone back to."""
+        given = given[-reach:]
+        return History([rollout.fork()], given, rollout.num_frames - len(given), reach, every)
 
     @property
     def oldest(self) -> int:
@@ -87,7 +128,7 @@ class History:
         return self._first
 
     @property
-    def kept(self) -> tuple[Kept, ...]:
+    def kept(self) -> tuple[KeptFrame, ...]:
         """All frames that can be shown."""
         return tuple(self._frames)
 
@@ -96,7 +137,7 @@ class History:
         """Copies of the stream, oldest first; not to be stepped."""
         return tuple(self._copies.values())
 
-    def add(self, rollout: Rollout, frame: Kept) -> None:
+    def add(self, rollout: Rollout, frame: KeptFrame) -> None:
         """Keep the frame that the stream has just got."""
         self._frames.append(frame)
         assert rollout.num_frames == self.newest + 1
@@ -104,11 +145,12 @@ class History:
             self._copies[rollout.num_frames] = rollout.fork()
         self._forget()
 
-    def frame(self, index: int) -> Kept:
-        """Return a frame (OutOfHistory: it is not kept)."""
+    def frame(self, index: int) -> KeptFrame:
+        """Return a frame (ServeError out_of_history: it is not kept)."""
         if not self._first <= index <= self.newest:
-            raise OutOfHistory(
-                f"frames {self._first} to {self.newest} are kept, frame {index} was asked for"
+            raise ServeError(
+                "out_of_history",
+                f"frames {self._first} to {self.newest} are kept, frame {index} was asked for",
             )
         return self._frames[index - self._first]
 
@@ -116,12 +158,13 @@ class History:
         """Return a copy of the stream as it was when a frame was the newest.
 
         Raises:
-            OutOfHistory: it is older than what is kept, or not there yet.
+            ServeError: out_of_history: it is older than what is kept, or not there yet.
         """
         if not self.oldest <= index <= self.newest:
-            raise OutOfHistory(
+            raise ServeError(
+                "out_of_history",
                 f"frames {self.oldest} to {self.newest} can be gone back to, frame {index} was "
-                "asked for"
+                "asked for",
             )
         counts = sorted(self._copies)
         start = counts[bisect_right(counts, index + 1) - 1]
@@ -133,11 +176,9 @@ class History:
 
     def upto(self, index: int) -> History:
         """Return a history of its own that ends with a frame which `at` can return."""
-        twin = object.__new__(History)
-        vars(twin).update(vars(self))
-        twin._frames = self._frames[: index + 1 - self._first]
-        twin._copies = {num: copy for num, copy in self._copies.items() if num <= index + 1}
-        return twin
+        copies = [copy for num, copy in self._copies.items() if num <= index + 1]
+        frames = self._frames[: index + 1 - self._first]
+        return History(copies, frames, self._first, self.reach, self.every)
 
     def _forget(self) -> None:
         counts = sorted(self._copies)
@@ -150,21 +191,12 @@ class History:
             self._first += surplus
 
 
-def as_action(action: Action, batch: bool = False) -> Tensor | None:
-    """Return an action as a tensor: of one session, or of a batch of one."""
-    if action is None:
-        return None
-    dtype = torch.long if isinstance(action, int) else torch.float32
-    value = torch.tensor(action, dtype=dtype)
-    return value[None] if batch else value
-
-
 @dataclass(kw_only=True)
 class Order:
     """Frames that somebody waits for."""
 
-    future: Future[list[Frame]]
-    """Gets them all."""
+    future: Future[Answer]
+    """Gets them all, with the state then."""
     count: int
     """How many."""
     frames: list[Frame] = field(default_factory=list)
@@ -175,11 +207,11 @@ class Order:
 class Begun:
     """A frame under way."""
 
-    action: Action
+    action: ActionValue | None
     """That leads to it."""
     sequence: int
     """That came with the action."""
-    num_steps: int
+    steps: int
     """Denoising steps that it takes."""
     queued_s: float
     """From when it could have begun to when it did."""
@@ -189,26 +221,25 @@ class Begun:
     """When that was done."""
 
 
-class Player:
+class Session:
     """The state of one session between its frames; for the model thread alone.
 
     Of a frame: `could_begin_at` says when to ask for it, `begin` notes that it has begun, `finish`
-    keeps it and makes the event of it, `hand_out` delivers that.
+    keeps it, `hand_out` delivers it.
     """
 
     def __init__(
-        self, session_id: str, session: Session, start: Start, history: History, now: float
+        self, name: str, stream: Stream, start: Start, history: History, now: float
     ) -> None:
-        """Play a session that has begun: paused, with no client."""
-        self.session_id, self.session = session_id, session
+        """Play a stream that has begun: paused, with no client."""
+        self.name, self.stream = name, stream
         self.start, self.history = start, history
         self.generation = 0
-        self.action: Action = None
+        self.action: ActionValue | None = None
         self.sequence = 0
         self.running = False
         self.fps: float | None = None
         self.sink: Sink | None = None
-        self.forked_from: str | None = None
         self.orders: deque[Order] = deque()
         self.begun: Begun | None = None
         # Of its last frame among those of all sessions; a new one comes first.
@@ -217,20 +248,44 @@ class Player:
         # Raised by every use: an eviction under way that finds it raised is off.
         self.uses = 0
         # While it is written, which one at a time does.
-        self.is_on_its_way = False
+        self.is_being_written = False
         self.written, self.written_at = (-1, -1, -1), float("-inf")
         self._due = self._free_at = now
-        self._heard = self._acknowledged = session.num_frames - 1
+        self._heard = self._acknowledged = self.index
+
+    @property
+    def rollout(self) -> Rollout:
+        """The stream's past, conditions, seed, steps and guidance."""
+        return self.stream.rollout
 
     @property
     def index(self) -> int:
         """Newest frame; -1: there is none."""
-        return self.session.num_frames - 1
+        return self.stream.num_frames - 1
 
     @property
-    def mark(self) -> tuple[int, int, int]:
+    def version(self) -> tuple[int, int, int]:
         """Is another one once there is something new to be written."""
         return self.generation, self.index, self.uses
+
+    def state(self) -> State:
+        """Say how it stands."""
+        return State(
+            session=self.name,
+            generation=self.generation,
+            frame=self.index,
+            num_given=self.rollout.num_given,
+            running=self.running,
+            attached=self.sink is not None,
+            fps=self.fps,
+            action=self.action,
+            sequence=self.sequence,
+            steps=self.rollout.num_steps,
+            guidance=GuidanceChoice(**vars(self.rollout.guidance)),
+            seed=self.rollout.seed,
+            history_from=self.history.oldest,
+            kept_from=self.history.kept_from,
+        )
 
     def use(self, now: float) -> None:
         """Note that somebody wants the session."""
@@ -238,13 +293,13 @@ class Player:
 
     def is_idle(self, now: float, idle_s: float) -> bool:
         """Whether nothing has happened for so long, and nothing is about to."""
-        waits = self.session.status == "idle" and not self.orders and not self.is_on_its_way
+        waits = self.stream.status == "idle" and not self.orders and not self.is_being_written
         return waits and now - self.last_used >= idle_s
 
     def could_begin_at(self, queue_frames: int) -> float:
         """When to ask for a frame if nothing is said until then; infinity: never."""
         asked = (self.running and self.sink is not None) or self.orders
-        if not asked or not self.is_heard(queue_frames) or self.session.status != "idle":
+        if not asked or not self.is_heard(queue_frames) or self.stream.status != "idle":
             return float("inf")
         return self._due
 
@@ -252,7 +307,7 @@ class Player:
         """Whether the client has acknowledged enough for one frame more."""
         return self.sink is None or self._heard - self._acknowledged < queue_frames
 
-    def refuse_orders(self, error: Exception) -> None:
+    def refuse_orders(self, error: ServeError) -> None:
         """Tell all who wait for frames that none will come."""
         while self.orders:
             self.orders.popleft().future.set_exception(error)
@@ -266,7 +321,7 @@ class Player:
         self.begun = Begun(
             action=self.action,
             sequence=self.sequence,
-            num_steps=self.session.rollout.num_steps,
+            steps=self.rollout.num_steps,
             queued_s=max(began - max(self._due, self._free_at), 0.0),
             encoder_s=encoded - began,
             encoded_at=encoded,
@@ -283,38 +338,44 @@ class Player:
             denoised: when its last step was done.
             decoded: when its pixels were there.
         """
-        begun, rollout = self.begun, self.session.rollout
+        begun, rollout = self.begun, self.rollout
         assert begun is not None and ended.frame is not None and rollout.newest is not None
         self.begun = None
-        kept = Kept(
-            latent=rollout.newest,
-            action=begun.action,
-            sequence=begun.sequence,
-            num_steps=begun.num_steps,
+        kept = KeptFrame(
+            latent=rollout.newest, action=begun.action, sequence=begun.sequence, steps=begun.steps
         )
         self.history.add(rollout, kept)
-        timing = FrameTiming(
-            queued_s=begun.queued_s,
-            encoder_s=begun.encoder_s,
-            decoder_s=denoised - begun.encoded_at,
-            autoencoder_s=decoded - denoised,
+        pixels = frames_to_pixels(ended.frame).cpu().numpy()
+        times = {
+            "queued_ms": begun.queued_s,
+            "encoder_ms": begun.encoder_s,
+            "decoder_ms": denoised - begun.encoded_at,
+            "autoencoder_ms": decoded - denoised,
+        }
+        return self.frame(
+            ended.index, kept, pixels, **{name: round(1000 * s, 3) for name, s in times.items()}
         )
-        return Frame(
-            session_id=self.session_id,
+
+    def frame(self, index: int, kept: KeptFrame, pixels: np.ndarray, **more: Any) -> Frame:
+        """Return a frame as a client is told of it; `more`: further fields of its header."""
+        header = FrameHeader(
+            session=self.name,
             generation=self.generation,
-            index=ended.index,
-            action=begun.action,
-            sequence=begun.sequence,
-            frame=frames_to_pixels(ended.frame).cpu().numpy(),
-            num_steps=begun.num_steps,
-            timing=timing,
+            frame=index,
+            action=kept.action if kept.steps else None,
+            sequence=kept.sequence,
+            steps=kept.steps,
+            width=pixels.shape[1],
+            height=pixels.shape[0],
+            **more,
         )
+        return Frame(header=header, pixels=pixels)
 
     def hand_out(self, frame: Frame, now: float) -> Exception | None:
         """Deliver a frame to the client, and to whoever waits for it; return the client's fault."""
-        self._heard = frame.index
+        self._heard = frame.header.frame
         if self.sink is None:
-            self._acknowledged = frame.index
+            self._acknowledged = self._heard
         fault = self.tell(frame)
         self.last_used, self._free_at = now, now
         if self.orders:
@@ -322,7 +383,7 @@ class Player:
             order.frames.append(frame)
             if len(order.frames) == order.count:
                 self.orders.popleft()
-                order.future.set_result(order.frames)
+                order.future.set_result(Answer(message=self.state(), frames=order.frames))
         return fault
 
     def acknowledge(self, index: int) -> None:
@@ -349,25 +410,3 @@ class Player:
         """Note that the newest frame is another one now, which nobody has to acknowledge."""
         self._heard = self._acknowledged = self.index
         self._free_at = now
-
-    def info(self) -> Info:
-        """Say how it stands."""
-        rollout = self.session.rollout
-        return Info(
-            session_id=self.session_id,
-            generation=self.generation,
-            index=self.index,
-            num_given=rollout.num_given,
-            running=self.running,
-            fps=self.fps,
-            action=self.action,
-            sequence=self.sequence,
-            num_steps=rollout.num_steps,
-            guidance=rollout.guidance,
-            seed=rollout.seed,
-            label=self.start.label,
-            history_from=self.history.oldest,
-            kept_from=self.history.kept_from,
-            attached=self.sink is not None,
-            forked_from=self.forked_from,
-        )

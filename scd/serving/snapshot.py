@@ -10,14 +10,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from scd.common.config import differences, from_json, to_json
+from scd.common.config import differences, to_json
 from scd.common.memory import OutOfMemory
 from scd.common.runtime import make_generator
 from scd.data.clip import Conditions
@@ -26,59 +27,70 @@ from scd.models.checkpoint import World
 from scd.models.flow import SamplingConfig, with_num_steps
 from scd.models.kv_cache import KVCache
 from scd.models.separable import SeparableState
-from scd.serving.errors import BadSnapshot
-from scd.serving.events import Action, Start
-from scd.serving.session import History, Kept, as_action
-from scd.streaming.rollout import Guidance, GuidanceKind, Rollout
+from scd.serving.messages import (
+    ActionValue,
+    Beginning,
+    Count,
+    Message,
+    ServeError,
+    State,
+)
+from scd.serving.session import History, KeptFrame, Start, as_action, as_guidance
+from scd.streaming.rollout import Rollout
 
 NUM_VALUES = 16
 """Numbers of a frame by which two models of one shape are told apart."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """A memory depends on the model and on how an engine lays it out."""
+class Record(Message):
+    """Part of the header; unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Fingerprint(Record):
+    """A KV cache depends on the model and on how an engine lays it out."""
 
     settings: str
     """Of model and autoencoder, as JSON."""
     engine: str
     """Its kind and precision."""
-    fingerprint: tuple[float, ...]
+    values: tuple[float, ...]
     """What the weights make of a fixed frame."""
     tolerance: float
     """Of these numbers, whose scale is 1: machines round products otherwise."""
 
-    def refuse(self, other: Identity) -> None:
-        """Refuse what another world or engine has made (BadSnapshot)."""
+    def refuse(self, other: Fingerprint) -> None:
+        """Refuse what another world or engine has made (ServeError bad_snapshot)."""
         if other.engine != self.engine:
-            raise BadSnapshot(f"the snapshot is of engine {other.engine}, this is {self.engine}")
+            raise bad(f"the snapshot is of engine {other.engine}, this is {self.engine}")
         if other.settings != self.settings:
-            raise BadSnapshot(f"the snapshot is of another world: {_first_difference(other, self)}")
-        theirs, ours = other.fingerprint, self.fingerprint
+            raise bad(f"the snapshot is of another world: {_first_difference(other, self)}")
         # Written so that NaN is refused too.
-        same = [abs(a - b) <= self.tolerance for a, b in zip(theirs, ours, strict=False)]
-        if len(theirs) != len(ours) or not all(same):
-            raise BadSnapshot("the snapshot is of a model of this shape with other weights")
+        pairs = zip(other.values, self.values, strict=False)
+        same = [abs(theirs - ours) <= self.tolerance for theirs, ours in pairs]
+        if len(other.values) != len(self.values) or not all(same):
+            raise bad("the snapshot is of a model of this shape with other weights")
 
 
-def identity_of(world: World, engine: Engine) -> Identity:
+def bad(message: str) -> ServeError:
+    """Return the error for a file that no session of this world can be made of."""
+    return ServeError("bad_snapshot", message)
+
+
+def fingerprint_of(world: World, engine: Engine) -> Fingerprint:
     """Describe a world and its engine; runs the model for two frames."""
     settings = {"model": to_json(engine.config), "autoencoder": to_json(world.autoencoder.config)}
     dtype = str(engine.dtype).removeprefix("torch.")
-    return Identity(
+    return Fingerprint(
         settings=json.dumps(settings, sort_keys=True),
         engine=f"{type(engine).__name__} {dtype}",
-        fingerprint=_fingerprint(world, engine),
+        values=_second_frame(world, engine),
         tolerance=1e-3 if engine.dtype == torch.float32 else 0.1,
     )
 
 
-def read_identity(values: Any) -> Identity:
-    """Read what `to_json` wrote (ValueError)."""
-    return from_json(Identity, values, "world")
-
-
-def _fingerprint(world: World, engine: Engine) -> tuple[float, ...]:
+def _second_frame(world: World, engine: Engine) -> tuple[float, ...]:
     """Return some numbers of the second frame of a stream, made in one step."""
     spec, generator = engine.config.conditions, make_generator(0, "fingerprint of a model")
     action = None
@@ -96,7 +108,7 @@ def _fingerprint(world: World, engine: Engine) -> tuple[float, ...]:
     return tuple(round(value, 6) for value in made[places].tolist())
 
 
-def _first_difference(theirs: Identity, ours: Identity) -> str:
+def _first_difference(theirs: Fingerprint, ours: Fingerprint) -> str:
     try:
         found = differences(json.loads(theirs.settings), json.loads(ours.settings))
     except (ValueError, RecursionError):
@@ -108,28 +120,27 @@ LAST_FRAME = 2**31
 """Frames of the longest stream that is believed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryNote:
-    """A stream's memory, but its tensors."""
+class CacheRecord(Record):
+    """A stream's KV cache, but its tensors."""
 
-    num_frames: int
+    num_frames: Count
     """Of the stream."""
     slots: tuple[int | None, ...]
     """Position of the frame in each place of the ring."""
-    num_evicted: int
+    num_evicted: Count
     """Frames that have left the window."""
 
-
-def note_of(rollout: Rollout) -> MemoryNote:
-    """Return the numbers of a stream's memory."""
-    cache = rollout.state.cache
-    return MemoryNote(
-        num_frames=rollout.num_frames, slots=tuple(cache.slots), num_evicted=cache.num_evicted
-    )
+    @staticmethod
+    def of(rollout: Rollout) -> CacheRecord:
+        """Return the numbers of a stream's cache."""
+        cache = rollout.state.cache
+        return CacheRecord(
+            num_frames=rollout.num_frames, slots=tuple(cache.slots), num_evicted=cache.num_evicted
+        )
 
 
 def tensors_of(rollout: Rollout, prefix: str) -> dict[str, Tensor]:
-    """Return the tensors of a stream's memory: what is filled of it, by name."""
+    """Return the tensors of a stream's KV cache: what is filled of it, by name."""
     state = rollout.state
     cache: KVCache = state.cache
     filled = len(cache.slots) * cache.tokens_per_frame
@@ -145,181 +156,104 @@ def tensors_of(rollout: Rollout, prefix: str) -> dict[str, Tensor]:
     }
 
 
-def fill(rollout: Rollout, note: MemoryNote, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """Put a memory into a stream that has just begun.
+def fill(rollout: Rollout, record: CacheRecord, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Put a KV cache into a stream that has just begun.
 
     Args:
         rollout: of the world and engine, with the guidance of the stream.
-        note: its numbers.
+        record: its numbers.
         tensors: finite ones, by name.
         prefix: of their names.
 
     Raises:
-        BadSnapshot: numbers or tensors that no stream of this world can have.
+        ServeError: bad_snapshot: numbers or tensors that no stream of this world can have.
     """
     state = rollout.state
     cache: KVCache = state.cache
     separable = isinstance(state, SeparableState)
     # Just begun, a separable stream stands at its start frame, or at its only given frame.
     first = state.next_position if separable else 0
-    if not rollout.num_given <= note.num_frames <= LAST_FRAME:
-        raise BadSnapshot(f"a stream cannot have {note.num_frames} frames")
-    next_position = max(first, note.num_frames - 1) if separable else note.num_frames
-    _check_ring(note, cache, first, next_position)
-    filled = len(note.slots) * cache.tokens_per_frame
+    if not rollout.num_given <= record.num_frames <= LAST_FRAME:
+        raise bad(f"a stream cannot have {record.num_frames} frames")
+    next_position = max(first, record.num_frames - 1) if separable else record.num_frames
+    _check_ring(record, cache, first, next_position)
+    filled = len(record.slots) * cache.tokens_per_frame
     for name in ("keys", "values"):
         target = getattr(cache, name)[:, :, :, :filled]
         target.copy_(_like(target, tensors, f"{prefix}.{name}"))
-    cache.slots, cache.num_evicted = list(note.slots), note.num_evicted
+    cache.slots, cache.num_evicted = list(record.slots), record.num_evicted
     cache.sink_keys = None
-    if note.num_evicted and cache.config.rebase_sinks and cache.config.num_sinks:
+    if record.num_evicted and cache.config.rebase_sinks and cache.config.num_sinks:
         sinks = cache.keys[:, :, :, : cache.config.num_sinks * cache.tokens_per_frame]
         read = _like(sinks, tensors, f"{prefix}.sink_keys")
         cache.sink_keys = read.to(cache.keys.device, copy=True)
     if separable:
-        shape = (state.newest.shape[0], min(note.num_frames, 1), *rollout.engine.shape.shape)
+        shape = (state.newest.shape[0], min(record.num_frames, 1), *rollout.engine.shape.shape)
         like = state.newest.new_empty(shape)
         state.newest = _like(like, tensors, f"{prefix}.newest").to(like.device, copy=True)
     state.next_position = next_position
-    rollout.num_frames = note.num_frames
+    rollout.num_frames = record.num_frames
 
 
-def _check_ring(note: MemoryNote, cache: KVCache, first: int, next_position: int) -> None:
+def _check_ring(record: CacheRecord, cache: KVCache, first: int, next_position: int) -> None:
     """Refuse places of the ring that cannot be after the rows first .. next_position - 1."""
-    config, slots = cache.config, note.slots
+    config, slots = cache.config, record.slots
     num_rows = next_position - first
     held = [frame for frame in slots if frame is not None]
     # Room was made for a frame that was then dropped.
     has_gap = len(held) == config.window - 1 and len(slots) == config.window <= num_rows
     fits = has_gap or (len(held) == len(slots) == min(num_rows, config.window))
-    moved = note.num_evicted if config.rebase_sinks else 0
+    moved = record.num_evicted if config.rebase_sinks else 0
     sinks = [first + index + moved for index in range(min(config.num_sinks, len(slots)))]
     others = [frame for frame in slots[len(sinks) :] if frame is not None]
     wanted = list(range(next_position - len(others), next_position))
     right = list(slots[: len(sinks)]) == sinks and sorted(others) == wanted
-    if not fits or not right or note.num_evicted != num_rows - len(held):
-        raise BadSnapshot(f"places of the memory that no stream has after {note.num_frames} frames")
+    if not fits or not right or record.num_evicted != num_rows - len(held):
+        raise bad(f"places of the memory that no stream has after {record.num_frames} frames")
 
 
 def _like(target: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     found = tensors.get(name)
     if found is None:
-        raise BadSnapshot(f"the snapshot lacks the tensor {name}")
+        raise bad(f"the snapshot lacks the tensor {name}")
     if found.shape != target.shape or found.dtype != target.dtype:
-        raise BadSnapshot(
+        raise bad(
             f"{name} must be {target.dtype} of shape {tuple(target.shape)}, got {found.dtype} of "
             f"shape {tuple(found.shape)}"
         )
     return found
 
 
-LARGEST_NUMBER = 2**53
-"""Seeds, sequences and generations are below: what JSON carries everywhere."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuidanceNote:
-    """A `Guidance`, whose `kind` JSON needs for the dataclass."""
-
-    branch: GuidanceKind
-    """That frames are pushed away from."""
-    scale: float
-    """Strength."""
-    context_noise: float
-    """Strength of the noise in the branch "context_noise"."""
-
-    @staticmethod
-    def of(guidance: Guidance) -> GuidanceNote:
-        """Return the note of a guidance."""
-        return GuidanceNote(
-            branch=guidance.kind, scale=guidance.scale, context_noise=guidance.context_noise
-        )
-
-    @property
-    def guidance(self) -> Guidance:
-        """What it notes (ValueError: values that a guidance refuses)."""
-        return Guidance(kind=self.branch, scale=self.scale, context_noise=self.context_noise)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StartNote:
-    """What a session began with, but its frames."""
-
-    seed: int
-    """Of the noise."""
-    actions: tuple[Action, ...]
-    """That led to the given frames."""
-    label: int | None
-    """Class of the stream."""
-    num_steps: int | None
-    """Denoising steps per frame."""
-    guidance: GuidanceNote | None
-    """None: none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrameNote:
+class FrameRecord(Record):
     """A frame of the history, but its latent."""
 
-    action: Action
+    action: ActionValue | None
     """That led to it."""
-    sequence: int
+    sequence: Count
     """That came with the action."""
-    num_steps: int
-    """That it took."""
+    steps: Count
+    """Denoising steps that it took; 0: it was given."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SessionNote:
+class SessionRecord(Record):
     """A session, but its tensors."""
 
-    format: str
+    format: Literal["scd session 2"] = "scd session 2"
     """Of the file."""
-    session_id: str
-    """Its name."""
-    generation: int
-    """Of its frames."""
-    start: StartNote
-    """What it began with."""
-    seed: int
-    """Of the noise."""
-    num_steps: int
-    """Denoising steps per frame."""
-    guidance: GuidanceNote
-    """As it is."""
-    num_given: int
-    """Frames with which it began."""
-    action: Action
-    """The one held."""
-    sequence: int
-    """That came with it."""
-    live: MemoryNote
+    state: State
+    """How it stood."""
+    start: Beginning
+    """What it began with, but its frames."""
+    actions: tuple[ActionValue, ...]
+    """That led to the given frames."""
+    live: CacheRecord
     """The stream."""
-    copies: tuple[MemoryNote, ...]
+    copies: tuple[CacheRecord, ...]
     """Of the stream in the history, oldest first."""
-    first: int
-    """Oldest frame of the history."""
-    frames: tuple[FrameNote, ...]
-    """Of the history."""
+    frames: tuple[FrameRecord, ...]
+    """Of the history, from the state's `kept_from` on."""
 
 
-def check_numbers(note: SessionNote) -> None:
-    """Refuse numbers that no session has (BadSnapshot)."""
-    numbers = {
-        "generation": note.generation,
-        "seed": note.seed,
-        "start.seed": note.start.seed,
-        "num_given": note.num_given,
-        "sequence": note.sequence,
-        "first": note.first,
-    }
-    for name, number in numbers.items():
-        if not 0 <= number < LARGEST_NUMBER:
-            raise BadSnapshot(f"{name} must be 0 or more and below 2**53, got {number}")
-
-
-FORMAT = "scd session 1"
-"""Of the file."""
 Place = tuple[World, Engine, int | None]
 """Where a session goes on: world, engine, and frames in memory (None: as trained)."""
 
@@ -328,35 +262,29 @@ Place = tuple[World, Engine, int | None]
 class Image:
     """All that makes a session, at one moment; nothing of it changes any more."""
 
-    session_id: str
-    """Its name, which an evicted session keeps."""
-    generation: int
-    """Of its frames."""
+    state: State
+    """Name, generation, and settings."""
     start: Start
-    """What it began with, for `reset`."""
+    """What it began with, for `restart`."""
     live: Rollout
     """The stream, with its seed, steps and guidance."""
     history: History
     """What it can go back to."""
-    action: Action
-    """The one held."""
-    sequence: int
-    """That came with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parsed:
     """A file that was read, and not yet compared with a world."""
 
-    identity: Identity
+    fingerprint: Fingerprint
     """Of what made it."""
-    note: SessionNote
+    record: SessionRecord
     """Its JSON."""
     tensors: Mapping[str, Tensor]
     """Its tensors, all finite."""
 
 
-def write(image: Image, identity: Identity) -> bytes:
+def write(image: Image, fingerprint: Fingerprint) -> bytes:
     """Turn a session into a file; may run beside the model thread, since an image is fixed."""
     live, history, start = image.live, image.history, image.start
     tensors = tensors_of(live, "live")
@@ -366,33 +294,18 @@ def write(image: Image, identity: Identity) -> bytes:
         tensors["latents"] = torch.cat([frame.latent for frame in history.kept]).cpu()
     if start.frames is not None:
         tensors["start"] = torch.from_numpy(start.frames.copy())
-    note = SessionNote(
-        format=FORMAT,
-        session_id=image.session_id,
-        generation=image.generation,
-        start=StartNote(
-            seed=start.seed,
-            actions=start.actions,
-            label=start.label,
-            num_steps=start.num_steps,
-            guidance=start.guidance and GuidanceNote.of(start.guidance),
-        ),
-        seed=live.seed,
-        num_steps=live.num_steps,
-        guidance=GuidanceNote.of(live.guidance),
-        num_given=live.num_given,
-        action=image.action,
-        sequence=image.sequence,
-        live=note_of(live),
-        copies=tuple(note_of(copy) for copy in history.copies),
-        first=history.kept_from,
+    record = SessionRecord(
+        state=image.state.model_copy(update={"kept_from": history.kept_from}),
+        start=start.message,
+        actions=start.actions,
+        live=CacheRecord.of(live),
+        copies=tuple(CacheRecord.of(copy) for copy in history.copies),
         frames=tuple(
-            FrameNote(action=frame.action, sequence=frame.sequence, num_steps=frame.num_steps)
+            FrameRecord(action=frame.action, sequence=frame.sequence, steps=frame.steps)
             for frame in history.kept
         ),
     )
-    texts = {"session": note, "world": identity}
-    header = {name: json.dumps(to_json(value), allow_nan=False) for name, value in texts.items()}
+    header = {"session": record.model_dump_json(), "world": fingerprint.model_dump_json()}
     return save(tensors, header)
 
 
@@ -400,24 +313,19 @@ def parse(data: bytes) -> Parsed:
     """Read a file; may run beside the model thread.
 
     Raises:
-        BadSnapshot: it is damaged, no snapshot, or has values that are not numbers.
+        ServeError: bad_snapshot: it is damaged, no snapshot, or has values that are not numbers.
     """
     try:
         tensors = load(data)
         texts = read_header(data)
-        world, session = (
-            json.loads(texts[name], parse_constant=_no_number) for name in ("world", "session")
-        )
-        identity, note = read_identity(world), from_json(SessionNote, session, "session")
+        fingerprint = Fingerprint.model_validate_json(texts["world"])
+        record = SessionRecord.model_validate_json(texts["session"])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadSnapshot(f"this is no whole snapshot of a session: {str(error)[:200]}") from error
-    if note.format != FORMAT:
-        raise BadSnapshot(f"needed a snapshot of format {FORMAT!r}, got {note.format[:40]!r}")
+        raise bad(f"this is no whole snapshot of a session: {str(error)[:200]}") from error
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise BadSnapshot(f"{name} must be finite, got NaN or infinity")
-    check_numbers(note)
-    return Parsed(identity=identity, note=note, tensors=tensors)
+            raise bad(f"{name} must be finite, got NaN or infinity")
+    return Parsed(fingerprint=fingerprint, record=record, tensors=tensors)
 
 
 def read_header(data: bytes) -> dict[str, Any]:
@@ -426,12 +334,8 @@ def read_header(data: bytes) -> dict[str, Any]:
     return json.loads(data[8 : 8 + size])["__metadata__"]
 
 
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
-
-
 def rebuild(parsed: Parsed, place: Place, reach: int, every: int) -> Image:
-    """Make a session of a file whose `Identity` fits; on the model thread.
+    """Make a session of a file whose `Fingerprint` fits; on the model thread.
 
     Args:
         parsed: what `parse` read.
@@ -440,40 +344,43 @@ def rebuild(parsed: Parsed, place: Place, reach: int, every: int) -> Image:
         every: of the history from now on.
 
     Raises:
-        BadSnapshot: tensors, actions or numbers that no session of this world can have.
+        ServeError: bad_snapshot: tensors, actions or numbers that no session of this world can
+            have.
     """
-    note = parsed.note
+    record = parsed.record
     try:
-        live = _memory(note, note.live, parsed, "live", place)
-        actions = [note.action, *(frame.action for frame in note.frames), *note.start.actions]
+        live = _stream(record, record.live, parsed, "live", place)
+        actions = [record.state.action, *(one.action for one in record.frames), *record.actions]
         for action in dict.fromkeys(actions):
             live.check(as_action(action, batch=True))
         history = _history(parsed, live, place, reach, every)
         card = place[0].card
-        start = _start(parsed, (card.height, card.width, 3))
-    except (BadSnapshot, OutOfMemory):
+        frames = parsed.tensors.get("start")
+        size = (card.height, card.width, 3)
+        if frames is not None and (frames.dtype != torch.uint8 or frames.shape[1:] != size):
+            raise bad(f"start must be bytes of shape [t, *{size}], got {tuple(frames.shape)}")
+    except (ServeError, OutOfMemory):
         raise
     except ValueError as error:
-        raise BadSnapshot(f"the snapshot does not fit this world: {error}") from error
-    return Image(
-        session_id=note.session_id,
-        generation=note.generation,
-        start=start,
-        live=live,
-        history=history,
-        action=note.action,
-        sequence=note.sequence,
+        raise bad(f"the snapshot does not fit this world: {error}") from error
+    start = Start(
+        message=record.start,
+        frames=None if frames is None else frames.numpy(),
+        actions=record.actions,
     )
+    return Image(state=record.state, start=start, live=live, history=history)
 
 
-def _memory(
-    note: SessionNote, memory: MemoryNote, parsed: Parsed, prefix: str, place: Place
+def _stream(
+    record: SessionRecord, cache: CacheRecord, parsed: Parsed, prefix: str, place: Place
 ) -> Rollout:
-    """Begin a stream and give it a memory of the file."""
+    """Begin a stream and give it a KV cache of the file."""
     world, engine, window = place
-    sampling = with_num_steps(world.sampling, note.num_steps)
-    rollout = Rollout(world, sampling, note.guidance.guidance, note.seed, window, engine)
-    labels = None if note.start.label is None else torch.tensor([note.start.label])
+    state, label = record.state, record.start.label
+    sampling = with_num_steps(world.sampling, state.steps)
+    guidance = as_guidance(state.guidance)
+    rollout = Rollout(world, sampling, guidance, state.seed, window, engine)
+    labels = None if label is None else torch.tensor([label])
     frames = actions = None
     if engine.needs_first_frame:
         spec = engine.config.conditions
@@ -482,50 +389,35 @@ def _memory(
             actions = torch.zeros(1, 1, spec.action_dim) if spec.action_dim else None
             actions = torch.zeros(1, 1, dtype=torch.long) if actions is None else actions
     rollout.begin(frames, Conditions(actions=actions, labels=labels), can_reset=False)
-    rollout.num_given = note.num_given
-    fill(rollout, memory, parsed.tensors, prefix)
+    rollout.num_given = state.num_given
+    fill(rollout, cache, parsed.tensors, prefix)
     return rollout
 
 
 def _history(parsed: Parsed, live: Rollout, place: Place, reach: int, every: int) -> History:
     """Take the history over where its copies are as far apart as here; else begin a new one."""
-    note = parsed.note
-    kept: list[Kept] = []
-    if note.frames:
+    record, first_kept = parsed.record, parsed.record.state.kept_from
+    kept: list[KeptFrame] = []
+    if record.frames:
         latents = parsed.tensors.get("latents")
-        wanted = (len(note.frames), *live.engine.shape.shape)
+        wanted = (len(record.frames), *live.engine.shape.shape)
         if latents is None or latents.shape != wanted or latents.dtype != live.engine.dtype:
-            raise BadSnapshot(f"{len(note.frames)} frames need latents of shape {wanted}")
+            raise bad(f"{len(record.frames)} frames need latents of shape {wanted}")
         latents = latents.to(live.engine.device)
         kept = [
-            Kept(latent=latent[None], **vars(frame))
-            for latent, frame in zip(latents, note.frames, strict=True)
+            KeptFrame(latent=latent[None], **vars(frame))
+            for latent, frame in zip(latents, record.frames, strict=True)
         ]
-    counts = [copy.num_frames for copy in note.copies]
-    if note.first + len(kept) != live.num_frames or (counts and counts[0] < note.first):
-        raise BadSnapshot(f"frames of the history are missing before frame {live.num_frames}")
+    counts = [copy.num_frames for copy in record.copies]
+    if first_kept + len(kept) != live.num_frames or (counts and counts[0] < first_kept):
+        raise bad(f"frames of the history are missing before frame {live.num_frames}")
     even = all(later - earlier == every for earlier, later in pairwise(counts))
     if not counts or not even or not 0 <= live.num_frames - counts[-1] < every:
-        return History(live, kept, reach, every)
+        return History.begin(live, kept, reach, every)
     # Only those that are reached, so that a file cannot bring more than there is room for.
     first = len(counts) - min(len(counts), reach // every + 2)
     copies = [
-        _memory(note, copy, parsed, f"copy.{first + index}", place)
-        for index, copy in enumerate(note.copies[first:])
+        _stream(record, copy, parsed, f"copy.{first + index}", place)
+        for index, copy in enumerate(record.copies[first:])
     ]
-    return History.of_parts(copies, kept, note.first, reach, every)
-
-
-def _start(parsed: Parsed, size: tuple[int, int, int]) -> Start:
-    frames = parsed.tensors.get("start")
-    if frames is not None and (frames.dtype != torch.uint8 or frames.shape[1:] != size):
-        raise BadSnapshot(f"start must be bytes of shape [t, *{size}], got {tuple(frames.shape)}")
-    note = parsed.note.start
-    return Start(
-        frames=None if frames is None else frames.numpy(),
-        seed=note.seed,
-        actions=note.actions,
-        label=note.label,
-        num_steps=note.num_steps,
-        guidance=note.guidance and note.guidance.guidance,
-    )
+    return History(copies, kept, first_kept, reach, every)

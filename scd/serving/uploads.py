@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 
 from scd.common.files import file_aside
 from scd.serving.decode import REFUSED, DecodeLimits, command
-from scd.serving.messages import ProtocolError
+from scd.serving.messages import ServeError
 from scd.serving.settings import ClientLimits
 
 AT_ONCE, WAITING = 2, 8
@@ -81,12 +81,12 @@ class Uploads:
         """Refuse an upload before its bytes are read.
 
         Raises:
-            ProtocolError: too_many_uploads are kept or on their way.
+            ServeError: too_many_uploads are kept or on their way.
         """
         if self._num_inside >= AT_ONCE + WAITING:
-            raise ProtocolError("too_many_uploads", "other uploads are decoded: try again shortly")
+            raise ServeError("too_many_uploads", "other uploads are decoded: try again shortly")
         if len(self) + self._num_inside >= self._limits.max_uploads:
-            raise ProtocolError(
+            raise ServeError(
                 "too_many_uploads",
                 f"{self._limits.max_uploads} uploads are kept already: try again later",
             )
@@ -98,11 +98,11 @@ class Uploads:
             The id, and the number of frames.
 
         Raises:
-            ProtocolError: too_large, not_media, damaged, too_many_pixels, too_long,
+            ServeError: too_large, not_media, damaged, too_many_pixels, too_long,
                 too_slow_to_decode, too_many_uploads.
         """
         if len(data) > self._limits.max_upload_bytes:
-            raise ProtocolError(
+            raise ServeError(
                 "too_large",
                 f"an upload has at most {self._limits.max_upload_bytes} bytes, got {len(data)}",
             )
@@ -132,13 +132,13 @@ class Uploads:
         """Return the frames of an upload.
 
         Raises:
-            ProtocolError: unknown_upload.
+            ServeError: unknown_upload.
         """
         self._drop_expired()
         if identity not in self._kept and self._shared is not None:
             self._fetch(self._shared, identity)
         if identity not in self._kept:
-            raise ProtocolError("unknown_upload", "no such upload, or it has expired: send it anew")
+            raise ServeError("unknown_upload", "no such upload, or it has expired: send it anew")
         return self._kept[identity].frames
 
     def _fetch(self, folder: Path, identity: str) -> None:
@@ -175,18 +175,18 @@ class Uploads:
     def _checked(self, status: int | None, output: bytes) -> np.ndarray:
         if status == REFUSED:
             answer = json.loads(output)
-            raise ProtocolError(answer["code"], answer["message"])
+            raise ServeError(answer["code"], answer["message"])
         if status in (-9, -24):
             raise self._too_slow()
         shape = (-1, self._decode.height, self._decode.width, 3)
         frame_bytes = self._decode.height * self._decode.width * 3
         num_frames, rest = divmod(len(output), frame_bytes)
         if status != 0 or rest or not 1 <= num_frames <= self._decode.max_frames:
-            raise ProtocolError("damaged", "the decoder gave up on this upload")
+            raise ServeError("damaged", "the decoder gave up on this upload")
         return np.frombuffer(output, np.uint8).reshape(shape)
 
-    def _too_slow(self) -> ProtocolError:
-        return ProtocolError(
+    def _too_slow(self) -> ServeError:
+        return ServeError(
             "too_slow_to_decode",
             f"decoding took longer than {self._limits.decoder_s:g} s: send something smaller",
         )

@@ -25,9 +25,9 @@ from scd.engine.open import open_engine
 from scd.serving import connection
 from scd.serving.client import Client, Refused, SessionEnded
 from scd.serving.codec import JpegEncoder, Packed
-from scd.serving.connection import MOST_QUEUED, Outlet
-from scd.serving.messages import Evicted as EvictedMessage
-from scd.serving.messages import FrameHeader, GuidanceChoice, unpack
+from scd.serving.connection import MOST_QUEUED, SendQueue
+from scd.serving.messages import Evicted, FrameHeader, GuidanceChoice
+from scd.serving.protocol import unpack
 from scd.serving.settings import ClientLimits
 from scd.streaming.rollout import Rollout
 from tests.servers import Serving, serving, tiny_clips, tiny_playable
@@ -377,8 +377,9 @@ def test_limits_end_connections_with_their_reason():
     limits = ClientLimits(messages_per_s=20.0, max_errors=4, hello_s=0.3, max_connections=2)
     with serving(limits=limits) as server:
         with raw(server) as socket:
-            for _ in range(60):
-                socket.send('{"type":"pause"}')
+            with suppress(ConnectionClosed):
+                for _ in range(60):
+                    socket.send('{"type":"pause"}')
             closed, reason = end_of(socket)
             assert closed == 4004 and reason.startswith("too_many_errors: 5 refused messages")
         with raw(server) as socket:
@@ -490,15 +491,15 @@ def test_a_client_that_does_not_read_fills_its_own_queue_only(server: Serving):
             await asyncio.Event().wait()
 
         socket = WebSocket({"type": "websocket"}, receive=never, send=never)  # type: ignore[arg-type]
-        outlet = Outlet(server.service, socket)
-        writer = asyncio.create_task(outlet.run())
+        queue = SendQueue(server.service, socket)
+        writer = asyncio.create_task(queue.run())
         number = 0
-        while not outlet.failed.done():
-            outlet.put(EvictedMessage(session="x"))
+        while not queue.failed.done():
+            queue.put(Evicted(session="x"))
             await asyncio.sleep(0)
             number += 1
         writer.cancel()
-        return outlet.failed.result().code, number
+        return queue.failed.result().code, number
 
     code, number = asyncio.run(scenario())
     assert code == "too_slow" and number == MOST_QUEUED + 2
@@ -522,10 +523,10 @@ def test_the_model_thread_dies():
         ask(socket, type="run")
         assert server.call("GET", "/health")[0] == 200
 
-        def fault(stage: Any) -> None:
+        def fault(loop: Any) -> None:
             raise SystemExit("the machine has a fault")
 
-        server.service.host._ask(fault)
+        server.service.host.call(fault)
         closed, reason = end_of(socket)
         assert (closed, reason.split(":")[0]) == (4500, "model_stopped")
         status, health = server.call("GET", "/health")

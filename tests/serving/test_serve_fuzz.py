@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -19,13 +19,14 @@ from websockets.sync.client import ClientConnection, connect
 from scd.data.clip import frames_to_pixels
 from scd.engine.open import open_engine
 from scd.serving.client import Client
-from scd.serving.messages import CLOSE_CODES, Error, FromClient, read_server, unpack, write
+from scd.serving.messages import SPOKEN, Error
+from scd.serving.protocol import CLOSE_CODES, read_server, unpack, write
 from scd.serving.settings import ClientLimits
 from scd.streaming.rollout import Rollout
 from tests.servers import Serving, serving, tiny_playable
 
-TYPES = [kind.__dataclass_fields__["type"].default for kind in get_args(FromClient)]
-NAMES = sorted({name for kind in get_args(FromClient) for name in kind.__dataclass_fields__})
+TYPES = [kind.model_fields["type"].default for kind in SPOKEN]
+NAMES = sorted({name for kind in SPOKEN for name in kind.model_fields})
 ENDS = {*CLOSE_CODES.values(), 1009}
 """Codes with which the server may end a connection for what was said."""
 LIMITS = ClientLimits(messages_per_s=1e6, requests_per_s=1e6, max_errors=10)
@@ -68,10 +69,10 @@ def fitting(draw: st.DrawFn) -> dict[str, Any]:
     """A message that is mostly right: fields that its type does not have are taken out."""
     message = draw(likely)
     kind = next(
-        one for one in get_args(FromClient)
-        if one.__dataclass_fields__["type"].default == message["type"]
+        one for one in SPOKEN
+        if one.model_fields["type"].default == message["type"]
     )  # fmt: skip
-    return {name: value for name, value in message.items() if name in kind.__dataclass_fields__}
+    return {name: value for name, value in message.items() if name in kind.model_fields}
 
 
 @st.composite
@@ -209,11 +210,10 @@ def test_ten_thousand_random_and_mutated_messages(server: Serving):
 
 def test_every_message_out_of_its_order(server: Serving):
     visitor = Visitor(server)
-    for kind in get_args(FromClient):
-        required = {"version": 1, "session": "x", "action": 0, "frame": 0, "generation": 0}
-        fields = {
-            name: value for name, value in required.items() if name in kind.__dataclass_fields__
-        }
+    for kind in SPOKEN:
+        values = {"version": 1, "session": "x", "action": 0, "frame": 0, "generation": 0}
+        required = [name for name, field in kind.model_fields.items() if field.is_required()]
+        fields = {name: values[name] for name in required}
         visitor.say(write(kind(**fields)))
     visitor.settle()
 

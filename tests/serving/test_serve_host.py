@@ -15,30 +15,28 @@ from scd.engine.plain import PlainEngine
 from scd.models.checkpoint import World
 from scd.models.flow import SamplingConfig, schedule, with_num_steps
 from scd.serving.admission import HostConfig
-from scd.serving.errors import (
-    BadRequest,
-    HostStopped,
-    OutOfHistory,
-    Overloaded,
-    SessionBusy,
-    SessionStopped,
-    Superseded,
-    TooManySessions,
-    UnknownSession,
-)
-from scd.serving.events import Start, Stopped
 from scd.serving.host import Host
-from scd.streaming.rollout import Guidance
+from scd.serving.messages import (
+    Create,
+    Frame,
+    GuidanceChoice,
+    ServeError,
+    Set,
+    Step,
+    Stopped,
+)
 from tests.tiny_host import (
     QUICK,
     WAIT_S,
     Client,
     alone,
+    clip_of,
     done,
     equal,
     hosting,
     make_engine,
     make_world,
+    refused,
     until,
 )
 
@@ -49,29 +47,30 @@ def pictures(number, seed=0):
 
 def test_a_stepped_session_has_the_frames_of_a_rollout_of_its_own():
     world = make_world()
-    start = Start(frames=pictures(3), actions=(0, 2, 1), seed=5, num_steps=2)
-    with hosting() as host:
-        session = done(host.create(start)).session_id
-        assert done(host.info(session)).index == 2
-        frames = done(host.step(session, 3, count=2, sequence=7))
+    given = pictures(3), (0, 2, 1)
+    with hosting(clips=clip_of(*given)) as host:
+        session = done(host.create(start="clip", clip=0, seed=5, steps=2)).session
+        assert done(host.look(session)).frame == 2
+        done(host.act(session, 3, 7))
+        frames = done(host.step(session, count=2))
         frames += done(host.step(session))
         frames += done(host.step(session, 1, count=2))
-        info = done(host.info(session))
-    assert [frame.index for frame in frames] == [3, 4, 5, 6, 7]
-    assert [frame.action for frame in frames] == [3, 3, 3, 1, 1]
-    assert [frame.sequence for frame in frames] == [7, 7, 7, 0, 0]
-    assert all(frame.num_steps == 2 and frame.generation == 0 for frame in frames)
-    assert all(frame.timing.encoder_s > 0 and frame.timing.decoder_s > 0 for frame in frames)
-    wanted = alone(world, make_engine(world), [3, 3, 3, 1, 1], start, seed=5, num_steps=2)
+        info = done(host.look(session))
+    assert [frame.header.frame for frame in frames] == [3, 4, 5, 6, 7]
+    assert [frame.header.action for frame in frames] == [3, 3, 3, 1, 1]
+    assert [frame.header.sequence for frame in frames] == [7, 7, 7, 0, 0]
+    assert all(frame.header.steps == 2 and frame.header.generation == 0 for frame in frames)
+    assert all(frame.header.encoder_ms > 0 and frame.header.decoder_ms > 0 for frame in frames)
+    wanted = alone(world, make_engine(world), [3, 3, 3, 1, 1], given, seed=5, num_steps=2)
     equal(frames, wanted)
-    assert (info.index, info.num_given, info.seed, info.num_steps) == (7, 3, 5, 2)
+    assert (info.frame, info.num_given, info.seed, info.steps) == (7, 3, 5, 2)
 
 
 def test_running_sessions_have_the_frames_they_have_alone_and_the_action_held():
     world = make_world()
     with hosting(max_sessions=3) as host:
         clients = [Client(host) for _ in range(3)]
-        names = [done(host.create(Start(seed=seed))).session_id for seed in range(3)]
+        names = [done(host.create(seed=seed)).session for seed in range(3)]
         for name, client in zip(names, clients, strict=True):
             done(host.attach(name, client))
             done(host.act(name, 2, 9))
@@ -87,11 +86,11 @@ def test_running_sessions_have_the_frames_they_have_alone_and_the_action_held():
         time.sleep(0.05)
         assert numbers == [len(client.frames) for client in clients]
     for seed, client in enumerate(clients):
-        assert {frame.sequence for frame in client.frames} == {9}
-        assert [frame.index for frame in client.frames] == list(range(len(client.frames)))
+        assert {frame.header.sequence for frame in client.frames} == {9}
+        assert [frame.header.frame for frame in client.frames] == list(range(len(client.frames)))
         wanted = alone(world, make_engine(world), [2] * len(client.frames), seed=seed)
         gaps = [
-            np.abs(frame.frame.astype(int) - pixels).max()
+            np.abs(frame.pixels.astype(int) - pixels).max()
             for frame, pixels in zip(client.frames, wanted, strict=True)
         ]
         # Calls of other sizes round otherwise: now and then a pixel on an edge.
@@ -101,15 +100,16 @@ def test_running_sessions_have_the_frames_they_have_alone_and_the_action_held():
 def test_a_client_that_does_not_acknowledge_gets_no_more_frames_and_stalls_nobody():
     with hosting(queue_frames=3) as host:
         slow, quick = Client(host, acknowledges=False), Client(host)
-        names = [done(host.create(Start(seed=seed))).session_id for seed in range(2)]
+        names = [done(host.create(seed=seed)).session for seed in range(2)]
         for name, client in zip(names, (slow, quick), strict=True):
             done(host.attach(name, client))
             done(host.run(name))
         quick.wait_frames(30)
-        assert [frame.index for frame in slow.frames] == [0, 1, 2]
+        assert [frame.header.frame for frame in slow.frames] == [0, 1, 2]
         # Of another generation, of the past, of the future: none lets more than a queue through.
         done(host.acknowledge(names[0], 7, 2))
-        done(host.acknowledge(names[0], 0, -5))
+        with pytest.raises(ValueError, match="greater than or equal to 0"):
+            host.acknowledge(names[0], 0, -5)
         quick.wait_frames(40)
         assert len(slow.frames) == 3
         done(host.acknowledge(names[0], 0, 10**9))
@@ -122,7 +122,7 @@ def test_a_client_that_does_not_acknowledge_gets_no_more_frames_and_stalls_nobod
 def test_sessions_get_equal_shares(max_rows):
     with hosting(max_sessions=5, max_rows=max_rows) as host:
         clients = [Client(host) for _ in range(5)]
-        names = [done(host.create(Start(seed=seed))).session_id for seed in range(5)]
+        names = [done(host.create(seed=seed)).session for seed in range(5)]
         for name, client in zip(names, clients, strict=True):
             done(host.attach(name, client))
         runs = [host.run(name) for name in names]
@@ -136,16 +136,15 @@ def test_sessions_get_equal_shares(max_rows):
 
 def test_a_session_without_a_client_makes_no_frames():
     with hosting() as host:
-        name = done(host.create(Start())).session_id
-        with pytest.raises(BadRequest, match="attach first"):
-            done(host.run(name))
+        name = done(host.create()).session
+        refused(host.run(name), "bad_request", "attach first")
         client = Client(host)
         done(host.attach(name, client))
         done(host.run(name))
         client.wait_frames(2)
         done(host.detach(name, client))
         done(host.detach(name, client))
-        assert not done(host.info(name)).running
+        assert not done(host.look(name)).running
         made = host.overview().num_frames
         time.sleep(0.05)
         assert host.overview().num_frames <= made + 1
@@ -153,26 +152,25 @@ def test_a_session_without_a_client_makes_no_frames():
 
 def test_one_client_per_session():
     with hosting() as host:
-        name = done(host.create(Start())).session_id
+        name = done(host.create()).session
         first, second = Client(host), Client(host)
         assert done(host.attach(name, first)).attached
-        with pytest.raises(SessionBusy):
-            done(host.attach(name, second))
+        refused(host.attach(name, second), "session_busy")
         done(host.detach(name, second))
-        assert done(host.info(name)).attached
+        assert done(host.look(name)).attached
         done(host.detach(name, first))
         assert done(host.attach(name, second)).attached
         # Methods of an object are made anew each time they are named.
         done(host.detach(name, second))
         done(host.attach(name, second.__call__))
         done(host.detach(name, second.__call__))
-        assert not done(host.info(name)).attached
+        assert not done(host.look(name)).attached
 
 
 def test_a_client_may_go_and_another_come_while_a_frame_is_under_way():
     world = make_world()
     with hosting() as host:
-        name = done(host.create(Start(seed=5, num_steps=8))).session_id
+        name = done(host.create(seed=5, steps=8)).session
         client = Client(host)
         heard = [client]
         done(host.attach(name, client))
@@ -192,45 +190,47 @@ def test_a_client_may_go_and_another_come_while_a_frame_is_under_way():
         assert host.overview().healthy, host.overview().reason
         assert len(frames) >= 18
         # What ended between two clients nobody heard; it is in the history all the same.
-        pixels = alone(world, make_engine(world), [2] * (frames[-1].index + 1), None, 5, 8)
-        equal(frames, [pixels[frame.index] for frame in frames])
+        pixels = alone(world, make_engine(world), [2] * (frames[-1].header.frame + 1), None, 5, 8)
+        equal(frames, [pixels[frame.header.frame] for frame in frames])
 
 
 def test_frames_come_at_the_pace_that_was_asked_for():
     with hosting(max_fps=40.0) as host:
         clients = [Client(host) for _ in range(2)]
         for client, fps in zip(clients, (20.0, None), strict=True):
-            name = done(host.create(Start())).session_id
+            name = done(host.create()).session
             done(host.attach(name, client))
             done(host.run(name, fps))
         clients[0].wait_frames(10)
         # Never more than the pace; how many fewer is up to the machine.
         assert len(clients[1].frames) <= 2 * len(clients[0].frames) + 2
-        with pytest.raises(BadRequest, match="fps must be"):
-            done(host.run(name, float("nan")))
+        with pytest.raises(ValueError, match="finite number"):
+            host.run(name, float("nan"))
 
 
 def test_a_reset_voids_what_is_under_way():
     world = make_world()
     with hosting(max_step_count=1000) as host:
-        name = done(host.create(Start(seed=1))).session_id
+        name = done(host.create(seed=1)).session
         client = Client(host)
         done(host.attach(name, client))
         waiting = host.step(name, 1, count=1000)
         client.wait_frames(3)
-        info = done(host.reset(name, Start(seed=2)))
-        with pytest.raises(Superseded):
-            done(waiting)
-        assert (info.generation, info.index, info.seed) == (1, -1, 2)
+        info = done(host.reset(name, seed=2))
+        refused(waiting, "superseded")
+        assert (info.generation, info.frame, info.seed) == (1, -1, 2)
         done(host.step(name, 3, count=2))
-        number = next(i for i, frame in enumerate(client.frames) if frame.generation == 1)
+        number = next(i for i, frame in enumerate(client.frames) if frame.header.generation == 1)
         # From the first frame of the new generation on there is none of the old one.
         later = client.frames[number:]
-        assert [(frame.generation, frame.index) for frame in later] == [(1, 0), (1, 1)]
+        assert [(frame.header.generation, frame.header.frame) for frame in later] == [
+            (1, 0),
+            (1, 1),
+        ]
         equal(later, alone(world, make_engine(world), [3, 3], seed=2))
-        done(host.change(name, num_steps=1, seed=8))
-        info = done(host.reset(name))
-        assert (info.generation, info.seed, info.num_steps) == (2, 8, 1)
+        done(host.set(name, steps=1, seed=8))
+        info = done(host.restart(name))
+        assert (info.generation, info.seed, info.steps) == (2, 8, 1)
         equal(
             done(host.step(name, 3, count=2)),
             alone(world, make_engine(world), [3, 3], seed=8, num_steps=1),
@@ -239,78 +239,78 @@ def test_a_reset_voids_what_is_under_way():
 
 GUIDANCES = [
     None,
-    Guidance(kind="conditions", scale=1.5),
-    Guidance(kind="context_noise", scale=2.0),
+    GuidanceChoice(kind="conditions", scale=1.5),
+    GuidanceChoice(kind="context_noise", scale=2.0),
 ]
 
 
 @pytest.mark.parametrize("guidance", GUIDANCES)
 def test_rewind_and_fork_are_exact_at_every_kept_frame(guidance):
-    world, start = make_world(), Start(guidance=guidance, seed=3)
+    world = make_world()
     with hosting(max_sessions=2, history_frames=6, keyframe_every=3) as host:
-        name = done(host.create(start)).session_id
+        name = done(host.create(guidance=guidance, seed=3)).session
         for action in range(16):
             done(host.step(name, action % 4))
-        info = done(host.info(name))
+        info = done(host.look(name))
         # 6 back at least, fewer than 6 + 3 more.
         assert 16 - 1 - 6 - 3 < info.history_from <= 16 - 1 - 6
         engine = make_engine(world)
         past = alone(world, engine, [number % 4 for number in range(16)], seed=3, guidance=guidance)
         for index in range(info.history_from, 16, 2):
             fork = done(host.fork(name, index))
-            assert (fork.index, fork.forked_from) == (index, name)
+            assert (fork.frame, fork.forked_from) == (index, name)
             # What was, again: from the memory as it was, for the same actions.
             same = [(index + 1 + number) % 4 for number in range(min(3, 15 - index))]
             for number, action in enumerate(same):
-                equal(done(host.step(fork.session_id, action)), past[index + 1 + number :][:1])
+                equal(done(host.step(fork.session, action)), past[index + 1 + number :][:1])
             # The fork can itself go back: to the oldest frame, and on from there.
-            done(host.rewind(fork.session_id, info.history_from))
+            done(host.rewind(fork.session, info.history_from))
             first = info.history_from + 1
-            equal(done(host.step(fork.session_id, first % 4)), past[first:][:1])
-            done(host.delete(fork.session_id))
+            equal(done(host.step(fork.session, first % 4)), past[first:][:1])
+            done(host.close(fork.session))
         for index in (14, 12, 9):
             info = done(host.rewind(name, index))
-            assert info.index == index
+            assert info.frame == index
             (frame,) = done(host.step(name, 1))
             actions = [number % 4 for number in range(index + 1)] + [1]
             equal([frame], alone(world, engine, actions, seed=3, guidance=guidance)[-1:])
         assert info.generation == 3
-        for index in (1, 11, -2):
-            with pytest.raises(OutOfHistory, match="can be gone back to"):
-                done(host.rewind(name, index))
-        assert done(host.info(name)).generation == 3
+        for index in (1, 11):
+            refused(host.rewind(name, index), "out_of_history", "can be gone back to")
+        assert done(host.look(name)).generation == 3
 
 
 def test_the_history_shows_what_was_seen_given_frames_too():
-    start = Start(frames=pictures(3), actions=(1, 2, 3))
-    with hosting(history_frames=4, keyframe_every=2) as host:
-        name = done(host.create(start)).session_id
+    clip = pictures(3)
+    with hosting(history_frames=4, keyframe_every=2, clips=clip_of(clip, (1, 2, 3))) as host:
+        name = done(host.create(start="clip", clip=0)).session
         shown = done(host.frames(name, 0, 3))
-        equal(shown, start.frames)
-        assert [frame.action for frame in shown] == [1, 2, 3]
-        frames = done(host.step(name, 1, count=2, sequence=4))
+        equal(shown, clip)
+        # They led to given frames, of which that is not said.
+        assert [frame.header.action for frame in shown] == [None] * 3
+        done(host.act(name, 1, 4))
+        frames = done(host.step(name, count=2))
         observed = done(host.observe(name, pictures(1, 9)[0], 3))
-        assert (observed.index, observed.generation) == (5, 0)
+        assert (observed.frame, observed.generation) == (5, 0)
         again = done(host.frames(name, 3, 3))
-        equal(again, [frames[0].frame, frames[1].frame, pictures(1, 9)[0]])
-        assert [frame.sequence for frame in again] == [4, 4, 0]
-        assert [frame.num_steps for frame in again] == [3, 3, 0]
+        equal(again, [frames[0].pixels, frames[1].pixels, pictures(1, 9)[0]])
+        assert [frame.header.sequence for frame in again] == [4, 4, 0]
+        assert [frame.header.steps for frame in again] == [3, 3, 0]
         done(host.step(name, count=20))
-        assert done(host.info(name)).kept_from > 15
-        with pytest.raises(OutOfHistory, match="frame 5 was asked for"):
-            done(host.frames(name, 5))
+        assert done(host.look(name)).kept_from > 15
+        refused(host.frames(name, 5), "out_of_history", "frame 5 was asked for")
 
 
 def test_a_fork_is_another_session_and_may_have_another_seed():
     world = make_world()
     with hosting() as host:
-        name = done(host.create(Start(seed=4))).session_id
+        name = done(host.create(seed=4)).session
         done(host.step(name, 1, count=2))
         twin = done(host.fork(name, seed=11))
         assert twin.seed == 11 and not twin.attached
-        (mine,), (theirs,) = done(host.step(name, 2)), done(host.step(twin.session_id, 2))
+        (mine,), (theirs,) = done(host.step(name, 2)), done(host.step(twin.session, 2))
         equal([mine], alone(world, make_engine(world), [1, 1, 2], seed=4)[-1:])
-        assert not np.array_equal(mine.frame, theirs.frame)
+        assert not np.array_equal(mine.pixels, theirs.pixels)
 
 
 class Sabotaged(PixelAutoencoder):
@@ -330,20 +330,18 @@ def test_the_end_of_the_model_thread_is_noticed_and_said():
     world = World(model.model, Sabotaged(PixelConfig()), model.card, model.sampling)
     said = []
     with hosting(world, said=said) as host:
-        name = done(host.create(Start())).session_id
+        name = done(host.create()).session
         client = Client(host)
         done(host.attach(name, client))
         assert host.overview().healthy
         world.autoencoder.is_broken = True
         waiting = [host.step(name, count=4), host.step(name)]
         for future in waiting:
-            with pytest.raises(HostStopped, match="RuntimeError: the device is gone"):
-                done(future)
+            refused(future, "model_stopped", "RuntimeError: the device is gone")
         client.wait(lambda one: any(isinstance(event, Stopped) for event in one.events))
         until(lambda: not host.overview().healthy)
         assert "the device is gone" in host.overview().reason
-        with pytest.raises(HostStopped, match="the device is gone"):
-            done(host.create(Start()))
+        refused(host.create(), "model_stopped", "the device is gone")
     assert any("the device is gone" in line for line in said)
 
 
@@ -366,7 +364,7 @@ class Poisoned(PlainEngine):
 def test_a_fault_stops_its_session_alone(action, fault):
     world, said = make_world(), []
     with hosting(world, Poisoned(world.model), said) as host:
-        names = [done(host.create(Start(seed=seed))).session_id for seed in range(2)]
+        names = [done(host.create(seed=seed)).session for seed in range(2)]
         clients = [Client(host) for _ in names]
         for name, client in zip(names, clients, strict=True):
             done(host.attach(name, client))
@@ -375,12 +373,11 @@ def test_a_fault_stops_its_session_alone(action, fault):
         done(host.act(names[0], action))
         clients[0].wait(lambda one: any(isinstance(event, Stopped) for event in one.events))
         assert fault in clients[0].events[-1].reason
-        with pytest.raises(SessionStopped, match=fault):
-            done(host.step(names[0]))
+        refused(host.step(names[0]), "session_stopped", fault)
         clients[1].wait_frames(len(clients[1].frames) + 5)
         overview = host.overview()
         assert (overview.num_sessions, overview.num_faults, overview.healthy) == (1, 1, True)
-        assert done(host.create(Start())).index == -1
+        assert done(host.create()).frame == -1
     assert any(fault in line for line in said)
 
 
@@ -409,7 +406,7 @@ class Full(PlainEngine):
 def test_a_device_full_in_a_pass_and_in_the_call_that_all_share_ends_those_two_alone():
     world, said = make_world(), []
     with hosting(world, Full(world.model), said, max_sessions=3) as host:
-        names = [done(host.create(Start(seed=seed))).session_id for seed in range(3)]
+        names = [done(host.create(seed=seed)).session for seed in range(3)]
         clients = [Client(host) for _ in names]
         for name, client in zip(names, clients, strict=True):
             done(host.attach(name, client))
@@ -417,13 +414,13 @@ def test_a_device_full_in_a_pass_and_in_the_call_that_all_share_ends_those_two_a
             client.wait_frames(2)
         done(host.act(names[2], 3))
         until(lambda: host.overview().num_faults == 2)
-        reasons = [str(host.info(name).exception(WAIT_S) or "") for name in names]
+        reasons = [str(host.look(name).exception(WAIT_S) or "") for name in names]
         assert "session 2, which remembers 6 frames, ran out of memory" in reasons[2]
         # Of the others that which joined last of those in the call; one goes on.
         assert sum("one call for" in reason for reason in reasons[:2]) == 1
         going = clients[reasons.index("")]
         going.wait_frames(len(going.frames) + 5)
-        assert done(host.create(Start())).index == -1
+        assert done(host.create()).frame == -1
         overview = host.overview()
         assert (overview.num_sessions, overview.num_faults, overview.healthy) == (2, 2, True)
     assert sum("session 2 was stopped" in line for line in said) == 1
@@ -432,102 +429,99 @@ def test_a_device_full_in_a_pass_and_in_the_call_that_all_share_ends_those_two_a
 def test_a_client_that_raises_is_let_go():
     said = []
     with hosting(said=said) as host:
-        name = done(host.create(Start())).session_id
+        name = done(host.create()).session
 
         def deaf(event):
             raise RuntimeError("the line is dead")
 
         done(host.attach(name, deaf))
         assert len(done(host.step(name, count=2))) == 2
-        assert not done(host.info(name)).attached
+        assert not done(host.look(name)).attached
     assert any("the line is dead" in line for line in said)
 
 
 def test_limits_and_words_that_do_not_fit_are_refused_and_harmless():
     world = make_world()
     with hosting(max_sessions=1, max_start_frames=2, max_rows=1) as host:
-        name = done(host.create(Start())).session_id
+        name = done(host.create()).session
+        guided = GuidanceChoice(kind="conditions", scale=2.0)
+        noisy = GuidanceChoice(kind="context_noise")
         wrong = [
-            (host.act(name, 4), "0 .. 3, got 4"),
-            (host.act(name, (0.5, 1.0)), "an action is one id"),
-            (host.act(name, None), "none were given"),
-            (host.step(name, count=0), "count must lie in 1 .. 256, got 0"),
-            (host.change(name, num_steps=9), r"steps must lie in 1 .. 8, got 9"),
-            (host.change(name, seed=-1), "a seed must be 0 or more"),
-            (host.change(name, guidance=Guidance(kind="conditions", scale=2.0)), "reset with it"),
-            (host.change(name, guidance=Guidance(kind="context_noise")), "max_rows is 1"),
-            (host.observe(name, pictures(1)[0, :, :5], 1), "must be bytes of shape"),
-            (host.frames(name, 0), "frame 0 was asked for"),
-            (host.reset(name, Start(frames=pictures(3), actions=(0, 0, 0))), "1 to 2 frames"),
-            (host.reset(name, Start(frames=pictures(2), actions=(0,))), "need 2 actions, got 1"),
-            (host.reset(name, Start(frames=pictures(1), actions=(7,))), "got 7 .. 7"),
-            (host.reset(name, Start(label=1)), "this model has 0 labels"),
-            (host.reset(name, Start(actions=(1,))), "none were given"),
+            (host.act(name, 4), "unknown_action", "0 .. 3, got 4"),
+            (host.act(name, (0.5, 1.0)), "unknown_action", "an action of this world is a number"),
+            (host.step(name, count=257), "bad_field", "count: must lie in 1 .. 256 here, got 257"),
+            (host.set(name, steps=9), "bad_field", "steps: must lie in 1 .. 8 here, got 9"),
+            (host.set(name, guidance=guided), "bad_request", "reset with it"),
+            (host.set(name, guidance=noisy), "bad_request", "max_rows is 1"),
+            (host.observe(name, pictures(1)[0, :, :5], 1), "bad_request", "must be bytes of shape"),
+            (host.frames(name, 0), "out_of_history", "frame 0 was asked for"),
+            (host.reset(name, pictures(3)), "bad_request", "1 to 2 frames"),
+            (host.reset(name, pictures(1), action=7), "unknown_action", "0 .. 3, got 7"),
+            (host.reset(name, label=1), "bad_field", "this world wants none, got 1"),
+            (host.reset(name, start="clip", clip=0), "unknown_clip", "this world has 0 clips"),
         ]
-        for future, words in wrong:
-            with pytest.raises(ValueError, match=words) as caught:
-                done(future)
-            assert caught.value.code in ("bad_request", "out_of_history")
-        with pytest.raises(TooManySessions, match="1 of 1 sessions"):
-            done(host.create(Start()))
-        with pytest.raises(TooManySessions, match="1 of 1 sessions"):
-            done(host.fork(name))
-        for call in (host.info, host.step, host.delete, host.pause, host.snapshot):
-            with pytest.raises(UnknownSession):
-                done(call("../../etc/passwd"))
-        info = done(host.info(name))
-        assert (info.generation, info.index) == (0, -1)
+        for future, code, words in wrong:
+            refused(future, code, words)
+        for kind, fields in ((Set, {"seed": -1}), (Step, {"count": 0}), (Create, {"action": 1})):
+            with pytest.raises(ValueError):
+                kind(**fields)
+        refused(host.create(), "too_many_sessions", "1 of 1 sessions")
+        refused(host.fork(name), "too_many_sessions", "1 of 1 sessions")
+        for call in (host.look, host.step, host.close, host.pause, host.snapshot):
+            refused(call("../../etc/passwd"), "unknown_session")
+        info = done(host.look(name))
+        assert (info.generation, info.frame) == (0, -1)
         equal(done(host.step(name, 1)), alone(world, make_engine(world), [1]))
-        done(host.delete(name))
-        done(host.create(Start()))
+        done(host.close(name))
+        done(host.create())
 
 
 def test_steps_that_wait_are_bounded_and_so_are_calls():
     gate = threading.Event()
     with hosting(max_orders=2, queue_frames=1, queue_commands=5) as host:
-        name = done(host.create(Start())).session_id
+        name = done(host.create()).session
 
         def hold(event):
-            if getattr(event, "index", -1) == 1:
+            if isinstance(event, Frame) and event.header.frame == 1:
                 gate.wait(WAIT_S)
 
         done(host.attach(name, hold))
         # Nobody acknowledges: they wait.
         orders = [host.step(name, count=2) for _ in range(3)]
-        with pytest.raises(BadRequest, match="2 steps of this session wait already"):
-            done(orders[2])
+        refused(orders[2], "bad_request", "2 steps of this session wait already")
         until(lambda: host.overview().num_frames == 1)
         done(host.acknowledge(name, 0, 0))
         until(lambda: host.overview().num_commands == 0)
-        calls = [host.info(name) for _ in range(16)]
-        refused = [call for call in calls if call.done() and call.exception()]
+        calls = [host.look(name) for _ in range(16)]
+        sent_away = [call for call in calls if call.done() and call.exception()]
         gate.set()
-        assert refused and all(isinstance(call.exception(), Overloaded) for call in refused)
-        assert all(done(call).index >= 0 for call in calls if call not in refused)
+        assert sent_away
+        for call in sent_away:
+            refused(call, "overloaded", "5 calls wait")
+        assert all(done(call).frame >= 0 for call in calls if call not in sent_away)
 
 
 def test_memory_is_promised_before_it_is_taken():
     with hosting(max_sessions=50, memory_gib=0.002, history_frames=4) as host:
         names = []
-        with pytest.raises(TooManySessions, match="a session of this kind needs"):
+        with pytest.raises(ServeError, match="a session of this kind needs"):
             for _ in range(50):
-                names.append(done(host.create(Start())).session_id)
+                names.append(done(host.create()).session)
         overview = host.overview()
         assert 0 < len(names) < 50
         assert overview.reserved_bytes <= overview.budget_bytes <= 0.002 * 2**30
-        guided = Guidance(kind="conditions", scale=2.0)
-        with pytest.raises(TooManySessions):
-            done(host.reset(names[0], Start(guidance=guided)))
+        guided = GuidanceChoice(kind="conditions", scale=2.0)
+        refused(host.reset(names[0], guidance=guided), "too_many_sessions")
         assert host.overview().reserved_bytes == overview.reserved_bytes
-        done(host.delete(names[1]))
-        done(host.delete(names[2]))
-        assert done(host.reset(names[0], Start(guidance=guided))).guidance == guided
+        done(host.close(names[1]))
+        done(host.close(names[2]))
+        assert done(host.reset(names[0], guidance=guided)).guidance == guided
 
 
 def test_a_history_that_does_not_fit_is_shortened_and_said():
     said = []
     with hosting(said=said, memory_gib=0.01, max_sessions=4, history_frames=10_000) as host:
-        name = done(host.create(Start())).session_id
+        name = done(host.create()).session
         assert len(done(host.step(name, count=3))) == 3
     assert "instead of 10000 and 4" in said[0]
     world = make_world()
@@ -537,13 +531,12 @@ def test_a_history_that_does_not_fit_is_shortened_and_said():
 
 def test_after_a_stop_everything_is_refused():
     with hosting() as host:
-        name = done(host.create(Start())).session_id
+        name = done(host.create()).session
         client = Client(host)
         done(host.attach(name, client))
         host.stop(WAIT_S)
         assert isinstance(client.events[-1], Stopped)
-        with pytest.raises(HostStopped, match="the server is stopping"):
-            done(host.info(name))
+        refused(host.look(name), "model_stopped", "the server is stopping")
         assert not host.overview().healthy
 
 
@@ -557,11 +550,11 @@ def test_steps_there_and_back_are_the_listed_ones_before_and_after_a_snapshot():
     listed = SamplingConfig(num_steps=4, schedule="listed", times=(1.0, 0.94, 0.83, 0.62))
     world = replace(make_world(), sampling=listed)
     with hosting(world) as host:
-        name = done(host.create(Start(seed=5))).session_id
-        done(host.change(name, num_steps=2))
-        assert done(host.change(name, num_steps=4)).num_steps == 4
+        name = done(host.create(seed=5)).session
+        done(host.set(name, steps=2))
+        assert done(host.set(name, steps=4)).steps == 4
         frames = done(host.step(name, 1))
-        twin = done(host.restore(done(host.snapshot(name)))).session_id
+        twin = done(host.restore(done(host.snapshot(name)))).session
         equal(frames + done(host.step(name, 2)), alone(world, make_engine(world), [1, 2], seed=5))
         equal(done(host.step(twin, 2)), alone(world, make_engine(world), [1, 2], seed=5)[1:])
 

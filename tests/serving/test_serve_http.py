@@ -31,7 +31,7 @@ from scd.serving import run
 from scd.serving.access import Bucket, Buckets
 from scd.serving.client import Client
 from scd.serving.http_api import PAGE, read_page
-from scd.serving.messages import Create
+from scd.serving.messages import Create, State
 from scd.serving.ray_app import serve_replicas
 from scd.serving.run import held_out_clips, listening, open_service
 from scd.serving.settings import ClientLimits, ServeConfig, is_loopback, read_token
@@ -295,8 +295,8 @@ def test_the_worlds_own_clips_may_be_longer_than_uploads(tmp_path: Path):
     service = open_service(ServeConfig(run=str(world), limits=limits, memory_gib=0.2), None)
     service.host.start()
     try:
-        start = service.checks.beginning(Create(start="clip", clip=0))
-        assert service.host.create(start).result(60).num_given == 16
+        answer = service.ask(Create(start="clip", clip=0)).result(60)
+        assert isinstance(answer.message, State) and answer.message.num_given == 16
     finally:
         service.host.stop()
 

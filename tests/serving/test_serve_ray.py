@@ -28,8 +28,8 @@ from scd.engine.open import open_engine
 from scd.models.checkpoint import save_world
 from scd.serving.admission import HostConfig
 from scd.serving.client import Client, Refused, SessionEnded
-from scd.serving.events import Start
 from scd.serving.host import Host
+from scd.serving.messages import Create, State, Step
 from scd.serving.metrics import merged
 from scd.serving.ray_app import serve_replicas
 from scd.serving.settings import ServeConfig
@@ -313,9 +313,10 @@ def test_a_server_that_ends_writes_every_session(server: Replicas):
     host.start()
     try:
         for seed, (name, actions) in enumerate(played.items()):
-            (frame,) = host.step(name, 1).result(30.0)
-            equal([frame.frame], alone([*actions, 1], seed=seed)[-1:])
-        assert host.create(Start()).result(30.0).index == -1
+            (frame,) = host.ask(Step(action=1), name).result(30.0).frames
+            equal([frame.pixels], alone([*actions, 1], seed=seed)[-1:])
+        created = host.ask(Create()).result(30.0).message
+        assert isinstance(created, State) and created.frame == -1
     finally:
         host.stop()
 

@@ -19,7 +19,7 @@ from PIL import Image
 from scd.data.video import write_video
 from scd.serving import uploads as kept_uploads
 from scd.serving.decode import DecodeLimits, Refused, command, container_of, decode
-from scd.serving.messages import ProtocolError
+from scd.serving.messages import ServeError
 from scd.serving.settings import ClientLimits
 from scd.serving.uploads import Uploads
 
@@ -152,7 +152,7 @@ def uploads(**changes) -> Uploads:
 
 
 def code_of(adding) -> str:
-    with pytest.raises(ProtocolError) as caught:
+    with pytest.raises(ServeError) as caught:
         asyncio.run(adding)
     return caught.value.code
 
@@ -164,9 +164,9 @@ def test_uploads_are_decoded_elsewhere_and_kept_by_id(tmp_path: Path):
         second, num_video = await kept.add(video(tmp_path / "a.mp4", 12))
         assert (num_frames, num_video, len(kept)) == (1, 6, 2) and len(first) > 16
         assert (kept.frames(first) == decode(picture(64, 64), LIMITS)).all()
-        with pytest.raises(ProtocolError, match="kept already"):
+        with pytest.raises(ServeError, match="kept already"):
             await kept.add(picture())
-        with pytest.raises(ProtocolError, match="no such upload"):
+        with pytest.raises(ServeError, match="no such upload"):
             kept.frames("../../etc/passwd")
 
     asyncio.run(scenario())
@@ -178,7 +178,7 @@ def test_uploads_expire():
         identity, _ = await kept.add(picture())
         await asyncio.sleep(0.01)
         assert len(kept) == 0
-        with pytest.raises(ProtocolError, match="expired"):
+        with pytest.raises(ServeError, match="expired"):
             kept.frames(identity)
 
     asyncio.run(scenario())
@@ -199,7 +199,7 @@ def test_a_decoder_that_takes_too_long_is_killed(monkeypatch: pytest.MonkeyPatch
 def test_a_decoder_that_computes_too_long_is_ended_by_the_system():
     program = "import scd.serving.decode as d\nd.shut_in(1)\nwhile True: pass"
     run = subprocess.run([sys.executable, "-c", program])
-    with pytest.raises(ProtocolError) as caught:
+    with pytest.raises(ServeError) as caught:
         uploads()._checked(run.returncode, b"")
     assert caught.value.code == "too_slow_to_decode"
 
