@@ -30,10 +30,10 @@ from scd.data.latents import LatentSource
 from scd.data.loader import Loader
 from scd.data.source import Source, Split, open_source
 from scd.preprocessing.encode import EncodeConfig, encode
-from scd.training.config import TrainConfig, build_model
+from scd.training.config import TrainConfig
 from scd.training.fit import fit_to_data
 from scd.training.presets import preset
-from scd.training.tasks import denoising
+from scd.training.world import build_model, clip_objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +81,15 @@ def read_rate(source: Source, run: TrainConfig, num_batches: int) -> float:
 def trainer(run: TrainConfig, source: LatentSource) -> Callable[[int], float]:
     """Return a function from a number of steps to the frames per second that training takes."""
     device = choose_device("auto" if run.device == "auto" else run.device)
-    model, loss = build_model(run, source.card).to(device).train(), denoising(run, device)
+    model = build_model(run).to(device).train()
+    objective = clip_objective(run, model)
     batch = Loader(source, run.batch_size, run.num_frames, run.seed).batch(0).to(device)
 
     def step(number: int) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-            value, _ = loss(model, batch, make_generator(0, "loading", number, device=device))
+            value, _ = objective.loss(
+                model, batch, make_generator(0, "loading", number, device=device)
+            )
         value.backward()
         model.zero_grad(set_to_none=True)
         value.item()

@@ -27,7 +27,7 @@ from scd.common.provenance import provenance, write_json
 from scd.common.runtime import Precision
 from scd.models.build import num_parameters
 from scd.models.checkpoint import load_world
-from scd.training.distill import Method
+from scd.training.presets import Method
 
 
 @dataclass(frozen=True, kw_only=True)

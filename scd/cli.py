@@ -200,7 +200,7 @@ def _encode(words: list[str]) -> None:
 
 
 def _train(words: list[str]) -> None:
-    from scd.training.initial import like_initial
+    from scd.training.fit import like_initial
     from scd.training.presets import PRESETS, TrainCommand
 
     name, rest = _split_name(words, "train", "preset", PRESETS)
@@ -239,7 +239,7 @@ def _train_as(settings: Any, base: Any, command: str) -> None:
 
 
 def _run_training(config: Any) -> None:
-    from scd.training.trainer import train
+    from scd.training.world import train
 
     print(f"saved {train(config)}")
 
@@ -258,7 +258,7 @@ def _distill(words: list[str]) -> None:
         return
     from scd.objectives.distill import ConsistencyConfig
     from scd.training.config import TrainConfig
-    from scd.training.distill import DistillChoice, distillation
+    from scd.training.presets import DistillChoice, distillation
 
     if _asks_for_help(words):
         blank = TrainConfig(objective=ConsistencyConfig())
@@ -354,7 +354,7 @@ def _play(words: list[str]) -> None:
 
 def _train_autoencoder(words: list[str]) -> None:
     from scd.training.autoencoder import readable, train_autoencoder
-    from scd.training.autoencoder_settings import TrainAutoencoderConfig
+    from scd.training.config import TrainAutoencoderConfig
 
     config = _parse(TrainAutoencoderConfig, words, "train-autoencoder")
     print(readable(train_autoencoder(config)))

@@ -22,10 +22,9 @@ from scd.probing.interventions import DiagonalConfig, RecomposeConfig, SkipConfi
 from scd.probing.settings import ProbeConfig
 from scd.sampling.settings import SampleConfig, VBenchConfig
 from scd.serving.settings import PlayConfig, ServeConfig
-from scd.training.autoencoder_settings import TrainAutoencoderConfig
-from scd.training.distill import DistillChoice
+from scd.training.config import TrainAutoencoderConfig
 from scd.training.inverse_dynamics import TrainJudgeConfig
-from scd.training.presets import PRESETS, TrainCommand
+from scd.training.presets import PRESETS, DistillChoice, TrainCommand
 
 
 def print_completion(shell: str) -> None:

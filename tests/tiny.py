@@ -2,7 +2,7 @@
 
 import torch
 
-from scd.data.clip import Conditions
+from scd.data.clip import Batch, Conditions
 from scd.data.spaces import ConditionSpec
 from scd.models.block import BlockConfig
 from scd.models.build import build
@@ -12,6 +12,7 @@ from scd.models.embed import FrameShape
 from scd.models.encoder import EncoderConfig
 from scd.models.kv_cache import CacheConfig
 from scd.models.separable import SeparableConfig
+from scd.objectives.denoise import Denoise, Objective, TeacherForcing
 
 SHAPE = FrameShape(channels=3, height=4, width=6, patch_size=2)
 BLOCK = BlockConfig(width=32, head_dim=16, rotary_axes=(4, 6, 6))
@@ -89,3 +90,28 @@ def stored_in(value):
     if not hasattr(value, "__tensor_flatten__"):
         return [value]
     return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+
+
+def loss_of(objective, model, clean, conditions, generator):
+    """Loss and logs of an objective on clips of latents."""
+    batch = Batch(frames=clean, conditions=conditions, encoded=True)
+    return objective.loss(model, batch, generator)
+
+
+def denoising_loss(model, clean, conditions, config, generator, needs_first_frame=False):
+    """Loss and logs of denoising."""
+    objective = Denoise(config=config, needs_first_frame=needs_first_frame)
+    return loss_of(objective, model, clean, conditions, generator)
+
+
+def teacher_forced_loss(model, clean, conditions, config, generator, frames_per_block=1):
+    """Loss and logs of teacher forcing on Wan's noise levels."""
+    objective = TeacherForcing(config=config, frames_per_block=frames_per_block)
+    return loss_of(objective, model, clean, conditions, generator)
+
+
+def objective_of(loss):
+    """An objective of a plain function (model, batch, generator) -> (loss, logs)."""
+    objective = Objective()
+    objective.loss = loss
+    return objective

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ class RunLog:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         *,
         total_steps: int,
         first_step: int = 0,
@@ -43,7 +44,7 @@ class RunLog:
         """Open `log.jsonl` in the run folder; what an earlier part of the run wrote is kept.
 
         Args:
-            folder: the run folder; it exists.
+            folder: the run folder; it exists. None: lines go to the screen only.
             total_steps: where the progress bar ends.
             first_step: where it begins: steps that were done before.
             tracker: a service that gets every number too.
@@ -53,15 +54,15 @@ class RunLog:
         Raises:
             ValueError: the tracker's package is not installed.
         """
-        self.path = folder / "log.jsonl"
+        path = folder / "log.jsonl" if folder else Path(os.devnull)
         self._file = None
         self._tracker = None
         self._bar: Progress | None = None
         if not active:
             return
-        self._tracker = _open_tracker(tracker, folder)
-        torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
-        self._file = self.path.open("a", encoding="utf-8")
+        self._tracker = _open_tracker(tracker, folder or Path())
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = path.open("a", encoding="utf-8")
         if torn:
             # The last line of a run that was killed while it wrote.
             self._file.write("\n")

@@ -54,12 +54,13 @@ class StopRequest:
             return f"the time limit of {self._limit_s:g} s is over"
         return ""
 
-    def interrupted(self, step: int, max_steps: int, folder: Path) -> Interrupted:
-        """Return what a training raises that a signal ended after it was saved."""
+    def interrupted(self, step: int, max_steps: int, folder: Path | None) -> Interrupted:
+        """Return what a training raises that a signal ended after it was saved; None: nowhere."""
+        saved = f"saved {folder}, and the same command goes on from there"
         return Interrupted(
             self.signal_name,
-            f"{self.signal_name} after step {step} of {max_steps}: saved {folder}, and the same "
-            "command goes on from there",
+            f"{self.signal_name} after step {step} of {max_steps}: "
+            f"{saved if folder else 'nothing is kept'}",
         )
 
     def __enter__(self) -> StopRequest:

@@ -41,7 +41,7 @@ from scd.models.shipped import shipped_world
 from scd.streaming.rollout import Timing
 from scd.training.fit import fit_to_data
 from scd.training.presets import preset
-from scd.training.trainer import train
+from scd.training.world import train
 
 MARKER = ".scd-demo"
 """File that tells a folder of ours from anybody else's."""

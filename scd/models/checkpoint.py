@@ -5,10 +5,10 @@ A world folder holds `config.json` (format, model, autoencoder, data card, sampl
 
     config.json        the TrainConfig of the run
     log.jsonl          what happened
-    step_000100/       a world folder of the averaged weights (EMA), and beside it
+    step_000100/       a world folder of the averaged weights (EMA), or what else is trained; and
         raw.safetensors    the weights themselves
         optimizer.pt       state of the optimisers
-        companions.pt      networks trained beside the model, with their optimisers, if any
+        auxiliary.pt       networks trained beside the model, with their optimisers, if any
         progress.json      step, number of EMA updates, processes
     last               a text file that names the newest step folder
     lock               locked by the process that trains here
@@ -85,7 +85,7 @@ def save_world(world: World, folder: str | os.PathLike[str]) -> Path:
         if others:
             raise FileExistsError(f"{folder} holds other things than a world: {sorted(names)}")
     with written_aside(folder) as aside:
-        _write_world(world, world.model.state_dict(), aside)
+        write_world(world, world.model.state_dict(), aside)
     return folder
 
 
@@ -161,38 +161,35 @@ def last_step(run: Path) -> Path | None:
 
 def save_step(
     run: Path,
-    world: World,
-    averaged: Mapping[str, Tensor],
+    write: Callable[[Path], object],
+    raw: Mapping[str, Tensor],
     optimizers: list[dict[str, Any]],
     progress: Progress,
     keep: int,
-    companions: Mapping[str, Any] | None = None,
-    raw: Mapping[str, Tensor] | None = None,
+    auxiliary: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `step_<n>` of a run, point `last` at it and remove older ones.
 
     Args:
         run: the run folder; it exists.
-        world: the world with the weights that the optimiser moves.
-        averaged: the averaged weights by parameter name.
+        write: writes what the run makes into a folder, of the averaged weights.
+        raw: the weights that the optimiser moves.
         optimizers: state dict of each optimiser.
         progress: where the run stands.
         keep: how many of the newest steps stay, 1 or more.
-        companions: state of each network trained beside the model, by name; None: there is none.
-        raw: the weights that the optimiser moves; None: those in the world's model.
+        auxiliary: state of each network trained beside the model, by name.
 
     Raises:
         OSError: it could not be written, e.g. the disk is full; the earlier steps are untouched.
     """
     assert keep >= 1
-    raw = world.model.state_dict() if raw is None else raw
     folder = run / f"step_{progress.step:06d}"
     with written_aside(folder) as aside:
-        _write_world(world, {**raw, **averaged}, aside)
+        write(aside)
         _write_tensors(raw, aside / RAW_FILE)
         guarded(lambda path: torch.save(optimizers, path), aside / "optimizer.pt")
-        if companions:
-            guarded(lambda path: torch.save(companions, path), aside / "companions.pt")
+        if auxiliary:
+            guarded(lambda path: torch.save(auxiliary, path), aside / "auxiliary.pt")
         (aside / "progress.json").write_text(
             json.dumps(to_json(progress), indent=2) + "\n", encoding="utf-8"
         )
@@ -223,13 +220,13 @@ def load_optimizers(step_folder: Path) -> list[dict[str, Any]]:
     return load_state(step_folder / "optimizer.pt")
 
 
-def load_companions(step_folder: Path) -> dict[str, Any]:
+def load_auxiliary(step_folder: Path) -> dict[str, Any]:
     """Read the state of the networks trained beside the model; none where there is no such file.
 
     Raises:
         ValueError: the file is damaged or holds something else.
     """
-    return load_state(path) if (path := step_folder / "companions.pt").exists() else {}
+    return load_state(path) if (path := step_folder / "auxiliary.pt").exists() else {}
 
 
 def load_state(path: Path) -> Any:
@@ -273,7 +270,8 @@ def write_world_settings(
     return config
 
 
-def _write_world(world: World, state: Mapping[str, Tensor], folder: Path) -> None:
+def write_world(world: World, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write settings and weights of a world into a folder that is there."""
     config = write_world_settings(
         folder, world.model.config, world.autoencoder.config, world.card, world.sampling
     )

@@ -1,4 +1,4 @@
-"""A judge of frames on the features of a diffuser, and the losses of the student against it.
+"""A discriminator of frames on the features of a diffuser, and the losses of both sides.
 
 Source: paper, section 7.4 (heads on blocks of the critic); the heads are ours: one learned query
 per block, which pools the tokens of a frame, and a small MLP.
@@ -20,7 +20,6 @@ from scd.models.build import Diffuser
 from scd.models.separable import SeparableDiffuser
 from scd.objectives.denoise import Network
 from scd.objectives.distribution_matching import MatchConfig, Noised, Rolled, noised
-from scd.objectives.score import adversarial_loss, discriminator_loss, roughness
 
 DISTANCE = 0.05
 """Step of the finite differences of R1 and R2. Source: paper, section 7.4."""
@@ -34,16 +33,16 @@ class Head(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, 1)
         self.rise = nn.Linear(width, width)
-        self.judge = nn.Linear(width, 1)
-        nn.init.zeros_(self.judge.weight)
-        nn.init.zeros_(self.judge.bias)
+        self.logit = nn.Linear(width, 1)
+        nn.init.zeros_(self.logit.weight)
+        nn.init.zeros_(self.logit.bias)
 
     def forward(self, tokens: Float[Tensor, "f n d"]) -> Float[Tensor, " f"]:
         """Return a logit per frame, 0 before training."""
         x = self.norm(tokens)
         weight = self.query(x).softmax(dim=1)
         pooled = (weight * x).sum(dim=1)
-        return self.judge(functional.silu(self.rise(pooled)))[:, 0]
+        return self.logit(functional.silu(self.rise(pooled)))[:, 0]
 
 
 class Discriminator(nn.Module):
@@ -101,7 +100,7 @@ class Discriminator(nn.Module):
         return rearrange(logits, "(b r m) -> b r m", b=b, r=r, m=m)
 
 
-def adversary_loss(
+def student_gan_loss(
     discriminator: Network,
     rolled: Rolled,
     real: Rolled,
@@ -127,7 +126,7 @@ def adversary_loss(
     return adversarial_loss(truth, fake, config.relativistic)
 
 
-def judge_loss(
+def discriminator_gan_loss(
     discriminator: Network,
     rolled: Rolled,
     real: Rolled,
@@ -153,6 +152,49 @@ def judge_loss(
         for moved, at in zip(logits[2:], logits[:2], strict=True):
             loss = loss + config.roughness * roughness(moved, at, DISTANCE)
     return loss
+
+
+def discriminator_loss(
+    real: Float[Tensor, "..."], fake: Float[Tensor, "..."], relativistic: bool = False
+) -> Float[Tensor, ""]:
+    """Return the loss of a discriminator from its logits of real and of generated frames.
+
+    Args:
+        real: above 0 means taken for real.
+        fake: of generated frames, paired with `real` if relativistic.
+        relativistic: only the difference of a pair counts, not each logit by itself.
+    """
+    if relativistic:
+        return functional.softplus(fake - real).mean()
+    return functional.softplus(fake).mean() + functional.softplus(-real).mean()
+
+
+def adversarial_loss(
+    real: Float[Tensor, "..."], fake: Float[Tensor, "..."], relativistic: bool = False
+) -> Float[Tensor, ""]:
+    """Return the loss of the student from the discriminator's logits; see `discriminator_loss`.
+
+    `real` counts only if relativistic.
+    """
+    return functional.softplus(real - fake if relativistic else -fake).mean()
+
+
+def roughness(
+    moved: Float[Tensor, "..."], logits: Float[Tensor, "..."], distance: float
+) -> Float[Tensor, ""]:
+    """Estimate how fast a discriminator's logits change: R1 on real frames, R2 on generated ones.
+
+    A finite difference in a random direction, so that no second derivative is needed.
+
+    Args:
+        moved: logits of the frames + distance * standard normal noise.
+        logits: those of the frames themselves.
+        distance: 0.05 in Self-Forcing.
+
+    Returns:
+        The mean square of the slope: of something linear, the square of its gradient's length.
+    """
+    return ((moved - logits) / distance).square().mean()
 
 
 def _like(drawn: Noised, frames: Tensor) -> Noised:

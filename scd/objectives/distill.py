@@ -9,26 +9,28 @@ each time of a schedule, the baseline. Matching the student's own rollouts:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from scd.data.clip import Conditions
+from scd.data.clip import Batch, Conditions
 from scd.models.base import Augmentation
+from scd.models.build import Diffuser
 from scd.models.embed import Field
 from scd.models.flow import SamplingConfig, clean_from_velocity, guide, interpolate, schedule
-from scd.objectives.denoise import Network, noisy_history
-
-Logs = dict[str, Float[Tensor, ""]]
-"""Numbers of a loss for the log."""
+from scd.objectives.denoise import Logs, Network, Objective, noisy_history
 
 Path = Callable[[Tensor, Conditions, int, int], Field]
 """A model's `field`, called with clean frames, their conditions, the number of noisy frames and of
 draws: many steps on one history."""
+
+Autocast = Callable[..., AbstractContextManager[None]]
+"""Makes a context in which networks run at the run's precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class ConsistencyConfig:
     num_grid_steps: int = 8
     """Steps of the grid of times between noise and frame on which the teacher's path is walked."""
     grid_shift: float = 1.0
-    """Bend of the grid; above 1 makes finer steps near noise."""
+    """Timestep shift of the grid; above 1 makes finer steps near noise."""
     num_teacher_steps: int = 4
     """Steps on the grid that the teacher takes before the target network jumps to the end. As many
     as the grid has: the teacher walks to the end, and the target network is not needed. One, as
@@ -125,7 +127,6 @@ class Draw:
     frames: Float[Tensor, "b r m c h w"]
     """Clean."""
     noise: Float[Tensor, "b r m c h w"]
-    """The path's other end."""
     place: Int[Tensor, "b r m"]
     """Index of each frame's time in the grid."""
     history: Float[Tensor, "b t c h w"]
@@ -135,8 +136,7 @@ class Draw:
 
 
 def draw(
-    clean: Float[Tensor, "b t c h w"],
-    conditions: Conditions,
+    batch: Batch,
     num_places: int,
     config: ConsistencyConfig | RegressionConfig,
     generator: torch.Generator,
@@ -147,6 +147,7 @@ def draw(
     Raises:
         ValueError: clips without a frame that has a context.
     """
+    clean = batch.frames
     if clean.shape[1] <= needs_first_frame:
         raise ValueError(f"needed clips of 2 or more frames, got {clean.shape[1]}")
     augment = Augmentation(generator=generator, condition_dropout=config.condition_dropout)
@@ -159,83 +160,70 @@ def draw(
         noise=augment.noise_like(frames),
         place=place.to(clean.device),
         history=noisy_history(clean, config.history_noise, augment),
-        conditions=augment.drop(conditions),
+        conditions=augment.drop(batch.conditions),
     )
 
 
-def consistency_loss(
-    student: Network,
-    target: Network,
-    teacher: Path,
-    clean: Float[Tensor, "b t c h w"],
-    conditions: Conditions,
-    config: ConsistencyConfig,
-    generator: torch.Generator,
-    needs_first_frame: bool = False,
-) -> tuple[Float[Tensor, ""], Logs]:
-    """Compare the student's clean estimate with that from further down the teacher's path.
+@dataclass(frozen=True, kw_only=True)
+class Consistency(Objective):
+    """The mean pseudo-Huber distance between the student's clean estimate and that from further
+    down the teacher's path."""
 
-    Args:
-        student: (history, noisy, time, conditions) -> velocity, with gradient.
-        target: the same network without gradient; not called where the path has ended.
-        teacher: whose velocity is followed, guided if need be.
-        clean: latent frames.
-        conditions: of the same frames.
-        config: settings.
-        generator: source of all draws.
-        needs_first_frame: the model cannot denoise a first frame, which is then only given.
+    config: ConsistencyConfig
+    teacher: Path
+    """Whose velocity is followed, guided if need be."""
+    target: Network
+    """The student's network without gradient, which jumps from there to the end; not called where
+    the path has ended."""
+    needs_first_frame: bool = False
+    """Whether the model cannot denoise a first frame, which is then only given."""
 
-    Returns:
-        The mean pseudo-Huber distance, and what to log.
-    """
-    grid = torch.tensor(config.grid, device=clean.device)
-    drawn = draw(clean, conditions, config.num_grid_steps, config, generator, needs_first_frame)
-    time = grid[drawn.place]
-    noisy = interpolate(drawn.frames, drawn.noise, time)
-    estimate = clean_from_velocity(
-        noisy, student(drawn.history, noisy, time, drawn.conditions), time
-    )
-    with torch.no_grad():
-        moved, now = noisy, time
-        follow = teacher(drawn.history, drawn.conditions, noisy.shape[2], config.num_draws)
-        for step in range(1, config.num_teacher_steps + 1):
-            after = grid[(drawn.place + step).clamp(max=config.num_grid_steps)]
-            moved = moved + (after - now)[..., None, None, None] * follow(moved, now)
-            now = after
-        if config.num_teacher_steps < config.num_grid_steps:
-            # At time 0 the estimate is the frame itself, whatever the network says.
-            velocity = target(drawn.history, moved, now, drawn.conditions)
-            moved = clean_from_velocity(moved, velocity, now)
-    loss = pseudo_huber(estimate, moved, config.huber)
-    return loss, {"loss": loss.detach(), "spread": spread(estimate.detach(), drawn.frames)}
+    def loss(
+        self, model: Network, batch: Batch, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Logs]:
+        """Return the loss of clips of latents."""
+        config = self.config
+        grid = torch.tensor(config.grid, device=batch.frames.device)
+        drawn = draw(batch, config.num_grid_steps, config, generator, self.needs_first_frame)
+        time = grid[drawn.place]
+        noisy = interpolate(drawn.frames, drawn.noise, time)
+        velocity = model(drawn.history, noisy, time, drawn.conditions)
+        estimate = clean_from_velocity(noisy, velocity, time)
+        with torch.no_grad():
+            moved, now = noisy, time
+            follow = self.teacher(drawn.history, drawn.conditions, noisy.shape[2], config.num_draws)
+            for step in range(1, config.num_teacher_steps + 1):
+                after = grid[(drawn.place + step).clamp(max=config.num_grid_steps)]
+                moved = moved + (after - now)[..., None, None, None] * follow(moved, now)
+                now = after
+            if config.num_teacher_steps < config.num_grid_steps:
+                # At time 0 the estimate is the frame itself, whatever the network says.
+                velocity = self.target(drawn.history, moved, now, drawn.conditions)
+                moved = clean_from_velocity(moved, velocity, now)
+        loss = pseudo_huber(estimate, moved, config.huber)
+        return loss, {"loss": loss.detach(), "spread": spread(estimate.detach(), drawn.frames)}
 
 
-def regression_loss(
-    student: Network,
-    clean: Float[Tensor, "b t c h w"],
-    conditions: Conditions,
-    times: Sequence[float],
-    config: RegressionConfig,
-    generator: torch.Generator,
-    needs_first_frame: bool = False,
-) -> tuple[Float[Tensor, ""], Logs]:
-    """Return the mean squared error of the clean estimate at the times of a schedule.
+@dataclass(frozen=True, kw_only=True)
+class Regression(Objective):
+    """The mean squared error of the clean estimate at the times of a schedule."""
 
-    Args:
-        student: (history, noisy, time, conditions) -> velocity, with gradient.
-        clean: latent frames.
-        conditions: of the same frames.
-        times: at which the student will be called, all above 0; one is drawn for each frame.
-        config: settings.
-        generator: source of all draws.
-        needs_first_frame: the model cannot denoise a first frame, which is then only given.
-    """
-    drawn = draw(clean, conditions, len(times), config, generator, needs_first_frame)
-    time = torch.tensor(times, device=clean.device)[drawn.place]
-    noisy = interpolate(drawn.frames, drawn.noise, time)
-    velocity = student(drawn.history, noisy, time, drawn.conditions)
-    loss = (clean_from_velocity(noisy, velocity, time) - drawn.frames).square().mean()
-    return loss, {"loss": loss.detach()}
+    config: RegressionConfig
+    times: Sequence[float]
+    """At which the student will be called, all above 0; one is drawn for each frame."""
+    needs_first_frame: bool = False
+    """Whether the model cannot denoise a first frame, which is then only given."""
+
+    def loss(
+        self, model: Network, batch: Batch, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Logs]:
+        """Return the loss of clips of latents."""
+        drawn = draw(batch, len(self.times), self.config, generator, self.needs_first_frame)
+        time = torch.tensor(self.times, device=batch.frames.device)[drawn.place]
+        noisy = interpolate(drawn.frames, drawn.noise, time)
+        velocity = model(drawn.history, noisy, time, drawn.conditions)
+        loss = (clean_from_velocity(noisy, velocity, time) - drawn.frames).square().mean()
+        return loss, {"loss": loss.detach()}
 
 
 def pseudo_huber(
@@ -299,3 +287,38 @@ def guided(network: Network, scale: float) -> Network:
         return guide(unconditional, conditional, scale)
 
     return field
+
+
+def running(network: Network, autocast: Autocast) -> Network:
+    """Return a network that is not wrapped, run at the run's precision as if it were.
+
+    Each call has a context of its own: copies of weights that a context made without gradient
+    must not serve a later call with gradient.
+    """
+
+    def run(*inputs: Tensor | Conditions) -> Tensor:
+        with autocast():
+            return network(*inputs).float()
+
+    return run
+
+
+def path_of(model: Diffuser, autocast: Autocast) -> Path:
+    """Return a model's `field` at the run's precision."""
+
+    def begin(history: Tensor, conditions: Conditions, num_noisy: int, num_draws: int) -> Field:
+        with autocast():
+            field = model.field(history, conditions, num_noisy, num_draws)
+        return running(field, autocast)
+
+    return begin
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Let gradient pass through a network but not into its weights, for a with block."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)

@@ -8,20 +8,21 @@ disagree, the student is pushed. Source: paper, section 7.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 
 from scd.common.config import added
 from scd.data.clip import Conditions
 from scd.models.base import Augmentation
 from scd.models.flow import clean_from_velocity, interpolate, velocity_between
 from scd.objectives.denoise import Network
-from scd.objectives.score import dmd_gradient, dmd_loss, draw_score_times, sid_loss
 from scd.optim.optim import OptimConfig
 
 
@@ -52,7 +53,7 @@ class MatchConfig:
     num_draws: int = 2
     """Draws of (time, noise) per scored frame; one encoder pass serves them all."""
     score_shift: float = 5.0
-    """Bend of the uniform times of the scores towards noise; 1: none."""
+    """Timestep shift of the uniform times of the scores towards noise; 1: none."""
     lowest_time: float = 0.02
     """Smallest time of a score."""
     highest_time: float = 0.98
@@ -188,9 +189,7 @@ class Noised:
     frames: Float[Tensor, "b r m c h w"]
     """Before noise."""
     noise: Float[Tensor, "b r m c h w"]
-    """Standard normal."""
     time: Float[Tensor, "b r m"]
-    """Of each frame."""
 
     @property
     def noisy(self) -> Float[Tensor, "b r m c h w"]:
@@ -214,6 +213,97 @@ def noised(
     )
     noise = Augmentation(generator=generator).noise_like(repeated)
     return Noised(frames=repeated, noise=noise, time=time.expand(shape).to(frames.dtype))
+
+
+def score_time(
+    uniform: Float[Tensor, "..."], shift: float, lowest: float, highest: float
+) -> Float[Tensor, "..."]:
+    """Shift uniform numbers in [0, 1] towards noise (1: not at all, 5: Self-Forcing's), and keep
+    them off the ends, where scores say nothing. Source: paper, section 7.2."""
+    return (shift * uniform / (1 + (shift - 1) * uniform)).clamp(lowest, highest)
+
+
+def draw_score_times(
+    shape: Sequence[int],
+    generator: torch.Generator,
+    shift: float,
+    lowest: float,
+    highest: float,
+    device: torch.device | str = "cpu",
+) -> Float[Tensor, "..."]:
+    """Draw independent times at which frames are scored: `score_time` of a uniform draw."""
+    uniform = torch.rand(*shape, generator=generator, device=generator.device).to(device)
+    return score_time(uniform, shift, lowest, highest)
+
+
+def mean_distance(
+    generated: Float[Tensor, "b ..."], real: Float[Tensor, "b ..."]
+) -> Float[Tensor, "b ..."]:
+    """Return the mean absolute distance of each entry of the first axis, with all axes kept.
+
+    The scale of the scores at its time: dividing by it makes all times pull about as hard.
+    """
+    axes = tuple(range(1, generated.ndim))
+    return (generated - real).detach().abs().mean(axes, keepdim=True)
+
+
+def dmd_gradient(
+    generated: Float[Tensor, "b ..."],
+    real: Float[Tensor, "b ..."],
+    fake: Float[Tensor, "b ..."],
+    normalise: bool = True,
+) -> Float[Tensor, "b ..."]:
+    """Return the direction away from the student's distribution towards the teacher's, negated:
+    (fake - real) / mean |generated - real|; what is not finite becomes 0.
+
+    Args:
+        generated: frames of the student, before they were noised.
+        real: the teacher's clean estimates of the noised frames (where the data is). With
+            guidance, `flow.guide` of the two branches; Self-Forcing writes c + g (c - u), so its g
+            is our scale - 1.
+        fake: the critic's clean estimates of the same (where the student's frames are).
+        normalise: divide by the teacher's mean distance, over all axes but the first.
+
+    Source: paper, section 7.2.
+    """
+    gradient = fake - real
+    if normalise:
+        gradient = gradient / mean_distance(generated, real)
+    return torch.nan_to_num(gradient.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def dmd_loss(
+    generated: Float[Tensor, "b ..."],
+    gradient: Float[Tensor, "b ..."],
+    counted: Bool[Tensor, "b ..."] | None = None,
+) -> Float[Tensor, ""]:
+    """Return a loss whose gradient by `generated` is `gradient` / its number of entries (of those
+    `counted`, if given).
+
+    It is half the mean squared distance to generated - gradient, in float64 as in the reference,
+    so that the difference of two near numbers keeps its digits.
+    """
+    frames = generated.double()
+    target = (frames - gradient.double()).detach()
+    if counted is not None:
+        frames, target = frames[counted], target[counted]
+    return 0.5 * functional.mse_loss(frames, target)
+
+
+def sid_loss(
+    generated: Float[Tensor, "b ..."],
+    real: Float[Tensor, "b ..."],
+    fake: Float[Tensor, "b ..."],
+    alpha: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Return the loss of score identity distillation, normalised as DMD's gradient is.
+
+    Gradient reaches `generated`, and the noised input of both estimates, the teacher's and the
+    critic's; `alpha` weighs their squared difference. Source: paper, section 7.4.
+    """
+    difference = real - fake
+    product = difference * ((real - generated) - alpha * difference)
+    return (product / mean_distance(generated, real)).double().mean()
 
 
 def score_loss(

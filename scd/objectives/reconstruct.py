@@ -1,39 +1,70 @@
-"""What an autoencoder of pictures minimises: absolute and perceptual distance, then a judge too.
+"""What an autoencoder of pictures minimises: absolute and perceptual distance, then a GAN's loss.
 
-First pixels and a perceptual distance. Then, with the encoder frozen, also the loss against a
-judge of patches (PatchGAN) by the hinge, weighted so that both pull equally hard at the decoder's
-last layer. Source: paper, section 8; the adaptive weight: Esser et al., "Taming Transformers".
+First pixels and a perceptual distance. Then, with the encoder frozen, also the hinge loss against a
+discriminator of patches (PatchGAN), weighted so that both pull equally hard at the decoder's last
+layer. Source: paper, section 8; the adaptive weight: Esser et al., "Taming Transformers".
+
+Where no weights of LPIPS are at hand, the perceptual distance is that of pictures in a normalised
+Laplacian pyramid. A picture is split into bands of ever coarser detail; each value of a band is
+divided by the amplitude around it, as the eye judges contrast by its surroundings; the distance is
+the root mean square of what differs, averaged over bands. Source: Laparra et al., "Perceptual image
+quality assessment using a normalized Laplacian pyramid" (2016); its filters are fitted to eyes,
+those here are one small bell, and every colour is a channel of its own. It is no LPIPS: it knows
+edges and contrast and nothing of textures or objects, and its numbers compare with nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scd.data.clip import Batch
+from scd.objectives.denoise import Logs, Objective
+from scd.objectives.distill import frozen
+
 Distance = Callable[[Tensor, Tensor], Tensor]
 """From predicted and true pictures [f 3 h w] in [-1, 1] to a distance of each pair [f]."""
 
-JUDGE_WIDTH = 64
-"""Channels after the judge's first layer, doubled by each of the next three."""
+DISCRIMINATOR_WIDTH = 64
+"""Channels after the discriminator's first layer, doubled by each of the next three."""
 
-JUDGE_SMALLEST = 24
-"""Rows and columns that a picture needs for the judge to see a patch."""
+SMALLEST_PICTURE = 24
+"""Rows and columns that a picture needs for the discriminator to see a patch."""
 
 LEAK = 0.2
-"""Slope of the judge's activations below 0."""
+"""Slope of the discriminator's activations below 0."""
 
 MAX_WEIGHT = 1e4
 """Largest adaptive weight. Source: as that weight itself."""
 
+BELL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
+"""Weights of the blur, each way. Source: Burt and Adelson, the Laplacian pyramid."""
 
-class PatchJudge(nn.Module):
+SMALLEST = 8
+"""Rows and columns down to which a picture is halved."""
+
+MAX_BANDS = 5
+"""Bands of detail at most, the coarsest rest not counted."""
+
+SURROUNDINGS = 0.1
+"""Added to the amplitude around a value, pixels in [-1, 1]: differences in what is flat stay
+small."""
+
+EPSILON = 1e-6
+"""Under the root, whose slope at 0 is infinite."""
+
+
+class PatchDiscriminator(nn.Module):
     """Pictures -> how real each patch looks; a patch is 70 x 70 pixels, less at the border."""
 
-    def __init__(self, width: int = JUDGE_WIDTH) -> None:
+    def __init__(self, width: int = DISCRIMINATOR_WIDTH) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(LEAK)]
         for factor, stride in ((1, 2), (2, 2), (4, 1)):
@@ -54,57 +85,103 @@ class PatchJudge(nn.Module):
         return self.layers(pictures)[:, 0]
 
 
+@dataclass(kw_only=True)
+class Reconstruct(Objective):
+    """Of an AutoencoderDC: the distances, and while `adversarial` the discriminator's verdict."""
+
+    distance: Distance
+    perceptual_weight: float
+    adversarial_weight: float
+    discriminator: PatchDiscriminator
+    autocast: Callable[..., AbstractContextManager[None]]
+    """Makes a context in which the network runs at the run's precision."""
+    adversarial: bool = False
+    made: Tensor | None = None
+    """What the network made of the last batch."""
+
+    def loss(
+        self, model: Any, batch: Batch, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Logs]:
+        """Return the loss on frames of clips."""
+        true = batch.frames.flatten(0, 1)
+        with self.autocast():
+            made = model(true).sample
+        made = made.float()
+        self.made = made.detach()
+        loss, logs = reconstruction_loss(made, true, self.distance, self.perceptual_weight)
+        if self.adversarial:
+            with frozen(self.discriminator):
+                adversarial, found = adversarial_loss(
+                    self.discriminator, made, loss, last_layer_of(model), self.adversarial_weight
+                )
+            loss, logs = loss + adversarial, logs | found
+        return loss, {"loss": loss.detach()} | {name: one.detach() for name, one in logs.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discriminate(Objective):
+    """Of the discriminator: to tell what the network made from what was recorded."""
+
+    reconstruct: Reconstruct
+
+    def loss(
+        self, model: Any, batch: Batch, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Logs]:
+        """Return the loss on the batch that the network has learnt from just now."""
+        assert self.reconstruct.made is not None
+        return discriminator_loss(model, self.reconstruct.made, batch.frames.flatten(0, 1))
+
+
 def reconstruction_loss(
     made: Float[Tensor, "f 3 h w"],
     true: Float[Tensor, "f 3 h w"],
     distance: Distance,
     weight: float,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """Return absolute plus weighted perceptual distance, and both for the log.
-
-    Args:
-        made: what the autoencoder makes of `true`.
-        true: pictures in [-1, 1].
-        distance: the perceptual one.
-        weight: of it.
-    """
+    """Return absolute plus weighted perceptual distance of pictures in [-1, 1], and both for the
+    log."""
     pixels = (made - true).abs().mean()
     perceptual = distance(made, true).mean()
     return pixels + weight * perceptual, {"pixels": pixels, "perceptual": perceptual}
 
 
-def deception_loss(
-    judge: Callable[[Tensor], Tensor],
+def adversarial_loss(
+    discriminator: Callable[[Tensor], Tensor],
     made: Float[Tensor, "f 3 h w"],
     reconstruction: Float[Tensor, ""],
     last_layer: Tensor,
     weight: float,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """Return the loss of a decoder whose pictures a judge tells from recorded ones.
+    """Return the loss of a decoder whose pictures a discriminator tells from recorded ones.
 
     Args:
-        judge: of patches, with frozen weights.
+        discriminator: of patches, with frozen weights.
         made: pictures, with gradient.
         reconstruction: the other loss of the same pictures.
         last_layer: weights of the decoder's last layer, at which the two are weighed.
         weight: of this loss where both pull equally hard.
     """
-    fooled = -judge(made).mean()
+    adversarial = -discriminator(made).mean()
     pull = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].norm()
-    push = torch.autograd.grad(fooled, last_layer, retain_graph=True)[0].norm()
+    push = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].norm()
     adaptive = (pull / (push + 1e-4)).clamp(0, MAX_WEIGHT).detach()
-    return weight * adaptive * fooled, {"deception": fooled, "adaptive": adaptive}
+    return weight * adaptive * adversarial, {"adversarial": adversarial, "adaptive": adaptive}
 
 
-def judgement_loss(
-    judge: Callable[[Tensor], Tensor],
+def discriminator_loss(
+    discriminator: Callable[[Tensor], Tensor],
     made: Float[Tensor, "f 3 h w"],
     true: Float[Tensor, "f 3 h w"],
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """Return the judge's hinge loss: 1 if it says 0 of everything, 0 if it is sure and right."""
-    of_true, of_made = judge(true), judge(made.detach())
+    """Return the hinge loss: 1 of a discriminator that says 0 of everything, 0 of one that is sure
+    and right."""
+    of_true, of_made = discriminator(true), discriminator(made.detach())
     loss = (F.relu(1 - of_true).mean() + F.relu(1 + of_made).mean()) / 2
-    return loss, {"judge": loss, "judge_true": of_true.mean(), "judge_made": of_made.mean()}
+    return loss, {
+        "discriminator": loss.detach(),
+        "discriminator_true": of_true.detach().mean(),
+        "discriminator_made": of_made.detach().mean(),
+    }
 
 
 def last_layer_of(network: nn.Module) -> Tensor:
@@ -114,3 +191,36 @@ def last_layer_of(network: nn.Module) -> Tensor:
         if name in parameters:
             return parameters[name]
     raise AssertionError("no last layer")
+
+
+def pyramid_distance(
+    predicted: Float[Tensor, "f 3 h w"], true: Float[Tensor, "f 3 h w"]
+) -> Float[Tensor, " f"]:
+    """Return the distance of each pair of pictures in [-1, 1], 0 (up to 0.001) or more."""
+    bands = [_normalised(band) for band in _bands(torch.cat([predicted.float(), true.float()]))]
+    apart = [(one - other).square().mean((1, 2, 3)) for one, other in (b.chunk(2) for b in bands)]
+    return torch.stack([(each + EPSILON).sqrt() for each in apart]).mean(0)
+
+
+def _bands(pictures: Float[Tensor, "f 3 h w"]) -> list[Tensor]:
+    """Split pictures into detail, from the finest, and the coarse rest; their sum is the whole."""
+    found: list[Tensor] = []
+    while min(pictures.shape[-2:]) >= 2 * SMALLEST and len(found) < MAX_BANDS:
+        coarse = _blurred(pictures)[..., ::2, ::2]
+        size = (pictures.shape[-2], pictures.shape[-1])
+        again = F.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
+        found.append(pictures - again)
+        pictures = coarse
+    return [*found, pictures]
+
+
+def _normalised(band: Float[Tensor, "f 3 h w"]) -> Float[Tensor, "f 3 h w"]:
+    return band / (SURROUNDINGS + _blurred(band.abs()))
+
+
+def _blurred(pictures: Float[Tensor, "f c h w"]) -> Float[Tensor, "f c h w"]:
+    channels = pictures.shape[1]
+    bell = torch.tensor(BELL, device=pictures.device, dtype=pictures.dtype)
+    padded = F.pad(pictures, (2, 2, 2, 2), mode="reflect")
+    across = F.conv2d(padded, bell.expand(channels, 1, 1, 5), groups=channels)
+    return F.conv2d(across, bell[:, None].expand(channels, 1, 5, 1), groups=channels)

@@ -1,4 +1,4 @@
-"""A student's rollout on its own frames, with gradient where the loss can use it.
+"""A student's rollouts on its own frames, and their matching to a teacher.
 
 Each frame is denoised as in streaming: from noise, estimate and fresh noise in turns, with the
 memory of the clean frames before. But the loop is left at one drawn step, whose estimate is the
@@ -9,15 +9,130 @@ paper, sections 7.1 and 7.7.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from scd.data.clip import Conditions
+from scd.data.clip import Batch, Conditions
 from scd.models.build import Diffuser
 from scd.models.flow import clean_from_velocity
+from scd.objectives.denoise import Logs, Network, Objective
+from scd.objectives.discriminator import discriminator_gan_loss, student_gan_loss
+from scd.objectives.distill import Autocast, frozen, running, spread
+from scd.objectives.distribution_matching import MatchConfig, Rolled, critic_loss, score_loss
+
+
+class DDPWrapper(nn.Module):
+    """A model whose forward is whatever is to be done with it, so that what wraps it for several
+    processes and for the run's precision also holds for its other methods."""
+
+    def __init__(self, model: Diffuser) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, use: Callable[[Diffuser], Tensor]) -> Tensor:
+        """Return what `use` makes of the model."""
+        return use(self.model)
+
+
+@dataclass(kw_only=True)
+class Matching(Objective):
+    """What student and critic share: the student's rollouts, and who looks at them."""
+
+    config: MatchConfig
+    student: Diffuser
+    """Unwrapped."""
+    critic: nn.Module
+    """A diffuser, or a discriminator on one; unwrapped."""
+    teacher: Network
+    """Guided if need be, at the run's precision."""
+    times: list[float]
+    """Of the student's steps."""
+    num_frames: int
+    """Frames of a clip, given and generated."""
+    num_scored: int
+    """Last frames of a clip that carry gradient and are scored."""
+    window: int
+    """Frames that teacher and critic look at, at most."""
+    autocast: Autocast
+    exit_step: int = 0
+    """Index of the time at which the frames of the next rollout are finished."""
+
+    def share(self, generator: torch.Generator) -> None:
+        """Draw the step at which all processes leave the loop."""
+        self.exit_step = draw_exit(len(self.times), generator)
+
+    def roll(
+        self,
+        wrapper: Callable[[Callable[[Diffuser], Tensor]], Tensor],
+        batch: Batch,
+        generator: torch.Generator,
+        num_with_gradient: int,
+    ) -> tuple[Rolled, Rolled]:
+        """Return clips as the student goes on with them, and as they were recorded, if they were:
+        a prompt is a clip without frames."""
+        num_given = self.config.num_given_frames
+        given, recorded = batch.frames[:, :num_given], batch.frames[:, num_given:]
+
+        def use(student: Diffuser) -> Tensor:
+            return self_forced(
+                student,
+                given,
+                batch.conditions,
+                self.num_frames - num_given,
+                self.times,
+                self.exit_step,
+                generator,
+                num_with_gradient,
+            )
+
+        rolled, real = (
+            Rolled.of(given, frames, batch.conditions, self.num_scored, self.window)
+            for frames in (wrapper(use), recorded)
+        )
+        return rolled, real
+
+
+class StudentMatching(Matching):
+    """What pushes the student, the critic's weights frozen."""
+
+    def loss(
+        self, model: Network, batch: Batch, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Logs]:
+        """Return the loss of a rollout; the model is a DDPWrapper of the student."""
+        rolled, real = self.roll(model, batch, generator, self.num_scored)
+        critic = running(self.critic, self.autocast)
+        with frozen(self.critic):
+            if self.config.method == "gan":
+                loss = student_gan_loss(critic, rolled, real, self.config, generator)
+            else:
+                loss = score_loss(self.teacher, critic, rolled, self.config, generator)
+        found = spread(rolled.frames.detach(), real.frames)
+        return loss, {"loss": loss.detach(), "spread": found}
+
+
+class CriticMatching(Matching):
+    """What the critic learns from rollouts without gradient."""
+
+    def loss(
+        self, model: Network, batch: Batch, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Logs]:
+        """Return the loss on a rollout; the model is the critic."""
+
+        @torch.no_grad()
+        def wrapper(use: Callable[[Diffuser], Tensor]) -> Tensor:
+            with self.autocast():
+                return use(self.student).float()
+
+        rolled, real = self.roll(wrapper, batch, generator, 0)
+        if self.config.method == "gan":
+            loss = discriminator_gan_loss(model, rolled, real, self.config, generator)
+        else:
+            loss = critic_loss(model, rolled, self.config, generator)
+        return loss, {"critic_loss": loss.detach()}
 
 
 def draw_exit(num_steps: int, generator: torch.Generator) -> int:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,42 +70,6 @@ class OffloadedAdamW(torch.optim.AdamW):
         super().load_state_dict(state_dict)
         for state in self.state.values():
             state.update({name: value.cpu() for name, value in state.items()})
-
-
-def in_groups(
-    optimizer: Any, saved: Mapping[str, Any], groups: Iterable[Sequence[Tensor]]
-) -> dict[str, Any]:
-    """Return the state that an optimiser saved when its parameters were grouped in another way.
-
-    Args:
-        optimizer: as its parameters are grouped now; its rates and settings count.
-        saved: state dict of one of the same kind.
-        groups: of parameters, as they were then, those of other optimisers included.
-
-    Raises:
-        ValueError: it was not saved with these groups.
-    """
-    ours = {id(part) for group in optimizer.param_groups for part in group["params"]}
-    then = [group for group in groups if id(group[0]) in ours]
-    places = [group["params"] for group in saved["param_groups"]]
-    if list(map(len, places)) != list(map(len, then)):
-        raise ValueError(
-            f"the saved state has groups of {list(map(len, places))} weights, needed "
-            f"{list(map(len, then))}"
-        )
-    place_of = {
-        id(part): place
-        for parts, numbers in zip(then, places, strict=True)
-        for part, place in zip(parts, numbers, strict=True)
-    }
-    now = optimizer.state_dict()["param_groups"]
-    state = {
-        number: saved["state"][place_of[id(part)]]
-        for group, numbered in zip(optimizer.param_groups, now, strict=True)
-        for part, number in zip(group["params"], numbered["params"], strict=True)
-        if place_of[id(part)] in saved["state"]
-    }
-    return {**saved, "state": state, "param_groups": now}
 
 
 def eight_bit_adamw(groups: Sequence[dict[str, Any]], betas: tuple[float, float]) -> Any:

@@ -28,7 +28,7 @@ from scd.objectives.denoise import DenoiseConfig
 from scd.probing.interventions import Comparison, Intervention, RecomposeConfig
 from scd.training.config import TrainConfig
 from scd.training.plan import plan
-from scd.training.trainer import train
+from scd.training.world import train
 
 SETTINGS_FILE = "settings.json"
 """What the folder's intervention is, and from which step of which run."""

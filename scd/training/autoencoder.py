@@ -1,39 +1,60 @@
 """Training of an autoencoder of pictures: `scd train-autoencoder`.
 
 First the distances alone; then, from the averaged weights on and with the encoder frozen, also a
-judge of patches. So the latents no longer move in the second part, and the decoder learns on
-exactly those that the finished encoder makes. The loop is not the trainer's, which knows worlds:
-here is nothing that looks at time, at actions or at noise. One process; a step draws nothing, and
-its batch follows from its number, so a continued training repeats the uninterrupted one, on a CPU
-bit for bit. Source: paper, section 8.
+discriminator of patches. So the latents no longer move in the second part, and the decoder learns
+on exactly those that the finished encoder makes. Nothing here looks at time, at actions or at
+noise. One process. Source: paper, section 8.
+
+A checkpoint holds AutoencoderDC as diffusers reads it, averaged weights, and `statistics.json`,
+mean and deviation of its latents, channel by channel, measured. The run folder as a whole is an
+autoencoder to everybody who is given its name: that of the newest step.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from accelerate import Accelerator
+from torch import Tensor
 
+from scd.autoencoders.base import cells
+from scd.autoencoders.deep_compression import deep_name, deep_settings
+from scd.autoencoders.diffusers import (
+    WEIGHTS_FILE,
+    measure_statistics,
+    new_network,
+    raw_latents,
+    save_network,
+    shape_of,
+)
 from scd.common.config import to_json
 from scd.common.provenance import provenance, write_json
-from scd.common.runtime import peak_memory_gib
-from scd.common.signals import StopRequest
-from scd.data.clip import Batch
+from scd.common.published_weights import ALEXNET, LPIPS_HEADS, check_weights, shipped_heads
+from scd.common.runtime import derive_seed
+from scd.data.loader import Loader
+from scd.data.source import Source, open_source
 from scd.evaluation.image import Estimate, estimates, frame_values
+from scd.evaluation.lpips import load_lpips
 from scd.evaluation.media import PictureRow, write_grid
 from scd.evaluation.predict import choose_windows, count_windows, read_windows
+from scd.models.checkpoint import guarded
 from scd.objectives.reconstruct import (
-    deception_loss,
-    judgement_loss,
-    last_layer_of,
-    reconstruction_loss,
+    SMALLEST_PICTURE,
+    Discriminate,
+    Distance,
+    PatchDiscriminator,
+    Reconstruct,
+    pyramid_distance,
 )
-from scd.optim.optim import lr_multiplier, refuse_non_finite, set_lr
-from scd.training.autoencoder_run import AutoencoderRun, save, start
-from scd.training.autoencoder_settings import TrainAutoencoderConfig
+from scd.optim.muon import kernels
+from scd.optim.optim import EMA
+from scd.training.config import TrainAutoencoderConfig
+from scd.training.state import OptimisationGroup, Run, Task
+from scd.training.trainer import is_due, train_task
 
 RESULT_FILE = "held_out.json"
 """How well the finished autoencoder reconstructs clips that it has not seen."""
@@ -41,184 +62,214 @@ RESULT_FILE = "held_out.json"
 NUM_SHOWN = 8
 """Held-out clips whose first frame is shown."""
 
+MEASURED_FRAMES = 512
+"""Frames on which the scale of the latents is measured, at least."""
+
 
 def train_autoencoder(config: TrainAutoencoderConfig) -> dict[str, Estimate]:
     """Train until the steps are done or the time is over, save, and measure on held-out clips.
-
-    SIGINT and SIGTERM save and interrupt; the same command goes on.
 
     Returns:
         PSNR, SSIM and the mean squared error of reconstructions, with intervals over clips.
 
     Raises:
-        ValueError: frames that the network cannot cut into cells, data smaller than a step, weights
-            of LPIPS that are not those wanted, a damaged checkpoint, or a loss that is not finite:
-            then the step's number is named and the weights have not moved.
-        FileExistsError: the folder holds another training, or something else.
-        OSError: the data cannot be read, a checkpoint not be written, or another process trains
-            there.
-        Interrupted: a signal came; what was trained is saved.
+        ValueError, FileExistsError, OSError, Interrupted: as `scd.training.trainer.train_task`;
+            also frames that the network cannot cut into cells, data smaller than a step, and
+            weights of LPIPS that are not those wanted.
     """
-    with StopRequest(config.time_limit_s) as stop:
-        run = start(config)
-        stream, reason = run.loader.stream(run.step), ""
-        try:
-            while run.step < config.max_steps and not reason:
-                with run.clock.waiting():
-                    batch = next(stream)
-                logs = train_step(run, batch)
-                # Once per step: a signal in between would end the loop without a checkpoint.
-                reason = stop.reason
-                _after_step(run, logs, last=run.step == config.max_steps or bool(reason))
-            run.log.event("end", {"step": run.step, "reason": reason or "all steps are done"})
-            # A second look: the signal may have come while the last step was saved.
-            if stop.signal_name:
-                raise stop.interrupted(run.step, config.max_steps, run.folder)
-            return _finish(run)
-        finally:
-            stream.close()
-            run.log.close()
-            run.lock.close()
+    run = train_task(config, partial(AutoencoderTask, config))
+    task = run.task
+    assert isinstance(task, AutoencoderTask)
+    if not task.found:
+        # All steps were done before.
+        task.look(run, last=True)
+    return task.found
 
 
-def train_step(run: AutoencoderRun, batch: Batch) -> dict[str, float]:
-    """Move the weights once.
+class AutoencoderTask(Task):
+    """An AutoencoderDC, its discriminator of patches and its perceptual distance."""
+
+    config: TrainAutoencoderConfig
+    weights_file = WEIGHTS_FILE
+    # One process, and the objective knows the precision.
+    is_wrapped = True
+
+    def __init__(self, config: TrainAutoencoderConfig, accelerator: Accelerator) -> None:
+        if accelerator.num_processes > 1:
+            raise ValueError("an autoencoder is trained in one process")
+        self.config, self.accelerator = config, accelerator
+        self.max_steps = config.max_steps
+        source = open_source(config.data, "train", config.strict)
+        self.held_out = open_source(config.data, "val", config.strict)
+        self.loader = Loader(
+            source,
+            config.batch_size,
+            config.num_frames,
+            config.seed,
+            workers=config.num_loader_workers,
+        )
+        distance, self.distance_name = choose_distance(config, accelerator.device)
+        self.model: Any = build_network(config, source).train()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.seed, "weights of the judge"))
+            discriminator = PatchDiscriminator()
+        self.reconstruct = Reconstruct(
+            distance=distance,
+            perceptual_weight=config.perceptual_weight,
+            adversarial_weight=config.adversarial_weight,
+            discriminator=discriminator.to(accelerator.device).train(),
+            autocast=accelerator.autocast,
+        )
+        self.found: dict[str, Estimate] = {}
+
+    def make_groups(self, ema: EMA) -> list[OptimisationGroup]:
+        """Return the network and its discriminator, which learns from the same batch."""
+        config, reconstruct = self.config, self.reconstruct
+        network = OptimisationGroup.of(
+            self.model, reconstruct, config.optim, matrices=kernels(self.model)
+        )
+        discriminator = OptimisationGroup.of(
+            reconstruct.discriminator,
+            Discriminate(reconstruct=reconstruct),
+            config.optim,
+            matrices=(),
+            name="discriminator",
+            first_step=config.reconstruction_steps,
+            same_batch=True,
+        )
+        return [network, discriminator]
+
+    def facts(self) -> dict[str, Any]:
+        """Name the perceptual distance."""
+        return {"perceptual": self.distance_name}
+
+    def begin_step(self, run: Run) -> None:
+        """Freeze the encoder in the second part, whose first step begins at the averaged weights.
+
+        They are what is saved: the decoder then learns on the latents that the saved encoder makes.
+        """
+        self.reconstruct.adversarial = run.step >= self.config.reconstruction_steps
+        if run.step == self.config.reconstruction_steps:
+            self.model.load_state_dict(run.ema.state_dict(), strict=False)
+        if self.reconstruct.adversarial:
+            self.model.encoder.requires_grad_(False)
+
+    def look(self, run: Run, last: bool) -> None:
+        """Measure the averaged weights on held-out clips and write a picture; the end, a result."""
+        if not last and not is_due(run.step, self.config.validate_every):
+            return
+        assert run.folder is not None
+        with run.averaged():
+            found, (true, made) = self.measure()
+        run.log.event(
+            "validation", {"step": run.step} | {name: one.mean for name, one in found.items()}
+        )
+        rows = [PictureRow(name="truth", frames=true), PictureRow(name="autoencoder", frames=made)]
+        labels = [str(number) for number in range(len(true))]
+        write_grid(rows, labels, run.folder / "samples" / f"step_{run.step:06d}.png")
+        if last:
+            self.found = found
+            result = {
+                "step": run.step,
+                "elapsed_s": run.clock.total_s,
+                "num_clips": self.num_measured,
+                "num_frames": self.config.num_frames,
+                "held_out": {name: to_json(estimate) for name, estimate in found.items()},
+                "settings": to_json(self.config),
+            }
+            write_json(result | provenance(self.accelerator.device), run.folder / RESULT_FILE)
+
+    @property
+    def num_measured(self) -> int:
+        """How many held-out clips are measured, 1 or more: `choose_windows` refuses none."""
+        there = count_windows(self.held_out, self.config.num_frames)
+        return min(self.config.num_validation_clips, max(1, there))
+
+    @torch.no_grad()
+    def measure(self) -> tuple[dict[str, Estimate], tuple[Tensor, Tensor]]:
+        """Measure what the network makes of held-out clips, as it is.
+
+        Returns:
+            Metrics, frame by frame and averaged over clips; and some frames [f 3 h w], true and
+            made.
+        """
+        num_frames, source = self.config.num_frames, self.held_out
+        windows = choose_windows(source, self.num_measured, num_frames, seed=0)
+        values: dict[str, list[Tensor]] = {}
+        shown: list[tuple[Tensor, Tensor]] = []
+        for first in range(0, len(windows), 8):
+            true = read_windows(source, windows[first : first + 8], num_frames).frames
+            flat = self.model(true.flatten(0, 1).to(self.accelerator.device)).sample
+            made = flat.float().clamp(-1, 1).cpu().unflatten(0, true.shape[:2])
+            shown += [(true[:, 0], made[:, 0])]
+            for name, of_frames in frame_values(made, true).items():
+                values.setdefault(name, []).append(of_frames.mean(1))
+        found = estimates({name: torch.cat(parts) for name, parts in values.items()})
+        true, made = (torch.cat(side)[:NUM_SHOWN] for side in zip(*shown, strict=True))
+        return found, (true, made)
+
+    @torch.no_grad()
+    def write(self, run: Run, folder: Path, averaged: Mapping[str, Tensor]) -> None:
+        """Write the network with the averaged weights, and the measured scale of its latents."""
+        with run.averaged():
+            mean, std = measure_statistics(self._raw_latents())
+            power = sum(m**2 + s**2 for m, s in zip(mean, std, strict=True)) / len(mean)
+            # What diffusers alone would scale by: one number for all channels.
+            self.model.register_to_config(scaling_factor=float(f"{power**-0.5:.4g}"))
+            guarded(lambda path: save_network(self.model, path.parent, (mean, std)), folder / "_")
+
+    def _raw_latents(self) -> Iterator[Tensor]:
+        per_batch = self.config.batch_size * self.config.num_frames
+        for index in range(-(-MEASURED_FRAMES // per_batch)):
+            for part in self.loader.batch(index).frames.flatten(0, 1).split(64):
+                yield raw_latents("AutoencoderDC", self.model, part.to(self.accelerator.device))
+
+
+def build_network(config: TrainAutoencoderConfig, source: Source) -> Any:
+    """Build the network with its first weights, which depend on the seed alone.
 
     Raises:
-        ValueError: a loss or gradient that is not finite.
+        ValueError: none for frames of this size, frames that it cannot cut into cells, fewer frames
+            than a step takes, or diffusers is not installed.
     """
-    config = run.config
-    if run.adversarial:
-        freeze_encoder(run)
-    frames = batch.frames.flatten(0, 1).to(run.device)
-    set_lr(
-        [*run.optimizers, *run.judge_optimizers],
-        lr_multiplier(config.optim, run.step, config.max_steps),
-    )
-    half = config.precision == "bf16"
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=half):
-        made = run.network(frames).sample
-    made = made.float()
-    loss, logs = reconstruction_loss(made, frames, run.distance, config.perceptual_weight)
-    if run.adversarial:
-        run.judge.requires_grad_(False)
-        last_layer = last_layer_of(run.network)
-        deception, found = deception_loss(
-            run.judge, made, loss, last_layer, config.adversarial_weight
+    height, width = source.card.height, source.card.width
+    name = deep_name(height, width) if config.network == "auto" else config.network
+    available = sum(source.num_frames(episode) for episode in range(source.num_episodes))
+    if available < config.batch_size * config.num_frames:
+        raise ValueError(
+            f"{config.data} has {available} frames to learn from, fewer than one step takes: "
+            f"batch_size {config.batch_size} times num_frames {config.num_frames}"
         )
-        loss, logs = loss + deception, logs | found
-    norms = {"grad_norm": _update(run, run.network, run.optimizers, loss)}
-    if run.adversarial:
-        run.judge.requires_grad_(True)
-        judgement, found = judgement_loss(run.judge, made, frames)
-        norms["judge_grad_norm"] = _update(run, run.judge, run.judge_optimizers, judgement)
-        logs = logs | found
-    run.ema.update()
-    run.step += 1
-    run.clock.count_step()
-    found = {"loss": loss} | logs | norms
-    # All in one wait for the device, beside that of each network's update.
-    return dict(
-        zip(found, torch.stack([one.detach() for one in found.values()]).tolist(), strict=True)
-    )
+    if config.adversarial_steps and min(height, width) < SMALLEST_PICTURE:
+        raise ValueError(
+            f"the discriminator of patches needs frames of {SMALLEST_PICTURE}x{SMALLEST_PICTURE} "
+            f"or more, {config.data} has {height}x{width}: set --adversarial-steps 0"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "initial weights"))
+        network = new_network(deep_settings(name))
+    _, cell_size = shape_of("AutoencoderDC", network)
+    cells(height, width, cell_size)
+    return network
 
 
-def freeze_encoder(run: AutoencoderRun) -> None:
-    """Freeze the encoder; at the first step of the second part, at the averaged weights.
+def choose_distance(config: TrainAutoencoderConfig, device: torch.device) -> tuple[Distance, str]:
+    """Return the perceptual distance and its name for the log.
 
-    They are what is saved: the decoder then learns on the latents that the saved encoder makes.
+    Raises:
+        FileNotFoundError, ValueError: weights of LPIPS that are not there, or not those wanted.
     """
-    if run.step == run.config.reconstruction_steps:
-        run.network.load_state_dict(run.ema.state_dict(), strict=False)
-    run.network.encoder.requires_grad_(False)
+    if not config.alexnet:
+        return pyramid_distance, "normalised Laplacian pyramid, no LPIPS"
+    heads = config.lpips_heads or shipped_heads()
+    check_weights(config.alexnet, ALEXNET, config.alexnet_sha256)
+    check_weights(heads, LPIPS_HEADS, config.lpips_heads_sha256)
+    lpips = load_lpips(config.alexnet, heads, device)
 
+    def distance(predicted: Tensor, true: Tensor) -> Tensor:
+        return lpips.distances(predicted, true, "signed")
 
-def _update(run: AutoencoderRun, module: nn.Module, optimizers: list[Any], loss: Tensor) -> Tensor:
-    """Move the weights of a network along its gradient; return the gradient's norm."""
-    loss.backward()
-    limit = run.config.optim.clip_norm or math.inf
-    norm = nn.utils.clip_grad_norm_(module.parameters(), limit)
-    refuse_non_finite(run.step, *torch.stack([loss.detach(), norm]).tolist())
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def _after_step(run: AutoencoderRun, logs: dict[str, float], last: bool) -> None:
-    """Log, save and look at held-out clips, as it falls due."""
-    config = run.config
-    run.log.advance(run.step, f"loss {logs['loss']:.4f}  {run.clock.steps_per_s:.2f} steps/s")
-    if last or run.step % config.log_every == 0:
-        lr = config.optim.lr * lr_multiplier(config.optim, run.step - 1, config.max_steps)
-        memory = {"memory_gib": peak_memory_gib(run.device)}
-        run.log.event("step", {"step": run.step} | logs | {"lr": lr} | run.clock.read() | memory)
-    with run.clock.away():
-        if last or (config.save_every and run.step % config.save_every == 0):
-            save(run)
-        if not last and config.validate_every and run.step % config.validate_every == 0:
-            _validate(run)
-
-
-def _validate(run: AutoencoderRun) -> dict[str, Estimate]:
-    """Measure the averaged weights on held-out clips, log it, and write a picture."""
-    with run.averaged():
-        found, shown = measure_reconstruction(run)
-    run.log.event(
-        "validation", {"step": run.step} | {name: one.mean for name, one in found.items()}
-    )
-    true, made = shown
-    rows = [PictureRow(name="truth", frames=true), PictureRow(name="autoencoder", frames=made)]
-    labels = [str(number) for number in range(len(true))]
-    write_grid(rows, labels, run.folder / "samples" / f"step_{run.step:06d}.png")
-    return found
-
-
-@torch.no_grad()
-def measure_reconstruction(
-    run: AutoencoderRun,
-) -> tuple[dict[str, Estimate], tuple[Tensor, Tensor]]:
-    """Measure what the network makes of held-out clips, as it is.
-
-    Returns:
-        Metrics, frame by frame and averaged over clips; and some frames [f 3 h w], true and made.
-    """
-    num_frames, source = run.config.num_frames, run.held_out
-    num_clips = _num_held_out(run)
-    windows = choose_windows(source, num_clips, num_frames, seed=0)
-    values: dict[str, list[Tensor]] = {}
-    shown: list[tuple[Tensor, Tensor]] = []
-    for first in range(0, num_clips, 8):
-        true = read_windows(source, windows[first : first + 8], num_frames).frames
-        flat = run.network(true.flatten(0, 1).to(run.device)).sample
-        made = flat.float().clamp(-1, 1).cpu().unflatten(0, true.shape[:2])
-        shown += [(true[:, 0], made[:, 0])]
-        for name, of_frames in frame_values(made, true).items():
-            values.setdefault(name, []).append(of_frames.mean(1))
-    found = estimates({name: torch.cat(parts) for name, parts in values.items()})
-    true, made = (torch.cat(side)[:NUM_SHOWN] for side in zip(*shown, strict=True))
-    return found, (true, made)
-
-
-def _num_held_out(run: AutoencoderRun) -> int:
-    """Return how many held-out clips are measured, 1 or more: `choose_windows` refuses none."""
-    there = count_windows(run.held_out, run.config.num_frames)
-    return min(run.config.num_validation_clips, max(1, there))
-
-
-def _finish(run: AutoencoderRun) -> dict[str, Estimate]:
-    """Measure, and write the result beside the checkpoints."""
-    found = _validate(run)
-    result = {
-        "step": run.step,
-        "elapsed_s": run.clock.total_s,
-        "num_clips": _num_held_out(run),
-        "num_frames": run.config.num_frames,
-        "held_out": {name: to_json(estimate) for name, estimate in found.items()},
-        "settings": to_json(run.config),
-    }
-    write_json(result | provenance(run.device), run.folder / RESULT_FILE)
-    return found
+    return distance, "LPIPS, AlexNet"
 
 
 def readable(found: Mapping[str, Estimate]) -> str:

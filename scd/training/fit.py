@@ -1,21 +1,224 @@
-"""Fitting a run to its data: what the data decides, so that nobody has to type it."""
+"""Data and settings of a run brought together: what the data decides, what does not fit it."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields, replace
 from typing import Any
 
 from scd.autoencoders.base import PixelAutoencoder
-from scd.autoencoders.build import AutoencoderConfig
-from scd.common.config import from_json
-from scd.data.latents import INFO_FILE, LatentSource, is_latents
+from scd.autoencoders.build import (
+    Autoencoder,
+    AutoencoderConfig,
+    build_autoencoder,
+    fingerprint,
+)
+from scd.autoencoders.text_encoder import text_fingerprint
+from scd.common.config import differences, from_json, to_json
+from scd.data.latents import INFO_FILE, PLACE, LatentSource, is_latents
 from scd.data.loader import Loader
-from scd.data.source import Source, open_source
-from scd.training.config import TrainConfig, check_window
+from scd.data.prompts import PromptSource, is_prompts
+from scd.data.source import DataCard, Source, Split, open_source
+from scd.models.build import Diffuser
+from scd.models.checkpoint import read_world_parts, resolve
+from scd.models.shipped import parts_beside
+from scd.models.weights import WEIGHTS_FILE, load_weights
+from scd.objectives.denoise import DenoiseConfig, TeacherForcingConfig
+from scd.objectives.distribution_matching import MatchConfig
+from scd.training.config import TrainConfig
 
 NUM_MEASURED_BATCHES = 16
 """Batches whose pixels are measured; with 2 clips of 16 frames that is 512 frames, where the mean
 and deviation no longer move by a hundredth."""
+
+FREE_SETTINGS = (
+    "model.cache",
+    "model.skip",
+    "model.num_diagonal",
+    "model.block.initial_gate",
+    "model.block.initial_condition_std",
+)
+"""Settings in which a run may differ from the world it starts from: none has to do with what a
+weight is for."""
+
+FREE_WAN_SETTINGS = (
+    *FREE_SETTINGS,
+    "model.encoder.noise",
+    "model.encoder.lowest_time",
+    "model.encoder.shift",
+    "model.decoder.join",
+    "model.decoder.context_time",
+    "model.frames_per_block",
+    "model.num_local_frames",
+    "autoencoder.source",
+)
+"""Likewise of a Wan model: what the paper leaves open is decided by the training, not by the
+conversion."""
+
+
+logger = logging.getLogger(__name__)
+
+
+def check_window(config: TrainConfig) -> None:
+    """Refuse a memory that is longer than the clips of the training (ValueError).
+
+    A model that was trained before, and is only distilled, keeps the memory that it has.
+    """
+    window = config.model.cache.window
+    from_data = isinstance(config.objective, DenoiseConfig | TeacherForcingConfig)
+    if window > config.num_frames and from_data:
+        raise ValueError(
+            f"model.cache.window is {window}, but num_frames is {config.num_frames}: "
+            "attention beyond num_frames is untrained"
+        )
+
+
+def check_rollout(config: TrainConfig) -> None:
+    """Refuse rollouts that a Wan student cannot do (ValueError); its settings tell."""
+    model = config.model
+    size = model.frames_per_block
+    if size != 1:
+        raise ValueError(
+            f"rollouts with gradient go frame by frame: frames_per_block must be 1, got {size}"
+        )
+    window = model.cache.window
+    recomputes = model.recomputes_streams and config.gradient_checkpointing
+    if recomputes and config.num_frames > window:
+        raise ValueError(
+            f"a rollout of {config.num_frames} frames leaves the student's window of {window}, and "
+            "what has left it cannot be recomputed: lengthen model.cache.window, or set "
+            "gradient_checkpointing off"
+        )
+
+
+def check_fit(config: TrainConfig, card: DataCard, autoencoder: Autoencoder | None = None) -> None:
+    """Refuse a model for other frames, conditions or lengths than the data's (ValueError)."""
+    check_window(config)
+    autoencoder = autoencoder or build_autoencoder(config.autoencoder)
+    shape = autoencoder.latent_shape(card.height, card.width)
+    if config.model.shape.shape != shape:
+        raise ValueError(
+            f"{config.data} gives latent frames of {shape} (channels, rows, columns), "
+            f"but model.shape is {config.model.shape.shape}"
+        )
+    if config.model.conditions != card.conditions:
+        raise ValueError(
+            f"{config.data} is steered by {card.conditions}, "
+            f"but model.conditions is {config.model.conditions}"
+        )
+
+
+def open_split(config: TrainConfig, split: Split) -> Source:
+    """Open a split as training sees it: stored latents where the data holds such."""
+    return open_source(config.data, split, config.strict, latents=True)
+
+
+def open_training(
+    config: TrainConfig, autoencoder: Autoencoder | None = None, source: Source | None = None
+) -> Source:
+    """Open the training split, or embedded prompts, and see that a run can learn from them.
+
+    Args:
+        config: the run.
+        autoencoder: the run's, where it is open already.
+        source: the split, where it is open already: then it is only checked.
+
+    Raises:
+        ValueError, OSError: the data cannot be read, or its latents are of another autoencoder.
+    """
+    if is_prompts(config.data):
+        return _open_prompts(config)
+    source = source or open_split(config, "train")
+    if isinstance(source, LatentSource):
+        _check_autoencoder(config, source, autoencoder or build_autoencoder(config.autoencoder))
+        _check_text_encoder(config, source)
+    elif isinstance(config.objective, TeacherForcingConfig):
+        raise ValueError(
+            f"{config.data} holds no latents: write them first (scd encode {config.data} "
+            "--autoencoder RUN --text-encoder RUN --out LATENTS), and name those"
+        )
+    return source
+
+
+def _open_prompts(config: TrainConfig) -> PromptSource:
+    """Open a folder of embedded prompts, which train and hold out the same ones."""
+    objective = config.objective
+    if not isinstance(objective, MatchConfig) or objective.needs_clips or config.validate_every:
+        raise ValueError(
+            f"{config.data} holds prompts without frames: only rollouts from nothing learn from "
+            "them (num_given_frames=0, method 'dmd' or 'sid'), and validate_every must be 0"
+        )
+    if not config.initial:
+        raise ValueError("a run on prompts starts from a world: initial must name it")
+    card = read_world_parts(resolve(config.initial))["card"]
+    source = PromptSource(config.data, card, config.model.shape.shape, config.num_frames)
+    _check_text_encoder(config, source)
+    return source
+
+
+def _check_autoencoder(config: TrainConfig, source: LatentSource, autoencoder: Autoencoder) -> None:
+    """Refuse latents of another autoencoder than the run's (ValueError)."""
+    theirs, ours = (
+        {name: value for name, value in settings.items() if name != PLACE}
+        for settings in (source.info.autoencoder, to_json(config.autoencoder))
+    )
+    different = differences(theirs, ours)
+    if different:
+        raise ValueError(
+            f"{config.data} holds latents of another autoencoder than the run's (its setting, then "
+            f"the run's): {'; '.join(different)}"
+        )
+    try:
+        found = fingerprint(autoencoder)
+    except FileNotFoundError as error:
+        # Latents need no autoencoder to be trained on: only the comparison does.
+        logger.warning("whether the run's autoencoder made %s was not seen: %s", source.path, error)
+        return
+    if found != source.info.fingerprint:
+        raise ValueError(
+            f"{config.data} holds latents of an autoencoder with other weights: it was encoded by "
+            f"{source.info.fingerprint}, the one that the settings name is now {found}"
+        )
+
+
+def _check_text_encoder(config: TrainConfig, source: LatentSource | PromptSource) -> None:
+    """Refuse prompts that another text encoder embedded than the one beside the run's autoencoder
+    (ValueError), which is what the result will be steered by."""
+    autoencoder: Any = config.autoencoder
+    if not source.info.text or not autoencoder.has_text_encoder:
+        return
+    try:
+        found = text_fingerprint(autoencoder.source)
+    except FileNotFoundError as error:
+        logger.warning("whether its text encoder made %s was not seen: %s", source.path, error)
+        return
+    # The arithmetic of the text encoder stands behind its name, and may be another.
+    if found != source.info.text.rpartition("-")[0]:
+        raise ValueError(
+            f"{config.data} holds prompts that another text encoder embedded: {source.info.text}, "
+            f"the one at {autoencoder.source} is {found}"
+        )
+
+
+def open_loader(
+    config: TrainConfig, rank: int, num_processes: int, source: Source | None = None
+) -> Loader:
+    """Open the training split (`source`, where it is open already) as a stream of the batches of
+    one process.
+
+    Raises:
+        ValueError, OSError: no episode is long enough, fewer episodes than processes, or the data
+            cannot be read.
+    """
+    return Loader(
+        source or open_training(config),
+        config.batch_size,
+        config.num_frames,
+        config.seed,
+        rank=rank,
+        num_ranks=num_processes,
+        workers=config.num_loader_workers,
+    )
 
 
 def fit_window(config: TrainConfig, base: TrainConfig | None = None) -> TrainConfig:
@@ -36,7 +239,9 @@ def fit_window(config: TrainConfig, base: TrainConfig | None = None) -> TrainCon
     return replace(config, model=replace(config.model, cache=cache))
 
 
-def fit_to_data(config: TrainConfig, base: TrainConfig | None = None) -> TrainConfig:
+def fit_to_data(
+    config: TrainConfig, base: TrainConfig | None = None, source: Source | None = None
+) -> TrainConfig:
     """Return the run with frame size, conditions and pixel statistics of its data.
 
     Stored latents decide on the shape of the latents and on the autoencoder instead. The memory
@@ -45,13 +250,14 @@ def fit_to_data(config: TrainConfig, base: TrainConfig | None = None) -> TrainCo
     Args:
         config: the run.
         base: the run before anybody changed its fields; None: nobody did.
+        source: its training split, where it is open already.
 
     Raises:
         FileNotFoundError: no such data.
         ValueError: the frames cannot be cut into the model's patches, the model does not work on
             pixels, or a field was changed from `base` to another value than that of the data.
     """
-    source = open_source(config.data, "train", strict=config.strict, latents=True)
+    source = source or open_split(config, "train")
     if isinstance(source, LatentSource):
         fitted = _fit_to_latents(config, source)
     else:
@@ -119,3 +325,64 @@ def _decided(config: TrainConfig) -> dict[str, Any]:
         for where, (part, names) in parts.items()
         for name in names or [field.name for field in fields(part)]
     }
+
+
+def load_initial(model: Diffuser, config: TrainConfig) -> None:
+    """Give a run's model the averaged weights of `config.initial`.
+
+    Raises:
+        FileNotFoundError: no world is there.
+        ValueError: its weights are for another model or other latents: names the first difference.
+    """
+    folder = resolve(config.initial)
+    world = read_world_parts(folder)
+    different = [
+        line
+        for line in differences(
+            _settings(world["model"], world["autoencoder"]),
+            _settings(config.model, config.autoencoder),
+        )
+        if not any(
+            f"{line.split(':')[0]}.".startswith(f"{free}.")
+            for free in (FREE_WAN_SETTINGS if config.model.takes_text else FREE_SETTINGS)
+        )
+    ]
+    if different:
+        # Another kind of model has other settings altogether: then the kind says it all.
+        first = min(different, key=lambda line: ".kind:" not in line)
+        raise ValueError(
+            f"the weights of {config.initial} are for another model (its setting, then the run's): "
+            f"{first}"
+        )
+    load_weights(model, folder / WEIGHTS_FILE)
+
+
+def _settings(model: Any, autoencoder: Any) -> Any:
+    return {"model": to_json(model), "autoencoder": to_json(autoencoder)}
+
+
+def like_initial(config: TrainConfig, initial: str) -> TrainConfig:
+    """Return a run of a Wan model with model, autoencoder and schedule of the world it starts from.
+
+    Args:
+        config: a run of any Wan model.
+        initial: world, run or step folder.
+
+    Raises:
+        FileNotFoundError: no world is there.
+        ValueError: it is damaged, or not of Wan.
+    """
+    folder = resolve(initial)
+    world = read_world_parts(folder)
+    autoencoder = world["autoencoder"]
+    if not world["model"].takes_text:
+        raise ValueError(f"{initial} is not a Wan world (scd convert wan writes one)")
+    # A world that was moved together with its parts still names the place where it was made.
+    autoencoder = replace(autoencoder, source=parts_beside(initial) or autoencoder.source)
+    return replace(
+        config,
+        initial=initial,
+        model=world["model"],
+        autoencoder=autoencoder,
+        sampling=world["sampling"],
+    )

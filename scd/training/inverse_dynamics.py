@@ -1,26 +1,23 @@
-"""Training of a judge on recorded clips: `scd train-judge`.
-
-The loop is not the trainer's: it takes a minute or three, is never continued, and needs neither
-averaged weights nor several processes.
-"""
+"""Training of an inverse dynamics model, the judge of control, on recorded clips:
+`scd train-judge`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from einops import rearrange
 from jaxtyping import Float
-from rich.console import Console
 from torch import Tensor
 
 from scd.common.config import to_json
 from scd.common.provenance import provenance
-from scd.common.runtime import choose_device, derive_seed, make_generator
+from scd.common.runtime import derive_seed
 from scd.data.clip import Batch
 from scd.data.loader import Loader
 from scd.data.source import Source, open_source
@@ -34,6 +31,11 @@ from scd.evaluation.inverse_dynamics import (
     save_inverse_dynamics,
 )
 from scd.evaluation.predict import choose_windows, count_windows, read_windows
+from scd.objectives.denoise import Logs, Objective
+from scd.optim.optim import EMA, OptimConfig
+from scd.training.config import RunConfig, TrainJudgeConfig
+from scd.training.state import OptimisationGroup, Task
+from scd.training.trainer import train_task
 
 BLUR, NOISE = 1.0, 0.3
 """The most that a frame is distorted: detail below 4 pixels gone, and noise of this deviation."""
@@ -48,123 +50,110 @@ NUM_STANDARD = 16
 """Batches of real frames by which features are standardised."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainJudgeConfig:
-    """One judge."""
-
-    data: str
-    """"toy:32", "toy:64", or a folder of episodes with actions."""
-    out: str
-    """Folder of the judge; must not be there yet."""
-    steps: int = 800
-    """Optimiser steps."""
-    batch_size: int = 32
-    """Clips per step. Short clips of many episodes teach faster than long ones of few."""
-    num_frames: int = 5
-    """Frames of a clip: one pair fewer."""
-    lr: float = 2e-3
-    """Highest learning rate of AdamW; falls linearly to 0."""
-    seed: int = 0
-    """Seed of weights, clips and distortions."""
-    width: int = 32
-    """Channels of the network at full resolution."""
-    feature_dim: int = 32
-    """Features of a pair of frames."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    strict: bool = False
-    """Stop at the first episode that cannot be read, instead of leaving it out."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("num_frames", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
-        if self.lr <= 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
-
-
 def train_judge(config: TrainJudgeConfig) -> TrainedInverseDynamics:
-    """Train a judge, measure it on held-out clips, and write its folder.
+    """Train a model, measure it on held-out clips, and write its folder.
 
     Raises:
         FileExistsError: something is at `out` already.
         ValueError: data without actions, frames below 8 x 8, or episodes that are too short.
-        OSError: the data cannot be read or the judge not be written.
+        OSError: the data cannot be read or the model not be written.
+        Interrupted: a signal came; nothing is kept.
     """
     folder = Path(config.out)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already: a judge is trained once, into a new one")
-    device = choose_device(config.device)
-    source = open_source(config.data, "train", config.strict)
-    held_out = open_source(config.data, "val", config.strict)
-    if not count_windows(held_out, config.num_frames):
-        longest = max(held_out.num_frames(episode) for episode in range(held_out.num_episodes))
-        raise ValueError(
-            f"a judge is measured on held-out clips of {config.num_frames} frames, but the longest "
-            f"val episode of {config.data} has {longest}: lower --num-frames or record longer ones"
-        )
-    card = source.card
-    shape = InverseDynamicsConfig(
-        conditions=card.conditions, width=config.width, feature_dim=config.feature_dim
+    run_config = RunConfig(
+        data=config.data,
+        out="",
+        batch_size=config.batch_size,
+        num_frames=config.num_frames,
+        seed=config.seed,
+        device=config.device,
+        ema_decay=0.0,
+        log_every=100,
+        optim=OptimConfig(lr=config.lr, warmup_steps=0, decay_fraction=1.0, clip_norm=0.0),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "judge weights"))
-        judge = InverseDynamics(shape, card.height, card.width).to(device)
-    loader = Loader(source, config.batch_size, config.num_frames, config.seed, workers=1)
-    _standardise_actions(judge, loader)
-    _learn(judge, loader, config)
-    judge.eval().requires_grad_(False)
+    task = train_task(run_config, partial(InverseDynamicsTask, config, run_config)).task
+    assert isinstance(task, InverseDynamicsTask)
+    judge, loader = task.model.eval().requires_grad_(False), task.loader
     _standardise_features(judge, loader, config.steps)
-    measured = measure_judge(judge, held_out, config.num_frames, config.seed)
-    trained = TrainedInverseDynamics(network=judge, card=card, held_out=measured)
-    save_inverse_dynamics(trained, folder, {"settings": to_json(config)} | provenance(device))
-    return load_inverse_dynamics(folder, device)
+    measured = measure_judge(judge, task.held_out, config.num_frames, config.seed)
+    trained = TrainedInverseDynamics(network=judge, card=loader.source.card, held_out=measured)
+    about = {"settings": to_json(config)} | provenance(task.accelerator.device)
+    save_inverse_dynamics(trained, folder, about)
+    return load_inverse_dynamics(folder, task.accelerator.device)
 
 
-def _learn(judge: InverseDynamics, loader: Loader, config: TrainJudgeConfig) -> None:
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=config.lr, weight_decay=0.01)
-    device, console = judge.feature_mean.device, Console(stderr=True, highlight=False)
-    stream = loader.stream()
-    try:
-        for step in range(config.steps):
-            batch = next(stream).to(device)
-            generator = make_generator(config.seed, "judge", step, device=device)
-            loss, logs = judge_loss(judge, batch, generator)
-            if not torch.isfinite(loss):
-                raise ValueError(f"step {step}: the judge's loss is {loss.item()}; lower lr")
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * (1 - step / config.steps)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            if (step + 1) % 100 == 0 or step + 1 == config.steps:
-                words = "  ".join(f"{name} {value:.3f}" for name, value in logs.items())
-                console.print(f"step {step + 1} of {config.steps}  {words}")
-    finally:
-        stream.close()
+class InverseDynamicsTask(Task):
+    """An inverse dynamics model, which takes a minute or three: it is never continued."""
+
+    # One process, in 32 bits.
+    is_wrapped = True
+
+    def __init__(
+        self, config: TrainJudgeConfig, run_config: RunConfig, accelerator: Accelerator
+    ) -> None:
+        if accelerator.num_processes > 1:
+            raise ValueError("a judge is trained in one process")
+        self.config, self.accelerator, self.max_steps = run_config, accelerator, config.steps
+        source = open_source(config.data, "train", config.strict)
+        self.held_out = open_source(config.data, "val", config.strict)
+        if not count_windows(self.held_out, config.num_frames):
+            held_out = self.held_out
+            longest = max(held_out.num_frames(episode) for episode in range(held_out.num_episodes))
+            raise ValueError(
+                f"a judge is measured on held-out clips of {config.num_frames} frames, but the "
+                f"longest val episode of {config.data} has {longest}: lower --num-frames or record "
+                "longer ones"
+            )
+        card = source.card
+        shape = InverseDynamicsConfig(
+            conditions=card.conditions, width=config.width, feature_dim=config.feature_dim
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(config.seed, "judge weights"))
+            self.model: InverseDynamics = InverseDynamics(shape, card.height, card.width)
+        self.loader = Loader(source, config.batch_size, config.num_frames, config.seed, workers=1)
+        _standardise_actions(self.model, self.loader)
+
+    def make_groups(self, ema: EMA) -> list[OptimisationGroup]:
+        """Return the model; all its weights decay, biases too."""
+        optim = self.config.optim
+        settings = {"params": list(self.model.parameters()), "base_lr": optim.lr}
+        optimizer = torch.optim.AdamW([settings], lr=optim.lr, weight_decay=0.01)
+        return [
+            OptimisationGroup(
+                network=self.model,
+                wrapped=self.model,
+                objective=InverseDynamicsObjective(),
+                optim=optim,
+                optimizers=[optimizer],
+            )
+        ]
 
 
-def judge_loss(
-    judge: InverseDynamics, batch: Batch, generator: torch.Generator
-) -> tuple[Tensor, dict[str, float]]:
-    """Return the loss of reading actions and distortions of all pairs of a batch, and logs.
+class InverseDynamicsObjective(Objective):
+    """To read actions and distortions of all pairs of frames.
 
     Half of the clips are distorted, each frame by another amount: generated frames are never as
-    clean as recorded ones, and a judge that fails on them would call a blurred turn no turn.
+    clean as recorded ones, and a model that fails on them would call a blurred turn no turn.
     """
-    frames, levels = distort(batch.frames, generator)
-    features = judge.raw_features(*pairs(frames))
-    read, distortion = judge.readings(features)
-    actions = pair_actions(batch)
-    if judge.config.conditions.num_actions:
-        of_actions = F.cross_entropy(read, actions)
-        right = (read.argmax(-1) == actions).float().mean().item()
-    else:
-        of_actions = F.mse_loss(read, judge.standard_actions(actions))
-        right = 1 - of_actions.item()
-    of_distortions = F.mse_loss(distortion, rearrange(levels[:, 1:], "b t two -> (b t) two"))
-    logs = {"right": right, "actions": of_actions.item(), "distortions": of_distortions.item()}
-    return of_actions + of_distortions, logs
+
+    def loss(self, model: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Logs]:
+        """Return the loss on clips of pixels."""
+        frames, levels = distort(batch.frames, generator)
+        features = model.raw_features(*pairs(frames))
+        read, distortion = model.readings(features)
+        actions = pair_actions(batch)
+        if model.config.conditions.num_actions:
+            of_actions = F.cross_entropy(read, actions)
+            right = (read.argmax(-1) == actions).float().mean()
+        else:
+            of_actions = F.mse_loss(read, model.standard_actions(actions))
+            right = 1 - of_actions.detach()
+        of_distortions = F.mse_loss(distortion, rearrange(levels[:, 1:], "b t two -> (b t) two"))
+        logs = {"actions": of_actions.detach(), "distortions": of_distortions.detach()}
+        return of_actions + of_distortions, {"right": right} | logs
 
 
 def distort(

@@ -12,14 +12,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from scd.common.config import to_json
-from scd.data.clip import Conditions
+from scd.data.clip import Batch, Conditions
 from scd.models.attention import forget
-from scd.models.build import Diffuser, build, num_parameters
-from scd.objectives.denoise import DenoiseConfig, denoise
-from scd.objectives.teacher_forcing import TeacherForcingConfig, teacher_forced_loss
+from scd.models.build import build, num_parameters
+from scd.objectives.denoise import DenoiseConfig, TeacherForcingConfig
 from scd.optim.optim import OptimConfig, ParameterGroup, parameter_groups
 from scd.optim.states import EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST
-from scd.training.config import TrainConfig, check_fit, check_window, open_loader
+from scd.training.config import TrainConfig
+from scd.training.fit import check_fit, check_window, open_loader
+from scd.training.world import clip_objective
 
 GIB = 2**30
 MEMORY_FORMULA = (
@@ -185,23 +186,14 @@ def count_micro_batch(config: TrainConfig) -> tuple[int, int]:
                     torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
                     torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"),
                 ):
-                    loss = _loss(config, model, clean)
+                    batch = Batch(frames=clean, conditions=_empty_conditions(config))
+                    loss, _ = clip_objective(config, model).loss(model, batch, torch.Generator())
                 num_bytes = sum(size for size, _ in kept.values())
                 loss.backward()
             return num_bytes, counter.get_total_flops()
     finally:
         # Masks without numbers must not be taken for real ones later.
         forget()
-
-
-def _loss(config: TrainConfig, model: Diffuser, clean: Tensor) -> Tensor:
-    conditions, generator = _empty_conditions(config), torch.Generator()
-    if isinstance(config.objective, TeacherForcingConfig):
-        size = config.model.frames_per_block
-        return teacher_forced_loss(model, clean, conditions, config.objective, generator, size)[0]
-    assert isinstance(config.objective, DenoiseConfig)
-    needs_first = model.needs_first_frame
-    return denoise(model, clean, conditions, config.objective, generator, needs_first)[0]
 
 
 def _empty_conditions(config: TrainConfig) -> Conditions:

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
 
 from scd.common.weights import StoredWeights
 from scd.models.build import Diffuser
-from scd.objectives.denoise import DenoiseConfig
-from scd.objectives.teacher_forcing import TeacherForcingConfig
+from scd.models.weights import check_shapes
+from scd.objectives.denoise import DenoiseConfig, TeacherForcingConfig
 from scd.training.config import TrainConfig
 
 MODEL_METHODS = ("begin", "context", "velocity", "observe")
@@ -94,64 +95,50 @@ def shard(model: Diffuser, accelerator: Accelerator) -> None:
 
 
 def load_parts(model: nn.Module, path: Path) -> None:
-    """Load whole weights from files into a model that was cut up; each process takes its part."""
+    """Load whole weights from files into a model; of one that was cut up each process takes its
+    part.
+
+    Raises:
+        FileNotFoundError, ValueError: as `scd.models.weights.load_weights`.
+    """
     state = model.state_dict()
     with StoredWeights(path) as stored, torch.no_grad():
+        check_shapes(model, {name: stored.shape(name) for name in stored.names()}, str(path))
         for name in stored.names():
-            state[name].copy_(part_like(state[name], stored.get(name)))
+            state[name].copy_(_part_like(state[name], stored.get(name)))
 
 
-def part_like(ours: Tensor, whole: Tensor) -> Tensor:
-    """Cut a whole tensor as another one of its shape is cut; nothing is sent."""
-    whole = whole.to(ours.device)
-    if not isinstance(ours, DTensor):
-        return whole
-    return distribute_tensor(whole, ours.device_mesh, ours.placements, src_data_rank=None)
-
-
-def gathered(tensors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
-    """Return whole tensors on the CPU of the first process, and nothing on the others.
-
-    All processes must call it, with the same names.
-    """
-    found = {name: _whole(tensor, accelerator) for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-
-def gathered_state(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> dict[str, Any]:
-    """Return an optimiser's state dict with whole tensors, as an unsharded run would write it.
-
-    All processes must call it; only that of the first one is complete.
-    """
-    saved = optimizer.state_dict()
-    states = {
-        place: {
-            name: _whole(value, accelerator) if isinstance(value, DTensor) else value
-            for name, value in state.items()
-        }
-        for place, state in saved["state"].items()
-    }
-    return saved | {"state": states}
-
-
-def cut_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+def cut_state(optimizer: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return a saved state dict whose tensors are cut as the parameters they belong to are."""
     parameters = [part for group in optimizer.param_groups for part in group["params"]]
-    places = [place for group in saved["param_groups"] for place in group["params"]]
-    ours = dict(zip(places, parameters, strict=True))
+
+    def cut(ours: Tensor, value: Any) -> Any:
+        belongs = isinstance(value, Tensor) and value.shape == ours.shape
+        return _part_like(ours, value) if belongs else value
+
     states = {
-        place: {
-            name: part_like(ours[place], value)
-            if isinstance(value, Tensor) and value.shape == ours[place].shape
-            else value
-            for name, value in state.items()
-        }
+        place: {name: cut(parameters[place], value) for name, value in state.items()}
         for place, state in saved["state"].items()
     }
     return {**saved, "state": states}
 
 
-def _whole(tensor: Tensor, accelerator: Accelerator) -> Tensor | None:
-    tensor = tensor.detach()
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.cpu() if accelerator.is_main_process else None
+def _part_like(ours: Tensor, whole: Tensor) -> Tensor:
+    """Cut a whole tensor as another one of its shape is cut; nothing is sent."""
+    if not isinstance(ours, DTensor):
+        return whole
+    whole = whole.to(ours.device)
+    return distribute_tensor(whole, ours.device_mesh, ours.placements, src_data_rank=None)
+
+
+def gathered(state: Any, keep: bool) -> Any:
+    """Return a state with whole tensors in place of those that were cut up.
+
+    All processes must call it; those that do not `keep` it get None in place of these.
+    """
+
+    def whole(part: DTensor) -> Tensor | None:
+        tensor = part.full_tensor().detach()
+        return tensor.cpu() if keep else None
+
+    return tree_map_only(DTensor, whole, state)

@@ -1,50 +1,202 @@
-"""A training run that is going on: its parts, its folder, its clock."""
+"""A training run that is going on: what it trains, its folder, its clock, its checkpoints."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
 
-from scd.autoencoders.build import build_autoencoder
-from scd.common.config import from_json, to_json
+from scd.common.config import differences, from_json, to_json
 from scd.common.files import read_json, remove_leftovers, take_lock, write_file
 from scd.common.provenance import command
 from scd.common.runlog import RunLog
-from scd.common.runtime import describe_hardware, git_commit
+from scd.common.runtime import choose_device, describe_hardware, git_commit
+from scd.data.clip import Batch
 from scd.data.loader import Loader
 from scd.models.build import num_parameters
 from scd.models.checkpoint import (
     RAW_FILE,
     Progress,
-    World,
-    last_step,
+    load_auxiliary,
+    load_optimizers,
     load_progress,
     save_step,
 )
 from scd.models.weights import WEIGHTS_FILE, load_weights
-from scd.optim.optim import EMA
-from scd.training.config import FREE_FIELDS, Objective, TrainConfig, build_model, open_loader
-from scd.training.initial import load_initial
-from scd.training.learner import Learner, alone, build_learners, may_leave_unused
-from scd.training.run_folder import LOCK_FILE, goes_on
-from scd.training.sharding import (
-    fsdp_version,
-    gathered,
-    gathered_state,
-    is_sharded,
-    load_parts,
-    shard,
-)
-from scd.training.tasks import build_task
+from scd.objectives.denoise import Objective
+from scd.optim.optim import EMA, OptimConfig, build_optimizers, parameter_groups
+from scd.training.config import RunConfig
+from scd.training.sharding import cut_state, gathered, load_parts
+
+CONFIG_FILE, LAST_FILE, LOCK_FILE = "config.json", "last", "lock"
+"""Files of a run folder."""
+
+MODEL = "train"
+"""Name of the group of the network that the run is about; also what its draws are named after."""
+
+KNOWS_NOTHING = 2.0
+"""Loss of a critic that knows nothing, at most: that of velocity 0 for frames and noise of unit
+scale; a discriminator that always says 0 has 1.4. A rise that ends below it is no divergence."""
+
+
+@dataclass(kw_only=True)
+class OptimisationGroup:
+    """A network of a run with what it minimises and its optimisers."""
+
+    name: str = MODEL
+    """MODEL, or that of an auxiliary network: of its draws, its numbers in the log and its part of
+    a checkpoint."""
+    network: nn.Module
+    """Unwrapped, on its device."""
+    wrapped: nn.Module
+    """What the objective calls: as accelerate wraps it for several processes and the precision."""
+    objective: Objective
+    """What it minimises."""
+    optim: OptimConfig
+    """How its weights move."""
+    optimizers: list[Any] = field(default_factory=list)
+    """AdamW, and Muon if asked for."""
+    num_updates: int = 1
+    """Updates per step of the run, each on a batch of its own."""
+    first_step: int = 0
+    """Step of the run in which it begins to move."""
+    same_batch: bool = False
+    """Whether it learns from the batch of the group before it."""
+    max_rise: float = 0.0
+    """Largest loss over that of its first update; more stops the run. 0: any."""
+    min_spread: float = 0.0
+    """Least "spread" in its log, deviation of what it generates over that of the data; less stops
+    the run. 0: any."""
+    first_loss: float = 0.0
+    """Loss of its first update, before its weights had moved. 0: there was none yet."""
+
+    @staticmethod
+    def of(
+        network: nn.Module,
+        objective: Objective,
+        optim: OptimConfig,
+        *,
+        encoder: Iterable[nn.Parameter] = (),
+        matrices: Iterable[Tensor] | None = None,
+        wrapped: nn.Module | None = None,
+        **more: Any,
+    ) -> OptimisationGroup:
+        """Build the group of a network with new optimisers; `encoder` and `matrices` as
+        `parameter_groups` takes them."""
+        return OptimisationGroup(
+            network=network,
+            wrapped=wrapped or network,
+            objective=objective,
+            optim=optim,
+            optimizers=build_optimizers(parameter_groups(network, encoder, optim, matrices), optim),
+            **more,
+        )
+
+    def refuse(self, step: int, loss: float, logs: Mapping[str, float]) -> None:
+        """Stop a run that has gone astray, before the weights move.
+
+        Raises:
+            ValueError: the loss has risen far above the first one, or what the network generates
+                has collapsed.
+        """
+        # Not a mean of the losses before: a slow rise takes that along.
+        self.first_loss = self.first_loss or loss
+        if self.max_rise and loss > max(self.max_rise * self.first_loss, KNOWS_NOTHING):
+            raise ValueError(
+                f"step {step}: the {self.name} diverges: its loss is {loss:.4g}, more than "
+                f"{self.max_rise:g} times that of its first update, {self.first_loss:.4g}; what "
+                "was saved before is kept. A lower learning rate of it may help"
+            )
+        if logs.get("spread", 1.0) < self.min_spread:
+            raise ValueError(
+                f"step {step}: the generated frames have collapsed: they vary {logs['spread']:.3f} "
+                f"times as much as the data's, and {self.min_spread:g} is the least allowed; what "
+                "was saved before is kept. A lower learning rate may help"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Return all of an auxiliary network that a later part of the run needs."""
+        return {
+            "weights": self.network.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "first_loss": self.first_loss,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` returned."""
+        self.network.load_state_dict(state["weights"])
+        self.load_optimizers(state["optimizers"])
+        self.first_loss = state["first_loss"]
+
+    def load_optimizers(self, states: Iterable[Mapping[str, Any]]) -> None:
+        """Take up the saved states of the optimisers, whose tensors are whole."""
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(cut_state(optimizer, state))
+
+
+class Task(ABC):
+    """What a run trains: its parts, what becomes of a batch, how it is looked at, what is saved.
+
+    The trainer knows nothing else of it. Order of the calls: `begin` (a new run), `shard`,
+    `make_groups`; then for each step `begin_step` and `prepare`, and `write` and `look` as they
+    fall due.
+    """
+
+    config: RunConfig
+    accelerator: Accelerator
+    loader: Loader
+    """Batches of this process."""
+    model: nn.Module
+    """The network that the run is about, in this process's memory."""
+    max_steps: int
+    num_accumulation: int = 1
+    """Micro-batches whose gradients are averaged into one update."""
+    weights_file = WEIGHTS_FILE
+    """Name of the averaged weights in a checkpoint."""
+    sharded = False
+    """Whether each process holds a part of the weights only; then all of them run a model
+    together."""
+    is_wrapped = False
+    """Whether the groups' networks need no wrapper of accelerate's."""
+
+    def begin(self) -> None:  # noqa: B027
+        """Give the model of a new run its first weights, if they are not those of the seed."""
+
+    def shard(self) -> None:
+        """Cut the model's weights up among the processes."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def make_groups(self, ema: EMA) -> list[OptimisationGroup]:
+        """Return the networks in the order in which a step trains them, with new optimisers."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the log tells about the start besides what all runs have in common."""
+        return {}
+
+    def begin_step(self, run: Run) -> None:  # noqa: B027
+        """Do what comes before the updates of a step."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Return a batch as the objectives take it."""
+        return batch
+
+    def look(self, run: Run, last: bool) -> None:  # noqa: B027
+        """Measure and draw what is due after a step."""
+
+    def write(self, run: Run, folder: Path, averaged: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Write what the run makes into a checkpoint, of the averaged weights."""
 
 
 class Clock:
@@ -55,7 +207,7 @@ class Clock:
         self._start = time.perf_counter() - earlier_s
         self._since = time.perf_counter()
         self._waited_s = 0.0
-        self.num_steps = 0
+        self._num_steps = 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -73,7 +225,7 @@ class Clock:
 
     def count_step(self) -> None:
         """Note that a step is done."""
-        self.num_steps += 1
+        self._num_steps += 1
 
     @property
     def total_s(self) -> float:
@@ -83,198 +235,255 @@ class Clock:
     @property
     def steps_per_s(self) -> float:
         """Steps per second since the last `read`."""
-        return self.num_steps / max(time.perf_counter() - self._since, 1e-9)
+        return self._num_steps / max(time.perf_counter() - self._since, 1e-9)
 
     def read(self) -> dict[str, float]:
         """Return seconds per step and of it waiting for data, and begin anew."""
-        steps = max(self.num_steps, 1)
+        steps = max(self._num_steps, 1)
         values = {
             "step_s": (time.perf_counter() - self._since) / steps,
             "data_s": self._waited_s / steps,
             "elapsed_s": self.total_s,
         }
-        self._since, self.num_steps, self._waited_s = time.perf_counter(), 0, 0.0
+        self._since, self._num_steps, self._waited_s = time.perf_counter(), 0, 0.0
         return values
 
 
 @dataclass
 class Run:
-    """All parts of a run that is going on."""
+    """A task that is being trained."""
 
-    config: TrainConfig
-    """Its settings."""
-    accelerator: Accelerator
-    """Devices and processes."""
-    folder: Path
-    """Where it is kept."""
+    task: Task
+    groups: list[OptimisationGroup]
+    """In the order in which a step trains them."""
+    ema: EMA
+    """Averaged weights of the model."""
+    folder: Path | None
+    """Where the run is kept; None: nowhere."""
     lock: TextIO | None
     """Keeps other processes out of the folder until it is closed; in the first process only."""
-    loader: Loader
-    """Its batches."""
-    world: World
-    """What is being made; `world.model` is the unwrapped network."""
-    learners: list[Learner]
-    """Networks in the order in which a step trains them: companions, then the model."""
-    ema: EMA
-    """Averaged weights."""
     log: RunLog
     """Log of this process; silent in all but the first."""
     clock: Clock
-    """Times since the last line of the log."""
     step: int
-    """Optimiser steps done."""
-    sharded: bool
-    """Whether each process holds a part of the weights only; then all of them run a model
-    together."""
+    """Steps done."""
 
     @property
-    def rank(self) -> int:
-        """Number of this process."""
-        return self.accelerator.process_index
+    def main(self) -> OptimisationGroup:
+        """The group of the model."""
+        return next(group for group in self.groups if group.name == MODEL)
 
     @property
-    def updates_per_step(self) -> int:
-        """Updates of all networks in one step."""
-        return sum(learner.num_updates for learner in self.learners)
+    def first_batch(self) -> int:
+        """Number of the batch with which the next step begins."""
+        updates = sum(group.num_updates for group in self.groups if not group.same_batch)
+        return self.step * self.task.num_accumulation * updates
 
-    @property
-    def learner(self) -> Learner:
-        """The model with its loss and optimisers."""
-        return self.learners[-1]
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averaged weights into the model, in eval mode, for the time of a with block."""
+        self.task.model.eval()
+        try:
+            with self.ema.swap():
+                yield
+        finally:
+            self.task.model.train()
+
+    def close(self) -> None:
+        """Let go of the log, the processes and the folder."""
+        self.log.close()
+        self.task.accelerator.end_training()
+        if self.lock is not None:
+            self.lock.close()
 
 
-def start_run(config: TrainConfig, objective: Objective | None = None) -> Run:
+def open_accelerator(config: RunConfig, leaves_unused: bool = False) -> Accelerator:
+    """Return what knows devices, processes and precision.
+
+    Args:
+        config: the run.
+        leaves_unused: whether a batch may leave a weight without gradient.
+    """
+    # Accelerate keeps its settings between runs of one Python process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if config.device.startswith("cuda"):
+        torch.cuda.set_device(choose_device(config.device))
+    return Accelerator(
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        cpu=config.device == "cpu",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=leaves_unused)],
+    )
+
+
+def start_run(
+    config: RunConfig, make_task: Callable[[Accelerator], Task], leaves_unused: bool = False
+) -> Run:
     """Build all parts of a run, or take up the one in `config.out`.
 
     Args:
         config: the run.
-        objective: what to minimise; None: what `config.objective` says.
+        make_task: builds what is trained.
+        leaves_unused: as of `open_accelerator`.
 
     Raises:
-        ValueError, FileExistsError, OSError: as `train`.
+        ValueError, FileExistsError, OSError: as `scd.training.trainer.train`.
     """
-    folder = Path(config.out)
-    checkpoint = check_folder(config)
-    # Accelerate keeps its settings between runs of one Python process.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
-        cpu=config.device == "cpu",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=may_leave_unused(config))
-        ],
+    checkpoint = find_checkpoint(config)
+    accelerator = open_accelerator(config, leaves_unused)
+    task = make_task(accelerator)
+    progress = Progress(
+        step=0, num_ema_updates=0, num_processes=accelerator.num_processes, elapsed_s=0.0
     )
-    num_processes = accelerator.num_processes
-    sharded = is_sharded(config, num_processes, fsdp_version(accelerator))
-    loader = open_loader(config, accelerator.process_index, num_processes)
-    model = build_model(config, loader.source.card)
-    progress = Progress(step=0, num_ema_updates=0, num_processes=num_processes, elapsed_s=0.0)
-    if checkpoint is not None:
+    if checkpoint is None:
+        task.begin()
+    else:
         progress = load_progress(checkpoint)
-        load_weights(model, checkpoint / WEIGHTS_FILE)
-    elif config.initial:
-        load_initial(model, config)
-    model.to(accelerator.device)
-    if sharded:
-        shard(model, accelerator)
-    ema = EMA(model, config.ema_decay, progress.num_ema_updates)
-    if checkpoint is not None and sharded:
-        load_parts(model, checkpoint / RAW_FILE)
-    elif checkpoint is not None:
-        load_weights(model, checkpoint / RAW_FILE, str(accelerator.device))
-    model.gradient_checkpointing = config.gradient_checkpointing
-    task = alone(objective) if objective else build_task(config, model, ema, accelerator)
-    learners = build_learners(config, task, model, accelerator, checkpoint, sharded)
+        load_weights(task.model, checkpoint / task.weights_file)
+    task.model.to(accelerator.device)
+    if task.sharded:
+        task.shard()
+    ema = EMA(task.model, config.ema_decay, progress.num_ema_updates)
+    if checkpoint is not None:
+        load_parts(task.model, checkpoint / RAW_FILE)
+    groups = task.make_groups(ema)
+    if checkpoint is not None:
+        _load_groups(groups, checkpoint)
+    if not task.is_wrapped:
+        for group in groups:
+            group.wrapped = accelerator.prepare(group.wrapped)
+    folder, lock = _enter_folder(config, accelerator, checkpoint)
+    log = RunLog(
+        folder,
+        total_steps=task.max_steps,
+        first_step=progress.step,
+        tracker=config.tracker,
+        active=accelerator.is_main_process,
+    )
+    facts = {
+        "step": progress.step,
+        "num_processes": accelerator.num_processes,
+        "num_processes_before": progress.num_processes,
+        "device": str(accelerator.device),
+        "precision": config.precision,
+        "parameters": num_parameters(task.model),
+    }
+    log.event("start" if checkpoint is None else "resume", facts | task.facts())
+    machine = {"command": command(), "commit": git_commit()} | describe_hardware()
+    log.event("machine", machine, show=False)
+    return Run(
+        task=task,
+        groups=groups,
+        ema=ema,
+        folder=folder,
+        lock=lock,
+        log=log,
+        clock=Clock(progress.elapsed_s),
+        step=progress.step,
+    )
+
+
+def _load_groups(groups: list[OptimisationGroup], checkpoint: Path) -> None:
+    saved = load_auxiliary(checkpoint)
+    for group in groups:
+        if group.name == MODEL:
+            group.load_optimizers(load_optimizers(checkpoint))
+        elif group.name in saved:
+            group.load_state(saved[group.name])
+        else:
+            raise ValueError(f"{checkpoint} lacks auxiliary.pt, the state of {group.name}")
+
+
+def _enter_folder(
+    config: RunConfig, accelerator: Accelerator, checkpoint: Path | None
+) -> tuple[Path | None, TextIO | None]:
+    """Lock the run folder in the first process, and write the settings into it."""
+    if not config.out:
+        return None, None
+    folder, lock = Path(config.out), None
     accelerator.wait_for_everyone()
-    lock = None
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         lock = take_lock(folder / LOCK_FILE)
-        if check_folder(config) != checkpoint:
+        if find_checkpoint(config) != checkpoint:
             raise BlockingIOError(f"{folder} was trained by another process meanwhile: start again")
         remove_leftovers(folder)
-        write_file(folder / "config.json", json.dumps(to_json(config), indent=2))
+        write_file(folder / CONFIG_FILE, json.dumps(to_json(config), indent=2))
     accelerator.wait_for_everyone()
-    run = Run(
-        config=config,
-        accelerator=accelerator,
-        folder=folder,
-        lock=lock,
-        loader=loader,
-        world=World(
-            model=model,
-            autoencoder=build_autoencoder(config.autoencoder, accelerator.device),
-            card=loader.source.card,
-            sampling=config.sampling,
-        ),
-        learners=learners,
-        ema=ema,
-        log=RunLog(
-            folder,
-            total_steps=config.max_steps,
-            first_step=progress.step,
-            tracker=config.tracker,
-            active=accelerator.is_main_process,
-        ),
-        clock=Clock(progress.elapsed_s),
-        step=progress.step,
-        sharded=sharded,
-    )
-    run.log.event(
-        "start" if checkpoint is None else "resume",
-        {
-            "step": run.step,
-            "num_processes": num_processes,
-            "num_processes_before": progress.num_processes,
-            "device": str(accelerator.device),
-            "precision": config.precision,
-            "parameters": num_parameters(model),
-            "sharded": sharded,
-        },
-    )
-    machine = {"command": command(), "commit": git_commit()} | describe_hardware()
-    run.log.event("machine", machine, show=False)
-    return run
+    return folder, lock
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint; only the first process writes, all wait."""
-    states = [optimizer.state_dict() for optimizer in run.learner.optimizers]
-    averaged, raw = run.ema.state_dict(), run.world.model.state_dict()
-    if run.sharded:
-        states = [gathered_state(part, run.accelerator) for part in run.learner.optimizers]
-        averaged, raw = (gathered(part, run.accelerator) for part in (averaged, raw))
-    if run.accelerator.is_main_process:
-        progress = Progress(
-            step=run.step,
-            num_ema_updates=run.ema.num_updates,
-            num_processes=run.accelerator.num_processes,
-            elapsed_s=run.clock.total_s,
-        )
-        keep = run.config.keep_checkpoints
-        beside = {learner.name: learner.state() for learner in run.learners[:-1]}
-        folder = save_step(run.folder, run.world, averaged, states, progress, keep, beside, raw)
-        run.log.event("checkpoint", {"step": run.step, "folder": str(folder)})
-    run.accelerator.wait_for_everyone()
-
-
-def check_folder(config: TrainConfig) -> Path | None:
+def find_checkpoint(config: RunConfig) -> Path | None:
     """Return the checkpoint to continue from, or None for a new run.
 
     Raises:
         FileExistsError: `config.out` holds a run with other settings, or no run at all.
-        ValueError: its config or checkpoint is damaged.
+        FileNotFoundError: its newest checkpoint is gone or not whole.
+        ValueError: its settings are damaged.
     """
-    if not goes_on(config, FREE_FIELDS, _settings):
+    folder = Path(config.out)
+    if not config.out or not folder.exists():
         return None
-    return last_step(Path(config.out))
+    if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK_FILE}:
+        return None
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileExistsError(f"{folder} exists and is not the folder of a run: choose another out")
+    if config.resume == "never":
+        raise FileExistsError(f"{folder} holds a run already, and resume is 'never'")
+    different = [
+        line
+        for line in differences(_settings(type(config), folder / CONFIG_FILE), to_json(config))
+        if line.split(":")[0].split(".")[0] not in config.free_fields
+    ]
+    if different:
+        raise FileExistsError(
+            f"{folder} holds a run with other settings (its value, then the one given): "
+            + "; ".join(different)
+        )
+    if not (folder / LAST_FILE).is_file():
+        return None
+    checkpoint = folder / (folder / LAST_FILE).read_text().strip()
+    if not (checkpoint / "optimizer.pt").is_file():
+        raise FileNotFoundError(f"{checkpoint}, which {folder / LAST_FILE} names, is not whole")
+    return checkpoint
 
 
-def _settings(path: Path) -> Any:
+def _settings(kind: type[RunConfig], path: Path) -> Any:
     """Read a run's settings; a field that came after the run was started has its default."""
     values = read_json(path)
     try:
-        return to_json(from_json(TrainConfig, values, str(path)))
+        return to_json(from_json(kind, values, str(path)))
     except ValueError:
         # Told field by field, with all else that differs.
         return values
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint and remove old ones; only the first process writes, all wait.
+
+    Raises:
+        OSError: it could not be written, e.g. the disk is full; the earlier ones are untouched.
+    """
+    if run.folder is None:
+        return
+    task, accelerator = run.task, run.task.accelerator
+    is_main = accelerator.is_main_process
+    states = gathered([part.state_dict() for part in run.main.optimizers], is_main)
+    raw, averaged = gathered((task.model.state_dict(), run.ema.state_dict()), is_main)
+    if is_main:
+        progress = Progress(
+            step=run.step,
+            num_ema_updates=run.ema.num_updates,
+            num_processes=accelerator.num_processes,
+            elapsed_s=run.clock.total_s,
+        )
+        folder = save_step(
+            run.folder,
+            lambda aside: task.write(run, aside, {**raw, **averaged}),
+            raw,
+            states,
+            progress,
+            task.config.keep_checkpoints,
+            {group.name: group.state() for group in run.groups if group.name != MODEL},
+        )
+        run.log.event("checkpoint", {"step": run.step, "folder": str(folder)})
+    accelerator.wait_for_everyone()

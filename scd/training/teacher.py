@@ -2,61 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import copy
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scd.common.runtime import derive_seed
 from scd.common.weights import is_stored
 from scd.data.clip import Conditions
+from scd.models.base import CausalDiffuser
 from scd.models.build import Diffuser
 from scd.models.checkpoint import load_world, read_world_parts, resolve
-from scd.models.embed import Field
 from scd.models.wan.config import WanConfig
 from scd.models.wan.dense import WanDiffuser
 from scd.models.wan.source import WanSource, open_source
 from scd.models.weights import WEIGHTS_FILE, check_shapes, load_weights
-from scd.objectives.denoise import Network
-from scd.objectives.distill import Path
+from scd.objectives.discriminator import Discriminator
+from scd.objectives.distribution_matching import MatchConfig
 from scd.training.config import TrainConfig
-
-Autocast = Callable[[], AbstractContextManager[None]]
-"""Makes a context in which networks run at the run's precision."""
-
-
-def running(network: Network, autocast: Autocast) -> Network:
-    """Return a network that is not wrapped, run at the run's precision as if it were.
-
-    Each call has a context of its own: copies of weights that a context made without gradient
-    must not serve a later call with gradient.
-    """
-
-    def run(*inputs: Tensor | Conditions) -> Tensor:
-        with autocast():
-            return network(*inputs).float()
-
-    return run
-
-
-def path_of(model: Diffuser, autocast: Autocast) -> Path:
-    """Return a model's `field` at the run's precision."""
-
-    def begin(history: Tensor, conditions: Conditions, num_noisy: int, num_draws: int) -> Field:
-        with autocast():
-            field = model.field(history, conditions, num_noisy, num_draws)
-
-        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
-            with autocast():
-                return field(noisy, time).float()
-
-        return velocity
-
-    return begin
 
 
 def load_teacher(config: TrainConfig, path: str, device: torch.device) -> Diffuser:
@@ -168,7 +136,7 @@ def find_bidirectional(config: TrainConfig, path: str) -> tuple[WanConfig, WanSo
     """
     if not path:
         raise ValueError("objective.teacher must name the Wan model to learn from")
-    folder = FilePath(path)
+    folder = Path(path)
     if (folder / "last").is_file() or is_stored(folder / WEIGHTS_FILE):
         parts = read_world_parts(resolve(path))
         theirs = parts["model"]
@@ -190,11 +158,38 @@ def find_bidirectional(config: TrainConfig, path: str) -> tuple[WanConfig, WanSo
     return theirs, source
 
 
-@contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """Let gradient pass through a network but not into its weights, for a with block."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)
+def bidirectional_critic(
+    config: TrainConfig, settings: MatchConfig, device: torch.device
+) -> Bidirectional:
+    """Return a critic that sees whole clips, with its first weights, which move."""
+    path = settings.critic_model or settings.teacher
+    critic = load_bidirectional(config, path, device, torch.float32).requires_grad_(True)
+    critic.model.gradient_checkpointing = _recomputes(config, settings)
+    return critic
+
+
+def causal_critic(
+    config: TrainConfig, settings: MatchConfig, student: Diffuser, teacher: Diffuser
+) -> nn.Module:
+    """Return a critic that sees the frames before, with its first weights, which move."""
+    start = teacher if settings.critic_start == "teacher" else student
+    critic = copy.deepcopy(start).requires_grad_(True)
+    critic.gradient_checkpointing = _recomputes(config, settings)
+    if settings.method != "gan":
+        return critic
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "initial weights of the discriminator"))
+        return Discriminator(critic)
+
+
+def _recomputes(config: TrainConfig, settings: MatchConfig) -> bool:
+    # Where the student's gradient passes through the critic, blocks that are recomputed in the
+    # backward pass would find their weights no longer frozen.
+    return config.gradient_checkpointing and settings.method == "dmd"
+
+
+def encoder_parameters(critic: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield what trains at the encoder's learning rate: the encoder of the diffuser in a critic."""
+    for module in critic.modules():
+        if isinstance(module, CausalDiffuser):
+            yield from module.encoder_parameters()

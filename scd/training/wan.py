@@ -25,8 +25,7 @@ from scd.objectives.distribution_matching import MatchConfig
 from scd.optim.optim import OptimConfig
 from scd.preprocessing.prompts import embed_prompts
 from scd.training.config import TrainConfig
-from scd.training.initial import like_initial
-from scd.training.matching import check_rollout
+from scd.training.fit import check_rollout, like_initial
 from scd.training.teacher import find_bidirectional
 
 OPTIM = OptimConfig(

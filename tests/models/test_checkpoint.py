@@ -29,6 +29,7 @@ from scd.models.checkpoint import (
     load_world,
     save_step,
     save_world,
+    write_world,
 )
 from scd.models.decoder import DecoderConfig
 from scd.models.encoder import EncoderConfig
@@ -63,7 +64,12 @@ def write_step(run, world, step, keep=10, optimizers=None):
     run.mkdir(exist_ok=True)
     averaged = {name: p.detach() * 0.5 for name, p in world.model.named_parameters()}
     progress = Progress(step=step, num_ema_updates=step, num_processes=1, elapsed_s=1.5)
-    return save_step(run, world, averaged, optimizers or [{"state": {}}], progress, keep)
+    raw = world.model.state_dict()
+
+    def write(folder):
+        write_world(world, raw | averaged, folder)
+
+    return save_step(run, write, raw, optimizers or [{"state": {}}], progress, keep)
 
 
 def same_weights(one, other, factor=1.0) -> bool:

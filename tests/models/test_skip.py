@@ -19,7 +19,7 @@ from scd.models.stack import LayerSkip, skip_after
 from scd.objectives.denoise import DenoiseConfig
 from scd.streaming.rollout import Rollout
 from scd.training.config import TrainConfig
-from scd.training.trainer import train
+from scd.training.world import train
 from tests.tiny import random_clips, shaken, tiny_dense
 
 SAMPLING = SamplingConfig(num_steps=5)

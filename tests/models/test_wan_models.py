@@ -23,12 +23,13 @@ from scd.models.kv_cache import CacheConfig
 from scd.models.wan.config import WanConfig, WanDecoderConfig, WanEncoderConfig, WanSeparableConfig
 from scd.models.wan.dense import WanDiffuser
 from scd.models.wan.separable import WanSeparableDiffuser
-from scd.objectives.denoise import DenoiseConfig, denoise
+from scd.objectives.denoise import DenoiseConfig
 from scd.objectives.self_forcing import self_forced
 from scd.probing.intercept import without
 from scd.probing.models import subject_of
 from scd.probing.subject import Task
 from scd.streaming.rollout import Guidance, Rollout
+from tests.tiny import denoising_loss
 from tests.tiny_wan import (
     BLOCK,
     SHAPE,
@@ -345,7 +346,7 @@ def test_the_objectives_take_it(model):
     clean, _, _, conditions, _ = wan_clips()
     generator = torch.Generator().manual_seed(0)
     config = DenoiseConfig(num_draws=2, context_noise=0.0, condition_dropout=0.0)
-    loss, _ = denoise(model, clean, conditions, config, generator)
+    loss, _ = denoising_loss(model, clean, conditions, config, generator)
     loss.backward()
     generated = self_forced(model, clean[:, :1], conditions, 2, [1.0, 0.9], 1, generator)
     assert generated.shape == (2, 2, *SHAPE.shape)
@@ -353,7 +354,7 @@ def test_the_objectives_take_it(model):
     model.zero_grad()
     hiding = replace(config, condition_dropout=0.5)
     with pytest.raises(ValueError, match="needs null_text"):
-        denoise(model, clean, conditions, hiding, generator)
+        denoising_loss(model, clean, conditions, hiding, generator)
     hidden = replace(conditions, null_text=torch.zeros_like(conditions.text))
     augment = Augmentation(generator=generator, condition_dropout=0.5)
     dropped = [bool((augment.drop(hidden).text[0] == 0).all()) for _ in range(40)]

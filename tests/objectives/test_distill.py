@@ -5,23 +5,37 @@ from dataclasses import replace
 import pytest
 import torch
 
+from scd.data.clip import Batch
 from scd.models.flow import clean_from_velocity, guide, interpolate, velocity_between
 from scd.objectives.distill import (
+    Consistency,
     ConsistencyConfig,
+    Regression,
     RegressionConfig,
-    consistency_loss,
     draw,
     guided,
     guided_path,
     pseudo_huber,
-    regression_loss,
     spread,
 )
-from tests.tiny import random_clips, tiny_dense, tiny_separable
+from tests.tiny import loss_of, random_clips, tiny_dense, tiny_separable
 
 PLAIN = ConsistencyConfig(
     num_grid_steps=4, num_teacher_steps=2, huber=0.0, history_noise=0.2, condition_dropout=0.2
 )
+
+
+def consistency_loss(
+    student, target, teacher, clean, conditions, config, generator, needs_first_frame=False
+):
+    objective = Consistency(
+        config=config, teacher=teacher, target=target, needs_first_frame=needs_first_frame
+    )
+    return loss_of(objective, student, clean, conditions, generator)
+
+
+def draw_of(clean, conditions, *rest):
+    return draw(Batch(frames=clean, conditions=conditions), *rest)
 
 
 @pytest.fixture(params=["joint", "prefix", "no start frame", "dense"])
@@ -57,7 +71,7 @@ def test_the_target_is_the_teachers_path_then_the_target_networks_jump(model, nu
     loss, _ = consistency_loss(
         model, target, model.field, clean, conditions, config, torch.Generator(), needs_first
     )
-    drawn = draw(clean, conditions, 4, config, torch.Generator(), needs_first)
+    drawn = draw_of(clean, conditions, 4, config, torch.Generator(), needs_first)
     grid = torch.tensor(config.grid)
     time = grid[drawn.place]
     noisy = interpolate(drawn.frames, drawn.noise, time)
@@ -86,7 +100,7 @@ def straight(noise, frames):
 
 def test_a_student_that_knows_the_frames_is_consistent_with_a_teacher_that_does():
     clean, _, _, conditions = random_clips(tiny_dense())
-    drawn = draw(clean, conditions, 4, PLAIN, torch.Generator(), False)
+    drawn = draw_of(clean, conditions, 4, PLAIN, torch.Generator(), False)
     knows = straight(drawn.noise, drawn.frames)
     loss, logs = consistency_loss(
         knows, knows, lambda *_: knows, clean, conditions, PLAIN, torch.Generator()
@@ -116,8 +130,9 @@ def test_regression_is_the_error_of_the_estimate_at_the_schedules_times():
     model, config = tiny_separable(), RegressionConfig(num_draws=3)
     clean, _, _, conditions = random_clips(model)
     times = [1.0, 0.6]
-    loss, _ = regression_loss(model, clean, conditions, times, config, torch.Generator())
-    drawn = draw(clean, conditions, 2, config, torch.Generator(), False)
+    objective = Regression(config=config, times=times)
+    loss, _ = loss_of(objective, model, clean, conditions, torch.Generator())
+    drawn = draw_of(clean, conditions, 2, config, torch.Generator(), False)
     time = torch.tensor(times)[drawn.place]
     noisy = interpolate(drawn.frames, drawn.noise, time)
     velocity = model(drawn.history, noisy, time, drawn.conditions)
@@ -172,4 +187,4 @@ def test_settings_that_mean_nothing_are_refused(change, message):
 def test_a_clip_without_a_frame_to_denoise_is_refused():
     clean, _, _, conditions = random_clips(tiny_separable(start_frame=False), num_frames=1)
     with pytest.raises(ValueError, match="clips of 2 or more frames, got 1"):
-        draw(clean, conditions, 4, PLAIN, torch.Generator(), True)
+        draw_of(clean, conditions, 4, PLAIN, torch.Generator(), True)

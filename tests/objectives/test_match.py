@@ -6,16 +6,23 @@ import pytest
 import torch
 
 from scd.models.flow import clean_from_velocity
-from scd.objectives.discriminator import Discriminator, adversary_loss, judge_loss
+from scd.objectives.discriminator import (
+    Discriminator,
+    discriminator_gan_loss,
+    discriminator_loss,
+    roughness,
+    student_gan_loss,
+)
 from scd.objectives.distribution_matching import (
     MatchConfig,
     Noised,
     Rolled,
     critic_loss,
+    dmd_gradient,
+    dmd_loss,
     noised,
     score_loss,
 )
-from scd.objectives.score import discriminator_loss, dmd_gradient, dmd_loss, roughness
 from tests.tiny import random_clips, tiny_dense, tiny_separable
 
 CONFIG = MatchConfig(num_draws=2)
@@ -110,7 +117,7 @@ def test_what_the_critic_learns_falls(model, method):
     for _ in range(12):
         if method == "gan":
             config = MatchConfig(method="gan")
-            loss = judge_loss(critic, fake, real, config, torch.Generator())
+            loss = discriminator_gan_loss(critic, fake, real, config, torch.Generator())
         else:
             loss = critic_loss(critic, fake, CONFIG, torch.Generator())
         optimizer.zero_grad()
@@ -148,7 +155,7 @@ def test_the_judges_loss_in_one_pass_is_that_in_four(model, relativistic):
     config = MatchConfig(method="gan", relativistic=relativistic, roughness=0.1)
     judge = judging(model)
     (fake, _), (real, _) = rolled(model), rolled(model, seed=5)
-    loss = judge_loss(judge, fake, real, config, torch.Generator())
+    loss = discriminator_gan_loss(judge, fake, real, config, torch.Generator())
     generator = torch.Generator()
     drawn = noised(fake.frames, config, generator)
     move = 0.05 * torch.randn(drawn.noise.shape, generator=generator)
@@ -173,7 +180,7 @@ def test_the_student_is_pushed_by_a_judge_that_tells_the_frames_apart(model, rel
     config = MatchConfig(method="gan", relativistic=relativistic)
     judge = judging(model)
     (fake, generated), (real, _) = rolled(model, requires_grad=True), rolled(model, seed=5)
-    loss = adversary_loss(judge, fake, real, config, torch.Generator())
+    loss = student_gan_loss(judge, fake, real, config, torch.Generator())
     (gradient,) = torch.autograd.grad(loss, generated)
     assert gradient[:, 1:].abs().max() > 0 and gradient[:, 0].abs().max() == 0
     step = generated.detach() - 0.1 * gradient / gradient.norm()
@@ -181,7 +188,7 @@ def test_the_student_is_pushed_by_a_judge_that_tells_the_frames_apart(model, rel
     after = Rolled.of(clean[:, :2], step, conditions, 2, WINDOW)
     # The history changes as well, so only the scored frames are moved.
     after = replace(after, history=fake.history)
-    assert adversary_loss(judge, after, real, config, torch.Generator()) < loss
+    assert student_gan_loss(judge, after, real, config, torch.Generator()) < loss
 
 
 @pytest.mark.parametrize(

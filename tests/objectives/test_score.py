@@ -7,13 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from scd.models.flow import guide, interpolate
-from scd.objectives.score import (
-    adversarial_loss,
-    discriminator_loss,
+from scd.objectives.discriminator import adversarial_loss, discriminator_loss, roughness
+from scd.objectives.distribution_matching import (
     dmd_gradient,
     dmd_loss,
     draw_score_times,
-    roughness,
     score_time,
     sid_loss,
 )

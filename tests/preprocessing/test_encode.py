@@ -28,10 +28,10 @@ from scd.models.dense import DenseConfig
 from scd.models.embed import FrameShape
 from scd.preprocessing import encode as module
 from scd.preprocessing.encode import EncodeConfig, encode
-from scd.training.config import TrainConfig, open_loader
-from scd.training.fit import decides, fit_to_data
+from scd.training.config import TrainConfig
+from scd.training.fit import decides, fit_to_data, open_loader
 from scd.training.presets import preset
-from scd.training.trainer import train
+from scd.training.world import train
 from tests.layouts import published_latents, write_minecraft_latents
 from tests.tiny_wan_vae import TEXT_DIM, tiny_vae, write_tiny_parts
 

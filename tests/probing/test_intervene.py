@@ -33,7 +33,7 @@ from scd.probing.interventions import (
     split_of,
 )
 from scd.training.config import TrainConfig
-from scd.training.trainer import train
+from scd.training.world import train
 from tests.tiny import random_clips, random_conditions, tiny_dense
 
 SAMPLING = SamplingConfig(num_steps=4)

@@ -16,16 +16,16 @@ from scd.common.config import from_json, to_json
 from scd.common.runlog import read_log
 from scd.data.spaces import ConditionSpec
 from scd.models.build import build
-from scd.models.checkpoint import load_companions, load_world, resolve
+from scd.models.checkpoint import load_auxiliary, load_world, resolve
 from scd.models.flow import SamplingConfig
 from scd.models.kv_cache import CacheConfig
 from scd.objectives.distill import ConsistencyConfig, RegressionConfig
 from scd.objectives.distribution_matching import MatchConfig
 from scd.optim.optim import EMA, OptimConfig
 from scd.training.config import TrainConfig
-from scd.training.learner import Learner
-from scd.training.tasks import build_task
-from scd.training.trainer import train
+from scd.training.state import OptimisationGroup
+from scd.training.world import build_groups, train
+from tests.tiny import objective_of
 
 
 def brief(model, out) -> TrainConfig:
@@ -92,7 +92,7 @@ def test_two_and_two_steps_are_four_steps_bit_for_bit(matching, teacher, tmp_pat
     train(replace(parts, max_steps=2))
     train(parts)
     assert files_of(tmp_path / "parts") == files_of(whole)
-    assert ("companions.pt" in files_of(whole)) == (name in ("dmd", "gan"))
+    assert ("auxiliary.pt" in files_of(whole)) == (name in ("dmd", "gan"))
     for number in ("loss", "critic_loss"):
         one, two = (
             [event.get(number) for event in read_log(run, "step")]
@@ -103,7 +103,7 @@ def test_two_and_two_steps_are_four_steps_bit_for_bit(matching, teacher, tmp_pat
 
 def test_a_step_trains_the_critic_as_often_as_asked_and_then_the_student(matching):
     once = train(replace(matching, max_steps=1))
-    critic = load_companions(resolve(once))["critic"]
+    critic = load_auxiliary(resolve(once))["critic"]
     assert critic["first_loss"] > 0
     assert {int(state["step"]) for state in critic["optimizers"][0]["state"].values()} == {2}
     start = load_world(matching.initial).model.state_dict()
@@ -132,8 +132,8 @@ def test_a_critic_that_diverges_stops_the_run_and_the_checkpoint_stays(matching)
     with pytest.raises(ValueError, match=r"step [1-9]\d?: the critic diverges: .* than 10 times"):
         train(replace(config, max_steps=100))
     assert files_of(run.parent) == before
-    (run / "companions.pt").unlink()
-    with pytest.raises(ValueError, match=r"lacks companions\.pt, the state of critic"):
+    (run / "auxiliary.pt").unlink()
+    with pytest.raises(ValueError, match=r"lacks auxiliary\.pt, the state of critic"):
         train(replace(config, max_steps=100))
 
 
@@ -146,13 +146,11 @@ def test_a_collapse_stops_the_run_and_is_named(matching):
 def test_a_rise_is_told_sudden_or_slow_but_not_below_what_knowing_nothing_gives():
     def last_of(losses, max_rise=10.0):
         network = nn.Linear(1, 1)
-        critic = Learner(
+        critic = OptimisationGroup.of(
+            network,
+            objective_of(lambda *_: (torch.zeros(()), {})),
+            OptimConfig(),
             name="critic",
-            network=network,
-            model=network,
-            optimizers=[],
-            loss=lambda *_: (torch.zeros(()), {}),
-            optim=OptimConfig(),
             max_rise=max_rise,
         )
         for number, loss in enumerate(losses):
@@ -202,7 +200,7 @@ def test_guidance_without_conditions_is_refused(matching):
     )
     model = build(config.model)
     with pytest.raises(ValueError, match="guidance by conditions needs a teacher with actions"):
-        build_task(config, model, EMA(model, 0.9), Accelerator(cpu=True))
+        build_groups(config, model, EMA(model, 0.9), Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize("name", ["dmd", "sid", "gan"])
@@ -211,7 +209,7 @@ def test_recomputed_blocks_train_the_same_weights(matching, teacher, tmp_path, n
     whole = train(config)
     again = train(replace(config, gradient_checkpointing=True, out=str(tmp_path / "again")))
     for mine, theirs in zip(
-        *(load_companions(resolve(run))["critic"]["weights"].values() for run in (whole, again)),
+        *(load_auxiliary(resolve(run))["critic"]["weights"].values() for run in (whole, again)),
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
@@ -264,7 +262,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scd.common.config import from_json
 from scd.models.embed import FrameHead
 from scd.training.config import TrainConfig
-from scd.training.trainer import train
+from scd.training.world import train
 wrapped, num_frames = {}, []
 def note(module, inputs, output):
     if isinstance(module, DistributedDataParallel):

@@ -6,8 +6,8 @@ import pytest
 
 from scd.models.kv_cache import CacheConfig
 from scd.training import fit
-from scd.training.config import TrainConfig, check_fit
-from scd.training.fit import fit_to_data, fit_window
+from scd.training.config import TrainConfig
+from scd.training.fit import check_fit, fit_to_data, fit_window
 from scd.training.presets import preset
 
 

@@ -16,8 +16,7 @@ from scd.models.flow import SamplingConfig
 from scd.models.kv_cache import CacheConfig
 from scd.optim.optim import OptimConfig
 from scd.training.config import TrainConfig
-from scd.training.tasks import denoising
-from scd.training.trainer import train
+from scd.training.world import clip_objective, train
 
 
 def brief(model, out) -> TrainConfig:
@@ -53,7 +52,8 @@ def test_a_run_begins_with_the_averaged_weights_of_the_first(config, first):
     batch = Loader(open_source(config.data, "train"), 2, 4, seed=1).batch(0)
     generator = make_generator(1, "train", 0, 0, 0)
     world = load_world(first)
-    expected, _ = denoising(config)(world.model.train(), batch, generator)
+    objective = clip_objective(config, world.model)
+    expected, _ = objective.loss(world.model.train(), batch, generator)
     assert read_log(run, "step")[0]["loss"] == pytest.approx(expected.item(), rel=1e-6)
     raw = load_world(first, "raw").model.state_dict()
     assert any(not torch.equal(raw[name], ema) for name, ema in world.model.state_dict().items())

@@ -9,12 +9,12 @@ import torch
 from scd.data.loader import Loader
 from scd.models.build import ModelConfig, build
 from scd.models.kv_cache import CacheConfig
-from scd.objectives.denoise import DenoiseConfig, denoise
-from scd.objectives.teacher_forcing import TeacherForcingConfig, teacher_forced_loss
+from scd.objectives.denoise import DenoiseConfig, TeacherForcingConfig
 from scd.optim.optim import OptimConfig, build_optimizers, parameter_groups
 from scd.training.config import TrainConfig
 from scd.training.plan import GIB, count_micro_batch, dry_run, plan
-from tests.tiny import stored_in
+from tests.tiny import denoising_loss as denoise
+from tests.tiny import stored_in, teacher_forced_loss
 from tests.tiny_wan import tiny_wan_separable, wan_clips
 
 

@@ -18,7 +18,6 @@ from scd.common.runtime import make_generator
 from scd.models.checkpoint import load_optimizers, load_world
 from scd.models.flow import SamplingConfig
 from scd.objectives.distill import ConsistencyConfig
-from scd.objectives.teacher_forcing import teacher_forced_loss
 from scd.optim.optim import (
     EMA,
     OptimConfig,
@@ -27,9 +26,11 @@ from scd.optim.optim import (
     parameter_groups,
     set_lr,
 )
-from scd.training.config import TrainConfig, build_model, open_loader
-from scd.training.initial import load_initial
+from scd.training.config import TrainConfig
+from scd.training.fit import load_initial, open_loader
 from scd.training.sharding import is_sharded
+from scd.training.world import build_model
+from tests.tiny import teacher_forced_loss
 from tests.tiny_wan_run import encode_with, words_of, write_clips, write_world
 
 TOGETHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "scd")
@@ -48,7 +49,7 @@ def train_plainly(config: TrainConfig) -> tuple[dict, dict]:
     """The weights and their average after a run of two processes, computed in one, by a loop of
     its own: the mean of what both would have as gradients."""
     loaders = [open_loader(config, rank, 2) for rank in range(2)]
-    model = build_model(config, loaders[0].source.card)
+    model = build_model(config)
     load_initial(model, config)
     ema = EMA(model, config.ema_decay)
     groups = parameter_groups(model, model.encoder_parameters(), config.optim)

@@ -28,8 +28,8 @@ from scd.models.kv_cache import CacheConfig
 from scd.objectives.denoise import DenoiseConfig
 from scd.optim.optim import OptimConfig
 from scd.training.config import TrainConfig
-from scd.training.tasks import denoising
-from scd.training.trainer import train
+from scd.training.world import build_model, clip_objective, train
+from tests.tiny import objective_of
 
 SMALL = BlockConfig(width=16, head_dim=16, rotary_axes=(4, 6, 6), initial_gate=0.5)
 CONDITIONS = open_source("toy:32", "train").card.conditions
@@ -105,7 +105,7 @@ def test_two_and_two_steps_are_four_steps_bit_for_bit(config, tmp_path, change):
 def train_steps(config: TrainConfig, num_steps: int) -> None:
     """Train until the process receives a SIGTERM, in the middle of its last step."""
     count = 0
-    inner = denoising(config)
+    inner = clip_objective(config, build_model(config)).loss
 
     def objective(model, batch, generator):
         nonlocal count
@@ -115,7 +115,7 @@ def train_steps(config: TrainConfig, num_steps: int) -> None:
         return inner(model, batch, generator)
 
     with pytest.raises(Interrupted, match=f"SIGTERM after step {num_steps} of 4: saved"):
-        train(config, objective)
+        train(config, objective_of(objective))
 
 
 def test_loss_falls_and_everything_is_logged(config):
@@ -159,9 +159,10 @@ def test_accumulated_micro_batches_equal_one_large_batch(config, tmp_path):
         loss = (model(batch.frames, noisy, time, batch.conditions) - 1).square().mean()
         return loss, {"loss": loss.detach()}
 
-    one = train(replace(config, batch_size=4, max_steps=2), objective)
+    one = train(replace(config, batch_size=4, max_steps=2), objective_of(objective))
     two = train(
-        replace(config, num_accumulation=2, max_steps=2, out=str(tmp_path / "two")), objective
+        replace(config, num_accumulation=2, max_steps=2, out=str(tmp_path / "two")),
+        objective_of(objective),
     )
     expected, found = (load_world(run, "raw").model.state_dict() for run in (one, two))
     for name, weight in expected.items():
@@ -171,7 +172,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(config, tmp_path):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("place", ["loss", "gradient"])
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step(config, bad, place):
-    inner = denoising(config)
+    inner = clip_objective(config, build_model(config)).loss
     count, weights = 0, {}
 
     def objective(model, batch, generator):
@@ -188,7 +189,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step(config, bad
         return loss, logs
 
     with pytest.raises(ValueError, match="step 2: .*finite.*before the weights moved"):
-        train(config, objective)
+        train(config, objective_of(objective))
     model = weights.pop("model")
     assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())
 
@@ -204,7 +205,7 @@ COMMAND = """
 import sys
 from scd.training.config import TrainConfig
 from scd.common.config import from_json
-from scd.training.trainer import train
+from scd.training.world import train
 import json
 train(from_json(TrainConfig, json.load(open(sys.argv[1]))))
 """
@@ -250,7 +251,7 @@ def test_a_second_process_is_kept_out_of_a_run(config, tmp_path):
         with pytest.raises(BlockingIOError, match="run is being written by another process"):
             train(config)
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["lock"]
-    inner, refused = denoising(config), []
+    inner, refused = clip_objective(config, build_model(config)).loss, []
 
     def objective(model, batch, generator):
         if not refused:
@@ -259,7 +260,7 @@ def test_a_second_process_is_kept_out_of_a_run(config, tmp_path):
             refused.append(True)
         return inner(model, batch, generator)
 
-    run = train(config, objective)
+    run = train(config, objective_of(objective))
     assert refused
     take_lock(run / "lock").close()
     (machine,) = read_log(run, "machine")

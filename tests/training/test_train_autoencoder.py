@@ -26,25 +26,24 @@ from scd.models.block import BlockConfig
 from scd.models.checkpoint import load_world
 from scd.models.dense import DenseConfig
 from scd.models.embed import FrameShape
-from scd.objectives import perceptual, reconstruct
-from scd.objectives.perceptual import pyramid_distance
+from scd.objectives import reconstruct
 from scd.objectives.reconstruct import (
-    PatchJudge,
-    deception_loss,
-    judgement_loss,
+    PatchDiscriminator,
+    adversarial_loss,
+    discriminator_loss,
+    pyramid_distance,
     reconstruction_loss,
 )
 from scd.optim.optim import OptimConfig
 from scd.preprocessing.encode import EncodeConfig, encode
 from scd.streaming.rollout import Rollout
-from scd.training import autoencoder_run
+from scd.training import autoencoder as training
 from scd.training.autoencoder import train_autoencoder
-from scd.training.autoencoder_run import check_folder
-from scd.training.autoencoder_settings import TrainAutoencoderConfig
-from scd.training.config import open_loader
-from scd.training.fit import fit_to_data
+from scd.training.config import TrainAutoencoderConfig
+from scd.training.fit import fit_to_data, open_loader
 from scd.training.presets import preset
-from scd.training.trainer import train
+from scd.training.state import find_checkpoint
+from scd.training.world import train
 from tests.tiny_wan_vae import tiny_vae
 
 NUM_MEASURED = 64
@@ -54,7 +53,7 @@ NUM_MEASURED = 64
 def fewer_measured_frames():
     """Every checkpoint measures the scale of the latents: on fewer frames, that takes no time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autoencoder_run, "MEASURED_FRAMES", NUM_MEASURED)
+        patch.setattr(training, "MEASURED_FRAMES", NUM_MEASURED)
         yield
 
 
@@ -103,7 +102,7 @@ def pictures(f=2, size=32, seed=0):
 
 def test_the_pyramid_is_the_whole_picture():
     one = pictures(size=32)
-    bands = perceptual._bands(one)
+    bands = reconstruct._bands(one)
     assert [band.shape[-1] for band in bands] == [32, 16, 8]
     whole = bands[-1]
     for band in reversed(bands[:-1]):
@@ -114,7 +113,7 @@ def test_the_pyramid_is_the_whole_picture():
 
 def test_the_pyramid_sees_what_is_lost():
     one = open_source("toy:32", "train").read(0, 0, 2).frames
-    blurred = perceptual._blurred(one)
+    blurred = reconstruct._blurred(one)
     same, near = pyramid_distance(one, one), pyramid_distance(blurred, one)
     assert same.shape == (2,) and same.max() <= 0.0011 and near.min() > 0.05
     torch.testing.assert_close(near, pyramid_distance(one, blurred))
@@ -133,12 +132,12 @@ def test_losses_by_hand():
     loss, logs = reconstruction_loss(made, true, lambda a, b: (a - b).square().mean((1, 2, 3)), 2.0)
     assert (loss.item(), logs["pixels"].item(), logs["perceptual"].item()) == (1.0, 0.5, 0.25)
     # A judge that says the mean of a picture.
-    loss, _ = judgement_loss(lambda pictures: pictures.mean((1, 2, 3)), made, true)
+    loss, _ = discriminator_loss(lambda pictures: pictures.mean((1, 2, 3)), made, true)
     assert loss.item() == pytest.approx((0.5 + 1.0) / 2)
     last = torch.tensor(3.0, requires_grad=True)
     picture = last * true
     reconstruction = 4 * (picture - true).mean()  # slope 2 at the last layer
-    fooled, logs = deception_loss(lambda p: 10 * p.mean(), picture, reconstruction, last, 0.5)
+    fooled, logs = adversarial_loss(lambda p: 10 * p.mean(), picture, reconstruction, last, 0.5)
     # The judge's slope there is 5 away from it, so 2 / 5 makes the pulls equal.
     assert logs["adaptive"].item() == pytest.approx(0.4, rel=1e-3)
     assert fooled.item() == pytest.approx(0.5 * 0.4 * -15.0, rel=1e-3)
@@ -146,7 +145,7 @@ def test_losses_by_hand():
 
 
 def test_a_logit_of_the_judge_sees_a_patch_of_70_pixels():
-    judge = PatchJudge(width=4).eval()
+    judge = PatchDiscriminator(width=4).eval()
     seen = torch.zeros(1, 3, 128, 128, requires_grad=True)
     logits = judge(seen)
     assert logits.shape == (1, 14, 14)
@@ -154,7 +153,7 @@ def test_a_logit_of_the_judge_sees_a_patch_of_70_pixels():
     assert seen.grad is not None
     rows = seen.grad.abs().sum((0, 1, 3)).nonzero()
     assert int(rows.max() - rows.min()) + 1 == 70
-    smallest = reconstruct.JUDGE_SMALLEST
+    smallest = reconstruct.SMALLEST_PICTURE
     assert judge(torch.zeros(1, 3, smallest, smallest)).numel() == 1
 
 
@@ -169,7 +168,9 @@ def test_interrupted_training_repeats_the_uninterrupted_one(videos, trained, tmp
         assert once.keys() == parts.keys()
         assert all(torch.equal(once[key], parts[key]) for key in once)
     states = [
-        torch.load(folder / "step_000004/training.pt", weights_only=True)["judge"]
+        torch.load(folder / "step_000004/auxiliary.pt", weights_only=True)["discriminator"][
+            "weights"
+        ]
         for folder in (trained, out)
     ]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
@@ -199,7 +200,7 @@ def test_the_second_part_leaves_the_encoder_where_the_average_was(trained):
         ("encoder.conv_out.weight", steps[:2]),
     ):
         assert not torch.equal(weights(one)[moved], weights(other)[moved])
-    judged = [event for event in read_log(trained, "step") if "judge" in event]
+    judged = [event for event in read_log(trained, "step") if "discriminator" in event]
     assert [event["step"] for event in judged] == [3, 4]
 
 
@@ -235,7 +236,7 @@ def test_a_time_limit_saves_and_the_command_goes_on(videos, tmp_path):
     config = settings(videos, tmp_path / "ae", time_limit_s=1e-6)
     assert StopRequest(1e-6).reason
     train_autoencoder(config)
-    assert check_folder(config) == tmp_path / "ae/step_000001"
+    assert find_checkpoint(config) == tmp_path / "ae/step_000001"
     assert read_log(tmp_path / "ae", "end")[0]["reason"].startswith("the time limit")
     train_autoencoder(replace(config, time_limit_s=0.0))
     assert read_log(tmp_path / "ae", "resume")[0]["step"] == 1
@@ -363,7 +364,7 @@ def test_data_that_does_not_fit_is_refused(videos, tmp_path, changes, message):
 def test_frames_that_no_cell_or_patch_fits_are_refused(tmp_path):
     for height, width, message in (
         (36, 40, "36x40 pixels cannot be cut into cells of 8x8"),
-        (16, 40, "judge of patches needs frames of 24x24 or more, .* has 16x40"),
+        (16, 40, "discriminator of patches needs frames of 24x24 or more, .* has 16x40"),
     ):
         folder = tmp_path / f"{height}"
         pixels = torch.zeros(6, height, width, 3, dtype=torch.uint8).numpy()
@@ -407,7 +408,7 @@ def test_other_and_damaged_trainings_are_refused(videos, tmp_path):
     more = replace(config, adversarial_steps=1)
     step = out / "step_000001"
     for name, message in (
-        ("training.pt", "training.pt is damaged"),
+        ("optimizer.pt", "optimizer.pt is damaged"),
         ("raw.safetensors", "raw.safetensors"),
         ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"),
         ("progress.json", "progress.json: is not JSON"),
@@ -417,7 +418,7 @@ def test_other_and_damaged_trainings_are_refused(videos, tmp_path):
         with pytest.raises(ValueError, match=message):
             train_autoencoder(more)
         (step / name).write_bytes(whole)
-    (step / "training.pt").unlink()
+    (step / "optimizer.pt").unlink()
     with pytest.raises(FileNotFoundError, match="step_000001, which .*last names, is not whole"):
         train_autoencoder(more)
     (tmp_path / "mine").mkdir()

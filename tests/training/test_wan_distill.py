@@ -16,7 +16,7 @@ from scd.cli import main
 from scd.common.runlog import read_log
 from scd.data.clip import Conditions
 from scd.data.prompts import PromptSource, is_prompts, read_prompts_info
-from scd.models.checkpoint import load_companions, load_world, resolve
+from scd.models.checkpoint import load_auxiliary, load_world, resolve
 from scd.models.flow import clean_from_velocity, guide
 from scd.models.wan.config import WanDecoderConfig, WanEncoderConfig
 from scd.models.wan.timesteps import warped_times
@@ -270,7 +270,7 @@ def check_learnt(run, start, wan, num_updates):
         {"loss", "critic_loss", "spread", "grad_norm"} <= set(event)
         for event in read_log(run, "step")
     )
-    critic = load_companions(resolve(run))["critic"]
+    critic = load_auxiliary(resolve(run))["critic"]
     counts = {int(state["step"]) for state in critic["optimizers"][0]["state"].values()}
     assert counts == {num_updates}
     for file in (wan / "transformer").glob("*.safetensors"):
@@ -343,7 +343,7 @@ def test_a_dense_world_teaches_as_the_folder_that_it_was_made_of(
         (event,) = read_log(tmp_path / name, "step")
         losses.append((event["loss"], event["critic_loss"]))
     assert losses[0] == losses[1] and losses[0] != losses[2]
-    weights = load_companions(resolve(tmp_path / "c"))["critic"]["weights"]
+    weights = load_auxiliary(resolve(tmp_path / "c"))["critic"]["weights"]
     assert not any(name.startswith("model.blocks.2.") for name in weights)
 
 
@@ -366,7 +366,7 @@ def test_bad_input_is_refused_before_weights_are_read(
     smaller = tmp_path / "smaller"
     words = ["convert", "wan", "--model", small, "--split", "dense", "--out", str(smaller)]
     assert main([*words, "--height", "16", "--width", "16", "--text-length", "16"]) == 0
-    monkeypatch.setattr("scd.training.state.build_model", None)
+    monkeypatch.setattr("scd.training.world.build_model", None)
     monkeypatch.setattr("scd.autoencoders.text_encoder._load_encoder", None)
     assert "the same conditions" in distil(teacher=other_text)
     assert "the same latent frames" in distil(teacher=other_latents)
