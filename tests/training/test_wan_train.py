@@ -160,19 +160,25 @@ def test_the_encoder_reads_the_frame_at_the_upper_fifth_of_noise_beside_clean_hi
     clean, noisy, time, conditions, _ = wan_clips(num_frames=3)
     seen = []
     model = tiny_wan_separable(encoder=WanEncoderConfig(num_layers=4))
-    forced = model.encoder.teacher_forced
+    tokens, forced, read = model.encoder.tokens, model.encoder.run_teacher_forced, []
+
+    def cut(frames):
+        read.append(frames)
+        return tokens(frames)
 
     def look(past, past_modulation, frames, modulation, text):
-        seen.append((past, frames, modulation))
+        assert torch.equal(past, tokens(read[-2])) and torch.equal(frames, tokens(read[-1]))
+        seen.append((*read[-2:], modulation))
         return forced(past, past_modulation, frames, modulation, text)
 
-    model.encoder.teacher_forced = look
+    model.encoder.tokens, model.encoder.run_teacher_forced = cut, look
     config = TeacherForcingConfig(condition_dropout=0.0)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         teacher_forced_loss(model, clean, conditions, config, generator)
     for past, frames, modulation in seen:
-        assert torch.equal(past, clean)
+        # The last frame is no frame's past.
+        assert torch.equal(past, clean[:, :-1])
         # The time that the frame was told: where it is searched on a fine grid.
         grid = torch.linspace(0.9, 1, 1001)
         told = model.encoder.condition_embedder.times(grid[None])[1][0]
