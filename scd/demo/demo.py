@@ -27,6 +27,7 @@ from scd.demo.side_by_side import (
     NUM_GIVEN,
     NUM_STREAMED,
     NUM_WARM_UP,
+    SHOWN,
     measure_memory,
     stream_in_turns,
     write_stream,
@@ -77,12 +78,10 @@ class DemoConfig:
 
     @property
     def num_steps(self) -> int:
-        """Optimiser steps of the separable model."""
         return self.steps or (60 if self.quick else preset("toy").max_steps)
 
     @property
     def protocol(self) -> Protocol:
-        """How quality is measured."""
         return Protocol(
             context=8,
             horizon=max(HORIZONS),
@@ -92,22 +91,15 @@ class DemoConfig:
             memory=False,
         )
 
-    @property
-    def num_memory_clips(self) -> int:
-        """Clips on which the memory score is measured."""
-        return 8 if self.quick else 48
-
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     """A model of the demo and what its training took."""
 
     folder: Path
-    """The run."""
     steps: int
-    """Optimiser steps."""
     seconds: float
-    """Seconds of training, without evaluation; of an interrupted one those of all its parts."""
+    """Of training, without evaluation; of an interrupted one those of all its parts."""
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
@@ -126,7 +118,6 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
 
 def train_and_compare(config: DemoConfig, out: Path) -> dict[str, Any]:
-    """Train both models, measure both, stream both in turns, and write the report."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     kind = "quick" if config.quick else "full"
     runs = out / "runs" / f"{kind}-{config.num_steps}-steps-seed-{config.seed}"
@@ -155,7 +146,7 @@ def train_and_compare(config: DemoConfig, out: Path) -> dict[str, Any]:
     memory = measure_memory(
         {name: worlds[name] for name in STREAMED},
         source,
-        replace(config.protocol, num_clips=config.num_memory_clips),
+        replace(config.protocol, num_clips=8 if config.quick else 48),
     )
     measured_s = time.perf_counter() - began
 
@@ -163,8 +154,7 @@ def train_and_compare(config: DemoConfig, out: Path) -> dict[str, Any]:
     length = NUM_GIVEN + NUM_STREAMED
     batch = read_windows(source, choose_windows(source, 1, length, config.seed + 1), length)
     frames, timings = stream_in_turns({name: worlds[name] for name in STREAMED}, batch, config.seed)
-    true = batch.frames[0].cpu()
-    write_stream(true, frames, source.card.fps, out)
+    write_stream(batch.frames[0].cpu(), frames, NUM_GIVEN, SHOWN, source.card.fps, out)
 
     result = summarize_demo(trained, worlds, measured, memory, timings)
     result |= add_up(trained, measured_s, time.perf_counter() - began - measured_s)
@@ -177,11 +167,7 @@ def train_and_compare(config: DemoConfig, out: Path) -> dict[str, Any]:
 
 
 def claim_folder(out: Path) -> None:
-    """Make the demo's folder, or take that of an earlier demo.
-
-    Raises:
-        FileExistsError: it is a file, or holds something else.
-    """
+    """Make the demo's folder, or take that of an earlier demo; refuse others (FileExistsError)."""
     if not (out / MARKER).is_file():
         refuse_used(out, "an earlier demo")
     out.mkdir(parents=True, exist_ok=True)
@@ -189,11 +175,7 @@ def claim_folder(out: Path) -> None:
 
 
 def train_one(name: str, folder: Path, num_steps: int, seed: int) -> Trained:
-    """Train a preset, or continue where it was interrupted.
-
-    Raises:
-        KeyboardInterrupt: a signal stopped it; the training is saved.
-    """
+    """Train a preset, or continue where it was interrupted."""
     config = replace(
         fit_to_data(replace(preset(name), seed=seed)),
         out=str(folder),

@@ -1,7 +1,7 @@
 """What `scd demo` shows without any training: the shipped world, streamed and steered.
 
-It begins on a held-out clip that the world never saw, and goes on under the clip's own actions and,
-from the same frame, under each action held down.
+It begins with frames of a held-out clip and continues under the clip's own actions and, from the
+same frame on, under each action held down.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from scd.common.config import to_json
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import cpu_threads
 from scd.data.clip import Conditions
+from scd.demo.side_by_side import write_stream
 from scd.engine.open import advised_threads, open_engine
 from scd.evaluation.html import write_page
-from scd.evaluation.media import PictureRow, spread, write_grid, write_video
+from scd.evaluation.media import spread
 from scd.evaluation.predict import TIMED, summarize
 from scd.models.build import num_parameters
 from scd.models.checkpoint import World, load_world
@@ -78,7 +79,9 @@ def first_look(run: Path, out: Path, seed: int) -> dict[str, Any]:
         frames, timings = stream(start, clips, world.card.action_names)
     streamed = [timing for of_one in timings.values() for timing in of_one[NUM_WARM_UP:]]
     true = clips.pixels(0, NUM_GIVEN + len(frames["its own actions"]))
-    write_pictures(true, frames, world.card.fps, out)
+    length = min(len(made) for made in frames.values())
+    horizons = [place + 1 for place in spread(length, NUM_SHOWN)]
+    write_stream(true, frames, NUM_GIVEN, horizons, world.card.fps, out)
     timing = summarize(streamed)
     result: dict[str, Any] = {
         "world": run.name,
@@ -106,7 +109,6 @@ def first_look(run: Path, out: Path, seed: int) -> dict[str, Any]:
 
 
 def begin_stream(world: World, clips: Clips, seed: int) -> Rollout:
-    """Return a stream that was given the first frames of the first clip."""
     engine = open_engine(world.model, "fast")
     rollout = Rollout(world, seed=seed, engine=engine)
     actions = clips.actions[:1, :NUM_GIVEN]
@@ -117,11 +119,7 @@ def begin_stream(world: World, clips: Clips, seed: int) -> Rollout:
 def stream(
     start: Rollout, clips: Clips, action_names: tuple[str, ...]
 ) -> tuple[dict[str, Float[Tensor, "_ 3 h w"]], dict[str, list[Timing]]]:
-    """Go on from one stream under several steerings, each on a copy of it.
-
-    Returns:
-        The generated frames and the timing of each, by steering.
-    """
+    """Continue copies of one stream under the clip's actions and under each action held down."""
     own = clips.actions[0, NUM_GIVEN:]
     steerings = {"its own actions": own} | {
         name: torch.full((NUM_HELD,), number) for number, name in enumerate(action_names)
@@ -137,25 +135,7 @@ def stream(
     return frames, timings
 
 
-def write_pictures(
-    true: Float[Tensor, "t 3 h w"], frames: Mapping[str, Tensor], fps: float, out: Path
-) -> None:
-    """Write frames.png, steerings one above the other, and rollout.mp4, side by side."""
-    made = {"truth": true[NUM_GIVEN:]} | dict(frames)
-    length = min(len(row) for row in made.values())
-    chosen = spread(length, NUM_SHOWN)
-    last = true[NUM_GIVEN - 1 : NUM_GIVEN]
-    rows = [
-        PictureRow(name=name, frames=torch.cat([last, row[chosen]])) for name, row in made.items()
-    ]
-    write_grid(rows, ["given", *(f"+{index + 1}" for index in chosen)], out / "frames.png")
-    given = true[:NUM_GIVEN]
-    strips = [torch.cat([given, row[:length]]) for row in made.values()]
-    write_video(torch.cat(strips, dim=3), out / "rollout.mp4", fps)
-
-
 def write_report(result: Mapping[str, Any], out: Path) -> None:
-    """Write report.html of a first look, its pictures inside."""
     timing = result["timing"]
     parts = {
         "encoder, once per frame": timing["encoder"],

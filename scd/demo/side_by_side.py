@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,7 @@ NUM_WARM_UP = 8
 def measure_memory(
     worlds: Mapping[str, World], source: ToyWorld, protocol: Protocol
 ) -> dict[str, Any]:
-    """Measure the memory score of each world for several contexts, all on the same events.
-
-    Args:
-        worlds: by name.
-        source: where the clips are searched.
-        protocol: its horizon, number of clips, batch size and seed.
-    """
+    """Measure the memory score of each world for several contexts, all on the same events."""
     assert protocol.num_clips is not None
     clips = find_memory_clips(source, protocol.num_clips, max(MEMORY_CONTEXTS), protocol.horizon)
     rows = []
@@ -71,11 +65,7 @@ def measure_memory(
 def stream_in_turns(
     worlds: Mapping[str, World], batch: Batch, seed: int
 ) -> tuple[dict[str, Float[Tensor, "m 3 h w"]], dict[str, list[Timing]]]:
-    """Stream one clip from each world, one frame of each in turn.
-
-    Returns:
-        The generated frames [t 3 h w] and the timing of each, by world.
-    """
+    """Stream one clip from each world, one frame of each in turn."""
     rollouts = {name: Rollout(world, seed=seed) for name, world in worlds.items()}
     for rollout in rollouts.values():
         rollout.begin(batch.frames[:, :NUM_GIVEN], batch.conditions.frames(0, NUM_GIVEN))
@@ -85,17 +75,30 @@ def stream_in_turns(
 
 def write_stream(
     true: Float[Tensor, "t 3 h w"],
-    frames: Mapping[str, Float[Tensor, "m 3 h w"]],
+    frames: Mapping[str, Float[Tensor, "_ 3 h w"]],
+    num_given: int,
+    horizons: Sequence[int],
     fps: float,
     out: Path,
 ) -> None:
-    """Write rollout.mp4, truth and models side by side, and frames.png, one above the other."""
-    given = true[:NUM_GIVEN]
-    rows = {"truth": true} | {name: torch.cat([given, made]) for name, made in frames.items()}
-    gap = torch.full((len(true), 3, true.shape[2], GAP // 2), 0.8)
+    """Write rollout.mp4, truth and streams side by side, and frames.png, one above the other.
+
+    Args:
+        true: given frames, and what followed.
+        frames: what each stream made after the given frames.
+        num_given: given frames.
+        horizons: predicted frames of the picture, from 1, as far as the shortest stream goes.
+        fps: of the video.
+        out: folder.
+    """
+    length = min(len(true), *(num_given + len(made) for made in frames.values()))
+    rows = {"truth": true[:length]} | {
+        name: torch.cat([true[:num_given], made])[:length] for name, made in frames.items()
+    }
+    gap = torch.full((length, 3, true.shape[2], GAP // 2), 0.8)
     strips = [part for row in rows.values() for part in (row, gap)][:-1]
     write_video(torch.cat(strips, dim=3), out / "rollout.mp4", fps)
-    shown = [horizon for horizon in SHOWN if NUM_GIVEN + horizon <= len(true)]
-    chosen = [NUM_GIVEN - 1 + horizon for horizon in (0, *shown)]
+    shown = [horizon for horizon in horizons if num_given + horizon <= length]
+    chosen = [num_given - 1 + horizon for horizon in (0, *shown)]
     pictures = [PictureRow(name=name, frames=row[chosen]) for name, row in rows.items()]
     write_grid(pictures, ["given", *(f"+{horizon}" for horizon in shown)], out / "frames.png")

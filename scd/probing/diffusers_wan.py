@@ -24,9 +24,6 @@ from scd.models.wan.config import WanBlockConfig, WanConfig
 from scd.models.wan.dense import WanDiffuser
 from scd.probing.models import OurState, WanDenseSubject
 
-NO_LIMIT = 2**20
-"""Frames in memory: the past of a probe is short."""
-
 
 class WanSubject(WanDenseSubject):
     """The weights of a WanTransformer3DModel, one frame of latents after another.
@@ -77,7 +74,7 @@ class WanSubject(WanDenseSubject):
                     block=block,
                     num_layers=config.num_layers,
                     conditions=ConditionSpec(text_length=len(text), text_dim=config.text_dim),
-                    cache=CacheConfig(window=NO_LIMIT, num_sinks=0, rebase_sinks=False),
+                    cache=CacheConfig(window=2**20, num_sinks=0, rebase_sinks=False),
                 )
             )
         model.load_state_dict(transformer.state_dict(), assign=True)

@@ -1,8 +1,8 @@
-"""Layers of a running network, read, replaced and left out, without a change of its code.
+"""Layers of a running network, recorded, replaced and left out, without a change of its code.
 
-A layer is any module whose `forward` takes tokens first. For the time of a with-block its `forward`
-is another function; afterwards the module is as it was. What its attention looks at is seen by a
-mode of PyTorch that every call of the fused kernel goes through.
+A layer is any module whose `forward` takes tokens first. Within a with-block its `forward` is
+another function; afterwards the module is as it was. Its attention is read by a torch function
+mode, which every call of PyTorch's fused kernel goes through.
 """
 
 from __future__ import annotations
@@ -42,10 +42,9 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What went into a layer and what came out of it, in its last call."""
+    """Input and output of a layer's last call."""
 
     tokens: Float[Tensor, "b *n d"]
-    """Tokens that it was given."""
     output: Any
     """What it returned: tokens, or a tuple that begins with them."""
 
@@ -59,25 +58,20 @@ class AttentionCall:
     q: Float[Tensor, "b k s e"]
     """Queries, scaled so that the logits are q k / sqrt(e)."""
     k: Float[Tensor, "b k s2 e"]
-    """Keys."""
     v: Float[Tensor, "b k s2 e"]
-    """Values."""
     bias: Float[Tensor, "#b #k #s s2"] | None
     """Added to the logits, minus infinity where a key is hidden; None: nothing."""
 
     def attend(self) -> Float[Tensor, "b k s e"]:
-        """Compute it by the fused kernel."""
         bias = None if self.bias is None else self.bias.to(self.q.dtype)
         return functional.scaled_dot_product_attention(self.q, self.k, self.v, attn_mask=bias)
 
 
 def tokens_of(output: Any) -> Tensor:
-    """Return the tokens among what a layer returned."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def with_tokens(output: Any, tokens: Tensor) -> Any:
-    """Return what a layer returned with other tokens in it."""
     return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
 
@@ -104,7 +98,6 @@ def replaced(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 def _all_replaced(
     layers: Sequence[Layer], forward_of: Callable[[int, Layer], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Replace the `forward` of each layer by one that is made from its place and itself."""
     with ExitStack() as stack:
         for place, layer in enumerate(layers):
             stack.enter_context(replaced(layer.block, forward_of(place, layer)))
@@ -205,8 +198,6 @@ def attention_through(
 
 
 class _KernelMode(TorchFunctionMode):
-    """Hands calls of the fused kernel to a function while a layer runs."""
-
     def __init__(self, running: list[int], compute: Callable[[AttentionCall], Tensor]) -> None:
         super().__init__()
         self.running, self.compute = running, compute

@@ -1,7 +1,7 @@
-"""What a measurement of the probe is made of, and how those that are there are found.
+"""What a measurement of the probe is made of, and how all are found.
 
-A measurement is one module of scd/probing/measurements/ that names it MEASUREMENT. It is then one
-of `scd probe --measurements`, in probe.json and on the page.
+A measurement is one module of scd/probing/measurements/ that defines MEASUREMENT. It is then one of
+`scd probe --measurements`, in probe.json and on the page.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ Parts = Mapping[str, Mapping[str, Any]]
 
 
 def as_measured(part: Mapping[str, Any]) -> Entries:
-    """Return what a part adds to probe.json."""
     return {key: value for key, value in part.items() if key not in ASIDE}
 
 
@@ -41,7 +40,7 @@ class Measurement:
     """One measurement, from a plan to a section of the page."""
 
     measure: Callable[[Plan, Progress], Entries]
-    """Measures it. What it returns is kept in a file and not measured again."""
+    """What it returns is kept in a file and not measured again."""
     section: Callable[[Mapping[str, Any], Mapping[str, Any]], Markup]
     """From probe.json and its own "pictures" to the section of the page."""
     place: int
@@ -49,11 +48,10 @@ class Measurement:
     cards: Callable[[Mapping[str, Any]], Sequence[tuple[str, str]]] = lambda result: ()
     """From probe.json to numbers at the top of the page, each with its words."""
     conclude: Callable[[Plan, Parts], Entries] | None = None
-    """Draws what goes into probe.json from the parts of all measurements; None: its own part."""
+    """From the parts of all measurements to probe.json; None: its own part as it is."""
 
 
 def find_measurements() -> dict[str, Measurement]:
-    """Import all measurements and return them by name, in the order in which they run."""
     return {name: import_module(f"{PACKAGE}.{name}").MEASUREMENT for name in measurement_names()}
 
 
@@ -67,5 +65,4 @@ def by_layer(numbers: Sequence[int], names: Sequence[str], **values: Any) -> lis
 
 
 def plain(values: Any) -> Any:
-    """Return an array as lists of rounded numbers."""
     return np.round(np.asarray(values, np.float64), DIGITS).tolist()

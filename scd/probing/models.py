@@ -28,9 +28,9 @@ class OurState:
     """What the denoising steps of a frame need."""
 
     context: Any
-    """Of the model."""
+    """The model's own."""
     distances: Sequence[int]
-    """Of each key that an attention of the steps looks at; see `FrameAttention.distances`."""
+    """Of each key of the steps' attention; see `FrameAttention.distances`."""
 
 
 class OurSubject(Subject):
@@ -47,12 +47,12 @@ class OurSubject(Subject):
         if isinstance(config.block, BlockConfig):
             self.sizes = Sizes(config)
         self.window = config.cache.window
-        # Which keys the attention that comes next looks at; None: it is none of the newest frame.
+        # Of the keys of the attention that comes next; None: it is none of the newest frame.
         self._distances: Sequence[int] | None = None
         self._in_begin = False
 
     def key_distances(self, layer: int, num_queries: int, num_keys: int) -> Sequence[int] | None:
-        """Tell from the memory's positions, which are in no order once it has wrapped."""
+        """Read them from the positions in the KV cache, which is a ring and so in no order."""
         if self._distances is None or self.layers[layer].once is not self._in_begin:
             return None
         assert len(self._distances) == num_keys
@@ -62,18 +62,13 @@ class OurSubject(Subject):
     def velocity(
         self, state: OurState, noisy: Float[Tensor, "b c h w"], time: float
     ) -> Float[Tensor, "b c h w"]:
-        """Run all layers that are not `once`."""
         self._distances, self._in_begin = state.distances, False
         # In float64: the time embedding shows the rounding of a float32 time.
         times = noisy.new_full(noisy.shape[:1], time, dtype=torch.float64)
         return self.model.velocity(state.context, noisy, times)
 
     def stream(self, past: Tensor, conditions: Conditions) -> tuple[Any, Conditions]:
-        """Begin a stream with the past; return its state and the conditions of the next frame.
-
-        Raises:
-            ValueError: conditions of another kind than the model's.
-        """
+        """Begin a stream with the past; return its state and the conditions of the next frame."""
         num_past, config = past.shape[1], self.model.config
         check_conditions(config.conditions, conditions, num_past + 1)
         self._distances = None
@@ -88,14 +83,13 @@ class OurSubject(Subject):
 
 
 class _Dense(OurSubject):
-    """Every layer runs at every step, over the memory of the past."""
+    """Every layer runs at every step, over the KV cache of the past."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model, _layers("layer", model.blocks))
 
     @torch.no_grad()
     def begin(self, past: Float[Tensor, "b t c h w"], conditions: Conditions) -> OurState:
-        """Fill the memory with the past."""
         stream, now = self.stream(past, conditions)
         context = self.model.context(stream, now)
         positions = context.cache.positions_with([context.frame])
@@ -115,7 +109,6 @@ class _Separable(OurSubject):
 
     @torch.no_grad()
     def begin(self, past: Float[Tensor, "b t c h w"], conditions: Conditions) -> OurState:
-        """Run the encoder."""
         stream, now = self.stream(past, conditions)
         stream.cache.make_room()
         newest = self.newest_row(stream)
@@ -127,14 +120,14 @@ class _Separable(OurSubject):
         return OurState(context=self.encode(stream, now, past), distances=distances)
 
     sees_context = True
-    """Whether the decoder's attention sees the context, as tokens of its own."""
+    """Whether the context is tokens that the decoder attends to."""
 
     def newest_row(self, stream: Any) -> int:
         """Return the position of the row that the encoder is about to make."""
         raise NotImplementedError
 
     def encode(self, stream: Any, now: Conditions, past: Tensor) -> Any:
-        """Return what the model's steps need."""
+        """Return the context of the model's steps."""
         return self.model.context(stream, now)
 
 
@@ -152,7 +145,6 @@ class DenseSubject(_Dense):
         super().__init__(model)
 
     def key_distances(self, layer: int, num_queries: int, num_keys: int) -> Sequence[int] | None:
-        """Tell the same of all layers but the diagonal ones, which see their own frame only."""
         if layer >= self._num_seeing:
             return [0] * num_keys
         return super().key_distances(layer, num_queries, num_keys)
@@ -167,25 +159,19 @@ class SeparableSubject(_Separable):
         self.sees_context = join not in ("channel_concat", "add")
 
     def newest_row(self, stream: Any) -> int:
-        """Return that of the newest known frame, or of the start frame."""
         return stream.next_position
 
 
 class _ReadsText(OurSubject):
-    """Layers that look at a text too: that attention is left out, it is none over frames."""
+    """Layers with cross-attention to a text, which is left out: its keys are of no frame."""
 
     def key_distances(self, layer: int, num_queries: int, num_keys: int) -> Sequence[int] | None:
-        """Tell them of self-attention only."""
         if num_keys == self.model.config.conditions.text_length:
             return None
         return super().key_distances(layer, num_queries, num_keys)
 
     def stream(self, past: Tensor, conditions: Conditions) -> tuple[Any, Conditions]:
-        """Begin a stream with the past.
-
-        Raises:
-            ValueError: as many keys as the text has tokens: they could not be told apart.
-        """
+        """Refuse a text of as many tokens as some frames: keys are told apart by their number."""
         words, num_tokens = self.model.config.conditions.text_length, self.tokens_per_frame
         room = max(past.shape[1], self.model.config.cache.num_sinks) + 1
         if words % num_tokens == 0 and words <= num_tokens * max(2, room):
@@ -219,16 +205,14 @@ class WanSeparableSubject(_ReadsText, _Separable):
         super().__init__(model, _read_only_frames)
 
     def key_distances(self, layer: int, num_queries: int, num_keys: int) -> Sequence[int] | None:
-        """Tell the same, but of decoder layers before the context joins: these see one frame."""
+        # Decoder layers before the context joins see one frame.
         alone = num_keys == self.tokens_per_frame and not self.layers[layer].once
         return [0] * num_keys if alone else super().key_distances(layer, num_queries, num_keys)
 
     def newest_row(self, stream: Any) -> int:
-        """Return that of the frame to come."""
         return stream.next_position
 
     def encode(self, stream: Any, now: Conditions, past: Tensor) -> Any:
-        """Give the encoder the same noise each time."""
         generator = make_generator(0, "noise of an encoder")
         noise = torch.randn(past.shape[0], *self.frame_shape, generator=generator)
         return self.model.context(stream, now, noise.to(past))
@@ -240,7 +224,6 @@ SUBJECTS: dict[type[nn.Module], Callable[[Any], Subject]] = {
     WanDiffuser: WanDenseSubject,
     WanSeparableDiffuser: WanSeparableSubject,
 }
-"""Which subject is made of which model."""
 
 
 def subject_of(model: Diffuser) -> Subject:
@@ -263,7 +246,7 @@ def _layers(
 def _read_only(
     tokens: Tensor, embedding: Tensor, rotary: Any, attend: Any, num_read: int | None = None
 ) -> Tensor:
-    """Pass on the tokens that a block would have returned; see `Block.forward`."""
+    """Stand in for `Block.forward`: the tokens it would have returned, unchanged."""
     return tokens if num_read is None else tokens[:, :, -num_read:]
 
 
@@ -275,7 +258,7 @@ def _read_only_frames(
     text: Any,
     num_read: int | None = None,
 ) -> Tensor:
-    """Pass on the tokens that a block would have returned; see `WanBlock.forward`."""
+    """Stand in for `WanBlock.forward`."""
     return tokens if num_read is None else tokens[:, -num_read:]
 
 

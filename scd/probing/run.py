@@ -1,6 +1,6 @@
 """`scd probe`: every measurement of one trained model on held-out clips, its JSON and its page.
 
-Each measurement is written when it is done; the same command goes on after an interruption.
+Each measurement is written when it is done; after an interruption the same command continues.
 """
 
 from __future__ import annotations
@@ -102,7 +102,6 @@ def measure(
 def summarize(
     plan: Plan, world: World, measurements: Mapping[str, Measurement], parts: Parts
 ) -> dict[str, Any]:
-    """Put the parts together in the shape of probe.json."""
     result: dict[str, Any] = {}
     for name, part in parts.items():
         conclude = measurements[name].conclude
@@ -157,7 +156,6 @@ def write_report(
 
 
 def _settings(config: ProbeConfig) -> dict[str, Any]:
-    """Return what all parts of a probe have in common, as JSON would give it back."""
     free = ("out", "measurements", "device", "tolerance", "join", "frame_steps", "strict", "run")
     settings = {key: value for key, value in to_json(config).items() if key not in free}
     folder = resolve(config.run)

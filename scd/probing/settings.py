@@ -32,7 +32,6 @@ PACKAGE = "scd.probing.measurements"
 
 
 def measurement_names() -> list[str]:
-    """Return the names of all measurements, in the order in which they run."""
     return [module.name for module in pkgutil.iter_modules(import_module(PACKAGE).__path__)]
 
 
@@ -47,8 +46,8 @@ class ProbeConfig:
     out: str = "probe"
     """Folder for probe.json, report.html and the parts that are done."""
     measurements: tuple[str, ...] = tuple(measurement_names())
-    """What to measure. A split is proposed with `splits`, and shown beside what was measured of
-    attention, leave_one_out and reuse."""
+    """What to measure. `splits` recommends a split, beside which the results of attention,
+    leave_one_out and reuse are shown if they are measured too."""
     num_clips: int = 16
     """Held-out clips, which do not overlap."""
     context: int = 8
@@ -56,24 +55,24 @@ class ProbeConfig:
     num_noises: int = 1
     """Draws of noise for each clip."""
     num_steps: int = 50
-    """Denoising steps of the trajectories that are looked at."""
+    """Denoising steps of the trajectories whose features are compared."""
     layers: tuple[int, ...] | None = None
-    """Numbers, from 1, of the layers whose features are compared and that are left out; None:
-    all."""
+    """Numbers, from 1, of the layers for similarity, colours and leave_one_out; None: all."""
     tokens: tuple[int, ...] | None = None
-    """Tokens, from 0, row after row, whose attention is shown; None: the one in the middle of the
-    frame."""
+    """Tokens, from 0, row after row, whose attention maps are shown; None: the one in the middle
+    of the frame."""
     reuse_depths: int = 6
-    """Depths of the map of reuse; as many as there are layers or more: all."""
+    """Numbers of first layers in the map of feature reuse; as many as there are layers or more:
+    all."""
     reuse_steps: int = 5
-    """Steps of the map of reuse; more of them early. One less than num_steps, or more: all."""
+    """Steps of the map of feature reuse, more of them early; num_steps - 1 or more: all."""
     levels: tuple[float, ...] | None = None
     """Times at which losses are taken; None: the quantiles .1 .3 .5 .7 .9 of the density of times
     that the model was trained on."""
     frame_steps: int | None = None
     """Denoising steps of the frame whose seconds are predicted; None: as the checkpoint says."""
     join: Join = "prefix"
-    """How the decoder of a split would be given its context."""
+    """How a split's decoder gets its context, for the prediction of its seconds."""
     tolerance: float = 0.05
     """Relative loss, without training, that the recommended split may add."""
     split: DataSplit = "val"
@@ -115,11 +114,8 @@ class Plan:
     """What all measurements share."""
 
     config: ProbeConfig
-    """What is asked for."""
     subject: Subject
-    """What is probed."""
     task: Task
-    """Frames and their noise."""
     sampling: SamplingConfig
     """Steps of the trajectories."""
     levels: Sequence[float]
@@ -131,22 +127,17 @@ class Plan:
 
     @property
     def names(self) -> list[str]:
-        """Names of all layers."""
         return [layer.name for layer in self.subject.layers]
 
     @property
     def stepped(self) -> list[int]:
-        """Numbers, from 1, of the layers to look at that run at every step."""
+        """Numbers, from 1, of the chosen layers that run at every step."""
         asked = self.subject.places(self.config.layers)
         return [place + 1 for place in self.subject.stepped if place in asked]
 
 
 def open_clips(config: ProbeConfig, world: World) -> Source:
-    """Open the data, and refuse what does not fit before anything is read.
-
-    Raises:
-        ValueError: as `probe`.
-    """
+    """Open the data, and refuse what does not fit before anything is read (ValueError)."""
     source = open_source(config.data, config.split, config.strict)
     check_fit(world, source.card, config.data)
     subject = subject_of(world.model)
@@ -157,13 +148,7 @@ def open_clips(config: ProbeConfig, world: World) -> Source:
 
 
 def make_plan(config: ProbeConfig, world: World, source: Source) -> Plan:
-    """Read the clips and choose the steps and noise levels of all measurements.
-
-    Args:
-        config: what is asked for; see `open_clips`.
-        world: what is probed.
-        source: of the clips.
-    """
+    """Read the clips and choose the steps and noise levels of all measurements."""
     num_frames = config.context + 1
     windows = choose_windows(source, config.num_clips, num_frames, config.seed)
     batch = read_windows(source, windows, num_frames)

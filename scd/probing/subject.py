@@ -1,4 +1,4 @@
-"""What the probe needs from a causal video diffuser, whoever wrote it, and the frames it is put to.
+"""What the probe needs from a causal video diffuser, whoever wrote it, and the task it is given.
 
 Time 0 is clean and 1 is noise; velocity is noise - clean. Layers are counted from 1 wherever a
 person reads the number, and stand in lists from 0.
@@ -27,15 +27,14 @@ CONTEXT = -1
 """Distance of a key that stands for no frame: a token of a separable decoder's context."""
 
 MIN_PAST = 2
-"""Given frames before the one that is denoised: with one, nothing can be said about how far back
-attention looks."""
+"""Given frames before the one that is denoised: one would not show how far back attention goes."""
 
 Progress = Callable[[float], None]
-"""Told from time to time which share of a measurement is done, 0 to 1."""
+"""Called from time to time with the share of a measurement that is done, 0 to 1."""
 
 
 def silent(share: float) -> None:
-    """Tell nobody."""
+    """Show no progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +64,13 @@ class Subject(ABC):
     layers: Sequence[Layer]
     """All layers, in the order in which they run."""
     tokens_per_frame: int
-    """Tokens of a frame."""
     grid: tuple[int, int]
     """Rows and columns of a frame's tokens."""
     frame_shape: tuple[int, int, int]
     """Channels, rows and columns of a (latent) frame."""
     num_heads: int
-    """Attention heads of a layer."""
     width: int
-    """Width of a token inside the network."""
+    """Hidden size."""
     window: int | None = None
     """Frames that attention sees at most, the one that is denoised included; None: all."""
     sizes: Sizes | None = None
@@ -97,17 +94,17 @@ class Subject(ABC):
         """Run the layers that are not `once`: the velocity of the frame at a time in [0, 1]."""
 
     def key_distances(self, layer: int, num_queries: int, num_keys: int) -> Sequence[int] | None:
-        """Tell how many frames back each key of an attention lies; see `FrameAttention.distances`.
+        """Return how many frames back each key of an attention is: `FrameAttention.distances`.
 
-        As it stands: the keys of whole frames in order, the newest frame last.
+        By default keys are those of whole frames in order, the newest frame last.
 
         Args:
             layer: place in `layers`, from 0.
-            num_queries: tokens that look.
-            num_keys: tokens that are looked at.
+            num_queries: of all frames that run together.
+            num_keys: of all frames in sight.
 
         Returns:
-            One distance for each key; None: this attention is not one over frames, leave it out.
+            One distance for each key; None: no attention over frames, it is left out.
         """
         frames = num_keys // self.tokens_per_frame
         if frames * self.tokens_per_frame != num_keys or num_queries < self.tokens_per_frame:
@@ -116,7 +113,7 @@ class Subject(ABC):
 
     @contextmanager
     def watch_attention(self, callback: Callable[[FrameAttention], None]) -> Iterator[None]:
-        """Show each attention of the newest frame's tokens to a function."""
+        """Call a function with each attention of the newest frame's tokens."""
 
         def show(call: AttentionCall) -> Tensor:
             of_newest = self._of_newest(call)
@@ -203,7 +200,6 @@ class Task:
     clean: Float[Tensor, "b t c h w"]
     """Latent frames."""
     conditions: Conditions
-    """Of the same frames."""
     noise: Float[Tensor, "b c h w"]
     """Standard normal, of the last frame."""
     num_noises: int = 1
@@ -261,7 +257,6 @@ class Task:
 
     @torch.no_grad()
     def begin(self, subject: Subject) -> Any:
-        """Do what a subject does once for the frame."""
         return subject.begin(self.clean[:, :-1], self.conditions)
 
     def at(self, time: float) -> Float[Tensor, "b c h w"]:

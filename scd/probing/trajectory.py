@@ -1,4 +1,4 @@
-"""The way from noise to a frame, step by step, and the features of each layer along it.
+"""Denoising trajectories from noise to a frame, and the features of each layer along them.
 
 Source: paper, section 5.
 """
@@ -86,11 +86,9 @@ def denoise(
     times: Sequence[float],
     first: int = 0,
 ) -> Iterator[Float[Tensor, "b c h w"]]:
-    """Take Euler steps, and give the frame after each.
+    """Take Euler steps from frames at times[first], and yield the frame after each.
 
     Args:
-        state: of its `begin`.
-        noisy: frames at times[first].
         times: of all steps, and 0.
         first: step to begin with, from 0.
     """
@@ -100,7 +98,6 @@ def denoise(
 
 
 def feature_bytes(subject: Subject, num_frames: int, num_steps: int, num_layers: int = 1) -> int:
-    """Return the memory of features: layers * steps * frames * n * d * 4 bytes."""
     return num_layers * num_steps * num_frames * subject.tokens_per_frame * subject.width * 4
 
 
@@ -112,7 +109,7 @@ def layer_features(
     progress: Progress = silent,
     max_bytes: int = MAX_FEATURE_BYTES,
 ) -> Iterator[Features]:
-    """Gather what layers give for the newest frame at every step of one trajectory.
+    """Gather the outputs of layers for the newest frame at every step of one trajectory.
 
     Args:
         layers: numbers from 1; None: all that run at every step.

@@ -81,7 +81,7 @@ def test_report_of_tiny_worlds(worlds, tmp_path):
     length = NUM_GIVEN + 12
     batch = read_windows(source, choose_windows(source, 1, length, 0), length)
     frames, timings = stream_in_turns(worlds, batch, seed=0)
-    write_stream(batch.frames[0], frames, 10.0, tmp_path)
+    write_stream(batch.frames[0], frames, NUM_GIVEN, (1, 2, 4), 10.0, tmp_path)
     trained, runs = {}, {}
     for name in ("separable", "dense", "dense_equal_time"):
         runs[name] = tmp_path / name
