@@ -77,7 +77,7 @@ one() {
 }
 for seed in "${seeds[@]}"; do
   for kind in base "${kinds[@]}"; do one "$kind" "$seed"; done
-  # The same weights, guided away from context with noise (paper, section 3).
+  # The same weights, guided away from context with noise.
   run "${launch[@]}" evaluate "$out/runs/base-$seed" --data "$data" "${protocol[@]}" \
     --guidance.kind context_noise --guidance.scale 1.5 --out "$out/guided-$seed.json"
 done

@@ -30,7 +30,7 @@ CACHE = CacheConfig(window=6, num_sinks=0, rebase_sinks=False)
 FOUR_STEPS = SamplingConfig(
     num_steps=4, schedule="listed", times=(1.0, 0.9375, 0.8333, 0.625), solver="renoise"
 )
-"""Steps of a distilled model. Source: paper, section 6.4."""
+"""Steps of a distilled model. Source: paper (distillation)."""
 
 KINDS = {
     "separable": WanSeparableConfig(

@@ -2,7 +2,7 @@
 
 A claim compares two kinds of model trained from the same seeds; `tools/ablations.py` finds the
 difference of each metric with its 95 % interval over seeds, and here it becomes a verdict.
-Source of what is said: paper, sections 3 and 4.
+Source of what is said: paper (sampling, evaluation).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from scd.evaluation.media import write_figure
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 EARLY = 0.8
-"""Share of the steps that counts as early. Source: paper, section 5.1 (40 of 50)."""
+"""Share of the steps that counts as early. Source: paper, figure 2a: 40 of 50."""
 
 INKS = ("#3b7dd8", "#c2568f", "#2f8f5b", "#d98a2b")
 """Colours of the models in the plot."""

@@ -2,7 +2,7 @@
 
 Stages of residual convolutions, the later ones of linear attention; between them pixels move into
 channels (down) or channels into pixels (up), with shortcuts that only rearrange and average. The
-network itself is diffusers' AutoencoderDC. Source: paper, section 8.
+network itself is diffusers' AutoencoderDC. Source: FAR.
 """
 
 from __future__ import annotations

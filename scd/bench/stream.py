@@ -21,7 +21,7 @@ from scd.models.separable import SeparableState
 from scd.streaming.sessions import Lap
 
 GUIDANCE_SCALE, CONTEXT_NOISE = 1.5, 0.05
-"""Of guided cases; speed does not depend on them. Source: paper, section 3."""
+"""Of guided cases; speed does not depend on them. Source: paper (sampling)."""
 
 
 class TimedStreams:

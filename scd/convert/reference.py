@@ -2,7 +2,7 @@
 
 `scd convert reference` and `scd convert autoencoder`. A state dict lacks its settings, which the
 names and shapes of its weights tell. FAR's autoencoders are copies of diffusers' AutoencoderDC,
-with the same names. Source of the layouts: paper, section 8, and FAR's settings.
+with the same names. Source of the layouts: the release's and FAR's code.
 """
 
 from __future__ import annotations

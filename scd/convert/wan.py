@@ -1,7 +1,7 @@
 """`scd convert wan`: weights of Wan2.1 into a separable causal world, or into a dense one.
 
 Tensors go from the source's files into the world's one after another, so that no more than one file
-of them is in memory. Source: paper, section 6.1.
+of them is in memory. Source: paper (composition).
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ class MinecraftSource(TecoSource):
     settings = MinecraftConfig
     list_keys = ("video_path", "latent_path", "action_path")
     num_published: ClassVar[dict[Split, int]] = {"train": 194_051}
-    """Source: paper, section 4."""
+    """Source: paper (evaluation)."""
 
     @classmethod
     def _in_folder(cls, files: Sequence[Path]) -> Sequence[Files]:

@@ -8,7 +8,7 @@
 `mcvd`: prediction at 64 x 64; learn from trainlist03, test on every tenth video of testlist03.
 `latte`: generation at 256 x 256, every third frame; learn from all videos, and compare with them.
 
-Source: the settings of MCVD, Latte and FAR; paper, sections 2.5 and 4.2.
+Source: the settings of MCVD, Latte and FAR; paper (optimisation, UCF-101).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NUM_CLASSES = 101
 """Classes of the whole collection."""
 
 NUM_LISTED = {"trainlist03": 9_624, "testlist03": 3_696}
-"""Videos that the published lists name. Source: paper, section 4."""
+"""Videos that the published lists name. Source: paper (evaluation)."""
 
 FPS = 25.0
 """Frames per second of most videos; frames are taken one by one as they are stored."""

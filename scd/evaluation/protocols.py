@@ -2,7 +2,7 @@
 between) and the command's other flags; protocols by name.
 
 A name ending in -published repeats the choices of the evaluation that the paper shares with FAR,
-its quirks included; without it they are the sound ones. Source: paper, section 4; the code that is
+its quirks included; without it they are the sound ones. Source: paper (evaluation); the code
 published with FAR and with TECO.
 """
 

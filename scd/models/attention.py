@@ -5,7 +5,7 @@ probing/intercept.py, which passes on what it has looked at.
 
 Whole frames see whole frames, so a few numbers say what a mask of tokens squared would. SDPA wants
 that mask, for one device; FlexAttention wants a function of two token indices and a list of the
-tiles in which there is anything to see. Source: paper, sections 1.2 and 1.3.
+tiles in which there is anything to see. Source: paper (block, encoder).
 """
 
 from __future__ import annotations

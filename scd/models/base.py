@@ -52,7 +52,7 @@ class Augmentation:
     condition_dropout: float = 0.0
     """Chance that an action (frame by frame), or a label or text (clip by clip), is hidden."""
     context_noise: float = 0.0
-    """Strength eta of the noise on the context. Source: paper, section 2.3 (equation 7)."""
+    """Strength eta of the noise on the context. Source: paper, equation 7."""
 
     def drop(self, conditions: Conditions) -> Conditions:
         """Hide conditions at random; each call draws anew (encoder and decoder separately)."""
@@ -174,7 +174,7 @@ class CausalDiffuser(nn.Module, Pretrained):
     def with_noisy_branch(self, context: Any, strength: float, noise: Tensor) -> Any:
         """Return a context of twice the batch: with corrupted context first, then as it was.
 
-        The unconditional branch of guidance by context noise. Source: paper, section 3.
+        The unconditional branch of guidance by context noise. Source: paper (sampling).
 
         Raises:
             ValueError: a dense model has no context to corrupt.

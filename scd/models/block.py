@@ -1,6 +1,6 @@
 """The modulated transformer block of which encoder, decoder and dense baseline are made.
 
-Source: paper, section 1.2.
+Source: paper (block).
 """
 
 from __future__ import annotations

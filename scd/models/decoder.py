@@ -1,6 +1,6 @@
 """Frame decoder: a noisy frame, its time and its context to a velocity; it sees no other frame.
 
-Source: paper, sections 1.1 and 1.4. The join "prefix" is ours.
+Source: paper (formulation, decoder). The join "prefix" is ours.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class FrameDecoder(Stack):
         self.head = FrameHead(shape, block.width, config.predict)
 
     def initialise(self) -> None:
-        """Let the join begin as a sum, or without the context. Source: paper, section 1.4."""
+        """Let the join begin as a sum, or without the context. Source: paper (decoder)."""
         if self.config.join == "channel_concat":
             identity = torch.eye(self.block.width)
             self.merge.weight.data.copy_(torch.cat([identity, identity], dim=1))

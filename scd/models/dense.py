@@ -1,8 +1,8 @@
 """Dense causal diffuser, the baseline: causal attention in all layers, at every denoising step.
 
 It has every saving that the separable model has: a cache of clean frames, no mask where all is
-visible, one modulation per frame, no row that nobody reads. Source: paper, section 8 (FAR); layers
-that are skipped or that see their own frame only: sections 5.4 and 5.5.
+visible, one modulation per frame, no row that nobody reads. Source: FAR; layers that are skipped or
+that see their own frame only: paper, figures 3 and 5.
 """
 
 from __future__ import annotations

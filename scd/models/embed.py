@@ -1,6 +1,6 @@
 """What turns frames, times and conditions into the input of a model, and tokens back into frames.
 
-Source: paper, section 1.2.
+Source: paper (block).
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def initialise(module: nn.Module, config: BlockConfig) -> None:
     Linear maps Xavier-uniform with zero bias; tables, time embedding and learned positions normal
     with deviation 0.02 (tables: as configured); modulations zero but for the gates' bias; heads
     zero; what a part of its own kind needs by its `initialise`.
-    Source: paper, section 1.2.
+    Source: paper (block).
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):

@@ -1,6 +1,6 @@
 """Causal encoder: clean past frames and actions to the context of the next frame.
 
-It runs once per frame, outside the denoising loop. Source: paper, sections 1.1 and 1.3.
+It runs once per frame, outside the denoising loop. Source: paper (formulation, encoder).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Context:
     def with_noise(self, strength: float, noise: Float[Tensor, "b t n d"]) -> Context:
         """Corrupt the context as if before the scale and shift of the last norm.
 
-        Source: paper, section 2.3 (equation 7).
+        Source: paper, equation 7.
         """
         return replace(self, tokens=self.tokens + strength * noise * self.norm_scale)
 

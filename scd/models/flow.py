@@ -1,7 +1,7 @@
 """Flow matching between a clean frame and noise: paths, times, schedules, solvers, guidance.
 
 Pure functions; the network is passed in as a callable. Time 0 is clean and 1 is noise, velocity is
-noise - clean. Source: paper, section 2.1 (training), section 3 (sampling), section 6.4 (few steps).
+noise - clean. Source: paper (objective, sampling, distillation).
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def draw_times(
 ) -> Float[Tensor, "..."]:
     """Draw logit-normal times, strictly inside (0, 1), independently for each entry of `shape`.
 
-    Source: paper, section 2.1 (mean 0, standard deviation 1, a fresh draw per frame).
+    Source: paper (objective): mean 0, standard deviation 1, a fresh draw per frame.
     """
     normal = torch.randn(*shape, generator=generator, device=generator.device).to(device)
     # float32's sigmoid reaches exactly 1 at 17: keep the draw off the ends of the interval.
@@ -131,7 +131,7 @@ def schedule(sampling: SamplingConfig) -> Float[Tensor, " steps"]:
     """Return the num_steps + 1 descending times of a sampling run, from 1 to 0, as float64.
 
     "reference" is the release's grid, linspace(1000, 1, num_steps) / 1000 and then 0, whose last
-    step is nearly wasted; it is kept for parity. Source: paper, section 3.
+    step is nearly wasted; it is kept for parity. Source: paper (sampling).
     """
     if sampling.schedule == "listed":
         return torch.tensor([*sampling.times, 0.0], dtype=torch.float64)
@@ -230,7 +230,7 @@ def solve(
         solver: Euler is of order 1, Heun of order 2 (its last step to time 0 is an Euler step,
             since a velocity at time 0 is not trained). "renoise" follows no path: each step goes to
             the clean estimate at once and, but for the last, back to the next time with noise of
-            its own. Source: paper, section 7.1.
+            its own. Source: Self-Forcing (rollout).
         fresh: of "renoise": standard normal, one like `noise` for each step but the last.
 
     Raises:

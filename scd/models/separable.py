@@ -1,6 +1,6 @@
 """Separable causal diffuser: causal reasoning once per frame, rendering in every step.
 
-Source: paper, section 1.
+Source: paper (architecture).
 """
 
 from __future__ import annotations

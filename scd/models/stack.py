@@ -1,8 +1,8 @@
 """Blocks in a row, and the three ways to run them: all frames of a clip under a mask, noisy frames
 beside their clean history, and frames of a stream over its KV cache.
 
-Source: paper, section 1.3; layers that are skipped, or that see their own frame only: sections 5.4
-and 5.5.
+Source: paper (encoder); layers that are skipped, or that see their own frame only:
+paper, figures 3 and 5.
 """
 
 from __future__ import annotations

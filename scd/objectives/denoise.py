@@ -1,6 +1,6 @@
 """What a network of a run minimises; and flow matching on clips, which trains from scratch.
 
-Source: paper, section 2 (denoising) and section 6.3 (teacher forcing on Wan's noise levels).
+Source: paper (training), and (teacher forcing) on Wan's noise levels.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class DenoiseConfig:
     time_std: float = 1.0
     """Standard deviation of the logit of time."""
     context_noise: float = 0.05
-    """Strength eta of the noise on the context in training: paper, section 2.3. It must be 0 for a
+    """Strength eta of the noise on the context in training: paper, equation 7. It must be 0 for a
     dense model, which has no context."""
     history_noise: float = 0.0
     """Largest deviation of noise on the clean history in training, drawn anew for each frame from
@@ -173,7 +173,7 @@ def velocity_loss(
 ) -> Float[Tensor, ""]:
     """Average the squared error over a frame, the frames of a clip that were not given, all clips.
 
-    Source: paper, section 2.1.
+    Source: paper (objective).
     """
     errors = (velocity.float() - target.float()).square().mean(dim=(-3, -2, -1))
     counted = (~given).float()
@@ -225,7 +225,7 @@ class TeacherForcingConfig:
     """Largest time of noise on the clean history, drawn for each frame from the entries of the
     table up to it; the model is told. 0: the history is clean."""
     context_noise: float = 0.0
-    """Strength eta of noise on the context (paper, section 2.3); 0 for a dense model, which has no
+    """Strength eta of noise on the context (paper, equation 7); 0 for a dense model, which has no
     context. The paper does not say whether it was used with Wan."""
     condition_dropout: float = 0.1
     """Chance that a clip's text gives way to the embedded empty prompt, so that guidance has an

@@ -1,6 +1,6 @@
 """A discriminator of frames on the features of a diffuser, and the losses of both sides.
 
-Source: paper, section 7.4 (heads on blocks of the critic); the heads are ours: one learned query
+Source: Self-Forcing (heads on blocks of the critic); the heads are ours: one learned query
 per block, which pools the tokens of a frame, and a small MLP.
 """
 
@@ -22,7 +22,7 @@ from scd.objectives.denoise import Network
 from scd.objectives.distribution_matching import MatchConfig, Noised, Rolled, noised
 
 DISTANCE = 0.05
-"""Step of the finite differences of R1 and R2. Source: paper, section 7.4."""
+"""Step of the finite differences of R1 and R2. Source: Self-Forcing (SiD, GAN)."""
 
 
 class Head(nn.Module):

@@ -3,7 +3,7 @@
 The student generates clips from its own frames; teacher and critic then look at the noised
 generated frames, each with the frames before it as clean history: the score of one frame given its
 past, in one parallel pass. The critic learns what the student generates; where it and the teacher
-disagree, the student is pushed. Source: paper, section 7.
+disagree, the student is pushed. Source: Self-Forcing.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def score_time(
     uniform: Float[Tensor, "..."], shift: float, lowest: float, highest: float
 ) -> Float[Tensor, "..."]:
     """Shift uniform numbers in [0, 1] towards noise (1: not at all, 5: Self-Forcing's), and keep
-    them off the ends, where scores say nothing. Source: paper, section 7.2."""
+    them off the ends, where scores say nothing. Source: Self-Forcing (DMD)."""
     return (shift * uniform / (1 + (shift - 1) * uniform)).clamp(lowest, highest)
 
 
@@ -264,7 +264,7 @@ def dmd_gradient(
         fake: the critic's clean estimates of the same (where the student's frames are).
         normalise: divide by the teacher's mean distance, over all axes but the first.
 
-    Source: paper, section 7.2.
+    Source: Self-Forcing (DMD).
     """
     gradient = fake - real
     if normalise:
@@ -299,7 +299,7 @@ def sid_loss(
     """Return the loss of score identity distillation, normalised as DMD's gradient is.
 
     Gradient reaches `generated`, and the noised input of both estimates, the teacher's and the
-    critic's; `alpha` weighs their squared difference. Source: paper, section 7.4.
+    critic's; `alpha` weighs their squared difference. Source: Self-Forcing (SiD, GAN).
     """
     difference = real - fake
     product = difference * ((real - generated) - alpha * difference)
@@ -343,7 +343,7 @@ def critic_loss(
 ) -> Float[Tensor, ""]:
     """Return the flow-matching loss of the critic on frames of the student, unweighted.
 
-    Source: paper, section 7.3.
+    Source: Self-Forcing (critic).
     """
     drawn = noised(rolled.frames, config, generator)
     velocity = critic(rolled.history, drawn.noisy, drawn.time, rolled.conditions)

@@ -2,7 +2,7 @@
 
 First pixels and a perceptual distance. Then, with the encoder frozen, also the hinge loss against a
 discriminator of patches (PatchGAN), weighted so that both pull equally hard at the decoder's last
-layer. Source: paper, section 8; the adaptive weight: Esser et al., "Taming Transformers".
+layer. Source: FAR; the adaptive weight: Esser et al., "Taming Transformers".
 
 Where no weights of LPIPS are at hand, the perceptual distance is that of pictures in a normalised
 Laplacian pyramid. A picture is split into bands of ever coarser detail; each value of a band is

@@ -3,7 +3,7 @@
 Each frame is denoised as in streaming: from noise, estimate and fresh noise in turns, with the
 memory of the clean frames before. But the loop is left at one drawn step, whose estimate is the
 frame; only that step, and the encoder pass that made the frame's context, carry gradient. Source:
-paper, sections 7.1 and 7.7.
+Self-Forcing (rollout).
 """
 
 from __future__ import annotations

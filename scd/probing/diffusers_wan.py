@@ -2,7 +2,7 @@
 
 They are run as a dense causal Wan model of this package, whose weights have the same names: a frame
 of latents sees itself and the clean frames before it, which stand at time 0. They need to have been
-trained so, by teacher forcing. Source: paper, section 5 (the model that its authors probe).
+trained so, by teacher forcing. The paper's authors probe such a model.
 
 Needs the extra `wan`: pip install -e ".[wan]".
 """

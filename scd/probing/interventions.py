@@ -2,7 +2,7 @@
 
 Each is a change of the model's settings that keeps its weights: what comes of it, trained and
 measured like any other model, is in scd/probing/compare.py.
-Source: paper, sections 5.4, 5.5 and 6.1.
+Source: paper, figures 3 and 5, and (composition).
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Intervention(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class SkipConfig(Intervention):
-    """Skip middle layers in all steps but the first ones. Source: paper, section 5.4."""
+    """Skip middle layers in all steps but the first ones. Source: paper, figure 3."""
 
     layers: str
     """First and last layer that is skipped, counted from 1: "4-8"."""
@@ -141,7 +141,7 @@ class SkipConfig(Intervention):
 
 @dataclass(frozen=True, kw_only=True)
 class DiagonalConfig(Intervention):
-    """Let a frame see only itself in the last layers. Source: paper, section 5.5."""
+    """Let a frame see only itself in the last layers. Source: paper, figure 5."""
 
     last: int
     """How many last layers."""
@@ -153,7 +153,7 @@ class DiagonalConfig(Intervention):
 
 @dataclass(frozen=True, kw_only=True)
 class RecomposeConfig(Intervention):
-    """Make a separable model of a dense one's layers. Source: paper, section 6.1."""
+    """Make a separable model of a dense one's layers. Source: paper (composition)."""
 
     encoder: int = 0
     """How many first layers the encoder gets."""
@@ -164,7 +164,7 @@ class RecomposeConfig(Intervention):
     join: Join = "prefix"
     """How the decoder meets the context."""
     context_noise: float = 0.05
-    """Strength of the noise on the context in training: paper, section 2.3."""
+    """Strength of the noise on the context in training: paper, equation 7."""
     scratch: bool = True
     """Train the same separable model from scratch too, with as many operations as the dense
     training and the finetuning took together."""

@@ -3,7 +3,7 @@
 Encoder: layers 1 .. E, once per frame. Decoder: layers 1 .. F and E + 1 .. L, the first and last
 ones, at every step, as the paper composes it. In a split ablation layers F + 1 .. E add at every
 step what they added to the tokens at the first, from pure noise; nothing is trained.
-Source: paper, sections 5.6 and 6.1, for the composition; the ablation, the predicted seconds and
+Source: paper, figure 7, and (composition); the ablation, the predicted seconds and
 the rule are ours.
 """
 

@@ -1,6 +1,6 @@
 """Denoising trajectories from noise to a frame, and the features of each layer along them.
 
-Source: paper, section 5.
+Source: paper, figures 2 to 5 and 7.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scd.probing.intercept import newest, recorded, tokens_of
 from scd.probing.subject import Progress, Subject, Task, silent
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Places of the five noise levels in the density of training times. Source: paper, section 5.6."""
+"""Places of the five noise levels in the density of training times. Source: paper, figure 7."""
 
 MAX_FEATURE_BYTES = 2 * GIB
 """Features that are held at once; more are gathered in several passes over the same trajectory."""

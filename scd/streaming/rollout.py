@@ -1,6 +1,6 @@
 """A stream of frames from a trained model, steered by actions or a text, step by step.
 
-Source: paper, section 3.
+Source: paper (sampling).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Guidance:
     kind: GuidanceKind = "none"
     """The branch: none; actions and labels hidden in the whole stream (classifier-free guidance,
     which needs a second memory); or the context corrupted by noise (negative guidance of the
-    paper, section 3, which needs no second encoder pass)."""
+    paper (sampling), which needs no second encoder pass)."""
     scale: float = 1.0
     """Strength; 1 means no push. The paper uses 1.5 for context noise on Minecraft."""
     context_noise: float = 0.05

@@ -3,7 +3,7 @@
 First the distances alone; then, from the averaged weights on and with the encoder frozen, also a
 discriminator of patches. So the latents no longer move in the second part, and the decoder learns
 on exactly those that the finished encoder makes. Nothing here looks at time, at actions or at
-noise. One process. Source: paper, section 8.
+noise. One process. Source: FAR.
 
 A checkpoint holds AutoencoderDC as diffusers reads it, averaged weights, and `statistics.json`,
 mean and deviation of its latents, channel by channel, measured. The run folder as a whole is an

@@ -162,7 +162,7 @@ class TrainConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainAutoencoderConfig(RunConfig):
-    """One autoencoder. Source of the recipe: paper, section 8."""
+    """One autoencoder. Source of the recipe: FAR."""
 
     free_fields = (*RunConfig.free_fields, "adversarial_steps")
 

@@ -32,7 +32,7 @@ TOY_ACTIONS = ConditionSpec(num_actions=5)
 DOOM_ACTIONS = ConditionSpec(num_actions=4)
 """none, forward, turn left, turn right"""
 MINECRAFT_ACTIONS = ConditionSpec(num_actions=4)
-"""Source: paper, section 4.1."""
+"""Source: paper (Minecraft)."""
 
 
 def _pixel_run(
@@ -102,7 +102,7 @@ def _dense_twin(run: TrainConfig) -> TrainConfig:
 
 
 def _paper_run(model: ModelConfig, data: str, num_frames: int, batch_size: int) -> TrainConfig:
-    """Return a run with the paper's settings: section 2.5. Batch size is per process, of 8."""
+    """Return a run with the paper's settings (optimisation). Batch size is per process, of 8."""
     separable = isinstance(model, SeparableConfig)
     return TrainConfig(
         data=data,
@@ -123,7 +123,7 @@ def _paper_run(model: ModelConfig, data: str, num_frames: int, batch_size: int) 
 
 
 PAPER_FRAME = FrameShape(channels=32, height=8, width=8, patch_size=1)
-"""Latent of the deep-compression autoencoder: 64 tokens per frame. Source: paper, section 1.5."""
+"""Latent of the deep-compression autoencoder: 64 tokens per frame. Source: paper (sizes)."""
 
 
 def _separable(
@@ -155,7 +155,7 @@ def _minecraft(encoder: int, decoder: int) -> TrainConfig:
 
 
 def _ucf(model: ModelConfig) -> TrainConfig:
-    # Source: paper, section 2.5: FAR-B's recipe, 16-frame clips, batch 32, no warm-up.
+    # Source: paper (optimisation): FAR-B's recipe, 16-frame clips, batch 32, no warm-up.
     run = _paper_run(model, "data/ucf101", num_frames=16, batch_size=4)
     return replace(run, max_steps=200_000, optim=replace(run.optim, warmup_steps=0))
 
@@ -225,7 +225,7 @@ _DOOM_128 = replace(
     gradient_checkpointing=True,
 )
 
-# Source: paper, section 6.3: frames, steps and full finetuning; batch and rates are not told.
+# Source: paper (teacher forcing): frames, steps and full finetuning; batch and rates are not told.
 _WAN = TrainConfig(
     data="data/latents",
     max_steps=55_000,
@@ -265,7 +265,7 @@ _RUNS = {
 PRESETS: dict[str, TrainConfig] = {
     name: replace(run, out=f"runs/out/{name}") for name, run in _RUNS.items()
 }
-"""Runs by name; the paper's six have its sizes (section 1.5), and "wan-tf" that of its source."""
+"""Runs by name; the paper's six have its sizes, and "wan-tf" that of its source."""
 
 
 def preset(name: str) -> TrainConfig:

@@ -2,7 +2,7 @@
 
 Every random draw comes from a generator made of (seed, purpose, rank, step), and every batch is a
 function of its number, so a resumed run repeats the uninterrupted one; on one CPU process bit for
-bit. Source of the recipe: paper, section 2.5.
+bit. Source of the recipe: paper (optimisation).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Stage two of Wan: a causal student of few steps, matched to the bidirectional model on prompts.
 
 The recipe is Self-Forcing's, on the one loop: rollouts from nothing, scored as whole clips by the
-published model, guided, and by a critic that follows the student. Source: paper, sections 6.4, 7.
+published model, guided, and by a critic that follows the student. Source: paper
+(distillation), Self-Forcing.
 """
 
 from __future__ import annotations

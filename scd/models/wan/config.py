@@ -1,6 +1,6 @@
 """Settings of Wan2.1's transformer as a causal diffuser: dense, and cut into encoder and decoder.
 
-Source: paper, section 6.
+Source: paper (Wan2.1).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Dense causal Wan model: all layers at every step, frame by frame or in blocks of frames.
 
 The form of CausVid and Self-Forcing. Its weights are those of diffusers' WanTransformer3DModel,
-name by name. Source: paper, sections 6.3, 7.1 and 7.6.
+name by name. Source: paper (teacher forcing), Self-Forcing (rollout, rolling cache).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Separable Wan model: the first layers as causal encoder, the first and the last as decoder.
 
 The encoder reads the frame to come as noise, beside the cached clean frames; so each frame takes it
-two passes, one that gives the context and one that caches the finished frame. Source: paper,
-sections 6.1 to 6.3.
+two passes, one that gives the context and one that caches the finished frame. Source: paper
+(composition, encoder input, teacher forcing).
 """
 
 from __future__ import annotations

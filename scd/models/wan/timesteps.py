@@ -1,6 +1,6 @@
 """Wan's table of noise levels, as times: snapped to, warped, and weighed in training.
 
-A time here is Wan's sigma, a timestep is 1000 times that. Source: paper, sections 6.3 and 7.7.
+A time here is Wan's sigma, a timestep is 1000 times that. Source: paper (teacher forcing).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NUM_TIMES = 1000
 SHIFT = 5.0
 """Bend of the table towards noise, in the released configurations of Self-Forcing."""
 FEW_STEPS = (1000, 750, 500, 250)
-"""Steps of a distilled model, counted on an unbent scale. Source: paper, section 6.4."""
+"""Steps of a distilled model, counted on an unbent scale. Source: paper (distillation)."""
 
 
 def time_table(shift: float = SHIFT) -> Float[Tensor, " times"]:

@@ -1,6 +1,6 @@
 """Wan's transformer under the names of diffusers' weights, and the text that a stream keeps.
 
-Names as in diffusers' WanTransformer3DModel. Source: paper, sections 6.1 and 6.3.
+Names as in diffusers' WanTransformer3DModel. Source: paper (composition, teacher forcing).
 """
 
 from __future__ import annotations

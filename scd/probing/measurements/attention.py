@@ -1,7 +1,7 @@
 """Share of attention that a frame which is being denoised gives to earlier frames.
 
 Weights are summed block by block in float32 from queries and keys: no matrix of all weights is ever
-held. Source: paper, section 5.3.
+held. Source: paper, figure 4.
 """
 
 from __future__ import annotations

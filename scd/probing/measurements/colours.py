@@ -1,6 +1,6 @@
 """Feature PCA: first principal components, as colours, on one basis for all steps of a frame.
 
-Source: paper, section 5.2; the agreement in numbers is ours.
+Source: paper, figure 2b; the agreement in numbers is ours.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Leave-one-out ablation: the loss on held-out clips without each layer.
 
-Source: paper, section 5.6.
+Source: paper, figure 7.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every token of a transformer carries a large common vector, so that any two features look alike by
 plain cosine: with nothing but the common vector left it is 1. Centred cosine subtracts it first.
-Source: paper, section 5.1; the centring and CKA (Kornblith et al., "Similarity of Neural Network
+Source: paper, figure 2a; the centring and CKA (Kornblith et al., "Similarity of Neural Network
 Representations Revisited") are ours.
 """
 
