@@ -233,11 +233,3 @@ def cells(height: int, width: int, size: int) -> tuple[int, int]:
             f"frames of {height}x{width} pixels cannot be cut into cells of {size}x{size}"
         )
     return height // size, width // size
-
-
-def check_shape(channels: int, cell_size: int) -> None:
-    """Refuse less than one channel, or than one pixel to a cell (ValueError)."""
-    if min(channels, cell_size) < 1:
-        raise ValueError(
-            f"channels and cell_size must be 1 or more, got {channels} and {cell_size}"
-        )

@@ -23,7 +23,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from scd.autoencoders.base import LatentsConfig, NetworkAutoencoder, check_shape
+from scd.autoencoders.base import LatentsConfig, NetworkAutoencoder
+from scd.common.config import at_least
 from scd.common.files import read_json
 from scd.common.hub import class_of, find_part
 from scd.common.runtime import Precision
@@ -84,7 +85,7 @@ class ImageAutoencoderConfig(LatentsConfig):
     """Standard deviation of each channel."""
 
     def __post_init__(self) -> None:
-        check_shape(self.channels, self.cell_size)
+        at_least(1, channels=self.channels, cell_size=self.cell_size)
         if {len(self.mean), len(self.std)} != {self.channels}:
             raise ValueError(
                 f"{self.channels} channels need as many entries of mean and std, "

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.autoencoders.wan import EXTRA
+from scd.common.config import at_least
 from scd.common.hub import find_part, fingerprint
 from scd.common.runtime import DTYPES, Precision, cache_folder
 from scd.data.prompts import fill_up, read_words, write_words
@@ -45,8 +46,7 @@ class TextConfig:
     """Folder in which embedded prompts are kept. Empty: nowhere."""
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"length must be 1 or more, got {self.length}")
+        at_least(1, length=self.length)
 
 
 class PromptEmbedder:

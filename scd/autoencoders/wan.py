@@ -19,7 +19,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.autoencoders.base import LatentsConfig, NetworkAutoencoder, StreamDecoder, check_shape
+from scd.autoencoders.base import LatentsConfig, NetworkAutoencoder, StreamDecoder
+from scd.common.config import at_least
 from scd.common.hub import find_part
 from scd.common.runtime import Precision
 
@@ -46,7 +47,7 @@ class WanAutoencoderConfig(LatentsConfig):
     """Rows, and columns, of pixels that one latent cell stands for."""
 
     def __post_init__(self) -> None:
-        check_shape(self.channels, self.cell_size)
+        at_least(1, channels=self.channels, cell_size=self.cell_size)
 
     def placeless(self) -> WanAutoencoderConfig:
         """Return the settings without the folder: weights are compared where they are opened."""

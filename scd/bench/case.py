@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from scd.bench.models import Subject, find_subject
+from scd.common.config import at_least
 from scd.common.runtime import DTYPES, Precision
 from scd.engine.interface import EngineKind
 from scd.models.build import frame_cost
@@ -41,9 +42,9 @@ class Case:
     """Of weights, memory and products."""
 
     def __post_init__(self) -> None:
-        for name in ("context", "steps", "batch", "sessions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        at_least(
+            1, context=self.context, steps=self.steps, batch=self.batch, sessions=self.sessions
+        )
         self.check(self.subject)
 
     @property

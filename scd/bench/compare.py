@@ -15,7 +15,7 @@ from scd.bench.card import LimitsOfDevice, RowFile, card, print_card
 from scd.bench.case import Case, numbers, parse_case
 from scd.bench.stream import TimedStreams
 from scd.bench.timing import Effort, warm_up, whole_and_denoise
-from scd.common.config import to_json
+from scd.common.config import at_least, to_json
 from scd.common.memory import check_free, out_of_memory_named, release
 from scd.common.runtime import Precision, choose_device
 from scd.engine.interface import EngineKind
@@ -63,9 +63,7 @@ class CompareConfig:
     """Keep the comparisons that the file has."""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        at_least(1, rounds=self.rounds, frames=self.frames)
 
 
 def compare(config: CompareConfig) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from scd.bench.case import Case
 from scd.bench.crowd import TimedSessions
 from scd.bench.limits import Limits, synchronize
 from scd.bench.stream import TimedStreams
+from scd.common.config import at_least
 from scd.common.memory import PeakMemory, check_free, out_of_memory_named
 
 TIMED = (
@@ -55,8 +56,7 @@ class Effort:
     """Seconds after which no further frame is timed, once there are 3."""
 
     def __post_init__(self) -> None:
-        if self.frames < 1:
-            raise ValueError(f"frames must be 1 or more, got {self.frames}")
+        at_least(1, frames=self.frames)
         if not self.seconds > 0:
             raise ValueError(f"seconds must be above 0, got {self.seconds}")
 

@@ -21,6 +21,13 @@ def added(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={ADDED: True})
 
 
+def at_least(least: int, **values: Any) -> None:
+    """Refuse values below a minimum by their names (ValueError); None is not looked at."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be {least} or more, got {value}")
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """Turn a dataclass of settings into plain JSON values, each dataclass with its `kind`."""
     return {KIND: type(config).__name__} | {

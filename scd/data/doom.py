@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import UInt8
 
+from scd.common.config import at_least
 from scd.data.record import Played, Recording
 from scd.data.source import DataCard, Split
 from scd.data.spaces import ConditionSpec
@@ -67,8 +68,7 @@ class DoomRecording(Recording):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tics < 1:
-            raise ValueError(f"tics must be 1 or more, got {self.tics}")
+        at_least(1, tics=self.tics)
 
     @property
     def card(self) -> DataCard:
@@ -129,8 +129,7 @@ class DoomGame:
         self._vizdoom = require_vizdoom()
         if size not in (32, 64, 128):
             raise ValueError(f"size must be 32, 64 or 128, got {size}")
-        if tics < 1:
-            raise ValueError(f"tics must be 1 or more, got {tics}")
+        at_least(1, tics=tics)
         self._scenario, self._size, self._tics = scenario, size, tics
         self._scratch = tempfile.TemporaryDirectory()
         self._game = self._start()

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scd.common.config import differences, from_json, to_json
+from scd.common.config import at_least, differences, from_json, to_json
 from scd.common.files import TEMPORARY, file_aside, read_json, write_file
 from scd.data.clip import Clip
 from scd.data.prompts import fill_up
@@ -88,8 +88,7 @@ class LatentsInfo:
     test: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.episodes_per_file < 1:
-            raise ValueError(f"episodes_per_file must be 1 or more, got {self.episodes_per_file}")
+        at_least(1, episodes_per_file=self.episodes_per_file)
 
     def lengths(self, split: Split) -> tuple[int, ...]:
         return {"train": self.train, "val": self.val, "test": self.test}[split]

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
+from scd.common.config import at_least
 from scd.data.clip import Batch, Clip
 from scd.data.source import Source
 
@@ -50,17 +51,10 @@ class Loader:
         num_ranks: int = 1,
         workers: int = 2,
     ) -> None:
-        for name, number in (
-            ("batch_size", batch_size),
-            ("num_frames", num_frames),
-            ("workers", workers),
-        ):
-            if number < 1:
-                raise ValueError(f"{name} must be 1 or more, got {number}")
+        at_least(1, batch_size=batch_size, num_frames=num_frames, workers=workers)
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank must lie in 0 .. {num_ranks - 1}, got {rank}")
-        if seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {seed}")
+        at_least(0, seed=seed)
         self.source = source
         self.batch_size = batch_size
         self.num_frames = num_frames

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from scd.common.config import added, from_json, to_json
+from scd.common.config import added, at_least, from_json, to_json
 from scd.common.files import file_aside, parse_json, read_json, write_file
 from scd.data.source import DataCard, Split
 from scd.data.video import write_video
@@ -65,8 +65,7 @@ class Entry:
     """What the episode shows, in words."""
 
     def __post_init__(self) -> None:
-        if self.num_frames < 1:
-            raise ValueError(f"num_frames must be 1 or more, got {self.num_frames}")
+        at_least(1, num_frames=self.num_frames)
 
 
 def read_card(path: Path) -> DataCard:

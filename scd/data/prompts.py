@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scd.common.config import from_json
+from scd.common.config import at_least, from_json
 from scd.common.files import file_aside, read_json
 from scd.data.clip import Clip
 from scd.data.source import DataCard, Source
@@ -62,8 +62,7 @@ class PromptsInfo:
             raise ValueError(
                 f"needed prompts and as many files, got {len(self.prompts)} and {len(self.files)}"
             )
-        if min(self.length, self.dim) < 1:
-            raise ValueError(f"length and dim must be 1 or more, got {self.length} and {self.dim}")
+        at_least(1, length=self.length, dim=self.dim)
 
     @property
     def conditions(self) -> ConditionSpec:

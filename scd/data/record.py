@@ -21,7 +21,7 @@ from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
 from rich.progress import track
 
-from scd.common.config import to_json
+from scd.common.config import at_least, to_json
 from scd.common.files import file_aside, read_json, refuse_used, remove_leftovers
 from scd.data.manifest import (
     CARD_FILE,
@@ -74,11 +74,8 @@ class Recording(ABC):
     """Processes that record side by side."""
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "frames", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {self.seed}")
+        at_least(1, episodes=self.episodes, frames=self.frames, workers=self.workers)
+        at_least(0, seed=self.seed)
         choose_splits(0, self.val_fraction, self.test_fraction)
 
     @property

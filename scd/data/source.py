@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
+from scd.common.config import at_least
 from scd.data.clip import Clip
 from scd.data.spaces import ConditionSpec
 
@@ -48,10 +49,7 @@ class DataCard:
     """Name of each discrete action id, or of each entry of a continuous action."""
 
     def __post_init__(self) -> None:
-        if min(self.height, self.width) < 1:
-            raise ValueError(
-                f"height and width must be 1 or more, got {self.height} and {self.width}"
-            )
+        at_least(1, height=self.height, width=self.width)
         if not 0 < self.fps < float("inf"):
             raise ValueError(f"fps must be a finite number above 0, got {self.fps}")
         num_names = self.conditions.num_actions or self.conditions.action_dim

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scd.common.config import added
+from scd.common.config import added, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,14 @@ class ConditionSpec:
     """Entries of an embedded token of the text. 0: no text."""
 
     def __post_init__(self) -> None:
-        for name in ("num_actions", "action_dim", "num_labels", "text_length", "text_dim"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        at_least(
+            0,
+            num_actions=self.num_actions,
+            action_dim=self.action_dim,
+            num_labels=self.num_labels,
+            text_length=self.text_length,
+            text_dim=self.text_dim,
+        )
         if bool(self.text_length) != bool(self.text_dim):
             raise ValueError(
                 "a text needs both a length and a dimension: "

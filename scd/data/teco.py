@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
+from scd.common.config import at_least
 from scd.common.files import read_json
 from scd.data.clip import Clip, check_actions, pixels_to_frames
 from scd.data.manifest import DAMAGED, read_actions, read_array
@@ -63,9 +64,7 @@ class TecoConfig:
     """Frames per second at which clips are shown; frames are taken one by one as they are."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "frames", "actions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        at_least(1, size=self.size, frames=self.frames, actions=self.actions)
 
 
 @dataclass(frozen=True, kw_only=True)

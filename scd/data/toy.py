@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 
+from scd.common.config import at_least
 from scd.data.clip import Clip, frames_to_pixels
 from scd.data.record import Played, Recording
 from scd.data.source import DataCard, Opening, Source, Split
@@ -127,8 +128,7 @@ class ToyWorld(Source):
     def __init__(self, size: Literal[32, 64], split: Split, seed: int = 0) -> None:
         if size not in (32, 64):
             raise ValueError(f"the toy world has size 32 or 64, got {size}")
-        if seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {seed}")
+        at_least(0, seed=seed)
         self.size = size
         self.seed = seed
         self._scale = size // UNITS

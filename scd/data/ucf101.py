@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 
+from scd.common.config import at_least
 from scd.data.clip import Clip, pixels_to_frames
 from scd.data.published import Files, Header, PublishedSource
 from scd.data.source import DataCard, Findings, Split
@@ -74,10 +75,7 @@ class UCF101Config:
     def __post_init__(self) -> None:
         if self.list not in (1, 2, 3):
             raise ValueError(f"list must be 1, 2 or 3, got {self.list}")
-        if self.size < 0 or self.interval < 0:
-            raise ValueError(
-                f"size and interval must be 0 or more, got {self.size} and {self.interval}"
-            )
+        at_least(0, size=self.size, interval=self.interval)
 
     @property
     def filled(self) -> UCF101Config:

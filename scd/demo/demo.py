@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from scd.common.config import to_json
+from scd.common.config import at_least, to_json
 from scd.common.files import refuse_used
 from scd.common.provenance import provenance, write_json, write_text
 from scd.common.runtime import choose_device
@@ -73,8 +73,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if not self.train and (self.quick or self.steps is not None):
             raise ValueError("quick and steps have no effect without train: add --train")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be 1 or more, got {self.steps}")
+        at_least(1, steps=self.steps)
 
     @property
     def num_steps(self) -> int:

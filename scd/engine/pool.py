@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scd.common.config import at_least
 from scd.engine.decoder import DecoderRows
 from scd.engine.interface import Engine
 from scd.engine.separable import FastSeparable, side_by_side
@@ -98,8 +99,7 @@ class FramePool:
         Raises:
             ValueError: max_rows below 1.
         """
-        if max_rows < 1:
-            raise ValueError(f"max_rows must be 1 or more, got {max_rows}")
+        at_least(1, max_rows=max_rows)
         self.engine, self.max_rows = engine, max_rows
         shared = isinstance(engine, FastSeparable)
         self._calls = _SharedCalls(engine, max_rows) if shared else _SingleCalls(engine)

@@ -22,7 +22,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from scd.common.config import from_json, to_json
+from scd.common.config import at_least, from_json, to_json
 from scd.common.files import read_json, written_aside
 from scd.common.provenance import write_json
 from scd.data.source import DataCard
@@ -75,8 +75,7 @@ class InverseDynamicsConfig:
             raise ValueError(f"inverse dynamics reads actions, got data without: {self.conditions}")
         if self.width < GROUP_SIZE or self.width % GROUP_SIZE:
             raise ValueError(f"width must be a multiple of {GROUP_SIZE}, got {self.width}")
-        if self.feature_dim < 1:
-            raise ValueError(f"feature_dim must be 1 or more, got {self.feature_dim}")
+        at_least(1, feature_dim=self.feature_dim)
 
 
 class InverseDynamics(nn.Module):

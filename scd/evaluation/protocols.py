@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from scd.common.config import differences, to_json
+from scd.common.config import at_least, differences, to_json
 from scd.data.source import Source, Split
 from scd.evaluation.lpips import SMALLEST
 from scd.evaluation.predict import Window, choose_windows, count_windows
@@ -93,12 +93,10 @@ class Protocol:
     beside truth): both sides lose detail."""
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("horizon", "num_clips", "every", "num_trajectories"), 1)
-        least |= {"batch_size": 1, "size": 0, "context": int(self.name == CUSTOM)}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"{name} must be {minimum} or more, got {value}")
+        at_least(1, horizon=self.horizon, num_clips=self.num_clips, every=self.every)
+        at_least(1, num_trajectories=self.num_trajectories, batch_size=self.batch_size)
+        at_least(0, size=self.size)
+        at_least(int(self.name == CUSTOM), context=self.context)
         given, first = not self.from_nothing, self.clips == "first"
         best, several = self.trajectories == "best", self.num_trajectories > 1
         for name, idle, needed in (

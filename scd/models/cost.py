@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scd.common.config import at_least
 from scd.models.decoder import DecoderConfig
 from scd.models.dense import DenseConfig
 from scd.models.embed import TimeEmbedder
@@ -34,9 +35,7 @@ class Load:
     """Of weights, keys and values: 4 in float32, 2 in bfloat16."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
+        at_least(1, **vars(self))
         if self.memories > self.branches:
             raise ValueError(f"{self.branches} branches cannot have {self.memories} memories")
 

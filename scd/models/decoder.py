@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scd.common.config import at_least
 from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
 from scd.models.attention import attend
@@ -48,8 +49,7 @@ class DecoderConfig:
     where a token has more values than the model is wide, as with pixels."""
 
     def __post_init__(self) -> None:
-        if self.num_layers < 1:
-            raise ValueError(f"num_layers must be 1 or more, got {self.num_layers}")
+        at_least(1, num_layers=self.num_layers)
 
 
 @dataclass(frozen=True, kw_only=True)

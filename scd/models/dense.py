@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.common.config import added
+from scd.common.config import added, at_least
 from scd.data.clip import Conditions
 from scd.models.attention import FrameCausal, Rotary
 from scd.models.base import Augmentation, CausalDiffuser, DiffuserConfig, State
@@ -50,8 +50,7 @@ class DenseConfig(DiffuserConfig):
     """Last layers in which a frame sees itself only; nothing is remembered for them."""
 
     def __post_init__(self) -> None:
-        if self.num_layers < 1:
-            raise ValueError(f"num_layers must be 1 or more, got {self.num_layers}")
+        at_least(1, num_layers=self.num_layers)
         if not 0 <= self.num_diagonal < self.num_layers:
             raise ValueError(
                 f"num_diagonal must leave one of {self.num_layers} layers that sees the past, "

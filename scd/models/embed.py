@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from scd.common.config import at_least
 from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
 from scd.models.block import Block, BlockConfig, Modulation, layer_norm
@@ -48,9 +49,13 @@ class FrameShape:
     """Side of the square of latent cells that makes one token."""
 
     def __post_init__(self) -> None:
-        for name in ("channels", "height", "width", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        at_least(
+            1,
+            channels=self.channels,
+            height=self.height,
+            width=self.width,
+            patch_size=self.patch_size,
+        )
         if self.height % self.patch_size or self.width % self.patch_size:
             raise ValueError(
                 f"patch_size must divide the frame: got patch_size={self.patch_size} "

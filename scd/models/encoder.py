@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scd.common.config import at_least
 from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
 from scd.models.attention import FrameCausal
@@ -40,8 +41,7 @@ class EncoderConfig:
     """Scale and shift the context by time and action after its last norm, as in the paper."""
 
     def __post_init__(self) -> None:
-        if self.num_layers < 1:
-            raise ValueError(f"num_layers must be 1 or more, got {self.num_layers}")
+        at_least(1, num_layers=self.num_layers)
 
 
 @dataclass(frozen=True, kw_only=True)

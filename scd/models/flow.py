@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scd.common.config import added
+from scd.common.config import added, at_least
 
 Solver = Literal["euler", "heun", "renoise"]
 """How the denoising steps lead from noise to a frame: see `solve`."""
@@ -49,8 +49,7 @@ class SamplingConfig:
     Empty elsewhere."""
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps must be 1 or more, got {self.num_steps}")
+        at_least(1, num_steps=self.num_steps)
         if self.shift <= 0:
             raise ValueError(f"shift must be positive, got {self.shift}")
         if self.schedule != "shifted" and self.shift != 1:

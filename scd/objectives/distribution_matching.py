@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from scd.common.config import added
+from scd.common.config import added, at_least
 from scd.data.clip import Conditions
 from scd.models.base import Augmentation
 from scd.models.flow import clean_from_velocity, interpolate, velocity_between
@@ -101,8 +101,7 @@ class MatchConfig:
             ("min_spread", 0),
             ("roughness", 0),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+            at_least(least, **{name: getattr(self, name)})
         if self.view == "bidirectional":
             found = (self.time_per, self.critic_start, self.num_given_frames)
             if found != ("clip", "teacher", 0) or self.method == "gan":

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from scd.common.config import added
+from scd.common.config import added, at_least
 from scd.models.block import Modulation
 from scd.optim.muon import muon
 from scd.optim.states import OffloadedAdamW, eight_bit_adamw
@@ -56,9 +56,12 @@ class OptimConfig:
         for name in ("lr", "decoder_lr_ratio", "muon_lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        at_least(
+            0,
+            weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_steps,
+            clip_norm=self.clip_norm,
+        )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
         if self.optimizer == "muon" and self.state != "fp32":

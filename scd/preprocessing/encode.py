@@ -30,7 +30,7 @@ from scd.autoencoders.build import (
 )
 from scd.autoencoders.diffusers import ImageAutoencoder, with_statistics
 from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_cache
-from scd.common.config import to_json
+from scd.common.config import at_least, to_json
 from scd.common.files import remove_leftovers
 from scd.common.runtime import Precision, choose_device, parse_shard
 from scd.data.clip import Clip
@@ -102,9 +102,12 @@ class EncodeConfig:
     """Stop at the first episode that cannot be used, instead of leaving it out."""
 
     def __post_init__(self) -> None:
-        for name in ("episodes_per_file", "batch_size", "text_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        at_least(
+            1,
+            episodes_per_file=self.episodes_per_file,
+            batch_size=self.batch_size,
+            text_length=self.text_length,
+        )
         if not 0 < self.latent_scale < float("inf"):
             raise ValueError(f"latent_scale must be above 0, got {self.latent_scale}")
         if not self.splits or len(set(self.splits)) < len(self.splits):

@@ -17,6 +17,7 @@ import torch
 import tyro
 from torch import nn
 
+from scd.common.config import at_least
 from scd.common.files import read_json
 from scd.engine.interface import EngineKind
 from scd.models.checkpoint import World
@@ -72,9 +73,14 @@ class Comparison:
     """auto: a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "context", "horizon", "batch_size", "timed_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        at_least(
+            1,
+            max_steps=self.max_steps,
+            context=self.context,
+            horizon=self.horizon,
+            batch_size=self.batch_size,
+            timed_frames=self.timed_frames,
+        )
         if self.warmup_steps < 0 or self.lr_factor <= 0:
             raise ValueError(
                 "warmup_steps must be 0 or more and lr_factor above 0, got "

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from scd.common.config import at_least
 from scd.common.files import read_json
 from scd.data.source import Source, open_source
 from scd.data.source import Split as DataSplit
@@ -92,14 +93,12 @@ class ProbeConfig:
             "reuse_depths": 1, "reuse_steps": 1,
         }  # fmt: skip
         for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name} must be {smallest} or more, got {getattr(self, name)}")
+            at_least(smallest, **{name: getattr(self, name)})
         if self.levels is not None and not (
             self.levels and all(0 < level <= 1 for level in self.levels)
         ):
             raise ValueError(f"levels are times in (0, 1], one or more, got {self.levels}")
-        if self.frame_steps is not None and self.frame_steps < 1:
-            raise ValueError(f"frame_steps must be 1 or more, got {self.frame_steps}")
+        at_least(1, frame_steps=self.frame_steps)
         known, given = set(measurement_names()), self.measurements
         if not given or len(set(given)) < len(given) or not known.issuperset(given):
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from scd.common.config import at_least
 from scd.common.runtime import Precision, parse_shard
 from scd.data.source import Split
 from scd.engine.interface import EngineKind
@@ -55,12 +56,8 @@ class SampleConfig:
     """Stop at the first episode that cannot be read, instead of leaving it out."""
 
     def __post_init__(self) -> None:
-        if self.context < 0:
-            raise ValueError(f"context must be 0 or more, got {self.context}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be 1 or more, got {self.threads}")
-        if self.frames < 1:
-            raise ValueError(f"frames must be 1 or more, got {self.frames}")
+        at_least(0, context=self.context)
+        at_least(1, threads=self.threads, frames=self.frames)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +106,7 @@ class VideoConfig:
             raise ValueError(f"guidance_scale must be a number, got {self.guidance_scale}")
         if self.negative_prompt and self.guidance_scale == 1:
             raise ValueError("negative_prompt has no effect on guidance_scale=1")
-        for name, value in (("steps", self.steps), ("threads", self.threads)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
+        at_least(1, steps=self.steps, threads=self.threads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +184,7 @@ class VBenchConfig:
     """i/n: the i-th, from 0, of n processes that share the work."""
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be 1 or more, got {self.seeds}")
+        at_least(1, seeds=self.seeds)
         if not 0 < self.seconds < math.inf:
             raise ValueError(f"seconds must be above 0, got {self.seconds}")
         parse_shard(self.shard)

@@ -19,6 +19,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from scd.common.config import at_least
 from scd.data.clip import Conditions, frames_to_pixels
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
@@ -195,8 +196,7 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             ValueError: as WorldEnv, or num_envs below 1.
         """
         check_length(max_frames, None)
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be 1 or more, got {num_envs}")
+        at_least(1, num_envs=num_envs)
         self.num_envs, self.judge, self.max_frames = num_envs, judge, max_frames
         self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_fps": world.card.fps}
         self.single_observation_space, self.single_action_space = spaces(world.card)
@@ -279,7 +279,6 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
 def check_length(max_frames: int, render_mode: str | None) -> None:
     """Refuse settings that no environment can have (ValueError)."""
-    if max_frames < 1:
-        raise ValueError(f"max_frames must be 1 or more, got {max_frames}")
+    at_least(1, max_frames=max_frames)
     if render_mode not in (None, "rgb_array"):
         raise ValueError(f"render_mode must be 'rgb_array' or None, got {render_mode!r}")

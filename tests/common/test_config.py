@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from scd.common.config import added, from_json, to_json
+from scd.common.config import added, at_least, from_json, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +93,9 @@ def test_whole_numbers_serve_as_floats_and_truth_values_do_not():
 def test_something_else_than_an_object_is_refused():
     with pytest.raises(ValueError, match=r"config: needed an object.*\[1\]"):
         from_json(Vehicle, [1])
+
+
+def test_a_number_below_its_minimum_is_refused_by_name():
+    at_least(1, size=1, steps=None)
+    with pytest.raises(ValueError, match="steps must be 1 or more, got 0"):
+        at_least(1, size=2, steps=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from scd.common.config import at_least
 from scd.data.spaces import ConditionSpec
 from scd.models.base import DiffuserConfig
 from scd.models.embed import EncoderNoise, FrameShape
@@ -35,9 +36,13 @@ class WanBlockConfig:
     """Added to the variance in all norms."""
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "head_dim", "ffn_dim", "freq_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        at_least(
+            1,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            ffn_dim=self.ffn_dim,
+            freq_dim=self.freq_dim,
+        )
         if self.head_dim % 2 or self.head_dim < 6 or self.freq_dim % 2:
             raise ValueError(
                 "head_dim must be even and 6 or more and freq_dim even, got "
@@ -142,8 +147,7 @@ class WanEncoderConfig:
     """Bend of these times towards noise: 5 as in Wan's schedule, so 0.95 to 1; 1: none."""
 
     def __post_init__(self) -> None:
-        if self.num_layers < 1:
-            raise ValueError(f"num_layers must be 1 or more, got {self.num_layers}")
+        at_least(1, num_layers=self.num_layers)
         if self.noise == "none":
             raise ValueError("the encoder reads noise: it is 'fresh' or the 'same'")
         if not 0 <= self.lowest_time <= 1 or self.shift <= 0:
