@@ -2,10 +2,10 @@
 
 Paper: "Causality in Video Diffusers is Separable from Denoising", arXiv 2602.10095.
 
-Letters of tensor dimensions, the same in every file:
+Dimension names in shape annotations, the same in every file:
 
     b  batch: clips or streams side by side
-    r  draws: several (time, noise) draws of the same frames
+    r  draws of (time, noise) for the same frames
     t  frames: time steps of a video or latent
     f  frames of any clips or streams, side by side
     m  frames that are denoised: the last m of t
@@ -13,9 +13,9 @@ Letters of tensor dimensions, the same in every file:
     h  rows of a frame, w columns of a frame, in pixels or latent cells
     n  tokens per frame
     s  tokens of a sequence that attention sees
-    d  width of the model
+    d  hidden size
     k  attention heads
-    e  width of one head
+    e  size of one head
     a  entries of a continuous action
     l  tokens of a text
 """

@@ -436,7 +436,7 @@ def test_modules_named_in_the_docs_exist():
 def test_conventions_page_has_all_letters():
     legend = dict(re.findall(r"^    (\w)  (.+)$", scd.__doc__ or "", re.MULTILINE))
     page = (ROOT / "docs/conventions.md").read_text(encoding="utf-8")
-    page = page[page.index("## Letters") : page.index("## Names")]
+    page = page[page.index("## Dimension names") : page.index("## Names")]
     shown = {
         letter for cell in re.findall(r"\| (\w(?:, \w)*) \|", page) for letter in cell.split(", ")
     }

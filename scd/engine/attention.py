@@ -1,6 +1,6 @@
 """Attention of the fast path: norm and rotation in few passes, products chosen by length.
 
-The plain twin is model/attention.py; a test compares the two.
+The plain twin is models/attention.py; a test compares the two.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A transformer block laid out for speed: fused projections, modulation of a whole frame at once.
 
-The plain twin is model/block.py; a test compares the two.
+The plain twin is models/block.py; a test compares the two.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The frame decoder laid out for speed: contexts in place, one call for frames of any streams.
 
-The plain twin is model/decoder.py; a test compares the two for every join.
+The plain twin is models/decoder.py; a test compares the two for every join.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The dense baseline laid out for speed, with every saving that the separable one has on a CPU.
 
 On a GPU its steps are not captured as a graph: see docs/engine.md.
-The plain twin is model/dense.py, run by engine/plain.py.
+The plain twin is models/dense.py, run by engine/plain.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Frames to tokens and back on the fast path. The plain twin is model/embed.py."""
+"""Frames to tokens and back on the fast path. The plain twin is models/embed.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The causal encoder laid out for speed: one row of a stream at a time, over its memory.
 
-The plain twin is model/encoder.py; a test compares the two.
+The plain twin is models/encoder.py; a test compares the two.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A separable model laid out for speed, behind the interface of an engine.
 
-The plain twin is model/separable.py, run by engine/plain.py.
+The plain twin is models/separable.py, run by engine/plain.py.
 """
 
 from __future__ import annotations
