@@ -115,3 +115,26 @@ def test_missing_weights_are_noticed_before_anything_is_trained(tmp_path, name, 
     given = PAPER[name] | WEIGHTS | {missing: ""}
     assert start(tmp_path, name, "exit 0", "paper", "out", **given).wait(timeout=60) != 0
     assert not (tmp_path / "calls").exists()
+
+
+def test_two_checkouts_take_turns_whatever_version_is_installed(tmp_path):
+    for name in ("new", "old"):
+        package = tmp_path / name / "scd"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "__main__.py").write_text(
+            f"import sys\nwith open({str(tmp_path / 'calls')!r}, 'a') as file:\n"
+            f"    print({name!r}, *sys.argv[1:], file=file)\n"
+        )
+    (tmp_path / "new" / "runs").mkdir()
+    script = shutil.copy(ROOT / "runs" / "side_by_side.sh", tmp_path / "new" / "runs")
+    environment = os.environ | {"ROUNDS": "2", "MEASURES": "help_s train_help_s"}
+    command = ["bash", script, tmp_path / "old", tmp_path / "out"]
+    said = subprocess.run(
+        command, env=environment, check=True, timeout=60, capture_output=True, text=True
+    ).stdout
+    turn = [f"{name} {words}" for name in ("new", "old") for words in ("--help", "train --help")]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == ["new train --help", "old train --help", *turn, *turn]
+    assert len((tmp_path / "out" / "side_by_side.txt").read_text().splitlines()) == 8
+    assert "A/B" in said and "train_help_s" in said
