@@ -54,8 +54,8 @@ OPTIONAL_PACKAGES = {
     "ftfy": {"autoencoders.text_encoder"},
     "torchao": {"optim.states"},
     "ray": {"serving.ray_app", "serving.ray_replica"},
-    "aiohttp": {"serving.ray_front"},
-    "yarl": {"serving.ray_front"},
+    "aiohttp": {"serving.ray_router"},
+    "yarl": {"serving.ray_router"},
 }
 """Packages that an install may lack, or that are slow to load -> the modules that may import them,
 inside functions too."""

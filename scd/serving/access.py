@@ -6,7 +6,6 @@ page could otherwise give its own name the address of this machine and be of "th
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import OrderedDict
@@ -17,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scd.serving.messages import ServeError
 from scd.serving.metrics import Metrics
+from scd.serving.protocol import error_json
 from scd.serving.settings import ServeConfig, is_loopback
 
 MOST_CALLERS = 4096
@@ -71,34 +71,6 @@ class Buckets:
 
 HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9.-]{1,253})(:\d{1,5})?")
 """A Host header."""
-
-STATUS = {
-    "unauthorised": 401,
-    "forbidden_origin": 403,
-    "unknown_session": 404,
-    "unknown_upload": 404,
-    "unknown_path": 404,
-    "session_busy": 409,
-    "superseded": 409,
-    "out_of_history": 409,
-    "session_stopped": 410,
-    "too_large": 413,
-    "not_media": 415,
-    "wrong_host": 421,
-    "too_many_requests": 429,
-    "too_many_uploads": 429,
-    "fault": 500,
-    "too_many_sessions": 503,
-    "overloaded": 503,
-    "model_stopped": 503,
-}
-"""HTTP status by the code of an error; others are 400."""
-
-
-def error_json(error: ServeError) -> tuple[int, bytes]:
-    """Return the status and the body of an answer that refuses."""
-    body = {"error": {"code": error.code, "message": str(error)}}
-    return STATUS.get(error.code, 400), json.dumps(body).encode()
 
 
 class Access:

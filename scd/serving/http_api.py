@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 
 from scd.data.clip import pixels_to_frames
 from scd.evaluation.media import write_video
-from scd.serving.access import Access, error_json
+from scd.serving.access import Access
 from scd.serving.codec import JpegEncoder
 from scd.serving.connection import serve_client
 from scd.serving.messages import (
@@ -34,7 +34,7 @@ from scd.serving.messages import (
     Show,
     State,
 )
-from scd.serving.protocol import read_body, write
+from scd.serving.protocol import error_json, read_body, write
 from scd.serving.service import Service, answer, as_error
 
 PAGE = Path(__file__).resolve().parent / "web"
@@ -133,13 +133,13 @@ def make_router(service: Service) -> APIRouter:
     for route, handler in routes.items():
         method, path = route.split()
         router.add_api_route(
-            path, _guarded(handler, service), methods=[method], response_model=None
+            path, _answered(handler, service), methods=[method], response_model=None
         )
     return router
 
 
-def _guarded(handler: Handler, service: Service) -> Handler:
-    async def guarded(request: Request) -> Response:
+def _answered(handler: Handler, service: Service) -> Handler:
+    async def answered(request: Request) -> Response:
         try:
             if "session" in request.path_params:
                 await service.reach(request.path_params["session"])
@@ -149,7 +149,7 @@ def _guarded(handler: Handler, service: Service) -> Handler:
             service.metrics.errors.labels(said.code).inc()
             return _refused(said)
 
-    return guarded
+    return answered
 
 
 class HttpApi:

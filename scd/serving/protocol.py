@@ -7,6 +7,7 @@ little-endian bytes, the header, and the payload.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, NotRequired, TypeVar, Union
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -43,6 +44,35 @@ CLOSE_CODES = {
 
 
 Said = TypeVar("Said", bound=Command)
+
+STATUS = {
+    "unauthorised": 401,
+    "forbidden_origin": 403,
+    "unknown_session": 404,
+    "unknown_upload": 404,
+    "unknown_path": 404,
+    "session_busy": 409,
+    "superseded": 409,
+    "out_of_history": 409,
+    "session_stopped": 410,
+    "too_large": 413,
+    "not_media": 415,
+    "wrong_host": 421,
+    "too_many_requests": 429,
+    "too_many_uploads": 429,
+    "fault": 500,
+    "too_many_sessions": 503,
+    "overloaded": 503,
+    "model_stopped": 503,
+}
+"""HTTP status by the code of an error; others are 400."""
+
+
+def error_json(error: ServeError) -> tuple[int, bytes]:
+    """Return the status and the body of an answer that refuses."""
+    body = {"error": {"code": error.code, "message": str(error)}}
+    return STATUS.get(error.code, 400), json.dumps(body).encode()
+
 
 _CLIENT: TypeAdapter[Any] = TypeAdapter(
     Annotated[Union[SPOKEN], Field(discriminator="type")]  # type: ignore  # noqa: UP007

@@ -18,8 +18,8 @@ from scd.common.config import from_json, to_json
 from scd.common.memory import GIB, free_bytes
 from scd.common.runtime import choose_device
 from scd.serving.admission import SHARE
-from scd.serving.ray_front import Front
-from scd.serving.ray_replica import ASK_S, LEASE_S, Crew, Replica, Report
+from scd.serving.ray_replica import ASK_S, LEASE_S, Replica, Report
+from scd.serving.ray_router import ReplicaRegistry, Router
 from scd.serving.run import (
     STOP_S,
     Server,
@@ -75,13 +75,13 @@ def serve_replicas(config: ServeConfig, on_ready: Callable[[str], None] = say) -
     with listening(config) as listener, kept_in(config) as kept, ray_running(config):
         secret = secrets.token_urlsafe()
         handle = deploy(config, token, kept, secret)
-        crew = crew_of(handle, config)
-        crew.start()
+        registry = registry_of(handle, config)
+        registry.start()
         try:
-            app = Front(crew, secret).with_access(config, token)
+            app = Router(registry, secret).with_access(config, token)
             run_app(config, app, listener, on_ready)
         finally:
-            crew.stop()
+            registry.stop()
             withdraw()
 
 
@@ -157,7 +157,7 @@ def replicas_of(config: ServeConfig, token: str | None, folder: Path, secret: st
         config: of the server.
         token: that clients must show.
         folder: of sessions, that all replicas reach.
-        secret: that the front must show.
+        secret: that the router must show.
     """
     from ray import serve
 
@@ -203,7 +203,7 @@ def replicas_of(config: ServeConfig, token: str | None, folder: Path, secret: st
     return deployment.bind(config, str(folder.resolve()), secret, "127.0.0.1" if is_local else "")
 
 
-def crew_of(handle: Any, config: ServeConfig) -> Crew:
+def registry_of(handle: Any, config: ServeConfig) -> ReplicaRegistry:
     """Return the replicas behind a handle."""
 
     def report() -> list[Report]:
@@ -215,7 +215,7 @@ def crew_of(handle: Any, config: ServeConfig) -> Crew:
             for _ in range(count):
                 handle.lease.remote(LEASE_S)
 
-    return Crew(report, lease)
+    return ReplicaRegistry(report, lease)
 
 
 def withdraw() -> None:
@@ -225,8 +225,8 @@ def withdraw() -> None:
     serve.delete(NAME)
 
 
-class Gate:
-    """The front as a deployment of Ray Serve, for clusters that are given their applications."""
+class Ingress:
+    """The router as a deployment of Ray Serve, for clusters that are given their applications."""
 
     def __init__(self, config: ServeConfig, token: str | None, secret: str, handle: Any) -> None:
         """Take the port and begin to answer.
@@ -236,9 +236,9 @@ class Gate:
         """
         self._stack = ExitStack()
         listener = self._stack.enter_context(listening(config))
-        self._crew = crew_of(handle, config)
-        self._crew.start()
-        app = Front(self._crew, secret).with_access(config, token)
+        self._registry = registry_of(handle, config)
+        self._registry.start()
+        app = Router(self._registry, secret).with_access(config, token)
         self._server = Server(uvicorn_config(config, app), lambda: None)
         self._thread = threading.Thread(
             target=lambda: self._server.run(sockets=[listener]), daemon=True
@@ -254,7 +254,7 @@ class Gate:
         """Say farewell to clients."""
         self._server.should_exit = True
         await asyncio.to_thread(self._thread.join, STOP_S)
-        await asyncio.to_thread(self._crew.stop)
+        await asyncio.to_thread(self._registry.stop)
         self._stack.close()
 
 
@@ -276,11 +276,11 @@ def build(args: dict[str, Any]) -> Any:
     config = from_json(ServeConfig, values, "args")
     secret, token = secrets.token_urlsafe(), read_token(config)
     replicas = replicas_of(config, token, Path(config.evict_dir), secret)
-    gate = serve.deployment(
-        Gate,
-        name="gate",
+    ingress = serve.deployment(
+        Ingress,
+        name="ingress",
         num_replicas=1,
         # Where its address is known: on the machine that began the cluster.
         ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
     )
-    return gate.bind(config, token, secret, replicas)
+    return ingress.bind(config, token, secret, replicas)

@@ -1,4 +1,4 @@
-"""One replica of a world on Ray Serve: a host and its web server, for clients that a front sends.
+"""One replica of a world on Ray Serve: a host and its web server, for clients that a router sends.
 
 Ray Serve starts, watches and ends it; frames do not pass through Ray. All replicas share a folder
 of sessions. One that is asked for here and lies in the memory of another, without a client, is put
@@ -13,9 +13,6 @@ import secrets
 import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +23,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from scd.serving.http_api import make_inner_app
 from scd.serving.messages import ServeError
 from scd.serving.run import STOP_S, Server, open_service, uvicorn_config
-from scd.serving.service import LOG, answer
+from scd.serving.service import answer
 from scd.serving.settings import ServeConfig
 from scd.serving.store import OWN, SUFFIX
 
 SECRET = "x-scd-secret"
 """Header by which a replica knows that a request comes from here."""
-
-POLL_S = 0.5
-"""Seconds between two looks at the replicas."""
 
 LEASE_S = 2.0
 """Seconds for which a call to Ray Serve stands for one WebSocket."""
@@ -63,7 +57,7 @@ class Report:
 
 
 class Replica:
-    """What Ray Serve runs; its public methods are called by the front and by other replicas."""
+    """What Ray Serve runs; its public methods are called by the router and by other replicas."""
 
     def __init__(self, config: ServeConfig, folder: str, secret: str, host: str) -> None:
         """Load the world and begin to answer.
@@ -85,7 +79,7 @@ class Replica:
         self._service = open_service(config, self._folder, self._folder / "uploads")
         self._service.find = self._find
         self._service.host.start()
-        app = Guard(make_inner_app(self._service), secret, lambda: self._leaving)
+        app = SecretMiddleware(make_inner_app(self._service), secret, lambda: self._leaving)
         self._listener = socket.create_server((host, 0))
         self._url = f"http://{host}:{self._listener.getsockname()[1]}"
         self._server = Server(uvicorn_config(config, app), lambda: None)
@@ -164,8 +158,8 @@ class Replica:
         return any(path.name == f"{session}{SUFFIX}" for path in written)
 
 
-class Guard:
-    """Middleware that lets only the front in, and nobody once the replica is leaving."""
+class SecretMiddleware:
+    """Middleware that lets only the router in, and nobody once the replica is leaving."""
 
     def __init__(self, app: ASGIApp, secret: str, is_leaving: Any) -> None:
         """Stand before an application."""
@@ -183,94 +177,3 @@ class Guard:
             await Response(status_code=503, headers={SECRET: "leaving"})(scope, receive, send)
         else:
             await self._app(scope, receive, send)
-
-
-class Crew:
-    """The replicas that run, looked at again and again by a thread of its own."""
-
-    def __init__(self, report: Callable[[], list[Report]], lease: Callable[[int], None]) -> None:
-        """Prepare; `look` once before it is asked.
-
-        Args:
-            report: asks all replicas that take clients; an error leaves all as it was.
-            lease: tells Ray Serve for `LEASE_S` seconds how many WebSockets there are.
-        """
-        self._report, self._lease = report, lease
-        self._running: dict[str, Report] = {}
-        self._owners: dict[str, Report] = {}
-        self._num_clients: Counter[str] = Counter()
-        self._looking, self._looked_at = threading.Lock(), float("-inf")
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="scd-serve-crew", daemon=True)
-
-    def start(self) -> None:
-        """Look from now on."""
-        self.look()
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Look no more."""
-        self._over.set()
-        self._thread.join(30.0)
-
-    def look(self) -> None:
-        """Ask the replicas; who waits for another's look is content with that one."""
-        asked = time.monotonic()
-        with self._looking:
-            if self._looked_at > asked:
-                return
-            try:
-                found = self._report()
-            except Exception as error:
-                LOG.warning("the replicas do not answer: %s: %s", type(error).__name__, error)
-                return
-            self._looked_at = time.monotonic()
-            self._running = {one.name: one for one in found}
-            # One that drains is still the owner of what it plays, until others have it.
-            kept = {key: one for key, one in self._owners.items() if one.name not in self._running}
-            self._owners = kept | {session: one for one in found for session in one.sessions}
-            while len(self._owners) > 10_000:
-                self._owners.pop(next(iter(self._owners)))
-
-    def _watch(self) -> None:
-        leased_at = float("-inf")
-        while not self._over.wait(POLL_S):
-            self.look()
-            if time.monotonic() - leased_at >= LEASE_S:
-                leased_at = time.monotonic()
-                with suppress(Exception):
-                    self._lease(sum(self._num_clients.values()))
-
-    @property
-    def running(self) -> list[Report]:
-        """Those that take clients."""
-        return list(self._running.values())
-
-    def freest(self) -> Report:
-        """Return the replica with fewest clients, and of these the one with fewest sessions.
-
-        Raises:
-            ServeError: there is none.
-        """
-        if not self._running:
-            raise ServeError("model_stopped", "no replica is there: try again", fatal=True)
-        return min(self.running, key=lambda one: (self._num_clients[one.name], len(one.sessions)))
-
-    async def owner(self, session: str) -> Report | None:
-        """Return the replica that plays a session, as far as is known after a look."""
-        if session not in self._owners:
-            await asyncio.to_thread(self.look)
-        return self._owners.get(session)
-
-    def note(self, session: str, replica: Report) -> None:
-        """Note which replica has just said something of a session."""
-        self._owners[session] = replica
-
-    def lost(self, replica: Report) -> None:
-        """Note that a replica did not answer."""
-        self._running.pop(replica.name, None)
-        self._owners = {key: one for key, one in self._owners.items() if one.name != replica.name}
-
-    def count(self, replica: Report, change: int) -> None:
-        """Note that a client has come (1) or gone (-1)."""
-        self._num_clients[replica.name] += change

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -60,18 +60,32 @@ class ClientLimits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig:
-    """A server of one world."""
+class WorldConfig:
+    """Which world is served, and by what."""
 
     run: str = ""
     """World, run or step folder; empty: the world that comes with the package."""
     data: str = ""
     """Folder of a dataset whose held-out clips streams may begin with; empty: the clips that the
     world carries, if any."""
-    host: str = "127.0.0.1"
-    """Address to listen on; another one than this machine's own needs allow-remote and a token."""
     port: int = 8000
     """Port to listen on; 0: any free one."""
+    sessions: int = 8
+    """Sessions in memory at once; every fork is one."""
+    device: str = "auto"
+    """Where the model runs: auto, cpu, cuda, cuda:1."""
+    engine: Annotated[str, tyro.conf.arg(metavar="{plain,fast}")] = "fast"
+    """What runs the model: as it is written, or laid out for the machine."""
+    precision: Annotated[str, tyro.conf.arg(metavar="{fp32,bf16}")] = "fp32"
+    """Of weights, memory and products."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(WorldConfig):
+    """A server of one world."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; another one than this machine's own needs allow-remote and a token."""
     allow_remote: bool = False
     """Listen on an address that other machines reach."""
     token: str = ""
@@ -86,8 +100,6 @@ class ServeConfig:
     machine only so."""
     tls_key: str = ""
     """File of the certificate's key."""
-    sessions: int = 8
-    """Sessions in memory at once."""
     max_rows: int = 16
     """Frames that are denoised side by side; guided ones count twice."""
     memory_gib: float | None = None
@@ -119,12 +131,6 @@ class ServeConfig:
     """GPUs of one replica; 0.5: two share one."""
     ray_address: str = ""
     """Ray cluster to join, such as auto; empty: one of this machine alone is started."""
-    device: str = "auto"
-    """Where the model runs: auto, cpu, cuda, cuda:1."""
-    engine: Annotated[str, tyro.conf.arg(metavar="{plain,fast}")] = "fast"
-    """What runs the model: as it is written, or laid out for the machine."""
-    precision: Annotated[str, tyro.conf.arg(metavar="{fp32,bf16}")] = "fp32"
-    """Of weights, memory and products."""
     limits: ClientLimits = field(default_factory=ClientLimits)
     """What one client may ask for."""
 
@@ -194,26 +200,11 @@ class ServeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlayConfig:
+class PlayConfig(WorldConfig):
     """A world to play in the browser of this machine."""
 
-    run: str = ""
-    """World, run or step folder; empty: the world that comes with the package."""
-    data: str = ""
-    """Folder of a dataset whose held-out clips streams may begin with; empty: the clips that the
-    world carries, if any."""
-    port: int = 8000
-    """Port of the page; 0: any free one."""
     browser: bool = True
     """Open the page in a browser."""
-    sessions: int = 8
-    """Streams in memory at once: every fork is one."""
-    device: str = "auto"
-    """Where the model runs: auto, cpu, cuda, cuda:1."""
-    engine: Annotated[str, tyro.conf.arg(metavar="{plain,fast}")] = "fast"
-    """What runs the model: as it is written, or laid out for the machine."""
-    precision: Annotated[str, tyro.conf.arg(metavar="{fp32,bf16}")] = "fp32"
-    """Of weights, memory and products."""
 
     def served(self) -> ServeConfig:
         """Return the settings of the server behind the page.
@@ -221,15 +212,7 @@ class PlayConfig:
         Raises:
             ValueError: settings that no server can have.
         """
-        return ServeConfig(
-            run=self.run,
-            data=self.data,
-            port=self.port,
-            sessions=self.sessions,
-            device=self.device,
-            engine=self.engine,
-            precision=self.precision,
-        )
+        return ServeConfig(**{one.name: getattr(self, one.name) for one in fields(WorldConfig)})
 
 
 def is_loopback(host: str) -> bool:

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scd.serving.commands import Commands
 from scd.serving.messages import (
+    COMMANDS,
     SPOKEN,
     Acknowledge,
     Action,
@@ -216,6 +218,18 @@ def test_the_page_names_all_else():
     assert f"## Protocol, version {VERSION}" in PAGE
     for code, number in CLOSE_CODES.items():
         assert f"| {number} | `{code}` |" in PAGE
+
+
+def test_every_message_is_obeyed_and_every_route_is_on_the_page():
+    assert len({kind.model_fields["type"].default for kind in COMMANDS}) == len(COMMANDS)
+    (changes,) = re.findall(r"^\| `POST /v1/sessions/ID/(set`, .*?)\|", PAGE, re.M)
+    for kind in COMMANDS:
+        name = kind.model_fields["type"].default
+        # Hello is answered before there is anything to obey.
+        assert (getattr(Commands, name, None) is None) == (kind is Hello)
+        method, _, path = kind.route.replace("{session}", "ID").partition(" ")
+        told = path.rpartition("/")[2] in changes or f"| `{method} {path}" in PAGE
+        assert told, f"the page lacks {kind.route}"
 
 
 def test_the_codes_that_reading_promises_are_those_that_it_gives():

@@ -11,7 +11,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +23,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
-from scd.serving.access import Access, error_json
+from scd.serving.access import Access
 from scd.serving.messages import (
     Attach,
     Create,
@@ -31,17 +34,21 @@ from scd.serving.messages import (
 from scd.serving.metrics import Metrics, merged
 from scd.serving.protocol import (
     CLOSE_CODES,
+    error_json,
     read_client,
     read_server,
     refusal,
     write,
 )
-from scd.serving.ray_replica import SECRET, Crew, Report
-from scd.serving.service import check_token
+from scd.serving.ray_replica import LEASE_S, SECRET, Report
+from scd.serving.service import LOG, check_token
 from scd.serving.settings import ServeConfig
 
 SESSION = re.compile(r"/v1/sessions/([A-Za-z0-9_-]{1,64})(?:/.*)?")
 """Path of a request about a session."""
+
+POLL_S = 0.5
+"""Seconds between two looks at the replicas."""
 
 ENDED = "a replica has ended: attach the session again"
 
@@ -51,12 +58,103 @@ PASSING = frozenset(
 """Headers that are about one connection, or not for replicas."""
 
 
-class Front:
+class ReplicaRegistry:
+    """The replicas that run, looked at again and again by a thread of its own."""
+
+    def __init__(self, report: Callable[[], list[Report]], lease: Callable[[int], None]) -> None:
+        """Prepare; `look` once before it is asked.
+
+        Args:
+            report: asks all replicas that take clients; an error leaves all as it was.
+            lease: tells Ray Serve for `LEASE_S` seconds how many WebSockets there are.
+        """
+        self._report, self._lease = report, lease
+        self._running: dict[str, Report] = {}
+        self._owners: dict[str, Report] = {}
+        self._num_clients: Counter[str] = Counter()
+        self._looking, self._looked_at = threading.Lock(), float("-inf")
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="scd-serve-registry", daemon=True)
+
+    def start(self) -> None:
+        """Look from now on."""
+        self.look()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._over.set()
+        self._thread.join(30.0)
+
+    def look(self) -> None:
+        """Ask the replicas; who waits for another's look is content with that one."""
+        asked = time.monotonic()
+        with self._looking:
+            if self._looked_at > asked:
+                return
+            try:
+                found = self._report()
+            except Exception as error:
+                LOG.warning("the replicas do not answer: %s: %s", type(error).__name__, error)
+                return
+            self._looked_at = time.monotonic()
+            self._running = {one.name: one for one in found}
+            # One that drains is still the owner of what it plays, until others have it.
+            kept = {key: one for key, one in self._owners.items() if one.name not in self._running}
+            self._owners = kept | {session: one for one in found for session in one.sessions}
+            while len(self._owners) > 10_000:
+                self._owners.pop(next(iter(self._owners)))
+
+    def _watch(self) -> None:
+        leased_at = float("-inf")
+        while not self._over.wait(POLL_S):
+            self.look()
+            if time.monotonic() - leased_at >= LEASE_S:
+                leased_at = time.monotonic()
+                with suppress(Exception):
+                    self._lease(sum(self._num_clients.values()))
+
+    @property
+    def running(self) -> list[Report]:
+        """Those that take clients."""
+        return list(self._running.values())
+
+    def freest(self) -> Report:
+        """Return the replica with fewest clients, and of these the one with fewest sessions.
+
+        Raises:
+            ServeError: there is none.
+        """
+        if not self._running:
+            raise ServeError("model_stopped", "no replica is there: try again", fatal=True)
+        return min(self.running, key=lambda one: (self._num_clients[one.name], len(one.sessions)))
+
+    async def owner(self, session: str) -> Report | None:
+        """Return the replica that plays a session, as far as is known after a look."""
+        if session not in self._owners:
+            await asyncio.to_thread(self.look)
+        return self._owners.get(session)
+
+    def note(self, session: str, replica: Report) -> None:
+        """Note which replica has just said something of a session."""
+        self._owners[session] = replica
+
+    def lost(self, replica: Report) -> None:
+        """Note that a replica did not answer."""
+        self._running.pop(replica.name, None)
+        self._owners = {key: one for key, one in self._owners.items() if one.name != replica.name}
+
+    def count(self, replica: Report, change: int) -> None:
+        """Note that a client has come (1) or gone (-1)."""
+        self._num_clients[replica.name] += change
+
+
+class Router:
     """The application; one event loop."""
 
-    def __init__(self, crew: Crew, secret: str) -> None:
-        """For a crew whose replicas know the secret."""
-        self._crew, self._headers = crew, {SECRET: secret}
+    def __init__(self, registry: ReplicaRegistry, secret: str) -> None:
+        """For a registry whose replicas know the secret."""
+        self._registry, self._headers = registry, {SECRET: secret}
         self._http: Any = None
 
     def with_access(self, config: ServeConfig, token: str | None) -> ASGIApp:
@@ -73,7 +171,9 @@ class Front:
             if scope["path"] != "/v1/stream":
                 await send({"type": "websocket.close", "code": 1000})
                 return
-            await Pipe(self._http, self._headers, self._crew, WebSocket(scope, receive, send)).run()
+            await Pipe(
+                self._http, self._headers, self._registry, WebSocket(scope, receive, send)
+            ).run()
             return
         request = Request(scope, receive)
         try:
@@ -108,13 +208,13 @@ class Front:
             return Response(await self._metrics(), media_type=kind)
         found = SESSION.fullmatch(path)
         session = found.group(1) if found and path != "/v1/sessions/restore" else None
-        replica = None if session is None else await self._crew.owner(session)
+        replica = None if session is None else await self._registry.owner(session)
         try:
-            return await self._pass_on(request, replica or self._crew.freest())
+            return await self._pass_on(request, replica or self._registry.freest())
         except Unreachable:
             # Nothing was sent yet, so it may be sent to another one.
             try:
-                return await self._pass_on(request, self._crew.freest())
+                return await self._pass_on(request, self._registry.freest())
             except Unreachable:
                 raise ServeError("overloaded", "replicas change: try again") from None
 
@@ -136,13 +236,13 @@ class Front:
                 allow_redirects=False,
             )
         except aiohttp.ClientConnectorError as error:
-            self._crew.lost(replica)
+            self._registry.lost(replica)
             raise Unreachable from error
         except aiohttp.ClientError as error:
             raise ServeError("model_stopped", f"{ENDED} ({type(error).__name__})") from error
         if answer.status == 503 and answer.headers.get(SECRET) == "leaving":
             answer.release()
-            self._crew.lost(replica)
+            self._registry.lost(replica)
             if has_body:
                 raise ServeError("overloaded", "replicas change: try again")
             raise Unreachable
@@ -156,7 +256,7 @@ class Front:
         return StreamingResponse(body(), answer.status, kept)
 
     def _health(self) -> Response:
-        running = self._crew.running
+        running = self._registry.running
         values = {
             "ok": bool(running),
             "reason": "" if running else "no replica is there",
@@ -171,9 +271,9 @@ class Front:
             async with self._http.get(f"{replica.url}/metrics", headers=self._headers) as answer:
                 return replica.name, await answer.text()
 
-        asked = await asyncio.gather(*map(ask, self._crew.running), return_exceptions=True)
+        asked = await asyncio.gather(*map(ask, self._registry.running), return_exceptions=True)
         told = [one for one in asked if not isinstance(one, BaseException)]
-        return merged([*told, ("front", self.metrics.text().decode())])
+        return merged([*told, ("router", self.metrics.text().decode())])
 
 
 class Unreachable(ConnectionError):
@@ -183,9 +283,11 @@ class Unreachable(ConnectionError):
 class Pipe:
     """One client's WebSocket and the one to its replica."""
 
-    def __init__(self, http: Any, headers: dict[str, str], crew: Crew, socket: WebSocket) -> None:
+    def __init__(
+        self, http: Any, headers: dict[str, str], registry: ReplicaRegistry, socket: WebSocket
+    ) -> None:
         """Prepare; `run` does the rest."""
-        self._http, self._headers, self._crew, self._socket = http, headers, crew, socket
+        self._http, self._headers, self._registry, self._socket = http, headers, registry, socket
         self._replica: Report | None = None
         self._upstream: Any = None
         self._down: asyncio.Task[tuple[int, str]] | None = None
@@ -239,7 +341,7 @@ class Pipe:
             return
         self._is_fresh = not isinstance(message, (Attach, Create, Fork))
         if isinstance(message, Attach):
-            owner = await self._crew.owner(message.session)
+            owner = await self._registry.owner(message.session)
             if owner is not None and self._replica is not None and owner.name != self._replica.name:
                 await self._untie()
                 await self._tie(owner)
@@ -249,7 +351,7 @@ class Pipe:
         import aiohttp
 
         for _ in range(3):
-            replica = wanted or self._crew.freest()
+            replica = wanted or self._registry.freest()
             try:
                 self._upstream = await self._http.ws_connect(
                     f"{replica.url}/v1/stream",
@@ -258,11 +360,11 @@ class Pipe:
                     autoclose=True,
                 )
             except (aiohttp.ClientError, OSError):
-                self._crew.lost(replica)
+                self._registry.lost(replica)
                 wanted = None
                 continue
             self._replica = replica
-            self._crew.count(replica, 1)
+            self._registry.count(replica, 1)
             if self._hello:
                 await self._upstream.send_str(self._hello)
                 # The client has been welcomed already.
@@ -277,7 +379,7 @@ class Pipe:
             await asyncio.gather(self._down, return_exceptions=True)
             self._down = None
         if self._replica is not None:
-            self._crew.count(self._replica, -1)
+            self._registry.count(self._replica, -1)
             self._replica = None
             with suppress(Exception):
                 await self._upstream.close()
@@ -292,7 +394,7 @@ class Pipe:
             if message.type is WSMsgType.TEXT:
                 said = read_server(message.data)
                 if isinstance(said, State):
-                    self._crew.note(said.session, replica)
+                    self._registry.note(said.session, replica)
                 await self._socket.send_text(message.data)
             elif message.type is WSMsgType.BINARY:
                 await self._socket.send_bytes(message.data)
