@@ -31,11 +31,8 @@ class Objective:
     """What a network minimises, with all that it needs for it besides the network."""
 
     def share(self, generator: torch.Generator) -> None:
-        """Draw what all processes must agree on in the next call of `loss`: nothing.
-
-        Args:
-            generator: the same on all processes, on the CPU.
-        """
+        """Draw what all processes must agree on in the next call of `loss`, from a generator that
+        is the same on all of them: nothing."""
 
     def loss(
         self, model: Network, batch: Batch, generator: torch.Generator

@@ -107,15 +107,8 @@ def student_gan_loss(
     config: MatchConfig,
     generator: torch.Generator,
 ) -> Float[Tensor, ""]:
-    """Return the student's loss against a discriminator with frozen weights.
-
-    Args:
-        discriminator: (history, noisy, time, conditions) -> logits.
-        rolled: the student's frames, with gradient.
-        real: recorded frames of the same clips.
-        config: settings.
-        generator: of times and noise.
-    """
+    """Return the student's loss against a discriminator with frozen weights: of its own frames,
+    with gradient, beside recorded frames of the same clips."""
     drawn = noised(rolled.frames, config, generator)
     fake = discriminator(rolled.history, drawn.noisy, drawn.time, rolled.conditions)
     truth = fake.detach()

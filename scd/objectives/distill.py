@@ -142,11 +142,7 @@ def draw(
     generator: torch.Generator,
     needs_first_frame: bool,
 ) -> Draw:
-    """Draw places on a grid, noise, corrupted history and hidden conditions for some clips.
-
-    Raises:
-        ValueError: clips without a frame that has a context.
-    """
+    """Draw places on a grid, noise, corrupted history and hidden conditions for some clips."""
     clean = batch.frames
     if clean.shape[1] <= needs_first_frame:
         raise ValueError(f"needed clips of 2 or more frames, got {clean.shape[1]}")
@@ -229,13 +225,8 @@ class Regression(Objective):
 def pseudo_huber(
     found: Float[Tensor, "*b c h w"], expected: Float[Tensor, "*b c h w"], knee: float
 ) -> Float[Tensor, ""]:
-    """Average a distance of frames: a square up to about the knee, the size of the error beyond.
-
-    Args:
-        found: frames.
-        expected: frames.
-        knee: root mean square of a frame's error where the one becomes the other; 0: the square.
-    """
+    """Average a distance of frames: a square up to about the knee (root mean square of a frame's
+    error), the size of the error beyond. Knee 0: always the square."""
     square = (found - expected).square().mean((-3, -2, -1))
     if knee == 0:
         return square.mean()

@@ -91,17 +91,20 @@ class MatchConfig:
                 f"score_shift be above 0, got {self.lowest_time}, {self.highest_time} and "
                 f"{self.score_shift}"
             )
-        for name, least in (
-            ("num_draws", 1),
-            ("num_critic_updates", 1),
-            ("num_given_frames", 0),
-            ("num_scored_frames", 0),
-            ("guidance", 1),
-            ("max_rise", 0),
-            ("min_spread", 0),
-            ("roughness", 0),
-        ):
-            at_least(least, **{name: getattr(self, name)})
+        at_least(
+            1,
+            num_draws=self.num_draws,
+            num_critic_updates=self.num_critic_updates,
+            guidance=self.guidance,
+        )
+        at_least(
+            0,
+            num_given_frames=self.num_given_frames,
+            num_scored_frames=self.num_scored_frames,
+            max_rise=self.max_rise,
+            min_spread=self.min_spread,
+            roughness=self.roughness,
+        )
         if self.view == "bidirectional":
             found = (self.time_per, self.critic_start, self.num_given_frames)
             if found != ("clip", "teacher", 0) or self.method == "gan":
@@ -125,15 +128,9 @@ class MatchConfig:
         return self.method == "gan" or self.num_given_frames > 0
 
     def num_scored(self, num_frames: int, window: int) -> int:
-        """Return how many frames of a clip are scored.
-
-        Args:
-            num_frames: of the clip, given and generated.
-            window: frames that teacher and critic were trained on.
-
-        Raises:
-            ValueError: no frame is generated, or more are scored than the window allows.
-        """
+        """Return how many frames of a clip, given and generated, are scored by teacher and critic
+        that were trained on `window` frames; ValueError if none is generated or more than that are
+        scored."""
         num_generated = num_frames - self.num_given_frames
         num_scored = self.num_scored_frames or num_generated
         if num_generated < 1 or num_scored > num_generated:
@@ -314,12 +311,8 @@ def score_loss(
 ) -> Float[Tensor, ""]:
     """Return the student's loss by the scores of its frames: method "dmd" or "sid".
 
-    Args:
-        teacher: (history, noisy, time, conditions) -> velocity, guided if need be.
-        critic: the same of the student's own distribution, with frozen weights.
-        rolled: the student's frames, with gradient.
-        config: settings.
-        generator: of times and noise.
+    Teacher (guided if need be) and critic, with frozen weights, say (history, noisy, time,
+    conditions) -> velocity; the frames carry gradient.
     """
     drawn = noised(rolled.frames, config, generator)
     noisy, time = drawn.noisy, drawn.time

@@ -152,15 +152,9 @@ def adversarial_loss(
     last_layer: Tensor,
     weight: float,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """Return the loss of a decoder whose pictures a discriminator tells from recorded ones.
-
-    Args:
-        discriminator: of patches, with frozen weights.
-        made: pictures, with gradient.
-        reconstruction: the other loss of the same pictures.
-        last_layer: weights of the decoder's last layer, at which the two are weighed.
-        weight: of this loss where both pull equally hard.
-    """
+    """Return the loss of a decoder whose pictures a discriminator, with frozen weights, tells from
+    recorded ones. It is weighed against `reconstruction`, the other loss of the same pictures, at
+    the decoder's last layer: `weight` where both pull equally hard."""
     adversarial = -discriminator(made).mean()
     pull = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].norm()
     push = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].norm()

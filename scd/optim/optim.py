@@ -71,12 +71,8 @@ class OptimConfig:
 
 
 def lr_multiplier(config: OptimConfig, step: int, max_steps: int) -> float:
-    """Return the factor on every learning rate at a step, in (0, 1].
-
-    Args:
-        step: number of the step, from 0.
-        max_steps: steps of the whole run, where the decay ends.
-    """
+    """Return the factor on every learning rate at a step (from 0) of `max_steps`, where the decay
+    ends; in (0, 1]."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     decay_steps = config.decay_fraction * max_steps
     decay = min(1.0, max(max_steps - step, 1) / decay_steps) if decay_steps >= 1 else 1.0
@@ -174,9 +170,6 @@ def build_optimizers(groups: list[ParameterGroup], config: OptimConfig) -> list[
     """Build one optimiser per kind that the groups need: AdamW, Muon, or both.
 
     Each of their param_groups remembers its rate before the schedule as `base_lr`.
-
-    Raises:
-        ValueError: Muon is asked for and this PyTorch has none, or a package is missing.
     """
     optimizers: list[Any] = []
     for kind in ("adamw", "muon"):
@@ -205,16 +198,8 @@ def build_optimizers(groups: list[ParameterGroup], config: OptimConfig) -> list[
 
 
 def refuse_non_finite(step: int, loss: float, norm: float, whose: str = "") -> None:
-    """Refuse to move weights along a gradient that is none.
-
-    Args:
-        step: its number, from 0.
-        loss, norm: the loss, and the norm of the gradient before clipping.
-        whose: named after "the loss", for networks beside the model.
-
-    Raises:
-        ValueError: one of them is not finite.
-    """
+    """Refuse to move weights along a gradient that is none (ValueError). `whose` follows "the
+    loss", for networks beside the model."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise ValueError(
             f"step {step}: the loss{whose} is {loss} and the norm of the gradient {norm}, but both "
@@ -243,13 +228,8 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float, num_updates: int = 0) -> None:
-        """Begin at the model's present weights.
-
-        Args:
-            model: the unwrapped model; it is only read and, in `swap`, exchanged.
-            decay: weight of the past in [0, 1).
-            num_updates: updates that the present weights are already the average of.
-        """
+        """Begin at the present weights of an unwrapped model, as the average of `num_updates`
+        updates."""
         self.decay = decay
         self.num_updates = num_updates
         self._weights = [p for p in model.parameters() if p.requires_grad]

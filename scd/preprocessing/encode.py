@@ -302,12 +302,7 @@ def _embed(embedder: PromptEmbedder, prompt: str) -> Float[Tensor, "l d"]:
 
 
 def open_sources(config: EncodeConfig) -> dict[Split, Source]:
-    """Open the splits that there are.
-
-    Raises:
-        FileNotFoundError: no such data.
-        ValueError: a world that is made while it is read, latents, or no episodes.
-    """
+    """Open the splits that there are; refuse what cannot be encoded or need not be (ValueError)."""
     if config.data.startswith("toy:"):
         raise ValueError(f"{config.data} is made while it is read: record it first (scd record)")
     if is_latents(config.data):
@@ -326,12 +321,7 @@ def open_sources(config: EncodeConfig) -> dict[Split, Source]:
 def choose_autoencoder(
     config: EncodeConfig, sources: dict[Split, Source], device: torch.device
 ) -> Autoencoder:
-    """Open the autoencoder, at the scale that is asked for.
-
-    Raises:
-        FileNotFoundError: it is not there, or the hub cannot be reached.
-        ValueError: it cannot be read, has no scale to measure, or no arithmetic to choose.
-    """
+    """Open the autoencoder, at the scale that is asked for."""
     settings = None
     if config.autoencoder == PIXELS:
         settings = PixelConfig()

@@ -187,12 +187,8 @@ class AutoencoderTask(Task):
 
     @torch.no_grad()
     def measure(self) -> tuple[dict[str, Estimate], tuple[Tensor, Tensor]]:
-        """Measure what the network makes of held-out clips, as it is.
-
-        Returns:
-            Metrics, frame by frame and averaged over clips; and some frames [f 3 h w], true and
-            made.
-        """
+        """Measure what the network makes of held-out clips, as it is: metrics with their intervals
+        over clips, and some frames [f 3 h w], true and made."""
         num_frames, source = self.config.num_frames, self.held_out
         windows = choose_windows(source, self.num_measured, num_frames, seed=0)
         values: dict[str, list[Tensor]] = {}
@@ -226,12 +222,8 @@ class AutoencoderTask(Task):
 
 
 def build_network(config: TrainAutoencoderConfig, source: Source) -> Any:
-    """Build the network with its first weights, which depend on the seed alone.
-
-    Raises:
-        ValueError: none for frames of this size, frames that it cannot cut into cells, fewer frames
-            than a step takes, or diffusers is not installed.
-    """
+    """Build the network with its first weights, which depend on the seed alone; refuse data that it
+    cannot learn from (ValueError)."""
     height, width = source.card.height, source.card.width
     name = deep_name(height, width) if config.network == "auto" else config.network
     available = sum(source.num_frames(episode) for episode in range(source.num_episodes))
@@ -254,11 +246,7 @@ def build_network(config: TrainAutoencoderConfig, source: Source) -> Any:
 
 
 def choose_distance(config: TrainAutoencoderConfig, device: torch.device) -> tuple[Distance, str]:
-    """Return the perceptual distance and its name for the log.
-
-    Raises:
-        FileNotFoundError, ValueError: weights of LPIPS that are not there, or not those wanted.
-    """
+    """Return the perceptual distance and its name for the log."""
     if not config.alexnet:
         return pyramid_distance, "normalised Laplacian pyramid, no LPIPS"
     heads = config.lpips_heads or shipped_heads()

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from scd.autoencoders.base import PixelConfig
 from scd.autoencoders.build import AutoencoderConfig
 from scd.autoencoders.deep_compression import DeepName
-from scd.common.config import added
+from scd.common.config import added, at_least
 from scd.common.runlog import Tracker
 from scd.common.runtime import Precision
 from scd.models.build import ModelConfig, SeparableConfig
@@ -258,8 +258,7 @@ class TrainJudgeConfig:
     """Stop at the first episode that cannot be read, instead of leaving it out."""
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("num_frames", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        at_least(1, steps=self.steps, batch_size=self.batch_size)
+        at_least(2, num_frames=self.num_frames)
         if self.lr <= 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")

@@ -118,13 +118,7 @@ def open_training(
 ) -> Source:
     """Open the training split, or embedded prompts, and see that a run can learn from them.
 
-    Args:
-        config: the run.
-        autoencoder: the run's, where it is open already.
-        source: the split, where it is open already: then it is only checked.
-
-    Raises:
-        ValueError, OSError: the data cannot be read, or its latents are of another autoencoder.
+    Autoencoder and source may be open already: then they are only checked.
     """
     if is_prompts(config.data):
         return _open_prompts(config)
@@ -204,12 +198,7 @@ def open_loader(
     config: TrainConfig, rank: int, num_processes: int, source: Source | None = None
 ) -> Loader:
     """Open the training split (`source`, where it is open already) as a stream of the batches of
-    one process.
-
-    Raises:
-        ValueError, OSError: no episode is long enough, fewer episodes than processes, or the data
-            cannot be read.
-    """
+    one process."""
     return Loader(
         source or open_training(config),
         config.batch_size,
@@ -222,15 +211,8 @@ def open_loader(
 
 
 def fit_window(config: TrainConfig, base: TrainConfig | None = None) -> TrainConfig:
-    """Return the run with a memory as long as its clips, unless its window was changed.
-
-    Args:
-        config: the run.
-        base: the run before anybody changed its fields; None: nobody did.
-
-    Raises:
-        ValueError: the window was changed to more than the frames of a clip.
-    """
+    """Return the run with a memory as long as its clips, unless its window was changed from that of
+    `base`, the run before anybody changed its fields (None: nobody did)."""
     cache = config.model.cache
     if base is not None and cache.window != base.model.cache.window:
         check_window(config)
@@ -328,12 +310,8 @@ def _decided(config: TrainConfig) -> dict[str, Any]:
 
 
 def load_initial(model: Diffuser, config: TrainConfig) -> None:
-    """Give a run's model the averaged weights of `config.initial`.
-
-    Raises:
-        FileNotFoundError: no world is there.
-        ValueError: its weights are for another model or other latents: names the first difference.
-    """
+    """Give a run's model the averaged weights of `config.initial`; refuse those for another model
+    or other latents with the first difference (ValueError)."""
     folder = resolve(config.initial)
     world = read_world_parts(folder)
     different = [
@@ -362,16 +340,8 @@ def _settings(model: Any, autoencoder: Any) -> Any:
 
 
 def like_initial(config: TrainConfig, initial: str) -> TrainConfig:
-    """Return a run of a Wan model with model, autoencoder and schedule of the world it starts from.
-
-    Args:
-        config: a run of any Wan model.
-        initial: world, run or step folder.
-
-    Raises:
-        FileNotFoundError: no world is there.
-        ValueError: it is damaged, or not of Wan.
-    """
+    """Return a run of any Wan model with model, autoencoder and schedule of the world, run or step
+    folder that it starts from."""
     folder = resolve(initial)
     world = read_world_parts(folder)
     autoencoder = world["autoencoder"]

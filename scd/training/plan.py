@@ -76,12 +76,7 @@ class Plan:
 
 
 def plan(config: TrainConfig, num_processes: int = 1) -> Plan:
-    """Work a run out without data or training: its objective runs on shapes, not on numbers.
-
-    Args:
-        config: the run.
-        num_processes: processes that will share it.
-    """
+    """Work a run out without data or training: its objective runs on shapes, not on numbers."""
     activations, flops = count_micro_batch(config)
     with torch.device("meta"):
         model = build(config.model)
@@ -157,9 +152,6 @@ def count_micro_batch(config: TrainConfig) -> tuple[int, int]:
     Returns:
         Bytes that are kept between the passes, weights not included; floating-point operations of
         both passes.
-
-    Raises:
-        ValueError: the run distils a model: what that costs is not counted.
     """
     objective = config.objective
     if not isinstance(objective, DenoiseConfig | TeacherForcingConfig):

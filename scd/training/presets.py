@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from scd.autoencoders.wan import WanAutoencoderConfig
+from scd.common.config import at_least
 from scd.data.spaces import ConditionSpec
 from scd.models.block import BlockConfig
 from scd.models.build import ModelConfig
@@ -40,12 +41,11 @@ def _pixel_run(
     size: int,
     conditions: ConditionSpec,
     *,
-    width: int,
-    encoder_layers: int,
-    decoder_layers: int,
-    num_frames: int,
-    batch_size: int,
-    max_steps: int,
+    width: int = 192,
+    num_layers: tuple[int, int] = (4, 2),
+    num_frames: int = 16,
+    batch_size: int = 4,
+    max_steps: int = 20_000,
     muon_lr: float = 6e-3,
     patch_size: int = 8,
     modulate_output: bool = True,
@@ -67,8 +67,8 @@ def _pixel_run(
             block=BlockConfig(
                 width=width, rotary_theta=10.0, learned_positions=True, initial_condition_std=0.5
             ),
-            encoder=EncoderConfig(num_layers=encoder_layers, modulate_output=modulate_output),
-            decoder=DecoderConfig(num_layers=decoder_layers, join="prefix", predict="clean"),
+            encoder=EncoderConfig(num_layers=num_layers[0], modulate_output=modulate_output),
+            decoder=DecoderConfig(num_layers=num_layers[1], join="prefix", predict="clean"),
             conditions=conditions,
             cache=CacheConfig(window=num_frames),
         ),
@@ -165,59 +165,23 @@ _TOY = _pixel_run(
     32,
     TOY_ACTIONS,
     width=128,
-    encoder_layers=4,
-    decoder_layers=2,
-    num_frames=16,
-    batch_size=4,
     max_steps=640,
     muon_lr=1e-2,
     # Keeps the parameters of the two kinds within 5 percent of each other: the separable model has
     # its embeddings twice, which counts at this size.
     modulate_output=False,
 )
-_DOOM_32 = _pixel_run(
-    "data/doom-32",
-    32,
-    DOOM_ACTIONS,
-    width=192,
-    encoder_layers=4,
-    decoder_layers=2,
-    num_frames=16,
-    batch_size=8,
-    max_steps=20_000,
-)
-_DOOM_64 = _pixel_run(
-    "data/doom-64",
-    64,
-    DOOM_ACTIONS,
-    width=192,
-    encoder_layers=4,
-    decoder_layers=2,
-    num_frames=16,
-    batch_size=4,
-    max_steps=20_000,
-)
+_DOOM_32 = _pixel_run("data/doom-32", 32, DOOM_ACTIONS, batch_size=8)
+_DOOM_64 = _pixel_run("data/doom-64", 64, DOOM_ACTIONS)
 # As many tokens per frame as doom-32, so that a CPU trains it in an hour and plays it.
-_DOOM_PLAY = _pixel_run(
-    "data/doom-64",
-    64,
-    DOOM_ACTIONS,
-    width=192,
-    encoder_layers=4,
-    decoder_layers=2,
-    num_frames=16,
-    batch_size=4,
-    max_steps=20_000,
-    patch_size=16,
-)
+_DOOM_PLAY = _pixel_run("data/doom-64", 64, DOOM_ACTIONS, patch_size=16)
 _DOOM_128 = replace(
     _pixel_run(
         "data/doom-128",
         128,
         DOOM_ACTIONS,
         width=512,
-        encoder_layers=8,
-        decoder_layers=4,
+        num_layers=(8, 4),
         num_frames=32,
         batch_size=8,
         max_steps=100_000,
@@ -269,11 +233,7 @@ PRESETS: dict[str, TrainConfig] = {
 
 
 def preset(name: str) -> TrainConfig:
-    """Return a named run.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """Return a named run; ValueError if there is none of that name."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]
@@ -318,8 +278,7 @@ class DistillChoice:
     """Sizes of clips, batches and steps; None: toy for the toy world, doom for any other data."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be 1 or more, got {self.steps}")
+        at_least(1, steps=self.steps)
 
     @property
     def size(self) -> Size:

@@ -37,11 +37,8 @@ or weights cut up by FSDP2."""
 
 
 def fsdp_version(accelerator: Accelerator) -> int:
-    """Return the version of FSDP that accelerate's configuration asks for; 0: none.
-
-    Raises:
-        ValueError: it asks for another way to share the work.
-    """
+    """Return the version of FSDP that accelerate's configuration asks for; 0: none. Any other way
+    to share the work is refused (ValueError)."""
     if accelerator.distributed_type not in SUPPORTED:
         raise ValueError(
             f"training runs in one process, data-parallel in several, or by FSDP2 ({SUPPORTED}), "
@@ -53,12 +50,8 @@ def fsdp_version(accelerator: Accelerator) -> int:
 
 
 def is_sharded(config: TrainConfig, num_processes: int, fsdp_version: int = 0) -> bool:
-    """Tell whether a run's weights are cut up, because its settings or accelerate's ask for it.
-
-    Raises:
-        ValueError: they ask for it in another form, with one process, or for a run that needs its
-            weights whole.
-    """
+    """Tell whether a run's weights are cut up, because its settings or accelerate's ask for it;
+    refuse what needs its weights whole (ValueError)."""
     if fsdp_version == 1:
         raise ValueError("weights are cut up by FSDP2 only: needed fsdp_version 2")
     if not config.shard_weights and not fsdp_version:
@@ -96,11 +89,7 @@ def shard(model: Diffuser, accelerator: Accelerator) -> None:
 
 def load_parts(model: nn.Module, path: Path) -> None:
     """Load whole weights from files into a model; of one that was cut up each process takes its
-    part.
-
-    Raises:
-        FileNotFoundError, ValueError: as `scd.models.weights.load_weights`.
-    """
+    part."""
     state = model.state_dict()
     with StoredWeights(path) as stored, torch.no_grad():
         check_shapes(model, {name: stored.shape(name) for name in stored.names()}, str(path))

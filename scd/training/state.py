@@ -104,12 +104,8 @@ class OptimisationGroup:
         )
 
     def refuse(self, step: int, loss: float, logs: Mapping[str, float]) -> None:
-        """Stop a run that has gone astray, before the weights move.
-
-        Raises:
-            ValueError: the loss has risen far above the first one, or what the network generates
-                has collapsed.
-        """
+        """Stop a run that has gone astray, before the weights move: its loss has risen far above
+        the first one, or what it generates has collapsed (ValueError)."""
         # Not a mean of the losses before: a slow rise takes that along.
         self.first_loss = self.first_loss or loss
         if self.max_rise and loss > max(self.max_rise * self.first_loss, KNOWS_NOTHING):
@@ -298,12 +294,8 @@ class Run:
 
 
 def open_accelerator(config: RunConfig, leaves_unused: bool = False) -> Accelerator:
-    """Return what knows devices, processes and precision.
-
-    Args:
-        config: the run.
-        leaves_unused: whether a batch may leave a weight without gradient.
-    """
+    """Return what knows devices, processes and precision. `leaves_unused`: a batch may leave a
+    weight without gradient."""
     # Accelerate keeps its settings between runs of one Python process.
     AcceleratorState._reset_state(reset_partial_state=True)
     if config.device.startswith("cuda"):
@@ -318,16 +310,7 @@ def open_accelerator(config: RunConfig, leaves_unused: bool = False) -> Accelera
 def start_run(
     config: RunConfig, make_task: Callable[[Accelerator], Task], leaves_unused: bool = False
 ) -> Run:
-    """Build all parts of a run, or take up the one in `config.out`.
-
-    Args:
-        config: the run.
-        make_task: builds what is trained.
-        leaves_unused: as of `open_accelerator`.
-
-    Raises:
-        ValueError, FileExistsError, OSError: as `scd.training.trainer.train`.
-    """
+    """Build all parts of a run, or take up the one in `config.out`."""
     checkpoint = find_checkpoint(config)
     accelerator = open_accelerator(config, leaves_unused)
     task = make_task(accelerator)

@@ -28,12 +28,7 @@ from scd.training.config import TrainConfig
 
 
 def load_teacher(config: TrainConfig, path: str, device: torch.device) -> Diffuser:
-    """Load a teacher whose weights stay as they are.
-
-    Raises:
-        FileNotFoundError: no world is there.
-        ValueError: it works on other latents or conditions than the run's model.
-    """
+    """Load a teacher whose weights stay as they are, and see that it fits the run's model."""
     if not path:
         raise ValueError("objective.teacher must name the run or world to learn from")
     parts = read_world_parts(resolve(path))
@@ -45,14 +40,8 @@ def load_teacher(config: TrainConfig, path: str, device: torch.device) -> Diffus
 
 
 def check_teacher(config: TrainConfig, theirs: Any, autoencoder: Any, path: str) -> None:
-    """Refuse a teacher of other latents or conditions (ValueError, with both).
-
-    Args:
-        config: the run.
-        theirs: settings of the teacher's model.
-        autoencoder: settings of its autoencoder.
-        path: where it lies, for errors.
-    """
+    """Refuse a teacher of other latents or conditions (ValueError, with both). `theirs` and
+    `autoencoder` are its settings, `path` is where it lies."""
     ours = config.model
     _same(path, "latent frames (channels, rows, columns)", theirs.shape.shape, ours.shape.shape)
     _same(
@@ -98,17 +87,9 @@ class Bidirectional(nn.Module):
 def load_bidirectional(
     config: TrainConfig, path: str, device: torch.device, dtype: torch.dtype | None = None
 ) -> Bidirectional:
-    """Load a bidirectional Wan model as teacher, or as what a critic begins as.
-
-    Args:
-        config: the run.
-        path: world or run of a dense Wan model, folder of diffusers, or its name on the hub.
-        device: where it goes.
-        dtype: of its weights; None: as they are stored.
-
-    Raises:
-        FileNotFoundError, ValueError: as `find_bidirectional`.
-    """
+    """Load a bidirectional Wan model as teacher, or as what a critic begins as:
+    `find_bidirectional`. Its weights stay in the type that they are stored in, unless `dtype` says
+    otherwise."""
     theirs, source = find_bidirectional(config, path)
     with torch.device("meta"):
         model = WanDiffuser(theirs)

@@ -138,12 +138,8 @@ def wan_distillation(choice: WanDmdChoice) -> TrainConfig:
 
 
 def check_fit(config: TrainConfig) -> None:
-    """Refuse a run that cannot be done before any weights are read.
-
-    Raises:
-        FileNotFoundError: there is no teacher, or no model for the critic.
-        ValueError: they do not fit the student, or rollouts are longer than can be scored.
-    """
+    """Refuse a run that cannot be done before any weights are read: no teacher, one that does not
+    fit the student, or rollouts longer than can be scored."""
     objective = config.objective
     if not isinstance(objective, MatchConfig) or objective.view != "bidirectional":
         raise ValueError("scd distill wan-dmd has objective.view='bidirectional'")
@@ -154,11 +150,8 @@ def check_fit(config: TrainConfig) -> None:
 
 
 def with_prompts(choice: WanDmdChoice, config: TrainConfig) -> tuple[TrainConfig, PromptsInfo]:
-    """Check a run and return it with its prompts, which are embedded now if they were not yet.
-
-    Args:
-        choice: what the run is made from.
-        config: the run, with all its fields as they are to be.
+    """Check a run, with all its fields as they are to be, and return it with its prompts, which are
+    embedded now if they were not yet.
 
     Raises:
         FileNotFoundError, FileExistsError: no such file, or a folder that holds something else.

@@ -185,13 +185,8 @@ def build_model(config: TrainConfig) -> Diffuser:
 def build_groups(
     config: TrainConfig, model: Diffuser, ema: EMA, accelerator: Accelerator
 ) -> list[OptimisationGroup]:
-    """Return what `config.objective` trains: the critic of a matching, and the model.
-
-    Raises:
-        FileNotFoundError: there is no teacher.
-        ValueError: the teacher works on other latents or conditions than the model, or has no
-            conditions to be guided by; or the objective is not for this model.
-    """
+    """Return what `config.objective` trains: the critic of a matching, and the model. Refuse a
+    teacher that does not fit the model, or an objective that is not for it (ValueError)."""
     objective, device = config.objective, accelerator.device
     if not isinstance(objective, ConsistencyConfig | MatchConfig):
         return [_group(config, model, clip_objective(config, model))]
@@ -215,11 +210,7 @@ def build_groups(
 
 
 def clip_objective(config: TrainConfig, model: Diffuser) -> Objective:
-    """Return what `config.objective` makes a model learn from recorded clips alone.
-
-    Raises:
-        ValueError: it is not for this model, or needs other networks.
-    """
+    """Return what `config.objective` makes a model learn from recorded clips alone."""
     objective, needs_first_frame = config.objective, model.needs_first_frame
     if isinstance(objective, DenoiseConfig):
         return Denoise(config=objective, needs_first_frame=needs_first_frame)
