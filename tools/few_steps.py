@@ -103,7 +103,7 @@ def gather(evaluations: Mapping[str, tuple[Evaluation, Evaluation]], turns: Any)
 
 
 def _quality(evaluation: Evaluation) -> dict[str, Any]:
-    """Return PSNR and SSIM by horizon, and what a judge says of all frames, with intervals."""
+    """Return PSNR and SSIM by horizon, and what actions are read back, with intervals."""
     last = evaluation["settings"]["horizon"]
     found: dict[str, Any] = {
         metric: {
@@ -208,7 +208,7 @@ def few_steps(results: Mapping[str, Any]) -> str:
 def _baselines(
     line: Mapping[str, Any], metric: str, judged: Sequence[str], num_before: int
 ) -> list[list[str]]:
-    """What one number of a judge is to be compared with, a row each; other cells stay empty."""
+    """What a number of read actions is to be compared with, a row each; other cells are empty."""
     labels = {
         "truth": "real frames",
         "unsteered": "real frames, actions of another clip",

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scd.common import runtime
 from scd.common.config import at_least, differences, from_json, to_json
 from scd.common.files import TEMPORARY, file_aside, read_json, write_file
 from scd.data.clip import Clip
@@ -48,11 +49,7 @@ PLACE = "source"
 Stored = Literal["fp16", "bf16", "fp32"]
 """Arithmetic in which latents are kept."""
 
-DTYPES: dict[Stored, torch.dtype] = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-}
+DTYPES: dict[str, torch.dtype] = runtime.DTYPES | {"fp16": torch.float16}
 """Types of tensors by name."""
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scd.evaluation.image import Estimate, bootstrap_draws
+from scd.evaluation.image import Estimate, bootstrap_draws, centred_estimate
 
 
 def frechet_distance(
@@ -71,15 +71,10 @@ def frechet_estimate(
     """Estimate the distance between features of the same clips by two sources, and its interval.
 
     Every frame of every clip is one sample; `features` may have several predictions of each frame
-    of `other`. Clips are resampled, of both sides alike. A resampled set holds clips twice and is
-    therefore narrower than a fresh one, which moves its distances up: the interval is that of the
-    resampled distances, moved to have its median at the distance.
+    of `other`. Clips are resampled, of both sides alike.
     """
     moments = torch.stack([_moments(features), _moments(other)], dim=1)
-    mean, draws = bootstrap_draws(moments, _distance_of_moments, seed)
-    levels = torch.tensor([0.025, 0.5, 0.975], dtype=draws.dtype)
-    low, middle, high = torch.quantile(draws, levels).tolist()
-    return Estimate(mean=mean, ci_low=max(0.0, mean + low - middle), ci_high=mean + high - middle)
+    return centred_estimate(*bootstrap_draws(moments, _distance_of_moments, seed))
 
 
 def _moments(features: Float[Tensor, "b m d"]) -> Float[Tensor, "b entries d"]:

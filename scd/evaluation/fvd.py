@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scd.common.published_weights import I3D_STYLEGAN_V, I3D_TF_HUB, KnownFile
 from scd.evaluation.frechet import frechet_of_sets
-from scd.evaluation.image import Estimate
+from scd.evaluation.image import Estimate, centred_estimate
 from scd.evaluation.metrics import Found, Metric, Numbers, Seen
 from scd.evaluation.protocols import MIN_FRAMES, I3dKind, Protocol, Sets
 
@@ -115,14 +115,11 @@ def fvd_estimate(
     """Return the distance of two clips or more, with its interval as of `frechet_estimate`."""
     if len(predicted) < 2:
         raise ValueError(f"FVD needs two clips or more, got {len(predicted)}")
-    mean = fvd(predicted, true, sets)
     drawn = torch.tensor(
         [fvd(predicted[chosen], true[chosen], sets) for chosen in _resampled(len(true), seed)],
         dtype=torch.float64,
     )
-    levels = torch.tensor([0.025, 0.5, 0.975], dtype=torch.float64)
-    low, middle, high = torch.quantile(drawn, levels).tolist()
-    return Estimate(mean=mean, ci_low=max(0.0, mean + low - middle), ci_high=mean + high - middle)
+    return centred_estimate(fvd(predicted, true, sets), drawn)
 
 
 def _resampled(num_clips: int, seed: int) -> Int[Tensor, "draws b"]:

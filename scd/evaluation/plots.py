@@ -95,10 +95,7 @@ def plot_loss(
     figure, (axes,) = curve_panels(1, ink)
     for name, (steps, losses) in curves.items():
         _curve(axes, steps, losses, name, None)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _scale_by_logarithm(axes)
     axes.set_xlabel("steps")
     axes.set_ylabel(LABELS["loss"])
     legend(axes, ink)
@@ -126,15 +123,19 @@ def plot_speed(
             )
             if curve:
                 _curve(axes, [at for at, _ in curve], [ms for _, ms in curve], name, None)
-        axes.set_yscale("log")
+        _scale_by_logarithm(axes)
         axes.set_xlabel("frames of context")
         axes.set_ylabel(f"ms per frame, {steps} step{'s' if steps > 1 else ''}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
         legend(axes, ink)
     finish(figure, path, title, ink)
+
+
+def _scale_by_logarithm(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def speed_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:

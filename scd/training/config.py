@@ -176,7 +176,7 @@ class TrainAutoencoderConfig(RunConfig):
     reconstruction_steps: int = 100_000
     """Steps of the first part: absolute and perceptual distance, all weights."""
     adversarial_steps: int = 100_000
-    """Steps of the second part: a judge of patches besides, and the encoder frozen. 0: none."""
+    """Steps of the second part: a patch discriminator besides, and the encoder frozen. 0: none."""
     batch_size: int = 32
     """Clips per step."""
     num_frames: int = 4
@@ -184,7 +184,7 @@ class TrainAutoencoderConfig(RunConfig):
     perceptual_weight: float = 1.0
     """Weight of the perceptual distance; that of the absolute one is 1."""
     adversarial_weight: float = 0.5
-    """Pull of the judge at the decoder's last layer, over that of the distances."""
+    """Pull of the discriminator at the decoder's last layer, over that of the distances."""
     alexnet: str = ""
     """File of torchvision's AlexNet: the perceptual distance is LPIPS on it. Empty: a normalised
     Laplacian pyramid, which needs no weights and is no LPIPS."""
@@ -199,7 +199,7 @@ class TrainAutoencoderConfig(RunConfig):
         default_factory=lambda: OptimConfig(decoder_lr_ratio=1.0, betas=(0.5, 0.9), warmup_steps=0)
     )
     """How the weights move. muon: for the convolutions that mix all channels; the rest, and the
-    judge of patches, have AdamW."""
+    patch discriminator, have AdamW."""
     validate_every: int = 5000
     """Steps between measurements on held-out clips, with a picture; the end is measured anyway. 0:
     only the end."""
@@ -232,12 +232,12 @@ class TrainAutoencoderConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJudgeConfig:
-    """One judge."""
+    """One inverse dynamics model, which reads actions back from frames."""
 
     data: str
     """"toy:32", "toy:64", or a folder of episodes with actions."""
     out: str
-    """Folder of the judge; must not be there yet."""
+    """Folder of the model; must not be there yet."""
     steps: int = 800
     """Optimiser steps."""
     batch_size: int = 32

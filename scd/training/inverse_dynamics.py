@@ -1,5 +1,4 @@
-"""Training of an inverse dynamics model, the judge of control, on recorded clips:
-`scd train-judge`."""
+"""Training of an inverse dynamics model on recorded clips: `scd train-judge`."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ BLUR_CELL = 4
 """Pixels that a blurred frame averages over, each way."""
 
 MAX_HELD_OUT = 512
-"""Held-out clips on which a judge is measured at most."""
+"""Held-out clips on which a model is measured at most."""
 
 NUM_STANDARD = 16
 """Batches of real frames by which features are standardised."""
@@ -61,7 +60,7 @@ def train_judge(config: TrainJudgeConfig) -> TrainedInverseDynamics:
     """
     folder = Path(config.out)
     if folder.exists():
-        raise FileExistsError(f"{folder} is there already: a judge is trained once, into a new one")
+        raise FileExistsError(f"{folder} is there already: needed a new folder")
     run_config = RunConfig(
         data=config.data,
         out="",
@@ -75,10 +74,10 @@ def train_judge(config: TrainJudgeConfig) -> TrainedInverseDynamics:
     )
     task = train_task(run_config, partial(InverseDynamicsTask, config, run_config)).task
     assert isinstance(task, InverseDynamicsTask)
-    judge, loader = task.model.eval().requires_grad_(False), task.loader
-    _standardise_features(judge, loader, config.steps)
-    measured = measure_judge(judge, task.held_out, config.num_frames, config.seed)
-    trained = TrainedInverseDynamics(network=judge, card=loader.source.card, held_out=measured)
+    network, loader = task.model.eval().requires_grad_(False), task.loader
+    _standardise_features(network, loader, config.steps)
+    measured = measure_held_out(network, task.held_out, config.num_frames, config.seed)
+    trained = TrainedInverseDynamics(network=network, card=loader.source.card, held_out=measured)
     about = {"settings": to_json(config)} | provenance(task.accelerator.device)
     save_inverse_dynamics(trained, folder, about)
     return load_inverse_dynamics(folder, task.accelerator.device)
@@ -94,7 +93,7 @@ class InverseDynamicsTask(Task):
         self, config: TrainJudgeConfig, run_config: RunConfig, accelerator: Accelerator
     ) -> None:
         if accelerator.num_processes > 1:
-            raise ValueError("a judge is trained in one process")
+            raise ValueError("an inverse dynamics model is trained in one process")
         self.config, self.accelerator, self.max_steps = run_config, accelerator, config.steps
         source = open_source(config.data, "train", config.strict)
         self.held_out = open_source(config.data, "val", config.strict)
@@ -102,7 +101,7 @@ class InverseDynamicsTask(Task):
             held_out = self.held_out
             longest = max(held_out.num_frames(episode) for episode in range(held_out.num_episodes))
             raise ValueError(
-                f"a judge is measured on held-out clips of {config.num_frames} frames, but the "
+                f"the model is measured on held-out clips of {config.num_frames} frames, but the "
                 f"longest val episode of {config.data} has {longest}: lower --num-frames or record "
                 "longer ones"
             )
@@ -182,26 +181,26 @@ def pair_actions(batch: Batch) -> Tensor:
     return batch.conditions.actions[:, 1:].flatten(0, 1)
 
 
-def _standardise_actions(judge: InverseDynamics, loader: Loader) -> None:
-    if judge.config.conditions.action_dim:
+def _standardise_actions(network: InverseDynamics, loader: Loader) -> None:
+    if network.config.conditions.action_dim:
         batches = [loader.batch(index) for index in range(NUM_STANDARD)]
         actions = torch.cat([pair_actions(batch) for batch in batches])
-        judge.standardise(None, actions)
+        network.standardise(None, actions)
 
 
-def _standardise_features(judge: InverseDynamics, loader: Loader, first: int) -> None:
+def _standardise_features(network: InverseDynamics, loader: Loader, first: int) -> None:
     features = []
     for index in range(first, first + NUM_STANDARD):
-        batch = loader.batch(index).to(judge.feature_mean.device)
-        features.append(judge.raw_features(*pairs(batch.frames)))
-    judge.standardise(torch.cat(features), None)
+        batch = loader.batch(index).to(network.feature_mean.device)
+        features.append(network.raw_features(*pairs(batch.frames)))
+    network.standardise(torch.cat(features), None)
 
 
 @torch.no_grad()
-def measure_judge(
-    judge: InverseDynamics, source: Source, num_frames: int, seed: int
+def measure_held_out(
+    network: InverseDynamics, source: Source, num_frames: int, seed: int
 ) -> dict[str, Any]:
-    """Measure how well a judge reads the actions of real clips that it has not seen.
+    """Measure how well a model reads the actions of real clips that it has not seen.
 
     Returns:
         Discrete actions: accuracy with its interval over clips, and the share of the most frequent
@@ -212,22 +211,22 @@ def measure_judge(
     errors, seen = [], []
     for first in range(0, num_clips, 16):
         batch = read_windows(source, windows[first : first + 16], num_frames)
-        batch = batch.to(judge.feature_mean.device)
-        features, actions = judge.features(*pairs(batch.frames)), pair_actions(batch)
-        of_pairs = judge.errors(features, actions)
+        batch = batch.to(network.feature_mean.device)
+        features, actions = network.features(*pairs(batch.frames)), pair_actions(batch)
+        of_pairs = network.errors(features, actions)
         errors.append(of_pairs.unflatten(0, (len(batch.frames), -1)).mean(1).cpu())
         seen.append(actions.cpu())
     of_clips, clips = torch.cat(errors), {"clips": num_clips, "pairs": num_clips * (num_frames - 1)}
-    if judge.config.conditions.num_actions:
+    if network.config.conditions.num_actions:
         estimate = bootstrap(1 - of_clips, seed=seed)
-        counts = torch.cat(seen).bincount(minlength=judge.config.conditions.num_actions)
+        counts = torch.cat(seen).bincount(minlength=network.config.conditions.num_actions)
         most = (counts.max() / counts.sum()).item()
         return {"accuracy": to_json(estimate), "most_frequent": most} | clips
     return {"error": to_json(bootstrap(of_clips, seed=seed))} | clips
 
 
 def readable(held_out: Mapping[str, Any]) -> str:
-    """Say in one line for people how well a judge reads."""
+    """Say in one line for people how well a model reads."""
     name = "accuracy" if "accuracy" in held_out else "error"
     value = held_out[name]
     line = f"held-out {name} {value['mean']:.3f} [{value['ci_low']:.3f}, {value['ci_high']:.3f}]"
