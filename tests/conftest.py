@@ -12,15 +12,18 @@ from scd.data.loader import Loader
 from scd.data.manifest import write_card, write_episode, write_manifest
 from scd.data.source import Source, open_source
 from scd.evaluation import evaluate
-from scd.models.block import BlockConfig
-from scd.models.build import ModelConfig, build
+from scd.models.build import build
 from scd.models.checkpoint import World, save_world
-from scd.models.decoder import DecoderConfig
-from scd.models.dense import DenseConfig
-from scd.models.embed import FrameShape
-from scd.models.encoder import EncoderConfig
-from scd.models.flow import SamplingConfig
-from scd.models.separable import SeparableConfig
+from scd.models.config import (
+    BlockConfig,
+    DecoderConfig,
+    DenseConfig,
+    EncoderConfig,
+    FrameShape,
+    SamplingConfig,
+    SeparableConfig,
+)
+from scd.models.kinds import ModelConfig
 from tests.tiny import shaken
 
 # Tensors here are too small to be split: more threads only wait for each other.

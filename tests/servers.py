@@ -20,7 +20,7 @@ from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.data.source import DataCard
 from scd.engine.open import open_engine
 from scd.models.checkpoint import World
-from scd.models.flow import SamplingConfig
+from scd.models.config import SamplingConfig
 from scd.models.shipped import Clips
 from scd.serving.host import Host
 from scd.serving.http_api import make_app

@@ -4,14 +4,16 @@ import torch
 
 from scd.data.clip import Batch, Conditions
 from scd.data.spaces import ConditionSpec
-from scd.models.block import BlockConfig
 from scd.models.build import build
-from scd.models.decoder import DecoderConfig
-from scd.models.dense import DenseConfig
-from scd.models.embed import FrameShape
-from scd.models.encoder import EncoderConfig
-from scd.models.kv_cache import CacheConfig
-from scd.models.separable import SeparableConfig
+from scd.models.config import (
+    BlockConfig,
+    CacheConfig,
+    DecoderConfig,
+    DenseConfig,
+    EncoderConfig,
+    FrameShape,
+    SeparableConfig,
+)
 from scd.objectives.denoise import Denoise, Objective, TeacherForcing
 
 SHAPE = FrameShape(channels=3, height=4, width=6, patch_size=2)

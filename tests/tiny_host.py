@@ -17,8 +17,7 @@ from scd.data.clip import Conditions, frames_to_pixels, pixels_to_frames
 from scd.data.source import DataCard
 from scd.engine.open import open_engine
 from scd.models.checkpoint import World
-from scd.models.flow import SamplingConfig
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import CacheConfig, SamplingConfig
 from scd.models.shipped import Clips
 from scd.serving import messages as said
 from scd.serving.admission import HostConfig

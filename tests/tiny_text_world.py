@@ -9,9 +9,7 @@ from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
 from scd.models.build import build
 from scd.models.checkpoint import World, save_world
-from scd.models.embed import FrameShape
-from scd.models.flow import SamplingConfig
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import CacheConfig, FrameShape, SamplingConfig
 from scd.models.wan.config import (
     WanBlockConfig,
     WanConfig,

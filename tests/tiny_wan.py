@@ -10,8 +10,7 @@ from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepSchedu
 from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
 from scd.models.build import build
-from scd.models.embed import FrameShape
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import CacheConfig, FrameShape
 from scd.models.wan.config import (
     WanBlockConfig,
     WanConfig,

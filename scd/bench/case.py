@@ -12,9 +12,9 @@ from scd.common.config import at_least
 from scd.common.runtime import DTYPES, Precision
 from scd.engine.interface import EngineKind
 from scd.models.build import frame_cost
+from scd.models.config import Join, SamplingConfig
 from scd.models.cost import FrameCost, Load
-from scd.models.decoder import Join
-from scd.models.flow import SamplingConfig, evaluations, schedule
+from scd.models.flow import evaluations, schedule
 from scd.streaming.rollout import GuidanceKind
 
 

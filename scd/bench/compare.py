@@ -19,7 +19,7 @@ from scd.common.config import at_least, to_json
 from scd.common.memory import check_free, out_of_memory_named, release
 from scd.common.runtime import Precision, choose_device
 from scd.engine.interface import EngineKind
-from scd.models.separable import SeparableConfig
+from scd.models.config import SeparableConfig
 
 TIMED = (
     "A and B are built first, then take turns: some frames of A, as many of B, round after round; "

@@ -18,7 +18,7 @@ from scd.bench.timing import TIMED, Effort, time_case
 from scd.common.config import to_json
 from scd.common.memory import OutOfMemory, release
 from scd.common.runtime import choose_device
-from scd.models.separable import SeparableConfig
+from scd.models.config import SeparableConfig
 
 DEFAULT_CONTEXTS = "16,64,144,300"
 """Contexts where none are asked for, as far as they fit into the model's window."""

@@ -15,16 +15,20 @@ from scd.autoencoders.build import Autoencoder
 from scd.common.config import from_json
 from scd.common.runtime import make_generator
 from scd.data.spaces import ConditionSpec
-from scd.models.block import BlockConfig
-from scd.models.build import Diffuser, ModelConfig, build
+from scd.models.build import Diffuser, build
 from scd.models.checkpoint import load_world, resolve
-from scd.models.decoder import DecoderConfig, Join
-from scd.models.dense import DenseConfig
-from scd.models.embed import FrameShape
-from scd.models.encoder import EncoderConfig
-from scd.models.flow import SamplingConfig
-from scd.models.kv_cache import CacheConfig
-from scd.models.separable import SeparableConfig
+from scd.models.config import (
+    BlockConfig,
+    CacheConfig,
+    DecoderConfig,
+    DenseConfig,
+    EncoderConfig,
+    FrameShape,
+    Join,
+    SamplingConfig,
+    SeparableConfig,
+)
+from scd.models.kinds import ModelConfig
 from scd.models.wan.config import WanConfig, WanSeparableConfig
 from scd.models.weights import CONFIG_FILE, read_settings
 from scd.training.presets import PRESETS

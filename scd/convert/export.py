@@ -20,8 +20,8 @@ from scd.common.config import from_json, to_json
 from scd.common.files import refuse_used, written_aside
 from scd.common.hub import find_part
 from scd.common.weights import StoredWeights, write_shards
-from scd.models.build import ModelConfig
 from scd.models.checkpoint import resolve
+from scd.models.kinds import ModelConfig
 from scd.models.shipped import parts_beside
 from scd.models.wan.config import WanConfig, WanSeparableConfig
 from scd.models.wan.source import PARTS, WEIGHTS_STEM

@@ -20,14 +20,17 @@ from scd.autoencoders.diffusers import new_network, save_network
 from scd.common.files import refuse_used, written_aside
 from scd.common.weights import read_state_dict
 from scd.data.spaces import ConditionSpec
-from scd.models.block import BlockConfig
 from scd.models.build import Diffuser, build
-from scd.models.decoder import DecoderConfig, Join
-from scd.models.dense import DenseConfig
-from scd.models.embed import FrameShape
-from scd.models.encoder import EncoderConfig
-from scd.models.kv_cache import CacheConfig
-from scd.models.separable import SeparableConfig
+from scd.models.config import (
+    BlockConfig,
+    CacheConfig,
+    DecoderConfig,
+    DenseConfig,
+    EncoderConfig,
+    FrameShape,
+    Join,
+    SeparableConfig,
+)
 from scd.models.weights import check_state
 
 _STACK_NAMES = (

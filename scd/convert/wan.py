@@ -23,11 +23,10 @@ from scd.common.hub import find_part, read_part_config
 from scd.common.runtime import DTYPES
 from scd.common.weights import SHARD_BYTES, write_shards
 from scd.data.source import DataCard
-from scd.models.build import ModelConfig, build
+from scd.models.build import build
 from scd.models.checkpoint import write_world_settings
-from scd.models.embed import FrameShape
-from scd.models.flow import SamplingConfig
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import CacheConfig, FrameShape, SamplingConfig
+from scd.models.kinds import ModelConfig
 from scd.models.wan.config import WanConfig, WanDecoderConfig, WanEncoderConfig, WanSeparableConfig
 from scd.models.wan.separable import places_of
 from scd.models.wan.source import PARTS, WanSource, open_source

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from scd.models.attention import Rotary, frame_positions, rotary_table
-from scd.models.block import LAYER_NORM_EPS, BlockConfig
-from scd.models.embed import FrameShape
+from scd.models.block import LAYER_NORM_EPS
+from scd.models.config import BlockConfig, FrameShape
 from scd.models.kv_cache import KVCache
 
 SCRATCH_ENTRIES = 2**20

@@ -20,9 +20,10 @@ from scd.engine.embed import FastEmbedder, FastHead
 from scd.engine.interface import Engine
 from scd.engine.modulation import Modulations
 from scd.models.base import State
-from scd.models.dense import DenseConfig, DenseDiffuser
+from scd.models.config import DenseConfig, Solver
+from scd.models.dense import DenseDiffuser
 from scd.models.embed import from_patches, to_patches
-from scd.models.flow import CLEAN_TIME, Solver, guided_velocity, solve
+from scd.models.flow import CLEAN_TIME, guided_velocity, solve
 from scd.models.kv_cache import KVCache
 
 

@@ -16,10 +16,11 @@ from scd.engine.block import PARTS, FastBlock, Parts, blocks_of, modulate, norm_
 from scd.engine.embed import FastEmbedder
 from scd.engine.modulation import Modulations
 from scd.models.block import layer_norm
+from scd.models.config import CacheConfig
 from scd.models.embed import to_patches
 from scd.models.encoder import CausalEncoder
 from scd.models.flow import CLEAN_TIME
-from scd.models.kv_cache import CacheConfig, KVCache
+from scd.models.kv_cache import KVCache
 
 
 class FastEncoder:

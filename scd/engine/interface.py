@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from scd.data.clip import Conditions
-from scd.models.build import ModelConfig
-from scd.models.embed import EncoderNoise, FrameShape
-from scd.models.flow import Solver
+from scd.models.config import EncoderNoise, FrameShape, Solver
+from scd.models.kinds import ModelConfig
 
 EngineKind = Literal["plain", "fast"]
 """How a model is run: as it is written, or laid out for the machine."""

@@ -11,8 +11,9 @@ from scd.engine.dense import FastDense
 from scd.engine.interface import ENGINES, Engine
 from scd.engine.plain import PlainEngine
 from scd.engine.separable import FastSeparable
-from scd.models.build import Diffuser, ModelConfig
+from scd.models.build import Diffuser
 from scd.models.dense import DenseDiffuser
+from scd.models.kinds import ModelConfig
 from scd.models.separable import SeparableDiffuser
 
 SMALL_PRODUCT = 2**26

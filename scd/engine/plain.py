@@ -11,7 +11,8 @@ from torch import Tensor
 from scd.data.clip import Conditions
 from scd.engine.interface import Engine
 from scd.models.build import Diffuser
-from scd.models.flow import Solver, guided_velocity, solve
+from scd.models.config import Solver
+from scd.models.flow import guided_velocity, solve
 
 
 class PlainEngine(Engine):

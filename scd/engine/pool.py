@@ -13,9 +13,9 @@ from scd.common.config import at_least
 from scd.engine.decoder import DecoderRows
 from scd.engine.interface import Engine
 from scd.engine.separable import FastSeparable, side_by_side
+from scd.models.config import SeparableConfig, Solver
 from scd.models.embed import from_patches, to_patches
-from scd.models.flow import Evaluation, Solver, check_fresh, evaluations, guide
-from scd.models.separable import SeparableConfig
+from scd.models.flow import Evaluation, check_fresh, evaluations, guide
 
 
 @dataclass(eq=False, kw_only=True)

@@ -17,8 +17,9 @@ from scd.engine.encoder import FastEncoder
 from scd.engine.graph import LoopGraphs, can_compile, compiled
 from scd.engine.interface import Engine
 from scd.engine.modulation import Schedule, kept_for
+from scd.models.config import Solver
 from scd.models.embed import from_patches, to_patches
-from scd.models.flow import Solver, guided_velocity, solve
+from scd.models.flow import guided_velocity, solve
 from scd.models.separable import SeparableDiffuser, SeparableState
 
 

@@ -31,7 +31,7 @@ from scd.evaluation.image import Estimate, bootstrap
 from scd.evaluation.predict import predict
 from scd.evaluation.protocols import Protocol
 from scd.models.checkpoint import World
-from scd.models.flow import SamplingConfig
+from scd.models.config import SamplingConfig
 from scd.streaming.rollout import Guidance
 
 SEEN = 0.5

@@ -13,7 +13,7 @@ from scd.common.runtime import make_generator
 from scd.data.clip import Batch, Conditions
 from scd.data.source import DataCard, Source
 from scd.models.checkpoint import World
-from scd.models.flow import SamplingConfig
+from scd.models.config import SamplingConfig
 from scd.streaming.rollout import Guidance, Rollout, Timing
 
 Window = tuple[int, int]

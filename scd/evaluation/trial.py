@@ -32,7 +32,7 @@ from scd.evaluation.metrics import AgainstTruth, Drift, Metric, Numbers, Seen, r
 from scd.evaluation.predict import Window, predict, read_windows
 from scd.evaluation.protocols import CUSTOM, Protocol, choose_clips
 from scd.models.checkpoint import World
-from scd.models.flow import SamplingConfig
+from scd.models.config import SamplingConfig
 from scd.streaming.rollout import Guidance, Timing
 
 Tensors = dict[str, Tensor]

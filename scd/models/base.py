@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,36 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scd.data.clip import Conditions
-from scd.data.spaces import ConditionSpec
-from scd.models.embed import EncoderNoise, Field, FrameShape
-from scd.models.kv_cache import CacheConfig, KVCache
+from scd.models.config import EncoderNoise, FrameShape
+from scd.models.embed import Field
+from scd.models.kv_cache import KVCache
 from scd.models.weights import Pretrained
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffuserConfig:
-    """Settings that every causal diffuser has, and what its kind can do."""
-
-    is_separable = False
-    """Whether an encoder gives each frame a context, and only a decoder runs at every step."""
-    takes_text = False
-    """Whether it makes video from a text: trained from published weights, on latent frames that
-    stand for several frames of video."""
-    has_fast_engine = True
-    """Whether `scd.engine` lays its weights out for the machine."""
-    keeps_stored_type = False
-    """Whether loaded weights stay in the type in which they are stored, not float32."""
-    recomputes_streams = False
-    """Whether gradient checkpointing reaches into frames made one after another."""
-    frames_per_block = 1
-    """Latent frames that are denoised together and see each other."""
-
-    shape: FrameShape = field(default_factory=FrameShape)
-    """Latent frames and their tokens."""
-    conditions: ConditionSpec = field(default_factory=ConditionSpec)
-    """What steers the frames."""
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    """How much of the past a stream remembers."""
 
 
 @dataclass(frozen=True, kw_only=True)

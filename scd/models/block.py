@@ -6,7 +6,6 @@ Source: paper (block).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -14,57 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scd.models.attention import Rotary, join_heads, rotate, split_heads
+from scd.models.config import BlockConfig
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From queries, keys and values [b k s e] of a block to what its tokens read [b k s e]."""
 
 LAYER_NORM_EPS = 1e-6
 """Source: the release."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockConfig:
-    """Settings that all blocks of a model share."""
-
-    width: int = 128
-    """Width of a token inside the model."""
-    head_dim: int = 64
-    """Width of one attention head."""
-    rotary_axes: tuple[int, int, int] = (16, 24, 24)
-    """Entries of a head that carry the frame, row and column position."""
-    rotary_theta: float = 1e4
-    """Longest wavelength of a position over 2 pi; 10 separates the places of a 4x4 grid better."""
-    learned_positions: bool = False
-    """Add a learned vector to each token by its place in the frame (ours; off in the paper)."""
-    initial_gate: float = 0.0
-    """Gate of each residual branch at the start: 0 in the paper; above 0 learns faster early."""
-    initial_condition_std: float = 0.02
-    """Deviation of the tables of actions and labels at the start: 0.02 in the paper; a larger one
-    is learnt from sooner."""
-    distance_bias: float = 0.0
-    """Slope of an attention bias over frame distance. 0: none, as in the paper."""
-
-    def __post_init__(self) -> None:
-        if self.width < 1 or self.head_dim < 1 or self.width % self.head_dim:
-            raise ValueError(
-                f"width must be a multiple of head_dim: got width={self.width}, "
-                f"head_dim={self.head_dim}"
-            )
-        if sum(self.rotary_axes) != self.head_dim or any(size % 2 for size in self.rotary_axes):
-            raise ValueError(
-                f"rotary_axes must be even and add up to head_dim={self.head_dim}, "
-                f"got {self.rotary_axes}"
-            )
-        if self.rotary_theta <= 0 or self.initial_condition_std <= 0:
-            raise ValueError(
-                "rotary_theta and initial_condition_std must be positive, got "
-                f"{self.rotary_theta} and {self.initial_condition_std}"
-            )
-
-    @property
-    def num_heads(self) -> int:
-        """Attention heads of a block."""
-        return self.width // self.head_dim
 
 
 class Modulation(nn.Module):

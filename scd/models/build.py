@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
+from scd.models.config import SeparableConfig
 from scd.models.cost import FrameCost, Load, dense_cost, separable_cost
-from scd.models.dense import DenseConfig, DenseDiffuser
-from scd.models.separable import SeparableConfig, SeparableDiffuser
+from scd.models.dense import DenseDiffuser
+from scd.models.kinds import ModelConfig
+from scd.models.separable import SeparableDiffuser
 from scd.models.wan.config import WanConfig, WanSeparableConfig
 from scd.models.wan.cost import wan_cost, wan_separable_cost
 from scd.models.wan.dense import WanDiffuser
 from scd.models.wan.separable import WanSeparableDiffuser
 
-ModelConfig = SeparableConfig | DenseConfig | WanConfig | WanSeparableConfig
 Diffuser = SeparableDiffuser | DenseDiffuser | WanDiffuser | WanSeparableDiffuser
 
 

@@ -35,8 +35,9 @@ from scd.common.config import from_json, to_json
 from scd.common.files import read_json, write_file, written_aside
 from scd.common.weights import SHARD_BYTES, is_file_of, is_stored, write_shards
 from scd.data.source import DataCard
-from scd.models.build import Diffuser, ModelConfig, build
-from scd.models.flow import SamplingConfig
+from scd.models.build import Diffuser, build
+from scd.models.config import SamplingConfig
+from scd.models.kinds import ModelConfig
 from scd.models.weights import CONFIG_FILE, FORMAT, WEIGHTS_FILE, load_weights, read_settings
 
 RAW_FILE = "raw.safetensors"

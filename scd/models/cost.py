@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from scd.common.config import at_least
-from scd.models.decoder import DecoderConfig
-from scd.models.dense import DenseConfig
+from scd.models.config import DecoderConfig, DenseConfig, SeparableConfig
 from scd.models.embed import TimeEmbedder
-from scd.models.separable import SeparableConfig
 
 
 @dataclass(frozen=True, kw_only=True)

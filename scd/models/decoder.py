@@ -7,49 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.common.config import at_least
 from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
 from scd.models.attention import attend
-from scd.models.block import Block, BlockConfig, with_keys_values
-from scd.models.embed import (
-    ConditionEmbedder,
-    FrameHead,
-    FrameShape,
-    Prediction,
-    TimeEmbedder,
-    TokenEmbedder,
-    steered,
-)
+from scd.models.block import Block, with_keys_values
+from scd.models.config import BlockConfig, DecoderConfig, FrameShape
+from scd.models.embed import ConditionEmbedder, FrameHead, TimeEmbedder, TokenEmbedder, steered
 from scd.models.flow import CLEAN_TIME
 from scd.models.stack import Stack, attend_also
-
-Join = Literal["token_concat", "token_concat_projected", "channel_concat", "add", "prefix"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Settings of the frame decoder."""
-
-    num_layers: int = 2
-    """Transformer blocks."""
-    join: Join = "token_concat"
-    """How the context meets the noisy frame: as more tokens in one sequence (the paper's); the
-    same after a projection that starts at zero; one linear map of both side by side; a sum; or
-    (ours) as a prefix that attends only to itself and does not know the time, so that its keys and
-    values are computed once per frame and a step costs only the noisy tokens."""
-    predict: Prediction = "velocity"
-    """What the network's output means; it is turned into a velocity either way. Prefer "clean"
-    where a token has more values than the model is wide, as with pixels."""
-
-    def __post_init__(self) -> None:
-        at_least(1, num_layers=self.num_layers)
 
 
 @dataclass(frozen=True, kw_only=True)

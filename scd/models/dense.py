@@ -7,7 +7,7 @@ that see their own frame only: paper, figures 3 and 5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,15 +15,14 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.common.config import added, at_least
 from scd.data.clip import Conditions
 from scd.models.attention import FrameCausal, Rotary
-from scd.models.base import Augmentation, CausalDiffuser, DiffuserConfig, State
-from scd.models.block import Block, BlockConfig
+from scd.models.base import Augmentation, CausalDiffuser, State
+from scd.models.block import Block
+from scd.models.config import DenseConfig
 from scd.models.embed import (
     ConditionEmbedder,
     FrameHead,
-    Prediction,
     TimeEmbedder,
     TokenEmbedder,
     initialise,
@@ -31,38 +30,7 @@ from scd.models.embed import (
 )
 from scd.models.flow import CLEAN_TIME
 from scd.models.kv_cache import KVCache
-from scd.models.stack import LayerSkip, Stack, Text, check_blocks
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseConfig(DiffuserConfig):
-    """Settings of a dense causal diffuser."""
-
-    block: BlockConfig = field(default_factory=BlockConfig)
-    """Blocks of the model."""
-    num_layers: int = 6
-    """Transformer blocks."""
-    predict: Prediction = "velocity"
-    """What the network's output means; it is turned into a velocity either way."""
-    skip: LayerSkip | None = added(None)
-    """Layers that noisy frames pass by once they are nearly clean; None: none."""
-    num_diagonal: int = added(0)
-    """Last layers in which a frame sees itself only; nothing is remembered for them."""
-
-    def __post_init__(self) -> None:
-        at_least(1, num_layers=self.num_layers)
-        if not 0 <= self.num_diagonal < self.num_layers:
-            raise ValueError(
-                f"num_diagonal must leave one of {self.num_layers} layers that sees the past, "
-                f"got {self.num_diagonal}"
-            )
-        if self.skip is not None and (
-            self.skip.stop > self.num_layers or len(self.skip.layers) == self.num_layers
-        ):
-            raise ValueError(
-                f"skipped layers must be some of 0 .. {self.num_layers - 1}, not all, "
-                f"got {self.skip.first} .. {self.skip.stop - 1}"
-            )
+from scd.models.stack import Stack, Text, check_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from einops import rearrange
@@ -16,76 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scd.common.config import at_least
 from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
-from scd.models.block import Block, BlockConfig, Modulation, layer_norm
+from scd.models.block import Block, Modulation, layer_norm
+from scd.models.config import BlockConfig, FrameShape, Prediction
 from scd.models.flow import velocity_from_clean
 
 Field = Callable[[Tensor, Tensor], Tensor]
 """From noisy frames [b r m c h w] and the time of each [b r m] to their velocity."""
-
-Prediction = Literal["velocity", "clean"]
-"""Meaning of a network's output. A clean estimate is far better where a token has more values than
-the model is wide, as with pixels; it is turned into a velocity at once."""
-
-
-EncoderNoise = Literal["none", "fresh", "same"]
-"""What noise an encoder reads once per frame: none; noise of its own; or that from which the frame
-is denoised. `context` takes it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrameShape:
-    """Shape of one latent frame and how it is cut into tokens."""
-
-    channels: int = 3
-    """Channels of a latent frame."""
-    height: int = 32
-    """Rows of a latent frame."""
-    width: int = 32
-    """Columns of a latent frame."""
-    patch_size: int = 8
-    """Side of the square of latent cells that makes one token."""
-
-    def __post_init__(self) -> None:
-        at_least(
-            1,
-            channels=self.channels,
-            height=self.height,
-            width=self.width,
-            patch_size=self.patch_size,
-        )
-        if self.height % self.patch_size or self.width % self.patch_size:
-            raise ValueError(
-                f"patch_size must divide the frame: got patch_size={self.patch_size} "
-                f"for a {self.height}x{self.width} frame"
-            )
-
-    @property
-    def rows(self) -> int:
-        """Rows of tokens."""
-        return self.height // self.patch_size
-
-    @property
-    def columns(self) -> int:
-        """Columns of tokens."""
-        return self.width // self.patch_size
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of one frame."""
-        return self.rows * self.columns
-
-    @property
-    def token_dim(self) -> int:
-        """Latent values in one token."""
-        return self.channels * self.patch_size**2
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, rows and columns of a latent frame."""
-        return self.channels, self.height, self.width
 
 
 def to_patches(frames: Float[Tensor, "*b c h w"], patch_size: int) -> Float[Tensor, "*b n p"]:

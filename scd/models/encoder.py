@@ -11,37 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.common.config import at_least
 from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
 from scd.models.attention import FrameCausal
-from scd.models.block import Block, BlockConfig, Modulation, layer_norm
-from scd.models.embed import (
-    ConditionEmbedder,
-    FrameShape,
-    TimeEmbedder,
-    TokenEmbedder,
-    steered,
-)
+from scd.models.block import Block, Modulation, layer_norm
+from scd.models.config import BlockConfig, EncoderConfig, FrameShape
+from scd.models.embed import ConditionEmbedder, TimeEmbedder, TokenEmbedder, steered
 from scd.models.flow import CLEAN_TIME
 from scd.models.kv_cache import KVCache
 from scd.models.stack import Stack
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """Settings of the causal encoder."""
-
-    num_layers: int = 4
-    """Transformer blocks."""
-    start_frame: bool = True
-    """Put learned tokens before the first frame, so that a stream can begin from nothing. False:
-    the first frame has no context and must be given, as in the release."""
-    modulate_output: bool = True
-    """Scale and shift the context by time and action after its last norm, as in the paper."""
-
-    def __post_init__(self) -> None:
-        at_least(1, num_layers=self.num_layers)
 
 
 @dataclass(frozen=True, kw_only=True)

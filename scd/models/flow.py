@@ -9,16 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scd.common.config import added, at_least
-
-Solver = Literal["euler", "heun", "renoise"]
-"""How the denoising steps lead from noise to a frame: see `solve`."""
+from scd.models.config import SamplingConfig, Solver
 
 CLEAN_TIME = -1 / 1000
 """Time code of a frame that is known to be clean; just below every time that can be drawn.
@@ -27,51 +23,6 @@ Source: FAR and the paper's release, which write it as -1 on a scale of 1000."""
 SMALLEST_TIME = 0.05
 """Divisor's floor where a clean estimate becomes a velocity: below it the loss would weigh errors
 of the nearly clean frame by more than 400."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How one frame is denoised."""
-
-    num_steps: int = 10
-    """Denoising steps per frame."""
-    schedule: Literal["uniform", "shifted", "reference", "listed"] = "uniform"
-    """Times of the steps: evenly spaced; evenly spaced, then bent towards noise by `shift`; the
-    release's grid from 1 to 0.001 and then 0; or those of `times`."""
-    shift: float = 1.0
-    """Bend of the shifted schedule; above 1 spends more steps near noise. 1 elsewhere."""
-    solver: Solver = "euler"
-    """Integrator: Euler takes one call of the network per step, Heun two. "renoise" is for models
-    distilled to few steps: each step ends at an estimate of the clean frame, and all but the last
-    mix it with fresh noise."""
-    times: tuple[float, ...] = added(())
-    """Of the schedule "listed": where each step begins, descending from 1; the last one ends at 0.
-    Empty elsewhere."""
-
-    def __post_init__(self) -> None:
-        at_least(1, num_steps=self.num_steps)
-        if self.shift <= 0:
-            raise ValueError(f"shift must be positive, got {self.shift}")
-        if self.schedule != "shifted" and self.shift != 1:
-            raise ValueError(f"shift={self.shift} has no effect on schedule={self.schedule!r}")
-        if self.schedule == "listed":
-            self._check_times()
-        elif self.times:
-            raise ValueError(f"times={self.times} have no effect on schedule={self.schedule!r}")
-
-    def _check_times(self) -> None:
-        times = self.times
-        descend = all(later < earlier for earlier, later in pairwise(times))
-        if not times or times[0] != 1 or not descend or times[-1] <= 0:
-            raise ValueError(
-                "times must begin with 1, descend from each to the next and stay above 0, got "
-                f"{times}"
-            )
-        if len(times) != self.num_steps:
-            raise ValueError(
-                f"schedule 'listed' has {len(times)} times, one for each step: num_steps must be "
-                f"{len(times)}, got {self.num_steps}"
-            )
 
 
 def interpolate(

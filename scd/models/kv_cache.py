@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scd.common.memory import check_free
 from scd.models.attention import Rotary, rotary_table, rotate
+from scd.models.config import CacheConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,42 +28,6 @@ class Place:
     """Tokens in memory, these included."""
     num_evicted: int
     """Frames that had left the window."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheConfig:
-    """How much of the past a stream remembers."""
-
-    window: int = 16
-    """Frames in memory, the newest included. Attention beyond the training length is untrained, so
-    this is the number of frames of a training clip."""
-    num_sinks: int = 1
-    """Frames, the first of the stream, that stay in memory for good; part of the window. The
-    learned start frame, where a model has one, is the first of them."""
-    rebase_sinks: bool = True
-    """Move the sinks' positions along with the window, so that no distance exceeds it. False: they
-    stay at their absolute positions."""
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window must be 1 or more frames, got {self.window}")
-        if not 0 <= self.num_sinks < self.window:
-            raise ValueError(
-                f"num_sinks must leave room in the window: got num_sinks={self.num_sinks}, "
-                f"window={self.window}"
-            )
-
-    def with_window(self, window: int | None) -> CacheConfig:
-        """Return the same with another window; None: this one."""
-        return self if window is None else replace(self, window=window)
-
-    def in_blocks(self, frames_per_block: int) -> CacheConfig:
-        """Return the same for a ring in which a block of frames has one place."""
-        return replace(
-            self,
-            window=self.window // frames_per_block,
-            num_sinks=self.num_sinks // frames_per_block,
-        )
 
 
 class KVCache:

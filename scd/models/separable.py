@@ -5,7 +5,7 @@ Source: paper (architecture).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -13,25 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.data.clip import Conditions
-from scd.models.base import Augmentation, CausalDiffuser, DiffuserConfig, State
-from scd.models.block import BlockConfig
-from scd.models.decoder import DecoderConfig, FrameDecoder, Prepared
+from scd.models.base import Augmentation, CausalDiffuser, State
+from scd.models.config import SeparableConfig
+from scd.models.decoder import FrameDecoder, Prepared
 from scd.models.embed import Field, initialise
-from scd.models.encoder import CausalEncoder, Context, EncoderConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeparableConfig(DiffuserConfig):
-    """Settings of a separable causal diffuser."""
-
-    is_separable = True
-
-    block: BlockConfig = field(default_factory=BlockConfig)
-    """Blocks of encoder and decoder."""
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    """The causal encoder, run once per frame."""
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    """The frame decoder, run at every step."""
+from scd.models.encoder import CausalEncoder, Context
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,6 @@ paper, figures 3 and 5.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,45 +27,17 @@ from scd.models.attention import (
     rotary_table,
 )
 from scd.models.block import Attend, with_keys_values
-from scd.models.embed import FrameShape
-from scd.models.flow import SamplingConfig, schedule
-from scd.models.kv_cache import CacheConfig, KVCache
+from scd.models.config import CacheConfig, FrameShape, LayerSkip, SamplingConfig
+from scd.models.flow import schedule
+from scd.models.kv_cache import KVCache
 
 Text = Sequence[tuple[Tensor, Tensor]] | None
 """Keys and values of a text in each layer; None: the blocks look at none."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerSkip:
-    """Which layers are skipped, and at which times: there their residual branches add nothing.
-
-    Clean frames never skip a layer, so what is cached of them is whole.
-    """
-
-    first: int
-    """First layer that is skipped, counted from 0."""
-    stop: int
-    """First layer after those that are skipped, counted from 0."""
-    below: float
-    """Noisy frames at times below this skip them, in (0, 1]."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.first < self.stop:
-            raise ValueError(
-                f"skipped layers must be first .. stop - 1 with 0 <= first < stop, "
-                f"got first={self.first}, stop={self.stop}"
-            )
-        if not 0 < self.below <= 1:
-            raise ValueError(f"below must lie in (0, 1], got {self.below}")
-
-    @property
-    def layers(self) -> range:
-        """Numbers of the skipped layers, from 0."""
-        return range(self.first, self.stop)
-
-    def skips(self, time: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
-        """Tell which frames of these times skip the layers; clean ones, of CLEAN_TIME, do not."""
-        return (time >= 0) & (time < self.below)
+def skips(skip: LayerSkip, time: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
+    """Tell which frames of these times skip the layers; clean ones, of CLEAN_TIME, do not."""
+    return (time >= 0) & (time < skip.below)
 
 
 def skip_after(first: int, stop: int, full_steps: int, sampling: SamplingConfig) -> LayerSkip:
@@ -290,7 +261,7 @@ class Stack(nn.Module):
                 tokens_per_frame=self.shape.num_tokens,
             )
         skipped = range(0)
-        if self.skip is not None and time is not None and bool(self.skip.skips(time).all()):
+        if self.skip is not None and time is not None and bool(skips(self.skip, time).all()):
             skipped = self.skip.layers
         for layer, block in enumerate(self.blocks):
             if only_cache and layer == self.num_seeing - 1:
@@ -321,7 +292,7 @@ class Stack(nn.Module):
         after = self.run_block(block, *inputs) if recomputes else block(*inputs)
         if self.skip is None or time is None or layer not in self.skip.layers:
             return after
-        return torch.where(self.skip.skips(time)[..., None, None], x, after)
+        return torch.where(skips(self.skip, time)[..., None, None], x, after)
 
     def attend_own(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend within each frame: the attention of a diagonal layer."""

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from scd.data.clip import Batch, Conditions
 from scd.models.base import Augmentation
 from scd.models.build import Diffuser
+from scd.models.config import SamplingConfig
 from scd.models.embed import Field
-from scd.models.flow import SamplingConfig, clean_from_velocity, guide, interpolate, schedule
+from scd.models.flow import clean_from_velocity, guide, interpolate, schedule
 from scd.objectives.denoise import Logs, Network, Objective, noisy_history
 
 Path = Callable[[Tensor, Conditions, int, int], Field]

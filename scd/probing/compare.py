@@ -30,7 +30,7 @@ from scd.evaluation.protocols import Protocol, choose_clips
 from scd.evaluation.trial import measure
 from scd.models.build import num_parameters
 from scd.models.checkpoint import World, load_world
-from scd.models.separable import SeparableConfig
+from scd.models.config import SeparableConfig
 from scd.probing.intervention_models import Candidate, Start, candidates, claim
 from scd.probing.interventions import Comparison, Intervention
 from scd.streaming.rollout import Rollout, Timing

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
-from scd.models.embed import FrameShape
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import CacheConfig, FrameShape
 from scd.models.wan.config import WanBlockConfig, WanConfig
 from scd.models.wan.dense import WanDiffuser
 from scd.probing.models import OurState, WanDenseSubject

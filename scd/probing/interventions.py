@@ -21,11 +21,9 @@ from scd.common.config import at_least
 from scd.common.files import read_json
 from scd.engine.interface import EngineKind
 from scd.models.checkpoint import World
-from scd.models.decoder import DecoderConfig, Join
+from scd.models.config import DecoderConfig, EncoderConfig, Join, SamplingConfig, SeparableConfig
 from scd.models.dense import DenseDiffuser
-from scd.models.encoder import EncoderConfig
-from scd.models.flow import SamplingConfig
-from scd.models.separable import SeparableConfig, SeparableDiffuser
+from scd.models.separable import SeparableDiffuser
 from scd.models.stack import skip_after
 
 Layers = tuple[int, ...]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from scd.common.runtime import make_generator
 from scd.data.clip import Conditions, check_conditions
-from scd.models.block import BlockConfig
 from scd.models.build import Diffuser
+from scd.models.config import BlockConfig
 from scd.models.cost import Sizes
 from scd.models.dense import DenseDiffuser
 from scd.models.separable import SeparableDiffuser

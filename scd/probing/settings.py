@@ -17,8 +17,7 @@ from scd.data.source import Source, open_source
 from scd.data.source import Split as DataSplit
 from scd.evaluation.predict import check_fit, choose_windows, read_windows
 from scd.models.checkpoint import World, resolve
-from scd.models.decoder import Join
-from scd.models.flow import SamplingConfig
+from scd.models.config import Join, SamplingConfig
 from scd.probing.models import subject_of
 from scd.probing.subject import MIN_PAST, Subject, Task
 from scd.probing.trajectory import (

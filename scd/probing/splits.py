@@ -22,11 +22,8 @@ from scd.bench.limits import synchronize
 from scd.data.clip import Conditions
 from scd.evaluation.image import Estimate
 from scd.models.build import frame_cost
+from scd.models.config import DecoderConfig, DenseConfig, EncoderConfig, Join, SeparableConfig
 from scd.models.cost import Load, Sizes
-from scd.models.decoder import DecoderConfig, Join
-from scd.models.dense import DenseConfig
-from scd.models.encoder import EncoderConfig
-from scd.models.separable import SeparableConfig
 from scd.probing.intercept import change_held, recorded
 from scd.probing.subject import Progress, Subject, Task, losses, relative, silent
 

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.common.memory import GIB
-from scd.models.flow import SamplingConfig, schedule
+from scd.models.config import SamplingConfig
+from scd.models.flow import schedule
 from scd.probing.intercept import newest, recorded, tokens_of
 from scd.probing.subject import Progress, Subject, Task, silent
 

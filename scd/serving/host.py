@@ -13,7 +13,7 @@ import numpy as np
 
 from scd.engine.interface import Engine
 from scd.models.checkpoint import World
-from scd.models.separable import SeparableConfig
+from scd.models.config import SeparableConfig
 from scd.models.shipped import Clips
 from scd.serving.admission import HostConfig
 from scd.serving.commands import Call

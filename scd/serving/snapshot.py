@@ -24,7 +24,8 @@ from scd.common.runtime import make_generator
 from scd.data.clip import Conditions
 from scd.engine.interface import Engine
 from scd.models.checkpoint import World
-from scd.models.flow import SamplingConfig, with_num_steps
+from scd.models.config import SamplingConfig
+from scd.models.flow import with_num_steps
 from scd.models.kv_cache import KVCache
 from scd.models.separable import SeparableState
 from scd.serving.messages import (

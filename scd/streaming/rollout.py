@@ -21,7 +21,8 @@ from scd.data.clip import Conditions, check_conditions
 from scd.engine.interface import Engine
 from scd.engine.plain import PlainEngine
 from scd.models.checkpoint import World
-from scd.models.flow import SamplingConfig, num_fresh, schedule, with_num_steps
+from scd.models.config import SamplingConfig
+from scd.models.flow import num_fresh, schedule, with_num_steps
 
 GuidanceKind = Literal["none", "conditions", "context_noise"]
 """Branch that frames are pushed away from: see Guidance."""

@@ -17,10 +17,12 @@ from scd.data.clip import Conditions
 from scd.engine.interface import Engine
 from scd.engine.plain import PlainEngine
 from scd.engine.pool import FramePool, NewFrame, PoolFrame, pool_bytes
-from scd.models.build import ModelConfig, frame_cost
+from scd.models.build import frame_cost
 from scd.models.checkpoint import World
+from scd.models.config import SamplingConfig
 from scd.models.cost import Load
-from scd.models.flow import SamplingConfig, evaluations
+from scd.models.flow import evaluations
+from scd.models.kinds import ModelConfig
 from scd.streaming.rollout import Draft, Guidance, Rollout, draft_all
 
 Status = Literal["idle", "waiting", "denoising", "closed", "stopped"]

@@ -13,8 +13,8 @@ from scd.autoencoders.deep_compression import DeepName
 from scd.common.config import added, at_least
 from scd.common.runlog import Tracker
 from scd.common.runtime import Precision
-from scd.models.build import ModelConfig, SeparableConfig
-from scd.models.flow import SamplingConfig
+from scd.models.config import SamplingConfig, SeparableConfig
+from scd.models.kinds import ModelConfig
 from scd.objectives.denoise import DenoiseConfig, TeacherForcingConfig
 from scd.objectives.distill import ConsistencyConfig, RegressionConfig
 from scd.objectives.distribution_matching import MatchConfig

@@ -11,16 +11,18 @@ import tyro
 from scd.autoencoders.wan import WanAutoencoderConfig
 from scd.common.config import at_least
 from scd.data.spaces import ConditionSpec
-from scd.models.block import BlockConfig
-from scd.models.build import ModelConfig
 from scd.models.checkpoint import read_world_parts, resolve
-from scd.models.decoder import DecoderConfig
-from scd.models.dense import DenseConfig
-from scd.models.embed import FrameShape
-from scd.models.encoder import EncoderConfig
-from scd.models.flow import SamplingConfig
-from scd.models.kv_cache import CacheConfig
-from scd.models.separable import SeparableConfig
+from scd.models.config import (
+    BlockConfig,
+    CacheConfig,
+    DecoderConfig,
+    DenseConfig,
+    EncoderConfig,
+    FrameShape,
+    SamplingConfig,
+    SeparableConfig,
+)
+from scd.models.kinds import ModelConfig
 from scd.models.wan.config import WanSeparableConfig
 from scd.objectives.denoise import DenoiseConfig, TeacherForcingConfig
 from scd.objectives.distill import ConsistencyConfig, RegressionConfig

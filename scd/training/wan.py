@@ -19,7 +19,7 @@ from scd.common.processes import num_started
 from scd.common.runtime import Precision
 from scd.data.prompts import PromptsInfo, is_prompts, read_prompts_info
 from scd.models.checkpoint import resolve
-from scd.models.flow import SamplingConfig
+from scd.models.config import SamplingConfig
 from scd.models.wan.config import WanSeparableConfig
 from scd.models.wan.timesteps import FEW_STEPS, NUM_TIMES, SHIFT, warped_times
 from scd.objectives.distribution_matching import MatchConfig

@@ -28,8 +28,8 @@ from scd.data.clip import Conditions
 from scd.data.source import DataCard
 from scd.models.build import build, frame_cost, num_parameters
 from scd.models.checkpoint import World, save_world
+from scd.models.config import SamplingConfig
 from scd.models.cost import Load
-from scd.models.flow import SamplingConfig
 from tests.tiny_wan import tiny_wan, tiny_wan_separable
 
 CPU = torch.device("cpu")

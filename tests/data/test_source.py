@@ -20,6 +20,7 @@ import torch
 
 from scd.data.clip import Clip, ConditionSpec
 from scd.data.source import DataCard, Opening, Source, Split
+from scd.data.spaces import ConditionSpec
 
 
 class GraySource(Source):

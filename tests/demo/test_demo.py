@@ -31,7 +31,7 @@ from scd.evaluation.protocols import Protocol
 from scd.evaluation.trial import measure
 from scd.models.build import build
 from scd.models.checkpoint import World
-from scd.models.flow import SamplingConfig
+from scd.models.config import SamplingConfig
 
 
 @pytest.fixture

@@ -14,9 +14,7 @@ from scd.engine.modulation import Modulations
 from scd.engine.open import advised_threads, open_engine
 from scd.engine.separable import FastSeparable
 from scd.models.attention import explicit_attention, frame_positions, rotary_table, rotate
-from scd.models.block import BlockConfig
-from scd.models.kv_cache import CacheConfig
-from scd.models.stack import LayerSkip
+from scd.models.config import BlockConfig, CacheConfig, LayerSkip
 from scd.training.presets import preset
 from tests.tiny import BLOCK, SHAPE, random_conditions, tiny_dense, tiny_separable
 

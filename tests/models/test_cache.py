@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from scd.models.attention import frame_positions, rotary_table, rotate
-from scd.models.block import BlockConfig
-from scd.models.kv_cache import CacheConfig, KVCache
+from scd.models.config import BlockConfig, CacheConfig
+from scd.models.kv_cache import KVCache
 
 AXES, THETA = (4, 6, 6), 100.0
 ROWS, COLUMNS = 1, 2

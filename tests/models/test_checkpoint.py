@@ -18,8 +18,7 @@ from scd.common.files import remove_leftovers, written_aside
 from scd.common.weights import digest_of
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
-from scd.models.block import BlockConfig
-from scd.models.build import DenseConfig, SeparableConfig, SeparableDiffuser, build
+from scd.models.build import SeparableDiffuser, build
 from scd.models.checkpoint import (
     Progress,
     World,
@@ -31,9 +30,14 @@ from scd.models.checkpoint import (
     save_world,
     write_world,
 )
-from scd.models.decoder import DecoderConfig
-from scd.models.encoder import EncoderConfig
-from scd.models.flow import SamplingConfig
+from scd.models.config import (
+    BlockConfig,
+    DecoderConfig,
+    DenseConfig,
+    EncoderConfig,
+    SamplingConfig,
+    SeparableConfig,
+)
 from scd.models.weights import WEIGHTS_FILE
 
 SPEC = ConditionSpec(num_actions=2)

@@ -11,12 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
 from scd.engine.plain import PlainEngine
-from scd.models.block import BlockConfig
 from scd.models.build import build, frame_cost, num_parameters
+from scd.models.config import BlockConfig, CacheConfig, Join, LayerSkip
 from scd.models.cost import FrameCost, Load
-from scd.models.decoder import Join
-from scd.models.kv_cache import CacheConfig
-from scd.models.stack import LayerSkip
 from scd.training.presets import preset
 from tests.tiny import ACTIONS, random_conditions, tiny_dense, tiny_separable
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from scd.common.config import from_json, to_json
+from scd.models.config import SamplingConfig
 from scd.models.flow import (
-    SamplingConfig,
     clean_from_velocity,
     draw_times,
     evaluations,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import CacheConfig
 from tests.tiny import random_clips, tiny_dense, tiny_separable
 
 CACHE = CacheConfig(window=4, num_sinks=1)

@@ -7,11 +7,10 @@ from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
 from scd.models.attention import FrameCausal, TeacherForcing
 from scd.models.base import Augmentation
-from scd.models.block import Block, BlockConfig
+from scd.models.block import Block
 from scd.models.build import build, num_parameters
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import BlockConfig, CacheConfig, LayerSkip
 from scd.models.separable import SeparableDiffuser
-from scd.models.stack import LayerSkip
 from scd.training.presets import preset
 from tests.tiny import ACTIONS, SHAPE, random_clips, random_conditions, tiny_dense, tiny_separable
 

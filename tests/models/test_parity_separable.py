@@ -10,9 +10,9 @@ import torch
 from scd.convert.reference import ReferenceConfig, our_names, read_reference
 from scd.data.clip import Conditions
 from scd.models.attention import FrameCausal, dense_mask, frame_positions, rotary_table, rotate
+from scd.models.config import CacheConfig, SamplingConfig
 from scd.models.embed import time_sinusoids
-from scd.models.flow import SamplingConfig, guided_velocity, schedule, solve
-from scd.models.kv_cache import CacheConfig
+from scd.models.flow import guided_velocity, schedule, solve
 from scd.objectives.denoise import velocity_loss
 from tests.reference import cases, grid_of, load_case, load_tables
 

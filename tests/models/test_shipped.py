@@ -15,7 +15,7 @@ from scd.evaluation.predict import choose_windows, read_windows
 from scd.models import shipped
 from scd.models.build import build
 from scd.models.checkpoint import World, load_world, save_world
-from scd.models.flow import SamplingConfig
+from scd.models.config import SamplingConfig
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.bench.case import Case
 from scd.common.config import from_json, to_json
 from scd.data.clip import Conditions
-from scd.models.build import ModelConfig, build
+from scd.models.build import build
 from scd.models.checkpoint import World, load_world, resolve, save_world
-from scd.models.dense import DenseConfig
-from scd.models.flow import CLEAN_TIME, SamplingConfig, schedule
-from scd.models.kv_cache import CacheConfig
-from scd.models.stack import LayerSkip, skip_after
+from scd.models.config import CacheConfig, DenseConfig, LayerSkip, SamplingConfig
+from scd.models.flow import CLEAN_TIME, schedule
+from scd.models.kinds import ModelConfig
+from scd.models.stack import skip_after
 from scd.objectives.denoise import DenoiseConfig
 from scd.streaming.rollout import Rollout
 from scd.training.config import TrainConfig

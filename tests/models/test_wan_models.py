@@ -17,9 +17,8 @@ from scd.models.base import Augmentation
 from scd.models.block import with_keys_values
 from scd.models.build import build, frame_cost, num_parameters
 from scd.models.checkpoint import World
+from scd.models.config import CacheConfig, SamplingConfig
 from scd.models.cost import Load
-from scd.models.flow import SamplingConfig
-from scd.models.kv_cache import CacheConfig
 from scd.models.wan.config import WanConfig, WanDecoderConfig, WanEncoderConfig, WanSeparableConfig
 from scd.models.wan.dense import WanDiffuser
 from scd.models.wan.separable import WanSeparableDiffuser

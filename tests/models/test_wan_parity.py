@@ -7,7 +7,7 @@ import torch
 
 from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
-from scd.models.embed import FrameShape
+from scd.models.config import CacheConfig, FrameShape
 from scd.models.flow import (
     SMALLEST_TIME,
     clean_from_velocity,
@@ -15,7 +15,6 @@ from scd.models.flow import (
     velocity_between,
     velocity_from_clean,
 )
-from scd.models.kv_cache import CacheConfig
 from scd.models.wan.config import WanBlockConfig, WanConfig
 from scd.models.wan.dense import WanDiffuser
 from scd.models.wan.names import from_original, to_original

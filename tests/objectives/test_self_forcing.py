@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import CacheConfig
 from scd.objectives.self_forcing import draw_exit, self_forced
 from tests.tiny import random_clips, tiny_dense, tiny_separable
 

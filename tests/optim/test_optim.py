@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from scd.models.build import DenseConfig, SeparableConfig, build
-from scd.models.encoder import EncoderConfig
+from scd.models.build import build
+from scd.models.config import DenseConfig, EncoderConfig, SeparableConfig
 from scd.optim.optim import (
     EMA,
     OptimConfig,

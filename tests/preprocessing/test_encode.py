@@ -21,11 +21,9 @@ from scd.data.manifest import read_manifest, write_manifest
 from scd.data.record import record
 from scd.data.source import open_source
 from scd.data.toy import ToyRecording
-from scd.models.block import BlockConfig
 from scd.models.build import build
 from scd.models.checkpoint import World, load_world, save_world
-from scd.models.dense import DenseConfig
-from scd.models.embed import FrameShape
+from scd.models.config import BlockConfig, DenseConfig, FrameShape
 from scd.preprocessing import encode as module
 from scd.preprocessing.encode import EncodeConfig, encode
 from scd.training.config import TrainConfig

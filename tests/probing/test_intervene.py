@@ -14,9 +14,7 @@ from scd.data.clip import Conditions, frames_to_pixels
 from scd.data.manifest import CARD_FILE, write_card, write_episode, write_manifest
 from scd.models.build import build
 from scd.models.checkpoint import World, load_progress, load_world, resolve, save_world
-from scd.models.decoder import Join
-from scd.models.flow import SamplingConfig
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import CacheConfig, Join, SamplingConfig
 from scd.objectives.denoise import DenoiseConfig
 from scd.optim.optim import OptimConfig
 from scd.probing.compare import intervene

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from scd.models.flow import SamplingConfig
+from scd.models.config import SamplingConfig
 from scd.probing.measurements.attention import attention_mass, mass
 from scd.probing.models import subject_of
 from scd.probing.subject import FrameAttention

@@ -6,7 +6,7 @@ import torch
 
 from scd.evaluation.image import MAX_PSNR, psnr_of
 from scd.models.attention import attend
-from scd.models.flow import SamplingConfig
+from scd.models.config import SamplingConfig
 from scd.probing.intercept import held, recorded
 from scd.probing.measurements.leave_one_out import leave_one_out
 from scd.probing.measurements.reuse import ReuseGrid, reuse_loss, reuse_rollout

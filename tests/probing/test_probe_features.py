@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from scd.data.clip import Conditions
-from scd.models.flow import SamplingConfig, draw_times, solve
-from scd.models.stack import LayerSkip
+from scd.models.config import LayerSkip, SamplingConfig
+from scd.models.flow import draw_times, solve
 from scd.probing.measurements.colours import agreement, coloured, feature_pca, principal
 from scd.probing.measurements.similarity import alignment, centred, step_similarity, token_cosine
 from scd.probing.models import subject_of

@@ -12,13 +12,9 @@ import torch
 
 from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.cli import main
-from scd.models.block import BlockConfig
 from scd.models.build import build
 from scd.models.checkpoint import World, load_world, save_world
-from scd.models.dense import DenseConfig
-from scd.models.embed import FrameShape
-from scd.models.flow import SamplingConfig
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import BlockConfig, CacheConfig, DenseConfig, FrameShape, SamplingConfig
 from scd.probing.models import subject_of
 from scd.probing.run import _settings, probe
 from scd.probing.settings import ProbeConfig, measurement_names, memory_needed, training_times

@@ -11,11 +11,8 @@ import torch
 from scd.common.config import from_json, to_json
 from scd.evaluation.image import Estimate
 from scd.models.build import frame_cost
+from scd.models.config import DecoderConfig, DenseConfig, EncoderConfig, SeparableConfig
 from scd.models.cost import Load, Sizes
-from scd.models.decoder import DecoderConfig
-from scd.models.dense import DenseConfig
-from scd.models.encoder import EncoderConfig
-from scd.models.separable import SeparableConfig
 from scd.probing.splits import (
     Speed,
     Split,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from scd.models.attention import explicit_attention
+from scd.models.config import CacheConfig
 from scd.models.flow import interpolate, velocity_between
-from scd.models.kv_cache import CacheConfig
 from scd.probing.intercept import Layer, change_held, held, newest, recorded, replaced, without
 from scd.probing.models import subject_of
 from scd.probing.subject import CONTEXT, Task

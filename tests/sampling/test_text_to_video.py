@@ -16,7 +16,7 @@ from scd.data.prompts import read_lines
 from scd.data.source import DataCard
 from scd.data.video import probe_video, read_video
 from scd.models.checkpoint import World, save_world
-from scd.models.flow import SamplingConfig
+from scd.models.config import SamplingConfig
 from scd.sampling.pipeline import SCDPipeline
 from scd.sampling.settings import VBenchConfig, VideoConfig, parse_switches
 from scd.sampling.text_to_video import TextToVideo, cover, latent_at, read_picture

@@ -22,8 +22,7 @@ from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.data.source import Source
 from scd.models.build import build
 from scd.models.checkpoint import World, save_world
-from scd.models.flow import SamplingConfig
-from scd.models.separable import SeparableConfig
+from scd.models.config import SamplingConfig, SeparableConfig
 from tests.tiny import shaken
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")

@@ -17,8 +17,7 @@ from safetensors.torch import load, save
 from scd.common import files as atomic
 from scd.engine.open import open_engine
 from scd.models.checkpoint import World
-from scd.models.flow import SamplingConfig
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import CacheConfig, SamplingConfig
 from scd.serving.messages import (
     Beginning,
     Evicted,

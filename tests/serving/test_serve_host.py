@@ -13,7 +13,8 @@ import torch
 from scd.autoencoders.base import PixelAutoencoder, PixelConfig
 from scd.engine.plain import PlainEngine
 from scd.models.checkpoint import World
-from scd.models.flow import SamplingConfig, schedule, with_num_steps
+from scd.models.config import SamplingConfig
+from scd.models.flow import schedule, with_num_steps
 from scd.serving.admission import HostConfig
 from scd.serving.host import Host
 from scd.serving.messages import (

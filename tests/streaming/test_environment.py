@@ -12,7 +12,7 @@ from scd.data.spaces import ConditionSpec
 from scd.engine.open import open_engine
 from scd.models.build import build
 from scd.models.checkpoint import World
-from scd.models.flow import SamplingConfig
+from scd.models.config import SamplingConfig
 from scd.models.shipped import Clips
 from scd.streaming.environment import WorldEnv, WorldVectorEnv, pixels
 from scd.streaming.rollout import Rollout

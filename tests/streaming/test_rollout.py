@@ -12,8 +12,8 @@ from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
 from scd.engine.open import open_engine
 from scd.models.checkpoint import World
-from scd.models.flow import SamplingConfig, schedule, solve
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import CacheConfig, SamplingConfig
+from scd.models.flow import schedule, solve
 from scd.streaming.rollout import Guidance, Rollout, frame_noise, step_noise
 from tests.tiny import SHAPE, tiny_dense, tiny_separable
 

@@ -18,8 +18,7 @@ from scd.engine.open import open_engine
 from scd.engine.plain import PlainEngine
 from scd.engine.pool import FramePool, NewFrame, pool_bytes
 from scd.models.checkpoint import World
-from scd.models.flow import SamplingConfig
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import CacheConfig, SamplingConfig
 from scd.streaming.rollout import Guidance, Rollout
 from scd.streaming.sessions import Session, Streams
 from tests.tiny import BLOCK, SHAPE, random_conditions, tiny_dense, tiny_separable

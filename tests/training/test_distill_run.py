@@ -17,8 +17,7 @@ from scd.common.runlog import read_log
 from scd.data.spaces import ConditionSpec
 from scd.models.build import build
 from scd.models.checkpoint import load_auxiliary, load_world, resolve
-from scd.models.flow import SamplingConfig
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import CacheConfig, SamplingConfig
 from scd.objectives.distill import ConsistencyConfig, RegressionConfig
 from scd.objectives.distribution_matching import MatchConfig
 from scd.optim.optim import EMA, OptimConfig

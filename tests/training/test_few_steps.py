@@ -19,7 +19,8 @@ from scd.engine.plain import PlainEngine
 from scd.evaluation.evaluate import evaluate, prepare
 from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig, Protocol
 from scd.models.checkpoint import load_world, save_world
-from scd.models.flow import SamplingConfig, schedule, with_num_steps
+from scd.models.config import SamplingConfig
+from scd.models.flow import schedule, with_num_steps
 from scd.sampling.sample import sample
 from scd.sampling.settings import SampleConfig
 from scd.streaming.environment import WorldEnv, WorldVectorEnv

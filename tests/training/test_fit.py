@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import CacheConfig
 from scd.training import fit
 from scd.training.config import TrainConfig
 from scd.training.fit import check_fit, fit_to_data, fit_window

@@ -12,8 +12,7 @@ from scd.common.runtime import make_generator
 from scd.data.loader import Loader
 from scd.data.source import open_source
 from scd.models.checkpoint import load_world, resolve
-from scd.models.flow import SamplingConfig
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import CacheConfig, SamplingConfig
 from scd.optim.optim import OptimConfig
 from scd.training.config import TrainConfig
 from scd.training.world import clip_objective, train

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from scd.data.loader import Loader
-from scd.models.build import ModelConfig, build
-from scd.models.kv_cache import CacheConfig
+from scd.models.build import build
+from scd.models.config import CacheConfig
+from scd.models.kinds import ModelConfig
 from scd.objectives.denoise import DenoiseConfig, TeacherForcingConfig
 from scd.optim.optim import OptimConfig, build_optimizers, parameter_groups
 from scd.training.config import TrainConfig

@@ -16,7 +16,7 @@ from scd.common.config import from_json
 from scd.common.runlog import read_log
 from scd.common.runtime import make_generator
 from scd.models.checkpoint import load_optimizers, load_world
-from scd.models.flow import SamplingConfig
+from scd.models.config import SamplingConfig
 from scd.objectives.distill import ConsistencyConfig
 from scd.optim.optim import (
     EMA,

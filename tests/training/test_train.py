@@ -18,13 +18,16 @@ from scd.common.provenance import command
 from scd.common.runlog import read_log
 from scd.common.signals import Interrupted
 from scd.data.source import open_source
-from scd.models.block import BlockConfig
-from scd.models.build import DenseConfig, SeparableConfig
 from scd.models.checkpoint import load_progress, load_world
-from scd.models.decoder import DecoderConfig
-from scd.models.encoder import EncoderConfig
-from scd.models.flow import SamplingConfig
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import (
+    BlockConfig,
+    CacheConfig,
+    DecoderConfig,
+    DenseConfig,
+    EncoderConfig,
+    SamplingConfig,
+    SeparableConfig,
+)
 from scd.objectives.denoise import DenoiseConfig
 from scd.optim.optim import OptimConfig
 from scd.training.config import TrainConfig

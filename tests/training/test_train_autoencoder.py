@@ -22,10 +22,8 @@ from scd.data.source import DataCard, open_source
 from scd.data.spaces import ConditionSpec
 from scd.data.toy import ToyRecording
 from scd.evaluation.lpips import LAYERS
-from scd.models.block import BlockConfig
 from scd.models.checkpoint import load_world
-from scd.models.dense import DenseConfig
-from scd.models.embed import FrameShape
+from scd.models.config import BlockConfig, DenseConfig, FrameShape
 from scd.objectives import reconstruct
 from scd.objectives.reconstruct import (
     PatchDiscriminator,

@@ -10,9 +10,7 @@ from typing import Literal
 
 from scd.common.config import at_least
 from scd.data.spaces import ConditionSpec
-from scd.models.base import DiffuserConfig
-from scd.models.embed import EncoderNoise, FrameShape
-from scd.models.kv_cache import CacheConfig
+from scd.models.config import CacheConfig, DiffuserConfig, EncoderNoise, FrameShape
 
 
 @dataclass(frozen=True, kw_only=True)

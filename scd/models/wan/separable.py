@@ -20,7 +20,8 @@ from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
 from scd.models.attention import attend
 from scd.models.base import Augmentation, CausalDiffuser
-from scd.models.embed import EncoderNoise, Field, FrameShape
+from scd.models.config import EncoderNoise, FrameShape
+from scd.models.embed import Field
 from scd.models.flow import interpolate
 from scd.models.stack import Text, check_blocks
 from scd.models.wan.config import WanBlockConfig, WanDecoderConfig, WanSeparableConfig

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scd.models.flow import SamplingConfig, schedule
+from scd.models.config import SamplingConfig
+from scd.models.flow import schedule
 
 NUM_TIMES = 1000
 """Entries of the table."""

@@ -19,7 +19,8 @@ from scd.data.spaces import ConditionSpec
 from scd.models.attention import Rotary, attend, join_heads, rotate, split_heads
 from scd.models.base import State
 from scd.models.block import Attend
-from scd.models.embed import FrameShape, to_patches
+from scd.models.config import FrameShape
+from scd.models.embed import to_patches
 from scd.models.stack import Stack
 from scd.models.wan.config import WanBlockConfig
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 from scd.evaluation.html import fragment, plot
 from scd.evaluation.media import spread
 from scd.evaluation.plots import Ink, curve_panels, finish, legend
-from scd.models.flow import SamplingConfig
+from scd.models.config import SamplingConfig
 from scd.probing.measurement import Entries, Measurement, by_layer, plain
 from scd.probing.plots import (
     BLUE,

@@ -19,7 +19,7 @@ from torch import Tensor
 from scd.evaluation.html import fragment, plot
 from scd.evaluation.image import psnr_of
 from scd.evaluation.plots import Ink, curve_panels, finish
-from scd.models.flow import SamplingConfig
+from scd.models.config import SamplingConfig
 from scd.probing.intercept import Call, held, recorded
 from scd.probing.measurement import Entries, Measurement, plain
 from scd.probing.plots import draw_bar, draw_map

@@ -1,0 +1,342 @@
+"""Settings of models, their parts and their sampling; the networks are in the modules beside it.
+
+Nothing here needs torch, so that the command line answers without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Literal
+
+from scd.common.config import added, at_least
+from scd.data.spaces import ConditionSpec
+
+Solver = Literal["euler", "heun", "renoise"]
+"""How the denoising steps lead from noise to a frame: see `solve`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How one frame is denoised."""
+
+    num_steps: int = 10
+    """Denoising steps per frame."""
+    schedule: Literal["uniform", "shifted", "reference", "listed"] = "uniform"
+    """Times of the steps: evenly spaced; evenly spaced, then bent towards noise by `shift`; the
+    release's grid from 1 to 0.001 and then 0; or those of `times`."""
+    shift: float = 1.0
+    """Bend of the shifted schedule; above 1 spends more steps near noise. 1 elsewhere."""
+    solver: Solver = "euler"
+    """Integrator: Euler takes one call of the network per step, Heun two. "renoise" is for models
+    distilled to few steps: each step ends at an estimate of the clean frame, and all but the last
+    mix it with fresh noise."""
+    times: tuple[float, ...] = added(())
+    """Of the schedule "listed": where each step begins, descending from 1; the last one ends at 0.
+    Empty elsewhere."""
+
+    def __post_init__(self) -> None:
+        at_least(1, num_steps=self.num_steps)
+        if self.shift <= 0:
+            raise ValueError(f"shift must be positive, got {self.shift}")
+        if self.schedule != "shifted" and self.shift != 1:
+            raise ValueError(f"shift={self.shift} has no effect on schedule={self.schedule!r}")
+        if self.schedule == "listed":
+            self._check_times()
+        elif self.times:
+            raise ValueError(f"times={self.times} have no effect on schedule={self.schedule!r}")
+
+    def _check_times(self) -> None:
+        times = self.times
+        descend = all(later < earlier for earlier, later in pairwise(times))
+        if not times or times[0] != 1 or not descend or times[-1] <= 0:
+            raise ValueError(
+                "times must begin with 1, descend from each to the next and stay above 0, got "
+                f"{times}"
+            )
+        if len(times) != self.num_steps:
+            raise ValueError(
+                f"schedule 'listed' has {len(times)} times, one for each step: num_steps must be "
+                f"{len(times)}, got {self.num_steps}"
+            )
+
+
+Prediction = Literal["velocity", "clean"]
+"""Meaning of a network's output. A clean estimate is far better where a token has more values than
+the model is wide, as with pixels; it is turned into a velocity at once."""
+
+EncoderNoise = Literal["none", "fresh", "same"]
+"""What noise an encoder reads once per frame: none; noise of its own; or that from which the frame
+is denoised. `context` takes it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameShape:
+    """Shape of one latent frame and how it is cut into tokens."""
+
+    channels: int = 3
+    """Channels of a latent frame."""
+    height: int = 32
+    """Rows of a latent frame."""
+    width: int = 32
+    """Columns of a latent frame."""
+    patch_size: int = 8
+    """Side of the square of latent cells that makes one token."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            1,
+            channels=self.channels,
+            height=self.height,
+            width=self.width,
+            patch_size=self.patch_size,
+        )
+        if self.height % self.patch_size or self.width % self.patch_size:
+            raise ValueError(
+                f"patch_size must divide the frame: got patch_size={self.patch_size} "
+                f"for a {self.height}x{self.width} frame"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows of tokens."""
+        return self.height // self.patch_size
+
+    @property
+    def columns(self) -> int:
+        """Columns of tokens."""
+        return self.width // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one frame."""
+        return self.rows * self.columns
+
+    @property
+    def token_dim(self) -> int:
+        """Latent values in one token."""
+        return self.channels * self.patch_size**2
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of a latent frame."""
+        return self.channels, self.height, self.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """Settings that all blocks of a model share."""
+
+    width: int = 128
+    """Width of a token inside the model."""
+    head_dim: int = 64
+    """Width of one attention head."""
+    rotary_axes: tuple[int, int, int] = (16, 24, 24)
+    """Entries of a head that carry the frame, row and column position."""
+    rotary_theta: float = 1e4
+    """Longest wavelength of a position over 2 pi; 10 separates the places of a 4x4 grid better."""
+    learned_positions: bool = False
+    """Add a learned vector to each token by its place in the frame (ours; off in the paper)."""
+    initial_gate: float = 0.0
+    """Gate of each residual branch at the start: 0 in the paper; above 0 learns faster early."""
+    initial_condition_std: float = 0.02
+    """Deviation of the tables of actions and labels at the start: 0.02 in the paper; a larger one
+    is learnt from sooner."""
+    distance_bias: float = 0.0
+    """Slope of an attention bias over frame distance. 0: none, as in the paper."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.head_dim < 1 or self.width % self.head_dim:
+            raise ValueError(
+                f"width must be a multiple of head_dim: got width={self.width}, "
+                f"head_dim={self.head_dim}"
+            )
+        if sum(self.rotary_axes) != self.head_dim or any(size % 2 for size in self.rotary_axes):
+            raise ValueError(
+                f"rotary_axes must be even and add up to head_dim={self.head_dim}, "
+                f"got {self.rotary_axes}"
+            )
+        if self.rotary_theta <= 0 or self.initial_condition_std <= 0:
+            raise ValueError(
+                "rotary_theta and initial_condition_std must be positive, got "
+                f"{self.rotary_theta} and {self.initial_condition_std}"
+            )
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of a block."""
+        return self.width // self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Settings of the causal encoder."""
+
+    num_layers: int = 4
+    """Transformer blocks."""
+    start_frame: bool = True
+    """Put learned tokens before the first frame, so that a stream can begin from nothing. False:
+    the first frame has no context and must be given, as in the release."""
+    modulate_output: bool = True
+    """Scale and shift the context by time and action after its last norm, as in the paper."""
+
+    def __post_init__(self) -> None:
+        at_least(1, num_layers=self.num_layers)
+
+
+Join = Literal["token_concat", "token_concat_projected", "channel_concat", "add", "prefix"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Settings of the frame decoder."""
+
+    num_layers: int = 2
+    """Transformer blocks."""
+    join: Join = "token_concat"
+    """How the context meets the noisy frame: as more tokens in one sequence (the paper's); the
+    same after a projection that starts at zero; one linear map of both side by side; a sum; or
+    (ours) as a prefix that attends only to itself and does not know the time, so that its keys and
+    values are computed once per frame and a step costs only the noisy tokens."""
+    predict: Prediction = "velocity"
+    """What the network's output means; it is turned into a velocity either way. Prefer "clean"
+    where a token has more values than the model is wide, as with pixels."""
+
+    def __post_init__(self) -> None:
+        at_least(1, num_layers=self.num_layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """How much of the past a stream remembers."""
+
+    window: int = 16
+    """Frames in memory, the newest included. Attention beyond the training length is untrained, so
+    this is the number of frames of a training clip."""
+    num_sinks: int = 1
+    """Frames, the first of the stream, that stay in memory for good; part of the window. The
+    learned start frame, where a model has one, is the first of them."""
+    rebase_sinks: bool = True
+    """Move the sinks' positions along with the window, so that no distance exceeds it. False: they
+    stay at their absolute positions."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window must be 1 or more frames, got {self.window}")
+        if not 0 <= self.num_sinks < self.window:
+            raise ValueError(
+                f"num_sinks must leave room in the window: got num_sinks={self.num_sinks}, "
+                f"window={self.window}"
+            )
+
+    def with_window(self, window: int | None) -> CacheConfig:
+        """Return the same with another window; None: this one."""
+        return self if window is None else replace(self, window=window)
+
+    def in_blocks(self, frames_per_block: int) -> CacheConfig:
+        """Return the same for a ring in which a block of frames has one place."""
+        return replace(
+            self,
+            window=self.window // frames_per_block,
+            num_sinks=self.num_sinks // frames_per_block,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSkip:
+    """Which layers are skipped, and at which times: there their residual branches add nothing.
+
+    Clean frames never skip a layer, so what is cached of them is whole.
+    """
+
+    first: int
+    """First layer that is skipped, counted from 0."""
+    stop: int
+    """First layer after those that are skipped, counted from 0."""
+    below: float
+    """Noisy frames at times below this skip them, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first < self.stop:
+            raise ValueError(
+                f"skipped layers must be first .. stop - 1 with 0 <= first < stop, "
+                f"got first={self.first}, stop={self.stop}"
+            )
+        if not 0 < self.below <= 1:
+            raise ValueError(f"below must lie in (0, 1], got {self.below}")
+
+    @property
+    def layers(self) -> range:
+        """Numbers of the skipped layers, from 0."""
+        return range(self.first, self.stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffuserConfig:
+    """Settings that every causal diffuser has, and what its kind can do."""
+
+    is_separable = False
+    """Whether an encoder gives each frame a context, and only a decoder runs at every step."""
+    takes_text = False
+    """Whether it makes video from a text: trained from published weights, on latent frames that
+    stand for several frames of video."""
+    has_fast_engine = True
+    """Whether `scd.engine` lays its weights out for the machine."""
+    keeps_stored_type = False
+    """Whether loaded weights stay in the type in which they are stored, not float32."""
+    recomputes_streams = False
+    """Whether gradient checkpointing reaches into frames made one after another."""
+    frames_per_block = 1
+    """Latent frames that are denoised together and see each other."""
+
+    shape: FrameShape = field(default_factory=FrameShape)
+    """Latent frames and their tokens."""
+    conditions: ConditionSpec = field(default_factory=ConditionSpec)
+    """What steers the frames."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """How much of the past a stream remembers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeparableConfig(DiffuserConfig):
+    """Settings of a separable causal diffuser."""
+
+    is_separable = True
+
+    block: BlockConfig = field(default_factory=BlockConfig)
+    """Blocks of encoder and decoder."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """The causal encoder, run once per frame."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """The frame decoder, run at every step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig(DiffuserConfig):
+    """Settings of a dense causal diffuser."""
+
+    block: BlockConfig = field(default_factory=BlockConfig)
+    """Blocks of the model."""
+    num_layers: int = 6
+    """Transformer blocks."""
+    predict: Prediction = "velocity"
+    """What the network's output means; it is turned into a velocity either way."""
+    skip: LayerSkip | None = added(None)
+    """Layers that noisy frames pass by once they are nearly clean; None: none."""
+    num_diagonal: int = added(0)
+    """Last layers in which a frame sees itself only; nothing is remembered for them."""
+
+    def __post_init__(self) -> None:
+        at_least(1, num_layers=self.num_layers)
+        if not 0 <= self.num_diagonal < self.num_layers:
+            raise ValueError(
+                f"num_diagonal must leave one of {self.num_layers} layers that sees the past, "
+                f"got {self.num_diagonal}"
+            )
+        if self.skip is not None and (
+            self.skip.stop > self.num_layers or len(self.skip.layers) == self.num_layers
+        ):
+            raise ValueError(
+                f"skipped layers must be some of 0 .. {self.num_layers - 1}, not all, "
+                f"got {self.skip.first} .. {self.skip.stop - 1}"
+            )
