@@ -1,7 +1,7 @@
 """`scd export diffusers`: a Wan world as folders that diffusers' WanTransformer3DModel loads.
 
-A dense world is one transformer; a separable one is two, its encoder and its decoder. The encoder
-has no head of its own, so it is given the decoder's: without one it would not load.
+A dense world is one transformer, a separable one two: encoder and decoder. The encoder is written
+with the decoder's head, without which diffusers would not load it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from scd.models.wan.source import PARTS, WEIGHTS_STEM
 from scd.models.weights import CONFIG_FILE, WEIGHTS_FILE, read_settings
 
 SPLIT_FILE = "scd.json"
-"""Beside the two transformers of a separable world: its settings, without which they are none."""
+"""Settings of a separable world, beside its two transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,7 @@ class ExportConfig:
 
 
 def export_diffusers(run: str | os.PathLike[str], out: str) -> list[Path]:
-    """Write the transformers of a Wan world, and its other parts where they are at hand.
-
-    Args:
-        run: world or run folder.
-        out: folder to write; it must not exist, or be empty.
+    """Write the transformers of a Wan world, and its other parts where they are available.
 
     Returns:
         The folders that `WanTransformer3DModel.from_pretrained` takes.
@@ -96,7 +92,7 @@ def _tensors(weights: StoredWeights, part: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _transformer_config(config: WanConfig | WanSeparableConfig, num_layers: int) -> dict[str, Any]:
-    """Return what diffusers keeps of a WanTransformer3DModel."""
+    """Return the config.json of a WanTransformer3DModel."""
     block, shape = config.block, config.shape
     return {
         "_class_name": "WanTransformer3DModel",
@@ -120,7 +116,7 @@ def _transformer_config(config: WanConfig | WanSeparableConfig, num_layers: int)
 
 
 def _source_of(run: str | os.PathLike[str], autoencoder: Any) -> str:
-    """Return the folder of diffusers with a world's other parts: itself, or the one it names."""
+    """Return the diffusers folder with a world's other parts: the world, or the one it names."""
     named = autoencoder.get("source") if isinstance(autoencoder, dict) else None
     return parts_beside(str(run)) or named or ""
 

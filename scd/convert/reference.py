@@ -1,8 +1,8 @@
 """State dicts of the paper's release and of FAR: a world model, or FAR's autoencoder.
 
-`scd convert reference` and `scd convert autoencoder`. A state dict lacks its settings, which the
-names and shapes of its weights tell. FAR's autoencoders are copies of diffusers' AutoencoderDC,
-with the same names. Source of the layouts: the release's and FAR's code.
+`scd convert reference` and `scd convert autoencoder`. A state dict lacks settings, which are
+inferred from the names and shapes of its weights. FAR's autoencoders are copies of diffusers'
+AutoencoderDC, with the same names. Source of the layouts: the release's and FAR's code.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _STACK_NAMES = (
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """What a state dict of the release or of FAR does not say about its model."""
+    """Settings that cannot be inferred from a state dict of the release or of FAR."""
 
     channels: int = 32
     """Channels of a latent frame."""
@@ -65,7 +65,7 @@ class ReferenceConfig:
     width: int = 8
     """Columns of a latent frame."""
     join: Literal["token_concat", "add"] = "token_concat"
-    """How context and noise meet, where no weight tells: the other joins are recognised."""
+    """How the decoder is given the context, if no weight tells; the other joins are recognised."""
     rotary_axes: tuple[int, int, int] | None = None
     """Entries of a head for frame, row and column. None: a quarter and twice three eighths."""
     distance_bias: float = 0.0
@@ -74,7 +74,7 @@ class ReferenceConfig:
     """Name of the state dict inside the file, where it lies in a dictionary. Empty: the file is
     the state dict."""
     cache: CacheConfig = field(default_factory=lambda: CacheConfig(window=300, num_sinks=0))
-    """Memory of a stream; the release keeps everything."""
+    """KV cache of a stream; the release keeps all frames."""
 
 
 def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,11 +97,7 @@ def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def config_of(
     state: Mapping[str, Tensor], config: ReferenceConfig
 ) -> SeparableConfig | DenseConfig:
-    """Read a model's settings off the shapes of its weights, given in our names.
-
-    Raises:
-        ValueError: the weights are of neither layout, or do not fit the given latent shape.
-    """
+    """Infer a model's settings from the shapes of its weights, which have our names."""
     dense = "head.project.weight" in state
     stacks = ("",) if dense else ("encoder.", "decoder.")
     probes = [f"{stack}{part}" for stack in stacks for part in _PROBES]
@@ -159,7 +155,7 @@ def read_reference(state: Mapping[str, Tensor], config: ReferenceConfig) -> Diff
     """Build the model of a state dict in the layout of the release or of FAR.
 
     Raises:
-        ValueError: weights are missing, unknown, or of other shapes than the layout's.
+        ValueError: weights are missing, unknown, or do not fit the layout or the latent shape.
     """
     renamed = our_names(state)
     model = build(config_of(renamed, config))
@@ -169,12 +165,7 @@ def read_reference(state: Mapping[str, Tensor], config: ReferenceConfig) -> Diff
 
 
 def convert_reference(source: str, out: str, config: ReferenceConfig) -> Path:
-    """Turn a state dict of the release or of FAR into a folder that `from_pretrained` reads.
-
-    Raises:
-        FileExistsError: `out` holds something.
-        ValueError: see `read_state_dict` and `read_reference`.
-    """
+    """Turn a state dict of the release or of FAR into a folder that `from_pretrained` reads."""
     folder = Path(out)
     refuse_used(folder)
     model = read_reference(read_state_dict(source, config.key), config)
@@ -191,7 +182,7 @@ class ConvertAutoencoderConfig:
     out: str = ""
     """Folder to write, as diffusers and `scd encode` read it; it must not exist, or be empty."""
     scale: float = FAR_SCALE
-    """What its latents are multiplied by to be of unit scale; FAR does so for every collection."""
+    """Factor that brings its latents to unit scale; FAR uses the same for every collection."""
     key: str = ""
     """Name of the state dict inside the file, where it lies in a dictionary."""
 
@@ -204,8 +195,6 @@ def convert_autoencoder(config: ConvertAutoencoderConfig) -> Path:
     """Write the folder of an autoencoder.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        FileExistsError: `out` holds something.
         ValueError: the file is damaged, weights are missing or unknown or of another shape, or
             diffusers is not installed.
     """

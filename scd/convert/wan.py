@@ -1,7 +1,6 @@
 """`scd convert wan`: weights of Wan2.1 into a separable causal world, or into a dense one.
 
-Tensors go from the source's files into the world's one after another, so that no more than one file
-of them is in memory. Source: paper (composition).
+Tensors are copied one after another: memory holds at most one file. Source: paper (composition).
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ FPS = 16.0
 """Frames per second of Wan's videos."""
 
 _SWITCHES = ("encoder_noise", "lowest_time", "encoder_shift", "join", "context_time")
-"""Settings of a separable world that a dense one does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +58,17 @@ class ConvertWanConfig:
     text_length: int = 512
     """Tokens of an embedded text, those that fill it up included."""
     dtype: Literal["source", "fp32", "bf16"] = "source"
-    """Type of the stored weights; source: each as it is."""
+    """Type of the stored weights; source: as in the source."""
     window: int = 21
-    """Latent frames in memory."""
+    """Latent frames in the KV cache."""
     num_sinks: int = 0
-    """Latent frames, the first ones, that stay in memory for good; part of the window."""
+    """First latent frames that always stay in the KV cache; part of the window."""
     frames_per_block: int = 1
     """Latent frames that a dense model denoises together; 3 in chunk-wise causal checkpoints."""
     num_steps: int = 50
     """Denoising steps per frame of a source that was not distilled."""
     encoder_noise: Literal["fresh", "same"] = "fresh"
-    """What the encoder reads of the frame to come: noise of its own, or that which the decoder
-    starts from."""
+    """What the encoder reads for the frame to come: noise of its own, or the decoder's."""
     lowest_time: float = 0.8
     """Lowest time, before the shift, of the noisy frame that the encoder reads in training."""
     encoder_shift: float = 5.0
@@ -82,8 +79,7 @@ class ConvertWanConfig:
     context_time: Literal["same", "clean"] = "same"
     """Time by which the context is modulated: that of the noisy frame, or 0."""
     copy_parts: bool = False
-    """Copy autoencoder, text encoder and tokenizer into the world, instead of naming where they
-    lie."""
+    """Copy autoencoder, text encoder and tokenizer into the world; else store their path."""
     key: str = ""
     """Name of the state dict in a file; empty: the averaged weights if there are any."""
     head_dim: int = 128
@@ -101,7 +97,8 @@ def convert_wan(config: ConvertWanConfig) -> Path:
         FileExistsError: `out` holds something.
         FileNotFoundError: the source is not there or not whole, or the hub cannot be reached.
         ValueError: a model of another family, a split into layers that are not there, frames that
-            cannot be cut into tokens, or weights of a type or shape that does not fit.
+            cannot be cut into tokens, a setting that has no effect, or weights of a type or shape
+            that does not fit.
     """
     if not config.model or not config.out:
         raise ValueError("scd convert wan needs --model and --out")
@@ -139,14 +136,10 @@ def convert_wan(config: ConvertWanConfig) -> Path:
 
 
 def read_split(split: str) -> tuple[int, int, int] | None:
-    """Return how many first layers the encoder gets, and how many first and last ones the decoder.
+    """Return numbers of layers: the encoder's first, the decoder's first and its last; None: dense.
 
     Args:
-        split: "25,5+5", a probe.json, or "dense": then None is returned.
-
-    Raises:
-        ValueError: it is none of these, or the probe's decoder is not the first and the last ones.
-        OSError: there is no such file.
+        split: "25,5+5", a probe.json, or "dense".
     """
     if split == "dense":
         return None
@@ -171,12 +164,7 @@ def read_split(split: str) -> tuple[int, int, int] | None:
 def model_config(
     config: ConvertWanConfig, source: WanSource, split: tuple[int, int, int] | None
 ) -> WanConfig | WanSeparableConfig:
-    """Return the settings of the model that the weights become.
-
-    Raises:
-        ValueError: layers that are not there, frames that cannot be cut into tokens, or a setting
-            that has no effect.
-    """
+    """Return the settings of the model that the weights become."""
     cell = _cell_size(source)
     step = cell * source.patch_size
     if config.height % step or config.width % step:
@@ -227,7 +215,7 @@ def model_config(
 
 
 def _cell_size(source: WanSource) -> int:
-    """Return the pixels along a latent cell: as the autoencoder beside the weights says, or 8."""
+    """Return the pixels per latent cell of the autoencoder beside the weights; default 8."""
     if source.folder is None or not (source.folder / "vae").is_dir():
         return 8
     vae = read_part_config(find_part(source.folder, "vae", ("AutoencoderKLWan",), "autoencoder"))
@@ -235,7 +223,7 @@ def _cell_size(source: WanSource) -> int:
 
 
 def _autoencoder(config: ConvertWanConfig, source: WanSource) -> WanAutoencoderConfig:
-    """Say where autoencoder and text encoder lie: there, in the world itself, or nowhere yet."""
+    """Store the path of autoencoder and text encoder: the source, the world itself, or none."""
     place, folder = "", source.folder
     if folder is not None:
         if config.copy_parts:

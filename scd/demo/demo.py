@@ -1,8 +1,7 @@
 """The demo: a first look at the shipped world, or a small world and its dense twin trained here.
 
-With `train` both are trained, measured and streamed, and a report says what came of it. Everything
-happens in one run on one machine, so that the two can be compared. An interrupted demo
-continues where it was when the same command is given again.
+With `train` both are trained, measured, streamed and reported in one run on one machine, so that
+they can be compared. After an interruption the same command continues.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from scd.training.presets import preset
 from scd.training.world import train
 
 MARKER = ".scd-demo"
-"""File that tells a folder of ours from anybody else's."""
+"""File that marks a folder as a demo's."""
 
 STREAMED = ("separable", "dense")
 """Models that are streamed, timed and whose memory is measured."""
@@ -193,7 +192,7 @@ def train_one(name: str, folder: Path, num_steps: int, seed: int) -> Trained:
 def add_up(
     trained: Mapping[str, Trained], measuring_s: float, streaming_s: float
 ) -> dict[str, Any]:
-    """Return the seconds of each stage and of all; of trainings whatever run they were part of."""
+    """Return the seconds of each stage and of all, earlier parts of the trainings included."""
     training_s = sum(one.seconds for one in trained.values())
     stages = {"training": training_s, "measuring": measuring_s, "streaming": streaming_s}
     return {"stages_s": stages, "total_s": sum(stages.values())}
@@ -206,7 +205,6 @@ def summarize_demo(
     memory: Mapping[str, Any],
     timings: Mapping[str, list[Timing]],
 ) -> dict[str, Any]:
-    """Put what was measured into the shape of report.json, its main numbers first."""
     gains = {
         f"psnr_gain_db_h{horizon}": find_row(measured["separable"].rows, "psnr_gain", horizon)[
             "mean"

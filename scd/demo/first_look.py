@@ -54,15 +54,7 @@ NOT_CLAIMED = (
 
 
 def first_look(run: Path, out: Path, seed: int) -> dict[str, Any]:
-    """Stream a world that carries clips, and write report.html, report.json and the pictures.
-
-    Args:
-        run: world or run folder with clips (scd.shipped).
-        out: folder for the report; it exists.
-        seed: of the noise.
-
-    Returns:
-        What report.json holds.
+    """Stream a world that carries clips; write report.json and the page, and return the former.
 
     Raises:
         FileNotFoundError: there is no world.

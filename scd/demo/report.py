@@ -18,10 +18,8 @@ NAMES = {
     "dense": "dense, as many steps",
     "dense_equal_time": "dense, as many seconds of training",
 }
-"""What the curves and rows are called."""
 
 LABELS = {"psnr": "PSNR", "psnr_gain": "gain", "ssim": "SSIM"}
-"""Metrics of the table and what its columns are called."""
 
 NOT_CLAIMED = (
     "That these models are good: they were trained for minutes on a toy world of 32x32 pixels. The "
@@ -38,7 +36,7 @@ NOT_CLAIMED = (
 
 
 def quality_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return one curve per model and baseline, named as in NAMES, from a demo's result."""
+    """Return the rows of each model and baseline, named as in NAMES."""
     quality = result["quality"]
     rows = [row for row in quality["separable"]["rows"] if row["baseline"] != "model"]
     for name in ("separable", "dense", "dense_equal_time"):

@@ -45,11 +45,10 @@ WORDS = {
     "control": "as it is, finetuned equally long",
     "scratch": "separable from scratch, equal compute",
 }
-"""What each model is."""
 
 
 def intervene(intervention: Intervention) -> dict[str, Any]:
-    """Do an intervention and return what its intervention.json holds.
+    """Run an intervention, and return the content of its intervention.json.
 
     Raises:
         ValueError: the run's model cannot be changed like this, or the data does not fit it.
@@ -89,7 +88,6 @@ def intervene(intervention: Intervention) -> dict[str, Any]:
 
 
 def _evaluated(one: Candidate, source: Source, protocol: Protocol, path: Path) -> dict[str, Any]:
-    """Measure a model, or read what was measured before."""
     if path.is_file():
         return read_json(path)
     measured = measure(one.world, source, protocol)
@@ -105,10 +103,9 @@ def _evaluated(one: Candidate, source: Source, protocol: Protocol, path: Path) -
 def time_in_turns(
     worlds: Mapping[str, World], source: Source, protocol: Protocol, common: Comparison
 ) -> dict[str, list[Timing]]:
-    """Stream one clip from each world, one frame of each in turn, so that all share any noise.
+    """Time the frames of one stream of each world, in turns, after the warm-up.
 
-    Returns:
-        The timing of each frame after the warm-up, by world; the actions repeat if the clip ends.
+    The clip's actions repeat if it is too short.
     """
     length = protocol.context + protocol.horizon
     batch = read_windows(source, choose_windows(source, 1, length, protocol.seed), length)
@@ -134,7 +131,6 @@ def _result(
     measured: Mapping[str, Mapping[str, Any]],
     timings: Mapping[str, list[Timing]],
 ) -> dict[str, Any]:
-    """Put everything into the shape of intervention.json."""
     rows, overall = (
         [row | {"model": name} for name, found in measured.items() for row in found[part]]
         for part in ("rows", "overall")
@@ -172,7 +168,7 @@ def _result(
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Return a Markdown table: quality with 95 % intervals, training, and time per frame."""
+    """Return a Markdown table: quality with 95 % intervals, training and time per frame."""
     horizon = result["protocol"]["horizon"]
     horizons = sorted({1, (horizon + 1) // 2, horizon})
     columns = [("psnr", h) for h in horizons]

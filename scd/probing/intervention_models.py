@@ -1,7 +1,7 @@
-"""The models of a comparison: the run, the run changed, and what is trained from them.
+"""The models of a comparison: the run, the changed run, and the runs trained from them.
 
 A folder holds `settings.json`, the worlds `untouched` and `before`, and a run folder for each of
-`after`, `control` and `scratch`. What is trained is not trained again.
+`after`, `control` and `scratch`, which is trained once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from scd.training.plan import plan
 from scd.training.world import train
 
 SETTINGS_FILE = "settings.json"
-"""What the folder's intervention is, and from which step of which run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +38,8 @@ class Start:
     """What an intervention starts from."""
 
     base: TrainConfig
-    """Settings of the run."""
     steps: int
-    """Its optimiser steps so far."""
+    """Optimiser steps of the run so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +49,14 @@ class Candidate:
     world: World
     """Averaged weights."""
     steps: int
-    """Optimiser steps in all: of the run, and of its own."""
+    """Optimiser steps, those of the run it started from included."""
     train_flops: int
-    """Operations of those steps."""
 
 
 def claim(intervention: Intervention, out: Path) -> Start:
-    """Take the folder: write down what starts from where, or find that it is the same.
+    """Write the settings and the first two worlds into a new folder, or continue the same there.
 
     Raises:
-        ValueError, FileNotFoundError: as `Intervention.change_world` and `read_start`.
         FileExistsError: the folder holds another intervention, or something else.
     """
     ours = to_json(intervention)
@@ -92,12 +88,7 @@ def claim(intervention: Intervention, out: Path) -> Start:
 
 
 def read_start(common: Comparison) -> tuple[Start, World]:
-    """Read the run that an intervention starts from: its settings, and its averaged weights.
-
-    Raises:
-        ValueError: a world without the settings of its training, or not trained by denoising.
-        FileNotFoundError: no such run.
-    """
+    """Read the run that an intervention starts from: its settings and its averaged weights."""
     step = resolve(common.run)
     path = step.parent / "config.json"
     if not (step / "progress.json").is_file() or not path.is_file():
@@ -136,7 +127,7 @@ def finetuning(start: Start, common: Comparison, world: World, initial: Path) ->
 def runs_of(
     intervention: Intervention, start: Start, untouched: World, before: World, out: Path
 ) -> dict[str, TrainConfig]:
-    """Return the runs of a comparison by name: each is an ordinary training."""
+    """Return the trainings of a comparison by name."""
     common = intervention.comparison
     runs = {"after": finetuning(start, common, before, out / "before")}
     if common.control:
@@ -171,7 +162,7 @@ def _flops(run: TrainConfig, num_steps: int) -> int:
 def candidates(
     intervention: Intervention, start: Start, untouched: World, out: Path
 ) -> dict[str, Candidate]:
-    """Train what is not trained yet; return all models of the comparison by name."""
+    """Train the models that are not trained yet, and return all by name."""
     device = next(untouched.model.parameters()).device
     before = load_world(out / "before", device=device)
     runs = runs_of(intervention, start, untouched, before, out)
@@ -197,12 +188,7 @@ def candidates(
 
 
 def same_control(config: TrainConfig, other: Path) -> Path:
-    """Return the control of another intervention, if it is what this one's would be.
-
-    Raises:
-        ValueError: it has other settings, started from other weights, or is not finished.
-        FileNotFoundError: there is none.
-    """
+    """Return the control of another intervention; refuse one that differs (ValueError)."""
     step = resolve(other / "control")
     theirs = from_json(TrainConfig, read_json(other / "control" / "config.json"))
     same = replace(theirs, out=config.out, initial=config.initial)

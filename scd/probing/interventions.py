@@ -1,7 +1,7 @@
 """Changes to a trained dense model: layers skipped, layers made diagonal, or made separable.
 
-Each is a change of the model's settings that keeps its weights: what comes of it, trained and
-measured like any other model, is in scd/probing/compare.py.
+Each changes the model's settings and keeps its weights. The changed model is trained and measured
+like any other (scd/probing/compare.py).
 Source: paper, figures 3 and 5, and (composition).
 """
 
@@ -27,14 +27,14 @@ from scd.models.separable import SeparableDiffuser
 from scd.models.stack import skip_after
 
 Layers = tuple[int, ...]
-"""Numbers of layers, counted from 1 as in all names and flags."""
+"""Numbers of layers, from 1."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What an intervention starts from, how long it is finetuned, and how all is measured."""
+    """Start, finetuning and measurement of an intervention."""
 
     run: str
     """Run folder of a trained dense model, or one of its step folders."""
@@ -51,10 +51,9 @@ class Comparison:
     seed: int | None = None
     """Of the finetuning's batches and noise. None: one more than the run's, for other batches."""
     control: bool = True
-    """Finetune the untouched model equally long too: so what mere training gives is told apart."""
+    """Finetune the unchanged model equally long too, to tell the effect of training apart."""
     control_from: str = ""
-    """Out folder of another intervention in the same run: its control is taken, not trained
-    again."""
+    """Out folder of another intervention in the same run, whose control is used."""
     context: int = 8
     """Frames of each held-out clip that a model is given."""
     horizon: int = 8
@@ -64,7 +63,7 @@ class Comparison:
     batch_size: int = 16
     """Clips side by side in the evaluation."""
     timed_frames: int = 40
-    """Frames that each model streams, one of each in turn, to be timed."""
+    """Frames that each model streams, in turns, to be timed."""
     engine: EngineKind = "fast"
     """How models run while they are timed."""
     device: Literal["auto", "cpu"] = "auto"
@@ -107,11 +106,7 @@ class Intervention(ABC):
         """
 
     def change_world(self, world: World) -> World:
-        """Return a world with the changed model.
-
-        Raises:
-            ValueError, OSError: as `change`, and for a model that is not dense.
-        """
+        """Return a world with the changed model; refuse a model that is not dense (ValueError)."""
         if not isinstance(world.model, DenseDiffuser):
             raise ValueError(
                 "an intervention needs a dense model, but this one is separable: it is split "
@@ -132,14 +127,12 @@ class SkipConfig(Intervention):
 
     @property
     def span(self) -> tuple[int, int]:
-        """First and last skipped layer, from 1."""
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", self.layers.strip())
         if found is None:
             raise ValueError(f'layers must be given as "4-8", got {self.layers!r}')
         return int(found[1]), int(found[2] or found[1])
 
     def change(self, model: DenseDiffuser, sampling: SamplingConfig) -> nn.Module:
-        """Return a copy that skips the layers."""
         return skipping(model, self.span, self.full_steps, sampling)
 
 
@@ -151,7 +144,6 @@ class DiagonalConfig(Intervention):
     """How many last layers."""
 
     def change(self, model: DenseDiffuser, sampling: SamplingConfig) -> nn.Module:
-        """Return a copy whose last layers see no other frame."""
         return diagonal(model, self.last)
 
 
@@ -164,9 +156,9 @@ class RecomposeConfig(Intervention):
     decoder: str = ""
     """How many first and last layers the decoder gets: "2+4"."""
     split: str = ""
-    """A probe.json whose proposed split is taken, in place of encoder and decoder."""
+    """A probe.json, for its recommended split in place of encoder and decoder."""
     join: Join = "prefix"
-    """How the decoder meets the context."""
+    """How the decoder is given the context."""
     context_noise: float = 0.05
     """Strength of the noise on the context in training: paper, equation 7."""
     scratch: bool = True
@@ -174,18 +166,13 @@ class RecomposeConfig(Intervention):
     training and the finetuning took together."""
 
     def change(self, model: DenseDiffuser, sampling: SamplingConfig) -> nn.Module:
-        """Return a separable model of copies of the layers."""
         return recompose(model, split_of(self, model.config.num_layers), self.join)
 
 
 def skipping(
     model: DenseDiffuser, span: tuple[int, int], full_steps: int, sampling: SamplingConfig
 ) -> DenseDiffuser:
-    """Copy a model so that it skips layers `span`, from 1, in all steps but the first ones.
-
-    Raises:
-        ValueError: layers that are not there, or no step that would skip them.
-    """
+    """Copy a model so that it skips layers `span`, from 1, in all steps but the first ones."""
     first, last = span
     num_layers = model.config.num_layers
     if model.config.skip is not None:
@@ -204,11 +191,7 @@ def skipping(
 
 
 def diagonal(model: DenseDiffuser, last: int) -> DenseDiffuser:
-    """Copy a model so that in its last layers a frame sees itself only.
-
-    Raises:
-        ValueError: none, or so many that no layer would see the past.
-    """
+    """Copy a model so that in its last layers a frame sees itself only."""
     if model.config.num_diagonal:
         raise ValueError(f"the last {model.config.num_diagonal} layers are diagonal already")
     if not 1 <= last < model.config.num_layers:
@@ -234,9 +217,6 @@ def recompose(model: DenseDiffuser, split: Split, join: Join) -> SeparableDiffus
 
     Embeddings of frames, times and conditions go to both parts, the head to the decoder. The
     modulation of the encoder's output starts as no change, the start frame as a grey frame.
-
-    Raises:
-        ValueError: the model skips layers or has diagonal ones.
     """
     config = model.config
     if config.skip is not None or config.num_diagonal:
@@ -269,12 +249,7 @@ def recompose(model: DenseDiffuser, split: Split, join: Join) -> SeparableDiffus
 
 
 def split_of(config: RecomposeConfig, num_layers: int) -> Split:
-    """Return the split that is asked for.
-
-    Raises:
-        ValueError: none or two are given, they cannot be read, or name layers that are not there.
-        OSError: the probe's result cannot be read.
-    """
+    """Read the split that is given as numbers or by a probe's result."""
     if bool(config.split) == bool(config.encoder or config.decoder):
         raise ValueError("a split is given by encoder and decoder, or by a probe.json, not by both")
     if config.split:
@@ -300,12 +275,7 @@ def split_of(config: RecomposeConfig, num_layers: int) -> Split:
 
 
 def proposed_layers(path: Path) -> tuple[int, Layers]:
-    """Read the split that a probe proposes: depth of the encoder, layers of the decoder.
-
-    Raises:
-        OSError: there is no such file.
-        ValueError: it holds no such proposal.
-    """
+    """Read the split that a probe recommends: depth of the encoder, layers of the decoder."""
     result: Any = read_json(path)
     try:
         split = result["proposed_split"]

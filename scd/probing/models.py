@@ -111,7 +111,7 @@ class _Separable(OurSubject):
     def begin(self, past: Float[Tensor, "b t c h w"], conditions: Conditions) -> OurState:
         stream, now = self.stream(past, conditions)
         stream.cache.make_room()
-        newest = self.newest_row(stream)
+        newest = stream.next_position
         positions = stream.cache.positions_with([newest])
         # A prefix decoder runs its layers over the context too: these are no frame's attention.
         self._distances, self._in_begin = self.from_positions(positions, newest), True
@@ -121,10 +121,6 @@ class _Separable(OurSubject):
 
     sees_context = True
     """Whether the context is tokens that the decoder attends to."""
-
-    def newest_row(self, stream: Any) -> int:
-        """Return the position of the row that the encoder is about to make."""
-        raise NotImplementedError
 
     def encode(self, stream: Any, now: Conditions, past: Tensor) -> Any:
         """Return the context of the model's steps."""
@@ -157,9 +153,6 @@ class SeparableSubject(_Separable):
         join, block = model.config.decoder.join, model.config.block
         super().__init__(model, _give_zeros(block) if join == "prefix" else _read_only)
         self.sees_context = join not in ("channel_concat", "add")
-
-    def newest_row(self, stream: Any) -> int:
-        return stream.next_position
 
 
 class _ReadsText(OurSubject):
@@ -208,9 +201,6 @@ class WanSeparableSubject(_ReadsText, _Separable):
         # Decoder layers before the context joins see one frame.
         alone = num_keys == self.tokens_per_frame and not self.layers[layer].once
         return [0] * num_keys if alone else super().key_distances(layer, num_queries, num_keys)
-
-    def newest_row(self, stream: Any) -> int:
-        return stream.next_position
 
     def encode(self, stream: Any, now: Conditions, past: Tensor) -> Any:
         generator = make_generator(0, "noise of an encoder")

@@ -75,7 +75,7 @@ class SplitLoss:
 
 
 def splits(num_layers: int, max_decoder: int | None = None) -> list[Split]:
-    """List all splits of a dense model; those with more decoder layers come later."""
+    """List all splits of a dense model, by number of decoder layers."""
     largest = num_layers - 1 if max_decoder is None else max_decoder
     found = [
         Split(num_layers=num_layers, num_encoder=encoder, num_first=first)
@@ -87,7 +87,7 @@ def splits(num_layers: int, max_decoder: int | None = None) -> list[Split]:
 
 
 def chosen_splits(num_layers: int, most: int = MAX_SPLITS) -> list[Split]:
-    """List all splits, or those whose depths are multiples of the least spacing that leaves few."""
+    """List all splits, or of deep models those whose depths are multiples of some spacing."""
     for spacing in range(1, num_layers + 1):
         found = [
             split
@@ -114,8 +114,6 @@ def split_losses(
         candidates: None: all splits.
         own_frame: measure the loss without earlier frames in the decoder's layers too.
 
-    Raises:
-        ValueError: the model is split already, or has another number of layers.
     """
     num_layers = len(subject.layers)
     if any(layer.once for layer in subject.layers):
@@ -144,7 +142,7 @@ def split_losses(
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What a frame of the dense model takes, and by which count other models are compared."""
+    """Seconds per frame of the dense model, measured, and of splits, predicted from operations."""
 
     seconds_per_step: float
     """Median time of one call of the dense model for one stream, on this machine."""
@@ -168,7 +166,7 @@ class Speed:
         return self.seconds_per_step * total / step
 
     def _dense(self, split: Split) -> tuple[int, int]:
-        """Count the operations of a frame, and of one of its steps."""
+        """Return the operations of a frame, and of one of its steps."""
         if self.sizes is None:
             return (self.num_steps + 1) * split.num_layers, split.num_layers
         cost = frame_cost(DenseConfig(num_layers=split.num_layers, **vars(self.sizes)), self._load)
@@ -239,7 +237,7 @@ def candidates_of(
     reuse: Mapping[int, float] | None = None,
     past_mass: Mapping[int, float] | None = None,
 ) -> list[Candidate]:
-    """Put what was measured of each split beside what it would cost.
+    """Combine what was measured of each split with its predicted seconds.
 
     Args:
         leave_one_out: relative loss without a layer, by its number; None: not measured.
@@ -287,8 +285,6 @@ def propose(
     within the tolerance, by the upper end of its interval; if there is none, the one with the
     lowest loss.
 
-    Raises:
-        ValueError: no candidates.
     """
     if not candidates:
         raise ValueError("a split is chosen among 1 or more candidates, got none")

@@ -71,10 +71,10 @@ class AttentionMass:
     """
 
     layers: tuple[int, ...]
-    """Number of each layer, from 1."""
+    """Numbers from 1."""
     past_mass: Float[np.ndarray, "layers k steps"]
-    """Share of earlier frames, at each step; that of a layer which runs once per frame is the same
-    at all steps, and counts the frames before the newest known one."""
+    """Share of earlier frames, at each step. For a layer that runs once per frame it is the same at
+    all steps, and counts the frames before the newest known one."""
     uniform: Float[np.ndarray, " layers"]
     """What `past_mass` would be if all visible keys weighed the same: (i - 1) / i for frame i."""
     context_mass: Float[np.ndarray, "layers k steps"]
@@ -102,8 +102,7 @@ def attention_mass(
         chosen: tokens for the maps, from 0; None: that in the middle of the frame.
 
     Raises:
-        ValueError: a layer's attention cannot be seen, no layer attends to earlier frames at all,
-            fewer than two steps, or tokens that a frame has not.
+        ValueError: a layer's attention cannot be seen, or no layer attends to earlier frames.
     """
     times = step_times(sampling)
     counter = _Counter(subject, task.num_past, len(times) - 1, subject.tokens(chosen))
@@ -118,7 +117,7 @@ def attention_mass(
 
 
 class _Counter:
-    """Gathers the shares of all attentions: `see` each attention, then `result`."""
+    """Adds up attention shares: `see` each attention, then `result`."""
 
     def __init__(self, subject: Subject, num_past: int, num_steps: int, chosen: list[int]) -> None:
         layers, heads = len(subject.layers), subject.num_heads
@@ -283,7 +282,6 @@ def _place(token: int, num_columns: int) -> str:
 
 
 def _grey(maps: np.ndarray) -> np.ndarray:
-    """Scale each layer's weights [l t h w] to its largest, as colours."""
     largest = maps.max(axis=(1, 2, 3), keepdims=True)
     # Square roots: most weights are far below the largest.
     return np.sqrt(maps / np.maximum(largest, 1e-12))[..., None].repeat(3, axis=-1)

@@ -51,7 +51,7 @@ may follow, and so a frame that keeps it can score higher.</p>
 
 @dataclass(frozen=True, kw_only=True)
 class ReuseGrid:
-    """Which layers are kept, from which steps on. Numbers from 1."""
+    """Axes of the maps, from 1."""
 
     layers: tuple[int, ...]
     """Depths k: layers 1 .. k, of those that run at every step, are kept."""
@@ -87,7 +87,6 @@ class ReuseLoss:
     """Loss of later steps with kept features, on the straight path from the true frame."""
 
     grid: ReuseGrid
-    """Axes of the map."""
     relative_loss: Float[np.ndarray, "layers steps"]
     """Loss with kept features / loss without - 1, of the means over clips and later steps."""
     later: tuple[tuple[int, ...], ...]
@@ -99,11 +98,10 @@ class ReuseRollout:
     """Frames of whole trajectories with kept features."""
 
     grid: ReuseGrid
-    """Axes of the maps."""
     psnr: Float[np.ndarray, "layers steps"]
     """PSNR, in dB, of the mean error against the true frame."""
     psnr_untouched: float
-    """That of the trajectory in which nothing is kept."""
+    """Of the trajectory in which nothing is kept."""
     psnr_to_untouched: Float[np.ndarray, "layers steps"]
     """PSNR, in dB, against the frame of that trajectory."""
 
@@ -124,8 +122,6 @@ def reuse_loss(
     Args:
         num_later: later steps at which the loss is taken.
 
-    Raises:
-        ValueError: fewer than two steps, or a grid that does not fit.
     """
     times = step_times(sampling)
     num_steps = len(times) - 1
@@ -160,9 +156,6 @@ def reuse_rollout(
 
     Args:
         decode: from latent frames to pixels in [-1, 1].
-
-    Raises:
-        ValueError: fewer than two steps, or a grid that does not fit.
     """
     times = step_times(sampling)
     grid.check(subject, len(times) - 1)
