@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from scd.common.config import at_least
 from scd.common.runtime import DTYPES
 from scd.engine.interface import ENGINES
 
@@ -137,9 +138,14 @@ class ServeConfig(WorldConfig):
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must lie in 0 .. 65535, got {self.port}")
-        for name in ("sessions", "max_rows", "history_frames", "queue_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        at_least(
+            1,
+            sessions=self.sessions,
+            max_rows=self.max_rows,
+            history_frames=self.history_frames,
+            queue_frames=self.queue_frames,
+            replicas=self.replicas,
+        )
         for name in ("max_fps", "idle_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
@@ -169,8 +175,6 @@ class ServeConfig(WorldConfig):
             if self.max_replicas is not None or self.ray_address:
                 raise ValueError("max_replicas and ray_address need replicas")
             return
-        if self.replicas < 1:
-            raise ValueError(f"replicas must be 1 or more, got {self.replicas}")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(
                 f"max_replicas must be {self.replicas} or more, as replicas, "
