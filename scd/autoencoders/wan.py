@@ -62,11 +62,6 @@ def num_latent_frames(num_frames: int) -> int:
     return 1 + whole
 
 
-def num_pixel_frames(num_latents: int) -> int:
-    """Return how many frames of video a number of latent frames stands for; 0 for 0."""
-    return max(0, 1 + FRAMES_PER_LATENT * (num_latents - 1))
-
-
 class WanAutoencoder(NetworkAutoencoder):
     """Between frames of video and Wan's latents; the network is diffusers' AutoencoderKLWan."""
 

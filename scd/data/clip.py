@@ -94,7 +94,6 @@ class Conditions:
     actions: Int[Tensor, "b t"] | Float[Tensor, "b t a"] | None = None
     """Action i led from frame i-1 to frame i: ids, or vectors."""
     labels: Int[Tensor, " b"] | None = None
-    """Class of each clip."""
     null_actions: Bool[Tensor, "b t"] | None = None
     """Frames whose action is hidden; None: of no frame."""
     null_labels: Bool[Tensor, " b"] | None = None
@@ -166,7 +165,6 @@ class Clip:
     actions: Int[Tensor, " t"] | Float[Tensor, "t a"] | None = None
     """Action i led from frame i-1 to frame i."""
     label: int | None = None
-    """Class of the whole clip."""
     encoded: bool = False
     """Whether the frames are what an autoencoder made of them."""
     text: Float[Tensor, "l d"] | None = None

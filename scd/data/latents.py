@@ -261,7 +261,6 @@ class EncodedEpisode:
     actions: Int[Tensor, " t"] | Float[Tensor, "t a"] | None
     """Action i led from latent frame i-1 to latent frame i."""
     label: int | None
-    """Class of the whole episode."""
     text: Float[Tensor, "l d"] | None
     """Embedded text, without what fills it up."""
 

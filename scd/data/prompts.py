@@ -41,7 +41,6 @@ class PromptsInfo:
     """What a folder of embedded prompts holds."""
 
     format: int
-    """Version of the layout."""
     text: str
     """What tells this text encoder from another."""
     length: int
@@ -55,7 +54,6 @@ class PromptsInfo:
     negative: str
     """What guidance leads away from; may be the empty prompt."""
     negative_file: str
-    """Its file."""
 
     def __post_init__(self) -> None:
         if not self.prompts or len(self.prompts) != len(self.files):

@@ -46,11 +46,8 @@ class Header:
     """What was found out about an episode."""
 
     num_frames: int = 0
-    """Frames of the episode."""
     height: int = 0
-    """Rows of a frame, in pixels."""
     width: int = 0
-    """Columns of a frame, in pixels."""
     fps: float = 0.0
     """Frames per second, on average; 0: not said."""
     error: str = ""

@@ -44,7 +44,6 @@ class DataCard:
     fps: float
     """Frames per second at which the episodes are meant to be watched."""
     conditions: ConditionSpec
-    """What steers the episodes."""
     action_names: tuple[str, ...]
     """Name of each discrete action id, or of each entry of a continuous action."""
 
@@ -64,11 +63,9 @@ class Findings:
     """What a look at a collection found."""
 
     there: list[str] = field(default_factory=list)
-    """What is there."""
     notes: list[str] = field(default_factory=list)
     """What is odd, but does not keep anybody from using it."""
     missing: list[str] = field(default_factory=list)
-    """What is missing or wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,10 +85,9 @@ class DMLabConfig(TecoConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """The episodes of one folder, before any is looked at."""
+    """The episodes of one folder, if it is there, before any is looked at."""
 
     folder: Path | None
-    """Folder of the part; None: there is none."""
     list_file: Path | None
     """List that gives the order; None: there is none, and names are sorted."""
     episodes: tuple[Files, ...] = ()

@@ -89,7 +89,6 @@ class ToyState:
     colours: Float32[np.ndarray, "shapes 3"]
     """Colour of each shape, in [-1, 1]."""
     radii: Float32[np.ndarray, " shapes"]
-    """Radius of each shape, in pixels."""
     visible: Float32[np.ndarray, "t shapes"]
     """Share of each shape's area that is neither behind the occluder nor behind another shape."""
     occluder: tuple[int, int, int, int]

@@ -93,13 +93,11 @@ class UCF101Files:
     """Where things are, and what the lists say."""
 
     videos: Path
-    """Folder of the class folders."""
     classes: dict[str, int]
     """Class by name, from 0."""
     train: tuple[str, ...]
     """Videos of the training list, relative to `videos`."""
     test: tuple[str, ...]
-    """Videos of the test list."""
 
     def missing_classes(self) -> list[str]:
         """Say which class folders are not there, and which folder may be meant."""

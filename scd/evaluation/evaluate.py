@@ -66,7 +66,6 @@ class Prepared:
     """An evaluation that can begin: everything is there and fits together."""
 
     trial: Trial
-    """What is rolled out and measured."""
     reader: TrainedInverseDynamics | None
     """Reads actions back, if it is measured how well."""
     about: dict[str, Any]

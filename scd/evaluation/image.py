@@ -47,11 +47,9 @@ class Estimate:
     """A number measured on some clips and where it would fall on other clips of the same kind."""
 
     mean: float
-    """The number on all clips as they are."""
     ci_low: float
-    """Lower end of the 95 % interval."""
     ci_high: float
-    """Upper end of the 95 % interval."""
+    """Ends of the 95 % interval."""
 
 
 def mse(

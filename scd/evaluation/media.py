@@ -33,9 +33,7 @@ class PictureRow:
     """One named row of a grid; a row with fewer frames than columns leaves the last ones empty."""
 
     name: str
-    """What is shown, written left of the row."""
     frames: Float[Tensor, "t 3 h w"]
-    """Pixels in [-1, 1]."""
 
 
 def enlarge(pixels: UInt8[Tensor, "t h w 3"], size: int) -> UInt8[Tensor, "t _ _ 3"]:

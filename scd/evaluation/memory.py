@@ -58,7 +58,6 @@ class MemoryEvent:
     """A shape that returns into view."""
 
     shape: int
-    """Its index in the state."""
     last_seen: int
     """Frame of the window in which it was last seen before it was hidden."""
     frame: int
@@ -145,11 +144,8 @@ class MemoryClips:
     """Windows of toy episodes in each of which at least one shape comes back."""
 
     batch: Batch
-    """Frames and actions of the windows."""
     states: list[ToyState]
-    """What is true of each window."""
     events: list[list[MemoryEvent]]
-    """Shapes that should come back in each window."""
     num_given: int
     """Frames at each window's beginning that a model may be given."""
 

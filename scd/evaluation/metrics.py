@@ -45,7 +45,6 @@ class Seen:
     true: Float[Tensor, "b t 3 h w"]
     """The same frames of the data."""
     context: int
-    """How many are given."""
     steering: Conditions
     """What steered the predicted frames."""
     shuffled: bool

@@ -58,9 +58,7 @@ class Unit:
     """One batch of clips and one of their trajectories."""
 
     batch: int
-    """Number of the batch."""
     trajectory: int = 0
-    """Number of the trajectory."""
     what: Literal["trajectory", "shuffled", "memory"] = "trajectory"
     """shuffled: steered by the actions of another clip, with the noise of the trajectory; memory:
     other clips, in which shapes of the toy world come back."""
@@ -91,15 +89,11 @@ class Trial:
     """A world, clips and a protocol: all that the numbers of a unit depend on."""
 
     world: World
-    """What predicts."""
     source: Source
-    """Where clips are read."""
     windows: list[Window]
-    """The clips."""
     protocol: Protocol
     """How they are rolled out and measured; its number of clips is theirs."""
     metrics: Sequence[Metric]
-    """What is measured."""
     sampling: SamplingConfig | None = None
     """How frames are denoised; None: as the world says."""
     guidance: Guidance | None = None
@@ -280,7 +274,6 @@ class Measurement:
     timings: list[Timing]
     """Of the model's steps on full batches, without the first step."""
     left_out: dict[str, str]
-    """What could not be measured, and why."""
     memory_events: int
     """Hidden shapes behind the memory score."""
     numbers: Mapping[str, Numbers]

@@ -16,7 +16,6 @@ from scd.autoencoders.wan import (
     WanStreamDecoder,
     WanStreamEncoder,
     num_latent_frames,
-    num_pixel_frames,
     open_wan_autoencoder,
 )
 from scd.common.hub import find_part, fingerprint
@@ -46,7 +45,6 @@ def clip_of(batch=2, num=9, seed=0):
 
 def test_numbers_of_frames():
     assert [num_latent_frames(num) for num in (1, 5, 81)] == [1, 2, 21]
-    assert [num_pixel_frames(num) for num in (0, 1, 2, 21)] == [0, 1, 5, 81]
     for wrong in (0, 2, 4, 80):
         with pytest.raises(ValueError, match="4 at a time"):
             num_latent_frames(wrong)
