@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scd.autoencoders.base import PixelAutoencoder, PixelConfig
-from scd.bench import card, limits, timing
+from scd.bench import card, timing
 from scd.data.clip import Batch, frames_to_pixels
 from scd.data.loader import Loader
 from scd.data.manifest import write_card, write_episode, write_manifest
@@ -88,8 +88,8 @@ def tiny_world(model_config: ModelConfig, toy_source: Source) -> World:
 @pytest.fixture
 def brief_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     """`scd bench` with limits measured on next to nothing, and hardly any warming up."""
-    monkeypatch.setattr(limits, "MATMUL_SIZES", {"cpu": (128,)})
-    monkeypatch.setattr(limits, "COPY_BYTES", {"cpu": 2**22})
+    monkeypatch.setattr(card, "MATMUL_SIZES", {"cpu": (128,)})
+    monkeypatch.setattr(card, "COPY_BYTES", {"cpu": 2**22})
     monkeypatch.setattr(card, "LIMIT_SECONDS", 0.02)
     monkeypatch.setattr(timing, "WARM_S", 0.0)
 

@@ -13,7 +13,7 @@ import tyro
 
 from scd.bench.card import LimitsOfDevice, RowFile, card, print_card
 from scd.bench.case import Case, numbers, parse_case
-from scd.bench.stream import TimedStreams
+from scd.bench.streams import TimedStreams
 from scd.bench.timing import Effort, warm_up, whole_and_denoise
 from scd.common.config import at_least, to_json
 from scd.common.memory import check_free, out_of_memory_named, release

@@ -13,7 +13,7 @@ import tyro
 from scd.bench.card import LimitsOfDevice, RowFile, card, print_card
 from scd.bench.case import Case, every_case, names, numbers
 from scd.bench.models import Subject, find_subject
-from scd.bench.stream import TimedStreams
+from scd.bench.streams import TimedStreams
 from scd.bench.timing import TIMED, Effort, time_case
 from scd.common.config import to_json
 from scd.common.memory import OutOfMemory, release

@@ -9,14 +9,15 @@ import re
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from scd.autoencoders.base import PixelAutoencoder, PixelConfig
-from scd.autoencoders.build import Autoencoder
 from scd.common.config import from_json
 from scd.common.runtime import make_generator
+from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
 from scd.models.build import Diffuser, build
-from scd.models.checkpoint import load_world, resolve
+from scd.models.checkpoint import World, load_world, resolve
 from scd.models.config import (
     BlockConfig,
     CacheConfig,
@@ -99,13 +100,38 @@ class Subject:
             return False
         return self.folder is not None or self.config.shape.channels == 3
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> tuple[Diffuser, Autoencoder | None]:
-        """Return the model in eval mode, and what turns its latents into pixels, if anything."""
+    def load(self, device: torch.device, dtype: torch.dtype) -> World:
+        """Return the world: trained, or of random weights, whose card is made up."""
         if self.folder is not None:
             world = load_world(self.folder, device=device)
-            return world.model.to(dtype), world.autoencoder if self.has_pixels else None
-        autoencoder = PixelAutoencoder(PixelConfig()) if self.has_pixels else None
-        return random_model(self.config, device, dtype), autoencoder
+            world.model.to(dtype)
+            if not self.has_pixels:
+                world.autoencoder = NoAutoencoder()
+            return world
+        shape, spec = self.config.shape, self.config.conditions
+        names = tuple(map(str, range(spec.num_actions or spec.action_dim)))
+        return World(
+            model=random_model(self.config, device, dtype),
+            autoencoder=PixelAutoencoder(PixelConfig()) if self.has_pixels else NoAutoencoder(),
+            card=DataCard(
+                height=shape.height,
+                width=shape.width,
+                fps=10.0,
+                conditions=spec,
+                action_names=names,
+            ),
+            sampling=self.sampling,
+        )
+
+
+class NoAutoencoder(PixelAutoencoder):
+    """For latents that nothing here can decode: their first three channels stand for colours."""
+
+    def __init__(self) -> None:
+        super().__init__(PixelConfig())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents[..., :3, :, :]
 
 
 def find_subject(name: str, join: Join | None = None) -> Subject:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from scd.bench.card import Limits, synchronize
 from scd.bench.case import Case
-from scd.bench.crowd import TimedSessions
-from scd.bench.limits import Limits, synchronize
-from scd.bench.stream import TimedStreams
+from scd.bench.streams import TimedSessions, TimedStreams
 from scd.common.config import at_least
 from scd.common.memory import PeakMemory, check_free, out_of_memory_named
+from scd.common.timing import Timing
 
 TIMED = (
     "seconds are wall-clock, of one step of all streams of the batch, from the action to the "
@@ -109,9 +109,9 @@ def _measure(streams: TimedStreams, effort: Effort, peak: PeakMemory) -> dict[st
         "latency_p99_s": quantile(whole, 0.99),
         "denoise_s": median(denoise),
         "round_s": median(whole),
-        "encoder_s": median(frame["encoder"] + frame["memory"] for frame in parts),
-        "decoder_step_s": median(frame["decoder"] for frame in parts) / streams.case.steps,
-        "autoencoder_s": median(frame["autoencoder"] for frame in parts),
+        "encoder_s": median(frame.encoder_s for frame in parts),
+        "decoder_step_s": median(frame.decoder_s for frame in parts) / streams.case.steps,
+        "autoencoder_s": median(frame.autoencoder_s for frame in parts),
         "cold_start_s": streams.cold_start_s,
         "first_frame_s": first_s,
         "first_frame_warm_s": _first_frame_s(streams),
@@ -172,7 +172,7 @@ def warm_up(streams: TimedStreams) -> None:
 
 
 def whole_and_denoise(
-    streams: TimedStreams, effort: Effort, parts: Sequence[Mapping[str, float]] | None = None
+    streams: TimedStreams, effort: Effort, parts: Sequence[Timing] | None = None
 ) -> tuple[list[float], list[float]]:
     """Return the seconds of frames: with the autoencoder, and without it.
 
@@ -183,42 +183,32 @@ def whole_and_denoise(
     """
     if streams.device.type == "cpu":
         parts = time_parts(streams, effort) if parts is None else parts
-        whole = [sum(frame.values()) for frame in parts]
-        return whole, [sum(frame.values()) - frame["autoencoder"] for frame in parts]
+        return [frame.total_s for frame in parts], [frame.denoise_only_s for frame in parts]
     # On a GPU waiting between the parts would keep them from overlapping.
-    whole = time_frames(streams, effort)
-    if streams.autoencoder is None:
+    whole = _time(streams.frame, streams, effort)
+    if not streams.case.subject.has_pixels:
         return whole, whole
-    return whole, time_frames(streams, effort, decode=False)
+    return whole, _time(streams.latents, streams, effort)
 
 
-def time_frames(streams: TimedStreams, effort: Effort, decode: bool = True) -> list[float]:
+def _time(make: Callable[[], Any], streams: TimedStreams, effort: Effort) -> list[float]:
     """Return the seconds of each frame, waiting for the device only at its end."""
 
     def frame() -> float:
         start = time.perf_counter()
-        streams.frame(decode=decode)
+        make()
         synchronize(streams.device)
         return time.perf_counter() - start
 
     return _repeat(frame, effort)
 
 
-def time_parts(streams: TimedStreams, effort: Effort) -> list[dict[str, float]]:
+def time_parts(streams: TimedStreams, effort: Effort) -> list[Timing]:
     """Return the seconds of each part of each frame, waiting for the device after each."""
 
-    def frame() -> dict[str, float]:
-        seconds: dict[str, float] = {}
-        last = time.perf_counter()
-
-        def lap(part: str) -> None:
-            nonlocal last
-            synchronize(streams.device)
-            now = time.perf_counter()
-            seconds[part], last = now - last, now
-
-        streams.frame(lap)
-        return seconds
+    def frame() -> Timing:
+        streams.frame_in_parts()
+        return streams.rollout.timing
 
     return _repeat(frame, effort)
 

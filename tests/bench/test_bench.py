@@ -12,19 +12,16 @@ import torch
 import tyro
 
 from scd.autoencoders.base import PixelAutoencoder, PixelConfig
-from scd.bench.card import LimitsOfDevice, RowFile
+from scd.bench.card import Limits, LimitsOfDevice, RowFile, measure_limits
 from scd.bench.case import Case, numbers, parse_case
 from scd.bench.compare import CompareConfig, compare, pairs_of
-from scd.bench.crowd import TimedSessions
-from scd.bench.limits import Limits, measure_limits
 from scd.bench.measure import BenchConfig, bench, cases_of
 from scd.bench.models import Subject, find_subject, random_model
-from scd.bench.stream import TimedStreams
+from scd.bench.streams import TimedSessions, TimedStreams
 from scd.bench.timing import Effort, time_case
 from scd.cli import main
 from scd.common import memory as device_memory
 from scd.common.memory import OutOfMemory, PeakMemory, check_free, out_of_memory_named
-from scd.data.clip import Conditions
 from scd.data.source import DataCard
 from scd.models.build import build, frame_cost, num_parameters
 from scd.models.checkpoint import World, save_world
@@ -112,9 +109,8 @@ def test_latents_without_autoencoder_are_played_as_they_are(monkeypatch):
     sessions = TimedSessions(Case(model="toy", context=4, steps=1, sessions=2), CPU)
     sessions.fill()
     assert len(sessions.play(2, 60.0).latencies) == 2
-    frames = torch.full((1, 1, 3, 4, 4), 2.0)
-    autoencoder = sessions.streams.world.autoencoder
-    assert autoencoder.decode(frames) is frames is autoencoder.encode(frames)
+    latents = torch.full((1, 1, 5, 4, 4), 2.0)
+    assert torch.equal(sessions.world.autoencoder.decode(latents), latents[:, :, :3])
 
 
 def test_comparisons_are_of_one_session():
@@ -157,13 +153,14 @@ def test_the_window_is_full_and_every_frame_evicts_another(spec):
     streams = TimedStreams(case, CPU)
     streams.fill()
     for index in range(4):
-        frame = streams.frame()
-        cache = streams.state.cache
+        frame = streams.frame()[:, 0]
+        cache = streams.rollout.state.cache
         assert frame.shape == (case.batch, 3, 32, 32) and torch.isfinite(frame).all()
         held = cache.num_frames
         # A separable model's newest frame waits for the next action.
         assert held == 5 and cache.num_evicted == index + 1, (held, cache.num_evicted)
         assert cache.config.window == 5
+    assert streams.latents().shape == (case.batch, 3, 32, 32) and cache.num_evicted == 5
     needed = case.cost()
     assert needed.cache_bytes == cache.num_bytes
 
@@ -416,7 +413,7 @@ def test_labels_steer_timed_streams(monkeypatch, tiny_world):
     monkeypatch.setattr(Case, "subject", property(lambda case: replace(subject, config=config)))
     streams = TimedStreams(Case(model="toy", context=4, steps=1, guidance="conditions"), CPU)
     streams.fill()
-    assert isinstance(streams._conditions(), Conditions)
+    assert torch.equal(streams.rollout.labels, torch.zeros(1))
     assert torch.isfinite(streams.frame()).all()
 
 

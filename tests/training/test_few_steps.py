@@ -9,9 +9,8 @@ import torch
 from benchmarks import turns
 from scd.bench.case import Case, parse_case
 from scd.bench.compare import CompareConfig, compare, pairs_of
-from scd.bench.crowd import TimedSessions
 from scd.bench.measure import BenchConfig, bench, cases_of
-from scd.bench.stream import TimedStreams
+from scd.bench.streams import TimedSessions, TimedStreams
 from scd.cli import main
 from scd.common.config import to_json
 from scd.data.clip import Conditions
@@ -106,7 +105,9 @@ def test_bench_times_a_run_as_it_is_sampled(runs):
     assert case.sampling == replace(SHIFTED, num_steps=4)
     case = parse_case(f"model={runs['listed']} context=4", {})
     assert case.steps == 3
-    assert TimedStreams(case, CPU).times == schedule(LISTED).tolist()
+    streams = TimedStreams(case, CPU)
+    streams.begin()
+    assert streams.rollout.times == schedule(LISTED).tolist()
 
 
 def test_timed_streams_and_sessions_make_as_many_calls_as_the_run_says(runs):
