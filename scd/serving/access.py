@@ -56,7 +56,6 @@ class Buckets:
     def __init__(
         self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """As `Bucket`, for each of them."""
         self._make = lambda: Bucket(rate, burst, clock)
         self._of: OrderedDict[str, Bucket] = OrderedDict()
 
@@ -99,7 +98,6 @@ class Access:
         self._buckets = Buckets(rate, 4 * rate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or refuse it."""
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return

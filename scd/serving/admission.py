@@ -145,7 +145,6 @@ class Admission:
     """Promises memory to sessions by name, and never more than there is."""
 
     def __init__(self, max_sessions: int, budget: int) -> None:
-        """Begin with nobody."""
         self.max_sessions, self.budget = max_sessions, budget
         self._promised: dict[str, int] = {}
 

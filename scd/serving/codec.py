@@ -52,14 +52,12 @@ class JpegEncoder:
     codec: Codec = "jpeg"
 
     def __init__(self, quality: int = 90) -> None:
-        """Set the quality, 1 to 100."""
         self.quality = quality
 
     def restart(self) -> None:
         """Do nothing: every picture stands alone."""
 
     def encode(self, frame: UInt8[np.ndarray, "h w 3"]) -> Packed:
-        """Pack one frame."""
         file = io.BytesIO()
         Image.fromarray(frame).save(file, "JPEG", quality=self.quality, subsampling=0)
         return Packed(payload=file.getvalue(), key=True)
@@ -91,7 +89,6 @@ class H264Encoder:
         self._next_is_key = True
 
     def encode(self, frame: UInt8[np.ndarray, "h w 3"]) -> Packed:
-        """Pack one frame."""
         padded = np.pad(frame, self._padding, mode="edge")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
         # The times mean nothing to the viewer, who draws what comes.
@@ -118,7 +115,6 @@ class Decoder:
     """Frames of one connection, unpacked in their order."""
 
     def __init__(self) -> None:
-        """Wait for a key frame."""
         self._context: av.VideoCodecContext | None = None
 
     def decode(self, payload: bytes, codec: str, key: bool) -> UInt8[np.ndarray, "_ _ 3"]:

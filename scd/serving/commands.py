@@ -335,7 +335,6 @@ class Commands:
         return guidance
 
     def _start(self, asked: Beginning, upload: np.ndarray | None) -> Start:
-        """Return what a session begins with, where that is possible."""
         if asked.steps is not None:
             self._steps(asked.steps)
         if asked.guidance is not None:

@@ -53,7 +53,6 @@ class SendQueue:
     """What one client is sent: text and binary messages, and frames, which are packed here."""
 
     def __init__(self, service: Service, socket: WebSocket) -> None:
-        """Begin empty."""
         self._service, self._socket = service, socket
         self._queue: asyncio.Queue[str | bytes | Frame] = asyncio.Queue(MOST_QUEUED)
         self._sent = ("", -1, -1)
@@ -162,7 +161,6 @@ class Conversation:
     """What one client says, passed on to the host, and what comes back, put into its queue."""
 
     def __init__(self, service: Service, queue: SendQueue) -> None:
-        """Begin without a session."""
         self._service, self._queue = service, queue
         self._loop = asyncio.get_running_loop()
         self._num_pending = 0
@@ -301,7 +299,6 @@ async def serve_client(service: Service, socket: WebSocket) -> None:
 
 
 async def _part(service: Service, socket: WebSocket, error: ServeError) -> None:
-    """Say why the connection ends, and end it."""
     code = CLOSE_CODES.get(error.code, CLOSE_CODES["bad_message"])
     service.metrics.errors.labels(error.code).inc()
     service.metrics.closes.labels(str(code)).inc()
@@ -317,7 +314,6 @@ class Connection:
     """What reads one client."""
 
     def __init__(self, service: Service, socket: WebSocket) -> None:
-        """Prepare; `until_end` does the rest."""
         limits = service.config.limits
         self._service, self._socket, self._limits = service, socket, limits
         self._bucket = Bucket(limits.messages_per_s, 2 * limits.messages_per_s)

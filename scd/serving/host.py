@@ -133,7 +133,6 @@ class Host:
         return self._requests.put(Call(message=do))
 
     def _live(self) -> None:
-        """Be the model thread."""
         loop = None
         try:
             loop = EngineLoop(

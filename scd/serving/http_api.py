@@ -156,7 +156,6 @@ class HttpApi:
     """What each route does."""
 
     def __init__(self, service: Service) -> None:
-        """For one server."""
         self._service = service
         self._videos = asyncio.Semaphore(MOST_VIDEOS)
 
@@ -168,12 +167,10 @@ class HttpApi:
         return _json(json.dumps(values), 503 if reason else 200)
 
     async def metrics(self, request: Request) -> Response:
-        """Return all counters as Prometheus reads them."""
         kind = "text/plain; version=0.0.4; charset=utf-8"
         return Response(self._service.metrics.text(), media_type=kind)
 
     async def world(self, request: Request) -> Response:
-        """Return what `welcome` says."""
         return _json(write(self._service.welcome()))
 
     async def upload(self, request: Request) -> Response:
@@ -213,7 +210,6 @@ class HttpApi:
         return _json(json.dumps(values), kind.status)
 
     async def frame(self, request: Request) -> Response:
-        """Return a frame of the history as a picture."""
         text = request.path_params["index"]
         if not (text.isascii() and text.isdecimal() and len(text) < 16):
             raise ServeError("bad_field", "a frame has a number")
@@ -221,7 +217,6 @@ class HttpApi:
         return Response(JpegEncoder().encode(pixels).payload, media_type="image/jpeg")
 
     async def video(self, request: Request) -> Response:
-        """Return the history as an MP4 file."""
         async with self._videos:
             frames = await self._history(request.path_params["session"])
             data = await asyncio.to_thread(_as_video, frames, self._service.host.info.fps)
@@ -250,7 +245,6 @@ def _json(body: str, status: int = 200) -> Response:
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:
-    """Read a body, as far as it is allowed to go."""
     too_large = ServeError("too_large", f"at most {max_bytes} bytes are taken here")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > max_bytes:

@@ -80,12 +80,10 @@ class Metrics:
             registry.register(self)  # type: ignore[arg-type]
 
     def note_frame(self, frame: FrameHeader) -> None:
-        """Count the times of a new frame."""
         for part in ("queued", "encoder", "decoder", "autoencoder"):
             self._parts.labels(part).observe(getattr(frame, f"{part}_ms") / 1000)
 
     def text(self) -> bytes:
-        """Return all of it, as Prometheus reads it."""
         return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:

@@ -246,7 +246,6 @@ class Ingress:
         self._thread.start()
 
     def check_health(self) -> None:
-        """Raise if the web server has ended."""
         if not self._thread.is_alive():
             raise RuntimeError("the web server has ended")
 

@@ -90,7 +90,6 @@ class Replica:
         self._peers: Any = None
 
     async def report(self) -> dict[str, Any]:
-        """Describe this replica, as a `Report`."""
         playing = self._service.host.call(lambda loop: tuple(loop.sessions.playing))
         sessions = await answer(playing)
         return asdict(Report(name=self._name, url=self._url, sessions=sessions))
@@ -162,11 +161,9 @@ class SecretMiddleware:
     """Middleware that lets only the router in, and nobody once the replica is leaving."""
 
     def __init__(self, app: ASGIApp, secret: str, is_leaving: Any) -> None:
-        """Stand before an application."""
         self._app, self._secret, self._is_leaving = app, secret.encode(), is_leaving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or refuse it."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return

@@ -77,12 +77,10 @@ class ReplicaRegistry:
         self._thread = threading.Thread(target=self._watch, name="scd-serve-registry", daemon=True)
 
     def start(self) -> None:
-        """Look from now on."""
         self.look()
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more."""
         self._over.set()
         self._thread.join(30.0)
 
@@ -140,7 +138,6 @@ class ReplicaRegistry:
         self._owners[session] = replica
 
     def lost(self, replica: Report) -> None:
-        """Note that a replica did not answer."""
         self._running.pop(replica.name, None)
         self._owners = {key: one for key, one in self._owners.items() if one.name != replica.name}
 
@@ -153,7 +150,6 @@ class Router:
     """The application; one event loop."""
 
     def __init__(self, registry: ReplicaRegistry, secret: str) -> None:
-        """For a registry whose replicas know the secret."""
         self._registry, self._headers = registry, {SECRET: secret}
         self._http: Any = None
 
@@ -286,7 +282,6 @@ class Pipe:
     def __init__(
         self, http: Any, headers: dict[str, str], registry: ReplicaRegistry, socket: WebSocket
     ) -> None:
-        """Prepare; `run` does the rest."""
         self._http, self._headers, self._registry, self._socket = http, headers, registry, socket
         self._replica: Report | None = None
         self._upstream: Any = None

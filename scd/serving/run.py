@@ -220,7 +220,6 @@ def listening(config: ServeConfig) -> Iterator[socket.socket]:
 
 
 def address(config: ServeConfig, listener: socket.socket) -> str:
-    """Return where the page is."""
     scheme = "https" if config.tls_cert else "http"
     host = f"[{config.host}]" if ":" in config.host else config.host
     return f"{scheme}://{host}:{listener.getsockname()[1]}/"
@@ -259,7 +258,6 @@ class Server(uvicorn.Server):
         """That ended it; None: none did."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, and say so."""
         await super().startup(sockets=sockets)
         if self.started:
             self._on_ready()

@@ -29,7 +29,6 @@ class RequestQueue:
     """Filled from any thread, emptied by one; once closed, whatever is put in is refused."""
 
     def __init__(self, max_calls: int) -> None:
-        """Begin empty."""
         self.max_calls = max_calls
         self.reason = ""
         self._waiting: deque[Call] = deque()
@@ -65,7 +64,6 @@ class RequestQueue:
                 self._bell.notify()
 
     def ring(self) -> None:
-        """Wake the thread that waits for a call."""
         with self._bell:
             self._bell.notify()
 
@@ -94,7 +92,6 @@ class Scheduler:
     """`ask`, then `tick`, again and again; `next_at` says when, if nothing happens until then."""
 
     def __init__(self, sessions: Sessions) -> None:
-        """Make frames for these sessions."""
         self.sessions = sessions
         self.num_frames = self._num_begun = 0
         # Asked for, not begun.

@@ -62,7 +62,6 @@ class Service:
         self.num_connections = 0
 
     def welcome(self, request: int | None = None) -> Welcome:
-        """Say what is played and within which limits."""
         return Welcome(
             version=VERSION,
             server=f"scd {__version__}",

@@ -129,7 +129,6 @@ class History:
 
     @property
     def kept(self) -> tuple[KeptFrame, ...]:
-        """All frames that can be shown."""
         return tuple(self._frames)
 
     @property
@@ -288,7 +287,6 @@ class Session:
         )
 
     def use(self, now: float) -> None:
-        """Note that somebody wants the session."""
         self.last_used, self.uses = now, self.uses + 1
 
     def is_idle(self, now: float, idle_s: float) -> bool:

@@ -122,7 +122,6 @@ class Sessions:
         return session
 
     def _open(self, name: str, start: Start) -> tuple[Stream, History]:
-        """Begin a stream under the promise of a session."""
         streams, message = self.streams, start.message
         guidance = as_guidance(message.guidance)
         sampling = None
@@ -139,7 +138,6 @@ class Sessions:
                 raise
 
     def _given(self, start: Start, frames: Tensor | None) -> list[KeptFrame]:
-        """Return the given frames as a history keeps them."""
         if frames is None:
             return []
         engine = self.streams.engine
@@ -152,7 +150,6 @@ class Sessions:
         ]
 
     def restart(self, session: Session, start: Start) -> None:
-        """Begin a session anew, one generation later."""
         stream, history = self._open(session.name, start)
         session.start = start
         self._replace(session, stream, history)

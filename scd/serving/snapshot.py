@@ -133,7 +133,6 @@ class CacheRecord(Record):
 
     @staticmethod
     def of(rollout: Rollout) -> CacheRecord:
-        """Return the numbers of a stream's cache."""
         cache = rollout.state.cache
         return CacheRecord(
             num_frames=rollout.num_frames, slots=tuple(cache.slots), num_evicted=cache.num_evicted

@@ -82,11 +82,9 @@ class SessionStore:
 
     @property
     def is_full(self) -> bool:
-        """Whether no more fit."""
         return len(self) >= self.max_sessions
 
     def __contains__(self, name: str) -> bool:
-        """Whether a session lies here."""
         path = self._paths.get(name)
         if path is not None and not path.exists():
             # Another host has taken it.
@@ -233,7 +231,6 @@ class Evictions:
         return _known(False) if store is None else self._ask(lambda: store.discard(name))
 
     def snapshot(self, session: Session) -> Future[bytes]:
-        """Write a session as a file."""
         image = self.sessions.image(session)
         return self._ask(lambda: write(image, self._fingerprint))
 
