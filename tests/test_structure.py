@@ -213,7 +213,7 @@ def test_only_the_attention_files_call_the_fused_kernels():
         for path in source_files()
         if re.search(r"scaled_dot_product_attention|flex_attention\(", path.read_text("utf-8"))
     }
-    assert callers == {"models.attention", "engine.attention", "probing.intercept"}
+    assert callers == {"models.attention", "engine.layers", "probing.intercept"}
 
 
 def test_modules_are_short():

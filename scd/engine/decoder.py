@@ -9,14 +9,9 @@ import torch
 from torch import Tensor
 
 from scd.data.clip import Conditions
-from scd.engine.attention import Attention, Turn
-from scd.engine.block import PARTS, FastBlock, blocks_of, norm_weights, split
-from scd.engine.embed import FastEmbedder, FastHead
-from scd.engine.linear import PackedLinear, release
-from scd.engine.modulation import Modulations
-from scd.models.attention import frame_positions, rotary_table
+from scd.engine.layers import FastHead, PackedLinear, release, split
+from scd.engine.stack import FastStack
 from scd.models.decoder import FrameDecoder
-from scd.models.flow import CLEAN_TIME
 
 
 class DecoderRows:
@@ -28,7 +23,7 @@ class DecoderRows:
     """
 
     def __init__(self, decoder: FastDecoder, capacity: int) -> None:
-        shape, block = decoder.shape, decoder.config_block
+        shape, block = decoder.shape, decoder.block
         self.capacity = capacity
         like = {"dtype": decoder.dtype, "device": decoder.device}
         if decoder.join == "prefix":
@@ -53,45 +48,25 @@ class DecoderRows:
             self.values[:, target] = self.values[:, source]
 
 
-class FastDecoder:
+class FastDecoder(FastStack):
     """Transformer over one frame at a time: `put` a context in a row, `velocity` at every step."""
 
     def __init__(self, decoder: FrameDecoder, free: bool) -> None:
-        """Lay the weights out.
-
-        Args:
-            decoder: the plain one.
-            free: give up its weights.
-        """
-        self.config_block, self.shape = decoder.block, decoder.shape
+        """Lay the weights out; `free` gives up the plain ones."""
         self.join = decoder.config.join
-        weight = decoder.head.project.weight
-        self.dtype, self.device = weight.dtype, weight.device
-        num_tokens, blocks = self.shape.num_tokens, blocks_of(decoder.blocks)
         self.joint = self.join in ("token_concat", "token_concat_projected")
-        rows = num_tokens * (1 + self.joint)
-        rotary = rotary_table(
-            frame_positions(
-                torch.zeros(1, dtype=torch.long, device=self.device),
-                self.shape.rows,
-                self.shape.columns,
-            ),
-            self.config_block.rotary_axes,
-            self.config_block.rotary_theta,
+        num_tokens = decoder.shape.num_tokens
+        super().__init__(
+            decoder,
+            decoder.head.modulation,
+            free,
+            tokens=num_tokens * (1 + self.joint),
+            fused_last=not self.joint,
         )
-        self.attend = Attention()
-        weights = norm_weights(blocks)
-        self.turn = Turn(weights, rotary)
-        # Both halves of the joined sequence have the same places.
-        self.turn_joint = Turn(weights, (rotary[0].repeat(2, 1), rotary[1].repeat(2, 1)))
-        self.embed = FastEmbedder(decoder.embed_frame, num_tokens, free)
-        self.modulations = Modulations(
-            decoder.embed_time, decoder.embed_conditions, blocks, decoder.head.modulation, free
-        )
-        self.blocks = [
-            FastBlock(block, rows, fused=not (self.joint and block is blocks[-1]), free=free)
-            for block in blocks
-        ]
+        # Within one frame only differences of positions matter, so every frame is frame 0. Both
+        # halves of the joined sequence have the same places.
+        self.rotary_alone = self.rotary([0])
+        self.rotary_joint = self.rotary_alone.repeated(1 + self.joint)
         self.head = FastHead(decoder.head, num_tokens, free)
         if self.join == "channel_concat":
             self.merge = PackedLinear.of(decoder.merge, rows=num_tokens)
@@ -111,18 +86,20 @@ class FastDecoder:
         if self.join != "prefix":
             rows.tokens[start:stop] = tokens
             return
-        parts = split(self.modulations.at((CLEAN_TIME,), conditions)[0])
-        num_tokens, x = self.shape.num_tokens, tokens
-        for layer, block in enumerate(self.blocks):
-            part = parts[PARTS * layer : PARTS * (layer + 1)]
-            last = layer == len(self.blocks) - 1
-            if last:
-                k, v = block.keys_values(x, part, self.turn, layer)
-            else:
-                q, k, v = block.queries_keys_values(x, part, self.turn, layer)
-                x = block.finish(x, self.attend(q, k, v), part)
+        parts, num_tokens, x = self.clean_parts(conditions), self.shape.num_tokens, tokens
+
+        def keep(layer: int, k: Tensor, v: Tensor) -> None:
             rows.keys[layer, start:stop, :, :num_tokens] = k
             rows.values[layer, start:stop, :, :num_tokens] = v
+
+        def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keep(layer, k, v)
+            return self.attend(q, k, v)
+
+        last = len(self.blocks) - 1
+        for layer in range(last):
+            x = self.run_layer(layer, x, parts, self.rotary_alone, read)
+        keep(last, *self.keys_values(last, x, parts, self.rotary_alone))
 
     def velocity(
         self, rows: DecoderRows, patches: Tensor, modulation: Tensor, time: Tensor
@@ -140,22 +117,20 @@ class FastDecoder:
         x = self.embed(patches)
         if self.join != "prefix":
             x = self._joined(rows.tokens[:num_frames], x)
-        for layer, block in enumerate(self.blocks):
-            part = parts[PARTS * layer : PARTS * (layer + 1)]
+
+        def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if self.join == "prefix":
-                q, k, v = block.queries_keys_values(x, part, self.turn, layer)
                 keys, values = rows.keys[layer, :num_frames], rows.values[layer, :num_frames]
                 keys[:, :, num_tokens:] = k
                 values[:, :, num_tokens:] = v
                 k, v = keys, values
-            elif self.joint and layer == len(self.blocks) - 1:
-                # Nobody reads the context's half after the last block.
-                q, k, v = block.queries_keys_values(x, part, self.turn_joint, layer, self.turn)
-                x = x[:, num_tokens:]
-            else:
-                turn = self.turn_joint if self.joint else self.turn
-                q, k, v = block.queries_keys_values(x, part, turn, layer)
-            x = block.finish(x, self.attend(q, k, v), part)
+            return self.attend(q, k, v)
+
+        for layer in range(len(self.blocks)):
+            # Nobody reads the context's half after the last block.
+            alone = self.joint and layer == len(self.blocks) - 1
+            of_queries = self.rotary_alone if alone else None
+            x = self.run_layer(layer, x, parts, self.rotary_joint, read, of_queries)
         return self.head(x, parts, patches, time)
 
     def _joined(self, context: Tensor, x: Tensor) -> Tensor:

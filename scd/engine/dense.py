@@ -14,26 +14,24 @@ import torch
 from torch import Tensor
 
 from scd.data.clip import Conditions
-from scd.engine.attention import Attention, Turn, frame_turn, key_bias, rotate_halves
-from scd.engine.block import PARTS, FastBlock, Parts, blocks_of, norm_weights, split
-from scd.engine.embed import FastEmbedder, FastHead
 from scd.engine.interface import Engine
-from scd.engine.modulation import Modulations
+from scd.engine.layers import FastHead, NormedRotary, split
+from scd.engine.stack import FastStack, Read
 from scd.models.base import State
 from scd.models.config import DenseConfig, Solver
 from scd.models.dense import DenseDiffuser
 from scd.models.embed import from_patches, to_patches
-from scd.models.flow import CLEAN_TIME, guided_velocity, solve
+from scd.models.flow import guided_velocity, solve
 from scd.models.kv_cache import KVCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class FastDenseContext:
-    """What a denoising step needs: the memory, and the frame's place in it."""
+    """What a denoising step needs: the KV cache, and the frame's place in it."""
 
     cache: KVCache
-    """Memory; the noisy frame's place in it is overwritten at each step."""
-    turn: Turn
+    """What it attends to; the noisy frame's place in it is overwritten at each step."""
+    rotary: NormedRotary
     """Positions of the frame's tokens."""
     bias: Tensor | None
     """Over the distance of frames."""
@@ -42,7 +40,7 @@ class FastDenseContext:
 
 
 class FastDense(Engine):
-    """All layers at every step, each over the whole memory."""
+    """All layers at every step, each over the whole KV cache."""
 
     config: DenseConfig
 
@@ -57,18 +55,10 @@ class FastDense(Engine):
         self.config, self.shape = model.config, model.shape
         self.num_seeing, self.skip = model.num_seeing, model.skip
         self.needs_first_frame = model.needs_first_frame
-        self.like = model.head.project.weight.detach().new_empty(0)
-        self.device, self.dtype = self.like.device, self.like.dtype
-        blocks, rows = blocks_of(model.blocks), model.shape.num_tokens
-        self.attend = Attention()
         with torch.no_grad():
-            self.norm_weights = norm_weights(blocks)
-            self.embed = FastEmbedder(model.embed_frame, rows, free)
-            self.modulations = Modulations(
-                model.embed_time, model.embed_conditions, blocks, model.head.modulation, free
-            )
-            self.blocks = [FastBlock(block, rows, free=free) for block in blocks]
-            self.head = FastHead(model.head, rows, free)
+            self.stack = FastStack(model, model.head.modulation, free)
+            self.head = FastHead(model.head, model.shape.num_tokens, free)
+        self.device, self.dtype = self.stack.device, self.stack.dtype
 
     @torch.no_grad()
     def begin(
@@ -79,15 +69,9 @@ class FastDense(Engine):
         window: int | None = None,
     ) -> State:
         """Start a batch of streams; see interface.Engine."""
-        cache = KVCache(
-            self.config.cache.with_window(window),
-            self.config.block,
-            num_layers=self.num_seeing,
-            batch=batch if clean is None else clean.shape[0],
-            tokens_per_frame=self.shape.num_tokens,
-            like=self.like,
-            rotate=rotate_halves,
-        )
+        batch = batch if clean is None else clean.shape[0]
+        config = self.config.cache.with_window(window)
+        cache = self.stack.new_cache(config, batch, self.num_seeing)
         state = State(cache=cache, next_position=0)
         for frame in range(0 if clean is None else clean.shape[1]):
             assert clean is not None
@@ -103,11 +87,10 @@ class FastDense(Engine):
         return self._place(state, conditions)
 
     def _place(self, state: State, conditions: Conditions) -> FastDenseContext:
-        frame, block = state.next_position, self.config.block
         return FastDenseContext(
             cache=state.cache,
-            turn=frame_turn(self.norm_weights, frame, self.shape, block),
-            bias=key_bias(block, frame, state.cache, self.shape.num_tokens),
+            rotary=self.stack.rotary([state.next_position]),
+            bias=self.stack.distance_bias(state.next_position, state.cache),
             conditions=conditions,
         )
 
@@ -126,7 +109,7 @@ class FastDense(Engine):
         fresh: Tensor | None = None,
     ) -> Tensor:
         """Turn noise into frames; see interface.Engine. Between steps frames are float32."""
-        modulations = self.modulations.at(times[:-1], context.conditions)
+        modulations = self.stack.modulations.at(times[:-1], context.conditions)
         step = {time: index for index, time in enumerate(times)}
 
         def velocity_at(patches: Tensor, time: float) -> Tensor:
@@ -140,7 +123,7 @@ class FastDense(Engine):
     @torch.no_grad()
     def velocity(self, context: FastDenseContext, noisy: Tensor, time: Tensor) -> Tensor:
         """Return the velocity of noisy frames; see interface.Engine."""
-        modulation = self.modulations.of_each(time, context.conditions)
+        modulation = self.stack.modulations.of_each(time, context.conditions)
         patches = to_patches(noisy.float(), self.shape.patch_size)
         velocity = self._velocity(context, patches, modulation, time.float()[:, None, None])
         return from_patches(velocity, self.shape).to(noisy.dtype)
@@ -148,13 +131,13 @@ class FastDense(Engine):
     def _velocity(
         self, context: FastDenseContext, patches: Tensor, modulation: Tensor, time: float | Tensor
     ) -> Tensor:
-        parts = split(modulation)
-        x = self.embed(patches)
-        for layer, block in enumerate(self.blocks):
+        parts, stack = split(modulation), self.stack
+        x, read = stack.embed(patches), self._read(context)
+        for layer in range(len(stack.blocks)):
             skipped = self._skipped(layer, time)
             if skipped is True:
                 continue
-            after = self._run(block, layer, x, parts, context)
+            after = stack.run_layer(layer, x, parts, context.rotary, read)
             x = after if skipped is False else torch.where(skipped, x, after)
         return self.head(x, parts, patches, time)
 
@@ -165,35 +148,23 @@ class FastDense(Engine):
         skipped = time < self.skip.below
         return bool(skipped.all()) or skipped if isinstance(skipped, Tensor) else skipped
 
-    def _run(
-        self,
-        block: FastBlock,
-        layer: int,
-        x: Tensor,
-        parts: Parts,
-        context: FastDenseContext,
-    ) -> Tensor:
-        part = parts[PARTS * layer : PARTS * (layer + 1)]
-        q, k, v = block.queries_keys_values(x, part, context.turn, layer)
-        if layer < self.num_seeing:
-            read = self.attend(q, *context.cache.write(layer, k, v), context.bias)
-        else:
-            read = self.attend(q, k, v)
-        return block.finish(x, read, part)
+    def _read(self, context: FastDenseContext) -> Read:
+        def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if layer < self.num_seeing:
+                return self.stack.attend(q, *context.cache.write(layer, k, v), context.bias)
+            return self.stack.attend(q, k, v)
+
+        return read
 
     @torch.no_grad()
     def observe(self, state: State, clean: Tensor, conditions: Conditions) -> None:
-        """Make frames part of the past: one pass over them writes the memory."""
+        """Make frames part of the past: one pass over them writes the KV cache."""
         state.cache.make_room()
-        context = self._place(state, conditions)
-        parts = split(self.modulations.at((CLEAN_TIME,), conditions)[0])
-        x = self.embed(to_patches(clean.float(), self.shape.patch_size))
+        context, stack = self._place(state, conditions), self.stack
+        parts, x, read = stack.clean_parts(conditions), stack.tokens(clean), self._read(context)
         last = self.num_seeing - 1
-        for layer, block in enumerate(self.blocks[: last + 1]):
-            if layer < last:
-                x = self._run(block, layer, x, parts, context)
-                continue
-            part = parts[PARTS * layer : PARTS * (layer + 1)]
-            state.cache.write(layer, *block.keys_values(x, part, context.turn, layer))
+        for layer in range(last):
+            x = stack.run_layer(layer, x, parts, context.rotary, read)
+        state.cache.write(last, *stack.keys_values(last, x, parts, context.rotary))
         state.cache.advance([state.next_position])
         state.next_position += 1

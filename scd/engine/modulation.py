@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scd.data.clip import Conditions
-from scd.engine.linear import PackedLinear, release
+from scd.engine.layers import PackedLinear, release
 from scd.models.block import Block, Modulation
 from scd.models.embed import ConditionEmbedder, TimeEmbedder
 

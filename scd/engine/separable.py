@@ -84,12 +84,12 @@ class FastSeparable(Engine):
         if num_given == 0 and self.needs_first_frame:
             raise ValueError("this model has no start frame: it needs 1 or more first frames")
         config = self.config.cache.with_window(window)
-        cache = self.encoder.new_cache(clean.shape[0], config)
-        first = self.encoder.encoder.first_row
+        cache = self.encoder.new_cache(config, clean.shape[0])
+        first = self.encoder.first_row
         # The row of the last given frame waits: it carries an action that is not known yet.
         for row in range(first, num_given - 1):
             frame = clean[:, max(row, 0) : row + 1]
-            self.encoder.extend(cache, frame, conditions.frames(row + 1, row + 2), row)
+            self.encoder.extend([cache], [frame], conditions.frames(row + 1, row + 2), [row])
             cache.advance([row])
         row = max(first, num_given - 1)
         return SeparableState(cache=cache, newest=clean[:, max(row, 0) :], next_position=row)
@@ -99,11 +99,7 @@ class FastSeparable(Engine):
         self, state: SeparableState, conditions: Conditions, noise: Tensor | None = None
     ) -> FastContext:
         """Run the encoder for the next frame; see interface.Engine."""
-        tokens, norm_scale = self.encoder.extend(
-            state.cache, state.newest, conditions, state.next_position
-        )
-        state.encoded_for = conditions
-        return FastContext(tokens=tokens, norm_scale=norm_scale, conditions=conditions)
+        return self.contexts([state], [conditions], [noise])[0]
 
     @torch.no_grad()
     def contexts(
@@ -113,12 +109,10 @@ class FastSeparable(Engine):
         noises: Sequence[Tensor | None],
     ) -> list[FastContext]:
         """Run the encoder once for several states; see interface.Engine."""
-        if len(states) == 1:
-            return super().contexts(states, conditions, noises)
-        found = self.encoder.extend_all(
+        found = self.encoder.extend(
             [state.cache for state in states],
             [state.newest for state in states],
-            side_by_side(conditions),
+            conditions[0] if len(conditions) == 1 else side_by_side(conditions),
             [state.next_position for state in states],
         )
         for state, condition in zip(states, conditions, strict=True):

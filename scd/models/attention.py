@@ -1,6 +1,6 @@
 """Attention over tokens at (frame, row, column): rotary embedding, visibility, kernels.
 
-The only caller of PyTorch's attention kernels but for engine/attention.py, and for
+The only caller of PyTorch's attention kernels but for engine/layers.py, and for
 probing/intercept.py, which passes on what it has looked at.
 
 Whole frames see whole frames, so a few numbers say what a mask of tokens squared would. SDPA wants

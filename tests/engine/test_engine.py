@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from scd.data.spaces import ConditionSpec
-from scd.engine.attention import Attention, by_halves, rotate_halves
-from scd.engine.block import blocks_of
-from scd.engine.linear import PackedLinear
+from scd.engine.layers import Attention, PackedLinear, blocks_of, by_halves, rotate_halves
 from scd.engine.modulation import Modulations
 from scd.engine.open import advised_threads, open_engine
 from scd.engine.separable import FastSeparable
