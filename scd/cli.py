@@ -269,10 +269,11 @@ def _distill(words: list[str]) -> None:
 
 def _distill_wan(words: list[str]) -> None:
     from scd.training.config import TrainConfig
-    from scd.training.wan import PRESET, WanDmdChoice, wan_distillation, with_prompts
+    from scd.training.presets import WAN_DMD, WanDmdChoice
+    from scd.training.wan import wan_distillation, with_prompts
 
     if _asks_for_help(words):
-        _help_of_both(WanDmdChoice, "distill wan-dmd RUN", PRESET, "a world")
+        _help_of_both(WanDmdChoice, "distill wan-dmd RUN", WAN_DMD, "a world")
     choice, rest = _parse_known(WanDmdChoice, words, "distill wan-dmd")
     base = wan_distillation(choice)
     config = _parse(TrainConfig, rest, f"distill wan-dmd {choice.run}", base)
@@ -362,10 +363,11 @@ def _train_autoencoder(words: list[str]) -> None:
 
 
 def _train_judge(words: list[str]) -> None:
-    from scd.training.inverse_dynamics import TrainJudgeConfig, readable, train_judge
+    from scd.training.config import TrainInverseDynamicsConfig
+    from scd.training.inverse_dynamics import readable, train_inverse_dynamics
 
-    config = _parse(TrainJudgeConfig, words, "train-judge")
-    print(readable(train_judge(config).held_out))
+    config = _parse(TrainInverseDynamicsConfig, words, "train-judge")
+    print(readable(train_inverse_dynamics(config).held_out))
     print(f"saved {config.out}")
 
 

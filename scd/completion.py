@@ -22,8 +22,7 @@ from scd.probing.interventions import DiagonalConfig, RecomposeConfig, SkipConfi
 from scd.probing.settings import ProbeConfig
 from scd.sampling.settings import SampleConfig, VBenchConfig
 from scd.serving.settings import PlayConfig, ServeConfig
-from scd.training.config import TrainAutoencoderConfig
-from scd.training.inverse_dynamics import TrainJudgeConfig
+from scd.training.config import TrainAutoencoderConfig, TrainInverseDynamicsConfig
 from scd.training.presets import PRESETS, DistillChoice, TrainCommand
 
 
@@ -63,7 +62,7 @@ def settings_of_commands() -> dict[str, Any]:
         "vbench": VBenchConfig,
         "serve": ServeConfig,
         "train-autoencoder": TrainAutoencoderConfig,
-        "train-judge": TrainJudgeConfig,
+        "train-judge": TrainInverseDynamicsConfig,
         "evaluate": EvaluateConfig,
         "protocols": lambda: None,
         "probe": ProbeConfig,

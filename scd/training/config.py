@@ -231,7 +231,7 @@ class TrainAutoencoderConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainJudgeConfig:
+class TrainInverseDynamicsConfig:
     """One inverse dynamics model, which reads actions back from frames."""
 
     data: str

@@ -32,7 +32,7 @@ from scd.evaluation.inverse_dynamics import (
 from scd.evaluation.predict import choose_windows, count_windows, read_windows
 from scd.objectives.denoise import Logs, Objective
 from scd.optim.optim import EMA, OptimConfig
-from scd.training.config import RunConfig, TrainJudgeConfig
+from scd.training.config import RunConfig, TrainInverseDynamicsConfig
 from scd.training.state import OptimisationGroup, Task
 from scd.training.trainer import train_task
 
@@ -49,7 +49,7 @@ NUM_STANDARD = 16
 """Batches of real frames by which features are standardised."""
 
 
-def train_judge(config: TrainJudgeConfig) -> TrainedInverseDynamics:
+def train_inverse_dynamics(config: TrainInverseDynamicsConfig) -> TrainedInverseDynamics:
     """Train a model, measure it on held-out clips, and write its folder.
 
     Raises:
@@ -90,7 +90,7 @@ class InverseDynamicsTask(Task):
     is_wrapped = True
 
     def __init__(
-        self, config: TrainJudgeConfig, run_config: RunConfig, accelerator: Accelerator
+        self, config: TrainInverseDynamicsConfig, run_config: RunConfig, accelerator: Accelerator
     ) -> None:
         if accelerator.num_processes > 1:
             raise ValueError("an inverse dynamics model is trained in one process")

@@ -10,6 +10,7 @@ import tyro
 
 from scd.autoencoders.wan import WanAutoencoderConfig
 from scd.common.config import at_least
+from scd.common.runtime import Precision
 from scd.data.spaces import ConditionSpec
 from scd.models.checkpoint import read_world_parts, resolve
 from scd.models.config import (
@@ -24,6 +25,7 @@ from scd.models.config import (
 )
 from scd.models.kinds import ModelConfig
 from scd.models.wan.config import WanSeparableConfig
+from scd.models.wan.timesteps import FEW_STEPS, SHIFT
 from scd.objectives.denoise import DenoiseConfig, TeacherForcingConfig
 from scd.objectives.distill import ConsistencyConfig, RegressionConfig
 from scd.objectives.distribution_matching import MatchConfig
@@ -349,3 +351,79 @@ ROLLOUTS: dict[Size, dict[str, int]] = {
     "doom": {"max_steps": 400, "batch_size": 4, "num_frames": 12, "sample_every": 400},
 }
 """Fields of a run on the student's rollouts by preset: ten to fifteen minutes on one CPU core."""
+
+
+WAN_OPTIM = OptimConfig(
+    lr=2e-6,
+    decoder_lr_ratio=1.0,
+    betas=(0.0, 0.999),
+    weight_decay=0.01,
+    warmup_steps=0,
+    clip_norm=10.0,
+)
+"""How the student's weights move."""
+
+WAN_DMD = TrainConfig(
+    max_steps=120,
+    batch_size=1,
+    num_frames=21,
+    num_accumulation=8,
+    precision="bf16",
+    gradient_checkpointing=True,
+    ema_decay=0.99,
+    validate_every=0,
+    sample_every=20,
+    save_every=20,
+    log_every=1,
+    num_validation_clips=1,
+    model=WanSeparableConfig(),
+    objective=MatchConfig(
+        view="bidirectional",
+        guidance=4.0,
+        num_given_frames=0,
+        num_draws=1,
+        time_per="clip",
+        min_spread=0.1,
+        critic=replace(WAN_OPTIM, lr=4e-7),
+    ),
+    optim=WAN_OPTIM,
+)
+"""Preset "wan" of a distillation: Self-Forcing's numbers. Its 600 updates of the critic are 120
+steps of ours, five of the critic and one of the student each; 8 clips to a step on each of 8 cards
+are its 64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanDmdChoice:
+    """What a distillation of Wan is made from, before any of its fields is changed."""
+
+    run: tyro.conf.Positional[str]
+    """World or run of a Wan model that the student starts from: of `scd train wan-tf`, or as
+    `scd convert wan` wrote it."""
+    prompts: str = ""
+    """Text file with a prompt in each line, or a folder in which they were embedded before."""
+    teacher: str = ""
+    """Bidirectional Wan to learn from: a folder of diffusers, its name on the hub, or a dense world
+    of `scd convert wan --split dense`, which is then run without its causal mask. It may be larger
+    than the student."""
+    steps: tuple[int, ...] = FEW_STEPS
+    """Denoising steps of the student on Wan's scale of 1000, descending from 1000, before the
+    shift."""
+    shift: float = SHIFT
+    """Bend of the steps towards noise."""
+    embedded: str = ""
+    """Folder in which the embedded prompts of a file are kept. Empty: the run folder's name with
+    "-prompts"."""
+    negative_prompt: str = ""
+    """What the teacher's guidance leads away from. Self-Forcing takes Wan's own, long one."""
+    source: str = ""
+    """Folder with text_encoder/ and tokenizer/, or its name on the hub. Empty: where the world
+    says."""
+    text_precision: Precision = "bf16"
+    """Arithmetic of the text encoder."""
+    text_device: str = "cpu"
+    """Where the text encoder runs."""
+    only_embed: bool = field(default=False)
+    """Embed the prompts and stop: to be done once, before several processes train."""
+    preset: Literal["wan"] = "wan"
+    """Sizes of clips, batches and steps."""

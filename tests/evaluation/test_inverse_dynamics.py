@@ -35,7 +35,7 @@ from scd.evaluation.metrics import (
 from scd.evaluation.predict import choose_windows, read_windows
 from scd.evaluation.protocols import EvaluateConfig, Protocol
 from scd.evaluation.trial import measure
-from scd.training import inverse_dynamics as train_judge
+from scd.training import inverse_dynamics as training
 
 
 @pytest.fixture
@@ -85,18 +85,18 @@ class Slides(Stripes):
 
 
 def trained(source, tmp_path, monkeypatch, steps=120, name="judge"):
-    monkeypatch.setattr(train_judge, "open_source", lambda *_: source)
+    monkeypatch.setattr(training, "open_source", lambda *_: source)
     # With some seeds so few steps and weights do not yet tell left from right.
-    config = train_judge.TrainJudgeConfig(
+    config = training.TrainInverseDynamicsConfig(
         data="d", out=str(tmp_path / name), steps=steps, batch_size=8, width=16, feature_dim=4
     )
-    return train_judge.train_judge(replace(config, seed=4, device="cpu"))
+    return training.train_inverse_dynamics(replace(config, seed=4, device="cpu"))
 
 
 def test_it_reads_actions_of_clips_it_has_not_seen(tmp_path, monkeypatch):
     judge = trained(Stripes(), tmp_path, monkeypatch)
     assert judge.held_out["accuracy"]["mean"] > 0.9 > judge.held_out["most_frequent"] + 0.4
-    assert "held-out accuracy" in train_judge.readable(judge.held_out)
+    assert "held-out accuracy" in training.readable(judge.held_out)
     written = json.loads((tmp_path / "judge/config.json").read_text())
     assert written["held_out"] == judge.held_out
     assert {"settings", "command", "commit", "hardware"} <= set(written["training"])
@@ -130,13 +130,15 @@ def test_held_out_episodes_that_are_too_short_are_refused_before_training(tmp_pa
         length = 4
 
     sources = {"train": Stripes(), "val": Short()}
-    monkeypatch.setattr(train_judge, "open_source", lambda _data, split, _strict: sources[split])
+    monkeypatch.setattr(training, "open_source", lambda _data, split, _strict: sources[split])
     monkeypatch.setattr(
-        train_judge.InverseDynamicsObjective, "loss", lambda *_: pytest.fail("it trained")
+        training.InverseDynamicsObjective, "loss", lambda *_: pytest.fail("it trained")
     )
-    config = train_judge.TrainJudgeConfig(data="d", out=str(tmp_path / "judge"), device="cpu")
+    config = training.TrainInverseDynamicsConfig(
+        data="d", out=str(tmp_path / "judge"), device="cpu"
+    )
     with pytest.raises(ValueError, match="clips of 5 frames, but the longest val .* d has 4"):
-        train_judge.train_judge(config)
+        training.train_inverse_dynamics(config)
     assert not (tmp_path / "judge").exists()
 
 
@@ -147,7 +149,7 @@ def test_every_weight_learns_and_both_frames_matter():
     frames = torch.randn(2, 4, 3, 9, 20, generator=generator())
     actions = torch.randint(3, (2, 4), generator=generator())
     batch = Batch(frames=frames, conditions=Conditions(actions=actions))
-    loss, _ = train_judge.InverseDynamicsObjective().loss(judge, batch, generator())
+    loss, _ = training.InverseDynamicsObjective().loss(judge, batch, generator())
     loss.backward()
     assert all(weight.grad is not None and weight.grad.any() for weight in judge.parameters())
     before, after = pairs(frames)
@@ -167,7 +169,7 @@ def test_cost_volume_is_zero_where_the_shift_is_right():
 
 def test_half_of_the_clips_are_distorted_by_what_is_told():
     frames = torch.randn(64, 2, 3, 8, 8, generator=generator()).clamp(-1, 1)
-    distorted, levels = train_judge.distort(frames, generator())
+    distorted, levels = training.distort(frames, generator())
     touched = levels.amax((1, 2)) > 0
     assert 16 < touched.sum() < 48
     assert torch.equal(distorted[~touched], frames[~touched])
