@@ -1,12 +1,12 @@
-"""Many clients of bad manners: does a server stay whole, fair and of one size?
+"""Load test of `scd serve`: are frames right, shares fair and memory constant with rough clients?
 
     python benchmarks/load.py RUN --clients 8 --duration-s 1800
 
 starts `scd serve RUN` on a free port of this machine and lets clients join, play, stall, reset,
-leave, come back and die without a word. Every frame that comes is compared with the one that a
-rollout of its own makes: one of another session would show. Then one plays alone, then all at once:
-is it fair, and how many more frames do all get together?
-Exit status 1 where a check fails.
+leave, come back and disconnect without closing. Every frame is compared with that of a local
+rollout, so a frame of another session would be noticed. Then one client plays alone, then all at
+once: are their shares equal, and how many more frames do they get together?
+Exit status 1 if a check fails.
 """
 
 from __future__ import annotations

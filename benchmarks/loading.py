@@ -1,4 +1,4 @@
-"""Does reading keep ahead of training? Frames per second of each, in turns.
+"""Does reading keep up with training? Frames per second of each, in turns.
 
     python benchmarks/loading.py --data data/doom-64 --preset doom-play
 

@@ -1,4 +1,4 @@
-"""The paper's claims of its choices, beside what the small runs show.
+"""The paper's claims about its design choices, beside what the small runs show.
 
 A claim compares two kinds of model trained from the same seeds; `tools/ablations.py` finds the
 difference of each metric with its 95 % interval over seeds, and here it becomes a verdict.

@@ -1,4 +1,4 @@
-"""What several probes say about one question: do the two regularities appear, and from where on?
+"""Results of several probes: do the paper's two regularities appear, and from which layer on?
 
     python tools/probes.py NAME LABEL=FOLDER LABEL=FOLDER ...
 

@@ -32,13 +32,13 @@ SETTINGS = "settings.json"
 """File of a probe's folder with the settings that all its parts share."""
 
 NOT_CLAIMED = (
-    "That similar features are of no use: how much two vectors look alike says nothing of what a "
-    "later layer reads from their difference. The map of reuse asks that directly.",
+    "That similar features are redundant: a later layer may need just their small difference. The "
+    "map of feature reuse tests that directly.",
     "That a layer with little effect alone could be left out together with others.",
-    "That attention on earlier frames is what a layer gets from them: values count too, and what "
-    "an earlier layer has fetched stays in the tokens.",
-    "What a split would lose after training. The losses here are those of untrained surgery: they "
-    "rank splits of this model, and finetuning repairs much of them.",
+    "That attention weights show what a layer takes from earlier frames: values count too, and "
+    "tokens keep what an earlier layer took from them.",
+    "What a split would lose after training. Nothing is trained here: the losses rank splits, and "
+    "finetuning reduces them much.",
     "That other clips, other training or another size would show the same: this is one checkpoint. "
     "The intervals say how the numbers vary over clips.",
 )

@@ -102,7 +102,8 @@ def test_the_page_is_whole_and_alone(done):
     page = (out / "report.html").read_text()
     addresses = re.findall(r'(?:src|srcset|href)="([^"]{0,30})', page)
     assert addresses and all(address.startswith("data:image/png;base64,") for address in addresses)
-    assert "http" not in page.replace("https://example", "")
+    # Pictures may hold any letters by chance.
+    assert "http" not in re.sub(r'base64,[^"]*', "", page).replace("https://example", "")
     for heading in (
         "A split", "Do features change", "Features as colours", "Where do layers look",
         "What is lost without a layer", "May features be reused", "What this does not claim",

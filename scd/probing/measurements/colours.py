@@ -46,7 +46,7 @@ the three components hold.</p>
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturePCA:
-    """Features of some layers as pictures, and how soon they look as in the last step."""
+    """Principal components of some layers as pictures, and their correlation with the last step."""
 
     layers: tuple[int, ...]
     """Number of each layer, from 1."""
