@@ -22,7 +22,7 @@ from scd.streaming.rollout import Guidance, Rollout
 from scd.streaming.sessions import Session, Streams
 
 GUIDANCE_SCALE, CONTEXT_NOISE = 1.5, 0.05
-"""Of guided cases; speed does not depend on them. Source: paper, section 3."""
+"""Of guided cases; speed does not depend on them. Source: paper (sampling)."""
 
 
 class Timed:
