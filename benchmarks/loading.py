@@ -28,7 +28,8 @@ from scd.common.provenance import provenance, write_json
 from scd.common.runtime import choose_device, make_generator
 from scd.data.latents import LatentSource
 from scd.data.loader import Loader
-from scd.data.source import Source, Split, open_source
+from scd.data.source import Source, open_source
+from scd.data.spaces import Split
 from scd.preprocessing.encode import EncodeConfig, encode
 from scd.training.config import TrainConfig
 from scd.training.fit import fit_to_data

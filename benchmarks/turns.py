@@ -18,15 +18,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from scd.common.config import to_json
+from scd.common.config import Precision, to_json
 from scd.common.provenance import provenance, write_json
-from scd.common.runtime import Precision, choose_device, cpu_threads
+from scd.common.runtime import choose_device, cpu_threads
 from scd.data.source import open_source
-from scd.engine.interface import EngineKind
 from scd.engine.open import advised_threads, open_engine
 from scd.evaluation.predict import TIMED, check_fit, choose_windows, read_windows, summarize
 from scd.models.build import num_parameters
 from scd.models.checkpoint import load_world
+from scd.models.config import EngineKind
 from scd.streaming.rollout import Rollout, Timing
 
 

@@ -22,9 +22,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from scd.common.config import to_json
+from scd.common.config import Precision, to_json
 from scd.common.provenance import provenance, write_json
-from scd.common.runtime import Precision
 from scd.models.build import num_parameters
 from scd.models.checkpoint import load_world
 from scd.training.presets import Method

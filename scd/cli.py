@@ -200,7 +200,6 @@ def _encode(words: list[str]) -> None:
 
 
 def _train(words: list[str]) -> None:
-    from scd.training.fit import like_initial
     from scd.training.presets import PRESETS, TrainCommand
 
     name, rest = _split_name(words, "train", "preset", PRESETS)
@@ -209,6 +208,8 @@ def _train(words: list[str]) -> None:
     base = PRESETS[name or "toy"]
     initial = _value_of(rest, "--initial")
     if base.model.takes_text and initial:
+        from scd.training.fit import like_initial
+
         base = like_initial(base, initial)
     settings = _parse(TrainCommand, rest, f"train {name or 'PRESET'}", TrainCommand(run=base))
     _train_as(settings, base, f"scd train {name}")
@@ -256,9 +257,10 @@ def _distill(words: list[str]) -> None:
     if words[:1] == ["wan-dmd"]:
         _distill_wan(words[1:])
         return
-    from scd.objectives.distill import ConsistencyConfig
+    from scd.objectives.config import ConsistencyConfig
     from scd.training.config import TrainConfig
-    from scd.training.presets import DistillChoice, distillation
+    from scd.training.distillation import distillation
+    from scd.training.presets import DistillChoice
 
     if _asks_for_help(words):
         blank = TrainConfig(objective=ConsistencyConfig())

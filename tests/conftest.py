@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.bench import card, timing
 from scd.data.clip import Batch, frames_to_pixels
 from scd.data.loader import Loader

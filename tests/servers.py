@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.data.source import DataCard
 from scd.engine.open import open_engine
 from scd.models.checkpoint import World

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.data.clip import Conditions, frames_to_pixels, pixels_to_frames
 from scd.data.source import DataCard
 from scd.engine.open import open_engine

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from scd.autoencoders.wan import WanAutoencoder, WanAutoencoderConfig
+from scd.autoencoders.config import WanAutoencoderConfig
+from scd.autoencoders.wan import WanAutoencoder
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
 from scd.models.build import build

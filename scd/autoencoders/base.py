@@ -5,29 +5,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.common.runtime import DTYPES, Precision
+from scd.autoencoders.config import PixelConfig
+from scd.common.config import Precision
+from scd.common.runtime import DTYPES
 
 Network = TypeVar("Network", bound="NetworkAutoencoder")
-
-
-class LatentsConfig:
-    """What the settings of any autoencoder tell of its latents."""
-
-    frames_per_latent: ClassVar[int] = 1
-    """Frames of video that a latent frame stands for, but for the first, which stands for one."""
-    has_text_encoder: ClassVar[bool] = False
-    """Whether a text encoder lies beside the autoencoder."""
-
-    def placeless(self) -> Any:
-        """Return the settings without where the weights lie, if they may lie anywhere."""
-        return self
 
 
 class Autoencoder(ABC):
@@ -179,22 +167,6 @@ class NetworkAutoencoder(Autoencoder):
     @abstractmethod
     def _statistics(self) -> tuple[Sequence[float], Sequence[float]]:
         """Return mean and deviation of each channel of what the network makes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PixelConfig(LatentsConfig):
-    """Mean and spread of the pixels of a dataset."""
-
-    mean: float = 0.0
-    """Mean of the pixels in [-1, 1]."""
-    std: float = 1.0
-    """Standard deviation of the pixels in [-1, 1]."""
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
-            raise ValueError(
-                f"mean must be finite and std positive, got mean={self.mean}, std={self.std}"
-            )
 
 
 class PixelAutoencoder(Autoencoder):

@@ -10,23 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scd.autoencoders.base import Autoencoder, PixelAutoencoder, PixelConfig
-from scd.autoencoders.diffusers import (
-    KINDS,
-    ImageAutoencoder,
-    ImageAutoencoderConfig,
-    find_network,
-    open_image_autoencoder,
-)
-from scd.autoencoders.wan import WanAutoencoder, WanAutoencoderConfig, open_wan_autoencoder
-from scd.common.config import to_json
+from scd.autoencoders.base import Autoencoder, PixelAutoencoder
+from scd.autoencoders.config import AutoencoderConfig, ImageAutoencoderConfig, PixelConfig
+from scd.autoencoders.diffusers import KINDS, ImageAutoencoder, find_network, open_image_autoencoder
+from scd.autoencoders.wan import WanAutoencoder, open_wan_autoencoder
+from scd.common.config import Precision, to_json
 from scd.common.hub import class_of
-from scd.common.runtime import Precision
 from scd.data.clip import Batch
 from scd.data.latents import PLACE
-
-AutoencoderConfig = PixelConfig | WanAutoencoderConfig | ImageAutoencoderConfig
-"""Settings of every kind of autoencoder."""
 
 WAN = "AutoencoderKLWan"
 """Class of diffusers whose settings a folder with Wan's autoencoder names."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-DeepName = Literal["deep-8", "deep-16", "deep-32", "small-8", "small-16"]
-"""Networks by name; the number is how many pixels, each way, a cell of the latents stands for."""
+from scd.autoencoders.config import DeepName
 
 LATENT_CHANNELS = 32
 """Channels of a latent frame of all of them."""

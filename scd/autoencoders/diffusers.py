@@ -10,30 +10,27 @@ Needs diffusers, which the extra `wan` brings: pip install -e ".[wan]".
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from scd.autoencoders.base import LatentsConfig, NetworkAutoencoder
-from scd.common.config import at_least
+from scd.autoencoders.base import NetworkAutoencoder
+from scd.autoencoders.config import ImageAutoencoderConfig, ImageKind
+from scd.common.config import Precision
 from scd.common.files import read_json
 from scd.common.hub import class_of, find_part
-from scd.common.runtime import Precision
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel of latents."""
 
-ImageKind = Literal["AutoencoderDC", "AutoencoderKL", "AutoencoderTiny"]
-"""Classes of diffusers."""
 
 KINDS: tuple[ImageKind, ...] = get_args(ImageKind)
 """The same, to look through."""
@@ -65,34 +62,6 @@ TOLD_APART_BY: dict[ImageKind, tuple[str, ...]] = {
 
 NUM_AT_ONCE = 64
 """Frames that go through the network at once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageAutoencoderConfig(LatentsConfig):
-    """Where an image autoencoder lies, and the shape and scale of its latents."""
-
-    source: str
-    """Folder as diffusers writes it, or its name on the hub."""
-    network: ImageKind
-    """Class of diffusers."""
-    channels: int
-    """Channels of a latent frame."""
-    cell_size: int
-    """Rows, and columns, of pixels that one latent cell stands for."""
-    mean: tuple[float, ...]
-    """Mean of each channel of what the network makes."""
-    std: tuple[float, ...]
-    """Standard deviation of each channel."""
-
-    def __post_init__(self) -> None:
-        at_least(1, channels=self.channels, cell_size=self.cell_size)
-        if {len(self.mean), len(self.std)} != {self.channels}:
-            raise ValueError(
-                f"{self.channels} channels need as many entries of mean and std, "
-                f"got {len(self.mean)} and {len(self.std)}"
-            )
-        if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
-            raise ValueError("mean must be finite and std positive and finite")
 
 
 class ImageAutoencoder(NetworkAutoencoder):

@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.autoencoders.wan import EXTRA
-from scd.common.config import at_least
+from scd.common.config import Precision, at_least
 from scd.common.hub import find_part, fingerprint
-from scd.common.runtime import DTYPES, Precision, cache_folder
+from scd.common.runtime import DTYPES, cache_folder
 from scd.data.prompts import fill_up, read_words, write_words
 
 TEXT_LENGTH = 512

@@ -21,9 +21,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scd.autoencoders.base import StreamDecoder
+from scd.autoencoders.config import FRAMES_PER_LATENT
 from scd.autoencoders.diffusers import load_network
-from scd.autoencoders.wan import FRAMES_PER_LATENT
-from scd.common.runtime import DTYPES, Precision
+from scd.common.config import Precision
+from scd.common.runtime import DTYPES
 from scd.common.weights import read_state_dict
 
 WIDTHS = (256, 128, 64, 64)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,39 +18,13 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.autoencoders.base import LatentsConfig, NetworkAutoencoder, StreamDecoder
-from scd.common.config import at_least
+from scd.autoencoders.base import NetworkAutoencoder, StreamDecoder
+from scd.autoencoders.config import FRAMES_PER_LATENT, WanAutoencoderConfig
+from scd.common.config import Precision
 from scd.common.hub import find_part
-from scd.common.runtime import Precision
-
-FRAMES_PER_LATENT = 4
-"""Frames of video that a latent frame stands for, but for the first, which stands for one."""
 
 EXTRA = 'Wan needs diffusers and transformers: pip install -c constraints.txt -e ".[wan]"'
 """What to do where an optional package is missing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WanAutoencoderConfig(LatentsConfig):
-    """Where a Wan world's autoencoder and text encoder lie, and the shape of its latents."""
-
-    frames_per_latent = FRAMES_PER_LATENT
-    has_text_encoder = True
-
-    source: str
-    """Folder with vae/, text_encoder/ and tokenizer/ as diffusers writes them, or its name on the
-    hub. Empty: it must be named whenever pixels or a text encoder are needed."""
-    channels: int = 16
-    """Channels of a latent frame."""
-    cell_size: int = 8
-    """Rows, and columns, of pixels that one latent cell stands for."""
-
-    def __post_init__(self) -> None:
-        at_least(1, channels=self.channels, cell_size=self.cell_size)
-
-    def placeless(self) -> WanAutoencoderConfig:
-        """Return the settings without the folder: weights are compared where they are opened."""
-        return replace(self, source="")
 
 
 def num_latent_frames(num_frames: int) -> int:

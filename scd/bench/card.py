@@ -12,8 +12,9 @@ from typing import Any, TextIO
 import torch
 
 from scd import __version__
+from scd.common.config import Precision
 from scd.common.provenance import hardware_line, provenance
-from scd.common.runtime import DTYPES, Precision, describe_hardware
+from scd.common.runtime import DTYPES, describe_hardware
 
 ON_THE_CARD = ("hardware", "versions", "timed", "command", "limits")
 """What all rows have in common and the screen shows once."""

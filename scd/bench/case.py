@@ -8,14 +8,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from scd.bench.models import Subject, find_subject
-from scd.common.config import at_least
-from scd.common.runtime import DTYPES, Precision
-from scd.engine.interface import EngineKind
+from scd.common.config import Precision, at_least
+from scd.common.runtime import DTYPES
 from scd.models.build import frame_cost
-from scd.models.config import Join, SamplingConfig
+from scd.models.config import EngineKind, GuidanceKind, Join, SamplingConfig
 from scd.models.cost import FrameCost, Load
 from scd.models.flow import evaluations, schedule
-from scd.streaming.rollout import GuidanceKind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,10 @@ from scd.bench.card import LimitsOfDevice, RowFile, card, print_card
 from scd.bench.case import Case, numbers, parse_case
 from scd.bench.streams import TimedStreams
 from scd.bench.timing import Effort, warm_up, whole_and_denoise
-from scd.common.config import at_least, to_json
+from scd.common.config import Precision, at_least, to_json
 from scd.common.memory import check_free, out_of_memory_named, release
-from scd.common.runtime import Precision, choose_device
-from scd.engine.interface import EngineKind
-from scd.models.config import SeparableConfig
+from scd.common.runtime import choose_device
+from scd.models.config import EngineKind, SeparableConfig
 
 TIMED = (
     "A and B are built first, then take turns: some frames of A, as many of B, round after round; "

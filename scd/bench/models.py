@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.common.config import from_json
 from scd.common.runtime import make_generator
 from scd.data.source import DataCard

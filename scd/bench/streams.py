@@ -17,8 +17,9 @@ from scd.common.runtime import DTYPES, make_generator
 from scd.data.clip import Conditions
 from scd.engine.interface import Engine
 from scd.engine.open import open_engine
+from scd.models.config import Guidance
 from scd.models.separable import SeparableState
-from scd.streaming.rollout import Guidance, Rollout
+from scd.streaming.rollout import Rollout
 from scd.streaming.sessions import Session, Streams
 
 GUIDANCE_SCALE, CONTEXT_NOISE = 1.5, 0.05

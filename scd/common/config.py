@@ -9,6 +9,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 Config = TypeVar("Config")
 
+Precision = Literal["fp32", "bf16"]
+"""Arithmetic of the network: all 32 bit, or matrix products in bfloat16. In training the weights
+stay 32 bit either way; a stream in bf16 keeps weights and memory in bfloat16 too."""
+
 KIND = "kind"
 """Key that names the dataclass where a field may hold one of several."""
 
@@ -138,3 +142,18 @@ def differences(theirs: Any, ours: Any, where: str = "") -> list[str]:
             )
         ]
     return [] if theirs == ours else [f"{where.removesuffix('.')}: {theirs!r}, {ours!r}"]
+
+
+def parse_shard(shard: str) -> tuple[int, int]:
+    """Read which part of some work is this process's: "3/8" is that after 0/8, 1/8 and 2/8.
+
+    Returns:
+        Its number from 0, and how many parts there are.
+
+    Raises:
+        ValueError: no such form, or a part beyond the last.
+    """
+    number, _, count = shard.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ValueError(f"shard must be i/n with i in 0 .. n - 1, got {shard!r}")
+    return int(number), int(count)

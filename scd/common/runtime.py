@@ -10,13 +10,8 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
-
-Precision = Literal["fp32", "bf16"]
-"""Arithmetic of the network: all 32 bit, or matrix products in bfloat16. In training the weights
-stay 32 bit either way; a stream in bf16 keeps weights and memory in bfloat16 too."""
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Type of a stream's weights and memory at each precision."""
@@ -43,21 +38,6 @@ def cache_folder(name: str) -> Path:
     """Return the folder of this user, made or not, where things of a kind are kept between runs."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "scd" / name
-
-
-def parse_shard(shard: str) -> tuple[int, int]:
-    """Read which part of some work is this process's: "3/8" is that after 0/8, 1/8 and 2/8.
-
-    Returns:
-        Its number from 0, and how many parts there are.
-
-    Raises:
-        ValueError: no such form, or a part beyond the last.
-    """
-    number, _, count = shard.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise ValueError(f"shard must be i/n with i in 0 .. n - 1, got {shard!r}")
-    return int(number), int(count)
 
 
 def derive_seed(seed: int, purpose: str, *indices: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scd.autoencoders.wan import WanAutoencoderConfig
+from scd.autoencoders.config import WanAutoencoderConfig
 from scd.common.files import refuse_used, written_aside
 from scd.common.hub import find_part, read_part_config
 from scd.common.runtime import DTYPES

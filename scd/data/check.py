@@ -11,7 +11,8 @@ from typing import Annotated, get_args
 
 import tyro
 
-from scd.data.source import EmptySplit, Findings, Opening, Source, Split, find_kinds, kind_of
+from scd.data.source import EmptySplit, Findings, Opening, Source, find_kinds, kind_of
+from scd.data.spaces import Split
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from jaxtyping import UInt8
 
 from scd.common.config import at_least
 from scd.data.record import Played, Recording
-from scd.data.source import DataCard, Split
-from scd.data.spaces import ConditionSpec
+from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec, Split
 
 Scenario = Literal["my_way_home", "map01"]
 

@@ -18,7 +18,8 @@ from scd.data.manifest import (
     read_card,
     read_manifest,
 )
-from scd.data.source import EmptySplit, Findings, Opening, Source, Split
+from scd.data.source import EmptySplit, Findings, Opening, Source
+from scd.data.spaces import Split
 from scd.data.video import frame_times, probe_video, read_video
 
 logger = logging.getLogger(__name__)

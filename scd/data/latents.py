@@ -29,7 +29,8 @@ from scd.common.config import at_least, differences, from_json, to_json
 from scd.common.files import TEMPORARY, file_aside, read_json, write_file
 from scd.data.clip import Clip
 from scd.data.prompts import fill_up
-from scd.data.source import DataCard, EmptySplit, Findings, Opening, Source, Split, open_source
+from scd.data.source import DataCard, EmptySplit, Findings, Opening, Source, open_source
+from scd.data.spaces import Split
 
 INFO_FILE = "latents.json"
 """What a folder of latents says about itself."""

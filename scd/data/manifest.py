@@ -23,7 +23,8 @@ from jaxtyping import Float, Int, UInt8
 
 from scd.common.config import added, at_least, from_json, to_json
 from scd.common.files import file_aside, parse_json, read_json, write_file
-from scd.data.source import DataCard, Split
+from scd.data.source import DataCard
+from scd.data.spaces import Split
 from scd.data.video import write_video
 
 CARD_FILE = "dataset.json"

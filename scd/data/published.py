@@ -24,7 +24,8 @@ from rich.progress import track
 from scd.common.config import from_json
 from scd.common.files import file_aside, read_json
 from scd.common.runtime import cache_folder
-from scd.data.source import DataCard, EmptySplit, Opening, Source, Split
+from scd.data.source import DataCard, EmptySplit, Opening, Source
+from scd.data.spaces import Split
 
 WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 """Ways to say whether."""

@@ -36,7 +36,8 @@ from scd.data.manifest import (
     write_episode,
     write_manifest,
 )
-from scd.data.source import DataCard, Split, find_kinds
+from scd.data.source import DataCard, find_kinds
+from scd.data.spaces import Split
 
 
 class Played(NamedTuple):

@@ -14,14 +14,11 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from scd.common.config import at_least
 from scd.data.clip import Clip
-from scd.data.spaces import ConditionSpec
-
-Split = Literal["train", "val", "test"]
-"""Part of a collection; episodes of one part never appear in another."""
+from scd.data.spaces import ConditionSpec, Split
 
 DEFAULT_KIND = "folder"
 """What a path is taken for that no kind of source recognises."""

@@ -1,8 +1,9 @@
-"""What steers a model: kinds of actions, labels and text, and their sizes."""
+"""What steers a model, by kind and size, and what the parts of a collection are called."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from scd.common.config import added, at_least
 
@@ -54,3 +55,7 @@ class ConditionSpec:
     def is_steered(self) -> bool:
         """Whether there is anything that guidance could hide."""
         return self.has_actions or bool(self.num_labels) or self.has_text
+
+
+Split = Literal["train", "val", "test"]
+"""Part of a collection; episodes of one part never appear in another."""

@@ -30,8 +30,8 @@ from scd.common.files import read_json
 from scd.data.clip import Clip, check_actions, pixels_to_frames
 from scd.data.manifest import DAMAGED, read_actions, read_array
 from scd.data.published import Files, Header, PublishedSource
-from scd.data.source import DataCard, Findings, Split
-from scd.data.spaces import ConditionSpec
+from scd.data.source import DataCard, Findings
+from scd.data.spaces import ConditionSpec, Split
 from scd.data.video import probe_video, read_video
 
 TRAIN_FOLDERS = ("train", "training")

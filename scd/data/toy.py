@@ -19,8 +19,8 @@ from jaxtyping import Float, Float32, Int64
 from scd.common.config import at_least
 from scd.data.clip import Clip, frames_to_pixels
 from scd.data.record import Played, Recording
-from scd.data.source import DataCard, Opening, Source, Split
-from scd.data.spaces import ConditionSpec
+from scd.data.source import DataCard, Opening, Source
+from scd.data.spaces import ConditionSpec, Split
 
 ACTION_NAMES = ("none", "up", "down", "left", "right")
 

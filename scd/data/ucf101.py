@@ -27,8 +27,8 @@ from jaxtyping import Float
 from scd.common.config import at_least
 from scd.data.clip import Clip, pixels_to_frames
 from scd.data.published import Files, Header, PublishedSource
-from scd.data.source import DataCard, Findings, Split
-from scd.data.spaces import ConditionSpec
+from scd.data.source import DataCard, Findings
+from scd.data.spaces import ConditionSpec, Split
 from scd.data.video import frame_times, probe_video, read_video
 
 NUM_CLASSES = 101

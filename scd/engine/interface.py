@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +12,6 @@ from torch import Tensor
 from scd.data.clip import Conditions
 from scd.models.config import EncoderNoise, FrameShape, Solver
 from scd.models.kinds import ModelConfig
-
-EngineKind = Literal["plain", "fast"]
-"""How a model is run: as it is written, or laid out for the machine."""
-
-ENGINES: tuple[EngineKind, ...] = get_args(EngineKind)
-"""All kinds."""
 
 
 class Engine(ABC):

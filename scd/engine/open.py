@@ -8,10 +8,11 @@ import torch
 
 from scd.common.runtime import DTYPES
 from scd.engine.dense import FastDense
-from scd.engine.interface import ENGINES, Engine
+from scd.engine.interface import Engine
 from scd.engine.plain import PlainEngine
 from scd.engine.separable import FastSeparable
 from scd.models.build import Diffuser
+from scd.models.config import ENGINES
 from scd.models.dense import DenseDiffuser
 from scd.models.kinds import ModelConfig
 from scd.models.separable import SeparableDiffuser

@@ -31,8 +31,7 @@ from scd.evaluation.image import Estimate, bootstrap
 from scd.evaluation.predict import predict
 from scd.evaluation.protocols import Protocol
 from scd.models.checkpoint import World
-from scd.models.config import SamplingConfig
-from scd.streaming.rollout import Guidance
+from scd.models.config import Guidance, SamplingConfig
 
 SEEN = 0.5
 """Visible share from which a shape counts as seen."""

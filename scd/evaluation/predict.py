@@ -13,8 +13,8 @@ from scd.common.runtime import make_generator
 from scd.data.clip import Batch, Conditions
 from scd.data.source import DataCard, Source
 from scd.models.checkpoint import World
-from scd.models.config import SamplingConfig
-from scd.streaming.rollout import Guidance, Rollout, Timing
+from scd.models.config import Guidance, SamplingConfig
+from scd.streaming.rollout import Rollout, Timing
 
 Window = tuple[int, int]
 """An episode and the frame at which a clip of it begins."""

@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from scd.common.config import at_least, differences, to_json
-from scd.data.source import Source, Split
+from scd.data.source import Source
+from scd.data.spaces import Split
 from scd.evaluation.lpips import SMALLEST
 from scd.evaluation.predict import Window, choose_windows, count_windows
-from scd.streaming.rollout import Guidance
+from scd.models.config import Guidance
 
 NUM_CLIPS = 64
 """Clips on which a world is measured, unless it is said otherwise."""

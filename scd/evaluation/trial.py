@@ -32,8 +32,8 @@ from scd.evaluation.metrics import AgainstTruth, Drift, Metric, Numbers, Seen, r
 from scd.evaluation.predict import Window, predict, read_windows
 from scd.evaluation.protocols import CUSTOM, Protocol, choose_clips
 from scd.models.checkpoint import World
-from scd.models.config import SamplingConfig
-from scd.streaming.rollout import Guidance, Timing
+from scd.models.config import Guidance, SamplingConfig
+from scd.streaming.rollout import Timing
 
 Tensors = dict[str, Tensor]
 """What is measured of a unit: kind.baseline.name -> numbers, clips first. Kinds are those of the

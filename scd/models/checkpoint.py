@@ -30,7 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scd.autoencoders.build import Autoencoder, AutoencoderConfig, build_autoencoder
+from scd.autoencoders.build import Autoencoder, build_autoencoder
+from scd.autoencoders.config import AutoencoderConfig
 from scd.common.config import from_json, to_json
 from scd.common.files import read_json, write_file, written_aside
 from scd.common.weights import SHARD_BYTES, is_file_of, is_stored, write_shards

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 from scd.common.config import added, at_least
 from scd.data.spaces import ConditionSpec
@@ -340,3 +340,35 @@ class DenseConfig(DiffuserConfig):
                 f"skipped layers must be some of 0 .. {self.num_layers - 1}, not all, "
                 f"got {self.skip.first} .. {self.skip.stop - 1}"
             )
+
+
+GuidanceKind = Literal["none", "conditions", "context_noise"]
+"""Branch that frames are pushed away from: see Guidance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How a stream is pushed away from an unconditional branch."""
+
+    kind: GuidanceKind = "none"
+    """The branch: none; actions and labels hidden in the whole stream (classifier-free guidance,
+    which needs a second memory); or the context corrupted by noise (negative guidance of the
+    paper (sampling), which needs no second encoder pass)."""
+    scale: float = 1.0
+    """Strength; 1 means no push. The paper uses 1.5 for context noise on Minecraft."""
+    context_noise: float = 0.05
+    """Strength of the noise in the branch "context_noise"."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "none" and self.scale != 1:
+            raise ValueError(f"scale={self.scale} has no effect on guidance kind='none'")
+        if self.context_noise <= 0:
+            raise ValueError(f"context_noise must be positive, got {self.context_noise}")
+
+
+EngineKind = Literal["plain", "fast"]
+"""How a model is run: as it is written, or laid out for the machine."""
+
+
+ENGINES: tuple[EngineKind, ...] = get_args(EngineKind)
+"""All kinds."""

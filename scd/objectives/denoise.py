@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from einops import repeat
@@ -17,7 +16,8 @@ from torch import Tensor
 from scd.data.clip import Batch, Conditions
 from scd.models.base import Augmentation
 from scd.models.flow import CLEAN_TIME, draw_times, interpolate, velocity_between
-from scd.models.wan.timesteps import NUM_TIMES, time_table, training_weights
+from scd.models.wan.timesteps import time_table, training_weights
+from scd.objectives.config import DenoiseConfig, TeacherForcingConfig
 
 Network = Callable[..., Tensor]
 """A model, also when a trainer has wrapped it: (clean, noisy, time, conditions, augment) to the
@@ -48,56 +48,6 @@ class Objective:
             ValueError: clips that are too short or cannot be cut as the model needs them.
         """
         raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenoiseConfig:
-    """Settings of the denoising objective."""
-
-    history: Literal["clean", "noisy"] = "clean"
-    """What the model sees of earlier frames: the clean frames (teacher forcing, as in the paper),
-    or the noisy frames themselves, some of them clean (the release's default for the separable
-    model; FAR's training of the dense one)."""
-    clean_fraction: float = 0.0
-    """Share of frames that are given clean among the noisy ones and are left out of the loss, with
-    history "noisy"; 0.1 in the release. The first frame of a model that must be given one is
-    always among them."""
-    num_draws: int = 2
-    """Draws of (time, noise) per frame and step; one encoder pass serves them all: paper, section
-    2.4."""
-    num_target_frames: int = 0
-    """Frames of each clip that are denoised, the last ones. 0: all that have a context."""
-    time_mean: float = 0.0
-    """Mean of the logit of time; 0 in the paper, above 0 gives more noise."""
-    time_std: float = 1.0
-    """Standard deviation of the logit of time."""
-    context_noise: float = 0.05
-    """Strength eta of the noise on the context in training: paper, equation 7. It must be 0 for a
-    dense model, which has no context."""
-    history_noise: float = 0.0
-    """Largest deviation of noise on the clean history in training, drawn anew for each frame from
-    0 to this (ours; 0 in the paper). Against drift: a stream reads its own imperfect frames."""
-    condition_dropout: float = 0.1
-    """Chance that an action or label is hidden, so that guidance has an unconditional branch."""
-
-    def __post_init__(self) -> None:
-        if self.num_draws < 1 or self.num_target_frames < 0:
-            raise ValueError(
-                "num_draws must be 1 or more and num_target_frames 0 or more, got "
-                f"{self.num_draws} and {self.num_target_frames}"
-            )
-        for name in ("clean_fraction", "condition_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if min(self.context_noise, self.history_noise) < 0 or self.time_std <= 0:
-            raise ValueError(
-                "context_noise and history_noise must not be negative and time_std must be "
-                f"positive, got {self.context_noise}, {self.history_noise} and {self.time_std}"
-            )
-        if self.history == "clean" and self.clean_fraction > 0:
-            raise ValueError("clean_fraction has no effect on history='clean'")
-        if self.history == "noisy" and self.history_noise > 0:
-            raise ValueError("history_noise has no effect on history='noisy'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,54 +155,6 @@ def validation_loss(
         losses[f"loss_at_{value:g}"] = float(loss)
     losses["loss"] = sum(losses.values()) / len(losses)
     return losses
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherForcingConfig:
-    """Settings of the loss. Where the paper is silent, the defaults are those of Self-Forcing."""
-
-    shift: float = 5.0
-    """Timestep shift of the table of times towards noise; 1: none."""
-    weighting: Literal["bell", "none"] = "bell"
-    """How errors count: by exp(-2 (time - 0.5)^2), less its smallest value, of mean 1 over the
-    table, so that pure noise counts nothing; or all alike."""
-    num_draws: int = 1
-    """Draws of (time, noise) per frame and step; one encoder pass serves them all."""
-    history_time: float = 0.0
-    """Largest time of noise on the clean history, drawn for each frame from the entries of the
-    table up to it; the model is told. 0: the history is clean."""
-    context_noise: float = 0.0
-    """Strength eta of noise on the context (paper, equation 7); 0 for a dense model, which has no
-    context. The paper does not say whether it was used with Wan."""
-    condition_dropout: float = 0.1
-    """Chance that a clip's text gives way to the embedded empty prompt, so that guidance has an
-    unconditional branch."""
-
-    def __post_init__(self) -> None:
-        if self.shift <= 0 or self.num_draws < 1:
-            raise ValueError(
-                "shift must be positive and num_draws 1 or more, got "
-                f"{self.shift} and {self.num_draws}"
-            )
-        if not 0 <= self.history_time <= 1 or not 0 <= self.condition_dropout < 1:
-            raise ValueError(
-                "history_time must lie in [0, 1] and condition_dropout in [0, 1), got "
-                f"{self.history_time} and {self.condition_dropout}"
-            )
-        if self.context_noise < 0:
-            raise ValueError(f"context_noise must be 0 or more, got {self.context_noise}")
-        if self.history_time and not self.num_history_times:
-            raise ValueError(
-                f"history_time must be 0 or at least the table's smallest entry, got "
-                f"{self.history_time}"
-            )
-
-    @property
-    def num_history_times(self) -> int:
-        """Entries of the table, its last ones, that are no larger than `history_time`."""
-        # The table's formula turned round: time = shift u / (1 + (shift - 1) u).
-        unbent = self.history_time / (self.shift - (self.shift - 1) * self.history_time)
-        return int(unbent * NUM_TIMES + 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)

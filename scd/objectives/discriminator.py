@@ -18,8 +18,9 @@ from scd.data.clip import Conditions
 from scd.models.base import Augmentation
 from scd.models.build import Diffuser
 from scd.models.separable import SeparableDiffuser
+from scd.objectives.config import MatchConfig
 from scd.objectives.denoise import Network
-from scd.objectives.distribution_matching import MatchConfig, Noised, Rolled, noised
+from scd.objectives.distribution_matching import Noised, Rolled, noised
 
 DISTANCE = 0.05
 """Step of the finite differences of R1 and R2. Source: Self-Forcing (SiD, GAN)."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +23,7 @@ from scd.models.build import Diffuser
 from scd.models.config import SamplingConfig
 from scd.models.embed import Field
 from scd.models.flow import clean_from_velocity, guide, interpolate, schedule
+from scd.objectives.config import ConsistencyConfig, RegressionConfig
 from scd.objectives.denoise import Logs, Network, Objective, noisy_history
 
 Path = Callable[[Tensor, Conditions, int, int], Field]
@@ -34,91 +34,12 @@ Autocast = Callable[..., AbstractContextManager[None]]
 """Makes a context in which networks run at the run's precision."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConsistencyConfig:
-    """Settings of causal consistency distillation."""
-
-    teacher: str = ""
-    """World, run or step folder of the teacher; its latents and conditions are the student's."""
-    guidance: float = 1.0
-    """Strength with which the teacher's velocity is pushed away from that with hidden conditions;
-    1: none, and one pass of the teacher instead of two."""
-    num_grid_steps: int = 8
-    """Steps of the grid of times between noise and frame on which the teacher's path is walked."""
-    grid_shift: float = 1.0
-    """Timestep shift of the grid; above 1 makes finer steps near noise."""
-    num_teacher_steps: int = 4
-    """Steps on the grid that the teacher takes before the target network jumps to the end. As many
-    as the grid has: the teacher walks to the end, and the target network is not needed. One, as
-    published, made a student that predicts clean frames collapse: docs/log.md."""
-    target: Literal["online", "average"] = "online"
-    """Weights of the network that jumps to the end: "online", the student's present ones, or
-    "average", their moving average (`ema_decay`)."""
-    huber: float = 0.03
-    """Distance, as a deviation per value, from which on an error counts by its size and no longer
-    by its square. 0: always by its square."""
-    num_draws: int = 2
-    """Draws of (time, noise) per frame and step; one encoder pass serves them all."""
-    history_noise: float = 0.3
-    """Largest deviation of noise on the clean history, the same for teacher and student, as in
-    pre-training."""
-    condition_dropout: float = 0.1
-    """Chance that an action or label is hidden from teacher and student; 0 with guidance."""
-    min_spread: float = 0.2
-    """Stop if what the student generates varies less than this times as much as the data."""
-
-    def __post_init__(self) -> None:
-        _check_draws(self.num_draws, self.history_noise, self.condition_dropout)
-        if not 1 <= self.num_teacher_steps <= self.num_grid_steps:
-            raise ValueError(
-                "num_teacher_steps must lie in 1 .. num_grid_steps, got "
-                f"{self.num_teacher_steps} and {self.num_grid_steps}"
-            )
-        if self.grid_shift <= 0 or self.huber < 0 or self.guidance < 1:
-            raise ValueError(
-                "grid_shift must be above 0, huber 0 or more and guidance 1 or more, got "
-                f"{self.grid_shift}, {self.huber} and {self.guidance}"
-            )
-        if self.target == "average" and self.num_teacher_steps == self.num_grid_steps:
-            raise ValueError("target='average' has no effect: the teacher walks the whole grid")
-        if self.guidance > 1 and self.condition_dropout > 0:
-            raise ValueError(
-                "a teacher guided by conditions has none to hide: condition_dropout must be 0, "
-                f"got {self.condition_dropout}"
-            )
-
-    @property
-    def grid(self) -> list[float]:
-        """Times from 1 down to 0."""
-        kind = "uniform" if self.grid_shift == 1 else "shifted"
-        return schedule(
-            SamplingConfig(num_steps=self.num_grid_steps, schedule=kind, shift=self.grid_shift)
-        ).tolist()
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegressionConfig:
-    """Settings of plain regression at the times of the run's schedule."""
-
-    num_draws: int = 2
-    """Draws of (time, noise) per frame and step; one encoder pass serves them all."""
-    history_noise: float = 0.3
-    """Largest deviation of noise on the clean history, as in pre-training."""
-    condition_dropout: float = 0.1
-    """Chance that an action or label is hidden, so that guidance has an unconditional branch."""
-
-    def __post_init__(self) -> None:
-        _check_draws(self.num_draws, self.history_noise, self.condition_dropout)
-
-
-def _check_draws(num_draws: int, history_noise: float, condition_dropout: float) -> None:
-    if num_draws < 1 or history_noise < 0:
-        raise ValueError(
-            "num_draws must be 1 or more and history_noise 0 or more, got "
-            f"{num_draws} and {history_noise}"
-        )
-    if not 0 <= condition_dropout < 1:
-        raise ValueError(f"condition_dropout must lie in [0, 1), got {condition_dropout}")
+def grid_of(config: ConsistencyConfig) -> list[float]:
+    """Return the times on which the teacher's path is walked, from 1 down to 0."""
+    kind = "uniform" if config.grid_shift == 1 else "shifted"
+    return schedule(
+        SamplingConfig(num_steps=config.num_grid_steps, schedule=kind, shift=config.grid_shift)
+    ).tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +101,7 @@ class Consistency(Objective):
     ) -> tuple[Float[Tensor, ""], Logs]:
         """Return the loss of clips of latents."""
         config = self.config
-        grid = torch.tensor(config.grid, device=batch.frames.device)
+        grid = torch.tensor(grid_of(config), device=batch.frames.device)
         drawn = draw(batch, config.num_grid_steps, config, generator, self.needs_first_frame)
         time = grid[drawn.place]
         noisy = interpolate(drawn.frames, drawn.noise, time)

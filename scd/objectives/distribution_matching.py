@@ -9,8 +9,7 @@ disagree, the student is pushed. Source: Self-Forcing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -18,134 +17,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from scd.common.config import added, at_least
 from scd.data.clip import Conditions
 from scd.models.base import Augmentation
 from scd.models.flow import clean_from_velocity, interpolate, velocity_between
+from scd.objectives.config import MatchConfig
 from scd.objectives.denoise import Network
-from scd.optim.optim import OptimConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatchConfig:
-    """Settings of the matching of distributions."""
-
-    teacher: str = ""
-    """World, run or step folder of the teacher; its latents and conditions are the student's."""
-    view: Literal["causal", "bidirectional"] = added("causal")
-    """What teacher and critic see when they look at a frame: the clean frames before it; or all
-    scored frames of the clip, as noisy as it is, as the published Wan does. Of dense Wan models
-    only, with time_per "clip"."""
-    critic_model: str = added("")
-    """View "bidirectional": world of a dense Wan model, or folder of diffusers, that the critic
-    begins as; empty: the teacher's. A smaller one saves memory."""
-    method: Literal["dmd", "sid", "gan"] = "dmd"
-    """How the student is pushed: by the difference of the scores, a constant (distribution
-    matching); by score identity, with gradient through both networks; or by a discriminator on the
-    critic's features."""
-    guidance: float = 1.0
-    """Strength with which the teacher's clean estimate is pushed away from that with hidden
-    conditions; 1: none. Self-Forcing's 3 counts from the conditional one: it is 4 here."""
-    num_given_frames: int = 4
-    """Frames of each clip that are given; the others are generated. 0: from nothing."""
-    num_scored_frames: int = 0
-    """Last generated frames that carry gradient and are scored. 0: all."""
-    num_draws: int = 2
-    """Draws of (time, noise) per scored frame; one encoder pass serves them all."""
-    score_shift: float = 5.0
-    """Timestep shift of the uniform times of the scores towards noise; 1: none."""
-    lowest_time: float = 0.02
-    """Smallest time of a score."""
-    highest_time: float = 0.98
-    """Largest time of a score."""
-    time_per: Literal["frame", "clip"] = "frame"
-    """Whether each frame has its own time, and is normalised by itself, or all frames of a clip
-    together as in Self-Forcing."""
-    critic: OptimConfig = field(
-        default_factory=lambda: OptimConfig(
-            lr=2e-5, decoder_lr_ratio=1.0, betas=(0.0, 0.999), warmup_steps=0, clip_norm=10.0
-        )
-    )
-    """How the critic's weights move."""
-    num_critic_updates: int = 5
-    """Updates of the critic before each of the student, each on a rollout of its own."""
-    critic_start: Literal["teacher", "student"] = "teacher"
-    """Whose weights the critic starts from, and whose model it is."""
-    max_rise: float = 10.0
-    """Stop if the critic's loss is more than this times that of its first update, and worse than
-    knowing nothing. 0: never."""
-    min_spread: float = 0.2
-    """Stop if what the student generates varies less than this times as much as the data."""
-    alpha: float = 1.0
-    """Method "sid": weight of the squared difference of the scores. 1 elsewhere."""
-    relativistic: bool = False
-    """Method "gan": only the difference of a real and a generated frame's logits counts."""
-    roughness: float = 0.0
-    """Method "gan": weight of the penalty on logits that change fast, around real and around
-    generated frames (R1 and R2). 0: none."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.lowest_time < self.highest_time < 1 or self.score_shift <= 0:
-            raise ValueError(
-                "times of scores must rise from lowest_time to highest_time inside (0, 1) and "
-                f"score_shift be above 0, got {self.lowest_time}, {self.highest_time} and "
-                f"{self.score_shift}"
-            )
-        at_least(
-            1,
-            num_draws=self.num_draws,
-            num_critic_updates=self.num_critic_updates,
-            guidance=self.guidance,
-        )
-        at_least(
-            0,
-            num_given_frames=self.num_given_frames,
-            num_scored_frames=self.num_scored_frames,
-            max_rise=self.max_rise,
-            min_spread=self.min_spread,
-            roughness=self.roughness,
-        )
-        if self.view == "bidirectional":
-            found = (self.time_per, self.critic_start, self.num_given_frames)
-            if found != ("clip", "teacher", 0) or self.method == "gan":
-                raise ValueError(
-                    "view='bidirectional' needs time_per='clip', critic_start='teacher', "
-                    "num_given_frames=0 and method 'dmd' or 'sid', got "
-                    f"{', '.join(map(repr, found))} and {self.method!r}"
-                )
-        elif self.critic_model:
-            raise ValueError("critic_model has no effect on view='causal'")
-        if self.method == "gan" and self.guidance != 1:
-            raise ValueError(f"guidance={self.guidance} has no effect on method='gan'")
-        if self.method != "sid" and self.alpha != 1:
-            raise ValueError(f"alpha={self.alpha} has no effect on method={self.method!r}")
-        if self.method != "gan" and (self.relativistic or self.roughness):
-            raise ValueError(f"relativistic, roughness have no effect on method={self.method!r}")
-
-    @property
-    def needs_clips(self) -> bool:
-        """Whether it learns from recorded frames, not from prompts alone."""
-        return self.method == "gan" or self.num_given_frames > 0
-
-    def num_scored(self, num_frames: int, window: int) -> int:
-        """Return how many frames of a clip, given and generated, are scored by teacher and critic
-        that were trained on `window` frames; ValueError if none is generated or more than that are
-        scored."""
-        num_generated = num_frames - self.num_given_frames
-        num_scored = self.num_scored_frames or num_generated
-        if num_generated < 1 or num_scored > num_generated:
-            raise ValueError(
-                f"clips of {num_frames} frames, {self.num_given_frames} of them given, leave "
-                f"{num_generated} to generate, of which {num_scored} are to be scored"
-            )
-        # What is scored must not look like the beginning of a clip where it is none.
-        num_before = int(num_scored < num_frames and self.view == "causal")
-        if num_scored + num_before > window:
-            raise ValueError(
-                f"{num_scored} scored frames and what they follow are more than the {window} "
-                "frames that the teacher was trained on: set num_scored_frames lower"
-            )
-        return num_scored
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from scd.data.clip import Batch, Conditions
 from scd.models.build import Diffuser
 from scd.models.flow import clean_from_velocity
+from scd.objectives.config import MatchConfig
 from scd.objectives.denoise import Logs, Network, Objective
 from scd.objectives.discriminator import discriminator_gan_loss, student_gan_loss
 from scd.objectives.distill import Autocast, frozen, running, spread
-from scd.objectives.distribution_matching import MatchConfig, Rolled, critic_loss, score_loss
+from scd.objectives.distribution_matching import Rolled, critic_loss, score_loss
 
 
 class DDPWrapper(nn.Module):

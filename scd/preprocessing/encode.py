@@ -21,18 +21,19 @@ from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
 from scd.autoencoders.build import (
     Autoencoder,
     build_autoencoder,
     fingerprint,
     open_autoencoder,
 )
+from scd.autoencoders.config import PixelConfig
 from scd.autoencoders.diffusers import ImageAutoencoder, with_statistics
 from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_cache
-from scd.common.config import at_least, to_json
+from scd.common.config import Precision, at_least, parse_shard, to_json
 from scd.common.files import remove_leftovers
-from scd.common.runtime import Precision, choose_device, parse_shard
+from scd.common.runtime import choose_device
 from scd.data.clip import Clip
 from scd.data.latents import (
     FORMAT,
@@ -46,7 +47,8 @@ from scd.data.latents import (
     write_null_text,
 )
 from scd.data.loader import Loader
-from scd.data.source import EmptySplit, Source, Split, open_source
+from scd.data.source import EmptySplit, Source, open_source
+from scd.data.spaces import Split
 from scd.models.checkpoint import read_world_parts, resolve
 
 PIXELS = "pixels"

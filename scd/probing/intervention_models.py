@@ -24,7 +24,7 @@ from scd.models.checkpoint import (
     save_world,
 )
 from scd.models.weights import WEIGHTS_FILE
-from scd.objectives.denoise import DenoiseConfig
+from scd.objectives.config import DenoiseConfig
 from scd.probing.interventions import Comparison, Intervention, RecomposeConfig
 from scd.training.config import TrainConfig
 from scd.training.plan import plan

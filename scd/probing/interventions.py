@@ -19,9 +19,15 @@ from torch import nn
 
 from scd.common.config import at_least
 from scd.common.files import read_json
-from scd.engine.interface import EngineKind
 from scd.models.checkpoint import World
-from scd.models.config import DecoderConfig, EncoderConfig, Join, SamplingConfig, SeparableConfig
+from scd.models.config import (
+    DecoderConfig,
+    EncoderConfig,
+    EngineKind,
+    Join,
+    SamplingConfig,
+    SeparableConfig,
+)
 from scd.models.dense import DenseDiffuser
 from scd.models.separable import SeparableDiffuser
 from scd.models.stack import skip_after

@@ -14,7 +14,7 @@ from torch import Tensor
 from scd.common.config import at_least
 from scd.common.files import read_json
 from scd.data.source import Source, open_source
-from scd.data.source import Split as DataSplit
+from scd.data.spaces import Split as DataSplit
 from scd.evaluation.predict import check_fit, choose_windows, read_windows
 from scd.models.checkpoint import World, resolve
 from scd.models.config import Join, SamplingConfig

@@ -18,8 +18,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from scd.autoencoders.wan import FRAMES_PER_LATENT
-from scd.common.runtime import Precision, choose_device, cpu_threads
+from scd.autoencoders.config import FRAMES_PER_LATENT
+from scd.common.config import Precision
+from scd.common.runtime import choose_device, cpu_threads
 from scd.data.clip import Conditions, frames_to_pixels, pixels_to_frames
 from scd.sampling.settings import VideoConfig
 from scd.sampling.text_to_video import TextToVideo, cover, is_steered_by_text

@@ -9,11 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from scd.common.config import at_least
-from scd.common.runtime import Precision, parse_shard
-from scd.data.source import Split
-from scd.engine.interface import EngineKind
-from scd.streaming.rollout import Guidance
+from scd.common.config import Precision, at_least, parse_shard
+from scd.data.spaces import Split
+from scd.models.config import EngineKind, Guidance
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from scd.autoencoders.base import StreamDecoder
-from scd.autoencoders.build import AutoencoderConfig
+from scd.autoencoders.config import FRAMES_PER_LATENT, AutoencoderConfig
 from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_cache, refuse_empty
 from scd.autoencoders.tiny import open_tiny_decoder
-from scd.autoencoders.wan import (
-    FRAMES_PER_LATENT,
-    WanAutoencoder,
-)
+from scd.autoencoders.wan import WanAutoencoder
 from scd.common.config import from_json, to_json
 from scd.common.runtime import choose_device
 from scd.common.timing import Timing
@@ -30,11 +27,12 @@ from scd.data.video import read_video
 from scd.engine.open import advised_threads, open_engine
 from scd.models.build import num_parameters
 from scd.models.checkpoint import load_world, resolve
+from scd.models.config import Guidance
 from scd.models.flow import with_num_steps
 from scd.models.shipped import parts_beside
 from scd.models.weights import CONFIG_FILE, read_settings
 from scd.sampling.settings import VideoConfig
-from scd.streaming.rollout import Guidance, Rollout
+from scd.streaming.rollout import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from typing import Any
 
 from rich.console import Console
 
-from scd.common.config import differences, to_json
+from scd.common.config import differences, parse_shard, to_json
 from scd.common.files import read_json
 from scd.common.provenance import provenance, write_json
-from scd.common.runtime import cpu_threads, parse_shard
+from scd.common.runtime import cpu_threads
 from scd.data.clip import frames_to_pixels
 from scd.data.prompts import read_lines
 from scd.data.video import write_video

@@ -9,8 +9,9 @@ from scd.common.memory import GIB, OutOfMemory, free_bytes, readable
 from scd.engine.interface import Engine
 from scd.engine.pool import pool_bytes
 from scd.models.checkpoint import World
+from scd.models.config import Guidance
 from scd.serving.messages import ServeError
-from scd.streaming.rollout import Guidance, Rollout
+from scd.streaming.rollout import Rollout
 from scd.streaming.sessions import Session
 
 SHARE = 0.8

@@ -17,6 +17,7 @@ import torch
 from einops import rearrange
 
 from scd.data.clip import frames_to_pixels, pixels_to_frames
+from scd.models.config import Guidance
 from scd.models.flow import with_num_steps
 from scd.models.shipped import Clips
 from scd.serving.messages import (
@@ -54,7 +55,7 @@ from scd.serving.messages import (
 from scd.serving.session import KeptFrame, Order, Session, Start, as_action, as_guidance
 from scd.serving.sessions import Sessions
 from scd.serving.store import Evictions
-from scd.streaming.rollout import Guidance, Rollout
+from scd.streaming.rollout import Rollout
 
 
 @dataclass(eq=False, kw_only=True)

@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from scd.data.clip import frames_to_pixels
+from scd.models.config import Guidance
 from scd.serving.messages import (
     ActionValue,
     Answer,
@@ -27,7 +28,7 @@ from scd.serving.messages import (
     Sink,
     State,
 )
-from scd.streaming.rollout import Guidance, Rollout
+from scd.streaming.rollout import Rollout
 from scd.streaming.sessions import Finished
 from scd.streaming.sessions import Session as Stream
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scd.data.clip import Conditions, pixels_to_frames
+from scd.models.config import Guidance
 from scd.models.flow import with_num_steps
 from scd.serving.admission import (
     Admission,
@@ -22,7 +23,7 @@ from scd.serving.admission import (
 from scd.serving.messages import Evicted, ServeError, Stopped
 from scd.serving.session import History, KeptFrame, Session, Start, as_action, as_guidance
 from scd.serving.snapshot import Image
-from scd.streaming.rollout import Guidance, Rollout
+from scd.streaming.rollout import Rollout
 from scd.streaming.sessions import Session as Stream
 from scd.streaming.sessions import Streams
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import tyro
 
-from scd.common.config import at_least
-from scd.common.runtime import DTYPES
-from scd.engine.interface import ENGINES
+from scd.common.config import Precision, at_least
+from scd.models.config import ENGINES
 
 SHORTEST_TOKEN = 16
 """Characters; a token from `python -c "import secrets; print(secrets.token_urlsafe())"` has 43."""
@@ -151,7 +150,7 @@ class ServeConfig(WorldConfig):
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
         if self.memory_gib is not None and self.memory_gib <= 0:
             raise ValueError(f"memory_gib must be above 0, got {self.memory_gib}")
-        for name, known in (("engine", ENGINES), ("precision", DTYPES)):
+        for name, known in (("engine", ENGINES), ("precision", get_args(Precision))):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} must be one of {list(known)}, got {getattr(self, name)!r}"

@@ -21,31 +21,8 @@ from scd.data.clip import Conditions, check_conditions
 from scd.engine.interface import Engine
 from scd.engine.plain import PlainEngine
 from scd.models.checkpoint import World
-from scd.models.config import SamplingConfig
+from scd.models.config import Guidance, SamplingConfig
 from scd.models.flow import num_fresh, schedule, with_num_steps
-
-GuidanceKind = Literal["none", "conditions", "context_noise"]
-"""Branch that frames are pushed away from: see Guidance."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guidance:
-    """How a stream is pushed away from an unconditional branch."""
-
-    kind: GuidanceKind = "none"
-    """The branch: none; actions and labels hidden in the whole stream (classifier-free guidance,
-    which needs a second memory); or the context corrupted by noise (negative guidance of the
-    paper (sampling), which needs no second encoder pass)."""
-    scale: float = 1.0
-    """Strength; 1 means no push. The paper uses 1.5 for context noise on Minecraft."""
-    context_noise: float = 0.05
-    """Strength of the noise in the branch "context_noise"."""
-
-    def __post_init__(self) -> None:
-        if self.kind == "none" and self.scale != 1:
-            raise ValueError(f"scale={self.scale} has no effect on guidance kind='none'")
-        if self.context_noise <= 0:
-            raise ValueError(f"context_noise must be positive, got {self.context_noise}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,11 @@ from scd.engine.plain import PlainEngine
 from scd.engine.pool import FramePool, NewFrame, PoolFrame, pool_bytes
 from scd.models.build import frame_cost
 from scd.models.checkpoint import World
-from scd.models.config import SamplingConfig
+from scd.models.config import Guidance, SamplingConfig
 from scd.models.cost import Load
 from scd.models.flow import evaluations
 from scd.models.kinds import ModelConfig
-from scd.streaming.rollout import Draft, Guidance, Rollout, draft_all
+from scd.streaming.rollout import Draft, Rollout, draft_all
 
 Status = Literal["idle", "waiting", "denoising", "closed", "stopped"]
 """No frame asked for; asked for but not begun; begun; closed by its owner; stopped by a fault."""

@@ -7,23 +7,16 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from scd.autoencoders.base import PixelConfig
-from scd.autoencoders.build import AutoencoderConfig
-from scd.autoencoders.deep_compression import DeepName
-from scd.common.config import added, at_least
+from scd.autoencoders.config import AutoencoderConfig, DeepName, PixelConfig
+from scd.common.config import Precision, added, at_least
 from scd.common.runlog import Tracker
-from scd.common.runtime import Precision
 from scd.models.config import SamplingConfig, SeparableConfig
 from scd.models.kinds import ModelConfig
-from scd.objectives.denoise import DenoiseConfig, TeacherForcingConfig
-from scd.objectives.distill import ConsistencyConfig, RegressionConfig
-from scd.objectives.distribution_matching import MatchConfig
-from scd.optim.optim import OptimConfig
-
-ObjectiveConfig = (
-    DenoiseConfig | TeacherForcingConfig | ConsistencyConfig | RegressionConfig | MatchConfig
+from scd.objectives.config import (
+    DenoiseConfig,
+    ObjectiveConfig,
 )
-"""What a model can learn to do."""
+from scd.optim.config import OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True)

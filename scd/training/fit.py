@@ -7,24 +7,20 @@ from dataclasses import fields, replace
 from typing import Any
 
 from scd.autoencoders.base import PixelAutoencoder
-from scd.autoencoders.build import (
-    Autoencoder,
-    AutoencoderConfig,
-    build_autoencoder,
-    fingerprint,
-)
+from scd.autoencoders.build import Autoencoder, build_autoencoder, fingerprint
+from scd.autoencoders.config import AutoencoderConfig
 from scd.autoencoders.text_encoder import text_fingerprint
 from scd.common.config import differences, from_json, to_json
 from scd.data.latents import INFO_FILE, PLACE, LatentSource, is_latents
 from scd.data.loader import Loader
 from scd.data.prompts import PromptSource, is_prompts
-from scd.data.source import DataCard, Source, Split, open_source
+from scd.data.source import DataCard, Source, open_source
+from scd.data.spaces import Split
 from scd.models.build import Diffuser
 from scd.models.checkpoint import read_world_parts, resolve
 from scd.models.shipped import parts_beside
 from scd.models.weights import WEIGHTS_FILE, load_weights
-from scd.objectives.denoise import DenoiseConfig, TeacherForcingConfig
-from scd.objectives.distribution_matching import MatchConfig
+from scd.objectives.config import DenoiseConfig, MatchConfig, TeacherForcingConfig
 from scd.training.config import TrainConfig
 
 NUM_MEASURED_BATCHES = 16

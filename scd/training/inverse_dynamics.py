@@ -31,7 +31,8 @@ from scd.evaluation.inverse_dynamics import (
 )
 from scd.evaluation.predict import choose_windows, count_windows, read_windows
 from scd.objectives.denoise import Logs, Objective
-from scd.optim.optim import EMA, OptimConfig
+from scd.optim.config import OptimConfig
+from scd.optim.optim import EMA
 from scd.training.config import RunConfig, TrainInverseDynamicsConfig
 from scd.training.state import OptimisationGroup, Task
 from scd.training.trainer import train_task

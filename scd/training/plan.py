@@ -15,8 +15,9 @@ from scd.common.config import to_json
 from scd.data.clip import Batch, Conditions
 from scd.models.attention import forget
 from scd.models.build import build, num_parameters
-from scd.objectives.denoise import DenoiseConfig, TeacherForcingConfig
-from scd.optim.optim import OptimConfig, ParameterGroup, parameter_groups
+from scd.objectives.config import DenoiseConfig, TeacherForcingConfig
+from scd.optim.config import OptimConfig
+from scd.optim.optim import ParameterGroup, parameter_groups
 from scd.optim.states import EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST
 from scd.training.config import TrainConfig
 from scd.training.fit import check_fit, check_window, open_loader

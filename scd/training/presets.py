@@ -1,5 +1,5 @@
-"""Named complete runs, and those of a distillation. The command line picks one and overrides
-fields."""
+"""Named complete runs, and what a distillation is made from. The command line picks one and
+overrides fields."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from scd.autoencoders.wan import WanAutoencoderConfig
-from scd.common.config import at_least
-from scd.common.runtime import Precision
+from scd.autoencoders.config import WanAutoencoderConfig
+from scd.common.config import Precision, at_least
 from scd.data.spaces import ConditionSpec
-from scd.models.checkpoint import read_world_parts, resolve
 from scd.models.config import (
     BlockConfig,
     CacheConfig,
@@ -26,11 +24,13 @@ from scd.models.config import (
 from scd.models.kinds import ModelConfig
 from scd.models.wan.config import WanSeparableConfig
 from scd.models.wan.timesteps import FEW_STEPS, SHIFT
-from scd.objectives.denoise import DenoiseConfig, TeacherForcingConfig
-from scd.objectives.distill import ConsistencyConfig, RegressionConfig
-from scd.objectives.distribution_matching import MatchConfig
-from scd.optim.optim import OptimConfig
-from scd.training.config import ObjectiveConfig, TrainConfig
+from scd.objectives.config import (
+    DenoiseConfig,
+    MatchConfig,
+    TeacherForcingConfig,
+)
+from scd.optim.config import OptimConfig
+from scd.training.config import TrainConfig
 
 TOY_ACTIONS = ConditionSpec(num_actions=5)
 """none, up, down, left, right"""
@@ -288,51 +288,6 @@ class DistillChoice:
     def size(self) -> Size:
         """The preset that is meant."""
         return self.preset or ("toy" if self.data.startswith("toy:") else "doom")
-
-
-def distillation(choice: DistillChoice) -> TrainConfig:
-    """Return the run that a choice means: an ordinary run, whose every field may be changed.
-
-    Raises:
-        FileNotFoundError: there is no teacher, or nothing to start from.
-        ValueError: a folder is damaged.
-    """
-    start = choice.initial or choice.teacher
-    world = read_world_parts(resolve(start))
-    run = TrainConfig(
-        data=choice.data,
-        out=f"runs/out/{choice.method}-{choice.steps}",
-        initial=start,
-        precision="bf16",
-        ema_decay=0.99,
-        validate_every=0,
-        model=world["model"],
-        autoencoder=world["autoencoder"],
-        objective=_objective(choice),
-        sampling=SamplingConfig(num_steps=choice.steps, solver="renoise"),
-    )
-    if choice.method in ("consistency", "regression"):
-        run = replace(run, optim=replace(MUON, lr=3e-4, muon_lr=2e-3), **CLIPS[choice.size])
-    else:
-        run = replace(run, optim=replace(MUON, lr=1e-4, muon_lr=5e-4), **ROLLOUTS[choice.size])
-    return run
-
-
-def _objective(choice: DistillChoice) -> ObjectiveConfig:
-    if choice.method == "regression":
-        return RegressionConfig()
-    # One step of a run, so that the teacher stays the same when its own training goes on.
-    teacher = str(resolve(choice.teacher))
-    if choice.method == "consistency":
-        return ConsistencyConfig(teacher=teacher)
-    # A critic that moves fast needs fewer updates than the published five.
-    return MatchConfig(
-        teacher=teacher,
-        method=choice.method,
-        num_critic_updates=2,
-        score_shift=3.0,
-        critic=replace(MUON, lr=2e-4, muon_lr=2e-3, decay_fraction=0.0),
-    )
 
 
 MUON = OptimConfig(

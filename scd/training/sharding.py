@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from scd.common.weights import StoredWeights
 from scd.models.build import Diffuser
 from scd.models.weights import check_shapes
-from scd.objectives.denoise import DenoiseConfig, TeacherForcingConfig
+from scd.objectives.config import DenoiseConfig, TeacherForcingConfig
 from scd.training.config import TrainConfig
 
 MODEL_METHODS = ("begin", "context", "velocity", "observe")

@@ -35,7 +35,8 @@ from scd.models.checkpoint import (
 )
 from scd.models.weights import WEIGHTS_FILE, load_weights
 from scd.objectives.denoise import Objective
-from scd.optim.optim import EMA, OptimConfig, build_optimizers, parameter_groups
+from scd.optim.config import OptimConfig
+from scd.optim.optim import EMA, build_optimizers, parameter_groups
 from scd.training.config import RunConfig
 from scd.training.sharding import cut_state, gathered, load_parts
 

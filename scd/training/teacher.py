@@ -22,8 +22,8 @@ from scd.models.wan.config import WanConfig
 from scd.models.wan.dense import WanDiffuser
 from scd.models.wan.source import WanSource, open_source
 from scd.models.weights import WEIGHTS_FILE, check_shapes, load_weights
+from scd.objectives.config import MatchConfig
 from scd.objectives.discriminator import Discriminator
-from scd.objectives.distribution_matching import MatchConfig
 from scd.training.config import TrainConfig
 
 

@@ -16,8 +16,9 @@ from scd.common.processes import num_started
 from scd.data.prompts import PromptsInfo, is_prompts, read_prompts_info
 from scd.models.checkpoint import resolve
 from scd.models.config import SamplingConfig
-from scd.models.wan.timesteps import NUM_TIMES, warped_times
-from scd.objectives.distribution_matching import MatchConfig
+from scd.models.wan.config import NUM_TIMES
+from scd.models.wan.timesteps import warped_times
+from scd.objectives.config import MatchConfig
 from scd.preprocessing.prompts import embed_prompts
 from scd.training.config import TrainConfig
 from scd.training.fit import check_rollout, like_initial

@@ -20,24 +20,15 @@ from scd.data.source import Source
 from scd.models.build import Diffuser, build
 from scd.models.checkpoint import World, write_world
 from scd.models.flow import schedule
-from scd.objectives.denoise import (
-    Denoise,
+from scd.objectives.config import (
+    ConsistencyConfig,
     DenoiseConfig,
-    Objective,
-    TeacherForcing,
+    MatchConfig,
+    RegressionConfig,
     TeacherForcingConfig,
 )
-from scd.objectives.distill import (
-    Consistency,
-    ConsistencyConfig,
-    Regression,
-    RegressionConfig,
-    guided,
-    guided_path,
-    path_of,
-    running,
-)
-from scd.objectives.distribution_matching import MatchConfig
+from scd.objectives.denoise import Denoise, Objective, TeacherForcing
+from scd.objectives.distill import Consistency, Regression, guided, guided_path, path_of, running
 from scd.objectives.self_forcing import CriticMatching, DDPWrapper, StudentMatching
 from scd.optim.optim import EMA
 from scd.training.config import TrainConfig

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 
 from scd.autoencoders.build import build_autoencoder, fingerprint, open_autoencoder
+from scd.autoencoders.config import ImageAutoencoderConfig
 from scd.autoencoders.deep_compression import (
     Stage,
     deep_name,
@@ -20,7 +21,6 @@ from scd.autoencoders.deep_compression import (
 )
 from scd.autoencoders.diffusers import (
     ImageAutoencoder,
-    ImageAutoencoderConfig,
     load_network,
     measure_statistics,
     new_network,

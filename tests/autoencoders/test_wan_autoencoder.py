@@ -9,10 +9,10 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from scd.autoencoders.config import WanAutoencoderConfig
 from scd.autoencoders.tiny import WIDTHS, TaewDecoder, open_tiny_decoder
 from scd.autoencoders.wan import (
     WanAutoencoder,
-    WanAutoencoderConfig,
     WanStreamDecoder,
     WanStreamEncoder,
     num_latent_frames,

@@ -11,7 +11,8 @@ import pytest
 import torch
 import tyro
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.bench.card import Limits, LimitsOfDevice, RowFile, measure_limits
 from scd.bench.case import Case, numbers, parse_case
 from scd.bench.compare import CompareConfig, compare, pairs_of

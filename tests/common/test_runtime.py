@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from scd.common.config import parse_shard
 from scd.common.runtime import (
     cache_folder,
     choose_device,
@@ -14,7 +15,6 @@ from scd.common.runtime import (
     describe_hardware,
     git_commit,
     make_generator,
-    parse_shard,
     peak_memory_gib,
 )
 

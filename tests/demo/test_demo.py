@@ -13,7 +13,8 @@ import av
 import pytest
 import torch
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.common import provenance as results
 from scd.common.config import to_json
 from scd.common.runlog import RunLog

@@ -31,7 +31,7 @@ from scd.evaluation.metrics import AgainstTruth, Drift
 from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig, Protocol
 from scd.evaluation.trial import Trial, Unit, measure, through_h264
 from scd.models.checkpoint import load_world, save_world
-from scd.streaming.rollout import Guidance
+from scd.models.config import Guidance
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.common.files import remove_leftovers, written_aside
 from scd.common.weights import digest_of
 from scd.data.source import DataCard

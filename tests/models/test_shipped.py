@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.data.clip import Batch, Conditions
 from scd.demo import demo, first_look
 from scd.evaluation.predict import choose_windows, read_windows

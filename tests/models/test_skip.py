@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.bench.case import Case
 from scd.common.config import from_json, to_json
 from scd.data.clip import Conditions
@@ -16,7 +17,7 @@ from scd.models.config import CacheConfig, DenseConfig, LayerSkip, SamplingConfi
 from scd.models.flow import CLEAN_TIME, schedule
 from scd.models.kinds import ModelConfig
 from scd.models.stack import skip_after
-from scd.objectives.denoise import DenoiseConfig
+from scd.objectives.config import DenoiseConfig
 from scd.streaming.rollout import Rollout
 from scd.training.config import TrainConfig
 from scd.training.world import train

@@ -7,7 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.data.clip import Conditions
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
@@ -17,17 +18,17 @@ from scd.models.base import Augmentation
 from scd.models.block import with_keys_values
 from scd.models.build import build, frame_cost, num_parameters
 from scd.models.checkpoint import World
-from scd.models.config import CacheConfig, SamplingConfig
+from scd.models.config import CacheConfig, Guidance, SamplingConfig
 from scd.models.cost import Load
 from scd.models.wan.config import WanConfig, WanDecoderConfig, WanEncoderConfig, WanSeparableConfig
 from scd.models.wan.dense import WanDiffuser
 from scd.models.wan.separable import WanSeparableDiffuser
-from scd.objectives.denoise import DenoiseConfig
+from scd.objectives.config import DenoiseConfig
 from scd.objectives.self_forcing import self_forced
 from scd.probing.intercept import without
 from scd.probing.models import subject_of
 from scd.probing.subject import Task
-from scd.streaming.rollout import Guidance, Rollout
+from scd.streaming.rollout import Rollout
 from tests.tiny import denoising_loss
 from tests.tiny_wan import (
     BLOCK,

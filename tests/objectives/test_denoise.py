@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from scd.models.flow import CLEAN_TIME
-from scd.objectives.denoise import DenoiseConfig, validation_loss, velocity_loss
+from scd.objectives.config import DenoiseConfig
+from scd.objectives.denoise import validation_loss, velocity_loss
 from tests.tiny import denoising_loss as denoise
 from tests.tiny import random_clips, tiny_dense, tiny_separable
 

@@ -7,12 +7,12 @@ import torch
 
 from scd.data.clip import Batch
 from scd.models.flow import clean_from_velocity, guide, interpolate, velocity_between
+from scd.objectives.config import ConsistencyConfig, RegressionConfig
 from scd.objectives.distill import (
     Consistency,
-    ConsistencyConfig,
     Regression,
-    RegressionConfig,
     draw,
+    grid_of,
     guided,
     guided_path,
     pseudo_huber,
@@ -72,7 +72,7 @@ def test_the_target_is_the_teachers_path_then_the_target_networks_jump(model, nu
         model, target, model.field, clean, conditions, config, torch.Generator(), needs_first
     )
     drawn = draw_of(clean, conditions, 4, config, torch.Generator(), needs_first)
-    grid = torch.tensor(config.grid)
+    grid = torch.tensor(grid_of(config))
     time = grid[drawn.place]
     noisy = interpolate(drawn.frames, drawn.noise, time)
 

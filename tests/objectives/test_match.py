@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scd.models.flow import clean_from_velocity
+from scd.objectives.config import MatchConfig
 from scd.objectives.discriminator import (
     Discriminator,
     discriminator_gan_loss,
@@ -14,7 +15,6 @@ from scd.objectives.discriminator import (
     student_gan_loss,
 )
 from scd.objectives.distribution_matching import (
-    MatchConfig,
     Noised,
     Rolled,
     critic_loss,

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from scd.optim.config import OptimConfig
 from scd.optim.muon import KernelMuon, kernels, muon
-from scd.optim.optim import OptimConfig, build_optimizers, parameter_groups, set_lr
+from scd.optim.optim import build_optimizers, parameter_groups, set_lr
 
 
 def network() -> nn.Sequential:

@@ -8,14 +8,8 @@ from torch import nn
 
 from scd.models.build import build
 from scd.models.config import DenseConfig, EncoderConfig, SeparableConfig
-from scd.optim.optim import (
-    EMA,
-    OptimConfig,
-    build_optimizers,
-    lr_multiplier,
-    parameter_groups,
-    set_lr,
-)
+from scd.optim.config import OptimConfig
+from scd.optim.optim import EMA, build_optimizers, lr_multiplier, parameter_groups, set_lr
 from tests.tiny import stored_in
 
 

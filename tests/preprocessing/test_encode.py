@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
 from scd.autoencoders.build import fingerprint, open_autoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig
 from scd.cli import main
 from scd.common.config import to_json

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.cli import main
 from scd.data.clip import Conditions, frames_to_pixels
 from scd.data.manifest import CARD_FILE, write_card, write_episode, write_manifest
 from scd.models.build import build
 from scd.models.checkpoint import World, load_progress, load_world, resolve, save_world
 from scd.models.config import CacheConfig, Join, SamplingConfig
-from scd.objectives.denoise import DenoiseConfig
-from scd.optim.optim import OptimConfig
+from scd.objectives.config import DenoiseConfig
+from scd.optim.config import OptimConfig
 from scd.probing.compare import intervene
 from scd.probing.intervention_models import finetuning, read_start, same_control
 from scd.probing.interventions import (

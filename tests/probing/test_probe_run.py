@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.cli import main
 from scd.models.build import build
 from scd.models.checkpoint import World, load_world, save_world

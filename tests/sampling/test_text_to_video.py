@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.autoencoders.wan import open_wan_autoencoder
 from scd.cli import main
 from scd.data.clip import pixels_to_frames

@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.data.source import Source
 from scd.models.build import build
 from scd.models.checkpoint import World, save_world

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.engine.plain import PlainEngine
 from scd.models.checkpoint import World
 from scd.models.config import SamplingConfig

@@ -6,15 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.data.clip import Conditions
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
 from scd.engine.open import open_engine
 from scd.models.checkpoint import World
-from scd.models.config import CacheConfig, SamplingConfig
+from scd.models.config import CacheConfig, Guidance, SamplingConfig
 from scd.models.flow import schedule, solve
-from scd.streaming.rollout import Guidance, Rollout, frame_noise, step_noise
+from scd.streaming.rollout import Rollout, frame_noise, step_noise
 from tests.tiny import SHAPE, tiny_dense, tiny_separable
 
 

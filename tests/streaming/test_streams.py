@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scd.autoencoders.base import PixelAutoencoder, PixelConfig
+from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.config import PixelConfig
 from scd.common import memory as device_memory
 from scd.common.memory import OutOfMemory
 from scd.data.clip import Conditions
@@ -18,8 +19,8 @@ from scd.engine.open import open_engine
 from scd.engine.plain import PlainEngine
 from scd.engine.pool import FramePool, NewFrame, pool_bytes
 from scd.models.checkpoint import World
-from scd.models.config import CacheConfig, SamplingConfig
-from scd.streaming.rollout import Guidance, Rollout
+from scd.models.config import CacheConfig, Guidance, SamplingConfig
+from scd.streaming.rollout import Rollout
 from scd.streaming.sessions import Session, Streams
 from tests.tiny import BLOCK, SHAPE, random_conditions, tiny_dense, tiny_separable
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from scd.data.clip import Conditions
+from scd.models.config import Guidance
 from scd.models.flow import guided_velocity, schedule, solve
-from scd.streaming.rollout import Guidance, Rollout, frame_noise, step_noise
+from scd.streaming.rollout import Rollout, frame_noise, step_noise
 from tests.tiny_text_world import FOUR_STEPS, KINDS, text_world
 from tests.tiny_wan_vae import tiny_vae
 

@@ -18,9 +18,9 @@ from scd.data.spaces import ConditionSpec
 from scd.models.build import build
 from scd.models.checkpoint import load_auxiliary, load_world, resolve
 from scd.models.config import CacheConfig, SamplingConfig
-from scd.objectives.distill import ConsistencyConfig, RegressionConfig
-from scd.objectives.distribution_matching import MatchConfig
-from scd.optim.optim import EMA, OptimConfig
+from scd.objectives.config import ConsistencyConfig, MatchConfig, RegressionConfig
+from scd.optim.config import OptimConfig
+from scd.optim.optim import EMA
 from scd.training.config import TrainConfig
 from scd.training.state import OptimisationGroup
 from scd.training.world import build_groups, train

@@ -13,7 +13,7 @@ from scd.data.loader import Loader
 from scd.data.source import open_source
 from scd.models.checkpoint import load_world, resolve
 from scd.models.config import CacheConfig, SamplingConfig
-from scd.optim.optim import OptimConfig
+from scd.optim.config import OptimConfig
 from scd.training.config import TrainConfig
 from scd.training.world import clip_objective, train
 

@@ -10,8 +10,9 @@ from scd.data.loader import Loader
 from scd.models.build import build
 from scd.models.config import CacheConfig
 from scd.models.kinds import ModelConfig
-from scd.objectives.denoise import DenoiseConfig, TeacherForcingConfig
-from scd.optim.optim import OptimConfig, build_optimizers, parameter_groups
+from scd.objectives.config import DenoiseConfig, TeacherForcingConfig
+from scd.optim.config import OptimConfig
+from scd.optim.optim import build_optimizers, parameter_groups
 from scd.training.config import TrainConfig
 from scd.training.plan import GIB, count_micro_batch, dry_run, plan
 from tests.tiny import denoising_loss as denoise

@@ -17,15 +17,9 @@ from scd.common.runlog import read_log
 from scd.common.runtime import make_generator
 from scd.models.checkpoint import load_optimizers, load_world
 from scd.models.config import SamplingConfig
-from scd.objectives.distill import ConsistencyConfig
-from scd.optim.optim import (
-    EMA,
-    OptimConfig,
-    build_optimizers,
-    lr_multiplier,
-    parameter_groups,
-    set_lr,
-)
+from scd.objectives.config import ConsistencyConfig
+from scd.optim.config import OptimConfig
+from scd.optim.optim import EMA, build_optimizers, lr_multiplier, parameter_groups, set_lr
 from scd.training.config import TrainConfig
 from scd.training.fit import load_initial, open_loader
 from scd.training.sharding import is_sharded

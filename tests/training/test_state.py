@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from scd.optim.optim import OptimConfig, build_optimizers, parameter_groups
+from scd.optim.config import OptimConfig
+from scd.optim.optim import build_optimizers, parameter_groups
 from scd.training.state import OptimisationGroup
 from tests.tiny import objective_of, tiny_separable
 from tests.tiny_wan import tiny_wan_separable

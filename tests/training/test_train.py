@@ -28,8 +28,8 @@ from scd.models.config import (
     SamplingConfig,
     SeparableConfig,
 )
-from scd.objectives.denoise import DenoiseConfig
-from scd.optim.optim import OptimConfig
+from scd.objectives.config import DenoiseConfig
+from scd.optim.config import OptimConfig
 from scd.training.config import TrainConfig
 from scd.training.world import build_model, clip_objective, train
 from tests.tiny import objective_of

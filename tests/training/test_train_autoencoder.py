@@ -32,7 +32,7 @@ from scd.objectives.reconstruct import (
     pyramid_distance,
     reconstruction_loss,
 )
-from scd.optim.optim import OptimConfig
+from scd.optim.config import OptimConfig
 from scd.preprocessing.encode import EncodeConfig, encode
 from scd.streaming.rollout import Rollout
 from scd.training import autoencoder as training

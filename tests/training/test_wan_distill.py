@@ -20,14 +20,9 @@ from scd.models.checkpoint import load_auxiliary, load_world, resolve
 from scd.models.flow import clean_from_velocity, guide
 from scd.models.wan.config import WanDecoderConfig, WanEncoderConfig
 from scd.models.wan.timesteps import warped_times
+from scd.objectives.config import MatchConfig
 from scd.objectives.distill import guided
-from scd.objectives.distribution_matching import (
-    MatchConfig,
-    Rolled,
-    critic_loss,
-    noised,
-    score_loss,
-)
+from scd.objectives.distribution_matching import Rolled, critic_loss, noised, score_loss
 from scd.objectives.self_forcing import self_forced
 from scd.training.teacher import Bidirectional
 from tests.tiny_wan import (

@@ -17,7 +17,7 @@ from scd.models.checkpoint import load_world
 from scd.models.flow import velocity_between
 from scd.models.wan.config import WanEncoderConfig
 from scd.models.wan.timesteps import time_table, training_weights
-from scd.objectives.denoise import TeacherForcingConfig
+from scd.objectives.config import TeacherForcingConfig
 from tests.tiny import teacher_forced_loss
 from tests.tiny_wan import random_text, tiny_wan, tiny_wan_separable, wan_clips
 from tests.tiny_wan_run import PROMPTS, encode_with, words_of, write_clips, write_world

@@ -12,6 +12,9 @@ from scd.common.config import at_least
 from scd.data.spaces import ConditionSpec
 from scd.models.config import CacheConfig, DiffuserConfig, EncoderNoise, FrameShape
 
+NUM_TIMES = 1000
+"""Entries of Wan's table of times."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WanBlockConfig:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from scd.models.config import SamplingConfig
 from scd.models.flow import schedule
+from scd.models.wan.config import NUM_TIMES
 
-NUM_TIMES = 1000
-"""Entries of the table."""
 SHIFT = 5.0
 """Bend of the table towards noise, in the released configurations of Self-Forcing."""
 FEW_STEPS = (1000, 750, 500, 250)

@@ -1,0 +1,105 @@
+"""Settings of autoencoders."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from scd.common.config import at_least
+
+
+class LatentsConfig:
+    """What the settings of any autoencoder tell of its latents."""
+
+    frames_per_latent: ClassVar[int] = 1
+    """Frames of video that a latent frame stands for, but for the first, which stands for one."""
+    has_text_encoder: ClassVar[bool] = False
+    """Whether a text encoder lies beside the autoencoder."""
+
+    def placeless(self) -> Any:
+        """Return the settings without where the weights lie, if they may lie anywhere."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelConfig(LatentsConfig):
+    """Mean and spread of the pixels of a dataset."""
+
+    mean: float = 0.0
+    """Mean of the pixels in [-1, 1]."""
+    std: float = 1.0
+    """Standard deviation of the pixels in [-1, 1]."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
+            raise ValueError(
+                f"mean must be finite and std positive, got mean={self.mean}, std={self.std}"
+            )
+
+
+FRAMES_PER_LATENT = 4
+"""Frames of video that a latent frame stands for, but for the first, which stands for one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanAutoencoderConfig(LatentsConfig):
+    """Where a Wan world's autoencoder and text encoder lie, and the shape of its latents."""
+
+    frames_per_latent = FRAMES_PER_LATENT
+    has_text_encoder = True
+
+    source: str
+    """Folder with vae/, text_encoder/ and tokenizer/ as diffusers writes them, or its name on the
+    hub. Empty: it must be named whenever pixels or a text encoder are needed."""
+    channels: int = 16
+    """Channels of a latent frame."""
+    cell_size: int = 8
+    """Rows, and columns, of pixels that one latent cell stands for."""
+
+    def __post_init__(self) -> None:
+        at_least(1, channels=self.channels, cell_size=self.cell_size)
+
+    def placeless(self) -> WanAutoencoderConfig:
+        """Return the settings without the folder: weights are compared where they are opened."""
+        return replace(self, source="")
+
+
+ImageKind = Literal["AutoencoderDC", "AutoencoderKL", "AutoencoderTiny"]
+"""Classes of diffusers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageAutoencoderConfig(LatentsConfig):
+    """Where an image autoencoder lies, and the shape and scale of its latents."""
+
+    source: str
+    """Folder as diffusers writes it, or its name on the hub."""
+    network: ImageKind
+    """Class of diffusers."""
+    channels: int
+    """Channels of a latent frame."""
+    cell_size: int
+    """Rows, and columns, of pixels that one latent cell stands for."""
+    mean: tuple[float, ...]
+    """Mean of each channel of what the network makes."""
+    std: tuple[float, ...]
+    """Standard deviation of each channel."""
+
+    def __post_init__(self) -> None:
+        at_least(1, channels=self.channels, cell_size=self.cell_size)
+        if {len(self.mean), len(self.std)} != {self.channels}:
+            raise ValueError(
+                f"{self.channels} channels need as many entries of mean and std, "
+                f"got {len(self.mean)} and {len(self.std)}"
+            )
+        if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
+            raise ValueError("mean must be finite and std positive and finite")
+
+
+DeepName = Literal["deep-8", "deep-16", "deep-32", "small-8", "small-16"]
+"""Networks by name; the number is how many pixels, each way, a cell of the latents stands for."""
+
+
+AutoencoderConfig = PixelConfig | WanAutoencoderConfig | ImageAutoencoderConfig
+"""Settings of every kind of autoencoder."""
