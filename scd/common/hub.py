@@ -137,7 +137,6 @@ def _check_class(folder: Path, classes: tuple[str, ...], what: str) -> None:
 
 
 def _check_shards(folder: Path) -> None:
-    """Refuse a folder that lacks files which its index names (FileNotFoundError)."""
     for path in folder.glob("*.index.json"):
         index = read_json(path)
         missing = sorted(

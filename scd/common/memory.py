@@ -131,7 +131,6 @@ class PeakMemory:
             pass
 
     def bytes(self) -> int:
-        """Return the peak so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self._before
         now = psutil.Process().memory_info().rss

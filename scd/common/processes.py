@@ -41,20 +41,16 @@ class Processes:
 
     @property
     def rank(self) -> int:
-        """Number of this process."""
         return 0 if self._state is None else self._state.process_index
 
     @property
     def number(self) -> int:
-        """How many there are."""
         return 1 if self._state is None else self._state.num_processes
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
         if self._state is not None:
             self._state.wait_for_everyone()
 
     def end(self) -> None:
-        """Leave the others."""
         if self._state is not None:
             self._state.destroy_process_group()

@@ -26,7 +26,6 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def command() -> str:
-    """Return the command line of this process, as one would type it."""
     program = Path(sys.argv[0]).name
     if program == "__main__.py":
         program = "python -m scd"

@@ -17,7 +17,6 @@ class Interrupted(KeyboardInterrupt):
     """A signal ended the work early."""
 
     def __init__(self, signal_name: str, message: str) -> None:
-        """Say which signal it was, and what became of the work."""
         super().__init__(message)
         self.signal_name = signal_name
 

@@ -25,7 +25,6 @@ class Timing:
 
     @property
     def total_s(self) -> float:
-        """Sum of the parts."""
         return self.denoise_only_s + self.autoencoder_s
 
     @property
@@ -43,7 +42,6 @@ class Clock:
     """Seconds between laps; waits for the GPU where there is one."""
 
     def __init__(self, device: torch.device) -> None:
-        """Begin a lap."""
         self.device = device
         self.lap()
 

@@ -114,7 +114,6 @@ class StoredWeights:
         self._stack.close()
 
     def names(self) -> list[str]:
-        """Return the names of all tensors."""
         return list(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -126,7 +125,6 @@ class StoredWeights:
         return _TYPES.get(self._slice(name).get_dtype())
 
     def get(self, name: str) -> Tensor:
-        """Read a tensor."""
         try:
             return self._file(name).get_tensor(name)
         except SafetensorError as error:
@@ -223,11 +221,9 @@ class LoadedWeights:
         self._state = {}
 
     def names(self) -> list[str]:
-        """Return the names of all tensors."""
         return list(self._state)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor."""
         return tuple(self._state[name].shape)
 
     def dtype(self, name: str) -> torch.dtype | None:
@@ -236,7 +232,6 @@ class LoadedWeights:
         return dtype if dtype in _TYPES.values() else None
 
     def get(self, name: str) -> Tensor:
-        """Read a tensor."""
         return self._state[name]
 
 

@@ -35,12 +35,10 @@ class DecoderRows:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all rows."""
         tensors = [part for part in vars(self).values() if isinstance(part, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def move(self, source: int, target: int) -> None:
-        """Copy the context of one row to another."""
         if hasattr(self, "tokens"):
             self.tokens[target] = self.tokens[source]
         else:
@@ -52,7 +50,6 @@ class FastDecoder(FastStack):
     """Transformer over one frame at a time: `put` a context in a row, `velocity` at every step."""
 
     def __init__(self, decoder: FrameDecoder, free: bool) -> None:
-        """Lay the weights out; `free` gives up the plain ones."""
         self.join = decoder.config.join
         self.joint = self.join in ("token_concat", "token_concat_projected")
         num_tokens = decoder.shape.num_tokens

@@ -68,7 +68,6 @@ class FastDense(Engine):
         batch: int = 1,
         window: int | None = None,
     ) -> State:
-        """Start a batch of streams; see interface.Engine."""
         batch = batch if clean is None else clean.shape[0]
         config = self.config.cache.with_window(window)
         cache = self.stack.new_cache(config, batch, self.num_seeing)
@@ -82,7 +81,6 @@ class FastDense(Engine):
     def context(
         self, state: State, conditions: Conditions, noise: Tensor | None = None
     ) -> FastDenseContext:
-        """Return what every step of the next frame needs; see interface.Engine."""
         state.cache.make_room()
         return self._place(state, conditions)
 
@@ -95,7 +93,6 @@ class FastDense(Engine):
         )
 
     def with_noisy_branch(self, context: Any, strength: float, noise: Tensor) -> Any:
-        """Refuse: this model has no context to corrupt."""
         raise ValueError("guidance by context noise needs a separable model")
 
     @torch.no_grad()
@@ -122,7 +119,6 @@ class FastDense(Engine):
 
     @torch.no_grad()
     def velocity(self, context: FastDenseContext, noisy: Tensor, time: Tensor) -> Tensor:
-        """Return the velocity of noisy frames; see interface.Engine."""
         modulation = self.stack.modulations.of_each(time, context.conditions)
         patches = to_patches(noisy.float(), self.shape.patch_size)
         velocity = self._velocity(context, patches, modulation, time.float()[:, None, None])

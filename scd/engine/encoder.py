@@ -22,7 +22,6 @@ class FastEncoder(FastStack):
     """Clean frame and coming action to the context of the next frame."""
 
     def __init__(self, encoder: CausalEncoder, free: bool) -> None:
-        """Lay the weights out; `free` gives up the plain ones."""
         super().__init__(encoder, encoder.output_modulation, free)
         self.start, self.first_row = encoder.start, encoder.first_row
         self.modulates_output = encoder.output_modulation is not None

@@ -54,7 +54,6 @@ class LoopGraph:
                 self.clean = loop(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Run all steps."""
         for held, given in zip(self.inputs, inputs, strict=True):
             held.copy_(given)
         self.graph.replay()
@@ -65,7 +64,6 @@ class LoopGraphs:
     """Graphs of loops by what they depend on, made when first needed."""
 
     def __init__(self, report: Callable[[str], None]) -> None:
-        """Keep graphs; `report` is told what takes time."""
         self.report = report
         self._graphs: dict[tuple, LoopGraph] = {}
 

@@ -29,7 +29,7 @@ class Engine(ABC):
     device: torch.device
     """Where the arithmetic happens."""
     dtype: torch.dtype
-    """Of weights and memory."""
+    """Of weights and KV cache."""
     needs_first_frame: bool
     """Whether a stream must be given its first frame."""
 

@@ -56,7 +56,6 @@ class PackedLinear:
 
     @staticmethod
     def of(*layers: nn.Linear, rows: int, activation: Activation = "none") -> PackedLinear:
-        """Stack linear layers of the same input on top of each other."""
         pairs = [(layer.weight, layer.bias) for layer in layers]
         return PackedLinear.stacked(*pairs, rows=rows, activation=activation)
 
@@ -70,7 +69,6 @@ class PackedLinear:
         return PackedLinear(weight, bias, rows, activation)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map [... in] to [... out]."""
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self._fused)
         y = functional.linear(x, self.weight, self.bias)
@@ -142,7 +140,6 @@ class NormedRotary:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens whose positions are tabulated."""
         return self.straight.shape[-2]
 
     def repeated(self, num: int) -> NormedRotary:
@@ -154,15 +151,12 @@ class NormedRotary:
         return twin
 
     def both(self, layer: int, x: Tensor) -> Tensor:
-        """Normalise and rotate queries and keys [2 f k n e]."""
         return self._rotated(layer, x, slice(0, 2))
 
     def queries(self, layer: int, x: Tensor) -> Tensor:
-        """Normalise and rotate queries alone, [1 f k n e]."""
         return self._rotated(layer, x, slice(0, 1))
 
     def keys(self, layer: int, x: Tensor) -> Tensor:
-        """Normalise and rotate keys alone, [1 f k n e]."""
         return self._rotated(layer, x, slice(1, 2))
 
     def _rotated(self, layer: int, x: Tensor, used: slice) -> Tensor:
@@ -174,7 +168,6 @@ class NormedRotary:
 
 
 def swap_halves(x: Tensor) -> Tensor:
-    """Exchange the halves of the last axis."""
     return x.roll(x.shape[-1] // 2, -1)
 
 
@@ -322,7 +315,6 @@ class FastBlock:
         return x.addcmul_(modulation[5], self.fall(hidden))
 
     def _heads(self, projected: Tensor, parts: int) -> Tensor:
-        """Cut [f n (parts k e)] into [parts f k n e]."""
         cut = projected.unflatten(-1, (parts, -1, self.head_dim))
         return cut.permute(2, 0, 3, 1, 4)
 
@@ -344,7 +336,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def blocks_of(layers: nn.ModuleList) -> list[Block]:
-    """Return the plain blocks of a stack."""
     return [layer for layer in layers if isinstance(layer, Block)]
 
 
@@ -360,7 +351,6 @@ def norm_weights(blocks: Sequence[Block]) -> Tensor:
 
 
 def _rows_by_halves(layer: nn.Linear, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of a projection to heads whose entries are reordered by halves."""
     weight, bias = layer.weight.detach(), layer.bias.detach()
     heads = weight.t().unflatten(-1, (-1, head_dim))
     return by_halves(heads).flatten(-2).t(), by_halves(bias.unflatten(-1, (-1, head_dim))).flatten()
@@ -370,14 +360,12 @@ class FastEmbedder:
     """Patches of frames to tokens."""
 
     def __init__(self, embed: TokenEmbedder, rows: int, free: bool) -> None:
-        """Lay the weights out; `free` gives up the plain ones."""
         self.project = PackedLinear.of(embed.project, rows=rows)
         self.positions = None if embed.positions is None else embed.positions.detach()
         if free:
             release(embed.project)
 
     def __call__(self, patches: Tensor) -> Tensor:
-        """Map patches [f n p] to tokens [f n d]."""
         tokens = self.project(patches.to(self.project.bias.dtype))
         return tokens if self.positions is None else tokens + self.positions
 
@@ -386,7 +374,6 @@ class FastHead:
     """Tokens to the velocity of noisy frames."""
 
     def __init__(self, head: FrameHead, rows: int, free: bool) -> None:
-        """Lay the weights out; `free` gives up the plain ones."""
         self.project, self.predict = PackedLinear.of(head.project, rows=rows), head.predict
         if free:
             release(head.project)

@@ -88,7 +88,6 @@ class Modulations:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of what is kept."""
         kept = [*self._tables.values(), *self._times.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
@@ -136,7 +135,6 @@ class Modulations:
         return self._compute(schedule, choices)
 
     def _choice(self, conditions: Conditions) -> Tensor:
-        """Return the column of the table of each stream's conditions."""
         spec = self.embed_conditions.spec
         choice = torch.zeros((), dtype=torch.long)
         if spec.num_actions:

@@ -40,7 +40,7 @@ def open_engine(
     Args:
         model: its weights.
         kind: "plain" runs the model as it is written; "fast" lays its weights out for the machine.
-        precision: of weights, memory and products.
+        precision: of weights, KV cache and products.
         release: let the engine take the weights over, so that they exist once; the model itself
             cannot be used afterwards. False: its weights stay as they are. Either way it is put in
             eval mode.

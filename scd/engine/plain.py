@@ -34,18 +34,15 @@ class PlainEngine(Engine):
         batch: int = 1,
         window: int | None = None,
     ) -> Any:
-        """Start a batch of streams; see interface.Engine."""
         return self.model.begin(clean, conditions, batch, window)
 
     @torch.no_grad()
     def context(self, state: Any, conditions: Conditions, noise: Tensor | None = None) -> Any:
-        """Do the causal work of the next frame; see interface.Engine."""
         noise = None if noise is None else noise.to(self.dtype)
         return self.model.context(state, conditions, noise)
 
     @torch.no_grad()
     def with_noisy_branch(self, context: Any, strength: float, noise: Tensor) -> Any:
-        """Double the batch by a corrupted context; see interface.Engine."""
         noise = noise.to(self.dtype)[:, None]
         return self.model.with_noisy_branch(context, strength, noise)
 
@@ -59,8 +56,6 @@ class PlainEngine(Engine):
         scale: float | None = None,
         fresh: Tensor | None = None,
     ) -> Tensor:
-        """Turn noise into frames; see interface.Engine."""
-
         def velocity_at(noisy: Tensor, time: float) -> Tensor:
             # In float64: the time embedding shows the rounding of a float32 time.
             time_of_each = noisy.new_full((noisy.shape[0],), time, dtype=torch.float64)
@@ -71,10 +66,8 @@ class PlainEngine(Engine):
 
     @torch.no_grad()
     def velocity(self, context: Any, noisy: Tensor, time: Tensor) -> Tensor:
-        """Return the velocity of noisy frames; see interface.Engine."""
         return self.model.velocity(context, noisy, time)
 
     @torch.no_grad()
     def observe(self, state: Any, clean: Tensor, conditions: Conditions) -> None:
-        """Make frames part of the past; see interface.Engine."""
         self.model.observe(state, clean, conditions)

@@ -41,17 +41,14 @@ class PoolFrame:
 
     @property
     def is_done(self) -> bool:
-        """Whether it is clean."""
         return self.num_done == len(self.calls)
 
     @property
     def call(self) -> Evaluation:
-        """The call that comes next."""
         return self.calls[self.num_done]
 
     @property
     def time(self) -> float:
-        """Time of the call that comes next."""
         return self.times[self.call.index]
 
 
@@ -74,7 +71,6 @@ class NewFrame:
 
     @property
     def num_rows(self) -> int:
-        """Rows that it takes."""
         return 1 if self.scale is None else 2
 
 
@@ -112,12 +108,10 @@ class FramePool:
 
     @property
     def num_rows(self) -> int:
-        """Rows in use."""
         return len(self._owners)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all rows."""
         held = 3 * self._frames.numel() * self._frames.element_size()
         return held + self._calls.num_bytes
 
@@ -187,7 +181,6 @@ class FramePool:
         return from_patches(patches, self.engine.shape).to(self.engine.dtype)
 
     def remove(self, frame: PoolFrame) -> None:
-        """Give up the rows of a frame, done or not."""
         for row in sorted(frame.rows, reverse=True):
             last = self.num_rows - 1
             if row != last:

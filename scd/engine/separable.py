@@ -77,7 +77,6 @@ class FastSeparable(Engine):
         batch: int = 1,
         window: int | None = None,
     ) -> SeparableState:
-        """Start a batch of streams; see interface.Engine."""
         if clean is None:
             clean = torch.empty(batch, 0, *self.shape.shape, dtype=self.dtype, device=self.device)
         num_given = clean.shape[1]
@@ -98,7 +97,6 @@ class FastSeparable(Engine):
     def context(
         self, state: SeparableState, conditions: Conditions, noise: Tensor | None = None
     ) -> FastContext:
-        """Run the encoder for the next frame; see interface.Engine."""
         return self.contexts([state], [conditions], [noise])[0]
 
     @torch.no_grad()
@@ -108,7 +106,6 @@ class FastSeparable(Engine):
         conditions: Sequence[Conditions],
         noises: Sequence[Tensor | None],
     ) -> list[FastContext]:
-        """Run the encoder once for several states; see interface.Engine."""
         found = self.encoder.extend(
             [state.cache for state in states],
             [state.newest for state in states],
@@ -126,7 +123,6 @@ class FastSeparable(Engine):
     def with_noisy_branch(
         self, context: FastContext, strength: float, noise: Tensor
     ) -> FastContext:
-        """Double the batch by a corrupted context; see interface.Engine."""
         noisy = context.tokens + strength * noise.to(self.dtype) * context.norm_scale
         norm_scale = context.norm_scale.expand(context.tokens.shape[0], -1, -1)
         return FastContext(
@@ -180,7 +176,6 @@ class FastSeparable(Engine):
 
     @torch.no_grad()
     def velocity(self, context: FastContext, noisy: Tensor, time: Tensor) -> Tensor:
-        """Return the velocity of noisy frames; see interface.Engine."""
         rows = self._put(context)
         modulation = self.decoder.modulations.of_each(time, context.conditions)
         patches = to_patches(noisy.float(), self.shape.patch_size)
@@ -189,7 +184,6 @@ class FastSeparable(Engine):
 
     @torch.no_grad()
     def observe(self, state: SeparableState, clean: Tensor, conditions: Conditions) -> None:
-        """Make frames part of the past; see interface.Engine."""
         if state.encoded_for is not conditions:
             self.context(state, conditions)
         state.keep(clean)

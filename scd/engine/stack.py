@@ -107,7 +107,6 @@ class FastStack:
         return self.embed(to_patches(frames.float(), self.shape.patch_size))
 
     def clean_parts(self, conditions: Conditions) -> Parts:
-        """Return the modulations of clean frames."""
         return split(self.modulations.at((CLEAN_TIME,), conditions)[0])
 
     def run_layer(

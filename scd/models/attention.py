@@ -68,16 +68,13 @@ class FrameCausal:
 
     @property
     def num_query_frames(self) -> int:
-        """Frames of the queries."""
         return self.num_frames - self.num_past
 
     @property
     def num_key_frames(self) -> int:
-        """Frames of the keys."""
         return self.num_frames
 
     def mask_mod(self) -> MaskMod:
-        """Return what is visible as a function of token indices."""
         past, size = self.num_past, self.tokens_per_frame
         if self.frames_per_block == 1 and self.num_local == 0:
             return lambda batch, head, query, key: query // size + past >= key // size
@@ -108,16 +105,13 @@ class TeacherForcing:
 
     @property
     def num_query_frames(self) -> int:
-        """Frames of the queries."""
         return self.num_noisy
 
     @property
     def num_key_frames(self) -> int:
-        """Frames of the keys."""
         return self.num_clean + self.num_noisy
 
     def mask_mod(self) -> MaskMod:
-        """Return what is visible as a function of token indices."""
         clean, first, size = self.num_clean, self.first_noisy, self.tokens_per_frame
         block = self.frames_per_block
         if block == 1:
@@ -392,10 +386,8 @@ def explicit_attention(
 
 
 def split_heads(x: Float[Tensor, "b s d"], head_dim: int) -> Float[Tensor, "b k s e"]:
-    """Cut the width into heads."""
     return rearrange(x, "b s (k e) -> b k s e", e=head_dim)
 
 
 def join_heads(x: Float[Tensor, "b k s e"]) -> Float[Tensor, "b s d"]:
-    """Undo split_heads."""
     return rearrange(x, "b k s e -> b s (k e)")

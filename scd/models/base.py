@@ -58,7 +58,6 @@ class Augmentation:
         return (draw < self.condition_dropout).to(device)
 
     def noise_like(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Draw standard normal noise of the shape of x."""
         draw = torch.randn(x.shape, generator=self.generator, device=self.generator.device)
         return draw.to(x.device, x.dtype)
 
@@ -73,7 +72,6 @@ class State:
     """Frame position at which the cache is written next."""
 
     def fork(self) -> Any:
-        """Return an independent copy."""
         return replace(self, cache=self.cache.fork())
 
 
@@ -100,7 +98,6 @@ class CausalDiffuser(nn.Module, Pretrained):
         return [self.encoder, self.decoder] if self.config.is_separable else [self]
 
     def transformer_blocks(self) -> list[nn.Module]:
-        """Return all blocks."""
         return [block for part in self.parts for block in part.blocks]
 
     def denoising_blocks(self) -> nn.ModuleList:

@@ -55,7 +55,6 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.Parameter(torch.ones(config.head_dim))
 
     def queries(self, x: Tensor, rotary: Rotary) -> Float[Tensor, "b k s e"]:
-        """Project tokens [b s d] to rotated queries."""
         q = split_heads(self.to_q(x), self.head_dim)
         return rotate(self._normalise(q, self.q_norm), rotary)
 

@@ -40,5 +40,4 @@ def frame_cost(config: ModelConfig, load: Load) -> FrameCost:
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Count the parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -273,7 +273,6 @@ def write_world_settings(
 
 
 def write_world(world: World, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write settings and weights of a world into a folder that is there."""
     config = write_world_settings(
         folder, world.model.config, world.autoencoder.config, world.card, world.sampling
     )

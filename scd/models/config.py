@@ -26,7 +26,7 @@ class SamplingConfig:
     """Times of the steps: evenly spaced; evenly spaced, then bent towards noise by `shift`; the
     release's grid from 1 to 0.001 and then 0; or those of `times`."""
     shift: float = 1.0
-    """Bend of the shifted schedule; above 1 spends more steps near noise. 1 elsewhere."""
+    """Timestep shift of the shifted schedule; above 1 spends more steps near noise. 1 elsewhere."""
     solver: Solver = "euler"
     """Integrator: Euler takes one call of the network per step, Heun two. "renoise" is for models
     distilled to few steps: each step ends at an estimate of the clean frame, and all but the last
@@ -99,12 +99,10 @@ class FrameShape:
 
     @property
     def rows(self) -> int:
-        """Rows of tokens."""
         return self.height // self.patch_size
 
     @property
     def columns(self) -> int:
-        """Columns of tokens."""
         return self.width // self.patch_size
 
     @property
@@ -128,7 +126,7 @@ class BlockConfig:
     """Settings that all blocks of a model share."""
 
     width: int = 128
-    """Width of a token inside the model."""
+    """Hidden size: entries of a token inside the model."""
     head_dim: int = 64
     """Width of one attention head."""
     rotary_axes: tuple[int, int, int] = (16, 24, 24)
@@ -164,7 +162,6 @@ class BlockConfig:
 
     @property
     def num_heads(self) -> int:
-        """Attention heads of a block."""
         return self.width // self.head_dim
 
 
@@ -208,13 +205,13 @@ class DecoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """How much of the past a stream remembers."""
+    """KV cache of a stream: how much of the past it keeps."""
 
     window: int = 16
-    """Frames in memory, the newest included. Attention beyond the training length is untrained, so
-    this is the number of frames of a training clip."""
+    """Frames in the KV cache, the newest included. Attention beyond the training length is
+    untrained, so this is the number of frames of a training clip."""
     num_sinks: int = 1
-    """Frames, the first of the stream, that stay in memory for good; part of the window. The
+    """Frames, the first of the stream, that stay in the KV cache for good; part of the window. The
     learned start frame, where a model has one, is the first of them."""
     rebase_sinks: bool = True
     """Move the sinks' positions along with the window, so that no distance exceeds it. False: they
@@ -267,7 +264,6 @@ class LayerSkip:
 
     @property
     def layers(self) -> range:
-        """Numbers of the skipped layers, from 0."""
         return range(self.first, self.stop)
 
 
@@ -294,7 +290,7 @@ class DiffuserConfig:
     conditions: ConditionSpec = field(default_factory=ConditionSpec)
     """What steers the frames."""
     cache: CacheConfig = field(default_factory=CacheConfig)
-    """How much of the past a stream remembers."""
+    """KV cache of a stream: how much of the past it keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +320,7 @@ class DenseConfig(DiffuserConfig):
     skip: LayerSkip | None = added(None)
     """Layers that noisy frames pass by once they are nearly clean; None: none."""
     num_diagonal: int = added(0)
-    """Last layers in which a frame sees itself only; nothing is remembered for them."""
+    """Last layers in which a frame sees itself only; nothing is cached for them."""
 
     def __post_init__(self) -> None:
         at_least(1, num_layers=self.num_layers)

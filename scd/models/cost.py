@@ -19,7 +19,7 @@ from scd.models.embed import TimeEmbedder
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """How many streams share a frame's work, and what they remember."""
+    """How many streams share a frame's work, and what they cache."""
 
     num_context_frames: int
     """Frames that attention sees, the newest (encoder) or the noisy one (dense) included."""
@@ -39,12 +39,11 @@ class Load:
 
     @property
     def num_encoded(self) -> int:
-        """Frames that are encoded, or remembered, side by side."""
+        """Frames that are encoded, or cached, side by side."""
         return self.batch * self.memories
 
     @property
     def num_denoised(self) -> int:
-        """Frames that are denoised side by side."""
         return self.batch * self.branches
 
 
@@ -59,7 +58,7 @@ class FrameCost:
     step_flops: int
     """Operations of one call of the network that denoises."""
     memory_flops: int = 0
-    """Operations of the pass that writes the finished frame into memory (dense)."""
+    """Operations of the pass that writes the finished frame into the KV cache (dense)."""
     encoder_bytes: int = 0
     """Bytes that the encoder pass moves."""
     prepare_bytes: int
@@ -106,7 +105,7 @@ class FrameCost:
 
     @property
     def memory_needed(self) -> int:
-        """Bytes that must be held to stream: weights, and the memory of every stream."""
+        """Bytes that must be held to stream: weights, and the KV cache of every stream."""
         return self.weight_bytes + self.cache_bytes + self.prefix_bytes
 
 
@@ -114,12 +113,10 @@ class Sizes:
     """Operations and parameters of the parts that all models are made of, for one frame."""
 
     def __init__(self, config: Any) -> None:
-        """Take the settings of a model."""
         self.shape, self.block, self.conditions = config.shape, config.block, config.conditions
 
     @property
     def tokens(self) -> int:
-        """Tokens of a frame."""
         return self.shape.num_tokens
 
     def linear(self, num_tokens: int, num_maps: int) -> int:
@@ -127,7 +124,6 @@ class Sizes:
         return 2 * num_tokens * num_maps * self.block.width**2
 
     def attention(self, queries: int, keys: int) -> int:
-        """Return the operations of logits and of what is read."""
         return 4 * queries * keys * self.block.width
 
     def block_flops(self, keys: int, tokens: int | None = None, read: int | None = None) -> int:
@@ -150,12 +146,10 @@ class Sizes:
 
     @property
     def embed_flops(self) -> int:
-        """Operations of cutting a frame into tokens."""
         return 2 * self.tokens * self.shape.token_dim * self.block.width
 
     @property
     def time_flops(self) -> int:
-        """Operations of embedding a time."""
         return 2 * (2 * TimeEmbedder.NUM_SINUSOIDS) * self.block.width + self.linear(1, 1)
 
     @property
@@ -170,7 +164,7 @@ class Sizes:
 
     @property
     def keys_values_size(self) -> int:
-        """Values that a layer remembers of a frame."""
+        """Values that a layer caches of a frame."""
         return 2 * self.tokens * self.block.width
 
     @property
@@ -187,13 +181,11 @@ class Sizes:
 
     @property
     def embed_parameters(self) -> int:
-        """Parameters that cut a frame into tokens."""
         learned = self.tokens * self.block.width if self.block.learned_positions else 0
         return (self.shape.token_dim + 1) * self.block.width + learned
 
     @property
     def time_parameters(self) -> int:
-        """Parameters that embed times and conditions."""
         width, spec = self.block.width, self.conditions
         rows = 2 * TimeEmbedder.NUM_SINUSOIDS + 1 + width + 1
         rows += spec.num_actions + 1 if spec.num_actions else 0
@@ -340,7 +332,7 @@ def dense_cost(config: DenseConfig, load: Load) -> FrameCost:
     seeing, diagonal = sizes.block_flops(context), sizes.block_flops(sizes.tokens)
     blocks = num_seeing * seeing + num_diagonal * diagonal
     step = sizes.embed_flops + sizes.time_flops + blocks + sizes.head_flops
-    remember = (
+    update = (
         sizes.embed_flops
         + sizes.time_flops
         + sizes.condition_flops
@@ -355,10 +347,10 @@ def dense_cost(config: DenseConfig, load: Load) -> FrameCost:
         + sizes.output_modulation_parameters
     )
     last = 2 * (sizes.block.width + 1) * sizes.block.width + sizes.block.head_dim
-    remember_weights = sizes.embed_parameters + (num_seeing - 1) * maps + last
+    update_weights = sizes.embed_parameters + (num_seeing - 1) * maps + last
     # Of one layer, for one frame.
-    remembered = load.num_encoded * sizes.keys_values_size
-    read = (load.num_context_frames - 1) * remembered
+    cached = load.num_encoded * sizes.keys_values_size
+    read = (load.num_context_frames - 1) * cached
     skipped = range(0) if skip is None else skip.layers
     skipped_seeing = len([layer for layer in skipped if layer < num_seeing])
     skipped_diagonal = len(skipped) - skipped_seeing
@@ -366,7 +358,7 @@ def dense_cost(config: DenseConfig, load: Load) -> FrameCost:
     return FrameCost(
         prepare_flops=load.num_denoised * sizes.condition_flops,
         step_flops=load.num_denoised * step,
-        memory_flops=load.num_encoded * remember,
+        memory_flops=load.num_encoded * update,
         prepare_bytes=size * time_weights,
         # The noisy frame's own keys and values need not leave the chip.
         step_bytes=size * (step_weights + num_seeing * read),
@@ -374,7 +366,7 @@ def dense_cost(config: DenseConfig, load: Load) -> FrameCost:
         light_flops=load.num_denoised * (skipped_seeing * seeing + skipped_diagonal * diagonal),
         light_bytes=size * (len(skipped) * maps + skipped_seeing * read),
         # The older frames are read in all layers but the last, the new one written in all.
-        memory_bytes=size * (remember_weights + (num_seeing - 1) * read + num_seeing * remembered),
+        memory_bytes=size * (update_weights + (num_seeing - 1) * read + num_seeing * cached),
         weight_bytes=size * (step_weights + time_weights),
-        cache_bytes=size * num_seeing * (read + remembered),
+        cache_bytes=size * num_seeing * (read + cached),
     )

@@ -34,7 +34,6 @@ class Prepared:
     """Join "prefix": the context's keys and values in each layer; otherwise empty."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Prepared:
-        """Change the frames' axis of all parts alike."""
         return Prepared(
             tokens=change(self.tokens),
             steering=None if self.steering is None else change(self.steering),
@@ -46,12 +45,10 @@ class Prepared:
         return self if num == 1 else self.map(lambda part: part.repeat_interleave(num, 0))
 
     def concat(self, other: Prepared) -> Prepared:
-        """Put other frames behind these."""
         theirs = iter(other.parts())
         return self.map(lambda part: torch.cat([part, next(theirs)]))
 
     def parts(self) -> list[Tensor]:
-        """Return all parts, in the order of `map`."""
         steering = [] if self.steering is None else [self.steering]
         return [self.tokens, *steering, *(part for pair in self.keys_values for part in pair)]
 

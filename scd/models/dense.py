@@ -257,7 +257,6 @@ class DenseBase(CausalDiffuser, Stack):
         return frames.new_full(frames.shape[:2], self.clean_time, dtype=torch.float32)
 
     def _as_block(self, frames: Tensor) -> Tensor:
-        """Return frames [b frames c h w] of one block."""
         size = self.config.frames_per_block
         block = frames[:, None] if frames.ndim == 4 else frames
         if block.shape[1] != size:

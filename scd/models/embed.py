@@ -35,7 +35,6 @@ def to_patches(frames: Float[Tensor, "*b c h w"], patch_size: int) -> Float[Tens
 
 
 def from_patches(patches: Float[Tensor, "*b n p"], shape: FrameShape) -> Float[Tensor, "*b c h w"]:
-    """Undo to_patches."""
     return rearrange(
         patches,
         "... (rows columns) (c p q) -> ... c (rows p) (columns q)",
@@ -57,7 +56,6 @@ class TokenEmbedder(nn.Module):
         )
 
     def forward(self, frames: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t n d"]:
-        """Embed frames."""
         tokens = self.project(to_patches(frames, self.patch_size))
         return tokens if self.positions is None else tokens + self.positions
 
@@ -154,7 +152,6 @@ class FrameHead(nn.Module):
         noisy: Float[Tensor, "b t c h w"],
         time: Float[Tensor, "b t"],
     ) -> Float[Tensor, "b t c h w"]:
-        """Return the velocity of each noisy frame."""
         scale, shift = self.modulation(embedding)
         patches = self.project(layer_norm(x) * (1 + scale) + shift)
         output = from_patches(patches, self.shape)

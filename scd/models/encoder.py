@@ -39,7 +39,6 @@ class Context:
         return replace(self, tokens=self.tokens + strength * noise * self.norm_scale)
 
     def last(self, num_frames: int) -> Context:
-        """Return the context of the last frames only."""
         return Context(
             tokens=self.tokens[:, -num_frames:], norm_scale=self.norm_scale[:, -num_frames:]
         )
@@ -71,7 +70,6 @@ class CausalEncoder(Stack):
         self.output_modulation = Modulation(block.width, 2) if config.modulate_output else None
 
     def initialise(self) -> None:
-        """Draw the start frame."""
         if self.start is not None:
             nn.init.normal_(self.start, std=0.02)
 

@@ -18,20 +18,20 @@ from scd.models.config import CacheConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where in memory the keys and values of some tokens stand, and what they see there."""
+    """Where in the cache the keys and values of some tokens stand, and what they see there."""
 
     start: int
     """First token."""
     stop: int
     """Behind the last one."""
     filled: int
-    """Tokens in memory, these included."""
+    """Tokens in the cache, these included."""
     num_evicted: int
     """Frames that had left the window."""
 
 
 class KVCache:
-    """Memory of one batch of streams.
+    """Keys and values of the past of one batch of streams.
 
     For each new frame: `make_room()`; `write(layer, k, v)` for every layer, which returns all that
     the new tokens may see, themselves included; then `advance()` keeps the frame. Without
@@ -87,7 +87,6 @@ class KVCache:
 
     @property
     def num_frames(self) -> int:
-        """Frames in memory."""
         return sum(frame is not None for frame in self.slots)
 
     @property
@@ -138,7 +137,7 @@ class KVCache:
     def write(
         self, layer: int, k: Float[Tensor, "b k s e"], v: Float[Tensor, "b k s e"]
     ) -> tuple[Float[Tensor, "b k s2 e"], Float[Tensor, "b k s2 e"]]:
-        """Put in the keys and values of the next frame, or frames; return all in memory.
+        """Put in the keys and values of the next frame, or frames; return all in the cache.
 
         Raises:
             ValueError: more frames at once than there is room for.
@@ -174,7 +173,6 @@ class KVCache:
         return put
 
     def _next_place(self, num_tokens: int) -> Place:
-        """Return where `write` puts so many tokens."""
         start = self._next_slot() * self.tokens_per_frame
         stop = start + num_tokens
         filled = max(stop, len(self.slots) * self.tokens_per_frame)
@@ -184,7 +182,7 @@ class KVCache:
         self, layer: int, k: Float[Tensor, "b k s e"], v: Float[Tensor, "b k s e"], place: Place
     ) -> tuple[Float[Tensor, "b k s2 e"], Float[Tensor, "b k s2 e"]]:
         """Return what `write` returned at an earlier place, and write nothing."""
-        assert self.num_evicted == place.num_evicted, "frames have left the memory since"
+        assert self.num_evicted == place.num_evicted, "frames have left the cache since"
         keys, values = (
             self.keys[layer, :, :, : place.filled],
             self.values[layer, :, :, : place.filled],
@@ -226,6 +224,5 @@ class KVCache:
 
 
 def _with_new(held: Tensor, new: Tensor, start: int) -> Tensor:
-    """Copy what is held, with the new tokens [b k s e] themselves in their place."""
     stop = start + new.shape[2]
     return torch.cat([held[:, :, :start], new.to(held.dtype), held[:, :, stop:]], dim=2)

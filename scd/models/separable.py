@@ -32,7 +32,6 @@ class SeparableState(State):
     so a context can be computed again, for another action. None: it does not."""
 
     def fork(self) -> SeparableState:
-        """Return an independent copy."""
         return replace(self, cache=self.cache.fork(), encoded_for=None)
 
     def keep(self, clean: Float[Tensor, "b c h w"]) -> None:

@@ -81,7 +81,6 @@ class Stack(nn.Module):
     """Last layers in which a frame sees itself only; nothing is cached for them."""
 
     def __init__(self, shape: FrameShape, block: Any) -> None:
-        """Take the shape of a frame and the settings that all blocks share."""
         super().__init__()
         self.shape, self.block = shape, block
 
@@ -283,7 +282,6 @@ class Stack(nn.Module):
         time: Tensor | None,
         in_stream: bool = False,
     ) -> Tensor:
-        """Run a layer; where frames skip it, its input is its output."""
         block = self.blocks[layer]
         inputs = (x, embedding, rotary, read if layer < self.num_seeing else self.attend_own)
         inputs = (*inputs, *_text_of(text, layer))

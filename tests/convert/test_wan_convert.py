@@ -17,8 +17,8 @@ from scd.data.clip import Conditions
 from scd.models.checkpoint import load_world
 from scd.models.flow import schedule
 from scd.models.wan.dense import WanDiffuser
-from scd.models.wan.names import from_original, to_original
 from scd.models.wan.separable import WanSeparableDiffuser
+from scd.models.wan.source import from_original, to_original
 from scd.models.weights import CONFIG_FILE, WEIGHTS_FILE
 from scd.streaming.rollout import Rollout
 from tests.tiny_wan import (

@@ -17,7 +17,7 @@ from scd.models.flow import (
 )
 from scd.models.wan.config import WanBlockConfig, WanConfig
 from scd.models.wan.dense import WanDiffuser
-from scd.models.wan.names import from_original, to_original
+from scd.models.wan.source import from_original, to_original
 from scd.models.wan.timesteps import nearest_times, time_table, training_weights, warped_times
 from scd.models.wan.transformer import time_sinusoids
 from tests.reference import cases, load_case, load_tables, reference_folder

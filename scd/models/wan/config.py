@@ -54,7 +54,6 @@ class WanBlockConfig:
 
     @property
     def width(self) -> int:
-        """Width of a token inside the model."""
         return self.num_heads * self.head_dim
 
     @property
@@ -95,7 +94,7 @@ class _VideoConfig(DiffuserConfig):
     conditions: ConditionSpec = field(default_factory=_wan_conditions)
     """The embedded text that steers a clip."""
     cache: CacheConfig = field(default_factory=_wan_cache)
-    """How much of the past a stream remembers; 21 latent frames are 81 frames of video."""
+    """KV cache of a stream: how much of the past it keeps; 21 latent frames are 81 of video."""
 
     def __post_init__(self) -> None:
         conditions = self.conditions
@@ -183,7 +182,6 @@ class WanDecoderConfig:
 
     @property
     def num_layers(self) -> int:
-        """Transformer blocks."""
         return self.num_first + self.num_last
 
 

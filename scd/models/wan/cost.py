@@ -29,7 +29,6 @@ class WanSizes(Sizes):
 
     @property
     def keys_values_flops(self) -> int:
-        """Operations of a block that only gives keys and values."""
         return self.linear(self.tokens, 2)
 
     @property
@@ -39,7 +38,7 @@ class WanSizes(Sizes):
 
     @property
     def text_size(self) -> int:
-        """Values that a layer remembers of a text."""
+        """Values that a layer caches of a text."""
         return 2 * self.conditions.text_length * self.block.width
 
     @property
@@ -57,23 +56,19 @@ class WanSizes(Sizes):
 
     @property
     def embed_parameters(self) -> int:
-        """Parameters that cut a frame into tokens."""
         return (self.shape.token_dim + 1) * self.block.width
 
     @property
     def time_parameters(self) -> int:
-        """Parameters that embed times."""
         width = self.block.width
         return (self.block.freq_dim + 1) * width + 7 * (width + 1) * width
 
     @property
     def text_parameters(self) -> int:
-        """Parameters that embed texts."""
         return (self.conditions.text_dim + 1 + self.block.width + 1) * self.block.width
 
     @property
     def head_parameters(self) -> int:
-        """Parameters that turn tokens into a frame."""
         return (self.block.width + 1) * self.shape.token_dim + 2 * self.block.width
 
 
@@ -82,7 +77,8 @@ def wan_cost(config: WanConfig, load: Load) -> FrameCost:
 
     n tokens, width d, MLP f, C frames of context, l tokens of text. A step, each layer: 12 n d^2
     (6 maps) + 4 n d f + 4 n (C n + l) d; besides 4 n p d (p values per token) and the time's
-    2 (256 d + 7 d^2). The pass that remembers: the same without head; of the last layer 4 n d^2.
+    2 (256 d + 7 d^2). The pass that updates the cache: the same without head; of the last
+    layer 4 n d^2.
     """
     sizes = WanSizes(config)
     size, layers, frames = load.bytes_per_value, config.num_layers, config.frames_per_block
@@ -91,20 +87,20 @@ def wan_cost(config: WanConfig, load: Load) -> FrameCost:
     context = load.num_context_frames * sizes.tokens
     block, embed = sizes.block_flops(context, n), frames * (sizes.embed_flops + sizes.time_flops)
     step = embed + layers * block + frames * sizes.embed_flops
-    remember = embed + (layers - 1) * block + frames * sizes.keys_values_flops
+    update = embed + (layers - 1) * block + frames * sizes.keys_values_flops
     blocks = layers * sizes.block_parameters
     step_weights = sizes.embed_parameters + blocks + sizes.head_parameters
     last = sizes.keys_values_parameters
-    remember_weights = sizes.embed_parameters + blocks - sizes.block_parameters + last
+    update_weights = sizes.embed_parameters + blocks - sizes.block_parameters + last
     written = load.num_encoded * frames * sizes.keys_values_size
     read = load.num_encoded * (load.num_context_frames - frames) * sizes.keys_values_size
     text = load.num_encoded * sizes.text_size
     return FrameCost(
         step_flops=load.num_denoised * step,
-        memory_flops=load.num_encoded * remember,
+        memory_flops=load.num_encoded * update,
         prepare_bytes=size * sizes.time_parameters,
         step_bytes=size * (step_weights + layers * (read + text)),
-        memory_bytes=size * (remember_weights + (layers - 1) * (read + text) + layers * written),
+        memory_bytes=size * (update_weights + (layers - 1) * (read + text) + layers * written),
         weight_bytes=size * (step_weights + sizes.time_parameters + sizes.text_parameters),
         cache_bytes=size * layers * (read + written + text),
     )

@@ -225,7 +225,6 @@ class WanSeparableDiffuser(CausalDiffuser):
         batch: int = 1,
         window: int | None = None,
     ) -> WanState:
-        """Start a batch of streams, from given first frames or (None) from nothing."""
         batch = batch if clean is None else clean.shape[0]
         state = WanState(cache=self.stream_cache(batch, window), next_position=0)
         for frame in () if clean is None else clean.unbind(1):

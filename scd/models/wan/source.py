@@ -1,7 +1,9 @@
 """Where weights of a Wan model come from: a folder of diffusers, or a causal checkpoint.
 
 All that can be refused is refused by what configurations, indices and headers say, before any
-weight is read.
+weight is read. Names of weights are diffusers' (which are ours), or the original ones of the Wan2.1
+release and of causal models that were trained from it (CausVid, Self-Forcing): a renaming and
+nothing else, no tensor is transposed, split or permuted.
 """
 
 from __future__ import annotations
@@ -12,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from scd.common.hub import find_part, read_part_config
-from scd.common.weights import StoredWeights, Weights, open_weights
+from scd.common.weights import StoredWeights, Weights, bare, open_weights
 from scd.data.spaces import ConditionSpec
 from scd.models.wan.config import WanBlockConfig
-from scd.models.wan.names import from_original
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 """Name of the files of weights in a folder of diffusers."""
@@ -51,7 +52,6 @@ class WanSource:
     """Whether it was trained as a causal model of few steps."""
 
     def conditions(self, text_length: int) -> ConditionSpec:
-        """Return what steers the model."""
         return ConditionSpec(text_length=text_length, text_dim=self.text_dim)
 
 
@@ -96,7 +96,6 @@ def open_source(model: str, key: str = "", head_dim: int = 128) -> WanSource:
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a transformer that is not of text to video, or of other parts than ours."""
     needed = ("num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers", "text_dim")
     missing = [name for name in (*needed, "in_channels", "patch_size") if name not in config]
     if missing:
@@ -163,3 +162,70 @@ def _from_state_dict(path: Path, key: str, head_dim: int) -> WanSource:
         folder=None,
         is_causal=True,
     )
+
+
+_PAIRS = (
+    ("blocks.{n}.self_attn.q.", "blocks.{n}.attn1.to_q."),
+    ("blocks.{n}.self_attn.k.", "blocks.{n}.attn1.to_k."),
+    ("blocks.{n}.self_attn.v.", "blocks.{n}.attn1.to_v."),
+    ("blocks.{n}.self_attn.o.", "blocks.{n}.attn1.to_out.0."),
+    ("blocks.{n}.self_attn.norm_q.", "blocks.{n}.attn1.norm_q."),
+    ("blocks.{n}.self_attn.norm_k.", "blocks.{n}.attn1.norm_k."),
+    ("blocks.{n}.cross_attn.q.", "blocks.{n}.attn2.to_q."),
+    ("blocks.{n}.cross_attn.k.", "blocks.{n}.attn2.to_k."),
+    ("blocks.{n}.cross_attn.v.", "blocks.{n}.attn2.to_v."),
+    ("blocks.{n}.cross_attn.o.", "blocks.{n}.attn2.to_out.0."),
+    ("blocks.{n}.cross_attn.norm_q.", "blocks.{n}.attn2.norm_q."),
+    ("blocks.{n}.cross_attn.norm_k.", "blocks.{n}.attn2.norm_k."),
+    # Only the norm before the text has weights; the original counts it third, diffusers second.
+    ("blocks.{n}.norm3.", "blocks.{n}.norm2."),
+    ("blocks.{n}.ffn.0.", "blocks.{n}.ffn.net.0.proj."),
+    ("blocks.{n}.ffn.2.", "blocks.{n}.ffn.net.2."),
+    ("blocks.{n}.modulation", "blocks.{n}.scale_shift_table"),
+    ("head.modulation", "scale_shift_table"),
+    ("head.head.", "proj_out."),
+    ("time_embedding.0.", "condition_embedder.time_embedder.linear_1."),
+    ("time_embedding.2.", "condition_embedder.time_embedder.linear_2."),
+    ("time_projection.1.", "condition_embedder.time_proj."),
+    ("text_embedding.0.", "condition_embedder.text_embedder.linear_1."),
+    ("text_embedding.2.", "condition_embedder.text_embedder.linear_2."),
+    ("patch_embedding.", "patch_embedding."),
+)
+"""Beginnings of names: the original ones, and diffusers'."""
+
+
+def _rules(there: int, here: int) -> list[tuple[re.Pattern[str], str]]:
+    rules = []
+    for pair in _PAIRS:
+        pattern = re.escape(pair[there]).replace(r"\{n\}", r"(\d+)")
+        rules.append((re.compile(f"^{pattern}"), pair[here].replace("{n}", r"\1")))
+    return rules
+
+
+_TO_OURS, _TO_ORIGINAL = _rules(0, 1), _rules(1, 0)
+
+
+def _renamed(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
+    for pattern, replacement in rules:
+        renamed, count = pattern.subn(replacement, name)
+        if count:
+            return renamed
+    return None
+
+
+def from_original(name: str) -> str:
+    """Turn an original name, wrapped or not, into ours; one that is not known stays as it is."""
+    name = bare(name)
+    return _renamed(name, _TO_OURS) or name
+
+
+def to_original(name: str) -> str:
+    """Turn our name of a weight into the original one.
+
+    Raises:
+        ValueError: no weight of a Wan model has that name.
+    """
+    renamed = _renamed(name, _TO_ORIGINAL)
+    if renamed is None:
+        raise ValueError(f"no weight of a Wan model is named {name!r}")
+    return renamed

@@ -56,7 +56,6 @@ class WanAttention(nn.Module):
         return k, split_heads(self.to_v(x), self.head_dim)
 
     def out(self, read: Float[Tensor, "b k s e"]) -> Float[Tensor, "b s d"]:
-        """Project what was read back to the width of the model."""
         return self.to_out[0](join_heads(read))
 
     def _placed(self, x: Tensor, rotary: Rotary | None) -> Tensor:
@@ -78,7 +77,6 @@ class WanUp(nn.Module):
         self.proj = nn.Linear(width, inner)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d2"]:
-        """Map tokens."""
         return functional.gelu(self.proj(x), approximate="tanh")
 
 
@@ -90,7 +88,6 @@ class WanFeedForward(nn.Module):
         self.net = nn.ModuleList([WanUp(width, inner), nn.Identity(), nn.Linear(inner, width)])
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """Map tokens."""
         for layer in self.net:
             x = layer(x)
         return x
@@ -192,7 +189,6 @@ class TwoMaps(nn.Module):
         self.between = between
 
     def forward(self, x: Float[Tensor, "*b p"]) -> Float[Tensor, "*b d"]:
-        """Map vectors."""
         return self.linear_2(self.between(self.linear_1(x)))
 
 
@@ -259,7 +255,6 @@ class WanTransformer(Stack):
 
     @property
     def like(self) -> Tensor:
-        """A weight in the type, and on the device, in which tokens are computed."""
         return self.patch_embedding.weight
 
     def tokens(self, frames: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t n d"]:
@@ -277,7 +272,6 @@ class WanTransformer(Stack):
     def head(
         self, x: Float[Tensor, "b t n d"], embedding: Float[Tensor, "b t d"]
     ) -> Float[Tensor, "b t c h w"]:
-        """Turn tokens into velocities."""
         table = self.scale_shift_table.float() + embedding.float()[:, :, None]
         shift, scale = rearrange(table, "b t (parts one) d -> parts b t one d", one=1)
         normed = functional.layer_norm(x.float(), x.shape[-1:], eps=self.block.eps)
