@@ -103,7 +103,7 @@ class FastDense(Engine):
         times: Sequence[float],
         solver: Solver = "euler",
         scale: float | None = None,
-        fresh: Tensor | None = None,
+        step_noise: Tensor | None = None,
     ) -> Tensor:
         """Turn noise into frames; see interface.Engine. Between steps frames are float32."""
         modulations = self.stack.modulations.at(times[:-1], context.conditions)
@@ -113,7 +113,7 @@ class FastDense(Engine):
             return self._velocity(context, patches, modulations[step[time]], time)
 
         patches = to_patches(noise.float(), self.shape.patch_size)
-        new = None if fresh is None else to_patches(fresh.float(), self.shape.patch_size)
+        new = None if step_noise is None else to_patches(step_noise.float(), self.shape.patch_size)
         patches = solve(guided_velocity(velocity_at, scale), patches, times, solver, new)
         return from_patches(patches, self.shape).to(self.dtype)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from scd.common.runtime import cache_folder
 
 Loop = Callable[..., Tensor]
-"""From noisy patches [f n p], modulations [times r parts d] and fresh noise [steps f n p], which
+"""From noisy patches [f n p], modulations [times r parts d] and per-step noise [steps f n p], which
 may be of no steps, to clean patches."""
 
 GRAPHS = 8
@@ -68,7 +68,7 @@ class LoopGraphs:
         self._graphs: dict[tuple, LoopGraph] = {}
 
     def run(
-        self, key: tuple, loop: Loop, patches: Tensor, modulations: Tensor, fresh: Tensor
+        self, key: tuple, loop: Loop, patches: Tensor, modulations: Tensor, step_noise: Tensor
     ) -> Tensor:
         """Run a loop through its graph; `key` names all that its arithmetic depends on."""
         if key not in self._graphs:
@@ -80,10 +80,10 @@ class LoopGraphs:
                 f"{modulations.shape[0]} steps: compiling and capturing; the compiled code is kept "
                 "for later runs"
             )
-            self._graphs[key] = LoopGraph(loop, patches, modulations, fresh)
+            self._graphs[key] = LoopGraph(loop, patches, modulations, step_noise)
             torch.cuda.synchronize(patches.device)
             self.report(f"prepared in {time.perf_counter() - start:.1f} s")
-        return self._graphs[key](patches, modulations, fresh)
+        return self._graphs[key](patches, modulations, step_noise)
 
     def clear(self) -> None:
         """Forget all graphs, because memory that they read has moved."""

@@ -83,7 +83,7 @@ class Engine(ABC):
         times: Sequence[float],
         solver: Solver = "euler",
         scale: float | None = None,
-        fresh: Tensor | None = None,
+        step_noise: Tensor | None = None,
     ) -> Tensor:
         """Turn noise [b c h w] into frames.
 
@@ -93,11 +93,11 @@ class Engine(ABC):
             times: of the steps, descending from 1 to 0.
             solver: integrator.
             scale: of the guidance; None: none.
-            fresh: noise [steps b c h w] with which each step but the last ends; of the solver
+            step_noise: noise [steps b c h w] with which each step but the last ends; of the solver
                 "renoise" alone.
 
         Raises:
-            ValueError: another number of fresh noises than the steps need.
+            ValueError: another number of step noises than the steps need.
         """
 
     @abstractmethod

@@ -54,15 +54,18 @@ class PlainEngine(Engine):
         times: Sequence[float],
         solver: Solver = "euler",
         scale: float | None = None,
-        fresh: Tensor | None = None,
+        step_noise: Tensor | None = None,
     ) -> Tensor:
         def velocity_at(noisy: Tensor, time: float) -> Tensor:
             # In float64: the time embedding shows the rounding of a float32 time.
             time_of_each = noisy.new_full((noisy.shape[0],), time, dtype=torch.float64)
             return self.model.velocity(context, noisy, time_of_each)
 
-        noise, fresh = noise.to(self.dtype), None if fresh is None else fresh.to(self.dtype)
-        return solve(guided_velocity(velocity_at, scale), noise, times, solver, fresh)
+        noise, step_noise = (
+            noise.to(self.dtype),
+            None if step_noise is None else step_noise.to(self.dtype),
+        )
+        return solve(guided_velocity(velocity_at, scale), noise, times, solver, step_noise)
 
     @torch.no_grad()
     def velocity(self, context: Any, noisy: Tensor, time: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from scd.engine.interface import Engine
 from scd.engine.separable import FastSeparable, side_by_side
 from scd.models.config import SeparableConfig, Solver
 from scd.models.embed import from_patches, to_patches
-from scd.models.flow import Evaluation, check_fresh, evaluations, guide
+from scd.models.flow import Evaluation, check_step_noise, evaluations, guide
 
 
 @dataclass(eq=False, kw_only=True)
@@ -30,7 +30,7 @@ class PoolFrame:
     """All calls of the network that it takes."""
     scale: float | None
     """Of the guidance; None: none."""
-    fresh: Tensor | None
+    step_noise: Tensor | None
     """Noise of its steps, as patches [steps n p]; None: they need none."""
     rows: list[int]
     """Its rows of the pool now: one, or [unconditional, conditional]."""
@@ -66,7 +66,7 @@ class NewFrame:
     """Integrator."""
     scale: float | None = None
     """Of the guidance; None: none."""
-    fresh: Tensor | None = None
+    step_noise: Tensor | None = None
     """Noise of its steps, [steps 1 c h w]; None: they need none."""
 
     @property
@@ -120,7 +120,7 @@ class FramePool:
         """Put in frames, all or, after an error, none.
 
         Raises:
-            ValueError: there are not enough free rows, or another number of fresh noises than the
+            ValueError: there are not enough free rows, or another number of step noises than the
                 steps need.
         """
         patch_size = self.engine.shape.patch_size
@@ -129,14 +129,18 @@ class FramePool:
             raise ValueError(f"{needed} rows are needed, {self.max_rows - start} are free")
         frames, row = [], start
         for one in new:
-            check_fresh(one.fresh, one.times, one.solver)
-            fresh = None if one.fresh is None else to_patches(one.fresh[:, 0].float(), patch_size)
+            check_step_noise(one.step_noise, one.times, one.solver)
+            step_noise = (
+                None
+                if one.step_noise is None
+                else to_patches(one.step_noise[:, 0].float(), patch_size)
+            )
             frame = PoolFrame(
                 context=one.context,
                 times=one.times,
                 calls=evaluations(one.times, one.solver),
                 scale=one.scale,
-                fresh=fresh,
+                step_noise=step_noise,
                 rows=list(range(row, row + one.num_rows)),
             )
             self._frames[frame.rows] = to_patches(one.noise.float(), patch_size)
@@ -159,16 +163,17 @@ class FramePool:
         velocity = self._guided(self._calls.velocity(self._frames[used], self._owners))
         calls = [frame.call for frame, _ in self._owners]
         numbers = [
-            [call.keep, call.gain, call.gain_before, call.fresh, call.ends_step] for call in calls
+            [call.keep, call.gain, call.gain_before, call.step_noise, call.ends_step]
+            for call in calls
         ]
         weights = torch.tensor(numbers, device=self.engine.device)
-        keep, gain, gain_before, fresh, ends_step = weights.t()[:, :, None, None]
+        keep, gain, gain_before, step_noise, ends_step = weights.t()[:, :, None, None]
         # As in flow.solve, for all rows at once.
         frames = keep * self._starts[used] + gain * velocity + gain_before * self._before[used]
-        renoised = [row for row, call in enumerate(calls) if call.fresh]
+        renoised = [row for row, call in enumerate(calls) if call.step_noise]
         if renoised:
-            noise = torch.stack([_fresh_noise(self._owners[row][0]) for row in renoised])
-            frames[renoised] += fresh[renoised] * noise
+            noise = torch.stack([_step_noise_of(self._owners[row][0]) for row in renoised])
+            frames[renoised] += step_noise[renoised] * noise
         self._frames[used] = frames
         self._before[used] = velocity
         self._starts[used] = torch.where(ends_step.bool(), frames, self._starts[used])
@@ -207,9 +212,9 @@ class FramePool:
         return guide(velocity[list(unconditional)], velocity[list(conditional)], scale)
 
 
-def _fresh_noise(frame: PoolFrame) -> Tensor:
-    assert frame.fresh is not None
-    return frame.fresh[frame.call.index]
+def _step_noise_of(frame: PoolFrame) -> Tensor:
+    assert frame.step_noise is not None
+    return frame.step_noise[frame.call.index]
 
 
 class _SharedCalls:

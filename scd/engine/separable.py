@@ -139,7 +139,7 @@ class FastSeparable(Engine):
         times: Sequence[float],
         solver: Solver = "euler",
         scale: float | None = None,
-        fresh: Tensor | None = None,
+        step_noise: Tensor | None = None,
     ) -> Tensor:
         """Turn noise into frames; see interface.Engine. Between steps frames are float32."""
         rows = self._put(context)
@@ -154,8 +154,10 @@ class FastSeparable(Engine):
 
             return solve(guided_velocity(velocity_at, scale), patches, times, solver, new)
 
-        fresh = noise.new_empty(0, *noise.shape) if fresh is None else fresh
-        patches, new = (to_patches(one.float(), self.shape.patch_size) for one in (noise, fresh))
+        step_noise = noise.new_empty(0, *noise.shape) if step_noise is None else step_noise
+        patches, new = (
+            to_patches(one.float(), self.shape.patch_size) for one in (noise, step_noise)
+        )
         if self._graphs is None:
             patches = loop(patches, modulations, new)
         else:

@@ -116,7 +116,7 @@ class Evaluation:
     """One call of the network on the way from noise to a frame, and what its velocity is for.
 
     The next frame is keep * that at the start of the step + gain * velocity + gain_before * the
-    velocity of the call before + fresh * new noise.
+    velocity of the call before + step_noise * new noise.
     """
 
     index: int
@@ -129,7 +129,7 @@ class Evaluation:
     """Whether the next frame is where the next step starts."""
     keep: float = 1.0
     """Weight of the frame at the start of the step."""
-    fresh: float = 0.0
+    step_noise: float = 0.0
     """Weight of the step's own noise; 0: it has none."""
 
 
@@ -144,23 +144,25 @@ def evaluations(times: Sequence[float], solver: Solver) -> list[Evaluation]:
         elif solver == "renoise":
             # The clean estimate, frame - time * velocity, on its way to other noise.
             keep = 1 - next_time
-            calls.append(Evaluation(index=index, gain=-time * keep, keep=keep, fresh=next_time))
+            calls.append(
+                Evaluation(index=index, gain=-time * keep, keep=keep, step_noise=next_time)
+            )
         else:
             calls.append(Evaluation(index=index, gain=step))
     return calls
 
 
-def num_fresh(times: Sequence[float], solver: Solver) -> int:
+def num_step_noises(times: Sequence[float], solver: Solver) -> int:
     """Count the noises that `solve` needs besides the one it starts from."""
-    return sum(call.fresh > 0 for call in evaluations(times, solver))
+    return sum(call.step_noise > 0 for call in evaluations(times, solver))
 
 
-def check_fresh(fresh: Tensor | None, times: Sequence[float], solver: Solver) -> None:
-    """Refuse another number of fresh noises than the steps need (ValueError)."""
-    needed, given = num_fresh(times, solver), 0 if fresh is None else len(fresh)
+def check_step_noise(step_noise: Tensor | None, times: Sequence[float], solver: Solver) -> None:
+    """Refuse another number of step noises than the steps need (ValueError)."""
+    needed, given = num_step_noises(times, solver), 0 if step_noise is None else len(step_noise)
     if given != needed:
         raise ValueError(
-            f"{len(times) - 1} steps of solver {solver!r} need {needed} fresh noises, got {given}"
+            f"{len(times) - 1} steps of solver {solver!r} need {needed} step noises, got {given}"
         )
 
 
@@ -169,7 +171,7 @@ def solve(
     noise: Float[Tensor, "..."],
     times: Sequence[float],
     solver: Solver = "euler",
-    fresh: Float[Tensor, "..."] | None = None,
+    step_noise: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "..."]:
     """Lead frames from noise to clean ones by a velocity field.
 
@@ -181,12 +183,12 @@ def solve(
             since a velocity at time 0 is not trained). "renoise" follows no path: each step goes to
             the clean estimate at once and, but for the last, back to the next time with noise of
             its own. Source: Self-Forcing (rollout).
-        fresh: of "renoise": standard normal, one like `noise` for each step but the last.
+        step_noise: of "renoise": standard normal, one like `noise` for each step but the last.
 
     Raises:
-        ValueError: another number of fresh noises than needed.
+        ValueError: another number of step noises than needed.
     """
-    check_fresh(fresh, times, solver)
+    check_step_noise(step_noise, times, solver)
     frames = start = noise
     before: Tensor | None = None
     for call in evaluations(times, solver):
@@ -195,9 +197,9 @@ def solve(
         if call.gain_before:
             assert before is not None
             frames = frames + call.gain_before * before
-        if call.fresh:
-            assert fresh is not None
-            frames = frames + call.fresh * fresh[call.index]
+        if call.step_noise:
+            assert step_noise is not None
+            frames = frames + call.step_noise * step_noise[call.index]
         before = velocity
         if call.ends_step:
             start = frames

@@ -22,7 +22,7 @@ from scd.engine.interface import Engine
 from scd.engine.plain import PlainEngine
 from scd.models.checkpoint import World
 from scd.models.config import Guidance, SamplingConfig
-from scd.models.flow import num_fresh, schedule, with_num_steps
+from scd.models.flow import num_step_noises, schedule, with_num_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Draft:
     """Of the engine; of twice the batch with guidance."""
     noise: Tensor
     """Where denoising starts, [b c h w]; of a block [b frames c h w]."""
-    fresh: Tensor | None
+    step_noise: Tensor | None
     """Noise of the steps, [steps *noise]; None: they need none."""
     conditions: Conditions
     """Of the frame."""
@@ -382,7 +382,12 @@ class Rollout:
     def _denoise(self, context: Any) -> Tensor:
         noise = self._noise("frame", self.engine.shape.shape)
         return self.engine.denoise(
-            context, noise, self.times, self.sampling.solver, self.guidance_scale, self._fresh()
+            context,
+            noise,
+            self.times,
+            self.sampling.solver,
+            self.guidance_scale,
+            self._step_noise(),
         )
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -490,8 +495,8 @@ class Rollout:
         drawn = [frame_noise(self.seed, frame, use, (self.batch, *shape)) for frame in self._next()]
         return self._placed(drawn[0] if len(drawn) == 1 else torch.stack(drawn, dim=1))
 
-    def _fresh(self) -> Tensor | None:
-        number = num_fresh(self.times, self.sampling.solver)
+    def _step_noise(self) -> Tensor | None:
+        number = num_step_noises(self.times, self.sampling.solver)
         if not number:
             return None
         shape = (self.batch, *self.engine.shape.shape)
@@ -530,7 +535,7 @@ def draft_all(rollouts: Sequence[Rollout], actions: Sequence[Tensor | None]) -> 
         Draft(
             context=one._branched(context),
             noise=one._noise("frame", one.engine.shape.shape),
-            fresh=one._fresh(),
+            step_noise=one._step_noise(),
             conditions=condition,
         )
         for one, context, condition in zip(rollouts, contexts, conditions, strict=True)

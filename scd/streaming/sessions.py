@@ -387,7 +387,7 @@ class Streams:
                     times=one.rollout.times,
                     solver=one.rollout.sampling.solver,
                     scale=one.rollout.guidance_scale,
-                    fresh=draft.fresh,
+                    step_noise=draft.step_noise,
                 )
                 for one, draft in zip(sessions, drafts, strict=True)
             ]

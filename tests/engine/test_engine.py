@@ -167,15 +167,15 @@ def test_renoising_is_the_loop_written_by_hand(make, kind):
             if index < 3:
                 noisy = (1 - times[index + 1]) * clean + times[index + 1] * fresh[index]
     context = engine.context(engine.begin(None, conditions, 2), conditions)
-    found = engine.denoise(context, noise, times, "renoise", fresh=torch.stack(fresh))
+    found = engine.denoise(context, noise, times, "renoise", step_noise=torch.stack(fresh))
     torch.testing.assert_close(found, clean, atol=FP32, rtol=0)
     # Other fresh noise makes another frame; a missing one, or one too many, is refused.
-    other = engine.denoise(context, noise, times, "renoise", fresh=-torch.stack(fresh))
+    other = engine.denoise(context, noise, times, "renoise", step_noise=-torch.stack(fresh))
     assert (other - clean).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="4 steps of solver 'renoise' need 3 fresh noises, got 0"):
+    with pytest.raises(ValueError, match="4 steps of solver 'renoise' need 3 step noises, got 0"):
         engine.denoise(context, noise, times, "renoise")
-    with pytest.raises(ValueError, match="4 steps of solver 'euler' need 0 fresh noises, got 3"):
-        engine.denoise(context, noise, times, fresh=torch.stack(fresh))
+    with pytest.raises(ValueError, match="4 steps of solver 'euler' need 0 step noises, got 3"):
+        engine.denoise(context, noise, times, step_noise=torch.stack(fresh))
 
 
 def test_velocity_of_frames_at_their_own_times():

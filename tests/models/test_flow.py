@@ -16,7 +16,7 @@ from scd.models.flow import (
     guide,
     guided_velocity,
     interpolate,
-    num_fresh,
+    num_step_noises,
     schedule,
     solve,
     velocity_between,
@@ -128,8 +128,8 @@ def test_renoising_with_an_exact_estimate_ends_at_it(num_steps):
 
 def test_fresh_noise_is_counted():
     times = [1.0, 0.5, 0.2, 0.0]
-    assert [num_fresh(times, solver) for solver in ("euler", "heun", "renoise")] == [0, 0, 2]
-    with pytest.raises(ValueError, match="3 steps of solver 'renoise' need 2 fresh noises, got 1"):
+    assert [num_step_noises(times, solver) for solver in ("euler", "heun", "renoise")] == [0, 0, 2]
+    with pytest.raises(ValueError, match="3 steps of solver 'renoise' need 2 step noises, got 1"):
         solve(lambda noisy, time: noisy, frames(0), times, "renoise", frames(1)[None])
 
 

@@ -403,7 +403,7 @@ def stepped(rollout):
         rollout.times,
         rollout.sampling.solver,
         rollout.guidance_scale,
-        draft.fresh,
+        draft.step_noise,
     )
     rollout.keep(draft, latent)
     return latent

@@ -108,7 +108,7 @@ def test_latents_without_frames_and_latents_that_others_denoise_are_the_same(wor
         draft = drafted.draft()
         solver = drafted.sampling.solver
         latent = drafted.engine.denoise(
-            draft.context, draft.noise, drafted.times, solver, None, draft.fresh
+            draft.context, draft.noise, drafted.times, solver, None, draft.step_noise
         )
         drafted.keep(draft, latent)
         kept.append(latent)
