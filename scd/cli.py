@@ -259,24 +259,28 @@ def _distill(words: list[str]) -> None:
         return
     from scd.objectives.config import ConsistencyConfig
     from scd.training.config import TrainConfig
-    from scd.training.distillation import distillation
     from scd.training.presets import DistillChoice
 
     if _asks_for_help(words):
         blank = TrainConfig(objective=ConsistencyConfig())
         _help_of_both(DistillChoice, "distill TEACHER", blank, "a teacher")
     choice, rest = _parse_known(DistillChoice, words, "distill")
+
+    from scd.training.distillation import distillation
+
     _run_training(_parse(TrainConfig, rest, f"distill {choice.teacher}", distillation(choice)))
 
 
 def _distill_wan(words: list[str]) -> None:
     from scd.training.config import TrainConfig
     from scd.training.presets import WAN_DMD, WanDmdChoice
-    from scd.training.wan import wan_distillation, with_prompts
 
     if _asks_for_help(words):
         _help_of_both(WanDmdChoice, "distill wan-dmd RUN", WAN_DMD, "a world")
     choice, rest = _parse_known(WanDmdChoice, words, "distill wan-dmd")
+
+    from scd.training.wan import wan_distillation, with_prompts
+
     base = wan_distillation(choice)
     config = _parse(TrainConfig, rest, f"distill wan-dmd {choice.run}", base)
     config, info = with_prompts(choice, config)
@@ -287,9 +291,7 @@ def _distill_wan(words: list[str]) -> None:
 
 
 def _sample(words: list[str]) -> None:
-    from scd.sampling.sample import readable_speed, sample, sample_prompt
     from scd.sampling.settings import PromptSampleConfig, SampleConfig
-    from scd.sampling.text_to_video import is_steered_by_text
 
     words = _first_is("--run", words)
     if _asks_for_help(words):
@@ -297,6 +299,9 @@ def _sample(words: list[str]) -> None:
             _parse(SampleConfig, ["--help"], "sample RUN")
         print("\nA run that a text steers takes these instead:\n")
         _parse(PromptSampleConfig, ["--help"], "sample RUN --prompt TEXT")
+    from scd.sampling.sample import readable_speed, sample, sample_prompt
+    from scd.sampling.text_to_video import is_steered_by_text
+
     run = _value_of(words, "--run")
     if _value_of(words, "--prompt") is not None or (run and is_steered_by_text(run)):
         config = _parse(PromptSampleConfig, words, "sample")
@@ -312,9 +317,11 @@ def _sample(words: list[str]) -> None:
 
 def _vbench(words: list[str]) -> None:
     from scd.sampling.settings import VBenchConfig
-    from scd.sampling.vbench import vbench
 
     config = _parse(VBenchConfig, _first_is("--run", words), "vbench")
+
+    from scd.sampling.vbench import vbench
+
     print(f"rendered {vbench(config)} videos into {config.out}")
 
 
@@ -356,19 +363,23 @@ def _play(words: list[str]) -> None:
 
 
 def _train_autoencoder(words: list[str]) -> None:
-    from scd.training.autoencoder import readable, train_autoencoder
     from scd.training.config import TrainAutoencoderConfig
 
     config = _parse(TrainAutoencoderConfig, words, "train-autoencoder")
+
+    from scd.training.autoencoder import readable, train_autoencoder
+
     print(readable(train_autoencoder(config)))
     print(f"saved {config.out}")
 
 
 def _train_judge(words: list[str]) -> None:
     from scd.training.config import TrainInverseDynamicsConfig
-    from scd.training.inverse_dynamics import readable, train_inverse_dynamics
 
     config = _parse(TrainInverseDynamicsConfig, words, "train-judge")
+
+    from scd.training.inverse_dynamics import readable, train_inverse_dynamics
+
     print(readable(train_inverse_dynamics(config).held_out))
     print(f"saved {config.out}")
 

@@ -51,7 +51,7 @@ def measure_little(monkeypatch):
         ("train toy --out {folder}/other", "not the folder of a run"),
         ("sample {folder}/nowhere --data toy:32", "nowhere"),
         ("evaluate {folder}/nowhere --data toy:32 --out {folder}/a.json", "nowhere"),
-        ("record cinema", "unknown world 'cinema'; there are toy, doom"),
+        ("record cinema", "unknown world 'cinema'; there are doom, toy"),
         ("convert reference", "needs a state dict"),
         ("convert reference {folder}/nowhere.pt {folder}/made", "nowhere.pt"),
     ],
@@ -152,6 +152,27 @@ def test_help_and_wrong_usage_answer_without_torch(line):
         "sys.exit(3 if 'torch' in sys.modules or 'tyro' in sys.modules else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code, *line.split()]).returncode == 0
+
+
+def test_help_of_settings_and_wrong_presets_answer_without_torch():
+    lines = (
+        "train --help,train toy --help,train dom,train toy --stepz 3,train-autoencoder --help,"
+        "train-judge --help,distill --help,distill wan-dmd --help,sample --help,vbench --help,"
+        "evaluate --help,evaluate --protocol toy-9-9,protocols,play --help,serve --help"
+    )
+    code = """
+import sys
+from contextlib import suppress
+from scd.cli import main
+for line in sys.argv[1].split(","):
+    with suppress(SystemExit):
+        main(line.split())
+    if heavy := {"torch", "numpy", "pydantic", "matplotlib", "av"} & set(sys.modules):
+        sys.exit(f"{line} loads {heavy}")
+"""
+    done = subprocess.run([sys.executable, "-c", code, lines], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "did you mean 'doom-64'" in done.stderr
 
 
 def test_completion_knows_every_command():

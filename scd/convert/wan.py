@@ -26,10 +26,17 @@ from scd.models.build import build
 from scd.models.checkpoint import write_world_settings
 from scd.models.config import CacheConfig, FrameShape, SamplingConfig
 from scd.models.kinds import ModelConfig
-from scd.models.wan.config import WanConfig, WanDecoderConfig, WanEncoderConfig, WanSeparableConfig
+from scd.models.wan.config import (
+    FEW_STEPS,
+    SHIFT,
+    WanConfig,
+    WanDecoderConfig,
+    WanEncoderConfig,
+    WanSeparableConfig,
+)
 from scd.models.wan.separable import places_of
 from scd.models.wan.source import PARTS, WanSource, open_source
-from scd.models.wan.timesteps import FEW_STEPS, SHIFT, warped_times
+from scd.models.wan.timesteps import warped_times
 from scd.models.weights import WEIGHTS_FILE, check_shapes
 from scd.probing.interventions import proposed_layers
 

@@ -37,8 +37,8 @@ from scd.evaluation.inverse_dynamics import (
 from scd.evaluation.lpips import load_lpips
 from scd.evaluation.metrics import AgainstTruth, Drift, Metric
 from scd.evaluation.plots import plot_metrics
-from scd.evaluation.predict import TIMED, check_fit, summarize
-from scd.evaluation.protocols import CUSTOM, EvaluateConfig, changes_of, choose_clips
+from scd.evaluation.predict import TIMED, check_fit, choose_clips, reduced_to, summarize
+from scd.evaluation.protocols import CUSTOM, EvaluateConfig, changes_of
 from scd.evaluation.report import write_report
 from scd.evaluation.trial import Measurement, Trial, measurement
 from scd.models.build import num_parameters
@@ -124,7 +124,7 @@ def prepare(config: EvaluateConfig, device: torch.device) -> Prepared:
     if reader is not None:
         reader.check_fit(source.card, config.data)
         metrics.append(ReadActions(protocol, reader))
-    protocol = protocol.reduced_to(source)
+    protocol = reduced_to(protocol, source)
     windows, short = choose_clips(source, protocol, config.data)
     sampling = with_num_steps(world.sampling, config.num_steps)
     trial = Trial(

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scd.common.published_weights import read_state
+from scd.evaluation.protocols import LPIPS_SMALLEST
 
 InputRange = Literal["signed", "unit"]
 """What the network is given: pixels in [-1, 1], or in [0, 1] as if they were that."""
@@ -35,8 +36,6 @@ convolution. A ReLU follows each, and what it gives is compared."""
 POOLED_BEFORE = (3, 6)
 """Numbers of the convolutions before which 3 x 3 maxima are taken at every second place."""
 
-SMALLEST = 31
-"""Rows and columns that a frame must have, for the second maximum to see three rows."""
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """Mean and deviation of the colours of photographs in [-1, 1], as LPIPS takes them off."""
@@ -72,9 +71,10 @@ class Lpips(nn.Module):
     ) -> Float[Tensor, "*b"]:
         """Return the distance, 0 or more, of each pair of frames of 31 x 31 pixels or more."""
         *batch, _, height, width = predicted.shape
-        if min(height, width) < SMALLEST:
+        if min(height, width) < LPIPS_SMALLEST:
             raise ValueError(
-                f"LPIPS needs frames of at least {SMALLEST}x{SMALLEST}, got {height}x{width}"
+                f"LPIPS needs frames of at least {LPIPS_SMALLEST}x{LPIPS_SMALLEST}, "
+                f"got {height}x{width}"
             )
         sides = [
             frames.reshape(-1, 3, height, width).split(NUM_AT_ONCE) for frames in (predicted, true)

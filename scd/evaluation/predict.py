@@ -12,6 +12,7 @@ from torch import Tensor
 from scd.common.runtime import make_generator
 from scd.data.clip import Batch, Conditions
 from scd.data.source import DataCard, Source
+from scd.evaluation.protocols import NUM_CLIPS, Protocol
 from scd.models.checkpoint import World
 from scd.models.config import Guidance, SamplingConfig
 from scd.streaming.rollout import Rollout, Timing
@@ -164,3 +165,48 @@ def summarize(timings: Sequence[Timing]) -> dict[str, dict[str, float]]:
         p50, p99 = torch.quantile(values, torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
         summary[name] = {"mean": values.mean().item(), "p50": p50, "p99": p99}
     return summary
+
+
+def reduced_to(protocol: Protocol, source: Source) -> Protocol:
+    """Say how many clips these are where it was left open: as many as there are, at most 64.
+
+    A source without any changes nothing: choosing them says what is missing.
+    """
+    if protocol.num_clips is not None:
+        return protocol
+    if protocol.clips == "spread":
+        available = count_windows(source, protocol.num_frames)
+    else:
+        episodes = range(0, source.num_episodes, protocol.every)
+        available = sum(source.num_frames(one) >= protocol.num_frames for one in episodes)
+    return replace(protocol, num_clips=min(NUM_CLIPS, available or NUM_CLIPS))
+
+
+def choose_clips(source: Source, protocol: Protocol, data: str) -> tuple[list[Window], list[int]]:
+    """Return the clips of a protocol, and the episodes that were too short for one.
+
+    Raises:
+        ValueError: the data has fewer clips than the protocol needs.
+    """
+    assert protocol.num_clips is not None
+    length = protocol.num_frames
+    if protocol.clips == "spread":
+        return choose_windows(source, protocol.num_clips, length, protocol.seed), []
+    windows: list[Window] = []
+    short: list[int] = []
+    for episode in range(0, source.num_episodes, protocol.every):
+        if len(windows) == protocol.num_clips:
+            break
+        if source.num_frames(episode) < length:
+            short.append(episode)
+        else:
+            windows.append((episode, 0))
+    if len(windows) < protocol.num_clips:
+        which = f"every {protocol.every}th of " if protocol.every > 1 else ""
+        raise ValueError(
+            f"protocol {protocol.name} needs {protocol.num_clips} clips of {length} frames, one "
+            f"from each episode; {which}the {source.num_episodes} {protocol.split} episodes of "
+            f"{data} give {len(windows)}, {len(short)} are too short"
+            + (f"; --num-clips {len(windows)} measures those, and says so" if windows else "")
+        )
+    return windows, short

@@ -15,10 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from scd.common.config import at_least, differences, to_json
-from scd.data.source import Source
 from scd.data.spaces import Split
-from scd.evaluation.lpips import SMALLEST
-from scd.evaluation.predict import Window, choose_windows, count_windows
 from scd.models.config import Guidance
 
 NUM_CLIPS = 64
@@ -33,6 +30,9 @@ all of them together."""
 
 MIN_FRAMES = 10
 """Frames of a clip for FVD: I3D halves their number three times and then takes means of two."""
+
+LPIPS_SMALLEST = 31
+"""Rows and columns that a frame must have, for the second maximum to see three rows."""
 
 CUSTOM = "custom"
 """Name of the protocol that is made of flags alone."""
@@ -124,20 +124,6 @@ class Protocol:
                 f"{self.num_fvd_frames}; leave it out by --no-fvd"
             )
 
-    def reduced_to(self, source: Source) -> Protocol:
-        """Say how many clips these are where it was left open: as many as there are, at most 64.
-
-        A source without any changes nothing: choosing them says what is missing.
-        """
-        if self.num_clips is not None:
-            return self
-        if self.clips == "spread":
-            available = count_windows(source, self.num_frames)
-        else:
-            episodes = range(0, source.num_episodes, self.every)
-            available = sum(source.num_frames(one) >= self.num_frames for one in episodes)
-        return replace(self, num_clips=min(NUM_CLIPS, available or NUM_CLIPS))
-
     def batches(self) -> list[slice]:
         """Return which clips go side by side."""
         assert self.num_clips is not None
@@ -166,9 +152,9 @@ class Protocol:
                 f"protocol {self.name} is of frames of {self.size}x{self.size}, {data} has "
                 f"{height}x{width}; --size 0 measures them all the same, and says so"
             )
-        if self.lpips and min(height, width) < SMALLEST:
+        if self.lpips and min(height, width) < LPIPS_SMALLEST:
             raise ValueError(
-                f"LPIPS needs frames of at least {SMALLEST}x{SMALLEST}, {data} has "
+                f"LPIPS needs frames of at least {LPIPS_SMALLEST}x{LPIPS_SMALLEST}, {data} has "
                 f"{height}x{width}; leave it out by --no-lpips"
             )
 
@@ -318,36 +304,6 @@ ABOUT: dict[str, str] = {
 def changes_of(used: Protocol) -> list[str]:
     """List the settings in which a protocol differs from the one of its name: "theirs, ours"."""
     return differences(to_json(PROTOCOLS[used.name]), to_json(used))
-
-
-def choose_clips(source: Source, protocol: Protocol, data: str) -> tuple[list[Window], list[int]]:
-    """Return the clips of a protocol, and the episodes that were too short for one.
-
-    Raises:
-        ValueError: the data has fewer clips than the protocol needs.
-    """
-    assert protocol.num_clips is not None
-    length = protocol.num_frames
-    if protocol.clips == "spread":
-        return choose_windows(source, protocol.num_clips, length, protocol.seed), []
-    windows: list[Window] = []
-    short: list[int] = []
-    for episode in range(0, source.num_episodes, protocol.every):
-        if len(windows) == protocol.num_clips:
-            break
-        if source.num_frames(episode) < length:
-            short.append(episode)
-        else:
-            windows.append((episode, 0))
-    if len(windows) < protocol.num_clips:
-        which = f"every {protocol.every}th of " if protocol.every > 1 else ""
-        raise ValueError(
-            f"protocol {protocol.name} needs {protocol.num_clips} clips of {length} frames, one "
-            f"from each episode; {which}the {source.num_episodes} {protocol.split} episodes of "
-            f"{data} give {len(windows)}, {len(short)} are too short"
-            + (f"; --num-clips {len(windows)} measures those, and says so" if windows else "")
-        )
-    return windows, short
 
 
 def listing() -> str:

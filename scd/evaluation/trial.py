@@ -29,8 +29,8 @@ from scd.data.source import Source
 from scd.data.toy import ToyWorld
 from scd.evaluation.memory import MemoryClips, count_batch, find_memory_clips, memory_score
 from scd.evaluation.metrics import AgainstTruth, Drift, Metric, Numbers, Seen, row_of
-from scd.evaluation.predict import Window, predict, read_windows
-from scd.evaluation.protocols import CUSTOM, Protocol, choose_clips
+from scd.evaluation.predict import Window, choose_clips, predict, read_windows, reduced_to
+from scd.evaluation.protocols import CUSTOM, Protocol
 from scd.models.checkpoint import World
 from scd.models.config import Guidance, SamplingConfig
 from scd.streaming.rollout import Timing
@@ -287,7 +287,7 @@ def measure(
 
     Metrics are, unless given, those that need no other network.
     """
-    protocol = protocol.reduced_to(source)
+    protocol = reduced_to(protocol, source)
     trial = Trial(
         world=world,
         source=source,

@@ -21,12 +21,14 @@ from scd.evaluation.plots import plot_metrics
 from scd.evaluation.predict import (
     TIMED,
     check_fit,
+    choose_clips,
     choose_windows,
     read_windows,
+    reduced_to,
     step_in_turns,
     summarize,
 )
-from scd.evaluation.protocols import Protocol, choose_clips
+from scd.evaluation.protocols import Protocol
 from scd.evaluation.trial import measure
 from scd.models.build import num_parameters
 from scd.models.checkpoint import World, load_world
@@ -68,7 +70,8 @@ def intervene(intervention: Intervention) -> dict[str, Any]:
         horizon=common.horizon,
         num_clips=common.num_clips,
         batch_size=common.batch_size,
-    ).reduced_to(source)
+    )
+    protocol = reduced_to(protocol, source)
     choose_clips(source, protocol, common.data or start.base.data)
     models = candidates(intervention, start, untouched, out)
     measured = {

@@ -22,8 +22,7 @@ from scd.models.config import (
     SeparableConfig,
 )
 from scd.models.kinds import ModelConfig
-from scd.models.wan.config import WanSeparableConfig
-from scd.models.wan.timesteps import FEW_STEPS, SHIFT
+from scd.models.wan.config import FEW_STEPS, SHIFT, WanSeparableConfig
 from scd.objectives.config import (
     DenoiseConfig,
     MatchConfig,

@@ -7,13 +7,8 @@ import pytest
 from scd.cli import main
 from scd.data.source import DataCard, Source, open_source
 from scd.data.spaces import ConditionSpec
-from scd.evaluation.predict import choose_windows
-from scd.evaluation.protocols import (
-    ABOUT,
-    PROTOCOLS,
-    changes_of,
-    choose_clips,
-)
+from scd.evaluation.predict import choose_clips, choose_windows
+from scd.evaluation.protocols import ABOUT, PROTOCOLS, changes_of
 
 SMALL = replace(
     PROTOCOLS["toy-8-8"],

@@ -14,6 +14,8 @@ from scd.models.config import CacheConfig, DiffuserConfig, EncoderNoise, FrameSh
 
 NUM_TIMES = 1000
 """Entries of Wan's table of times."""
+FEW_STEPS = (1000, 750, 500, 250)
+"""Steps of a distilled model, counted on an unbent scale. Source: paper (distillation)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,3 +197,7 @@ class WanSeparableConfig(_VideoConfig):
     """The causal encoder, run once per frame, and once more on the finished frame."""
     decoder: WanDecoderConfig = field(default_factory=WanDecoderConfig)
     """The frame decoder, run at every step."""
+
+
+SHIFT = 5.0
+"""Bend of the table towards noise, in the released configurations of Self-Forcing."""

@@ -13,12 +13,7 @@ from torch import Tensor
 
 from scd.models.config import SamplingConfig
 from scd.models.flow import schedule
-from scd.models.wan.config import NUM_TIMES
-
-SHIFT = 5.0
-"""Bend of the table towards noise, in the released configurations of Self-Forcing."""
-FEW_STEPS = (1000, 750, 500, 250)
-"""Steps of a distilled model, counted on an unbent scale. Source: paper (distillation)."""
+from scd.models.wan.config import NUM_TIMES, SHIFT
 
 
 def time_table(shift: float = SHIFT) -> Float[Tensor, " times"]:
