@@ -61,8 +61,10 @@ class FastEncoder(FastStack):
         biases = [self.distance_bias(row, cache) for row, cache in zip(rows, caches, strict=True)]
 
         def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if len(caches) == 1:
+                return self.attend(q, *caches[0].write(layer, k, v), biases[0])
             qs, ks, vs = (one.split(sizes) for one in (q, k, v))
-            return _together(
+            return torch.cat(
                 [
                     self.attend(q, *cache.write(layer, k, v), bias)
                     for q, k, v, cache, bias in zip(qs, ks, vs, caches, biases, strict=True)
