@@ -1,7 +1,10 @@
 """The examples of CONTRIBUTING.md, run as they stand there."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def example(path: str) -> str:
     """Return the block of CONTRIBUTING.md that begins with the name of a file."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    found = re.search(rf"```python\n# {re.escape(path)}\n(.*?)```", text, re.DOTALL)
+    found = re.search(rf"```python\n# {re.escape(path)}[^\n]*\n(.*?)```", text, re.DOTALL)
     assert found, f"CONTRIBUTING.md shows no {path}"
     return found[1]
 
@@ -77,3 +80,38 @@ def test_a_measurement_of_the_probe_is_one_file(added, tmp_path):
     assert [one["layer"] for one in layers] == [1, 2]
     assert all(len(one["by_step"]) == 3 and min(one["by_step"]) > 0 for one in layers)
     assert "How large are features?" in (out / "report.html").read_text()
+
+
+def test_a_verb_of_the_server_is_two_files(tmp_path):
+    """In a copy of the package: the message listed, its method in place, a host that obeys it."""
+    copy = tmp_path / "scd"
+    shutil.copytree(ROOT / "scd", copy, ignore=shutil.ignore_patterns("worlds", "__pycache__"))
+    messages, commands = copy / "serving/messages.py", copy / "serving/commands.py"
+    text = messages.read_text()
+    end = text.index("COMMANDS: tuple")
+    text = text[:end] + example("scd/serving/messages.py") + "\n\n" + text[end:]
+    messages.write_text(text.replace("Hello, Create,", "Hello, Create, Undo,", 1))
+    text = commands.read_text().replace("    Snapshot,\n", "    Snapshot,\n    Undo,\n", 1)
+    before = text.index("    def _moved(")
+    commands.write_text(text[:before] + example("scd/serving/commands.py") + "\n" + text[before:])
+    program = """
+from scd.serving import messages
+from tests.tiny_host import done, hosting
+
+with hosting() as host:
+    name = done(host.create()).session
+    frames = done(host.step(name, action=1, count=3))
+    state = done(host.say(messages.Undo, name, count=2))
+    again = done(host.step(name, action=1, count=2))
+print(state.frame, [f.header.frame for f in again], (again[1].pixels == frames[2].pixels).all())
+"""
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "0 [1, 2] True\n"
