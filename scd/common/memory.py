@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,12 +68,14 @@ def check_free(what: str, needed: int, device: torch.device, promised: int = 0) 
 
 
 @contextmanager
-def out_of_memory_named(what: str, needed: int, device: torch.device) -> Iterator[None]:
+def out_of_memory_named(
+    what: str, needed: int | Callable[[], int], device: torch.device
+) -> Iterator[None]:
     """Turn a full device into `OutOfMemory`; the process stays usable.
 
     Args:
         what: the run, in words.
-        needed: bytes that the formula says.
+        needed: bytes that the formula says, or what counts them when they are asked for.
         device: where it runs.
     """
     try:
@@ -86,8 +88,9 @@ def out_of_memory_named(what: str, needed: int, device: torch.device) -> Iterato
         return
     # Outside the handler: the traceback holds on to the tensors of the run.
     release()
+    num_bytes = needed if isinstance(needed, int) else needed()
     raise OutOfMemory(
-        f"{what} ran out of memory on {device}: {readable(needed)} of weights and caches were "
+        f"{what} ran out of memory on {device}: {readable(num_bytes)} of weights and caches were "
         f"needed, {readable(free_bytes(device))} are free now ({message})"
     )
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from scd.common.config import at_least
-from scd.engine.decoder import DecoderRows
 from scd.engine.interface import Engine
-from scd.engine.separable import FastSeparable, side_by_side
+from scd.engine.separable import DecoderRows, FastSeparable, side_by_side
 from scd.models.config import SeparableConfig, Solver
 from scd.models.embed import from_patches, to_patches
 from scd.models.flow import Evaluation, check_step_noise, evaluations, guide

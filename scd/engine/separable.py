@@ -1,6 +1,8 @@
 """A separable model laid out for speed, behind the interface of an engine.
 
-The plain twin is models/separable.py, run by engine/plain.py.
+Encoder: one row of each stream at a time, over its KV cache. Decoder: contexts in place, one call
+for frames of any streams. The plain twins are models/encoder.py, models/decoder.py and
+models/separable.py, run by engine/plain.py; tests compare them, for every join.
 """
 
 from __future__ import annotations
@@ -12,15 +14,218 @@ import torch
 from torch import Tensor
 
 from scd.data.clip import Conditions
-from scd.engine.decoder import DecoderRows, FastDecoder
-from scd.engine.encoder import FastEncoder
 from scd.engine.graph import LoopGraphs, can_compile, compiled
 from scd.engine.interface import Engine
+from scd.engine.layers import FastHead, PackedLinear, Parts, modulate, release, split
 from scd.engine.modulation import Schedule, kept_for
+from scd.engine.stack import FastStack
+from scd.models.block import layer_norm
 from scd.models.config import Solver
+from scd.models.decoder import FrameDecoder
 from scd.models.embed import from_patches, to_patches
+from scd.models.encoder import CausalEncoder
 from scd.models.flow import guided_velocity, solve
+from scd.models.kv_cache import KVCache
 from scd.models.separable import SeparableDiffuser, SeparableState
+
+
+class FastEncoder(FastStack):
+    """Clean frame and coming action to the context of the next frame."""
+
+    def __init__(self, encoder: CausalEncoder, free: bool) -> None:
+        super().__init__(encoder, encoder.output_modulation, free)
+        self.start, self.first_row = encoder.start, encoder.first_row
+        self.modulates_output = encoder.output_modulation is not None
+
+    def extend(
+        self,
+        caches: Sequence[KVCache],
+        clean: Sequence[Tensor],
+        upcoming: Conditions,
+        rows: Sequence[int],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Write one row into each cache, without keeping it, and return its context.
+
+        All products with weights are made once for all; each batch of streams attends to its own
+        cache, however full that is.
+
+        Args:
+            caches: one for each batch of streams; has room for the row afterwards.
+            clean: the row's frames of each, [b 1 c h w], or [b 0 c h w] for the start frame.
+            upcoming: conditions of the frames after them, of all streams in order.
+            rows: frame position of each.
+
+        Returns:
+            For each batch context tokens [b n d] and the norm scale [r 1 d] of the last norm, for 1
+            or b streams.
+        """
+        sizes = [len(frames) for frames in clean]
+        if len({frames.shape[1] for frames in clean}) == 1:
+            x = self._rows(_together(clean))
+        else:
+            x = _together([self._rows(frames) for frames in clean])
+        for cache in caches:
+            cache.make_room()
+        parts = self.clean_parts(upcoming)
+        places = [row for row, size in zip(rows, sizes, strict=True) for _ in range(size)]
+        rotary = self.rotary(places)
+        biases = [self.distance_bias(row, cache) for row, cache in zip(rows, caches, strict=True)]
+
+        def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if len(caches) == 1:
+                return self.attend(q, *caches[0].write(layer, k, v), biases[0])
+            qs, ks, vs = (one.split(sizes) for one in (q, k, v))
+            return torch.cat(
+                [
+                    self.attend(q, *cache.write(layer, k, v), bias)
+                    for q, k, v, cache, bias in zip(qs, ks, vs, caches, biases, strict=True)
+                ]
+            )
+
+        for layer in range(len(self.blocks)):
+            x = self.run_layer(layer, x, parts, rotary, read)
+        tokens, scale = self._finished(x, parts)
+        scales = scale.split(sizes) if len(scale) == len(tokens) else [scale] * len(sizes)
+        return list(zip(tokens.split(sizes), scales, strict=True))
+
+    def _rows(self, clean: Tensor) -> Tensor:
+        if clean.shape[1]:
+            return self.tokens(clean[:, 0])
+        assert self.start is not None
+        return self.start.expand(clean.shape[0], -1, -1)
+
+    def _finished(self, x: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
+        if not self.modulates_output:
+            return layer_norm(x), torch.ones_like(x[:1, :1])
+        return modulate(x, parts[-1], parts[-2]), parts[-2].view(-1, 1, parts[-2].shape[-1])
+
+
+def _together(batches: Sequence[Tensor]) -> Tensor:
+    return batches[0] if len(batches) == 1 else torch.cat(list(batches))
+
+
+class DecoderRows:
+    """Room for the contexts of frames that are denoised side by side, one row each.
+
+    Rows are independent, so frames of different streams, at different steps, share a call. Join
+    "prefix" keeps the context's keys and values of each layer, with room behind them for those of
+    the noisy tokens; the other joins keep the context's tokens.
+    """
+
+    def __init__(self, decoder: FastDecoder, capacity: int) -> None:
+        shape, block = decoder.shape, decoder.block
+        self.capacity = capacity
+        like = {"dtype": decoder.dtype, "device": decoder.device}
+        if decoder.join == "prefix":
+            size = (capacity, block.num_heads, 2 * shape.num_tokens, block.head_dim)
+            self.keys = torch.empty(len(decoder.blocks), *size, **like)
+            self.values = torch.empty_like(self.keys)
+        else:
+            self.tokens = torch.empty(capacity, shape.num_tokens, block.width, **like)
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [part for part in vars(self).values() if isinstance(part, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def move(self, source: int, target: int) -> None:
+        if hasattr(self, "tokens"):
+            self.tokens[target] = self.tokens[source]
+        else:
+            self.keys[:, target] = self.keys[:, source]
+            self.values[:, target] = self.values[:, source]
+
+
+class FastDecoder(FastStack):
+    """Transformer over one frame at a time: `put` a context in a row, `velocity` at every step."""
+
+    def __init__(self, decoder: FrameDecoder, free: bool) -> None:
+        self.join = decoder.config.join
+        self.joint = self.join in ("token_concat", "token_concat_projected")
+        num_tokens = decoder.shape.num_tokens
+        super().__init__(
+            decoder,
+            decoder.head.modulation,
+            free,
+            tokens=num_tokens * (1 + self.joint),
+            fused_last=not self.joint,
+        )
+        # Within one frame only differences of positions matter, so every frame is frame 0. Both
+        # halves of the joined sequence have the same places.
+        self.rotary_alone = self.rotary([0])
+        self.rotary_joint = self.rotary_alone.repeated(1 + self.joint)
+        self.head = FastHead(decoder.head, num_tokens, free)
+        if self.join == "channel_concat":
+            self.merge = PackedLinear.of(decoder.merge, rows=num_tokens)
+        if self.join == "token_concat_projected":
+            self.align_norm = decoder.align_norm
+            self.align = PackedLinear.of(decoder.align, rows=num_tokens)
+        if free:
+            for name in ("merge", "align"):
+                if hasattr(decoder, name):
+                    release(getattr(decoder, name))
+
+    def put(self, rows: DecoderRows, start: int, tokens: Tensor, conditions: Conditions) -> None:
+        """Put the contexts of frames [f n d] and their conditions into rows from `start` on."""
+        stop = start + tokens.shape[0]
+        if self.join == "token_concat_projected":
+            tokens = self.align(self.align_norm(tokens))
+        if self.join != "prefix":
+            rows.tokens[start:stop] = tokens
+            return
+        parts, num_tokens, x = self.clean_parts(conditions), self.shape.num_tokens, tokens
+
+        def keep(layer: int, k: Tensor, v: Tensor) -> None:
+            rows.keys[layer, start:stop, :, :num_tokens] = k
+            rows.values[layer, start:stop, :, :num_tokens] = v
+
+        def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keep(layer, k, v)
+            return self.attend(q, k, v)
+
+        last = len(self.blocks) - 1
+        for layer in range(last):
+            x = self.run_layer(layer, x, parts, self.rotary_alone, read)
+        keep(last, *self.keys_values(last, x, parts, self.rotary_alone))
+
+    def velocity(
+        self, rows: DecoderRows, patches: Tensor, modulation: Tensor, time: Tensor
+    ) -> Tensor:
+        """Return the velocity of noisy frames, as patches.
+
+        Args:
+            rows: contexts of the first f rows belong to the f frames.
+            patches: noisy frames [f n p], float32.
+            modulation: at the times and conditions of the frames, [r parts d] for 1 or f.
+            time: of all frames [1 1 1], or of each [f 1 1].
+        """
+        num_frames, num_tokens = patches.shape[0], self.shape.num_tokens
+        parts = split(modulation)
+        x = self.embed(patches)
+        if self.join != "prefix":
+            x = self._joined(rows.tokens[:num_frames], x)
+
+        def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if self.join == "prefix":
+                keys, values = rows.keys[layer, :num_frames], rows.values[layer, :num_frames]
+                keys[:, :, num_tokens:] = k
+                values[:, :, num_tokens:] = v
+                k, v = keys, values
+            return self.attend(q, k, v)
+
+        for layer in range(len(self.blocks)):
+            # Nobody reads the context's half after the last block.
+            alone = self.joint and layer == len(self.blocks) - 1
+            of_queries = self.rotary_alone if alone else None
+            x = self.run_layer(layer, x, parts, self.rotary_joint, read, of_queries)
+        return self.head(x, parts, patches, time)
+
+    def _joined(self, context: Tensor, x: Tensor) -> Tensor:
+        if self.joint:
+            return torch.cat([context, x], dim=1)
+        if self.join == "channel_concat":
+            return self.merge(torch.cat([x, context], dim=-1))
+        return x + context
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -427,7 +427,9 @@ class Streams:
     def _fault_stops(self, session: Session) -> Iterator[None]:
         """Stop a session, and nobody else, when its own pass fails; an interruption goes on."""
         try:
-            with out_of_memory_named(session.title, session.bytes_needed, self.engine.device):
+            with out_of_memory_named(
+                session.title, lambda: session.bytes_needed, self.engine.device
+            ):
                 yield
         except OutOfMemory as error:
             self._stop(session, str(error))
