@@ -109,10 +109,12 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         KeyboardInterrupt: it was interrupted; the training is saved.
     """
     out = Path(config.out)
+    # A missing world is noticed before a folder is made.
+    world = None if config.train else shipped_world()
     claim_folder(out)
-    if config.train:
+    if world is None:
         return train_and_compare(config, out)
-    return first_look(shipped_world(), out, config.seed)
+    return first_look(world, out, config.seed)
 
 
 def train_and_compare(config: DemoConfig, out: Path) -> dict[str, Any]:
