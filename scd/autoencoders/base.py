@@ -51,7 +51,8 @@ class Autoencoder(ABC):
 class StreamDecoder(ABC):
     """Latent frames of a batch of streams to frames of video, one after another.
 
-    `next` once per latent frame, from the first one on; `reset` begins anew; `fork` copies.
+    `next` once per latent frame, from the first one on; `reset` begins anew; `fork` copies the
+    streams as they are, each `num` times in a row.
     """
 
     name: str
@@ -68,8 +69,8 @@ class StreamDecoder(ABC):
         """Forget the stream: the next latent frame is a first one."""
 
     @abstractmethod
-    def fork(self) -> StreamDecoder:
-        """Return an independent copy of the stream as it is; the weights are shared."""
+    def fork(self, num: int = 1) -> StreamDecoder:
+        """Return an independent copy, each stream `num` times in a row; the weights are shared."""
 
 
 class FrameDecoder(StreamDecoder):
@@ -87,7 +88,7 @@ class FrameDecoder(StreamDecoder):
     def reset(self) -> None:
         """Do nothing: there is no past."""
 
-    def fork(self) -> FrameDecoder:
+    def fork(self, num: int = 1) -> FrameDecoder:
         """Return the decoder itself: there is no past."""
         return self
 

@@ -127,9 +127,11 @@ class TaewStreamDecoder(StreamDecoder):
     def reset(self) -> None:
         self._memory: dict[int, Tensor] = {}
 
-    def fork(self) -> TaewStreamDecoder:
+    def fork(self, num: int = 1) -> TaewStreamDecoder:
         twin = TaewStreamDecoder(self.network)
-        twin._memory = dict(self._memory)
+        twin._memory = {
+            place: before.repeat_interleave(num, 0) for place, before in self._memory.items()
+        }
         return twin
 
     @torch.no_grad()
@@ -152,7 +154,7 @@ class ImageStreamDecoder(StreamDecoder):
     def reset(self) -> None:
         """Do nothing: there is no past."""
 
-    def fork(self) -> ImageStreamDecoder:
+    def fork(self, num: int = 1) -> ImageStreamDecoder:
         """Return the decoder itself: there is no past."""
         return self
 

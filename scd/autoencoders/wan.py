@@ -104,10 +104,15 @@ class WanStreamDecoder(StreamDecoder):
         self._memory: list[Any] = [None] * self._num_memories
         self._is_first = True
 
-    def fork(self) -> WanStreamDecoder:
+    def fork(self, num: int = 1) -> WanStreamDecoder:
         twin = WanStreamDecoder(self.autoencoder)
-        # The network puts new tensors into the list and never writes into an old one.
-        twin._memory, twin._is_first = list(self._memory), self._is_first
+        # Besides tensors there are words. The network puts new tensors into the list and never
+        # writes into an old one, so that one copy can share them.
+        twin._memory = [
+            kept.repeat_interleave(num, 0) if num > 1 and isinstance(kept, Tensor) else kept
+            for kept in self._memory
+        ]
+        twin._is_first = self._is_first
         return twin
 
     @torch.no_grad()

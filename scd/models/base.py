@@ -71,8 +71,9 @@ class State:
     next_position: int
     """Frame position at which the cache is written next."""
 
-    def fork(self) -> Any:
-        return replace(self, cache=self.cache.fork())
+    def fork(self, num: int = 1) -> Any:
+        """Return an independent copy, each stream `num` times in a row."""
+        return replace(self, cache=self.cache.fork(num))
 
 
 class CausalDiffuser(nn.Module, Pretrained):

@@ -202,18 +202,28 @@ class KVCache:
         start = self._next_slot()
         self.slots[start : start + len(frames)] = frames
 
-    def fork(self) -> KVCache:
-        """Return an independent copy; only filled slots are copied."""
+    def fork(self, num: int = 1) -> KVCache:
+        """Return an independent copy, each stream `num` times in a row; only filled slots.
+
+        Raises:
+            OutOfMemory: several copies need more than is free; nothing was allocated.
+        """
+        batch, window = self.keys.shape[1] * num, self.config.window
+        if num > 1:
+            what = f"a memory of {window} frames for each of {batch} streams"
+            check_free(what, self.num_bytes * num, self.keys.device)
         twin = object.__new__(KVCache)
         vars(twin).update(vars(self))
         filled = len(self.slots) * self.tokens_per_frame
         for name in ("keys", "values"):
             mine = getattr(self, name)
-            theirs = torch.empty_like(mine)
-            theirs[:, :, :, :filled] = mine[:, :, :, :filled]
+            theirs = mine.new_empty(mine.shape[0], batch, *mine.shape[2:])
+            each = theirs.unflatten(1, (-1, num))
+            each[:, :, :, :, :filled] = mine[:, :, None, :, :filled]
             setattr(twin, name, theirs)
         twin.slots = list(self.slots)
-        twin.sink_keys = None if self.sink_keys is None else self.sink_keys.clone()
+        sinks = self.sink_keys
+        twin.sink_keys = None if sinks is None else sinks.repeat_interleave(num, 1)
         return twin
 
     def reset(self) -> None:

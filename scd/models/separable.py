@@ -31,8 +31,10 @@ class SeparableState(State):
     """Conditions with which the newest row lies in the cache already, though it is not kept yet:
     so a context can be computed again, for another action. None: it does not."""
 
-    def fork(self) -> SeparableState:
-        return replace(self, cache=self.cache.fork(), encoded_for=None)
+    def fork(self, num: int = 1) -> SeparableState:
+        cache = self.cache.fork(num)
+        newest = self.newest.repeat_interleave(num, 0)
+        return replace(self, cache=cache, newest=newest, encoded_for=None)
 
     def keep(self, clean: Float[Tensor, "b c h w"]) -> None:
         """Keep the row that was encoded last; a finished frame waits in its place."""

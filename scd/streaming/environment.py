@@ -7,7 +7,7 @@ whether it was the last, and episodes are cut off after a number of frames.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from scd.common.config import at_least
 from scd.data.clip import Conditions, frames_to_pixels
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
+from scd.engine.interface import Engine
 from scd.engine.open import open_engine
 from scd.models.checkpoint import World
 from scd.models.flow import with_num_steps
@@ -173,11 +174,32 @@ class WorldEnv(gym.Env[Frame, Any]):
         return self._frame.copy()
 
 
+@dataclass(frozen=True, kw_only=True)
+class VectorState:
+    """All that a WorldVectorEnv is at some moment; for its `set_state`, and nobody else."""
+
+    engine: Engine
+    """Of the environment it is of."""
+    rollouts: tuple[Rollout, ...]
+    """Copies of the streams."""
+    frames: np.ndarray
+    """Newest frame of each."""
+    counts: np.ndarray
+    """Frames of each episode so far."""
+    is_over: np.ndarray
+    """Which of them begin anew in the next step."""
+    generator: Mapping[str, Any]
+    """State of what draws starts and seeds."""
+
+
 class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """Several streams of a world that share calls of the network, each with episodes of its own.
 
     A stream whose episode has ended, or was cut off, begins a new one in the next `step`, whatever
-    action it is given there (Gymnasium's next-step mode).
+    action it is given there (Gymnasium's next-step mode), unless `reset` began it before.
+
+    `get_state` and `set_state` go back to a moment: the same actions then lead to the same frames,
+    rewards and starts, to the bit.
     """
 
     def __init__(
@@ -207,23 +229,42 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         engine = open_engine(world.model, "fast")
         self._streams = Streams(world, engine, sampling, max_rows=num_envs)
         self._sessions: list[Session] = []
+        self._frames = np.zeros(self.observation_space.shape or (), dtype=np.uint8)
         self._counts = np.zeros(num_envs, dtype=np.int64)
         self._is_over = np.ones(num_envs, dtype=bool)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:  # type: ignore[override]
-        """Begin an episode in every stream; the same seed begins the same ones."""
+        """Begin an episode in every stream; the same seed begins the same ones.
+
+        Args:
+            seed: of the starts from here on; None: as they come.
+            options: "reset_mask", a Boolean for each stream: only those begin, the others stay.
+
+        Raises:
+            ValueError: a mask of another shape, or of some streams where none has begun.
+            RuntimeError: a stream was stopped, with the reason.
+        """
+        mask = self._reset_mask(options)
         if seed is not None:
             self._np_random, self._np_random_seed = np_random(seed)
-        for session in self._sessions:
-            self._streams.close(session)
-        self._sessions = []
-        frames = np.zeros(self.observation_space.shape or (), dtype=np.uint8)
-        for number in range(self.num_envs):
-            self._sessions.append(self._begin(number, frames))
-        self._wait(frames)
-        return frames, {}
+        if mask.all():
+            self._close()
+        for number in np.flatnonzero(mask):
+            self._renew(int(number))
+        self._wait()
+        return self._frames.copy(), {}
+
+    def _reset_mask(self, options: dict[str, Any] | None) -> np.ndarray:
+        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool)))
+        if mask.dtype != bool or mask.shape != (self.num_envs,):
+            raise ValueError(
+                f"reset_mask must be {self.num_envs} Booleans, got {mask.dtype} {list(mask.shape)}"
+            )
+        if not self._sessions and not mask.all():
+            raise ValueError("reset all environments first")
+        return mask
 
     def step(
         self, actions: np.ndarray
@@ -240,15 +281,14 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         known = self.action_space.dtype
         if not self.action_space.contains(actions.astype(known)):
             raise ValueError(f"actions must be in {self.action_space}, got {actions!r}")
-        frames = np.zeros(self.observation_space.shape or (), dtype=np.uint8)
         begins = self._is_over.copy()
         for number, action in enumerate(torch.as_tensor(actions)):
             if begins[number]:
-                self._streams.close(self._sessions[number])
-                self._sessions[number] = self._begin(number, frames)
+                self._renew(number)
             else:
                 self._streams.request(self._sessions[number], action)
-        self._wait(frames)
+        self._wait()
+        frames = self._frames.copy()
         rewards, ended = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=bool)
         for number in np.flatnonzero(~begins):
             rewards[number], ended[number] = self.judge(frames[number], actions[number])
@@ -257,24 +297,69 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._is_over = ended | cut
         return frames, rewards, ended, cut, {}
 
-    def _begin(self, number: int, frames: np.ndarray) -> Session:
-        """Open a stream; its first frame is among `frames`, or asked for."""
+    def get_state(self) -> VectorState:
+        """Return all that the streams are now: past, noise, episodes, and the draws to come.
+
+        It takes as much memory as they do, and stays as it is.
+
+        Raises:
+            ValueError: before `reset`, or a stream was stopped.
+        """
+        if not self._sessions:
+            raise ValueError("reset the environments first")
+        for session in self._sessions:
+            if not session.is_open:
+                raise ValueError(f"reset the environments first: {session.reason}")
+        return VectorState(
+            engine=self._streams.engine,
+            rollouts=tuple(session.rollout.fork() for session in self._sessions),
+            frames=self._frames.copy(),
+            counts=self._counts.copy(),
+            is_over=self._is_over.copy(),
+            generator=self.np_random.bit_generator.state,
+        )
+
+    def set_state(self, state: object) -> None:
+        """Go back to a moment of these environments, as often as wanted.
+
+        Raises:
+            ValueError: it is not what `get_state` of these environments returned.
+        """
+        if not isinstance(state, VectorState):
+            raise ValueError(f"needed what get_state returned, got {type(state).__name__}")
+        if state.engine is not self._streams.engine:
+            raise ValueError("needed a state of these environments, got one of others")
+        self._close()
+        self._sessions = [self._streams.adopt(rollout.fork()) for rollout in state.rollouts]
+        self._frames = state.frames.copy()
+        self._counts, self._is_over = state.counts.copy(), state.is_over.copy()
+        self.np_random.bit_generator.state = dict(state.generator)
+
+    def _close(self) -> None:
+        for session in self._sessions:
+            self._streams.close(session)
+        self._sessions = []
+
+    def _renew(self, number: int) -> None:
+        """Open a stream in the place of one; its first frame is given, or asked for."""
         seed, given, conditions = self._start.draw(self.np_random)
+        if number < len(self._sessions):
+            self._streams.close(self._sessions[number])
         session = self._streams.open(given, conditions, seed)
+        self._sessions[number : number + 1] = [session]
         self._counts[number], self._is_over[number] = 0, False
         if given is None:
             self._streams.request(session, nothing(self._streams.world.card.conditions))
         else:
-            frames[number] = pixels(given[-1])
-        return session
+            self._frames[number] = pixels(given[-1])
 
-    def _wait(self, frames: np.ndarray) -> None:
+    def _wait(self) -> None:
         """Make all frames that were asked for."""
         while self._streams.is_busy:
             for finished in self._streams.tick():
                 if finished.frame is None:
                     raise RuntimeError(finished.error)
-                frames[self._sessions.index(finished.session)] = pixels(finished.frame)
+                self._frames[self._sessions.index(finished.session)] = pixels(finished.frame)
 
 
 def check_length(max_frames: int, render_mode: str | None) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from scd.autoencoders.base import FrameDecoder, StreamDecoder
-from scd.common.runtime import make_generator
+from scd.common.config import at_least
 from scd.common.timing import Clock, Timing
 from scd.data.clip import Conditions, check_conditions
 from scd.engine.interface import Engine
@@ -23,6 +23,7 @@ from scd.engine.plain import PlainEngine
 from scd.models.checkpoint import World
 from scd.models.config import Guidance, SamplingConfig
 from scd.models.flow import num_step_noises, schedule, with_num_steps
+from scd.streaming.noise import NoiseUse, frame_noises, future_seeds, step_noises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,9 @@ class Rollout:
 
     `begin` with given first frames or from nothing, then `step` once per frame. `observe` instead
     of `step` puts in a frame from outside, `change_text` steers what follows by another text.
-    `fork` copies the stream as it is; `reset` goes back to where `begin` left it. Everything is
-    repeatable from `seed`: the noise of frame i depends on the seed and i alone.
+    `fork` copies the stream as it is, `fork(n)` as n futures in one batch; `reset` goes back to
+    where `begin` left it. Everything is repeatable from `seed`: the noise of frame i depends on the
+    seed and i alone.
 
     Where a latent frame stands for several frames of video, or a block of them is denoised
     together, `step_video` takes the place of `step`; frames are counted as latent ones.
@@ -95,6 +97,22 @@ class Rollout:
         self._decoder = decoder
         self._state: Any = None
         self._start: Rollout | None = None
+        self._is_future = False
+
+    @property
+    def seed(self) -> int:
+        """Seed of the noise, of the first future where there are several; may be set at any time,
+        and is then that of the whole batch."""
+        return self._seeds[0]
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self._seeds = (seed,)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seed of each future that `fork(n)` made; else the one seed."""
+        return self._seeds
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -188,7 +206,7 @@ class Rollout:
             batch = given.shape[0]
             check_conditions(self.engine.config.conditions, conditions, given.shape[1])
             latents = self._encode(given) if latents is None else self._checked(latents)
-        self.batch = batch
+        self.batch, self._seeds, self._is_future = batch, self._seeds[:1], False
         self._steer(replace(conditions, actions=None, null_actions=None))
         actions, null_actions = conditions.actions, conditions.null_actions
         steering = Conditions(actions=actions, null_actions=null_actions).to(self.engine.device)
@@ -471,7 +489,13 @@ class Rollout:
         return torch.cat(frames, dim=1)
 
     def reset(self) -> None:
-        """Go back to where `begin` left the streams."""
+        """Go back to where `begin` left the streams.
+
+        Raises:
+            ValueError: they have not begun, or not with can_reset, or are futures of `fork(n)`.
+        """
+        if self._is_future:
+            raise ValueError("futures have no beginning to go back to: fork their stream again")
         if self._start is None:
             raise ValueError("begin the stream first, with can_reset")
         start = self._start.fork()
@@ -482,8 +506,28 @@ class Rollout:
         """Give up the streams' memory; `begin` starts anew."""
         self._state = self._start = self.newest = None
 
-    def fork(self) -> Rollout:
-        """Return an independent copy of the streams as they are; the weights are shared."""
+    def fork(self, num_futures: int | None = None, seeds: Sequence[int] | None = None) -> Rollout:
+        """Return an independent copy of the streams as they are; the weights are shared.
+
+        With a number, that many futures of each stream side by side in one batch, which share every
+        call: row i of the batch is what `fork()` with seed `seeds[i]` would be alone. Of a batch of
+        b streams the futures of one stand in a row: row j * num_futures + i is future i of stream
+        j. They are steered by an action each, and cannot be `reset`.
+
+        Args:
+            num_futures: of each stream; None: one plain copy.
+            seeds: of the noise of each future. None: future 0 keeps the stream's, and shows what
+                the stream would show; each other one has its own, which follows from it. The same
+                seed for all leaves the actions as the only difference.
+
+        Raises:
+            OutOfMemory: the futures need more memory than is free; nothing was allocated.
+            ValueError: no future, another number of seeds, or streams that have not begun.
+        """
+        if num_futures is not None:
+            return self._futures(num_futures, seeds)
+        if seeds is not None:
+            raise ValueError("seeds belong to futures, whose number was not given")
         twin = copy(self)
         if self._state is not None:
             twin._state = self._state.fork()
@@ -491,17 +535,30 @@ class Rollout:
             twin._decoder = self._decoder.fork()
         return twin
 
+    def _futures(self, num: int, seeds: Sequence[int] | None) -> Rollout:
+        at_least(1, num_futures=num)
+        twin = copy(self)
+        # Memory that is missing shows here, before anything else is as large.
+        twin._state, twin._start, twin._is_future = self.state.fork(num), None, True
+        twin._seeds = future_seeds(self._seeds, num, seeds)
+        twin.batch = self.batch * num
+        twin.newest = None if self.newest is None else self.newest.repeat_interleave(num, 0)
+        if self._decoder is not None:
+            twin._decoder = self._decoder.fork(num)
+        twin._lasting = self._lasting.repeat(num)
+        twin._unsteered = twin._with_null(twin._lasting)
+        return twin
+
     def _noise(self, use: NoiseUse, shape: tuple[int, ...]) -> Tensor:
-        drawn = [frame_noise(self.seed, frame, use, (self.batch, *shape)) for frame in self._next()]
-        return self._placed(drawn[0] if len(drawn) == 1 else torch.stack(drawn, dim=1))
+        size = (self.batch, *shape)
+        return self._placed(frame_noises(self._seeds, self._next(), use, size))
 
     def _step_noise(self) -> Tensor | None:
         number = num_step_noises(self.times, self.sampling.solver)
         if not number:
             return None
-        shape = (self.batch, *self.engine.shape.shape)
-        drawn = [step_noise(self.seed, frame, number, shape) for frame in self._next()]
-        return self._placed(drawn[0] if len(drawn) == 1 else torch.stack(drawn, dim=2))
+        size = (self.batch, *self.engine.shape.shape)
+        return self._placed(step_noises(self._seeds, self._next(), number, size))
 
     def _next(self) -> range:
         """Return the numbers of the frames that the next step makes."""
@@ -540,26 +597,3 @@ def draft_all(rollouts: Sequence[Rollout], actions: Sequence[Tensor | None]) -> 
         )
         for one, context, condition in zip(rollouts, contexts, conditions, strict=True)
     ]
-
-
-NoiseUse = Literal["frame", "context", "encoder"]
-"""What noise is for: the start of a frame's denoising, the corruption of its context, or what an
-encoder reads in the place of the frame."""
-
-
-def frame_noise(seed: int, frame: int, use: NoiseUse, shape: tuple[int, ...]) -> Tensor:
-    """Draw the noise of one frame of a stream, standard normal, on the CPU.
-
-    It follows from the arguments alone, so that a fork, another number of steps, or a stream that
-    shares its calls with others meets the same noise.
-    """
-    return torch.randn(*shape, generator=make_generator(seed, f"noise of a {use}", frame))
-
-
-def step_noise(seed: int, frame: int, number: int, shape: tuple[int, ...]) -> Tensor:
-    """Draw the noises with which the first steps of one frame end, [number *shape]; as frame_noise.
-
-    Fewer steps meet the first of the same draws.
-    """
-    generator = make_generator(seed, "noise of a step", frame)
-    return torch.stack([torch.randn(*shape, generator=generator) for _ in range(number)])

@@ -213,6 +213,12 @@ def test_taew_streams_what_its_layers_compute(tmp_path):
         assert streamed.std() > 0.01
         twin = decoder.fork()
         twin.next(latents[:, 0])
+        both = parts[0].shape[0] * 2
+        decoder.reset()
+        decoder.next(latents[:, 0])
+        twice = decoder.fork(2).next(latents[:, 1].repeat_interleave(2, 0))
+        assert twice.shape[0] == both
+        torch.testing.assert_close(twice, parts[1].repeat_interleave(2, 0), atol=1e-6, rtol=0)
         decoder.reset()
         assert torch.equal(decoder.next(latents[:, 0]), parts[0])
 

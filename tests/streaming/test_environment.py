@@ -125,6 +125,71 @@ def close(frames: np.ndarray, alone: list[torch.Tensor]) -> None:
     assert np.abs(frames.astype(int) - wanted).max() <= 1
 
 
+@pytest.mark.parametrize("begins", ["nothing", "clips"])
+def test_a_state_is_gone_back_to_exactly(world, clips, begins):
+    """Frames, rewards, ends and the starts that are drawn later, as often as wanted."""
+    clips = clips if begins == "clips" else None
+    environment = WorldVectorEnv(
+        world,
+        3,
+        judge=lambda frame, action: (float(frame.mean()), int(action) == 4),
+        max_frames=3,
+        clips=clips,
+        num_given=3,
+    )
+    environment.reset(seed=5)
+    environment.step(np.array([1, 4, 2]))
+    state = environment.get_state()
+    plan = np.array([[1, 0, 2], [3, 4, 4], [0, 1, 2], [2, 2, 0], [4, 3, 1]])
+    first = [environment.step(actions)[:4] for actions in plan]
+    assert any(ended.any() for _, _, ended, _ in first) and any(cut.any() for *_, cut in first)
+    for _ in range(2):
+        environment.set_state(state)
+        again = [environment.step(actions)[:4] for actions in plan]
+        for before, after in zip(first, again, strict=True):
+            assert all(np.array_equal(*pair) for pair in zip(before, after, strict=True))
+        # What happens in between leaves the state alone.
+        environment.step(plan[0])
+        environment.reset(seed=6)
+    environment.set_state(state)
+    other = environment.step(np.array([2, 0, 3]))[0]
+    assert not np.array_equal(other[0], first[0][0][0])
+
+
+def test_some_streams_can_begin_anew_while_others_stay(world):
+    environment = WorldVectorEnv(world, 3, max_frames=3)
+    environment.reset(seed=5)
+    before = environment.step(np.array([1, 4, 2]))[0]
+    state, actions = environment.get_state(), np.array([3, 3, 3])
+    alone = environment.step(actions)[0]
+    environment.set_state(state)
+    mask = np.array([False, True, False])
+    begun, _ = environment.reset(options={"reset_mask": mask})
+    assert np.array_equal(begun[~mask], before[~mask])
+    assert not np.array_equal(begun[1], before[1])
+    frames = environment.step(actions)[0]
+    assert np.abs(frames[~mask].astype(int) - alone[~mask]).max() <= 1
+    *_, cut, _ = environment.step(actions)
+    assert cut.tolist() == [True, False, True]
+
+
+def test_states_and_masks_of_something_else_are_refused(world):
+    environment, other = WorldVectorEnv(world, 2), WorldVectorEnv(world, 2)
+    with pytest.raises(ValueError, match="reset the environments first"):
+        environment.get_state()
+    with pytest.raises(ValueError, match="reset all environments first"):
+        environment.reset(options={"reset_mask": np.array([True, False])})
+    environment.reset(seed=0)
+    other.reset(seed=0)
+    with pytest.raises(ValueError, match="of these environments, got one of others"):
+        environment.set_state(other.get_state())
+    with pytest.raises(ValueError, match="needed what get_state returned, got dict"):
+        environment.set_state({})
+    for mask in (np.array([True]), np.array([1, 0])):
+        with pytest.raises(ValueError, match="reset_mask must be 2 Booleans"):
+            environment.reset(options={"reset_mask": mask})
+
+
 def test_what_cannot_be_an_environment_is_refused(world, clips):
     for settings, words in (
         ({"max_frames": 0}, "max_frames must be 1 or more"),

@@ -8,6 +8,7 @@ import torch
 
 from scd.autoencoders.base import PixelAutoencoder
 from scd.autoencoders.config import PixelConfig
+from scd.common.memory import OutOfMemory
 from scd.data.clip import Conditions
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
@@ -15,7 +16,8 @@ from scd.engine.open import open_engine
 from scd.models.checkpoint import World
 from scd.models.config import CacheConfig, Guidance, SamplingConfig
 from scd.models.flow import schedule, solve
-from scd.streaming.rollout import Rollout, frame_noise, step_noise
+from scd.streaming.noise import frame_noise, step_noise
+from scd.streaming.rollout import Rollout
 from tests.tiny import SHAPE, tiny_dense, tiny_separable
 
 
@@ -140,6 +142,77 @@ def test_reset_goes_back_and_fork_goes_on(world):
     rest = ACTIONS[:, 2:]
     assert torch.equal(twin.generate(rest, 3), first[:, 2:])
     assert torch.equal(rollout.generate(rest, 3), first[:, 2:])
+
+
+@pytest.mark.parametrize("make", [tiny_separable, tiny_dense])
+@pytest.mark.parametrize("engine", ["plain", "fast"])
+@pytest.mark.parametrize("kind", ["none", "conditions", "context_noise"])
+def test_futures_in_one_batch_are_forks_stepped_alone(make, engine, kind):
+    if kind == "context_noise" and make is tiny_dense:
+        pytest.skip("a dense model has no context")
+    # The window is full before the fork, and its sink is moved after it.
+    world = world_of(make(cache=CacheConfig(window=4, num_sinks=1, rebase_sinks=True)))
+    guidance = Guidance(kind=kind, scale=1.0 if kind == "none" else 1.5)
+    rollout = Rollout(
+        world, FEW["renoise"], guidance, seed=3, engine=open_engine(world.model, engine)
+    )
+    rollout.begin(*given())
+    rollout.generate(ACTIONS[:, :3], 3)
+    futures = rollout.fork(3)
+    assert futures.batch == 6 and futures.num_frames == rollout.num_frames == 6
+    assert futures.seeds[0] == 3 and len(set(futures.seeds)) == 3
+    plans = torch.randint(4, (6, 4), generator=torch.Generator().manual_seed(4))
+    frames = futures.generate(plans, 4)
+    for number, seed in enumerate(futures.seeds):
+        alone = rollout.fork()
+        alone.seed = seed
+        expected = alone.generate(plans[number::3], 4)
+        torch.testing.assert_close(frames[number::3], expected, atol=2e-5, rtol=0)
+        torch.testing.assert_close(futures.newest[number::3], alone.newest, atol=4e-5, rtol=0)
+    assert rollout.num_frames == 6 and rollout.seed == 3
+
+
+def test_noise_of_futures_is_chosen(world):
+    rollout = Rollout(world, FEW["renoise"], seed=3)
+    rollout.begin(given()[0][:1], Conditions(actions=given()[1].actions[:1]))
+    action = ACTIONS[:1, 0]
+    expected = rollout.fork().step(action)
+    same = rollout.fork(3, seeds=[3, 3, 3]).step(action.repeat(3))
+    torch.testing.assert_close(same, expected.repeat(3, 1, 1, 1), atol=1e-5, rtol=0)
+    own = rollout.fork(3).step(action.repeat(3))
+    torch.testing.assert_close(own[:1], expected, atol=1e-5, rtol=0)
+    distances = [(own[i] - own[j]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert min(distances) > 1e-3
+    # Futures of futures: two of each, whose first ones go on as before.
+    futures = rollout.fork(3)
+    further = futures.fork(2)
+    assert further.seeds[::2] == futures.seeds and len(set(further.seeds)) == 6
+    torch.testing.assert_close(further.step(action.repeat(6))[::2], own, atol=1e-5, rtol=0)
+    # Begun anew, it is a batch like any other.
+    futures.begin(*given())
+    assert futures.batch == 2 and futures.seeds == (3,)
+    futures.reset()
+
+
+def test_futures_that_cannot_be_are_refused(world):
+    rollout = Rollout(world)
+    with pytest.raises(ValueError, match="begin the stream first"):
+        rollout.fork(2)
+    rollout.begin(*given())
+    for arguments, words in (
+        ((0,), "num_futures must be 1 or more, got 0"),
+        ((3, [1, 2]), "3 futures need as many seeds, got 2"),
+        ((None, [1]), "whose number was not given"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rollout.fork(*arguments)
+    with pytest.raises(OutOfMemory, match="a memory of 16 frames for each of 2000000000 streams"):
+        rollout.fork(10**9)
+    futures = rollout.fork(2)
+    with pytest.raises(ValueError, match="4 streams need as many actions, got 2"):
+        futures.step(ACTIONS[:, 0])
+    with pytest.raises(ValueError, match="fork their stream again"):
+        futures.reset()
 
 
 def test_beginning_with_frames_is_observing_them(world):

@@ -6,7 +6,8 @@ import torch
 from scd.data.clip import Conditions
 from scd.models.config import Guidance
 from scd.models.flow import guided_velocity, schedule, solve
-from scd.streaming.rollout import Rollout, frame_noise, step_noise
+from scd.streaming.noise import frame_noise, step_noise
+from scd.streaming.rollout import Rollout
 from tests.tiny_text_world import FOUR_STEPS, KINDS, text_world
 from tests.tiny_wan_vae import tiny_vae
 
@@ -163,6 +164,22 @@ def test_a_fork_is_independent(world):
     twin.step_video()
     frames, _ = run(stream, NUM - 1)
     assert torch.equal(frames, world.autoencoder.decode(plain(world, texts()))[:, 1:])
+
+
+def test_futures_are_forks_of_one_seed_each(world):
+    """With a decoder that has a past, and a text of each stream to lead away from."""
+    stream = stream_of(world, scale=2.5)
+    begin(stream, texts(), texts(seed=5))
+    stream.step_video()
+    futures = stream.fork(2)
+    frames, latents = run(futures, NUM - 1)
+    assert frames.shape[:2] == (4, 4 * (NUM - 1))
+    for number, seed in enumerate(futures.seeds):
+        alone = stream.fork()
+        alone.seed = seed
+        expected, of_latents = run(alone, NUM - 1)
+        torch.testing.assert_close(latents[number::2], of_latents, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(frames[number::2], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_noise_of_an_encoder_may_be_that_of_the_frame(source):

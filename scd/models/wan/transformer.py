@@ -325,6 +325,13 @@ class WanState(State):
     text: TextCache | None = None
     """Keys and values of the text; None: no frame has asked for it."""
 
+    def fork(self, num: int = 1) -> WanState:
+        twin = super().fork(num)
+        if num > 1:
+            # Of fewer streams; the next frame makes it anew.
+            twin.text = None
+        return twin
+
 
 def text_in(
     state: WanState, conditions: Conditions, *parts: WanTransformer
