@@ -1,6 +1,8 @@
 """Small real parts that tests share: models of a few thousand weights, worlds, toy clips."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from scd.models.config import (
     SeparableConfig,
 )
 from scd.models.kinds import ModelConfig
+from tests.browser import CHROMIUM
 from tests.tiny import shaken
 
 # Tensors here are too small to be split: more threads only wait for each other.
@@ -120,3 +123,14 @@ def folder(toy_source: Source, tmp_path: Path) -> str:
     write_card(path, toy_source.card)
     write_manifest(path, entries)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    with playwright.sync_playwright() as driver:
+        # A container has no sandbox to give.
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

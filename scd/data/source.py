@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from scd.common.config import at_least
+from scd.common.config import added, at_least
 from scd.data.clip import Clip
 from scd.data.spaces import ConditionSpec, Split
 
@@ -43,6 +43,8 @@ class DataCard:
     conditions: ConditionSpec
     action_names: tuple[str, ...]
     """Name of each discrete action id, or of each entry of a continuous action."""
+    pixel_art: bool = added(False)
+    """Whether frames are drawn in hard-edged pixels, which a player should not smooth."""
 
     def __post_init__(self) -> None:
         at_least(1, height=self.height, width=self.width)

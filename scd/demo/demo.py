@@ -154,13 +154,14 @@ def train_and_compare(config: DemoConfig, out: Path) -> dict[str, Any]:
     length = NUM_GIVEN + NUM_STREAMED
     batch = read_windows(source, choose_windows(source, 1, length, config.seed + 1), length)
     frames, timings = stream_in_turns({name: worlds[name] for name in STREAMED}, batch, config.seed)
-    write_stream(batch.frames[0].cpu(), frames, NUM_GIVEN, SHOWN, source.card.fps, out)
+    true = batch.frames[0].cpu()
+    draw = write_stream(true, frames, NUM_GIVEN, SHOWN, source.card.fps, out)
 
     result = summarize_demo(trained, worlds, measured, memory, timings)
     result |= add_up(trained, measured_s, time.perf_counter() - began - measured_s)
     result |= {"settings": to_json(config) | {"protocol": to_json(config.protocol)}}
     result |= provenance(device)
-    write_report(result, {name: one.folder for name, one in trained.items()}, out)
+    write_report(result, {name: one.folder for name, one in trained.items()}, draw, out)
     write_json(result, out / "report.json")
     _say(result, out, console)
     return result

@@ -7,7 +7,7 @@ same frame on, under each action held down.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from scd.common.runtime import cpu_threads
 from scd.data.clip import Conditions
 from scd.demo.side_by_side import write_stream
 from scd.engine.open import advised_threads, open_engine
-from scd.evaluation.html import write_page
-from scd.evaluation.media import spread
+from scd.evaluation.html import plot, write_page
+from scd.evaluation.media import Ink, spread
 from scd.evaluation.predict import TIMED, summarize
 from scd.models.build import num_parameters
 from scd.models.checkpoint import World, load_world
@@ -73,7 +73,7 @@ def first_look(run: Path, out: Path, seed: int) -> dict[str, Any]:
     true = clips.pixels(0, NUM_GIVEN + len(frames["its own actions"]))
     length = min(len(made) for made in frames.values())
     horizons = [place + 1 for place in spread(length, NUM_SHOWN)]
-    write_stream(true, frames, NUM_GIVEN, horizons, world.card.fps, out)
+    draw = write_stream(true, frames, NUM_GIVEN, horizons, world.card.fps, out)
     timing = summarize(streamed)
     result: dict[str, Any] = {
         "world": run.name,
@@ -89,7 +89,7 @@ def first_look(run: Path, out: Path, seed: int) -> dict[str, Any]:
         "to the first frame: from reading the weights on",
         "settings": {"seed": seed, "sampling": to_json(world.sampling)},
     } | provenance("cpu")
-    write_report(result, out)
+    write_report(result, draw, out)
     write_json(result, out / "report.json")
     console.print(
         f"{result['frames']} frames of {world.card.height}x{world.card.width}, "
@@ -127,7 +127,9 @@ def stream(
     return frames, timings
 
 
-def write_report(result: Mapping[str, Any], out: Path) -> None:
+def write_report(
+    result: Mapping[str, Any], draw_frames: Callable[[Path, Ink], None], out: Path
+) -> None:
     timing = result["timing"]
     parts = {
         "encoder, once per frame": timing["encoder"],
@@ -142,7 +144,7 @@ def write_report(result: Mapping[str, Any], out: Path) -> None:
         not_claimed=NOT_CLAIMED,
         num_given=NUM_GIVEN,
         stream=out / "rollout.mp4",
-        frames=out / "frames.png",
+        frames=plot(draw_frames, "Frames under each steering, one row each"),
         numbers=[
             (f"{result['frames_per_second']:.0f}", "frames per second, one stream"),
             (f"{timing['total']['p50'] * 1e3:.1f} ms", "per frame, median"),

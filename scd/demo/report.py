@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scd.common.runlog import read_curve
 from scd.evaluation.html import interval, plot, write_page
+from scd.evaluation.media import Ink
 from scd.evaluation.metrics import find_row
 from scd.evaluation.plots import plot_loss, plot_metrics
 
@@ -46,13 +47,19 @@ def quality_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row for name in NAMES for row in rows if row["baseline"] == name]
 
 
-def write_report(result: Mapping[str, Any], runs: Mapping[str, Path], folder: Path) -> None:
+def write_report(
+    result: Mapping[str, Any],
+    runs: Mapping[str, Path],
+    draw_frames: Callable[[Path, Ink], None],
+    folder: Path,
+) -> None:
     """Write report.html of a demo's result.
 
     Args:
         result: what report.json holds.
         runs: run folder of each training, for its losses.
-        folder: holds rollout.mp4, the streams side by side, and frames.png, some of their frames.
+        draw_frames: draws some frames of the streams, as `write_stream` returns it.
+        folder: holds rollout.mp4, the streams side by side.
     """
     rows, memory = quality_rows(result), result["memory"]
     contexts = sorted({row["context"] for row in memory["rows"]})
@@ -64,7 +71,7 @@ def write_report(result: Mapping[str, Any], runs: Mapping[str, Path], folder: Pa
     }
     pictures = {
         "video": folder / "rollout.mp4",
-        "frames": folder / "frames.png",
+        "frames": plot(draw_frames, "Frames of the truth and of both models"),
         "quality": plot(
             lambda path, ink: plot_metrics(rows, ["psnr", "psnr_gain"], path, ink=ink),
             "PSNR and gain against the number of predicted frames",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from scd.data.clip import Batch
 from scd.data.toy import ToyWorld
-from scd.evaluation.media import GAP, PictureRow, write_grid, write_video
+from scd.evaluation.media import GAP, Ink, PictureRow, write_grid, write_video
 from scd.evaluation.memory import count_batch, find_memory_clips, memory_score
 from scd.evaluation.metrics import row_of
 from scd.evaluation.predict import step_in_turns
@@ -80,7 +81,7 @@ def write_stream(
     horizons: Sequence[int],
     fps: float,
     out: Path,
-) -> None:
+) -> Callable[[Path, Ink], None]:
     """Write rollout.mp4, truth and streams side by side, and frames.png, one above the other.
 
     Args:
@@ -90,15 +91,20 @@ def write_stream(
         horizons: predicted frames of the picture, from 1, as far as the shortest stream goes.
         fps: of the video.
         out: folder.
+
+    Returns:
+        Draws the picture for another ground than white.
     """
     length = min(len(true), *(num_given + len(made) for made in frames.values()))
     rows = {"truth": true[:length]} | {
         name: torch.cat([true[:num_given], made])[:length] for name, made in frames.items()
     }
-    gap = torch.full((length, 3, true.shape[2], GAP // 2), 0.8)
+    gap = torch.full((length, 3, true.shape[2], GAP // 2), 0.0)
     strips = [part for row in rows.values() for part in (row, gap)][:-1]
     write_video(torch.cat(strips, dim=3), out / "rollout.mp4", fps)
     shown = [horizon for horizon in horizons if num_given + horizon <= length]
     chosen = [num_given - 1 + horizon for horizon in (0, *shown)]
     pictures = [PictureRow(name=name, frames=row[chosen]) for name, row in rows.items()]
-    write_grid(pictures, ["given", *(f"+{horizon}" for horizon in shown)], out / "frames.png")
+    draw = partial(write_grid, pictures, ["given", *(f"+{horizon}" for horizon in shown)])
+    draw(out / "frames.png")
+    return draw

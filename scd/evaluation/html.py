@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from scd.common.provenance import hardware_line, write_text
-from scd.evaluation.plots import Ink
+from scd.evaluation.media import Ink
 
 PARTS = "evaluation/parts.html"
 """Macros of tables, cards, videos and plots."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
@@ -14,6 +16,9 @@ from torch import Tensor
 from scd.common.files import file_aside
 from scd.data import video
 from scd.data.clip import frames_to_pixels
+
+Ink = Literal["on light", "on dark", "on white"]
+"""What a picture is drawn for: a transparent one on a light or a dark page, or a white file."""
 
 SHOWN_SIZE = 256
 """Pixels that the shorter side of a video is enlarged to, at least: 32x32 is a stamp."""
@@ -86,12 +91,19 @@ def grid_pixels(rows: Sequence[PictureRow]) -> UInt8[Tensor, "_ _ 3"]:
     return grid
 
 
-def write_grid(rows: Sequence[PictureRow], columns: Sequence[str], path: Path) -> None:
+def write_grid(
+    rows: Sequence[PictureRow], columns: Sequence[str], path: Path, ink: Ink = "on white"
+) -> None:
     """Write a PNG of rows of frames, named at the left, with a label above each column.
 
     Truth stands above prediction by convention; labels are such as the horizon.
     """
-    picture = grid_pixels(rows)
+    picture = grid_pixels(rows).numpy()
+    if ink != "on white":
+        # Where white frames would lie in their place; all else lets the page through.
+        covers = [replace(row, frames=torch.ones_like(row.frames)) for row in rows]
+        alpha = np.where(grid_pixels(covers).numpy()[..., :1] == EMPTY, 0, 255).astype(np.uint8)
+        picture = np.concatenate([picture, alpha], axis=-1)
     num_columns = max(len(row.frames) for row in rows)
     if len(columns) != num_columns:
         raise ValueError(f"{num_columns} columns need as many labels, got {len(columns)}")
@@ -100,11 +112,18 @@ def write_grid(rows: Sequence[PictureRow], columns: Sequence[str], path: Path) -
     left, top, edge, dpi = 24 + 8 * max(len(row.name) for row in rows), 28, 8, 100
     figure = Figure(figsize=((left + width + edge) / dpi, (top + height + edge) / dpi), dpi=dpi)
     total_width, total_height = left + width + edge, top + height + edge
-    figure.figimage(picture.numpy(), left, edge)
+    figure.figimage(picture, left, edge)
+    colour = text_colour(ink)
     for index, label in enumerate(columns):
         x = left + GAP / 2 + (index + 0.5) * step_right
         figure.text(
-            x / total_width, 1 - (top - 8) / total_height, label, ha="center", va="bottom", size=9
+            x / total_width,
+            1 - (top - 8) / total_height,
+            label,
+            ha="center",
+            va="bottom",
+            size=9,
+            color=colour,
         )
     for index, row in enumerate(rows):
         y = top + GAP / 2 + (index + 0.5) * step_down
@@ -115,8 +134,13 @@ def write_grid(rows: Sequence[PictureRow], columns: Sequence[str], path: Path) -
             ha="right",
             va="center",
             size=9,
+            color=colour,
         )
-    write_figure(figure, path)
+    write_figure(figure, path, transparent=ink != "on white")
+
+
+def text_colour(ink: Ink) -> str:
+    return "#d8dbe0" if ink == "on dark" else "#33373d"
 
 
 def write_figure(figure: Figure, path: Path, transparent: bool = False) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from scd.evaluation.media import write_figure
-
-Ink = Literal["on light", "on dark", "on white"]
-"""What a plot is drawn for: a transparent one on a light or a dark page, or a white file."""
+from scd.evaluation.media import Ink, text_colour, write_figure
 
 COLOURS = {
     "model": "#3b7dd8",
@@ -197,7 +194,3 @@ def finish(figure: Figure, path: Path, title: str, ink: Ink) -> None:
     if title:
         figure.suptitle(title, color=text_colour(ink), fontsize=10)
     write_figure(figure, path, transparent=ink != "on white")
-
-
-def text_colour(ink: Ink) -> str:
-    return "#d8dbe0" if ink == "on dark" else "#33373d"

@@ -102,7 +102,7 @@ def clip_beside_truth(trial: Trial, clip: int, trajectory: int) -> Float[Tensor,
     rolled = trial.roll_out(Unit(clip // size, trajectory))
     true = rolled.batch.frames[clip % size]
     made = torch.cat([true[: trial.protocol.context], rolled.frames[clip % size].to(true)])
-    gap = torch.ones(*true.shape[:3], GAP)
+    gap = torch.zeros(*true.shape[:3], GAP)
     return torch.cat([true, gap, made], dim=-1)
 
 

@@ -10,8 +10,11 @@ from threading import Thread
 from typing import Any
 
 import numpy as np
+import torch
 
 from scd.engine.interface import Engine
+from scd.models.about import About
+from scd.models.build import build, num_parameters
 from scd.models.checkpoint import World
 from scd.models.config import SeparableConfig
 from scd.models.shipped import Clips
@@ -40,6 +43,7 @@ class Host:
         report: Callable[[str], None] = print,
         clips: Clips | None = None,
         name: str = "world",
+        about: About | None = None,
     ) -> None:
         """Prepare; nothing big is allocated before `start`.
 
@@ -50,6 +54,7 @@ class Host:
             report: told on the model thread what a person should know; must not block.
             clips: that sessions may begin with.
             name: of the world, for people.
+            about: what else it says of itself; None: nothing.
 
         Raises:
             ValueError: clips that do not fit the world.
@@ -61,7 +66,7 @@ class Host:
                 f"got {clips.frames.shape[-2]}x{clips.frames.shape[-1]}"
             )
         self.world, self.engine, self.config = world, engine, config or HostConfig()
-        self.info = _world_info(world, engine, name, clips)
+        self.info = _world_info(world, engine, name, clips, about or About())
         self._clips, self._report = clips, report
         self._requests = RequestQueue(self.config.queue_commands)
         self._thread = Thread(target=self._live, name="scd-serve-model", daemon=True)
@@ -171,7 +176,9 @@ class Host:
             self._requests.refuse_all(reason)
 
 
-def _world_info(world: World, engine: Engine, name: str, clips: Clips | None) -> WorldInfo:
+def _world_info(
+    world: World, engine: Engine, name: str, clips: Clips | None, about: About
+) -> WorldInfo:
     card, spec = world.card, world.card.conditions
     is_separable = isinstance(engine.config, SeparableConfig)
     kinds = ["none"]
@@ -179,10 +186,17 @@ def _world_info(world: World, engine: Engine, name: str, clips: Clips | None) ->
         kinds.append("conditions")
     if is_separable:
         kinds.append("context_noise")
+    # Of a model without weights: those of this one may have been freed for the engine's.
+    with torch.device("meta"):
+        parameters = num_parameters(build(engine.config))
     return WorldInfo(
         name=name,
+        title=about.title,
+        trained=about.trained,
+        parameters=parameters,
         height=card.height,
         width=card.width,
+        pixel_art=card.pixel_art,
         actions=card.action_names,
         action_dim=spec.action_dim,
         num_labels=spec.num_labels,

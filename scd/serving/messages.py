@@ -354,10 +354,18 @@ class WorldInfo(Message):
 
     name: str
     """Of the world's folder."""
+    title: str
+    """What it is, by its card; empty: it has none."""
+    trained: str
+    """How, in words that go on after "trained"; empty: nobody has said it."""
+    parameters: int
+    """Of its model."""
     height: int
     """Rows of a frame."""
     width: int
     """Columns of a frame."""
+    pixel_art: bool
+    """Whether enlarged frames keep their edges hard."""
     actions: tuple[str, ...]
     """Name of each action, or of each entry of the vector; empty: nothing steers this world."""
     action_dim: int

@@ -29,6 +29,7 @@ from scd.data.clip import frames_to_pixels
 from scd.data.source import open_source
 from scd.engine.open import advised_threads, open_engine
 from scd.evaluation.predict import check_fit
+from scd.models.about import read_about
 from scd.models.checkpoint import World, load_world, resolve
 from scd.models.shipped import Clips, read_clips, shipped_world
 from scd.sampling.text_to_video import is_steered_by_text
@@ -116,8 +117,8 @@ def open_service(
     engine = open_engine(world.model, config.engine, config.precision, release=True)
     num_given = 0 if clips is None else clips.frames.shape[1]
     name = resolve(folder).name if not (folder / "last").is_file() else folder.name
-    limits = host_config(config, evict_dir, num_given)
-    host = Host(world, engine, limits, LOG.warning, clips, name)
+    limits, about = host_config(config, evict_dir, num_given), read_about(folder)
+    host = Host(world, engine, limits, LOG.warning, clips, name, about)
     return Service(host, config, token, shared)
 
 

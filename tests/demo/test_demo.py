@@ -82,7 +82,7 @@ def test_report_of_tiny_worlds(worlds, tmp_path):
     length = NUM_GIVEN + 12
     batch = read_windows(source, choose_windows(source, 1, length, 0), length)
     frames, timings = stream_in_turns(worlds, batch, seed=0)
-    write_stream(batch.frames[0], frames, NUM_GIVEN, (1, 2, 4), 10.0, tmp_path)
+    draw = write_stream(batch.frames[0], frames, NUM_GIVEN, (1, 2, 4), 10.0, tmp_path)
     trained, runs = {}, {}
     for name in ("separable", "dense", "dense_equal_time"):
         runs[name] = tmp_path / name
@@ -111,13 +111,13 @@ def test_report_of_tiny_worlds(worlds, tmp_path):
     contexts = [row["context"] for row in memory["rows"] if row["baseline"] == "separable"]
     assert tuple(contexts) == MEMORY_CONTEXTS and memory["events"] >= 2
 
-    report.write_report(result, runs, tmp_path)
+    report.write_report(result, runs, draw, tmp_path)
     results.write_json(result, tmp_path / "report.json")
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
     links = [attrs.get(key) for _, attrs in page.tags for key in ("src", "srcset", "href")]
     links = [link for link in links if link is not None]
-    assert len(links) == 6 and all(link.startswith("data:") for link in links), "self-contained"
+    assert len(links) == 7 and all(link.startswith("data:") for link in links), "self-contained"
     assert "http" not in re.sub(r"data:[^\"]*", "", text)
     assert ("meta", "width=device-width, initial-scale=1") in [
         (tag, attrs.get("content")) for tag, attrs in page.tags

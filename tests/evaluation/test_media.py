@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from PIL import Image
 
 from scd.evaluation import media, plots
 
@@ -68,6 +69,31 @@ def test_grid_holds_every_frame_in_its_cell_enlarged(tmp_path):
     inside = written[-8 - height : -8, -8 - width : -8]
     assert np.array_equal(inside, grid.numpy())
     assert (written[: -8 - height] < 100).any(), "labels above the columns"
+
+
+@pytest.mark.parametrize("ink", ["on light", "on dark"])
+def test_a_grid_for_a_page_shows_the_page_between_its_frames(tmp_path, ink):
+    rows = [
+        media.PictureRow(name="white", frames=torch.ones(2, 3, 16, 16)),
+        media.PictureRow(name="grey", frames=torch.full((1, 3, 16, 16), 2 * 235 / 255 - 1)),
+    ]
+    media.write_grid(rows, ["+1", "+2"], tmp_path / "page.png", ink)
+    with Image.open(tmp_path / "page.png") as image:
+        written = np.asarray(image.convert("RGBA"))
+    cell, gap = 96, media.GAP
+    inside = written[-8 - 2 * cell - 3 * gap : -8, -8 - 2 * cell - 3 * gap : -8]
+    frames = np.zeros(inside.shape[:2], bool)
+    for down, right in ((0, 0), (0, 1), (1, 0)):
+        top, left = gap + down * (cell + gap), gap + right * (cell + gap)
+        frames[top : top + cell, left : left + cell] = True
+        # A frame of the grey of empty cells is still a frame.
+        assert (inside[top : top + cell, left : left + cell, :3] == (255, 235)[down]).all()
+    assert (inside[frames, 3] == 255).all() and (inside[~frames, 3] == 0).all()
+    around = written[: -8 - inside.shape[0]]
+    ink_pixels = around[around[..., 3] > 250][:, :3]
+    assert len(ink_pixels) > 10
+    assert (ink_pixels > 150).all() if ink == "on dark" else (ink_pixels < 100).all()
+    assert (around[..., 3] == 0).mean() > 0.8
 
 
 def test_grid_refuses_what_does_not_fit(tmp_path):

@@ -83,7 +83,7 @@ def test_first_look_streams_each_steering_from_the_same_frame(world, toy_source,
     assert result["timed_frames"] == result["frames"] - (1 + held) * first_look.NUM_WARM_UP
     assert json.loads((out / "report.json").read_text())["denoising_steps"] == 2
     page = (out / "report.html").read_text()
-    assert page.count("data:video/mp4") == 1 and page.count("data:image/png") == 1
+    assert page.count("data:video/mp4") == 1 and page.count("data:image/png") == 2
     for name in ("frames.png", "rollout.mp4"):
         assert (out / name).stat().st_size > 1000
     clips, again = shipped.read_clips(folder), load_world(folder)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +22,35 @@ from PIL import Image
 from scd.autoencoders.base import PixelAutoencoder
 from scd.autoencoders.config import PixelConfig
 from scd.data.source import Source
-from scd.models.build import build
+from scd.models.build import build, num_parameters
 from scd.models.checkpoint import World, save_world
 from scd.models.config import SamplingConfig, SeparableConfig
+from tests.browser import DESKTOP, PHONE, in_a_browser
 from tests.tiny import shaken
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium in the PATH"),
-]
+pytestmark = in_a_browser
 
 WAIT_S = 30.0
 """For what comes within a second unless something is broken."""
 
-DESKTOP = {"width": 1280, "height": 800}
-PHONE = {"width": 390, "height": 844}
-
 
 @pytest.fixture(scope="module")
-def command(
-    separable_config: SeparableConfig,
-    toy_source: Source,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[subprocess.Popen[str]]:
-    """`scd play` with a world of a few thousand weights; its address is in `address`."""
+def tiny_world(separable_config: SeparableConfig, toy_source: Source) -> World:
+    """A world of a few thousand weights, of pixel art."""
     torch.manual_seed(0)
-    world = World(
+    return World(
         model=shaken(build(separable_config)),
         autoencoder=PixelAutoencoder(PixelConfig()),
-        card=toy_source.card,
+        card=replace(toy_source.card, pixel_art=True),
         sampling=SamplingConfig(num_steps=2),
     )
-    run = save_world(world, tmp_path_factory.mktemp("play") / "tiny-world")
-    words = [sys.executable, "-m", "scd", "play", str(run), "--no-browser", "--port", "0"]
-    process = subprocess.Popen(
-        [*words, "--data", "toy:32"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+
+
+@contextmanager
+def scd_play(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the command; what it prints is its `stdout`."""
+    words = [sys.executable, "-m", "scd", "play", *arguments, "--no-browser", "--port", "0"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield process
     finally:
@@ -66,24 +58,28 @@ def command(
         process.wait()
 
 
-@pytest.fixture(scope="module")
-def address(command: subprocess.Popen[str]) -> str:
-    """Where the page is, as the command says."""
-    assert command.stdout is not None
-    line = command.stdout.readline()
-    found = re.fullmatch(r"tiny-world: play at (http://127\.0\.0\.1:\d+/) .*\n", line)
-    assert found is not None, line + command.stdout.read()
+def address_of(process: subprocess.Popen[str], name: str) -> str:
+    """Where the page of a world is, as the command says."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    found = re.fullmatch(rf"{name}: play at (http://127\.0\.0\.1:\d+/) .*\n", line)
+    assert found is not None, line + process.stdout.read()
     return found[1]
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium without a window."""
-    with playwright.sync_playwright() as driver:
-        # A container has no sandbox to give.
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+def command(
+    tiny_world: World, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[subprocess.Popen[str]]:
+    """`scd play` with the tiny world; its address is in `address`."""
+    run = save_world(tiny_world, tmp_path_factory.mktemp("play") / "tiny-world")
+    with scd_play(str(run), "--data", "toy:32") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def address(command: subprocess.Popen[str]) -> str:
+    return address_of(command, "tiny-world")
 
 
 class Player:
@@ -111,6 +107,11 @@ class Player:
         while not holds():
             assert time.monotonic() < deadline, f"{what} did not come: {self.seen()}"
             self.page.wait_for_timeout(20)
+
+    @property
+    def hints(self) -> list[str]:
+        """What is told below the picture."""
+        return self.page.locator("#hint > span").all_inner_texts()
 
     def text(self, name: str) -> str:
         return self.page.locator(f"#{name}").inner_text()
@@ -166,7 +167,7 @@ def test_the_stream_runs_and_obeys_keys_and_buttons(player: Player):
     page = player.page
     assert page.title() == "tiny-world · scd play"
     player.more()
-    player.obeys("none")
+    player.obeys("do nothing")
     page.keyboard.down("KeyW")
     player.obeys("up")
     assert "obeyed" in page.locator("[data-action='1']").get_attribute("class")
@@ -175,20 +176,83 @@ def test_the_stream_runs_and_obeys_keys_and_buttons(player: Player):
     page.keyboard.up("ArrowLeft")
     player.obeys("up")
     page.keyboard.up("KeyW")
-    player.obeys("none")
+    player.obeys("do nothing")
     box = page.locator("[data-way='right']").bounding_box()
     page.mouse.move(box["x"] + 20, box["y"] + 20)
     page.mouse.down()
     player.obeys("right")
     page.mouse.up()
-    player.obeys("none")
+    player.obeys("do nothing")
     box = page.locator("#view").bounding_box()
     page.mouse.move(box["x"] + 90, box["y"] + 90)
     page.mouse.down()
     page.mouse.move(box["x"] + 90, box["y"] + 140, steps=3)
     player.obeys("down")
     page.mouse.up()
-    player.obeys("none")
+    player.obeys("do nothing")
+
+
+def test_the_page_says_what_the_world_is_and_its_own_keys(player: Player, tiny_world: World):
+    page = player.page
+    parameters = f"{num_parameters(tiny_world.model) / 1000:.1f} k parameters"
+    line = f"a separable world model · 32 × 32 pixels · {parameters} · 2 steps a frame"
+    assert player.text("facts") == line
+    assert player.hints == ["W up", "A left", "S down", "D right"]
+    assert "nothing" not in page.locator("#view").get_attribute("aria-label")
+    page.keyboard.press("?")
+    assert page.locator("#help-keys dd").all_inner_texts() == ["up", "left", "down", "right"]
+    assert player.text("world-facts") == line
+    page.locator("#help-close").click()
+    # Pixel art keeps its edges, unless the player wants them smooth.
+    rendering = "() => document.getElementById('view').style.imageRendering"
+    assert page.evaluate(rendering) == "pixelated"
+    page.get_by_text("smooth pixels").click()
+    assert page.evaluate(rendering) == "auto"
+    idle = page.locator(".others .key")
+    assert idle.inner_text().startswith("do nothing")
+    assert idle.get_attribute("aria-label") == "do nothing, key 1"
+    card = page.locator("#begin-card").inner_text()
+    assert re.search(r"start from\s+a recorded clip", card)
+
+
+def test_the_world_of_the_package_has_three_keys_a_card_and_smooth_pixels(browser: Any):
+    with scd_play() as process:
+        player = Player(browser, address_of(process, "doom")).open()
+        assert player.text("facts") == (
+            "A small separable world of Doom · 64 × 64 pixels · 4.8 M parameters · 4 steps a frame"
+            " · trained in 2.5 hours on one core of a CPU"
+        )
+        assert player.hints == ["W forward", "A left", "D right"]
+        assert player.page.locator("#smooth").is_checked()
+        rendering = "() => document.getElementById('view').style.imageRendering"
+        assert player.page.evaluate(rendering) == "auto"
+        player.pause()
+        assert player.hints == ["Paused: a key makes one frame, space runs"]
+        player.page.locator("#view").focus()
+        # No action of this world goes back: the key does nothing.
+        begun = player.frame
+        player.page.keyboard.press("KeyS")
+        player.press("KeyW")
+        assert (player.frame, player.text("obeyed")) == (begun + 1, "forward")
+        player.context.close()
+        assert player.faults == []
+
+
+def test_a_world_of_vectors_hints_at_the_pairs_of_keys_that_move_them(
+    tiny_world: World, browser: Any, tmp_path: Path
+):
+    spec = replace(tiny_world.card.conditions, num_actions=0, action_dim=2)
+    names = ("turn_rate", "throttle")
+    model = shaken(build(replace(tiny_world.model.config, conditions=spec)))
+    card = replace(tiny_world.card, conditions=spec, action_names=names)
+    run = save_world(replace(tiny_world, model=model, card=card), tmp_path / "drive")
+    with scd_play(str(run)) as process:
+        player = Player(browser, address_of(process, "drive")).open()
+        assert player.hints == ["A D turn rate", "S W throttle"]
+        player.page.keyboard.down("KeyD")
+        player.obeys("1.00 0.00")
+        player.context.close()
+        assert player.faults == []
 
 
 def test_a_tap_shorter_than_a_frame_leads_to_one(player: Player):
@@ -198,7 +262,7 @@ def test_a_tap_shorter_than_a_frame_leads_to_one(player: Player):
     page.locator("#view").focus()
     page.keyboard.press("KeyD")
     player.obeys("right")
-    player.obeys("none")
+    player.obeys("do nothing")
 
 
 def test_the_slider_changes_the_steps_of_frames(player: Player):
@@ -222,7 +286,7 @@ def test_the_latency_of_actions_and_the_network_are_told(player: Player):
         page.keyboard.down("KeyA")
         player.obeys("left")
         page.keyboard.up("KeyA")
-        player.obeys("none")
+        player.obeys("do nothing")
     for name in ("p50", "p99", "network"):
         cell = page.locator(f"[data-number='{name}']")
         player.until(lambda cell=cell: cell.inner_text() != "–", name)
@@ -403,6 +467,8 @@ def test_a_phone_has_all_at_hand(browser: Any, address: str):
         browser, address, viewport=PHONE, has_touch=True, is_mobile=True, device_scale_factor=2
     ).open()
     page = player.page
+    assert player.hints == ["Hold a key, or press the picture and pull"]
+    assert page.locator("#facts").is_visible()
     width = page.evaluate("() => document.documentElement.scrollWidth")
     assert width <= PHONE["width"]
     for name in ("view", "run", "step", "record", "pad", "strip"):
@@ -416,7 +482,7 @@ def test_a_phone_has_all_at_hand(browser: Any, address: str):
     assert scale == int(scale) > 8
     page.locator("[data-way='left']").tap()
     player.obeys("left")
-    player.obeys("none")
+    player.obeys("do nothing")
     page.locator("summary", has_text="Begin anew").tap()
     assert page.locator("#from-file").is_visible()
     player.context.close()

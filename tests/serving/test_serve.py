@@ -22,6 +22,7 @@ from websockets.sync.server import ServerConnection, serve
 from scd.data.clip import Conditions, frames_to_pixels
 from scd.data.spaces import ConditionSpec
 from scd.engine.open import open_engine
+from scd.models.build import num_parameters
 from scd.serving import connection
 from scd.serving.client import Client, Refused, SessionEnded
 from scd.serving.codec import JpegEncoder, Packed
@@ -96,7 +97,10 @@ def test_a_client_steps_the_frames_of_a_rollout(server: Serving):
     actions = [1, 2, 3, 0, 2]
     with Client(server.url, quality=100) as client:
         assert client.welcome.world.actions == ("a", "b", "c", "d")
-        assert (client.welcome.world.height, client.welcome.world.width) == (4, 6)
+        world = client.welcome.world
+        assert (world.height, world.width, world.pixel_art) == (4, 6, False)
+        assert (world.title, world.trained) == ("", "")
+        assert world.parameters == num_parameters(tiny_playable().model)
         state = client.create(seed=7)
         assert (state.frame, state.running, state.steps, state.seed) == (-1, False, 2, 7)
         frames = [client.step(action)[0] for action in actions]

@@ -25,7 +25,7 @@ export class Controls {
     const steps = byId("steps");
     steps.max = Math.min(limits.max_steps, Math.max(16, 2 * world.default_steps));
     byId("guidance-field").hidden = world.guidance.length < 2;
-    const kinds = { none: "none", conditions: "by action", context_noise: "by context noise" };
+    const kinds = { none: "off", conditions: "by action", context_noise: "by context noise" };
     byId("guidance").replaceChildren(
       ...world.guidance.map((kind) => element("option", "", { value: kind }, kinds[kind] ?? kind)),
     );

@@ -8,11 +8,13 @@ import { Player } from "./player.js";
 import { Recorder, recordingKind } from "./recorder.js";
 import { Sliders, actionText } from "./sliders.js";
 import { Stage } from "./stage.js";
-import { Steering } from "./steering.js";
+import { Steering, element } from "./steering.js";
 import { Timeline, colourOf } from "./timeline.js";
 
 const byId = (name) => document.getElementById(name);
 const LONGEST_TAP_MS = 400;
+const HINTED = 8; // keys that the hint has room for
+const SMALL = 128; // pixels of a frame's shorter side below which it is smoothed
 
 const token = readToken();
 const headers = token ? { Authorization: `Bearer ${token}` } : {};
@@ -189,7 +191,7 @@ function refresh() {
   byId("looking").hidden = looked === null || text !== null;
   for (const name of ["run", "back", "step", "restart", "fork", "record"])
     byId(name).disabled = take === null || link.name !== "live";
-  byId("hint").textContent = hintText();
+  showHint();
   if (take !== null) controls.follow(take.state);
   timeline.set(player.takes, take, looked);
 }
@@ -207,11 +209,64 @@ function veilText(link, take) {
   return take === null ? "No stream yet: begin one." : null;
 }
 
-function hintText() {
-  if (!player.world?.actions.length) return "";
+// What steers this world: its own keys, or the fingers that there are instead.
+function hintParts() {
+  if (!player.world?.actions.length) return [];
   const touch = window.matchMedia("(pointer: coarse)").matches;
-  if (!player.wantsRun) return touch ? "Paused: a key makes one frame" : "Paused: a key makes one frame, space runs";
-  return touch ? "Hold a key, or press the picture and pull" : "Steer with W A S D or the arrow keys";
+  if (!player.wantsRun) return [touch ? "Paused: a key makes one frame" : "Paused: a key makes one frame, space runs"];
+  if (touch && player.world.action_dim) return ["Move a slider"];
+  if (touch) return [steering.pulls ? "Hold a key, or press the picture and pull" : "Hold a key"];
+  const { keys } = steering;
+  const more = keys.length - HINTED;
+  return [...keys.slice(0, HINTED), ...(more > 0 ? [`and ${more} more, by the keys on the page`] : [])];
+}
+
+function showHint() {
+  const parts = hintParts();
+  const told = JSON.stringify(parts);
+  if (byId("hint").dataset.told === told) return;
+  byId("hint").dataset.told = told;
+  byId("hint").replaceChildren(...parts.map(keyAndWords));
+}
+
+/** [keys, words] as keycaps and words; words alone as they are. */
+function keyAndWords(part) {
+  if (typeof part === "string") return element("span", "", {}, part);
+  const whole = element("span");
+  whole.append(...keycaps(part[0]), part[1]);
+  return whole;
+}
+
+function keycaps(keys) {
+  return keys.split(" ").flatMap((key) => [element("kbd", "", {}, key), " "]);
+}
+
+/** What the world is, its size, and how it was trained, in a line. */
+function worldLine(world) {
+  const kind = world.separable ? "separable" : "dense";
+  return [
+    (world.title !== world.name && world.title) || `a ${kind} world model`,
+    `${world.width} × ${world.height} pixels`,
+    `${countText(world.parameters)} parameters`,
+    `${world.default_steps} ${world.default_steps === 1 ? "step" : "steps"} a frame`,
+    ...(world.trained ? [`trained ${world.trained}`] : []),
+  ].join(" · ");
+}
+
+/** A count in three digits: 950, 12.3 k, 4.8 M, 1.3 B. */
+function countText(count) {
+  for (const [size, sign] of [[1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
+    const part = count / size;
+    if (part >= 0.9995) return `${part.toFixed(part < 99.95 ? 1 : 0)} ${sign}`;
+  }
+  return String(count);
+}
+
+// Few pixels enlarged are blocks, unless they are smoothed; pixel art is meant to be blocks.
+function setSmooth(on) {
+  byId("smooth").checked = on;
+  stage.smooth = recorder.smooth = on;
+  stage.fit();
 }
 
 function say(text, kind = "") {
@@ -221,6 +276,23 @@ function say(text, kind = "") {
   byId("words").append(line);
   while (byId("words").children.length > 3) byId("words").firstElementChild.remove();
   setTimeout(() => line.remove(), kind === "bad" ? 9000 : 4500);
+}
+
+/** Say in the help, and to who does not see the picture, which keys this world has. */
+function showHelp(world) {
+  const { keys, pulls } = steering;
+  const told = keys.map(([key, words]) => `${key} ${words}`).join(", ");
+  byId("view").setAttribute("aria-label", `The stream.${told ? ` Keys: ${told}.` : ""}`);
+  byId("help-keys").replaceChildren(
+    ...keys.flatMap(([key, words]) => {
+      const caps = element("dt");
+      caps.append(...keycaps(key));
+      return [caps, element("dd", "", {}, words)];
+    }),
+  );
+  const arrows = pulls || world.action_dim > 0 ? "The arrow keys steer too. " : "";
+  const pull = pulls ? "So does pulling on the picture." : "";
+  byId("help-ways").textContent = arrows + pull;
 }
 
 player.addEventListener("change", () => {
@@ -239,17 +311,18 @@ player.addEventListener("take", () => {
 player.addEventListener("words", ({ detail }) => say(detail.text, detail.kind));
 player.addEventListener("world", async () => {
   const { world } = player;
-  const kind = world.separable ? "separable" : "dense";
   document.title = `${world.name} · scd play`;
   recorder.name = world.name;
   byId("world").textContent = world.name;
-  byId("facts").textContent =
-    `${world.width} × ${world.height} · ${kind} · ${world.default_steps} steps a frame`;
+  byId("facts").textContent = byId("facts").title = worldLine(world);
+  byId("world-facts").textContent = worldLine(world);
   byId("about").textContent = `Recordings: ${recordingKind().words}.`;
   stage.setSize(world.width, world.height);
   timeline.aspect = world.width / world.height;
   if (world.action_dim) steering = new Sliders(byId("pad"), hold, pressed);
   steering.show(world.actions, world.action_dim);
+  setSmooth(Math.min(world.width, world.height) < SMALL && !world.pixel_art);
+  showHelp(world);
   player.held = world.actions.length ? steering.held : null;
   byId("steer").hidden = world.actions.length === 0;
   controls.show();
@@ -303,10 +376,7 @@ byId("keep").onchange = () => {
   steering.keeps = byId("keep").checked;
   if (!steering.keeps) steering.release();
 };
-byId("smooth").onchange = () => {
-  stage.smooth = byId("smooth").checked;
-  stage.fit();
-};
+byId("smooth").onchange = () => setSmooth(byId("smooth").checked);
 byId("codec").onchange = () => player.useCodec(byId("codec").value);
 
 // A page that nobody sees draws nothing, and so asks for nothing.

@@ -27,6 +27,7 @@ export class Recorder {
     this.canvas = document.createElement("canvas");
     this.recorder = null;
     this.num = 0;
+    this.smooth = false;
   }
 
   get isOn() {
@@ -75,7 +76,7 @@ export class Recorder {
     this.canvas.width = width * factor;
     this.canvas.height = height * factor;
     this.context = this.canvas.getContext("2d", { alpha: false });
-    this.context.imageSmoothingEnabled = false;
+    this.context.imageSmoothingEnabled = this.smooth;
     this.num = 0;
     this.chunks = [];
     const stream = this.canvas.captureStream();

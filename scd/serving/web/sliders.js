@@ -1,6 +1,6 @@
 // Steering of worlds whose action is a vector: a slider for each entry, the first two on keys.
 
-import { element } from "./steering.js";
+import { element, shownName } from "./steering.js";
 
 const KEYS = {
   ArrowLeft: [0, -1], KeyA: [0, -1], ArrowRight: [0, 1], KeyD: [0, 1],
@@ -14,6 +14,7 @@ export class Sliders {
     this.keeps = false;
     this.enabled = () => true;
     this.idle = null;
+    this.names = [];
     this.inputs = [];
     this.down = new Map();
     window.addEventListener("blur", () => this.release());
@@ -23,11 +24,24 @@ export class Sliders {
     return this.inputs.map((input) => Number(input.value));
   }
 
+  /** Pairs of keys that move the first entries, [keys, words]. */
+  get keys() {
+    return ["A D", "S W"].slice(0, this.inputs.length).map((keys, entry) => [keys, this.name(entry)]);
+  }
+
+  get pulls() {
+    return false;
+  }
+
+  name(entry) {
+    return this.names[entry]?.replaceAll("_", " ") ?? `entry ${entry + 1}`;
+  }
+
   show(names, size) {
+    this.names = names;
     this.pad.replaceChildren();
     this.inputs = Array.from({ length: size }, (_, entry) => {
-      const name = names[entry] ?? `entry ${entry + 1}`;
-      const row = element("label", "entry", {}, name);
+      const row = element("label", "entry", {}, this.name(entry));
       const input = element("input", "", { type: "range", min: -1, max: 1, step: 0.01, value: 0 });
       const told = element("output", "", {}, "0.00");
       row.append(input, told);
@@ -81,5 +95,5 @@ export class Sliders {
 /** An action of any kind in words. */
 export function actionText(action, names) {
   if (Array.isArray(action)) return action.map((entry) => entry.toFixed(2)).join("  ");
-  return names[action] ?? String(action);
+  return action in names ? shownName(names[action]) : String(action);
 }

@@ -28,6 +28,12 @@ export function directionsOf(names) {
   return { directions, idle: idle >= 0 ? idle : null };
 }
 
+/** The name of an action as people see it. */
+export function shownName(name) {
+  const plain = name.toLowerCase();
+  return IDLE.includes(plain) ? "do nothing" : name.replaceAll("_", " ");
+}
+
 export class Steering {
   /** `hold(action, time)` is told whenever another action is held, `press` of every press. */
   constructor(pad, view, stick, hold, press) {
@@ -61,12 +67,13 @@ export class Steering {
       const way = placed.get(number);
       const button = element("button", "key", { type: "button" });
       button.dataset.action = number;
-      const key = way ? LETTERS[way] : number < 9 ? String(number + 1) : "";
-      button.append(element("span", "sign", {}, way ? SIGNS[way] : name));
-      if (way) button.append(element("span", "name", {}, name));
+      const key = this._key(number);
+      const shown = shownName(name);
+      button.append(element("span", "sign", {}, way ? SIGNS[way] : shown));
+      if (way) button.append(element("span", "name", {}, shown));
       else if (number === this.idle) button.title = "what happens while nothing is held";
       if (key) button.append(element("kbd", "", { "aria-hidden": "true" }, key));
-      button.setAttribute("aria-label", key ? `${name}, key ${key}` : name);
+      button.setAttribute("aria-label", key ? `${shown}, key ${key}` : shown);
       button.setAttribute("aria-pressed", "false");
       if (way) button.dataset.way = way;
       (way ? cross : others).append(button);
@@ -76,6 +83,25 @@ export class Steering {
     if (cross.children.length) this.pad.append(cross);
     if (others.children.length) this.pad.append(others);
     this._mark();
+  }
+
+  /** Keys that this world has and what each does, [key, words], directions first. */
+  get keys() {
+    const ways = Object.values(this.directions);
+    const others = [...this.names.keys()].filter((at) => !ways.includes(at) && at !== this.idle);
+    return [...ways, ...others]
+      .map((number) => [this._key(number), shownName(this.names[number])])
+      .filter(([key]) => key);
+  }
+
+  /** Whether pulling on the picture steers. */
+  get pulls() {
+    return Object.keys(this.directions).length > 0;
+  }
+
+  _key(number) {
+    const way = Object.keys(this.directions).find((one) => this.directions[one] === number);
+    return way ? LETTERS[way] : number < 9 ? String(number + 1) : "";
   }
 
   /** Show which action led to the frame that is drawn. */
@@ -160,7 +186,7 @@ export class Steering {
       this._press(action ?? 0, "view", action !== undefined, event.timeStamp);
     };
     this.view.addEventListener("pointerdown", (event) => {
-      if (!Object.keys(this.directions).length || !this.enabled() || event.button > 0) return;
+      if (!this.pulls || !this.enabled() || event.button > 0) return;
       this.view.setPointerCapture(event.pointerId);
       from = { x: event.clientX, y: event.clientY };
       const box = this.stick.parentElement.getBoundingClientRect();

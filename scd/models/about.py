@@ -1,0 +1,76 @@
+"""What a world is in a line, for people: from its card (README.md) and the run that made it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from scd.common.files import read_json
+from scd.models.checkpoint import load_progress, resolve
+
+CARD_FILE = "README.md"
+"""Model card of a world, beside its weights."""
+
+LONGEST = 120
+"""Characters that are read of a title or a row; a card may hold any text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """Two lines of text, each empty where nobody has said it."""
+
+    title: str = ""
+    """What it is: the first heading of its card."""
+    trained: str = ""
+    """How, in words that go on after "trained", such as "4,000 steps on doom-64 in 65 min": the row
+    "trained" of the card's table, or what the run folder says."""
+
+
+def read_about(path: str | Path) -> About:
+    """Read what a world, run or step folder says of itself.
+
+    Raises:
+        FileNotFoundError: no world is there.
+        ValueError: the files of the run are damaged, or the card is no text.
+    """
+    folder = resolve(path)
+    title, trained = _read_card(folder / CARD_FILE)
+    return About(title=title, trained=trained or _read_run(folder))
+
+
+def _read_card(path: Path) -> tuple[str, str]:
+    if not path.is_file():
+        return "", ""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not text ({error})") from error
+    # Metadata between dashes stands first in cards of a hub, and may hold comments.
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    title = re.search(r"^# +(\S.*)$", text, flags=re.MULTILINE)
+    row = re.search(r"^\| *trained *\| *([^|]*\S) *\|", text, flags=re.MULTILINE)
+    return _short(title), _short(row)
+
+
+def _short(found: re.Match[str] | None) -> str:
+    return found[1].strip()[:LONGEST] if found else ""
+
+
+def _read_run(folder: Path) -> str:
+    settings = folder.parent / "config.json"
+    if not (folder / "progress.json").is_file() or not settings.is_file():
+        return ""
+    progress = load_progress(folder)
+    data = str(read_json(settings).get("data", ""))
+    # Clients of a server need not know where this machine keeps its files.
+    name = Path(data).name if "/" in data else data
+    on = f" on {name}" if name else ""
+    return f"{progress.step:,} steps{on} in {duration(progress.elapsed_s)}"[:LONGEST]
+
+
+def duration(seconds: float) -> str:
+    """Write a duration as people say it: "40 s", "65 min", "2.5 h"."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
