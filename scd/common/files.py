@@ -8,8 +8,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,11 +72,12 @@ def written_aside(folder: Path) -> Iterator[Path]:
     If the block fails the new folder is removed and `folder` stays as it was.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}-", dir=folder.parent))
+    aside = folder.parent / f"{TEMPORARY}{folder.name}-{secrets.token_hex(8)}"
+    # Not by tempfile, whose folders only their owner can read.
+    aside.mkdir()
     try:
-        # mkdtemp makes folders that only their owner can read.
-        aside.chmod(0o755)
         yield aside
+        _open_to_others(aside)
         for entry in aside.iterdir():
             _flush(entry)
         _flush(aside)
@@ -110,8 +112,10 @@ def file_aside(path: Path) -> Iterator[Path]:
     If the block fails the file is removed and `path` stays as it was.
     """
     aside = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    mode = _mode_of_new_files(aside)
     try:
         yield aside
+        aside.chmod(mode)
         _flush(aside)
         aside.replace(path)
         _flush(path.parent)
@@ -140,6 +144,28 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
     """Remove what a killed process left half written of a file, or, in a folder of ours, of any."""
     for entry in folder.glob(f"{TEMPORARY}{name}*"):
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _mode_of_new_files(path: Path) -> int:
+    """Return the permissions that the umask leaves to new files, by making one and removing it.
+
+    Asking for the umask itself would change it for all threads.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.unlink()
+    return mode
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give the files of a new folder the permissions that the umask leaves to them.
+
+    safetensors, for one, makes files that only their owner can read.
+    """
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for entry in folder.rglob("*"):
+        if entry.is_file() and not entry.is_symlink():
+            entry.chmod(mode | stat.S_IMODE(entry.stat().st_mode) & 0o111)
 
 
 def _flush(path: Path) -> None:

@@ -339,7 +339,5 @@ def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     with file_aside(path) as aside:
         try:
             save_file(dict(tensors), aside, metadata={METADATA: json.dumps(dict(metadata))})
-            # The library makes files that only their owner can read.
-            aside.chmod(0o644)
         except SafetensorError as error:
             raise OSError(f"could not write {path}: {error}") from error

@@ -1,8 +1,60 @@
-"""One reader of JSON: what cannot be read names its file."""
+"""One reader of JSON: what cannot be read names its file; files that others can read."""
+
+import os
+import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from scd.common.files import parse_json, read_json
+from scd.common.files import file_aside, parse_json, read_json, write_file, written_aside
+
+
+@pytest.fixture
+def umask():
+    """Set the umask for a test, and put back the one before."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize(("mask", "wanted"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_permissions_that_the_umask_leaves(mask, wanted, umask, tmp_path):
+    umask(mask)
+    tensors = {"a": torch.zeros(2)}
+    write_file(tmp_path / "a.json", "{}")
+    with file_aside(tmp_path / "b.safetensors") as aside:
+        save_file(tensors, aside)
+    with written_aside(tmp_path / "world") as aside:
+        save_file(tensors, aside / "model.safetensors")
+        (aside / "vae").mkdir()
+        save_file(tensors, aside / "vae" / "model.safetensors")
+        (aside / "run.sh").touch()
+        (aside / "run.sh").chmod(0o700)
+    for name in (
+        "a.json",
+        "b.safetensors",
+        "world/model.safetensors",
+        "world/vae/model.safetensors",
+    ):
+        assert mode(tmp_path / name) == wanted, name
+    # What may be run still may.
+    assert mode(tmp_path / "world" / "run.sh") == wanted | 0o100
+    assert mode(tmp_path / "world") == mode(tmp_path / "world" / "vae") == 0o777 & ~mask
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.safetensors", "world"}
+
+
+def test_a_file_that_was_not_written_leaves_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError), file_aside(tmp_path / "a"):
+        pass
+    with pytest.raises(ZeroDivisionError), file_aside(tmp_path / "a") as aside:
+        aside.touch()
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
 
 
 def test_json_is_read_or_refused_by_name(tmp_path):
