@@ -3,19 +3,22 @@
 What a command needs is imported when it is called, so that help and wrong usage answer at once.
 
 Exit status: 0 success, 2 wrong usage or bad input (one message on stderr), 1 a fault of ours or a
-full GPU, 130 or 143 interrupted by SIGINT or SIGTERM.
+full GPU, 130 or 143 interrupted by SIGINT or SIGTERM, 141 when who read the output left, as `head`.
 """
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from scd import __version__
+from scd.common.names import known
 from scd.common.signals import Interrupted
 
 Settings = TypeVar("Settings")
@@ -48,8 +51,11 @@ USAGE = """usage: scd COMMAND ...
   convert wan               make a causal world of Wan2.1: separable, or dense
   export diffusers RUN      turn a Wan world back into what diffusers loads
 
-`scd COMMAND --help` explains every flag. `scd --version` prints the version;
+`scd help COMMAND` and `scd COMMAND --help` explain every flag. `scd --version` prints the version;
 `scd --print-completion bash|zsh|fish` prints a script that completes commands and flags."""
+
+NO_READER = 141
+"""Exit status when nobody reads the output any more: what a shell reports of SIGPIPE."""
 
 SHELLS = ("bash", "zsh", "fish")
 """Shells whose completion can be printed."""
@@ -67,7 +73,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: after the program's name; None: those of this process.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            # Also after a help text, which leaves by SystemExit: Python would complain at its end.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still to be written goes nowhere.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return NO_READER
+
+
+def _run(words: list[str]) -> int:
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
@@ -78,7 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[0] == "--print-completion":
             _print_completion(words[1:])
         else:
-            COMMANDS[_known(words[0], "command", COMMANDS)](words[1:])
+            COMMANDS[known(words[0], "command", [*COMMANDS, "help"])](words[1:])
+    except BrokenPipeError as error:
+        # Another pipe or connection may have broken than the one to who reads the output.
+        if _nobody_reads():
+            raise
+        return _refuse(str(error))
     except (ValueError, OSError) as error:
         return _refuse(str(error))
     except Interrupted as stop:
@@ -95,19 +122,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _nobody_reads() -> bool:
+    """Tell whether the output is a pipe that was closed at its other end."""
+    watched = select.poll()
+    try:
+        watched.register(sys.stdout, 0)
+    except (OSError, ValueError):
+        return False
+    return any(events & select.POLLERR for _, events in watched.poll(0))
+
+
 def _refuse(message: str, status: int = 2) -> int:
     print(f"scd: {message}", file=sys.stderr)
     return status
-
-
-def _known(name: str, what: str, choices: Iterable[str]) -> str:
-    """Return a name that is there; refuse any other, with the nearest that is."""
-    names = list(choices)
-    if name in names:
-        return name
-    near = get_close_matches(name, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {what} {name!r}{hint}; there are {', '.join(names)}")
 
 
 def _parse(
@@ -146,7 +173,7 @@ def _split_name(
 ) -> tuple[str | None, list[str]]:
     """Take the leading name off; None if help is asked for without one."""
     if words and not words[0].startswith("-"):
-        return _known(words[0], what, choices), words[1:]
+        return known(words[0], what, choices), words[1:]
     if _asks_for_help(words):
         return None, words
     raise ValueError(f"scd {command} needs a {what} first: {', '.join(choices)}")
@@ -157,9 +184,20 @@ def _first_is(flag: str, words: list[str]) -> list[str]:
     return [flag, *words] if words and not words[0].startswith("-") else words
 
 
+def _run_first(words: list[str], command: str, what: str = "RUN") -> list[str]:
+    """Let --run stand first, without the flag, and refuse a command without it."""
+    words = _first_is("--run", words)
+    if _value_of(words, "--run") is None and not _asks_for_help(words):
+        raise ValueError(
+            f"scd {command} needs a {what} first: the folder of a run or of a world; "
+            f"scd help {command} explains every flag"
+        )
+    return words
+
+
 def _value_of(words: list[str], flag: str) -> str | None:
     """Return what follows a flag, or what stands behind its "="; None: the flag is not there."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         if word == flag or word.startswith(f"{flag}="):
             return following if word == flag else word.partition("=")[2]
     return None
@@ -187,6 +225,11 @@ def _data(words: list[str]) -> None:
 
     name, rest = _split_name(words, "data", "action", ["check"])
     config = _parse(CheckConfig, rest if name else ["--help"], "data check")
+    if config.preset:
+        from scd.training.presets import PRESETS
+
+        preset = PRESETS[known(config.preset, "preset", PRESETS)]
+        config = replace(config, preset="", num_frames=preset.num_frames)
     findings = check(config)
     print(readable(config, findings))
     if findings.missing:
@@ -293,7 +336,7 @@ def _distill_wan(words: list[str]) -> None:
 def _sample(words: list[str]) -> None:
     from scd.sampling.settings import PromptSampleConfig, SampleConfig
 
-    words = _first_is("--run", words)
+    words = _run_first(words, "sample")
     if _asks_for_help(words):
         with suppress(SystemExit):
             _parse(SampleConfig, ["--help"], "sample RUN")
@@ -304,21 +347,20 @@ def _sample(words: list[str]) -> None:
 
     run = _value_of(words, "--run")
     if _value_of(words, "--prompt") is not None or (run and is_steered_by_text(run)):
-        config = _parse(PromptSampleConfig, words, "sample")
-        print(f"{readable_speed(sample_prompt(config))}\nsaved {config.out}")
+        result = sample_prompt(_parse(PromptSampleConfig, words, "sample"))
+        print(f"{readable_speed(result)}\nsaved {result['settings']['out']}")
         return
-    config = _parse(SampleConfig, words, "sample")
-    result = sample(config)
+    result = sample(_parse(SampleConfig, words, "sample"))
     print(
         f"{result['frames']} frames at {result['frames_per_second']:.2f} per second, the first "
-        f"after {result['time_to_first_frame_s']:.3f} s; saved {config.out}"
+        f"after {result['time_to_first_frame_s']:.3f} s; saved {result['settings']['out']}"
     )
 
 
 def _vbench(words: list[str]) -> None:
     from scd.sampling.settings import VBenchConfig
 
-    config = _parse(VBenchConfig, _first_is("--run", words), "vbench")
+    config = _parse(VBenchConfig, _run_first(words, "vbench"), "vbench")
 
     from scd.sampling.vbench import vbench
 
@@ -329,9 +371,9 @@ def _evaluate(words: list[str]) -> None:
     from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig
 
     name = _value_of(words, "--protocol")
-    chosen = PROTOCOLS["custom" if name is None else _known(name, "protocol", PROTOCOLS)]
+    chosen = PROTOCOLS["custom" if name is None else known(name, "protocol", PROTOCOLS)]
     program = "evaluate" if name is None else f"evaluate --protocol {name}"
-    words = _first_is("--run", words)
+    words = _run_first(words, "evaluate")
     config = _parse(EvaluateConfig, words, program, EvaluateConfig(protocol=chosen))
 
     from scd.evaluation.evaluate import evaluate, readable
@@ -339,7 +381,7 @@ def _evaluate(words: list[str]) -> None:
     result = evaluate(config)
     if result is not None:
         print(readable(result))
-        print(f"saved {config.out}")
+        print(f"saved {result['settings']['out']}")
 
 
 def _protocols(words: list[str]) -> None:
@@ -387,7 +429,7 @@ def _train_judge(words: list[str]) -> None:
 def _probe(words: list[str]) -> None:
     from scd.probing.settings import ProbeConfig
 
-    config = _parse(ProbeConfig, _first_is("--run", words), "probe")
+    config = _parse(ProbeConfig, _run_first(words, "probe"), "probe")
     from scd.probing.run import probe
 
     probe(config)
@@ -441,7 +483,7 @@ def _export(words: list[str]) -> None:
     if name is None:
         print("usage: scd export diffusers RUN --out DIR")
         return
-    config = _parse(ExportConfig, _first_is("--run", rest), "export diffusers")
+    config = _parse(ExportConfig, _run_first(rest, "export diffusers"), "export diffusers")
     for folder in export_diffusers(config.run, config.out):
         print(f"saved {folder}")
 
@@ -472,7 +514,8 @@ def _intervene(words: list[str]) -> None:
         print(f"usage: scd intervene {{{','.join(kinds)}}} RUN --out DIR ...")
         print("try scd intervene skip --help")
         return
-    config = _parse(kinds[name], _first_is("--run", rest), f"intervene {name}")
+    command = f"intervene {name}"
+    config = _parse(kinds[name], _run_first(rest, command), command)
     from scd.probing.compare import intervene, markdown
 
     print(markdown(intervene(config)))
@@ -482,7 +525,7 @@ def _intervene(words: list[str]) -> None:
 def _print_completion(words: list[str]) -> None:
     if len(words) != 1:
         raise ValueError(f"scd --print-completion takes one shell: {', '.join(SHELLS)}")
-    shell = _known(words[0], "shell", SHELLS)
+    shell = known(words[0], "shell", SHELLS)
     from scd.completion import print_completion
 
     print_completion(shell)

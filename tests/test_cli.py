@@ -1,6 +1,7 @@
 """The contract of the command line: exit statuses, and one message on stderr."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,82 @@ def test_a_dry_run_still_refuses_settings_that_contradict_each_other(tmp_path, c
     line = f"train doom-64 --data {tmp_path}/nowhere --num-frames 8 --model.cache.window 12"
     assert run([*line.split(), "--dry-run"]) == 2
     assert "window is 12" in capsys.readouterr().err
+
+
+def test_help_of_a_command_is_its_help(capsys):
+    for command in ("sample", "data check", "train toy", "bench compare"):
+        assert run([*command.split(), "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert run(["help", *command.split()]) == 0
+        assert capsys.readouterr().out == shown and "--" in shown
+    assert run(["help"]) == 0 and capsys.readouterr().out.startswith("usage: scd COMMAND")
+    assert run(["help", "trian"]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
+    assert run(["hlep"]) == 2
+    assert "did you mean 'help'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        *((name, f"scd {name} needs a RUN first") for name in ("evaluate", "probe", "vbench")),
+        ("sample", "scd sample needs a RUN first: the folder of a run or of a world; scd help "),
+        ("export diffusers", "scd export diffusers needs a RUN first"),
+        ("intervene skip", "scd intervene skip needs a RUN first"),
+        ("evaluate run", "scd evaluate needs --data, the clips to measure on"),
+        ("evaluate --data toy:32", "scd evaluate needs a RUN first"),
+        ("probe run", "--data"),
+        ("vbench run", "--prompts"),
+        ("distill", "World, run or step folder to learn from"),
+        ("train-autoencoder", "--data"),
+        ("train-judge", "--data"),
+        ("data check", "The folder, or KIND:PATH"),
+        ("data", "scd data needs a action first: check"),
+        ("encode", "--data"),
+        ("record", "needs a world first: doom, toy"),
+        ("convert", "needs a layout first"),
+        ("convert wan", "--model"),
+        ("export", "needs a format first"),
+        ("intervene", "needs a kind first"),
+        ("train", "needs a preset first"),
+    ],
+)
+def test_a_command_says_what_is_missing(line, message, capsys):
+    assert run(line.split()) == 2
+    errors = capsys.readouterr().err
+    assert message.lower() in errors.replace("\n", " ").lower()
+    assert "Traceback" not in errors and "zip" not in errors
+
+
+@pytest.mark.parametrize("words", [["play", "dom"], ["sample", "dom"]])
+def test_the_nearest_world_is_suggested(words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "doom-fine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run([words[0], "doom-fin"]) == 2
+    assert "did you mean 'doom-fine'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", ["--help", "protocols", "train toy --help", "--print-completion bash"]
+)
+def test_a_reader_that_leaves_ends_a_command_quietly(line):
+    command = [sys.executable, "-m", "scd", *line.split()]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch, capsys):
+    def end(words: list[str]) -> None:
+        raise BrokenPipeError("the worker is gone")
+
+    monkeypatch.setitem(COMMANDS, "demo", end)
+    assert run(["demo"]) == 2
+    assert capsys.readouterr().err == "scd: the worker is gone\n"
 
 
 def test_every_command_is_in_the_usage():

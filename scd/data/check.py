@@ -11,8 +11,12 @@ from typing import Annotated, get_args
 
 import tyro
 
+from scd.common.config import at_least
 from scd.data.source import EmptySplit, Findings, Opening, Source, find_kinds, kind_of
 from scd.data.spaces import Split
+
+MAX_NAMED = 20
+"""Episodes that are named one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +29,27 @@ class CheckConfig:
     layout: Annotated[str, tyro.conf.arg(name="as")] = "folder"
     """What it should be: `folder`, of episodes or of their latents, or a kind of published
     collection, as in KIND:PATH of --data: `minecraft`, `ucf101`, `dmlab`."""
+    num_frames: int | None = None
+    """Frames of the clips that are to be taken from it: names the episodes that are too short, and
+    asks for one that is long enough in each split. None: as long as they are."""
+    preset: str = ""
+    """Preset of scd train, whose clips are to be taken from it: its num_frames."""
+
+    def __post_init__(self) -> None:
+        at_least(1, num_frames=self.num_frames)
+        if self.preset and self.num_frames is not None:
+            raise ValueError("preset and num_frames both say how long clips are: give one")
 
 
 def check(config: CheckConfig) -> Findings:
     """Look at a collection: every header, every list, every actions file.
 
     Raises:
-        ValueError: a kind that there is not, or settings that this collection does not have.
+        ValueError: a kind that there is not, settings that this collection does not have, or a
+            preset, whose num_frames the command line looks up.
     """
+    if config.preset:
+        raise ValueError(f"give num_frames of preset {config.preset}, not its name")
     layout, named = _named(config)
     path = named.partition("?")[0]
     if not Path(path).is_dir():
@@ -41,7 +58,7 @@ def check(config: CheckConfig) -> Findings:
     data = path if layout == "folder" else f"{layout}:{named}"
     findings = kind.inspect(data)
     if not findings.missing:
-        _open_splits(kind, data, findings)
+        _open_splits(kind, data, findings, config.num_frames)
     return findings
 
 
@@ -82,7 +99,7 @@ def refusal(config: CheckConfig, findings: Findings) -> str:
     return f"{config.path}: {findings.missing[0]}{more}; {_kind(config).origin}"
 
 
-def _open_splits(kind: type[Source], data: str, findings: Findings) -> None:
+def _open_splits(kind: type[Source], data: str, findings: Findings, num_frames: int | None) -> None:
     found = 0
     for split in get_args(Split):
         with _warnings(findings):
@@ -97,8 +114,27 @@ def _open_splits(kind: type[Source], data: str, findings: Findings) -> None:
         found += 1
         findings.there.append(f"{split}: {_summary(source)}")
         findings.notes += [f"{split}: {line}" for line in source.oddities()]
+        if num_frames is not None:
+            _look_for_short(source, num_frames, findings)
     if not found and not findings.missing:
         findings.missing.append("no episodes in any split")
+
+
+def _look_for_short(source: Source, num_frames: int, findings: Findings) -> None:
+    """Name the episodes that give no clip; a split of nothing else is missing something."""
+    episodes = range(source.num_episodes)
+    lengths = {episode: source.num_frames(episode) for episode in episodes}
+    short = [episode for episode in episodes if lengths[episode] < num_frames]
+    if not short:
+        return
+    named = [f"{source.title(episode)} has {lengths[episode]}" for episode in short[:MAX_NAMED]]
+    if len(short) > MAX_NAMED:
+        named.append(f"and {len(short) - MAX_NAMED} more")
+    line = f"{source.split}: {len(short)} of {len(lengths)} episodes are shorter than {num_frames}"
+    if len(short) < len(lengths):
+        findings.notes.append(f"{line} frames and give no clip: {'; '.join(named)}")
+    else:
+        findings.missing.append(f"{line} frames, all of them: {'; '.join(named)}")
 
 
 def _summary(source: Source) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scd.common.config import differences, to_json
 from scd.common.files import file_aside, read_json, take_lock
+from scd.common.places import free_place, in_our_words, listed
 from scd.common.processes import Processes
 from scd.common.provenance import provenance, write_json
 from scd.common.published_weights import ALEXNET, LPIPS_HEADS, check_weights, shipped_heads
@@ -42,12 +43,15 @@ from scd.evaluation.protocols import CUSTOM, EvaluateConfig, changes_of
 from scd.evaluation.report import write_report
 from scd.evaluation.trial import Measurement, Trial, measurement
 from scd.models.build import num_parameters
-from scd.models.checkpoint import RAW_FILE, load_world, resolve
+from scd.models.checkpoint import RAW_FILE, load_world, resolve, results_folder
 from scd.models.flow import with_num_steps
 from scd.models.weights import WEIGHTS_FILE
 
 ABOUT_FILE, LOCK_FILE = "about.json", "lock"
 """Files of the folder of parts: all that they depend on, and what is locked while it is written."""
+
+PARTS = ".parts"
+"""How the name of that folder ends, instead of the result's .json."""
 
 ENDING = ".safetensors"
 """How the names of parts end."""
@@ -78,21 +82,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     """Measure a checkpoint and write the result, or read the result if it is there.
 
     Returns:
-        The result in the first process, None in the others.
+        The result in the first process, None in the others; `settings` says where it was written.
 
     Raises:
         FileNotFoundError: no such run, data, inverse dynamics model or weights.
+        FileExistsError: another result is at `out`.
         ValueError: weights that are not given or are others, data of another kind or size, too few
             clips, or a folder with parts of another evaluation.
     """
     processes = Processes(config.device)
     prepared = prepare(config, processes.device)
-    out = Path(config.out)
-    finished = _finished(out, prepared.about)
+    out = _place(config, prepared.about)
+    config = replace(config, out=str(out))
     # Until all have looked, none may write.
     processes.wait()
-    if finished is None:
-        parts = Parts(out.with_suffix(".parts"))
+    if out.exists():
+        finished = read_json(out)
+        # It may have been moved.
+        finished["settings"]["out"] = str(out)
+    else:
+        parts = Parts(out.with_suffix(PARTS))
         _measure_units(prepared, parts, processes)
         if processes.rank == 0:
             trial = prepared.trial
@@ -106,9 +115,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 
 def prepare(config: EvaluateConfig, device: torch.device) -> Prepared:
     """Open everything that an evaluation needs, before anything is rolled out."""
-    for name in ("run", "data"):
-        if not getattr(config, name):
-            raise ValueError(f"scd evaluate needs --{name}")
+    if not config.run or not config.data:
+        missing = "--data, the clips to measure on" if config.run else "a RUN: its folder, or --run"
+        raise ValueError(f"scd evaluate needs {missing}")
     protocol = config.protocol
     if protocol.from_nothing and config.judge:
         raise ValueError(
@@ -184,15 +193,41 @@ def open_metrics(
     return metrics, hashes
 
 
-def _finished(out: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the result that is there already, if it is of the same evaluation."""
-    if not out.is_file():
-        return None
+def _place(config: EvaluateConfig, about: Mapping[str, Any]) -> Path:
+    """Return where the result is to be, or is already; that of another evaluation is kept."""
+    if config.out:
+        out = Path(config.out)
+        other = _others(out, about)
+        if other:
+            raise FileExistsError(
+                f"{out} holds another result: choose another --out, or remove it (then and now: "
+                f"{listed(other)})"
+            )
+        return out
+    name = config.protocol.name
+    stem = "evaluation" if name == CUSTOM else f"evaluation-{name}"
+    return free_place(
+        results_folder(config.run) / f"{stem}.json",
+        lambda path: (
+            not _others(path, about) and not _others(path.with_suffix(PARTS) / ABOUT_FILE, about)
+        ),
+    )
+
+
+def _others(path: Path, about: Mapping[str, Any]) -> list[str]:
+    """List how a result, or the `about` of parts, differs from what is asked for; none: it is the
+    same, or not there."""
+    if not path.exists():
+        return []
     try:
-        found = read_json(out)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and found.get("about") == about else None
+        found = read_json(path)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    if path.name != ABOUT_FILE:
+        found = found.get("about") if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return ["no result of scd evaluate"]
+    return differences(in_our_words(found, about), about)
 
 
 class Parts:
@@ -215,11 +250,11 @@ class Parts:
             found = read_json(file)
         except ValueError as error:
             raise ValueError(f"{error}: remove {self.folder}") from error
-        other = differences(found, about)
+        other = differences(in_our_words(found, about), about)
         if other:
             raise ValueError(
-                f"{self.folder} holds parts of another evaluation; then and now: "
-                f"{'; '.join(other[:6])}. Remove it, or choose another --out"
+                f"{self.folder} holds parts of another evaluation; then and now: {listed(other)}. "
+                "Remove it, or choose another --out"
             )
 
     def missing(self, names: Sequence[str]) -> list[str]:

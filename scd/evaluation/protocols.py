@@ -170,9 +170,10 @@ class EvaluateConfig:
     needed."""
     protocol: Annotated[Protocol, tyro.conf.arg(name="")] = Protocol()
     """The protocol, and what is changed of it; the result lists the changes."""
-    out: str = "evaluation.json"
-    """The result; a plot (.png) with the same name goes beside it, and a page (.html) of a
-    protocol that has a name."""
+    out: str = ""
+    """The result, a .json file; a plot (.png) with the same name goes beside it, and a page (.html)
+    of a protocol that has a name. Empty: evaluation.json in the run's folder, with the name of the
+    protocol if it has one, and with a number where the result of another evaluation is."""
     num_steps: int | None = None
     """Denoising steps per frame; None: as the checkpoint says."""
     guidance: Guidance = field(default_factory=Guidance)
@@ -203,7 +204,7 @@ class EvaluateConfig:
     """Stop at the first episode that cannot be read, instead of leaving it out."""
 
     def __post_init__(self) -> None:
-        if Path(self.out).suffix != ".json":
+        if self.out and Path(self.out).suffix != ".json":
             raise ValueError(f"out must be a .json file, got {self.out}")
 
     def as_flags(self) -> dict[str, Any]:

@@ -34,12 +34,16 @@ from scd.autoencoders.build import Autoencoder, build_autoencoder
 from scd.autoencoders.config import AutoencoderConfig
 from scd.common.config import from_json, to_json
 from scd.common.files import read_json, write_file, written_aside
+from scd.common.names import did_you_mean
 from scd.common.weights import SHARD_BYTES, is_file_of, is_stored, write_shards
 from scd.data.source import DataCard
 from scd.models.build import Diffuser, build
 from scd.models.config import SamplingConfig
 from scd.models.kinds import ModelConfig
 from scd.models.weights import CONFIG_FILE, FORMAT, WEIGHTS_FILE, load_weights, read_settings
+
+PACKAGE = Path(__file__).resolve().parent.parent
+"""Folder of this package."""
 
 RAW_FILE = "raw.safetensors"
 """Weights that the optimiser moves, in a checkpoint of a run."""
@@ -142,12 +146,27 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     if (folder / "last").is_file():
         folder = folder / (folder / "last").read_text().strip()
     if not folder.is_dir():
-        raise FileNotFoundError(f"needed a world or run folder, there is none at {folder}")
+        beside = folder.parent.glob("*/") if folder.parent.is_dir() else ()
+        near = did_you_mean(folder.name, [entry.name for entry in beside if entry.is_dir()])
+        raise FileNotFoundError(f"needed a world or run folder, there is none at {folder}{near}")
     if not is_stored(folder / WEIGHTS_FILE):
         raise FileNotFoundError(
             f"{folder} is neither a world (model.safetensors) nor a run with a checkpoint (last)"
         )
     return folder
+
+
+def results_folder(run: str | os.PathLike[str]) -> Path:
+    """Return where results about a world go unless somebody says otherwise.
+
+    That is the run's folder, whose steps come and go, or the world's own; the current one where it
+    is not ours to write: a world that comes with the package, or from the hub.
+    """
+    folder = resolve(run)
+    if (folder.parent / "last").is_file():
+        folder = folder.parent
+    is_ours = Path(run).is_dir() and PACKAGE not in folder.resolve().parents
+    return folder if is_ours and os.access(folder, os.W_OK) else Path()
 
 
 def last_step(run: Path) -> Path | None:

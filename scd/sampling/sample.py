@@ -14,21 +14,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scd.common.config import to_json
+from scd.common.config import differences, to_json
+from scd.common.files import read_json
+from scd.common.places import free_place, in_our_words, listed
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import choose_device, cpu_threads, peak_memory_gib
+from scd.common.weights import digest_of
 from scd.data.clip import Clip, Conditions
 from scd.data.source import Source, open_source
 from scd.engine.open import advised_threads, open_engine
 from scd.evaluation.media import PictureRow, spread, write_grid, write_video
 from scd.evaluation.predict import TIMED, check_fit, choose_windows, summarize
 from scd.models.build import num_parameters
-from scd.models.checkpoint import World, load_world
+from scd.models.checkpoint import RAW_FILE, World, load_world, resolve, results_folder
 from scd.models.flow import with_num_steps
 from scd.models.shipped import read_clips
+from scd.models.weights import WEIGHTS_FILE
 from scd.sampling.settings import PromptSampleConfig, SampleConfig, parse_switches
 from scd.sampling.text_to_video import Stream, TextToVideo, latent_at, read_picture, render
 from scd.streaming.rollout import Rollout
+
+VIDEO, PICTURE, RESULT = "sample.mp4", "sample.png", "sample.json"
+"""Files of a sample's folder."""
+
+OF_NO_EFFECT = ("run", "out", "device", "threads", "strict", "text_cache", "text_device")
+"""Settings that change nothing in the video but where it comes from and how soon; which weights
+the run has is told by their digest."""
 
 NUM_SHOWN = 12
 """Columns of the picture, spread evenly over the frames."""
@@ -45,13 +56,18 @@ PROMPT_TIMED = (
 def sample(config: SampleConfig) -> dict[str, Any]:
     """Stream frames, write video, picture and result, and return the result.
 
+    Its `settings` say where it was written.
+
     Raises:
         FileNotFoundError: no such run or data.
+        FileExistsError: `out` holds another sample.
         ValueError: no episode has as many frames as the context, data of another kind than the
             model's, none for a world without clips of its own, or no context for a model that
             needs its first frame.
     """
     device = choose_device(config.device)
+    about = _about(config, config.run, config.weights)
+    config = replace(config, out=str(_place(config.out, config.run, about)))
     world = load_world(config.run, config.weights, device)
     clip = _given_clip(config, world)
     world = replace(world, sampling=with_num_steps(world.sampling, config.steps))
@@ -83,6 +99,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         "timed": f"{TIMED}; one stream, the first frame apart from the rest; writing files is not "
         "timed",
         "model": described,
+        "about": about,
         "settings": to_json(config),
     } | provenance(device)
     rows, columns = rows_of(stream, true)
@@ -178,19 +195,65 @@ def _write(
     result: Mapping[str, Any],
 ) -> None:
     out = Path(folder)
-    write_video(torch.cat([stream.given, stream.frames]), out / "sample.mp4", fps)
-    write_grid(rows, columns, out / "sample.png")
-    write_json(result, out / "sample.json")
+    write_video(torch.cat([stream.given, stream.frames]), out / VIDEO, fps)
+    write_grid(rows, columns, out / PICTURE)
+    write_json(result, out / RESULT)
+
+
+def _about(config: Any, run: str, weights: str) -> dict[str, Any]:
+    """Return all that the frames depend on: settings, and what tells the weights from others."""
+    file = resolve(run) / (WEIGHTS_FILE if weights == "ema" else RAW_FILE)
+    return _effective(to_json(config)) | {"world": digest_of(file, "blake2b")}
+
+
+def _effective(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _effective(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name not in OF_NO_EFFECT
+    }
+
+
+def _place(out: str, run: str, about: Mapping[str, Any]) -> Path:
+    """Return the folder of the sample; one that holds another is kept."""
+    if not out:
+        return free_place(results_folder(run) / "sample", lambda path: not _others(path, about))
+    other = _others(Path(out), about)
+    if other:
+        raise FileExistsError(
+            f"{out} holds another sample: choose another --out, or remove it (then and now: "
+            f"{listed(other)})"
+        )
+    return Path(out)
+
+
+def _others(folder: Path, about: Mapping[str, Any]) -> list[str]:
+    """List how a folder's sample differs from what is asked for; none: it is the same, or not
+    there."""
+    there = [name for name in (VIDEO, PICTURE, RESULT) if (folder / name).exists()]
+    if not there:
+        return []
+    try:
+        found = read_json(folder / RESULT)
+        found = found["about"]
+    except (ValueError, OSError, KeyError, TypeError):
+        return [f"{' and '.join(there)} of unknown settings"]
+    return differences(in_our_words(found, about), about)
 
 
 def sample_prompt(config: PromptSampleConfig) -> dict[str, Any]:
     """Render one video, write it with a picture and the result, and return the result.
 
+    Its `settings` say where it was written.
+
     Raises:
         FileNotFoundError: no such run, picture, or parts of the source.
+        FileExistsError: `out` holds another sample.
         ValueError: a run that no text steers, or prompts that are empty or too long.
     """
     prompts = [config.prompt, *(prompt for _, prompt in parse_switches(config.prompt_at))]
+    about = _about(config, config.video.run, config.video.weights)
+    config = replace(config, out=str(_place(config.out, config.video.run, about)))
     began = time.perf_counter()
     parts = TextToVideo(config.video, prompts)
     opened_s = time.perf_counter() - began
@@ -206,6 +269,7 @@ def sample_prompt(config: PromptSampleConfig) -> dict[str, Any]:
         "opened_s": opened_s,
         "peak_memory_gib": peak_memory_gib(parts.device),
         "model": parts.described,
+        "about": about,
         "settings": to_json(config),
     } | provenance(parts.device)
     shown = spread(len(frames), NUM_SHOWN)

@@ -29,8 +29,9 @@ class SampleConfig:
     """Frames to generate after them."""
     steps: int | None = None
     """Denoising steps per frame; None: as the checkpoint says."""
-    out: str = "sample"
-    """Folder for sample.mp4, sample.png and sample.json."""
+    out: str = ""
+    """Folder for sample.mp4, sample.png and sample.json. Empty: sample in the run's folder, or
+    sample-2, sample-3, ... where one of other settings is."""
     split: Split = "val"
     """Part of the data that the clip is from."""
     seed: int = 0
@@ -124,8 +125,9 @@ class PromptSampleConfig:
     covers the frame. Empty: it begins from nothing."""
     seed: int = 0
     """Seed of the noise."""
-    out: str = "sample"
-    """Folder for sample.mp4, sample.png and sample.json."""
+    out: str = ""
+    """Folder for sample.mp4, sample.png and sample.json. Empty: sample in the run's folder, or
+    sample-2, sample-3, ... where one of other settings is."""
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds < math.inf:

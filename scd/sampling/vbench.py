@@ -16,6 +16,7 @@ from rich.console import Console
 
 from scd.common.config import differences, parse_shard, to_json
 from scd.common.files import read_json
+from scd.common.places import in_our_words
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import cpu_threads
 from scd.data.clip import frames_to_pixels
@@ -154,7 +155,8 @@ def _check_folder(config: VBenchConfig, jobs: list[Job], out: Path) -> None:
     if not path.exists():
         return
     there = read_json(path)
-    changed = differences(there.get("settings"), _fixed(config, jobs))
+    ours = _fixed(config, jobs)
+    changed = differences(in_our_words(there.get("settings"), ours), ours)
     if changed:
         raise ValueError(
             f"{out} holds videos of other settings, name another folder: {'; '.join(changed[:5])}"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from scd.common.config import differences, from_json, to_json
 from scd.common.files import read_json, remove_leftovers, take_lock, write_file
+from scd.common.places import in_our_words, read_start, remember_start
 from scd.common.provenance import command
 from scd.common.runlog import RunLog
 from scd.common.runtime import choose_device, describe_hardware, git_commit
@@ -392,6 +393,7 @@ def _enter_folder(
             raise BlockingIOError(f"{folder} was trained by another process meanwhile: start again")
         remove_leftovers(folder)
         write_file(folder / CONFIG_FILE, json.dumps(to_json(config), indent=2))
+        remember_start(folder)
     accelerator.wait_for_everyone()
     return folder, lock
 
@@ -413,9 +415,10 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         raise FileExistsError(f"{folder} exists and is not the folder of a run: choose another out")
     if config.resume == "never":
         raise FileExistsError(f"{folder} holds a run already, and resume is 'never'")
+    theirs, ours = _settings(type(config), folder / CONFIG_FILE), to_json(config)
     different = [
         line
-        for line in differences(_settings(type(config), folder / CONFIG_FILE), to_json(config))
+        for line in differences(in_our_words(theirs, ours, read_start(folder)), ours)
         if line.split(":")[0].split(".")[0] not in config.free_fields
     ]
     if different:

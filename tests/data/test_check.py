@@ -1,12 +1,15 @@
 """`scd data check` says what is there, what is missing and where it comes from."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from scd.cli import main
 from scd.data.check import CheckConfig, check
+from scd.data.manifest import read_manifest, write_episode, write_manifest
+from scd.training.presets import PRESETS
 from tests.layouts import (
     CLASSES,
     moving_pictures,
@@ -38,6 +41,37 @@ def test_a_folder_of_episodes(folder, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "missing  " in captured.out and "manifest.jsonl" in captured.err
     assert captured.err.count("\n") == 1 and "scd record" in captured.err
+
+
+def test_episodes_that_are_too_short_are_named(folder, tmp_path, capsys):
+    words = ["data", "check", folder]
+    assert main([*words, "--num-frames", "20"]) == 0
+    assert "shorter" not in capsys.readouterr().out
+    assert main([*words, "--preset", "toy"]) == 0
+    assert "shorter" not in capsys.readouterr().out
+    assert main([*words, "--preset", "scd-m"]) == 2
+    printed = capsys.readouterr()
+    assert f"missing  val: 3 of 3 episodes are shorter than {PRESETS['scd-m'].num_frames}" in (
+        printed.out
+    )
+    assert "e0" in printed.err and printed.err.count("\n") == 1
+    pixels, actions = np.zeros((26, 32, 32, 3), np.uint8), np.zeros(26, np.int64)
+    path = Path(folder)
+    long = write_episode(path, "long", pixels, actions, 10.0, "val")
+    write_manifest(path, [*read_manifest(path), long])
+    assert main([*words, "--num-frames", "26"]) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "shorter" in line]
+    assert "3 of 4 episodes are shorter than 26 frames and give no clip" in note
+    assert "e0" in note and "e2" in note and "has 20" in note and "long" not in note
+    assert main([*words, "--preset", "tou"]) == 2
+    assert "unknown preset 'tou'; did you mean 'toy'?" in capsys.readouterr().err
+
+
+def test_lengths_that_contradict_each_other_are_refused(folder):
+    with pytest.raises(ValueError, match="preset and num_frames both"):
+        CheckConfig(path=folder, preset="toy", num_frames=3)
+    with pytest.raises(ValueError, match="num_frames must be 1 or more, got 0"):
+        CheckConfig(path=folder, num_frames=0)
 
 
 def test_minecraft_and_dmlab(tmp_path, capsys):

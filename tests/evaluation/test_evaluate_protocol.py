@@ -369,8 +369,50 @@ def test_a_finished_evaluation_is_read_and_another_one_is_measured(
 
     monkeypatch.setattr(Trial, "measure", refuse)
     assert evaluated(run, folder, tmp_path, few) == json.loads(json.dumps(first))
+    # Other words for the same clips are the same evaluation.
+    monkeypatch.chdir(tmp_path)
+    assert evaluated(run, "data", tmp_path, few)["rows"] == first["rows"]
     monkeypatch.setattr(Trial, "measure", honest)
-    assert evaluated(run, folder, tmp_path, few, num_steps=1)["rows"] != first["rows"]
+    before = (tmp_path / "e.json").read_bytes()
+    with pytest.raises(FileExistsError, match=r"e.json holds another result: .*num_steps: "):
+        evaluated(run, folder, tmp_path, few, num_steps=1)
+    assert (tmp_path / "e.json").read_bytes() == before
+    other = evaluated(run, folder, tmp_path, few, num_steps=1, out=str(tmp_path / "f.json"))
+    assert other["rows"] != first["rows"]
+    (tmp_path / "e.json").write_text("[1]")
+    with pytest.raises(FileExistsError, match="then and now: no result of scd evaluate"):
+        evaluated(run, folder, tmp_path, few)
+
+
+def test_results_lie_in_the_run_and_none_is_lost(run, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = small(num_clips=2, num_trajectories=1, shuffled_actions=False)
+
+    def place(protocol=few, **changes):
+        return evaluated(run, folder, tmp_path, protocol, out="", **changes)["settings"]["out"]
+
+    assert place() == f"{run}/evaluation-toy-8-8.json"
+    assert place(num_steps=1) == f"{run}/evaluation-toy-8-8-2.json"
+    assert place() == f"{run}/evaluation-toy-8-8.json"
+    assert place(replace(few, name="custom")) == f"{run}/evaluation.json"
+    honest = Trial.measure
+
+    def one(self, unit):
+        if unit.batch:
+            raise KeyboardInterrupt
+        return honest(self, unit)
+
+    # Parts keep their name for the evaluation that they belong to.
+    monkeypatch.setattr(Trial, "measure", one)
+    with pytest.raises(KeyboardInterrupt):
+        place(small())
+    monkeypatch.setattr(Trial, "measure", honest)
+    assert place(replace(few, seed=3)) == f"{run}/evaluation-toy-8-8-4.json"
+    assert place(small()) == f"{run}/evaluation-toy-8-8-3.json"
+    # A run was moved, and its results with it.
+    moved = Path(run).rename(tmp_path / "moved")
+    again = evaluated(str(moved), folder, tmp_path, few, out="")
+    assert again["settings"]["out"] == f"{moved}/evaluation-toy-8-8.json"
 
 
 def test_parts_of_another_evaluation_are_not_mixed_in(run, folder, tmp_path, monkeypatch):

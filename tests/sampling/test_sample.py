@@ -1,11 +1,14 @@
 """A stream from a tiny real world: what is written, and where the truth ends."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import av
 import pytest
 import torch
 from matplotlib.image import imread
+from safetensors.torch import load_file, save_file
 
 from scd.data.source import open_source
 from scd.evaluation import media, predict
@@ -104,10 +107,48 @@ def test_a_world_with_clips_needs_no_data(run, folder, tmp_path):
     assert clip.actions is not None and actions is not None
     assert torch.equal(clip.actions, actions[1])
     torch.testing.assert_close(clip.frames, batch.frames[1], atol=1 / 255, rtol=0)
+    other = {"out": str(tmp_path / "other")}
     with pytest.raises(ValueError, match="context of 11 frames was asked for, the clips of .* 10"):
-        sample.sample(settings(world, "", tmp_path, context=11))
+        sample.sample(settings(world, "", tmp_path, context=11, **other))
     with pytest.raises(ValueError, match="carries no clips to begin from: name some --data"):
-        sample.sample(settings(run, "", tmp_path))
+        sample.sample(settings(run, "", tmp_path, **other))
+
+
+def test_samples_lie_in_the_run_and_none_is_lost(run, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def place(data=folder, **changes):
+        values = {"frames": 2, "out": "", **changes}
+        return sample.sample(settings(run, data, tmp_path, **values))["settings"]["out"]
+
+    assert place() == f"{run}/sample" and (Path(run) / "sample" / "sample.mp4").is_file()
+    before = (Path(run) / "sample" / "sample.json").read_text()
+    assert place(seed=1) == f"{run}/sample-2" == place(seed=1, threads=1)
+    # Other words for the same clips.
+    assert place(seed=1, data="data") == f"{run}/sample-2"
+    assert place(context=2) == f"{run}/sample-3"
+    assert (Path(run) / "sample" / "sample.json").read_text() == before
+    assert json.loads(before)["settings"]["seed"] == 0
+    # Other weights are another sample.
+    torch.manual_seed(1)
+    moved = Path(run).rename(tmp_path / "moved")
+    for path in moved.glob("*.safetensors"):
+        tensors = load_file(path)
+        save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, path)
+    moved.rename(run)
+    assert place() == f"{run}/sample-4"
+
+
+def test_a_folder_with_another_sample_is_left_alone(run, folder, tmp_path):
+    config = settings(run, folder, tmp_path, frames=2)
+    sample.sample(config)
+    before = (tmp_path / "s" / "sample.mp4").stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match=r"holds another sample: .*then and now: seed: 0, 5"):
+        sample.sample(replace(config, seed=5))
+    assert (tmp_path / "s" / "sample.mp4").stat().st_mtime_ns == before
+    (tmp_path / "s" / "sample.json").unlink()
+    with pytest.raises(FileExistsError, match="sample.mp4 and sample.png of unknown settings"):
+        sample.sample(config)
 
 
 @pytest.mark.parametrize(

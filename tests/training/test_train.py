@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from scd.common.files import take_lock
 from scd.common.provenance import command
 from scd.common.runlog import read_log
 from scd.common.signals import Interrupted
+from scd.data.manifest import read_manifest, write_manifest
 from scd.data.source import open_source
 from scd.models.checkpoint import load_progress, load_world
 from scd.models.config import (
@@ -277,6 +280,30 @@ def test_a_finished_run_may_be_lengthened(config):
         *("start", "resume")
     ]
     assert read_log(run, "end")[-1]["step"] == 6
+
+
+def test_the_same_clips_in_other_words_and_a_moved_run_go_on(config, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clips = Path(folder).rename(tmp_path / "clips")
+    write_manifest(clips, [replace(entry, split="train") for entry in read_manifest(clips)])
+    config = replace(config, data="clips", out="run", validate_every=0, sample_every=0)
+    train(config)
+    train(replace(config, max_steps=5, data=str(tmp_path / "clips")))
+    # In another folder, and moved there.
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").rename(tmp_path / "elsewhere" / "run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train(replace(config, max_steps=6, data="../clips"))
+    shutil.copytree(tmp_path / "clips", tmp_path / "other")
+    with pytest.raises(FileExistsError, match=r"data: '../clips', '../other'"):
+        train(replace(config, max_steps=7, data="../other"))
+    # All of it together.
+    (tmp_path / "new").mkdir()
+    for name in ("elsewhere", "clips"):
+        (tmp_path / name).rename(tmp_path / "new" / name)
+    monkeypatch.chdir(tmp_path / "new")
+    run = train(replace(config, max_steps=7, data="clips", out="elsewhere/run"))
+    assert [event["step"] for event in read_log(run, "resume")] == [4, 5, 6]
 
 
 def test_a_folder_with_other_settings_is_refused_with_what_differs(config, tmp_path):
