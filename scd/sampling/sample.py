@@ -26,7 +26,14 @@ from scd.engine.open import advised_threads, open_engine
 from scd.evaluation.media import PictureRow, spread, write_grid, write_video
 from scd.evaluation.predict import TIMED, check_fit, choose_windows, summarize
 from scd.models.build import num_parameters
-from scd.models.checkpoint import RAW_FILE, World, load_world, resolve, results_folder
+from scd.models.checkpoint import (
+    RAW_FILE,
+    World,
+    load_world,
+    read_world_parts,
+    resolve,
+    results_folder,
+)
 from scd.models.flow import with_num_steps
 from scd.models.shipped import read_clips
 from scd.models.weights import WEIGHTS_FILE
@@ -66,7 +73,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
             needs its first frame.
     """
     device = choose_device(config.device)
-    about = _about(config, config.run, config.weights)
+    about = _about(config, config.run, config.weights, config.steps)
     config = replace(config, out=str(_place(config.out, config.run, about)))
     world = load_world(config.run, config.weights, device)
     clip = _given_clip(config, world)
@@ -200,10 +207,15 @@ def _write(
     write_json(result, out / RESULT)
 
 
-def _about(config: Any, run: str, weights: str) -> dict[str, Any]:
-    """Return all that the frames depend on: settings, and what tells the weights from others."""
-    file = resolve(run) / (WEIGHTS_FILE if weights == "ema" else RAW_FILE)
-    return _effective(to_json(config)) | {"world": digest_of(file, "blake2b")}
+def _about(config: Any, run: str, weights: str, steps: int | None) -> dict[str, Any]:
+    """Return all that the frames depend on: settings, and what tells the world from others."""
+    folder = resolve(run)
+    file = folder / (WEIGHTS_FILE if weights == "ema" else RAW_FILE)
+    sampling = with_num_steps(read_world_parts(folder)["sampling"], steps)
+    return _effective(to_json(config)) | {
+        "sampling": to_json(sampling),
+        "world": digest_of(file, "blake2b"),
+    }
 
 
 def _effective(settings: dict[str, Any]) -> dict[str, Any]:
@@ -252,7 +264,7 @@ def sample_prompt(config: PromptSampleConfig) -> dict[str, Any]:
         ValueError: a run that no text steers, or prompts that are empty or too long.
     """
     prompts = [config.prompt, *(prompt for _, prompt in parse_switches(config.prompt_at))]
-    about = _about(config, config.video.run, config.video.weights)
+    about = _about(config, config.video.run, config.video.weights, config.video.steps)
     config = replace(config, out=str(_place(config.out, config.video.run, about)))
     began = time.perf_counter()
     parts = TextToVideo(config.video, prompts)

@@ -65,7 +65,9 @@ def test_sample_and_evaluate_follow_it(runs, folder, tmp_path, no_pictures):
     found = {}
     for name, run in runs.items():
         common = {"run": run, "data": folder, "device": "cpu"}
-        sampled = sample(SampleConfig(**common, context=3, frames=3, out=str(tmp_path / "s")))
+        sampled = sample(
+            SampleConfig(**common, context=3, frames=3, out=str(tmp_path / f"s-{name}"))
+        )
         protocol = Protocol(context=3, horizon=3, num_clips=2)
         out = str(tmp_path / f"{name}.json")
         measured = evaluate(EvaluateConfig(**common, protocol=protocol, out=out))
