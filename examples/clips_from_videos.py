@@ -29,7 +29,7 @@ from scd.data.clip import check_actions
 from scd.data.manifest import choose_splits, read_actions, write_card, write_episode, write_manifest
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
-from scd.data.video import frame_times, probe_video, read_video
+from scd.data.video import index_frames, probe_video, read_video
 
 VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 
@@ -124,11 +124,11 @@ def convert(config: Config) -> None:
 
 def read_small(path: Path, size: int) -> np.ndarray:
     """Decode a video, cut out the middle square and reduce it; uint8 [t, size, size, 3]."""
-    times = frame_times(path)
+    index = index_frames(path)
     parts = []
-    for start in range(0, len(times), FRAMES_AT_ONCE):
-        count = min(FRAMES_AT_ONCE, len(times) - start)
-        pixels = torch.from_numpy(read_video(path, start, count, times))
+    for start in range(0, index.num_frames, FRAMES_AT_ONCE):
+        count = min(FRAMES_AT_ONCE, index.num_frames - start)
+        pixels = torch.from_numpy(read_video(path, start, count, index))
         height, width = pixels.shape[1:3]
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
 import torch
 
 from scd.data.clip import Clip, check_actions, pixels_to_frames
@@ -20,7 +19,7 @@ from scd.data.manifest import (
 )
 from scd.data.source import EmptySplit, Findings, Opening, Source
 from scd.data.spaces import Split
-from scd.data.video import frame_times, probe_video, read_video
+from scd.data.video import FrameIndex, index_frames, probe_video, read_video
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ class FolderSource(Source):
             raise (ValueError if chosen else EmptySplit)(
                 f"{self.path}: split {split!r} has no readable episodes; in the manifest: {counts}"
             )
-        self._times: dict[int, np.ndarray] = {}
+        self._indices: dict[int, FrameIndex] = {}
         lengths = [entry.num_frames for entry in self._entries]
         super().__init__(str(self.path), split, self.card, lengths)
 
@@ -96,9 +95,9 @@ class FolderSource(Source):
     def _read(self, episode: int, start: int, num_frames: int) -> Clip:
         entry, actions = self._entries[episode], self._actions[episode]
         video = self.path / entry.video
-        if episode not in self._times:
-            self._times[episode] = frame_times(video)
-        pixels = read_video(video, start, num_frames, self._times[episode])
+        if episode not in self._indices:
+            self._indices[episode] = index_frames(video)
+        pixels = read_video(video, start, num_frames, self._indices[episode])
         return Clip(
             frames=pixels_to_frames(torch.from_numpy(pixels)),
             actions=None if actions is None else actions[start : start + num_frames],

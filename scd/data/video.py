@@ -1,15 +1,24 @@
-"""Video files written from and read as 8-bit RGB pictures."""
+"""Video files written from and read as 8-bit RGB pictures.
+
+What a file holds is what its decoder gives: how many frames, in which order, how large and which
+way up. Headers are believed only where they and the decoder cannot differ: an index without hidden
+frames, in a container that keeps times, and a keyframe at its beginning.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Int64, UInt8
 
@@ -26,15 +35,30 @@ PLAYABLE_OPTIONS = {"crf": "16", "preset": "veryfast", "bf": "0"}
 # Looks the same as the original; a lower value mostly grows the file, the colour is at half size.
 
 
+SEQUENTIAL = ("avi", "mpegts", "mpeg", "mpegvideo", "h264", "hevc")
+# Formats whose times are those of storage, not of display, or that have none.
+
+
 @dataclass(frozen=True)
 class VideoInfo:
-    """What the header of a video file says."""
+    """What a video file shows."""
 
     num_frames: int
     height: int
+    """Rows of a frame, turned as the file asks for."""
     width: int
     fps: float
     """Frames per second, on average; 0: not said."""
+
+
+@dataclass(frozen=True)
+class FrameIndex:
+    """Where the frames of a file are."""
+
+    num_frames: int
+    times: Int64[np.ndarray, " all_frames"] | None
+    """When each is shown, ascending, in the file's own unit of time. None: times are missing or do
+    not ascend in the decoder's order, so frames are counted from the beginning."""
 
 
 def write_video(
@@ -74,109 +98,194 @@ def write_video(
 
 
 def probe_video(path: Path | str) -> VideoInfo:
-    """Read the header of a video and its last frame's data, without decoding any.
+    """Say what a video shows, from its index and its first frame; the rest is decoded only if its
+    header cannot be believed.
 
     Raises:
-        ValueError: not a video, or cut off before its end.
+        ValueError: not a video, of a codec that is not built in, or cut off before its end.
         FileNotFoundError: no such file.
     """
-    try:
-        with av.open(str(path)) as container:
-            stream = _video_stream(container, path)
-            num_frames = stream.frames or len(_frame_times(container, stream, path))
-            _check_end(container, stream, path)
-            return VideoInfo(
-                num_frames=num_frames,
-                height=stream.height,
-                width=stream.width,
-                fps=float(stream.average_rate or 0),
-            )
-    except FFmpegError as error:
-        raise _unreadable(path, error) from error
+    with _opened(path) as (container, stream):
+        height, width = _first_size(container, stream, path)
+        if _header_counts(container, stream):
+            num_frames = stream.frames
+        else:
+            num_frames = index_frames(path).num_frames
+        _check_end(container, stream, path)
+        return VideoInfo(
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            fps=float(stream.average_rate or 0),
+        )
 
 
-def frame_times(path: Path | str) -> Int64[np.ndarray, " all_frames"]:
-    """Return when each frame is shown, in ascending order and in the file's own time unit."""
-    try:
-        with av.open(str(path)) as container:
-            return _frame_times(container, _video_stream(container, path), path)
-    except FFmpegError as error:
-        raise _unreadable(path, error) from error
+def index_frames(path: Path | str) -> FrameIndex:
+    """Find the frames that the decoder gives; read once for all clips of a file.
+
+    Raises:
+        ValueError: not a video, or nothing of it can be decoded.
+        FileNotFoundError: no such file.
+    """
+    with _opened(path) as (container, stream):
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        times = [packet.pts for packet in packets]
+        believed = (
+            bool(packets)
+            and not is_sequential(container)
+            and packets[0].is_keyframe
+            and not any(packet.is_discard for packet in packets)
+            and None not in times
+            and len(set(times)) == len(times)
+        )
+    if not believed:
+        with _opened(path) as (container, stream):
+            times = [frame.pts for frame in container.decode(stream)]
+        if not times:
+            raise ValueError(f"{path}: no frame of it can be decoded")
+        if None in times or (np.diff(np.array(times, np.int64)) <= 0).any():
+            return FrameIndex(num_frames=len(times), times=None)
+    return FrameIndex(num_frames=len(times), times=np.sort(np.array(times, np.int64)))
 
 
 def read_video(
     path: Path | str,
     start: int = 0,
     num_frames: int | None = None,
-    times: Int64[np.ndarray, " all_frames"] | None = None,
+    index: FrameIndex | None = None,
 ) -> UInt8[np.ndarray, "t h w 3"]:
-    """Decode some consecutive frames, beginning at the last keyframe before them.
+    """Decode some consecutive frames, beginning at the last keyframe before them, and turn them as
+    the file asks for.
 
-    What `frame_times` returned for this file, given as `times`, saves one pass over it.
+    What `index_frames` returned for this file, given as `index`, saves one pass over it.
 
     Raises:
         ValueError: not a video, damaged, or it has fewer frames.
         FileNotFoundError: no such file.
     """
-    try:
-        with av.open(str(path)) as container:
-            stream = _video_stream(container, path)
-            if times is None:
-                times = _frame_times(container, stream, path)
-            stop = len(times) if num_frames is None else start + num_frames
-            if not 0 <= start < stop <= len(times):
-                raise ValueError(
-                    f"{path}: frames {start} .. {stop - 1} were asked for, "
-                    f"but it has frames 0 .. {len(times) - 1}"
-                )
-            wanted = times[start:stop]
-            # With reordered frames a seek may land after its target: then decode from the start.
-            for origin in dict.fromkeys((int(wanted[0]), int(times[0]))):
-                container.seek(origin, stream=stream)
-                pixels = _decode(container, stream, wanted)
-                if pixels is not None:
-                    return pixels
-    except FFmpegError as error:
-        raise _unreadable(path, error) from error
-    raise ValueError(f"{path}: frames {start} .. {stop - 1} cannot be decoded")
+    index = index or index_frames(path)
+    stop = index.num_frames if num_frames is None else start + num_frames
+    if not 0 <= start < stop <= index.num_frames:
+        raise ValueError(
+            f"{path}: frames {start} .. {stop - 1} were asked for, "
+            f"but it has frames 0 .. {index.num_frames - 1}"
+        )
+    if index.times is not None:
+        wanted = index.times[start:stop]
+        with _opened(path) as (container, stream):
+            container.seek(int(wanted[0]), stream=stream)
+            pixels = _decode(_at_times(container.decode(stream), wanted), path)
+        if pixels is not None and len(pixels) == len(wanted):
+            return pixels
+    # A seek may land after its target: then frames are counted from the beginning.
+    with _opened(path) as (container, stream):
+        frames = islice(container.decode(stream), start, stop)
+        pixels = _decode(frames, path)
+    if pixels is None or len(pixels) != stop - start:
+        raise ValueError(f"{path}: frames {start} .. {stop - 1} cannot be decoded")
+    return pixels
 
 
-def _decode(
-    container: InputContainer, stream: av.VideoStream, wanted: np.ndarray
-) -> np.ndarray | None:
-    """Decode from the current position; None where a wanted frame is missing."""
-    pixels = np.empty((len(wanted), stream.height, stream.width, 3), np.uint8)
-    reformatter = VideoReformatter()
+def upright(picture: UInt8[np.ndarray, "h w 3"], rotation: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Turn a picture as its file asks for.
+
+    Args:
+        picture: as it is stored.
+        rotation: `av.VideoFrame.rotation`: degrees, counterclockwise.
+    """
+    return np.rot90(picture, round(rotation / 90)) if rotation else picture
+
+
+def _at_times(frames: Iterable[av.VideoFrame], wanted: np.ndarray) -> Iterator[av.VideoFrame]:
+    """Pick the frames of ascending times; end early where one is missing."""
     found = 0
-    for frame in container.decode(stream):
+    for frame in frames:
         if frame.pts is None or frame.pts < wanted[found]:
             continue
         if frame.pts > wanted[found]:
-            return None
-        # Starting threads takes longer than turning a small frame into RGB.
-        pixels[found] = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            return
+        yield frame
         found += 1
         if found == len(wanted):
-            return pixels
-    return None
+            return
+
+
+def _decode(frames: Iterable[av.VideoFrame], path: Path | str) -> np.ndarray | None:
+    """Turn frames into pictures; None where the decoder had to make one up."""
+    pixels: list[np.ndarray] = []
+    reformatter = VideoReformatter()
+    for frame in frames:
+        if frame.is_corrupt:
+            return None
+        # Starting threads takes longer than turning a small frame into RGB.
+        picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        pixels.append(upright(picture, frame.rotation))
+        if pixels[-1].shape != pixels[0].shape:
+            raise ValueError(
+                f"{path}: its frames change size, from {_size(pixels[0])} to {_size(pixels[-1])}"
+            )
+    return np.stack(pixels) if pixels else None
+
+
+def _size(picture: np.ndarray) -> str:
+    return f"{picture.shape[0]} x {picture.shape[1]}"
+
+
+@contextmanager
+def _opened(path: Path | str) -> Iterator[tuple[InputContainer, av.VideoStream]]:
+    """Open a file at its first stream of moving pictures; what FFmpeg refuses is a ValueError."""
+    try:
+        with av.open(str(path)) as container:
+            yield container, _video_stream(container, path)
+    except FFmpegError as error:
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"{path}: no such file") from error
+        raise ValueError(f"{path}: cannot be read as a video ({error.strerror})") from error
 
 
 def _video_stream(container: InputContainer, path: Path | str) -> av.VideoStream:
-    if not container.streams.video:
+    stream = moving_pictures(container)
+    if stream is None:
         raise ValueError(f"{path}: has no video stream")
-    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise ValueError(f"{path}: is of a codec that this build of FFmpeg does not know")
     # Clips are read by several threads at once: more of them per file only get in each other's way.
     stream.codec_context.thread_count = 1
     return stream
 
 
-def _frame_times(container: InputContainer, stream: av.VideoStream, path: Path | str) -> np.ndarray:
-    times = [
-        packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard
-    ]
-    if not times or None in times:
-        raise ValueError(f"{path}: its frames carry no times")
-    return np.sort(np.array(times, np.int64))
+def moving_pictures(container: InputContainer) -> av.VideoStream | None:
+    """Return the first stream of pictures that is not a cover; None: there is none."""
+    cover = Disposition.attached_pic
+    return next((one for one in container.streams.video if not one.disposition & cover), None)
+
+
+def is_sequential(container: InputContainer) -> bool:
+    """Tell whether the format's times are those of storage, so that frames are to be counted."""
+    return not set(SEQUENTIAL).isdisjoint(container.format.name.split(","))
+
+
+def _header_counts(container: InputContainer, stream: av.VideoStream) -> bool:
+    """Whether the header's number of frames is what the decoder gives."""
+    entries = stream.index_entries
+    return (
+        not is_sequential(container)
+        and 0 < stream.frames == len(entries)
+        and entries[0].is_keyframe
+        and not any(entry.is_discard for entry in entries)
+    )
+
+
+def _first_size(
+    container: InputContainer, stream: av.VideoStream, path: Path | str
+) -> tuple[int, int]:
+    """Return rows and columns of the first frame, upright."""
+    frame = next(container.decode(stream), None)
+    if frame is None:
+        raise ValueError(f"{path}: no frame of it can be decoded")
+    if round(frame.rotation / 90) % 2:
+        return frame.width, frame.height
+    return frame.height, frame.width
 
 
 def _check_end(container: InputContainer, stream: av.VideoStream, path: Path | str) -> None:
@@ -192,9 +301,3 @@ def _check_end(container: InputContainer, stream: av.VideoStream, path: Path | s
     ]
     if max(ends, default=-1) < end - stream.duration // stream.frames:
         raise ValueError(f"{path}: is cut off before its end")
-
-
-def _unreadable(path: Path | str, error: FFmpegError) -> Exception:
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"{path}: no such file")
-    return ValueError(f"{path}: cannot be read as a video ({error.strerror})")

@@ -23,6 +23,8 @@ from av.error import FFmpegError
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from scd.data.video import is_sequential, moving_pictures, upright
+
 PICTURES = ("PNG", "JPEG", "WEBP", "BMP")
 """Formats of Pillow that are read; others stay closed, whatever a file claims to be."""
 
@@ -110,9 +112,9 @@ def _video(data: bytes, format: str, limits: DecodeLimits) -> np.ndarray:
     try:
         file = io.BytesIO(data)
         with av.open(file, "r", format=format, options={"protocol_whitelist": ""}) as opened:
-            if not opened.streams.video:
+            stream = moving_pictures(opened)
+            if stream is None:
                 raise Refused("not_media", "the video has no pictures")
-            stream = opened.streams.video[0]
             if stream.codec_context is None:
                 raise Refused("damaged", "the video is packed in a way that is not known here")
             stream.codec_context.thread_count = 1
@@ -131,7 +133,8 @@ def _paced(
     """Return the last frames at the pace asked for; a moment shows the newest frame there was."""
     frames: list[np.ndarray] = []
     shown: Image.Image | None = None
-    first, last, num_shown = 0.0, 0.0, 0
+    first, last, num_shown, num_frames = 0.0, 0.0, 0, 0
+    counted, rate = is_sequential(opened), float(stream.average_rate or 25)
 
     def show_until(num_moments: int) -> None:
         nonlocal num_shown
@@ -143,14 +146,16 @@ def _paced(
 
     for frame in opened.decode(stream):
         _check_size(frame.height, frame.width, limits)
-        time = frame.time or 0.0
+        # Stored times that do not ascend are no order: then frames follow each other at the rate.
+        time = num_frames / rate if counted or frame.time is None else frame.time
+        num_frames += 1
         first = time if shown is None else first
         last = time - first
         if last > limits.max_s:
             raise Refused("too_long", f"a video has at most {limits.max_s:g} seconds")
         # All moments before this frame still show the one before it.
         show_until(math.ceil(last * limits.fps - ROUNDED))
-        shown = frame.to_image()
+        shown = Image.fromarray(upright(frame.to_ndarray(format="rgb24"), frame.rotation))
     show_until(math.floor(last * limits.fps + ROUNDED) + 1)
     return frames
 

@@ -1,15 +1,17 @@
 """Video files: exact where promised, readable from any frame, damage is noticed."""
 
 import math
+import struct
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from scd.data.clip import frames_to_pixels
 from scd.data.toy import ToyWorld
-from scd.data.video import frame_times, probe_video, read_video, write_video
+from scd.data.video import index_frames, probe_video, read_video, write_video
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +43,10 @@ def test_lossless_videos_return_every_bit_from_every_frame(tmp_path, pixels):
     path = tmp_path / "clip.mp4"
     write_video(path, pixels, 17.5, lossless=True)
     np.testing.assert_array_equal(read_video(path), pixels)
-    times = frame_times(path)
+    index = index_frames(path)
     for start, count in ((0, 1), (1, 5), (15, 3), (16, 16), (17, 30), (69, 1)):
         np.testing.assert_array_equal(
-            read_video(path, start, count, times), pixels[start : start + count]
+            read_video(path, start, count, index), pixels[start : start + count]
         )
     info = probe_video(path)
     assert (info.num_frames, info.height, info.width, info.fps) == (70, 32, 32, 17.5)
@@ -111,8 +113,181 @@ def test_cut_off_files_are_noticed(tmp_path, pixels, faststart):
 def test_what_is_no_video_is_refused_by_name(tmp_path):
     path = tmp_path / "text.mp4"
     path.write_text("not a video at all")
-    for use in (probe_video, read_video, frame_times):
+    for use in (probe_video, read_video, index_frames):
         with pytest.raises(ValueError, match="text.mp4: cannot be read as a video"):
             use(path)
         with pytest.raises(FileNotFoundError, match="gone.mp4"):
             use(tmp_path / "gone.mp4")
+
+
+def numbered(num: int, height: int = 64, width: int = 80) -> np.ndarray:
+    """Pictures whose upper half tells their number, red and blue below."""
+    made = np.zeros((num, height, width, 3), np.uint8)
+    made[:, : height // 2] = (20 + 3 * np.arange(num))[:, None, None, None]
+    made[:, height // 2 :, : width // 2], made[:, height // 2 :, width // 2 :] = 200, 60
+    made[:, height // 2 :, : width // 2, 1:], made[:, height // 2 :, width // 2 :, 2] = 30, 220
+    return made
+
+
+def numbers(pixels) -> list[int]:
+    return [round((float(one[: len(one) // 2].mean()) - 20) / 3) for one in pixels]
+
+
+def write_as(path, pixels, codec="libx264", form=None, **options) -> None:
+    with av.open(str(path), "w", format=form) as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], "yuv420p"
+        stream.codec_context.gop_size = 24
+        stream.codec_context.max_b_frames = int(options.get("bf", 0))
+        for picture in pixels:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def packets_of(path) -> list[av.Packet]:
+    with av.open(str(path)) as container:
+        return [packet for packet in container.demux(video=0) if packet.size]
+
+
+def write_packed(path, pixels, tmp_path) -> None:
+    """Write AVI as XviD does: a B picture lies in the chunk of the one after it, then a placeholder
+    takes its place."""
+    write_as(tmp_path / "plain.avi", pixels, "mpeg4", bf="1", b_strategy="0", qscale="3")
+    data = [bytes(packet) for packet in packets_of(tmp_path / "plain.avi")]
+    kinds = ["IPBS"[one[one.find(b"\0\0\1\xb6") + 4] >> 6] for one in data]
+    chunks, place = [], 0
+    while place < len(data):
+        packed = kinds[place + 1 : place + 2] == ["B"]
+        chunks.append((b"".join(data[place : place + 1 + packed]), kinds[place] == "I"))
+        if packed:
+            chunks.append((b"\0\0\1\xb6\x51\x4f", False))
+        place += 1 + packed
+    mark = chunks[0][0].find(b"\0\0\1\xb6")
+    name = b"\0\0\1\xb2DivX503b1393p"
+    chunks[0] = (chunks[0][0][:mark] + name + chunks[0][0][mark:], True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], "yuv420p"
+        container.start_encoding()
+        for number, (chunk, is_keyframe) in enumerate(chunks):
+            packet = av.Packet(chunk)
+            packet.stream, packet.time_base = stream, Fraction(1, 25)
+            packet.pts = packet.dts = number
+            packet.is_keyframe = is_keyframe
+            container.mux(packet)
+
+
+@pytest.mark.parametrize("kind", ["packed.avi", "h264.avi", "h264.ts", "h264.mkv"])
+def test_frames_come_in_the_order_of_the_decoder(tmp_path, kind):
+    path, pixels = tmp_path / kind, numbered(60)
+    if kind == "packed.avi":
+        write_packed(path, pixels, tmp_path)
+    else:
+        write_as(path, pixels, bf="2", form="mpegts" if kind.endswith("ts") else None)
+    with av.open(str(path)) as container:
+        shown = numbers([one.to_ndarray(format="rgb24") for one in container.decode(video=0)])
+    assert len(shown) == probe_video(path).num_frames == 60
+    for start, count in ((0, 16), (23, 10), (44, 16)):
+        assert numbers(read_video(path, start, count)) == shown[start : start + count]
+
+
+def test_hidden_and_undecodable_frames_are_not_counted(tmp_path):
+    """A trimmed mp4, whose edit list hides its lead-in, and a file that begins without keyframe."""
+    write_as(tmp_path / "whole.mkv", numbered(60))
+    for name, first, shown, options in (
+        ("trimmed.mp4", 24, 30, {"use_editlist": "1"}),
+        ("midway.mkv", 10, 10, {}),
+    ):
+        path = tmp_path / name
+        with (
+            av.open(str(tmp_path / "whole.mkv")) as source,
+            av.open(str(path), "w", options=options) as target,
+        ):
+            stream = target.add_stream_from_template(source.streams.video[0])
+            packets = [packet for packet in source.demux(video=0) if packet.size]
+            begin = packets[shown].pts or 0
+            for packet in packets[first:]:
+                assert packet.pts is not None and packet.dts is not None
+                packet.pts, packet.dts = packet.pts - begin, packet.dts - begin
+                packet.stream = stream
+                target.mux(packet)
+        with av.open(str(path)) as container:
+            wanted = numbers([one.to_ndarray(format="rgb24") for one in container.decode(video=0)])
+        assert wanted == list(range(30 if name == "trimmed.mp4" else 24, 60))
+        assert probe_video(path).num_frames == len(wanted)
+        assert numbers(read_video(path)) == wanted
+        assert numbers(read_video(path, 5, 7)) == wanted[5:12]
+
+
+def test_pictures_are_turned_as_the_file_asks_for(tmp_path):
+    path = tmp_path / "phone.mp4"
+    pixels = numbered(20, 48, 80)
+    write_as(path, pixels)
+    data = bytearray(path.read_bytes())
+    # The matrix of a track's header, past its version, flags, times and numbers.
+    matrix = data.find(b"tkhd") + 4 + 4 + 20 + 16
+    turn = (0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)
+    data[matrix : matrix + 36] = struct.pack(">9i", *turn)
+    path.write_bytes(data)
+    info = probe_video(path)
+    assert (info.height, info.width) == (80, 48)
+    read = read_video(path, 3, 2)
+    assert read.shape == (2, 80, 48, 3)
+    upright = np.rot90(pixels[3:5], -1, axes=(1, 2))
+    assert np.abs(read.astype(int) - upright).mean() < 4
+
+
+def test_an_unknown_codec_is_refused_by_name(tmp_path):
+    path = tmp_path / "clip.mp4"
+    write_as(path, numbered(10))
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"avc1", b"zzz9").replace(b"isomiso2zzz9", b"isomiso2avc1"))
+    for use in (probe_video, read_video, index_frames):
+        with pytest.raises(ValueError, match=r"clip.mp4: is of a codec"):
+            use(path)
+
+
+def test_frames_that_the_decoder_made_up_are_refused(tmp_path):
+    path = tmp_path / "damaged.mp4"
+    noise = np.random.default_rng(0).integers(-20, 20, (60, 64, 80, 3))
+    write_as(path, np.clip(numbered(60) + noise, 0, 255).astype(np.uint8))
+    data = bytearray(path.read_bytes())
+    begin = data.find(b"mdat")
+    middle = begin + (len(data) - begin) // 2
+    data[middle : middle + 4000] = bytes(4000)
+    path.write_bytes(data)
+    assert numbers(read_video(path, 0, 10)) == list(range(10))
+    with pytest.raises(ValueError, match=r"damaged.mp4: frames 20 .. 39 cannot be decoded"):
+        read_video(path, 20, 20)
+
+
+def test_frames_that_change_size_are_refused(tmp_path):
+    path = tmp_path / "switch.ts"
+    parts = []
+    for height in (64, 48):
+        write_as(tmp_path / "part.ts", numbered(10, height), form="mpegts")
+        parts.append((tmp_path / "part.ts").read_bytes())
+    path.write_bytes(b"".join(parts))
+    with pytest.raises(ValueError, match=r"switch.ts: its frames change size, from 64 x 80 to 48"):
+        read_video(path)
+
+
+def test_a_cover_picture_is_no_video(tmp_path):
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as target:
+        cover = target.add_stream("mjpeg", rate=1)
+        cover.height, cover.width, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        sound = target.add_stream("aac", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.rate = 8000
+        picture = av.VideoFrame.from_ndarray(numbered(1, 32, 32)[0], "rgb24")
+        for packets in (cover.encode(picture), cover.encode(None), sound.encode(frame)):
+            target.mux(packets)
+        target.mux(sound.encode(None))
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    with pytest.raises(ValueError, match=r"song.mp4: has no video stream"):
+        probe_video(path)

@@ -10,6 +10,7 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,6 +27,24 @@ from scd.serving.uploads import Uploads
 LIMITS = DecodeLimits(
     height=16, width=16, fps=10.0, max_frames=8, max_pixels=200 * 200, max_s=5.0, cpu_s=20
 )
+
+
+def test_frames_of_an_upload_come_in_the_order_of_the_decoder(tmp_path):
+    """A clip in AVI with B frames, whose stored times go back and forth."""
+    pixels = np.zeros((20, 32, 32, 3), np.uint8)
+    pixels += (10 * np.arange(20, dtype=np.uint8))[:, None, None, None]
+    with av.open(str(tmp_path / "clip.avi"), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"bf": "2"})
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for one in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(one, format="rgb24")))
+        container.mux(stream.encode(None))
+    with av.open(str(tmp_path / "clip.avi")) as container:
+        times = [frame.pts for frame in container.decode(video=0)]
+    assert times != sorted(times)
+    frames = decode((tmp_path / "clip.avi").read_bytes(), LIMITS)
+    assert np.abs(frames.mean((1, 2, 3)) - 10 * np.arange(12, 20)).max() < 4
 
 
 def picture(height: int = 32, width: int = 32, format: str = "PNG", **options) -> bytes:
