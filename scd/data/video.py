@@ -174,26 +174,28 @@ def read_video(
         wanted = index.times[start:stop]
         with _opened(path) as (container, stream):
             container.seek(int(wanted[0]), stream=stream)
-            pixels = _decode(_at_times(container.decode(stream), wanted), path)
-        if pixels is not None and len(pixels) == len(wanted):
+            pixels = _decode(_at_times(container.decode(stream), wanted), len(wanted), path)
+        if pixels is not None:
             return pixels
     # A seek may land after its target: then frames are counted from the beginning.
     with _opened(path) as (container, stream):
         frames = islice(container.decode(stream), start, stop)
-        pixels = _decode(frames, path)
-    if pixels is None or len(pixels) != stop - start:
+        pixels = _decode(frames, stop - start, path)
+    if pixels is None:
         raise ValueError(f"{path}: frames {start} .. {stop - 1} cannot be decoded")
     return pixels
 
 
-def upright(picture: UInt8[np.ndarray, "h w 3"], rotation: int) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Turn a picture as its file asks for.
+def upright(
+    pixels: UInt8[np.ndarray, "*t h w 3"], rotation: int
+) -> UInt8[np.ndarray, "*t h2 w2 3"]:
+    """Turn pictures as their file asks for.
 
     Args:
-        picture: as it is stored.
+        pixels: as they are stored.
         rotation: `av.VideoFrame.rotation`: degrees, counterclockwise.
     """
-    return np.rot90(picture, round(rotation / 90)) if rotation else picture
+    return np.rot90(pixels, round(rotation / 90), axes=(-3, -2)) if rotation else pixels
 
 
 def _at_times(frames: Iterable[av.VideoFrame], wanted: np.ndarray) -> Iterator[av.VideoFrame]:
@@ -210,21 +212,30 @@ def _at_times(frames: Iterable[av.VideoFrame], wanted: np.ndarray) -> Iterator[a
             return
 
 
-def _decode(frames: Iterable[av.VideoFrame], path: Path | str) -> np.ndarray | None:
-    """Turn frames into pictures; None where the decoder had to make one up."""
-    pixels: list[np.ndarray] = []
+def _decode(
+    frames: Iterable[av.VideoFrame], num_frames: int, path: Path | str
+) -> np.ndarray | None:
+    """Turn frames into pictures; None where one is missing or the decoder had to make it up."""
+    pixels: np.ndarray | None = None
+    rotation = found = 0
     reformatter = VideoReformatter()
     for frame in frames:
         if frame.is_corrupt:
             return None
         # Starting threads takes longer than turning a small frame into RGB.
         picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        pixels.append(upright(picture, frame.rotation))
-        if pixels[-1].shape != pixels[0].shape:
+        if pixels is None:
+            rotation = frame.rotation
+            pixels = np.empty((num_frames, *picture.shape), np.uint8)
+        elif picture.shape != pixels.shape[1:]:
             raise ValueError(
-                f"{path}: its frames change size, from {_size(pixels[0])} to {_size(pixels[-1])}"
+                f"{path}: its frames change size, from {_size(pixels[0])} to {_size(picture)}"
             )
-    return np.stack(pixels) if pixels else None
+        pixels[found] = picture
+        found += 1
+    if pixels is None or found < num_frames:
+        return None
+    return np.ascontiguousarray(upright(pixels, rotation))
 
 
 def _size(picture: np.ndarray) -> str:

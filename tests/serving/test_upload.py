@@ -34,7 +34,7 @@ def test_frames_of_an_upload_come_in_the_order_of_the_decoder(tmp_path):
     pixels = np.zeros((20, 32, 32, 3), np.uint8)
     pixels += (10 * np.arange(20, dtype=np.uint8))[:, None, None, None]
     with av.open(str(tmp_path / "clip.avi"), "w") as container:
-        stream = container.add_stream("libx264", rate=10, options={"bf": "2"})
+        stream = container.add_stream("libx264", rate=10, options={"bf": "2", "b_strategy": "0"})
         assert isinstance(stream, av.VideoStream)
         stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
         for one in pixels:
