@@ -48,6 +48,8 @@ class BrowserConfig:
     """Of the keys and their times."""
     out: str = ""
     """JSON file of the result; empty: none."""
+    picture: str = ""
+    """PNG file of the page at the end, while a key is held; empty: none."""
 
     def __post_init__(self) -> None:
         if self.seconds <= 0 or self.warm_up < 0 or self.presses_per_s <= 0:
@@ -69,6 +71,14 @@ def press(page: Page, config: BrowserConfig, draw: random.Random, seconds: float
         page.wait_for_timeout(1000 * draw.uniform(0.05, 0.5) / config.presses_per_s)
         page.keyboard.up(key)
         page.wait_for_timeout(1000 * draw.expovariate(config.presses_per_s))
+
+
+def take_picture(page: Page, path: Path) -> None:
+    """Hold a key until a frame has obeyed it, and keep what is seen then."""
+    page.keyboard.down(KEYS[-1])
+    page.wait_for_timeout(500)
+    page.screenshot(path=path)
+    page.keyboard.up(KEYS[-1])
 
 
 def meter(page: Page, name: str) -> float:
@@ -119,6 +129,8 @@ def measure(config: BrowserConfig) -> dict[str, Any]:
                 "browser_ms": meter(page, "browser"),
                 "steps": meter(page, "steps"),
             }
+            if config.picture:
+                take_picture(page, Path(config.picture))
             page.close()
         browser.close()
     return {

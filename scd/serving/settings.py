@@ -66,23 +66,23 @@ class WorldConfig:
     run: str = ""
     """World, run or step folder; empty: the world that comes with the package."""
     data: str = ""
-    """Folder of a dataset whose held-out clips streams may begin with; empty: the clips that the
-    world carries, if any."""
+    """Dataset whose recorded clips streams may begin with, of those held out of training; empty:
+    the clips that the world carries, if any."""
     port: int = 8000
     """Port to listen on; 0: any free one."""
     sessions: int = 8
-    """Sessions in memory at once; every fork is one."""
+    """Streams in memory at once; every fork is one."""
     device: str = "auto"
     """Where the model runs: auto, cpu, cuda, cuda:1."""
     engine: Annotated[str, tyro.conf.arg(metavar="{plain,fast}")] = "fast"
     """What runs the model: as it is written, or laid out for the machine."""
     precision: Annotated[str, tyro.conf.arg(metavar="{fp32,bf16}")] = "fp32"
-    """Of weights, memory and products."""
+    """Numbers of weights, KV cache and products: 32 bits, or bfloat16 in half the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(WorldConfig):
-    """A server of one world."""
+    """Serve a world to many players at once: the page of `scd play`, a WebSocket and HTTP."""
 
     host: str = "127.0.0.1"
     """Address to listen on; another one than this machine's own needs allow-remote and a token."""
@@ -101,7 +101,7 @@ class ServeConfig(WorldConfig):
     tls_key: str = ""
     """File of the certificate's key."""
     max_rows: int = 16
-    """Frames that are denoised side by side; guided ones count twice."""
+    """Frames that are denoised in one batch, of all streams together; guided ones count twice."""
     memory_gib: float | None = None
     """Memory that sessions may take in all; None: what is free."""
     history_frames: int = 300
@@ -204,7 +204,7 @@ class ServeConfig(WorldConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PlayConfig(WorldConfig):
-    """A world to play in the browser of this machine."""
+    """Play a world in this machine's browser: each frame is made while you steer."""
 
     browser: bool = True
     """Open the page in a browser."""
