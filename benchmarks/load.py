@@ -109,7 +109,7 @@ def references(config: LoadConfig) -> list[np.ndarray]:
     kept = []
     for seed in range(config.seeds):
         rollout = Rollout(world, seed=seed, engine=engine)
-        rollout.begin()
+        rollout.begin(from_nothing=True)
         action = torch.tensor([seed % num_actions]) if num_actions else None
         frames = [rollout.step(action) for _ in range(config.frames)]
         kept.append(frames_to_pixels(torch.cat(frames)).numpy())

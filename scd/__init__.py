@@ -21,12 +21,42 @@ Dimension names in shape annotations, the same in every file:
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+from scd.streaming.gym_names import register_when_loaded
+
+if TYPE_CHECKING:
+    from scd.evaluation.media import write_video
+    from scd.models.checkpoint import World, load
+    from scd.streaming.environment import WorldEnv, WorldVectorEnv
+    from scd.streaming.rollout import Rollout
 
 __version__ = "0.1.0"
+
+__all__ = ["Rollout", "World", "WorldEnv", "WorldVectorEnv", "load", "write_video"]
+
+_MODULES = {
+    "Rollout": "scd.streaming.rollout",
+    "World": "scd.models.checkpoint",
+    "WorldEnv": "scd.streaming.environment",
+    "WorldVectorEnv": "scd.streaming.environment",
+    "load": "scd.models.checkpoint",
+    "write_video": "scd.evaluation.media",
+}
 
 
 def __getattr__(name: str) -> object:
     """Give the names that users take from the root; nothing is loaded before they ask."""
-    if name in ("WorldEnv", "WorldVectorEnv"):
-        return getattr(import_module("scd.streaming.environment"), name)
-    raise AttributeError(f"module 'scd' has no attribute {name!r}")
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    raise AttributeError(
+        f"module 'scd' has no attribute {name!r}; it has {', '.join(__all__)}, and folders of "
+        "modules such as scd.streaming"
+    )
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+register_when_loaded()

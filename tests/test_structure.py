@@ -179,9 +179,24 @@ def test_a_circle_is_noticed():
 def test_folders_have_empty_roots():
     for folder in {path.parent for path in source_files()} - {ROOT / "scd"}:
         assert (folder / "__init__.py").read_text(encoding="utf-8") == "", folder
-    # The root gives two names when asked for them, and loads nothing before.
-    found = {name for name, _ in imported_modules(parsed(ROOT / "scd/__init__.py"))}
-    assert found <= {"importlib", "importlib.import_module"}
+
+
+def test_the_root_gives_its_names_and_loads_nothing_before():
+    code = "import scd, sys; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in run.stdout.split()}
+    assert not loaded & {"torch", "numpy", "gymnasium", "matplotlib", "huggingface_hub"}
+    assert sorted(scd.__all__) == scd.__all__ and set(scd.__all__) <= set(dir(scd))
+    assert all(callable(getattr(scd, name)) for name in scd.__all__)
+    # What a type checker reads is what is given.
+    typed = {
+        name.removeprefix("scd.")
+        for name, _ in imported_modules(parsed(ROOT / "scd/__init__.py"))
+        if name.rpartition(".")[2] in scd.__all__
+    }
+    assert typed == {f"{getattr(scd, name).__module__}.{name}"[4:] for name in scd.__all__}
+    with pytest.raises(AttributeError, match="no attribute 'Wrld'.*World"):
+        scd.Wrld  # noqa: B018
 
 
 def test_imports_stand_at_the_top_unless_the_package_is_optional():
@@ -304,12 +319,14 @@ def test_readme_tree_shows_the_rooms():
     assert folders - {"scd/"} <= set(shown), f"not in the tree: {folders - set(shown)}"
 
 
-def test_readme_python_runs():
+def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     (block,) = readme_blocks("python")
     names: dict[str, Any] = {}
     exec(compile(block, "README.md", "exec"), names)
-    assert names["frame"].shape == (1, 3, 64, 64)
-    assert names["rollout"].num_frames == 4
+    assert names["frames"][-1].shape == (3, 64, 64)
+    assert names["rollout"].num_frames == names["rollout"].num_given + 4 == len(names["frames"])
+    assert (tmp_path / "doom.mp4").stat().st_size > 1000
 
 
 def test_ci_runs_the_readme_commands():

@@ -1,14 +1,15 @@
-"""Parts of a pipeline that diffusers saved (vae/, text_encoder/, ...), on disk or from the hub."""
+"""Repositories on the hub, and parts of a pipeline that diffusers saved (vae/, text_encoder/, ...),
+on disk or from there."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from scd.common.files import read_json
@@ -104,15 +105,31 @@ def read_part_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _download(source: str, part: str, at_root: list[str]) -> Path:
-    """Return the folder of a part, or of the whole where there is no part but files at its root."""
-    if source.count("/") != 1 or source.startswith((".", "/")):
+def is_hub_name(name: str) -> bool:
+    """Tell whether a name has the form of one on the hub: owner/name."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and name[-1:] != "/"
+
+
+def download(source: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """Return the local copy of a repository on the hub, downloaded now or found again.
+
+    Args:
+        source: owner/name.
+        patterns: of the names of its files that are needed.
+        revision: branch, tag or commit; None: the newest.
+
+    Raises:
+        FileNotFoundError: no such name, or the hub cannot be reached and has not been before.
+    """
+    if not is_hub_name(source):
         raise FileNotFoundError(
             f"there is no folder {source}, and it is no name on the hub (owner/name) either"
         )
     try:
-        copy = snapshot_download(
-            source, allow_patterns=[f"{part}/*", *at_root], etag_timeout=CONTACT_S
+        return Path(
+            snapshot_download(
+                source, allow_patterns=list(patterns), etag_timeout=CONTACT_S, revision=revision
+            )
         )
     except HFValidationError as error:
         raise FileNotFoundError(f"there is no folder {source}: {error}") from error
@@ -122,9 +139,44 @@ def _download(source: str, part: str, at_root: list[str]) -> Path:
             f"there is no folder {source}, and the hub did not give it ({reason}); "
             + OFFLINE.format(source=source)
         ) from error
-    found = Path(copy) / part
-    if not found.is_dir() and at_root and (Path(copy) / CONFIG_FILE).is_file():
-        return Path(copy)
+
+
+def upload(folder: Path, name: str, private: bool, token: str | None, message: str) -> str:
+    """Put a folder's files into a repository on the hub, made anew if need be; return its address.
+
+    Args:
+        folder: what it holds goes to the root of the repository.
+        name: owner/name, or a name under the owner of the token.
+        private: whether a new repository is hidden from others.
+        token: of an account that may write; None: the one of `hf auth login`.
+        message: of the commit.
+
+    Raises:
+        ValueError: no name that the hub could have.
+        OSError: the hub cannot be reached or refused; the folder is as it was.
+    """
+    hub = HfApi(token=token)
+    try:
+        made = hub.create_repo(name, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message)
+    except HFValidationError as error:
+        raise ValueError(f"{name!r} is no name on the hub (owner/name): {error}") from error
+    except Exception as error:
+        # Where there is no network the error is one of the library beneath, whatever that is.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"the hub did not take {name} ({reason}): it needs a network, and an account that may "
+            "write there (hf auth login)"
+        ) from error
+    return str(made)
+
+
+def _download(source: str, part: str, at_root: list[str]) -> Path:
+    """Return the folder of a part, or of the whole where there is no part but files at its root."""
+    copy = download(source, [f"{part}/*", *at_root])
+    found = copy / part
+    if not found.is_dir() and at_root and (copy / CONFIG_FILE).is_file():
+        return copy
     if not found.is_dir():
         raise FileNotFoundError(f"{source} on the hub has no {part}/")
     return found

@@ -1,7 +1,8 @@
 """What is saved of a world model and of a run, written so that a kill leaves the last one whole.
 
 A world folder holds `config.json` (format, model, autoencoder, data card, sampling) and
-`model.safetensors`: all that a rollout needs. A run folder holds
+`model.safetensors`: all that a rollout needs. One that is passed on also holds `clips.safetensors`,
+clips to begin from, and `README.md`, its card. A run folder holds
 
     config.json        the TrainConfig of the run
     log.jsonl          what happened
@@ -20,8 +21,9 @@ import json
 import os
 import pickle
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,19 +36,26 @@ from scd.autoencoders.build import Autoencoder, build_autoencoder
 from scd.autoencoders.config import AutoencoderConfig
 from scd.common.config import from_json, to_json
 from scd.common.files import read_json, write_file, written_aside
+from scd.common.hub import upload
 from scd.common.names import did_you_mean
 from scd.common.weights import SHARD_BYTES, is_file_of, is_stored, write_shards
 from scd.data.source import DataCard
-from scd.models.build import Diffuser, build
+from scd.models.build import Diffuser, build, num_parameters
+from scd.models.clips import CLIPS_FILE, Clips, clips_in
 from scd.models.config import SamplingConfig
 from scd.models.kinds import ModelConfig
+from scd.models.names import CARD_FILE, find_world
 from scd.models.weights import CONFIG_FILE, FORMAT, WEIGHTS_FILE, load_weights, read_settings
+from scd.models.world_card import WorldFacts, card_text
 
 PACKAGE = Path(__file__).resolve().parent.parent
 """Folder of this package."""
 
 RAW_FILE = "raw.safetensors"
 """Weights that the optimiser moves, in a checkpoint of a run."""
+
+FROM_NOTHING = "begins_from_nothing"
+"""Field of a world's config.json; where it lacks, the world was not taught to."""
 
 
 @dataclass
@@ -61,6 +70,109 @@ class World:
     """What the frames and actions mean."""
     sampling: SamplingConfig
     """How frames are denoised unless the caller says otherwise."""
+    begins_from_nothing: bool = False
+    """Whether it was taught to make a first frame without any before it, so that streams begin so
+    unless they are given frames. False: they begin from its clips, if it carries any."""
+    folder: Path | None = field(default=None, repr=False)
+    """Where it was read from; None: it was made here."""
+    own_clips: Clips | None = field(default=None, repr=False)
+    """Of `clips`, where they are not, or not yet, those of the folder."""
+
+    @property
+    def clips(self) -> Clips:
+        """Clips to begin streams from, of the actions by id; read when first asked for.
+
+        Raises:
+            ValueError: their file is damaged, or holds something else.
+        """
+        if self.own_clips is None:
+            found = None if self.folder is None else clips_in(self.folder, self.card.fps)
+            self.own_clips = found or Clips.none(self.card.height, self.card.width)
+        return self.own_clips
+
+    @clips.setter
+    def clips(self, clips: Clips) -> None:
+        self.own_clips = clips
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        weights: Literal["ema", "raw"] = "ema",
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+    ) -> World:
+        """Load a world by name: the same as `scd.load`."""
+        return load(name, weights=weights, device=device, revision=revision)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], name: str = "") -> Path:
+        """Write a folder to pass on: settings, weights, clips and a model card.
+
+        A card (README.md) that is there already stays as it is.
+
+        Args:
+            folder: a new one, or one that holds a world and nothing else, which is replaced.
+            name: by which others will load it, for the card; empty: the folder's.
+
+        Raises:
+            FileExistsError: something else than a world is there.
+            OSError: it could not be written; what was there is still there.
+        """
+        folder = Path(folder)
+        _refuse_others(folder, {CONFIG_FILE, CLIPS_FILE, CARD_FILE})
+        clips, card = self.clips, folder / CARD_FILE
+        text = card.read_text("utf-8") if card.is_file() else self.model_card(name or folder.name)
+        with written_aside(folder) as aside:
+            write_world(self, self.model.state_dict(), aside)
+            if len(clips):
+                tensors = {"frames": clips.frames, "actions": clips.actions}
+                _write_tensors(tensors, aside / CLIPS_FILE)
+            (aside / CARD_FILE).write_text(text, encoding="utf-8")
+        return folder
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        commit_message: str = "A world of scd",
+    ) -> str:
+        """Put what `save_pretrained` writes into a repository on the hub; return its address.
+
+        Args:
+            name: owner/name, or a name under the owner of the token.
+            private: whether a new repository is hidden from others.
+            token: of an account that may write; None: the one of `hf auth login`.
+            commit_message: of the commit.
+
+        Raises:
+            ValueError: no name that the hub could have.
+            OSError: the hub cannot be reached or refused.
+        """
+        with tempfile.TemporaryDirectory() as place:
+            folder = self.save_pretrained(Path(place) / "world", name)
+            return upload(folder, name, private, token, commit_message)
+
+    def model_card(self, name: str) -> str:
+        """Return the text of a card, README.md, by which others know what this is.
+
+        Args:
+            name: by which they load it.
+        """
+        clips = self.clips
+        facts = WorldFacts(
+            model=self.model.config,
+            autoencoder=type(self.autoencoder.config).__name__,
+            card=self.card,
+            sampling=self.sampling,
+            num_parameters=num_parameters(self.model),
+            num_clips=len(clips),
+            num_clip_frames=clips.frames.shape[1],
+            begins_from_nothing=self.begins_from_nothing,
+        )
+        return card_text(name, facts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +197,47 @@ def save_world(world: World, folder: str | os.PathLike[str]) -> Path:
         OSError: it could not be written; what was there is still there.
     """
     folder = Path(folder)
-    if folder.exists():
-        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
-        others = {name for name in names - {CONFIG_FILE} if not is_file_of(name, WEIGHTS_FILE)}
-        if others:
-            raise FileExistsError(f"{folder} holds other things than a world: {sorted(names)}")
+    _refuse_others(folder, {CONFIG_FILE})
     with written_aside(folder) as aside:
         write_world(world, world.model.state_dict(), aside)
     return folder
+
+
+def _refuse_others(folder: Path, ours: set[str]) -> None:
+    """Refuse a place where something else is than weights and files of these names."""
+    if folder.exists():
+        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
+        others = {name for name in names - ours if not is_file_of(name, WEIGHTS_FILE)}
+        if others:
+            raise FileExistsError(f"{folder} holds other things than a world: {sorted(names)}")
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    weights: Literal["ema", "raw"] = "ema",
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> World:
+    """Load a world by name.
+
+    Args:
+        name: a world that comes with the package, such as "doom"; a world folder, run or step of a
+            run; or `owner/name` on the hub.
+        weights: the averaged weights, or those the optimiser moved (only in a run).
+        device: where the model goes.
+        revision: branch, tag or commit on the hub; None: the newest.
+
+    Raises:
+        FileNotFoundError: no such world, or the hub cannot be reached; says which there are.
+        ValueError: the files are damaged, of another format, or do not fit together.
+    """
+    return load_world(find_world(name, revision), weights, device)
+
+
+def as_world(world: World | str | os.PathLike[str]) -> World:
+    """Return a world, loaded if it is given by name."""
+    return world if isinstance(world, World) else load(world)
 
 
 def load_world(
@@ -133,6 +278,8 @@ def load_world(
         autoencoder=build_autoencoder(parts["autoencoder"], device),
         card=parts["card"],
         sampling=parts["sampling"],
+        begins_from_nothing=parts[FROM_NOTHING],
+        folder=folder,
     )
 
 
@@ -278,28 +425,38 @@ def write_world_settings(
     autoencoder: AutoencoderConfig,
     card: DataCard,
     sampling: SamplingConfig,
+    begins_from_nothing: bool = False,
 ) -> dict[str, Any]:
     """Write the config.json of a world folder and return what it holds."""
-    config = {
+    config: dict[str, Any] = {
         "format": FORMAT,
         "model": to_json(model),
         "autoencoder": to_json(autoencoder),
         "card": to_json(card),
         "sampling": to_json(sampling),
     }
+    if begins_from_nothing:
+        config[FROM_NOTHING] = True
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     return config
 
 
 def write_world(world: World, state: Mapping[str, Tensor], folder: Path) -> None:
     config = write_world_settings(
-        folder, world.model.config, world.autoencoder.config, world.card, world.sampling
+        folder,
+        world.model.config,
+        world.autoencoder.config,
+        world.card,
+        world.sampling,
+        world.begins_from_nothing,
     )
     _write_tensors(state, folder / WEIGHTS_FILE, {"config": json.dumps(config)})
 
 
 def read_world_parts(folder: Path) -> dict[str, Any]:
     """Read the settings of a world folder: "model", "autoencoder", "card" and "sampling".
+
+    And whether it "begins_from_nothing".
 
     Raises:
         FileNotFoundError: there are none.
@@ -313,11 +470,16 @@ def read_world_parts(folder: Path) -> dict[str, Any]:
         "card": DataCard,
         "sampling": SamplingConfig,
     }
-    unknown = sorted(set(values) - set(kinds) - {"format"})
+    unknown = sorted(set(values) - set(kinds) - {"format", FROM_NOTHING})
     missing = sorted(set(kinds) - set(values))
     if unknown or missing:
         raise ValueError(f"{path}: unknown fields {unknown}, missing fields {missing}")
-    return {name: from_json(kind, values[name], f"{path}: {name}") for name, kind in kinds.items()}
+    begins = values.get(FROM_NOTHING, False)
+    if not isinstance(begins, bool):
+        raise ValueError(f"{path}: {FROM_NOTHING} must be true or false, got {begins!r}")
+    return {FROM_NOTHING: begins} | {
+        name: from_json(kind, values[name], f"{path}: {name}") for name, kind in kinds.items()
+    }
 
 
 def _write_tensors(

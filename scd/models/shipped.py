@@ -7,37 +7,18 @@ A shipped folder holds, besides `config.json` and `model.safetensors` in bfloat1
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
-from jaxtyping import Float, Int, UInt8
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from scd.common.files import written_aside
-from scd.data.clip import Batch, frames_to_pixels, pixels_to_frames
+from scd.data.clip import Batch, frames_to_pixels
 from scd.models.checkpoint import World, load_world, resolve, save_world
+from scd.models.clips import CLIPS_FILE, Clips, clips_in
+from scd.models.names import WORLDS
 
-CLIPS_FILE = "clips.safetensors"
-"""Beside the weights of a world."""
-
-SHIPPED = Path(__file__).resolve().parent.parent / "worlds" / "doom"
+SHIPPED = WORLDS / "doom"
 """Folder of the world that comes with the package."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clips:
-    """Held-out clips to begin a stream from."""
-
-    frames: UInt8[Tensor, "n t 3 h w"]
-    """Pixels, 0 to 255."""
-    actions: Int[Tensor, "n t"]
-    """Action i led to frame i."""
-
-    def pixels(self, number: int, num_frames: int | None = None) -> Float[Tensor, "t 3 h w"]:
-        """Return frames of one clip in [-1, 1]; None: all."""
-        return pixels_to_frames(self.frames[number, :num_frames].movedim(-3, -1))
 
 
 def shipped_world() -> Path:
@@ -63,14 +44,7 @@ def read_clips(folder: str | os.PathLike[str]) -> Clips | None:
     Raises:
         ValueError: the file is damaged, or holds something else.
     """
-    path = resolve(folder) / CLIPS_FILE
-    if not path.is_file():
-        return None
-    try:
-        tensors = load_file(path)
-        return Clips(frames=tensors["frames"], actions=tensors["actions"])
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no clips: {error}") from error
+    return clips_in(resolve(folder))
 
 
 def ship(run: str | os.PathLike[str], clips: Batch, folder: str | os.PathLike[str]) -> Path:

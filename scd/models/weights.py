@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors.torch import save_file
 from torch import nn
 
+from scd import __version__
 from scd.common.config import from_json, to_json
 from scd.common.files import file_aside, read_json, write_file
 from scd.common.weights import StoredWeights
@@ -86,7 +88,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no model settings at {path}")
-    settings = read_json(path, FORMAT)
+    settings = read_json(path)
+    found = settings.get("format") if isinstance(settings, dict) else None
+    if found != FORMAT:
+        newer = re.fullmatch(r"scd-(\d+)", str(found))
+        raise ValueError(
+            f"{path}: needed format {FORMAT!r}, got {found!r}"
+            + (f": a newer scd wrote it than this {__version__}, update scd" if newer else "")
+        )
     if "model" not in settings:
         raise ValueError(f"{path}: missing field 'model'")
     return settings

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import gymnasium as gym
@@ -25,11 +26,12 @@ from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
 from scd.engine.interface import Engine
 from scd.engine.open import open_engine
-from scd.models.checkpoint import World
+from scd.models.checkpoint import World, as_world
+from scd.models.clips import Clips
 from scd.models.flow import with_num_steps
-from scd.models.shipped import Clips
 from scd.streaming.rollout import Rollout
 from scd.streaming.sessions import Session, Streams
+from scd.streaming.start import NUM_GIVEN
 
 Frame = np.ndarray
 """Pixels [h, w, 3], uint8."""
@@ -70,6 +72,22 @@ class Start:
     num_given: int
     """Frames of a clip that a stream is given."""
 
+    @staticmethod
+    def of(world: World, clips: Clips | None, num_given: int | None) -> Start:
+        """Begin from clips that are given, else the world's own, else from nothing.
+
+        A world that was taught to begin from nothing does so unless clips are given. Without
+        num_given: 16 frames of a clip, or all if it is shorter.
+
+        Raises:
+            ValueError: num_given that no clip has.
+        """
+        if clips is None and not world.begins_from_nothing and len(world.clips):
+            clips = world.clips
+        if num_given is None:
+            num_given = NUM_GIVEN if clips is None else min(NUM_GIVEN, clips.frames.shape[1])
+        return Start(clips=clips, num_given=num_given)
+
     def __post_init__(self) -> None:
         if self.clips is None:
             return
@@ -103,33 +121,36 @@ class WorldEnv(gym.Env[Frame, Any]):
 
     def __init__(
         self,
-        world: World,
+        world: World | str | PathLike[str],
         judge: Judgement = worthless,
         max_frames: int = 300,
         num_steps: int | None = None,
         clips: Clips | None = None,
-        num_given: int = 16,
+        num_given: int | None = None,
         render_mode: str | None = None,
     ) -> None:
         """Wrap a world.
 
         Args:
-            world: steered by actions alone.
+            world: steered by actions alone; or its name, as `scd.load` takes it.
             judge: reward and end of a frame.
             max_frames: frames after which an episode is cut off (truncated).
             num_steps: denoising steps per frame; None: as the checkpoint says.
-            clips: where episodes begin, drawn at random; None: from nothing.
-            num_given: frames of a clip that the stream is given.
+            clips: where episodes begin, drawn at random; None: the world's own, or from nothing
+                where it has none or was taught to begin so.
+            num_given: frames of a clip that the stream is given; None: 16, or all it has.
             render_mode: "rgb_array" or None.
 
         Raises:
             ValueError: a world without actions, max_frames below 1, or num_given that no clip has.
+            OSError: no world of this name.
         """
+        world = as_world(world)
         check_length(max_frames, render_mode)
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": world.card.fps}
         self.observation_space, self.action_space = spaces(world.card)
         self.render_mode, self.judge, self.max_frames = render_mode, judge, max_frames
-        self._start = Start(clips=clips, num_given=num_given)
+        self._start = Start.of(world, clips, num_given)
         self._rollout = Rollout(world, engine=open_engine(world.model, "fast"))
         if num_steps is not None:
             self._rollout.num_steps = num_steps
@@ -143,7 +164,8 @@ class WorldEnv(gym.Env[Frame, Any]):
         super().reset(seed=seed)
         rollout, self._count = self._rollout, 0
         rollout.seed, frames, conditions = self._start.draw(self.np_random)
-        rollout.begin(None if frames is None else frames[None], conditions, can_reset=False)
+        given = None if frames is None else frames[None]
+        rollout.begin(given, conditions, can_reset=False, from_nothing=True)
         if frames is None:
             first = rollout.step(nothing(rollout.world.card.conditions)[None])[0]
         else:
@@ -210,7 +232,7 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         max_frames: int = 300,
         num_steps: int | None = None,
         clips: Clips | None = None,
-        num_given: int = 16,
+        num_given: int | None = None,
     ) -> None:
         """Wrap a world; arguments as of WorldEnv, and how many streams.
 
@@ -224,7 +246,7 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.single_observation_space, self.single_action_space = spaces(world.card)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._start = Start(clips=clips, num_given=num_given)
+        self._start = Start.of(world, clips, num_given)
         sampling = with_num_steps(world.sampling, num_steps)
         engine = open_engine(world.model, "fast")
         self._streams = Streams(world, engine, sampling, max_rows=num_envs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from scd.common.config import at_least
 from scd.common.timing import Clock, Timing
 from scd.data.clip import Conditions, check_conditions
 from scd.engine.interface import Engine
+from scd.engine.open import open_engine
 from scd.engine.plain import PlainEngine
-from scd.models.checkpoint import World
+from scd.models.checkpoint import World, as_world
 from scd.models.config import Guidance, SamplingConfig
 from scd.models.flow import num_step_noises, schedule, with_num_steps
 from scd.streaming.noise import NoiseUse, frame_noises, future_seeds, step_noises
+from scd.streaming.start import Given, check_size, given_frames, own_start
+from scd.streaming.steering import Action, as_actions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +47,8 @@ class Draft:
 class Rollout:
     """A batch of streams from one world, steered by actions, labels or text.
 
-    `begin` with given first frames or from nothing, then `step` once per frame. `observe` instead
-    of `step` puts in a frame from outside, `change_text` steers what follows by another text.
+    `begin` with a clip, given first frames or nothing, then `step` once per frame. `observe` puts
+    in a frame from outside instead, `change_text` steers what follows by another text.
     `fork` copies the stream as it is, `fork(n)` as n futures in one batch; `reset` goes back to
     where `begin` left it. Everything is repeatable from `seed`: the noise of frame i depends on the
     seed and i alone.
@@ -58,30 +62,34 @@ class Rollout:
 
     def __init__(
         self,
-        world: World,
+        world: World | str | PathLike[str],
         sampling: SamplingConfig | None = None,
         guidance: Guidance | None = None,
         seed: int = 0,
         window: int | None = None,
-        engine: Engine | None = None,
+        engine: Engine | str | None = None,
         decoder: StreamDecoder | None = None,
     ) -> None:
         """Prepare to stream.
 
         Args:
-            world: model, autoencoder and what they expect.
+            world: model, autoencoder and what they expect; or its name, as `scd.load` takes it.
             sampling: steps per frame and the like; None: as the checkpoint says.
             guidance: None: none.
             seed: of the noise.
             window: frames in memory; None: as the model was trained.
-            engine: what runs the model; None: the model as it is written.
+            engine: what runs the model; "fast": its weights laid out for the machine; "plain" or
+                None: the model as it is written.
             decoder: from latents to frames, from now on this stream's own; None: the autoencoder's.
 
         Raises:
-            ValueError: guidance that this model cannot give.
+            ValueError: guidance or an engine that this model does not have.
+            OSError: no world of this name.
         """
-        self.world = world
-        self.engine = engine or PlainEngine(world.model)
+        self.world = world = as_world(world)
+        if engine is None or engine == "plain":
+            engine = PlainEngine(world.model)
+        self.engine = open_engine(world.model, engine) if isinstance(engine, str) else engine
         self.guidance = guidance or Guidance()
         self.seed = seed
         self.window = window
@@ -174,20 +182,24 @@ class Rollout:
     @torch.no_grad()
     def begin(
         self,
-        frames: Float[Tensor, "b t 3 h w"] | None = None,
+        frames: Given | None = None,
         conditions: Conditions | None = None,
         batch: int = 1,
         can_reset: bool = True,
         latents: Float[Tensor, "b t2 c h2 w2"] | None = None,
+        from_nothing: bool = False,
     ) -> Float[Tensor, "b t3 3 h3 w3"]:
         """Start the streams.
 
         Args:
-            frames: given first frames in [-1, 1]; None: from nothing.
+            frames: given first frames in [-1, 1], or clips. None, with nothing else: from the
+                first 16 frames of one of the world's clips, by the seed; from nothing where it has
+                none or was taught to begin so.
             conditions: the actions that led to those frames; labels and text of the streams.
             batch: number of streams, where no frames are given.
             can_reset: keep a copy of the KV cache for `reset`.
             latents: of the given first frames, in their place.
+            from_nothing: even of a world that has clips and was not taught to.
 
         Returns:
             The given frames, as the decoder shows them where it makes video; none from nothing.
@@ -196,9 +208,9 @@ class Rollout:
             ValueError: frames of another size, conditions that do not fit, or no frames for a
                 model that cannot begin from nothing.
         """
-        conditions = conditions or Conditions()
-        if frames is not None:
-            self._check_size(frames)
+        if frames is None and conditions is None and latents is None and not from_nothing:
+            frames = own_start(self.world, batch, self.seed)
+        frames, conditions, latents = given_frames(frames, conditions, latents, self.world.card)
         given = frames if latents is None else latents
         if given is not None:
             if given.shape[1] == 0:
@@ -271,14 +283,6 @@ class Rollout:
         # One object for all frames: keys and values of a text are made anew for another one.
         self._unsteered = self._with_null(self._lasting)
 
-    def _check_size(self, frames: Tensor) -> None:
-        card = self.world.card
-        if frames.shape[-2:] != (card.height, card.width):
-            raise ValueError(
-                f"frames must be {card.height}x{card.width}, "
-                f"got {frames.shape[-2]}x{frames.shape[-1]}"
-            )
-
     @property
     def _has_null_state(self) -> bool:
         """Whether the unconditional branch of guidance has a KV cache of its own."""
@@ -290,11 +294,12 @@ class Rollout:
     def _twice(self, latents: Tensor) -> Tensor:
         return torch.cat([latents, latents]) if self._has_null_state else latents
 
-    def _conditions(self, actions: Tensor | None) -> Conditions:
-        """Return the conditions of one frame from its actions [b] or [b a]."""
+    def _conditions(self, given: Action | None) -> Conditions:
+        """Return the conditions of one frame from its actions."""
         if self._state is None:
             raise ValueError("begin the stream first")
         spec = self.engine.config.conditions
+        actions = as_actions(given, self.world.card, self.batch)
         if actions is None and not spec.has_actions:
             return self._unsteered
         conditions = replace(self._lasting, actions=None if actions is None else actions[:, None])
@@ -303,12 +308,12 @@ class Rollout:
             raise ValueError(f"{self.batch} streams need as many actions, got {actions.shape[0]}")
         return self._with_null(conditions.to(self.engine.device))
 
-    def step(
-        self, actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None
-    ) -> Float[Tensor, "b 3 h w"]:
+    def step(self, actions: Action | None = None) -> Float[Tensor, "b 3 h w"]:
         """Generate the next frame of each stream, the effect of `actions` on the newest one.
 
-        A step that is interrupted leaves the streams as they were.
+        An action is an id, its name, or a vector, of all streams; several are of each; {"keys":
+        ["w"], "mouse": (0.1, 0.0)} mean what the names of actions say. A step that is interrupted
+        leaves the streams as they were.
 
         Raises:
             ValueError: the stream has not begun, the actions do not fit, or a step makes several
@@ -319,9 +324,7 @@ class Rollout:
         return self.step_video(actions)[:, 0]
 
     @torch.no_grad()
-    def step_video(
-        self, actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None
-    ) -> Float[Tensor, "b t 3 h w"]:
+    def step_video(self, actions: Action | None = None) -> Float[Tensor, "b t 3 h w"]:
         """Generate the next latent frame, or block of them, of each stream; return its frames.
 
         Raises:
@@ -347,9 +350,7 @@ class Rollout:
         return frames
 
     @torch.no_grad()
-    def step_latents(
-        self, actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None
-    ) -> Float[Tensor, "b *m c h w"]:
+    def step_latents(self, actions: Action | None = None) -> Float[Tensor, "b *m c h w"]:
         """Generate what `step_video` shows as latents, which no decoder sees; it is not timed.
 
         Raises:
@@ -360,7 +361,7 @@ class Rollout:
         self._update(latents, conditions)
         return latents
 
-    def draft(self, actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None) -> Draft:
+    def draft(self, actions: Action | None = None) -> Draft:
         """Do the first part of `step`, for a caller who denoises himself.
 
         The streams stay as they are until `keep`: a draft may be dropped, and made again for other
@@ -376,7 +377,7 @@ class Rollout:
         """Do the last part of `step`: make the denoised latents of a draft part of the past."""
         self._update(latent, draft.conditions)
 
-    def check(self, actions: Tensor | None) -> None:
+    def check(self, actions: Action | None) -> None:
         """Refuse actions that `step` would refuse (ValueError)."""
         self._conditions(actions)
 
@@ -418,14 +419,14 @@ class Rollout:
     def observe(
         self,
         frames: Float[Tensor, "b 3 h w"],
-        actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None,
+        actions: Action | None = None,
     ) -> None:
         """Put in the next frame of each stream, in [-1, 1], and the actions that led to it.
 
         Raises:
             ValueError: frames of another size or number, or actions that do not fit.
         """
-        self._check_size(frames)
+        check_size(frames, self.world.card)
         conditions = self._conditions(actions)
         if frames.shape[0] != self.batch:
             raise ValueError(f"{self.batch} streams need as many frames, got {frames.shape[0]}")
@@ -435,7 +436,7 @@ class Rollout:
     def replay(
         self,
         latents: Float[Tensor, "b *m c h w"],
-        actions: Int[Tensor, " b"] | Float[Tensor, "b a"] | None = None,
+        actions: Action | None = None,
     ) -> None:
         """Put in what was `newest` at the next frame, and the actions that led to it.
 
@@ -572,7 +573,7 @@ class Rollout:
 
 
 @torch.no_grad()
-def draft_all(rollouts: Sequence[Rollout], actions: Sequence[Tensor | None]) -> list[Draft]:
+def draft_all(rollouts: Sequence[Rollout], actions: Sequence[Action | None]) -> list[Draft]:
     """Do what `draft` does for streams of one engine, which then shares the causal work of all.
 
     Args:

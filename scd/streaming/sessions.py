@@ -238,7 +238,8 @@ class Streams:
             _check_finite(frames)
             frames = frames[None]
         with self._memory_for(session, session.title):
-            rollout.begin(frames, conditions, can_reset=False)
+            # Where a session begins its client has said.
+            rollout.begin(frames, conditions, can_reset=False, from_nothing=True)
         return self._join(session)
 
     def fork(self, session: Session, seed: int | None = None) -> Session:

@@ -7,6 +7,7 @@ import torch
 from matplotlib.image import imread
 from PIL import Image
 
+from scd.data.clip import frames_to_pixels
 from scd.evaluation import media, plots
 
 
@@ -132,3 +133,57 @@ def test_loss_plot_on_a_dark_page_is_transparent(tmp_path):
     curves = {"separable": ([1, 10, 100], [1.0, 0.5, 0.1])}
     plots.plot_loss(curves, tmp_path / "loss.png", ink="on dark")
     assert imread(tmp_path / "loss.png")[0, 0, 3] == 0
+
+
+def test_frames_of_one_stream_are_taken_in_whichever_way_they_come():
+    frames = torch.rand(3, 3, 6, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    wanted = frames_to_pixels(frames)
+    pixels = wanted.numpy()
+    for given in (
+        frames,
+        frames[None],
+        list(frames),
+        [frame[None] for frame in frames],
+        frames.movedim(1, -1),
+        frames.numpy(),
+        wanted,
+        wanted.movedim(-1, 1),
+        pixels,
+        list(pixels),
+    ):
+        assert torch.equal(media.as_pixels(given), wanted)
+    # Of a side of three pixels the type decides.
+    tall = torch.zeros(2, 3, 5, 3)
+    assert media.as_pixels(tall).shape == (2, 5, 3, 3)
+    assert media.as_pixels(tall.to(torch.uint8)).shape == (2, 3, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("frames", "words"),
+    [
+        ([], "got none"),
+        (torch.zeros(0, 3, 4, 4), r"got \[0, 3, 4, 4\]"),
+        (torch.zeros(3, 4, 4), r"one stream, \[t 3 h w\] or \[t h w 3\], got \[3, 4, 4\]"),
+        (torch.zeros(2, 5, 3, 4, 4), r"of one stream.*got \[2, 5, 3, 4, 4\]"),
+        ([torch.zeros(2, 3, 4, 4)], r"of one stream.*got \[2, 3, 4, 4\]"),
+        ([torch.zeros(3, 4, 4), torch.zeros(3, 4, 6)], r"all of one size, got \[3, 4, 4\], \[3, 4"),
+        (torch.zeros(2, 4, 4, 4), r"got \[2, 4, 4, 4\]"),
+        (torch.full((2, 3, 4, 4), torch.nan), "finite floats"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.long), "8-bit pixels.*got torch.int64"),
+    ],
+)
+def test_what_is_no_video_is_refused_and_nothing_is_written(tmp_path, frames, words):
+    with pytest.raises(ValueError, match=words):
+        media.write_video(frames, tmp_path / "a.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_video_has_a_name_and_a_speed(tmp_path):
+    frames = moving_square(3, 6, 8)
+    media.write_video(frames, str(tmp_path / "a.mp4"))
+    assert (tmp_path / "a.mp4").is_file()
+    with pytest.raises(ValueError, match="written as .mp4, got 'a.gif'"):
+        media.write_video(frames, tmp_path / "a.gif")
+    for fps in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="fps must be a finite number above 0"):
+            media.write_video(frames, tmp_path / "b.mp4", fps=fps)

@@ -1,0 +1,86 @@
+"""Clips that a world carries to begin streams from, in a file beside its weights."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import SupportsIndex, overload
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from scd.data.clip import Clip, pixels_to_frames
+
+CLIPS_FILE = "clips.safetensors"
+"""Beside the weights of a world."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips(Sequence[Clip]):
+    """Held-out clips to begin a stream from: a sequence of `Clip`, kept as 8-bit pixels."""
+
+    frames: UInt8[Tensor, "n t 3 h w"]
+    """Pixels, 0 to 255."""
+    actions: Int[Tensor, "n t"]
+    """Action i led to frame i."""
+    fps: float = 10.0
+    """Frames per second at which they are meant to be watched."""
+
+    @staticmethod
+    def none(height: int, width: int) -> Clips:
+        """Return no clips, of a size."""
+        return Clips(
+            frames=torch.zeros(0, 0, 3, height, width, dtype=torch.uint8),
+            actions=torch.zeros(0, 0, dtype=torch.long),
+        )
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @overload
+    def __getitem__(self, number: SupportsIndex) -> Clip: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Clips: ...
+
+    def __getitem__(self, number: SupportsIndex | slice) -> Clip | Clips:
+        """Return one clip, counted from 0, or some of them.
+
+        Raises:
+            IndexError: there is no such clip.
+        """
+        if isinstance(number, slice):
+            return replace(self, frames=self.frames[number], actions=self.actions[number])
+        place = operator.index(number)
+        if not -len(self) <= place < len(self):
+            there = f"0 .. {len(self) - 1}" if len(self) else "none: begin from frames of yours"
+            raise IndexError(f"this world carries no clip {place}; clips are {there}")
+        return Clip(frames=self.pixels(place), actions=self.actions[place].long(), fps=self.fps)
+
+    def __iter__(self) -> Iterator[Clip]:
+        return (self[number] for number in range(len(self)))
+
+    def pixels(self, number: int, num_frames: int | None = None) -> Float[Tensor, "t 3 h w"]:
+        """Return frames of one clip in [-1, 1]; None: all."""
+        return pixels_to_frames(self.frames[number, :num_frames].movedim(-3, -1))
+
+
+def clips_in(folder: Path, fps: float = 10.0) -> Clips | None:
+    """Read the clips of a world's own folder; None: it carries none.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else.
+    """
+    path = folder / CLIPS_FILE
+    if not path.is_file():
+        return None
+    try:
+        tensors = load_file(path)
+        return Clips(frames=tensors["frames"], actions=tensors["actions"], fps=fps)
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no clips: {error}") from error

@@ -1,0 +1,84 @@
+"""Where streams begin: frames and the actions that led to them, given, or of the world's clips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from scd.data.clip import Batch, Clip, Conditions
+from scd.data.source import DataCard
+from scd.models.checkpoint import World
+
+NUM_GIVEN = 16
+"""Frames of one of the world's clips from which a stream begins, unless it is said otherwise."""
+
+Given = Tensor | Clip | Sequence[Clip]
+"""First frames [b t 3 h w] in [-1, 1]; or clips, with the actions that led to their frames, for a
+stream of each."""
+
+
+def own_start(world: World, batch: int, seed: int) -> Given | None:
+    """Return where streams of a world begin that are given nothing; None: from nothing.
+
+    That is one of its clips, by the seed, since a world that was not taught to begin from nothing
+    shows stripes for ever.
+    """
+    clips = world.clips
+    if world.begins_from_nothing or not len(clips) or not world.card.conditions.num_actions:
+        return None
+    return [clips[seed % len(clips)][:NUM_GIVEN]] * batch
+
+
+def given_frames(
+    given: Given | None, conditions: Conditions | None, latents: Tensor | None, card: DataCard
+) -> tuple[Tensor | None, Conditions, Tensor | None]:
+    """Return given frames, what led to them, and latents in their place.
+
+    Args:
+        given: frames or clips; None: none.
+        conditions: beside frames; of clips their own.
+        latents: in the place of frames.
+        card: size of the frames.
+
+    Raises:
+        ValueError: frames of another kind or size, conditions or latents beside clips, or clips
+            that cannot stand side by side.
+    """
+    if given is None or isinstance(given, Tensor):
+        if given is not None and (given.ndim != 5 or not given.is_floating_point()):
+            raise ValueError(
+                "given first frames are floats [streams, frames, 3, rows, columns] in [-1, 1], got "
+                f"{given.dtype} {list(given.shape)}; a clip does too: begin(world.clips[0])"
+            )
+        if given is not None:
+            check_size(given, card)
+        return given, conditions or Conditions(), latents
+    clips = [given] if isinstance(given, Clip) else given
+    if (
+        not isinstance(clips, Sequence)
+        or not clips
+        or not all(isinstance(clip, Clip) for clip in clips)
+    ):
+        raise ValueError(
+            "a stream begins from frames or clips: begin(world.clips[0]) or begin(frames, "
+            f"conditions), got {type(given).__name__} {given!r}"
+        )
+    if latents is not None or (conditions is not None and conditions.actions is not None):
+        raise ValueError("a clip brings its own frames and actions: give it alone")
+    batch = Batch.of(clips)
+    known = {name: value for name, value in vars(batch.conditions).items() if value is not None}
+    conditions = replace(conditions or Conditions(), **known)
+    if batch.encoded:
+        return None, conditions, batch.frames
+    check_size(batch.frames, card)
+    return batch.frames, conditions, None
+
+
+def check_size(frames: Tensor, card: DataCard) -> None:
+    """Refuse frames [... h w] of another size (ValueError)."""
+    if frames.shape[-2:] != (card.height, card.width):
+        raise ValueError(
+            f"frames must be {card.height}x{card.width}, got {frames.shape[-2]}x{frames.shape[-1]}"
+        )

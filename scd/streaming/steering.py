@@ -1,0 +1,209 @@
+"""What people type to steer a stream -> the actions of its streams, as a model takes them.
+
+An action is an id or a vector, by number or by name; or keys held and the mouse, where the names of
+the world's actions say what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scd.common.names import did_you_mean
+from scd.data.source import DataCard
+
+Action = Tensor | np.ndarray | np.generic | int | float | str | Sequence[Any] | Mapping[str, Any]
+"""Of all streams or of each: an id, a name, a vector, several of them; or {"keys": ["w"]} and
+{"mouse": (0.1, 0.0)}."""
+
+DIRECTIONS = {
+    "up": ("forward", "up", "north", "jump"),
+    "left": ("left", "west"),
+    "down": ("back", "backward", "down", "south"),
+    "right": ("right", "east"),
+}
+"""Words in the name of an action by which a direction's keys mean it, as on the page of `scd play`;
+the first that a world has."""
+
+KEYS = {"w": "up", "a": "left", "s": "down", "d": "right", "space": "jump"} | {
+    f"arrow{way}": way for way in DIRECTIONS
+}
+"""Keys with a meaning of their own."""
+
+IDLE = ("none", "noop", "idle", "nothing", "stay", "wait", "still", "stop")
+"""Names of the action that is done while no key is held."""
+
+
+def as_actions(action: Action | None, card: DataCard, num_streams: int) -> Tensor | None:
+    """Return what steers the next frame of each stream: ids [b], or vectors [b a].
+
+    One action is that of all streams. Whether ids are in range, and vectors finite and of the right
+    size, is checked with the model's other conditions.
+
+    Args:
+        action: as `step` takes it; None: none.
+        card: names of the actions.
+        num_streams: b.
+
+    Raises:
+        ValueError: what this world does not know; says what to type.
+    """
+    spec = card.conditions
+    if action is None or not spec.has_actions:
+        if action is None or isinstance(action, Tensor):
+            return action
+        raise ValueError("this world is steered by no actions: type step()")
+    if isinstance(action, Tensor):
+        return _each(action, card, num_streams)
+    if isinstance(action, Mapping):
+        action = _of_input(action, card)
+    if isinstance(action, str):
+        action = _named(action, card)
+    if isinstance(action, Sequence) and any(isinstance(one, str) for one in action):
+        action = [_named(one, card) if isinstance(one, str) else one for one in action]
+    try:
+        values = np.asarray(action)
+    except ValueError as error:
+        raise ValueError(f"{action!r} is no action. {what_to_type(card)}") from error
+    fits = "fiu" if spec.action_dim else "iu"
+    if values.dtype.kind not in fits or not values.size:
+        raise ValueError(f"{action!r} is no action. {what_to_type(card)}")
+    kind = np.float32 if spec.action_dim else np.int64
+    return _each(torch.from_numpy(values.astype(kind)), card, num_streams)
+
+
+def what_to_type(card: DataCard) -> str:
+    """Say how this world is steered, by examples."""
+    spec, names = card.conditions, ", ".join(card.action_names)
+    if spec.num_actions:
+        place = spec.num_actions - 1
+        return (
+            f"This world is steered by one of {names}: type step({card.action_names[place]!r}) or "
+            f"step({place})"
+        )
+    zeros = ", ".join(["0.0"] * spec.action_dim)
+    return f"This world is steered by {spec.action_dim} numbers ({names}): type step([{zeros}])"
+
+
+def _each(actions: Tensor, card: DataCard, num_streams: int) -> Tensor:
+    """Give each stream the action that is meant for all."""
+    if actions.dtype == torch.bool:
+        raise ValueError(f"an action is no truth value. {what_to_type(card)}")
+    spec = card.conditions
+    if spec.num_actions:
+        if actions.ndim > 1:
+            raise ValueError(
+                f"actions are ids, one for each of {num_streams} streams, got shape "
+                f"{list(actions.shape)}. {what_to_type(card)}"
+            )
+        return actions.expand(num_streams) if actions.ndim == 0 else actions
+    if actions.ndim == 0 and spec.action_dim == 1:
+        actions = actions[None]
+    if actions.ndim not in (1, 2):
+        raise ValueError(
+            f"actions are vectors, got shape {list(actions.shape)}. {what_to_type(card)}"
+        )
+    return actions.expand(num_streams, -1) if actions.ndim == 1 else actions
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _named(name: str, card: DataCard) -> int:
+    """Return the id of an action by its name."""
+    if card.conditions.action_dim:
+        raise ValueError(f"no action is called {name!r}. {what_to_type(card)}")
+    known = [_plain(one) for one in card.action_names]
+    if _plain(name) in known:
+        return known.index(_plain(name))
+    hint = did_you_mean(_plain(name), known) or "."
+    raise ValueError(f"no action is called {name!r}{hint} {what_to_type(card)}")
+
+
+def _of_input(given: Mapping[str, Any], card: DataCard) -> int | list[float]:
+    """Return the action that held keys and the mouse mean, where names of actions say so."""
+    unknown = sorted(str(name) for name in set(given) - {"keys", "mouse"})
+    if unknown:
+        raise ValueError(f'needed {{"keys": [...], "mouse": (x, y)}}, got {unknown} too')
+    keys = given.get("keys", ())
+    keys = [keys] if isinstance(keys, str) else list(keys)
+    if not all(isinstance(key, str) for key in keys):
+        raise ValueError(f'"keys" are names such as "w" or "left", got {keys!r}')
+    held = [_plain(key) for key in keys]
+    mouse = given.get("mouse")
+    if card.conditions.action_dim:
+        return _vector(held, mouse, card)
+    if mouse is not None and any(_pair(mouse)):
+        raise ValueError(f"this world knows no mouse. {what_to_type(card)}")
+    return _held_action(held, card)
+
+
+def _pair(mouse: Any) -> tuple[float, float]:
+    """Read how far the mouse moved, to the right and down."""
+    try:
+        right, down = (float(value) for value in mouse)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'"mouse" is (to the right, down), two numbers, got {mouse!r}') from error
+    return right, down
+
+
+def _held_action(held: list[str], card: DataCard) -> int:
+    """Return the one action that keys mean together."""
+    known = [_plain(one) for one in card.action_names]
+    if not held:
+        idle = [place for place, name in enumerate(known) if name in IDLE]
+        if not idle:
+            raise ValueError(f"this world has no action for no key. {what_to_type(card)}")
+        return idle[0]
+    meant = {key: _meaning(key, known) for key in held}
+    strange = [key for key, place in meant.items() if place is None]
+    if strange:
+        raise ValueError(f"this world knows no key {strange[0]!r}. {what_to_type(card)}")
+    places = sorted({place for place in meant.values() if place is not None})
+    if len(places) > 1:
+        raise ValueError(
+            f"keys {', '.join(held)} mean {' and '.join(card.action_names[one] for one in places)},"
+            f" of which this world does one at a time. {what_to_type(card)}"
+        )
+    return places[0]
+
+
+def _meaning(key: str, known: Sequence[str]) -> int | None:
+    """Return the number of the action that a key means; None: of none."""
+    if key in known:
+        return known.index(key)
+    way = KEYS.get(key.replace("_", ""), key)
+    words = DIRECTIONS.get(way, (way,))
+    for matches in (lambda name: name in words, lambda name: bool({*name.split("_")} & {*words})):
+        found = [place for place, name in enumerate(known) if matches(name)]
+        if found:
+            return found[0]
+    return None
+
+
+def _vector(held: list[str], mouse: Any, card: DataCard) -> list[float]:
+    """Fill the entries of a vector that bear the names of keys and of the mouse's axes."""
+    known = [_plain(one).removeprefix("key_") for one in card.action_names]
+    values = [0.0] * len(known)
+    for key in held:
+        if key not in known:
+            raise ValueError(f"no entry of this world's actions is key {key!r}. {_entries(card)}")
+        values[known.index(key)] = 1.0
+    if mouse is not None:
+        for axis, moved in zip("xy", _pair(mouse), strict=True):
+            names = [f"mouse_{axis}", f"mouse_d{axis}", f"mouse{axis}"]
+            places = [place for place, name in enumerate(known) if name in names]
+            if places:
+                values[places[0]] = moved
+            elif moved or not any(name.startswith("mouse") for name in known):
+                raise ValueError(f"this world knows no mouse along {axis}. {_entries(card)}")
+    return values
+
+
+def _entries(card: DataCard) -> str:
+    return f"Entries are called {', '.join(card.action_names)}. {what_to_type(card)}"

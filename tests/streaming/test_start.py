@@ -1,0 +1,180 @@
+"""Where streams begin: clips as their frames and actions, the world's own, or nothing."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import scd
+from scd.data.clip import Clip, Conditions
+from scd.models.checkpoint import save_world
+from scd.models.clips import Clips
+from scd.streaming.environment import WorldEnv, WorldVectorEnv, pixels
+from scd.streaming.rollout import Rollout
+from tests.streaming.test_rollout import world_of
+from tests.tiny import tiny_separable
+
+
+@pytest.fixture
+def world():
+    """A world with two clips of twenty frames."""
+    generator = torch.Generator().manual_seed(1)
+    world = world_of(tiny_separable())
+    world.clips = Clips(
+        frames=torch.randint(0, 256, (2, 20, 3, 4, 6), generator=generator, dtype=torch.uint8),
+        actions=torch.randint(0, 4, (2, 20), generator=generator),
+    )
+    return world
+
+
+def begun(world, *given, seed=0, **more):
+    """The next frame after a start."""
+    rollout = Rollout(world, seed=seed)
+    shown = rollout.begin(*given, **more)
+    return shown, rollout.step(1)
+
+
+def test_a_clip_is_its_frames_and_actions(world):
+    clip = world.clips[1]
+    shown, frame = begun(world, clip)
+    assert shown.shape == (1, 20, 3, 4, 6)
+    conditions = Conditions(actions=clip.actions[None])
+    assert torch.equal(frame, begun(world, clip.frames[None], conditions)[1])
+    both = list(world.clips)
+    _, frames = begun(world, [one[:5] for one in both])
+    stacked = torch.stack([one.frames[:5] for one in both])
+    actions = torch.stack([one.actions[:5] for one in both])
+    assert torch.equal(frames, begun(world, stacked, Conditions(actions=actions))[1])
+    encoded = replace(clip, frames=world.autoencoder.encode(clip.frames[None])[0], encoded=True)
+    assert torch.equal(begun(world, encoded)[1], frame)
+
+
+def test_a_world_that_was_not_taught_to_begins_from_its_clips(world):
+    for seed in (0, 1, 2):
+        shown, frame = begun(world, seed=seed)
+        wanted, same = begun(world, world.clips[seed % 2][:16], seed=seed)
+        assert torch.equal(shown, wanted) and torch.equal(frame, same)
+    assert begun(world, batch=3)[0].shape == (3, 16, 3, 4, 6)
+    shown, frame = begun(world, from_nothing=True)
+    assert shown.shape[1] == 0
+    taught = replace(world, begins_from_nothing=True)
+    assert torch.equal(begun(taught)[1], frame)
+    bare = replace(world, own_clips=None)
+    assert torch.equal(begun(bare)[1], frame)
+
+
+def test_environments_begin_where_their_world_does(world):
+    first, _ = WorldEnv(world).reset(seed=3)
+    starts = [pixels(clip.frames[15]) for clip in world.clips]
+    assert any((first == start).all() for start in starts)
+    several, _ = WorldVectorEnv(world, 2).reset(seed=3)
+    assert all(any((one == start).all() for start in starts) for one in several)
+    taught, bare = replace(world, begins_from_nothing=True), replace(world, own_clips=None)
+    from_nothing, _ = WorldEnv(taught).reset(seed=3)
+    assert (from_nothing == WorldEnv(bare).reset(seed=3)[0]).all()
+    assert not any((from_nothing == start).all() for start in starts)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((torch.zeros(3, 4, 6),), r"floats \[streams, frames, 3, rows, columns\].*clips\[0\]"),
+        ((torch.zeros(1, 2, 3, 4, 6, dtype=torch.uint8),), "got torch.uint8"),
+        (([],), r"begin\(world.clips\[0\]\) or begin\(frames, conditions\), got list"),
+        ((Clip(frames=torch.zeros(2, 3, 4, 6)),), "steered by actions, but none were given"),
+        ((Clip(frames=torch.zeros(2, 3, 8, 6)),), "frames must be 4x6, got 8x6"),
+    ],
+)
+def test_what_no_stream_can_begin_from_is_refused(world, given, words):
+    with pytest.raises(ValueError, match=words):
+        Rollout(world).begin(*given)
+
+
+def test_a_clip_is_given_alone(world):
+    with pytest.raises(ValueError, match="give it alone"):
+        begun(world, world.clips[0], Conditions(actions=torch.zeros(1, 20).long()))
+
+
+def test_a_rollout_takes_a_world_by_its_name_and_its_engine_too(world, tmp_path):
+    folder = save_world(world, tmp_path / "world")
+    plain, frame = begun(folder), begun(replace(world, own_clips=None))[1]
+    torch.testing.assert_close(plain[1], frame)
+    fast = Rollout(str(folder), engine="fast")
+    fast.begin()
+    torch.testing.assert_close(fast.step(1), frame, atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match="engine must be one of"):
+        Rollout(world, engine="slow")
+    with pytest.raises(FileNotFoundError, match="no world 'dooom'; did you mean 'doom'"):
+        Rollout("dooom")
+    with pytest.raises(FileNotFoundError, match="no world 'dooom'"):
+        WorldEnv("dooom")
+
+
+MISTYPED = """
+import scd
+
+rollout = scd.Rollout("doom")
+rollout.begin()
+for call in (
+    lambda: scd.load(3),
+    lambda: scd.Rollout(None),
+    lambda: scd.WorldEnv(b"doom"),
+    lambda: rollout.begin("doom"),
+    lambda: rollout.begin(3),
+    lambda: rollout.step(object()),
+    lambda: rollout.step({1, 2}),
+    lambda: scd.write_video(3, "a.mp4"),
+    lambda: scd.write_video(["a"], "a.mp4"),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+    else:
+        raise SystemExit("taken")
+"""
+
+
+def test_what_is_of_another_type_is_refused_with_what_to_type():
+    # In a process of its own: here the annotations would be enforced before.
+    run = subprocess.run([sys.executable, "-c", MISTYPED], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr + run.stdout
+    lines = run.stdout.splitlines()
+    assert all("a world is named by a text or a path" in line for line in lines[:3])
+    assert all("begin(world.clips[0])" in line for line in lines[3:5])
+    assert all("type step('right')" in line for line in lines[5:7])
+    assert all("a video needs frames" in line for line in lines[7:])
+    assert len(lines) == 9
+
+
+MADE = """
+import {first}
+import {second}
+environment = gymnasium.make("scd/Doom-v0", max_frames=2)
+frame, _ = environment.reset(seed=0)
+assert frame.shape == (64, 64, 3) and frame.dtype == "uint8", frame
+assert [environment.step(1)[3] for _ in range(2)] == [False, True]
+assert gymnasium.make("scd/World-v0", world="doom").unwrapped.action_space.n == 4
+"""
+
+
+@pytest.mark.parametrize("order", [("scd", "gymnasium"), ("gymnasium", "scd")])
+def test_gymnasium_makes_worlds_by_name_whichever_is_imported_first(order):
+    code = MADE.format(first=order[0], second=order[1])
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_example_of_the_first_hour_runs(tmp_path, request):
+    example = request.config.rootpath / "examples" / "first_hour.py"
+    code = f"import runpy, sys; sys.path.insert(0, {str(example.parent.parent)!r}); "
+    code += f"names = runpy.run_path({str(example)!r}); print(names['frame'].shape)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "(64, 64, 3)\n"
+    assert (tmp_path / "first_hour.mp4").stat().st_size > 10_000
+    lines = [line for line in example.read_text().splitlines() if line and line[0] not in '"p']
+    assert len(lines) <= 15
+    assert scd.load("doom").clips[0].frames.shape == (48, 3, 64, 64)

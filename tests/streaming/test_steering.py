@@ -1,0 +1,169 @@
+"""Actions as people type them: by number, name, vector, keys and mouse; what cannot be is said."""
+
+import numpy as np
+import pytest
+import torch
+
+from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec
+from scd.streaming.rollout import Rollout
+from scd.streaming.steering import as_actions
+from tests.streaming.test_rollout import world_of
+from tests.tiny import tiny_separable
+
+
+def card_of(*names, is_vector=False):
+    number = {"action_dim" if is_vector else "num_actions": len(names)} if names else {}
+    return DataCard(
+        height=4, width=6, fps=10.0, conditions=ConditionSpec(**number), action_names=names
+    )
+
+
+WALK = card_of("none", "forward", "turn left", "turn right")
+HAND = card_of("w", "key_a", "mouse_dx", "mouse_dy", is_vector=True)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        1,
+        "forward",
+        "Forward ",
+        np.int64(1),
+        np.uint8(1),
+        np.array(1),
+        torch.tensor(1),
+        {"keys": ["w"]},
+        {"keys": "W"},
+        {"keys": ["ArrowUp", "up"], "mouse": (0, 0.0)},
+    ],
+)
+def test_one_action_is_that_of_all_streams(typed):
+    actions = as_actions(typed, WALK, 3)
+    assert actions is not None and actions.tolist() == [1, 1, 1]
+    assert not actions.is_floating_point()
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        [0, 3],
+        (0, 3),
+        ["none", "turn_right"],
+        ["none", 3],
+        np.array([0, 3], np.int16),
+        torch.tensor([0, 3]),
+        [torch.tensor(0), torch.tensor(3)],
+    ],
+)
+def test_several_actions_are_of_each_stream(typed):
+    actions = as_actions(typed, WALK, 2)
+    assert actions is not None and actions.tolist() == [0, 3]
+
+
+def test_keys_mean_what_names_of_actions_say():
+    meant = {"a": 2, "left": 2, "ArrowRight": 3, "arrow_right": 3, "none": 0}
+    for key, number in meant.items():
+        actions = as_actions({"keys": [key]}, WALK, 1)
+        assert actions is not None and actions.item() == number
+    idle = as_actions({"keys": []}, WALK, 1)
+    assert idle is not None and idle.item() == 0
+    jump = as_actions({"keys": ["space"]}, card_of("walk", "jump"), 1)
+    assert jump is not None and jump.item() == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "vector"),
+    [
+        ([0.0, 0, 0.5, 0], [0, 0, 0.5, 0]),
+        (np.array([0, 0, 0.5, 0]), [0, 0, 0.5, 0]),
+        (torch.tensor([0, 0, 0.5, 0]), [0, 0, 0.5, 0]),
+        ({"keys": ["w"], "mouse": (0.5, 0)}, [1, 0, 0.5, 0]),
+        ({"keys": ["w", "a"], "mouse": np.array([0, -0.25])}, [1, 1, 0, -0.25]),
+        ({}, [0, 0, 0, 0]),
+    ],
+)
+def test_a_vector_is_that_of_all_streams(typed, vector):
+    actions = as_actions(typed, HAND, 2)
+    assert actions is not None and actions.dtype == torch.float32
+    assert actions.tolist() == [vector, vector]
+    each = as_actions([vector, [0.0] * 4], HAND, 2)
+    assert each is not None and each.tolist() == [vector, [0.0] * 4]
+    alone = as_actions(0.5, card_of("speed", is_vector=True), 2)
+    assert alone is not None and alone.tolist() == [[0.5], [0.5]]
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("forwrd", r"did you mean 'forward'\? .*type step\('turn right'\) or step\(3\)"),
+        ("fly", r"no action is called 'fly'\. This world is steered by one of none, forward"),
+        (True, "True is no action.*type step"),
+        (1.0, "1.0 is no action.*type step"),
+        (np.bool_(True), "is no action"),
+        (torch.tensor(True), "no truth value.*type step"),
+        ([], r"\[\] is no action"),
+        ([[0], [1, 2]], "is no action"),
+        (["forward", "fly"], "called 'fly'"),
+        ([[0, 1]], r"one for each of 1 streams, got shape \[1, 2\].*type step"),
+        ({"keys": ["w", "a"]}, "mean forward and turn left, of which this world does one at a"),
+        ({"keys": ["q"]}, "knows no key 'q'.*type step"),
+        ({"keys": [1]}, '"keys" are names such as'),
+        ({"mouse": (0.1, 0)}, "knows no mouse.*type step"),
+        ({"mouse": 3}, '"mouse" is .*two numbers, got 3'),
+        ({"key": ["w"]}, "got \\['key'\\] too"),
+    ],
+)
+def test_what_ids_cannot_mean_is_refused_with_what_to_type(typed, words):
+    with pytest.raises(ValueError, match=words):
+        as_actions(typed, WALK, 1)
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("w", r"no action is called 'w'.*4 numbers.*type step\(\[0.0, 0.0, 0.0, 0.0\]\)"),
+        (
+            {"keys": ["q"]},
+            "no entry of this world's actions is key 'q'. Entries are called w, key_a",
+        ),
+        (torch.zeros(1, 1, 4), r"vectors, got shape \[1, 1, 4\]"),
+        ([None], "is no action"),
+    ],
+)
+def test_what_vectors_cannot_mean_is_refused_with_what_to_type(typed, words):
+    with pytest.raises(ValueError, match=words):
+        as_actions(typed, HAND, 1)
+
+
+def test_a_mouse_needs_an_entry_for_it():
+    with pytest.raises(ValueError, match="no mouse along x. Entries are called speed"):
+        as_actions({"mouse": (0.0, 0.0)}, card_of("speed", is_vector=True), 1)
+    with pytest.raises(ValueError, match="no mouse along y"):
+        as_actions({"mouse": (0.5, 0.5)}, card_of("mouse_x", is_vector=True), 1)
+    actions = as_actions({"mouse": (0.5, 0.0)}, card_of("mouse_x", is_vector=True), 1)
+    assert actions is not None and actions.tolist() == [[0.5]]
+
+
+def test_an_unsteered_world_says_so():
+    assert as_actions(None, card_of(), 1) is None
+    with pytest.raises(ValueError, match=r"steered by no actions: type step\(\)"):
+        as_actions("forward", card_of(), 1)
+
+
+def test_a_rollout_takes_what_is_typed_as_its_numbers():
+    world = world_of(tiny_separable())
+    by_number, by_name = Rollout(world), Rollout(world)
+    for rollout in (by_number, by_name):
+        rollout.begin(batch=2)
+    frames = by_number.step(torch.tensor([2, 2]))
+    assert torch.equal(by_name.step("a2"), frames)
+    frames = by_number.step(torch.tensor([0, 3]))
+    assert torch.equal(by_name.step(["a0", np.int32(3)]), frames)
+    by_number.observe(frames, torch.tensor([1, 1]))
+    by_name.observe(frames, 1)
+    assert torch.equal(by_name.step(1), by_number.step(torch.tensor([1, 1])))
+    with pytest.raises(ValueError, match="2 streams need as many actions, got 3"):
+        by_name.step([0, 0, 0])
+    with pytest.raises(ValueError, match=r"action ids must lie in 0 \.\. 3, got 4"):
+        by_name.step(4)
