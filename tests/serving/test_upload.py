@@ -35,7 +35,7 @@ def test_frames_of_an_upload_come_in_the_order_of_the_decoder(tmp_path):
     write_as(tmp_path / "clip.avi", numbered(60), bf="2")
     with av.open(str(tmp_path / "clip.avi")) as container:
         times = [frame.pts for frame in container.decode(video=0)]
-    assert times != sorted(times)
+    assert times != sorted(times, key=lambda time: time or 0)
     frames = decode((tmp_path / "clip.avi").read_bytes(), LIMITS)
     # 25 frames a second in, 10 out, the last 8 of them.
     wanted = 2.5 * np.arange(16, 24)
