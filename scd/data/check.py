@@ -18,6 +18,9 @@ from scd.data.spaces import Split
 MAX_NAMED = 20
 """Episodes that are named one by one."""
 
+AT_ONCE = 64
+"""Frames that are decoded at once, so that long episodes fit in memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
@@ -34,6 +37,9 @@ class CheckConfig:
     asks for one that is long enough in each split. None: as long as they are."""
     preset: str = ""
     """Preset of scd train, whose clips are to be taken from it: its num_frames."""
+    decode: bool = False
+    """Decode every frame, and name the episodes that cannot be read to their end. Without it only
+    headers and first frames of videos are looked at."""
 
     def __post_init__(self) -> None:
         at_least(1, num_frames=self.num_frames)
@@ -58,7 +64,7 @@ def check(config: CheckConfig) -> Findings:
     data = path if layout == "folder" else f"{layout}:{named}"
     findings = kind.inspect(data)
     if not findings.missing:
-        _open_splits(kind, data, findings, config.num_frames)
+        _open_splits(kind, data, findings, config)
     return findings
 
 
@@ -99,7 +105,7 @@ def refusal(config: CheckConfig, findings: Findings) -> str:
     return f"{config.path}: {findings.missing[0]}{more}; {_kind(config).origin}"
 
 
-def _open_splits(kind: type[Source], data: str, findings: Findings, num_frames: int | None) -> None:
+def _open_splits(kind: type[Source], data: str, findings: Findings, config: CheckConfig) -> None:
     found = 0
     for split in get_args(Split):
         with _warnings(findings):
@@ -114,8 +120,10 @@ def _open_splits(kind: type[Source], data: str, findings: Findings, num_frames: 
         found += 1
         findings.there.append(f"{split}: {_summary(source)}")
         findings.notes += [f"{split}: {line}" for line in source.oddities()]
-        if num_frames is not None:
-            _look_for_short(source, num_frames, findings)
+        if config.num_frames is not None:
+            _look_for_short(source, config.num_frames, findings)
+        if config.decode:
+            _decode_all(source, findings)
     if not found and not findings.missing:
         findings.missing.append("no episodes in any split")
 
@@ -135,6 +143,17 @@ def _look_for_short(source: Source, num_frames: int, findings: Findings) -> None
         findings.notes.append(f"{line} frames and give no clip: {'; '.join(named)}")
     else:
         findings.missing.append(f"{line} frames, all of them: {'; '.join(named)}")
+
+
+def _decode_all(source: Source, findings: Findings) -> None:
+    """Read every frame of a split, and name what cannot be read."""
+    for episode in range(source.num_episodes):
+        length = source.num_frames(episode)
+        try:
+            for start in range(0, length, AT_ONCE):
+                source.read(episode, start, min(AT_ONCE, length - start))
+        except (ValueError, OSError) as error:
+            findings.missing.append(f"{source.split} episode {episode}: {error}")
 
 
 def _summary(source: Source) -> str:

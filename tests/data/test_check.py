@@ -67,6 +67,19 @@ def test_episodes_that_are_too_short_are_named(folder, tmp_path, capsys):
     assert "unknown preset 'tou'; did you mean 'toy'?" in capsys.readouterr().err
 
 
+def test_frames_that_cannot_be_decoded_are_named_on_request(folder, tmp_path, capsys):
+    path = tmp_path / "data/videos/e1.mp4"
+    data = bytearray(path.read_bytes())
+    begin, stop = len(data) // 3, len(data) // 2
+    data[begin:stop] = bytes(stop - begin)
+    path.write_bytes(data)
+    assert main(["data", "check", folder]) == 0
+    assert main(["data", "check", folder, "--decode"]) == 2
+    printed = capsys.readouterr()
+    assert "missing  val episode 1: " in printed.out and "e1.mp4: frames 0 .. 19" in printed.err
+    assert "e0.mp4" not in printed.out and printed.err.count("\n") == 1
+
+
 def test_lengths_that_contradict_each_other_are_refused(folder):
     with pytest.raises(ValueError, match="preset and num_frames both"):
         CheckConfig(path=folder, preset="toy", num_frames=3)
