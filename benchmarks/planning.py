@@ -20,7 +20,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from scd.common.config import at_least, to_json
+from scd.common.config import Precision, at_least, to_json
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import choose_device, cpu_threads, make_generator
 from scd.data.clip import Conditions
@@ -49,6 +49,8 @@ class PlanningConfig:
     """Denoising steps per frame; None: as the checkpoint says."""
     engine: EngineKind = "fast"
     """What runs the model, in both ways."""
+    precision: Precision = "fp32"
+    """Of weights, memory and products, in both ways."""
     threads: tuple[int, int] = (2, 1)
     """CPU threads of the batch, and of the futures one after another."""
     device: str = "auto"
@@ -74,7 +76,7 @@ def begun(config: PlanningConfig, device: torch.device) -> Rollout:
     world, clips = load_world(folder, device=device), read_clips(folder)
     if clips is None or not world.card.conditions.num_actions:
         raise ValueError(f"{folder}: needed a world with clips, steered by actions by id")
-    engine = open_engine(world.model, config.engine)
+    engine = open_engine(world.model, config.engine, config.precision)
     rollout = Rollout(world, seed=config.seed, engine=engine)
     if config.steps is not None:
         rollout.num_steps = config.steps
