@@ -8,9 +8,7 @@ from pathlib import Path
 
 from scd.common.files import read_json
 from scd.models.checkpoint import load_progress, resolve
-
-CARD_FILE = "README.md"
-"""Model card of a world, beside its weights."""
+from scd.models.names import CARD_FILE
 
 LONGEST = 120
 """Characters that are read of a title or a row; a card may hold any text."""

@@ -94,8 +94,9 @@ on the hub). The settings are in `config.json`.
 
 ## To be filled in
 
-Data and their licence, training (commands, hours, hardware), quality with its command, what it is
-not for, and `license:` at the top of this file.
+A heading that says what it is; data and their licence; training (commands, hours, hardware), in
+short as a row `trained` of the table, both of which `scd play` shows; quality with its command;
+what it is not for; and `license:` at the top of this file.
 """
 
 

@@ -205,5 +205,6 @@ def _world_info(
         fps=card.fps,
         clips=0 if clips is None else len(clips.frames),
         needs_start=engine.needs_first_frame,
+        begins_from_nothing=world.begins_from_nothing,
         guidance=tuple(kinds),
     )

@@ -382,6 +382,9 @@ class WorldInfo(Message):
     """Clips that it carries to begin from."""
     needs_start: bool
     """Whether a stream must begin with given frames."""
+    begins_from_nothing: bool
+    """Whether it was taught to make a first frame; one that was not may show nothing but stripes
+    where a stream begins so."""
     guidance: tuple[str, ...]
     """Kinds of guidance that it can give, "none" among them."""
 

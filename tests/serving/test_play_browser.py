@@ -43,6 +43,7 @@ def tiny_world(separable_config: SeparableConfig, toy_source: Source) -> World:
         autoencoder=PixelAutoencoder(PixelConfig()),
         card=replace(toy_source.card, pixel_art=True),
         sampling=SamplingConfig(num_steps=2),
+        begins_from_nothing=True,
     )
 
 
@@ -224,6 +225,9 @@ def test_the_world_of_the_package_has_three_keys_a_card_and_smooth_pixels(browse
         )
         assert player.hints == ["W forward", "A left", "D right"]
         assert player.page.locator("#smooth").is_checked()
+        # It has clips, and was never taught to begin without one.
+        assert player.page.locator("#from-clip").is_visible()
+        assert player.page.locator("#from-nothing").is_hidden()
         rendering = "() => document.getElementById('view').style.imageRendering"
         assert player.page.evaluate(rendering) == "auto"
         player.pause()

@@ -44,6 +44,8 @@ export class Controls {
     );
     byId("label-row").hidden = world.num_labels === 0;
     byId("label").max = world.num_labels - 1;
+    // What was never taught to make a first frame makes stripes: offered where there is no clip.
+    byId("from-nothing").hidden = !world.begins_from_nothing && world.clips > 0;
     byId("from-nothing").disabled = world.needs_start;
     byId("from-nothing").title = world.needs_start ? "this world begins from given frames" : "";
   }
