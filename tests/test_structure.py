@@ -327,6 +327,8 @@ def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert names["frames"][-1].shape == (3, 64, 64)
     assert names["rollout"].num_frames == names["rollout"].num_given + 4 == len(names["frames"])
     assert (tmp_path / "doom.mp4").stat().st_size > 1000
+    assert names["futures"].shape == (8, 3, 64, 64)
+    assert names["env"].observation_space.shape == (64, 64, 3)
 
 
 def test_ci_runs_the_readme_commands():
