@@ -7,13 +7,14 @@ A shipped folder holds, besides `config.json` and `model.safetensors` in bfloat1
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from scd.common.files import written_aside
 from scd.data.clip import Batch, frames_to_pixels
-from scd.models.checkpoint import World, load_world, resolve, save_world
+from scd.models.checkpoint import load_world, resolve, save_world
 from scd.models.clips import CLIPS_FILE, Clips, clips_in
 from scd.models.names import WORLDS
 
@@ -73,7 +74,7 @@ def ship(run: str | os.PathLike[str], clips: Batch, folder: str | os.PathLike[st
         )
     pixels = frames_to_pixels(clips.frames).movedim(-1, -3)
     with written_aside(Path(folder)) as aside:
-        light = World(world.model.bfloat16(), world.autoencoder, world.card, world.sampling)
+        light = replace(world, model=world.model.bfloat16())
         save_world(light, aside)
         tensors = {"frames": pixels.contiguous(), "actions": actions.long().contiguous()}
         save_file(tensors, aside / CLIPS_FILE)

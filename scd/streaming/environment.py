@@ -226,7 +226,7 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def __init__(
         self,
-        world: World,
+        world: World | str | PathLike[str],
         num_envs: int,
         judge: Judgement = worthless,
         max_frames: int = 300,
@@ -239,6 +239,7 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         Raises:
             ValueError: as WorldEnv, or num_envs below 1.
         """
+        world = as_world(world)
         check_length(max_frames, None)
         at_least(1, num_envs=num_envs)
         self.num_envs, self.judge, self.max_frames = num_envs, judge, max_frames

@@ -18,7 +18,8 @@ from typing import Any
 LIBRARY = "gymnasium.envs"
 """The module that has registered Gymnasium's own environments once it is loaded."""
 
-ENTRY_POINT = "scd.streaming.environment:WorldEnv"
+MODULE = "scd.streaming.environment"
+"""Of the environments."""
 
 WORLDS = {"scd/Doom-v0": {"world": "doom"}, "scd/World-v0": {}}
 """Names, and the arguments of `WorldEnv` that each fixes; World takes any `world=`."""
@@ -29,7 +30,12 @@ def register() -> None:
     registration = import_module(f"{LIBRARY}.registration")
     for name, fixed in WORLDS.items():
         if name not in registration.registry:
-            registration.register(name, entry_point=ENTRY_POINT, kwargs=dict(fixed))
+            registration.register(
+                name,
+                entry_point=f"{MODULE}:WorldEnv",
+                vector_entry_point=f"{MODULE}:WorldVectorEnv",
+                kwargs=dict(fixed),
+            )
 
 
 class Wait(MetaPathFinder):

@@ -157,6 +157,9 @@ frame, _ = environment.reset(seed=0)
 assert frame.shape == (64, 64, 3) and frame.dtype == "uint8", frame
 assert [environment.step(1)[3] for _ in range(2)] == [False, True]
 assert gymnasium.make("scd/World-v0", world="doom").unwrapped.action_space.n == 4
+several = gymnasium.make_vec("scd/Doom-v0", num_envs=2)
+assert isinstance(several.unwrapped, scd.WorldVectorEnv)
+assert several.reset(seed=0)[0].shape == (2, 64, 64, 3)
 """
 
 
