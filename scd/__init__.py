@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from scd.streaming.gym_names import register_when_loaded
 
 if TYPE_CHECKING:
+    from scd import probe as probe
     from scd.evaluation.media import write_video
     from scd.models.checkpoint import World, load
     from scd.streaming.environment import WorldEnv, WorldVectorEnv
@@ -47,6 +48,9 @@ _MODULES = {
 
 def __getattr__(name: str) -> object:
     """Give the names that users take from the root; nothing is loaded before they ask."""
+    if name == "probe":
+        # A module: to probe is more than one name.
+        return import_module("scd.probe")
     if name in _MODULES:
         return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(

@@ -38,7 +38,7 @@ class OurSubject(Subject):
 
     def __init__(self, model: Any, layers: Sequence[Layer]) -> None:
         config = model.config
-        self.model = model.eval()
+        self.model = self.module = model.eval()
         self.layers = layers
         self.tokens_per_frame = model.shape.num_tokens
         self.grid = (model.shape.rows, model.shape.columns)

@@ -5,28 +5,45 @@ Each measurement is written when it is done; after an interruption the same comm
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
 
 from scd.common.config import to_json
 from scd.common.files import read_json, refuse_used, remove_leftovers, take_lock
 from scd.common.memory import PeakMemory, check_free, readable
+from scd.common.places import in_our_words
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import choose_device
 from scd.common.weights import digest_of
+from scd.data.clip import Conditions
 from scd.evaluation.html import write_page
 from scd.models.build import num_parameters
-from scd.models.checkpoint import RAW_FILE, World, load_world, resolve
+from scd.models.checkpoint import RAW_FILE, load_world, resolve
 from scd.models.weights import WEIGHTS_FILE
+from scd.probing.doubt import against_mean, warnings_of
 from scd.probing.measurement import Measurement, Parts, as_measured, find_measurements
-from scd.probing.models import subject_of
-from scd.probing.settings import Plan, ProbeConfig, make_plan, memory_needed, open_clips
+from scd.probing.models import SUBJECTS, subject_of
+from scd.probing.settings import (
+    MeasureConfig,
+    Plan,
+    ProbeConfig,
+    make_plan,
+    memory_needed,
+    open_clips,
+    plan_of,
+)
+from scd.probing.subject import Subject
 
 SETTINGS = "settings.json"
 """File of a probe's folder with the settings that all its parts share."""
@@ -57,22 +74,82 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     device = choose_device(config.device)
     world = load_world(config.run, config.weights, device)
     source = open_clips(config, world)
+    needed = memory_needed(config, subject_of(world.model), config.num_clips, config.context)
+    console = _state_memory(needed, device)
+    plan = make_plan(config, world, source)
+    return _write(plan, Path(config.out), _settings(config), needed, console)
+
+
+def report(
+    subject: Subject | nn.Module,
+    out: str | os.PathLike[str],
+    *,
+    clips: Float[Tensor, "b t c h w"],
+    conditions: Conditions | None = None,
+    config: MeasureConfig | None = None,
+    decode: Callable[[Tensor], Tensor] = lambda frames: frames,
+) -> dict[str, Any]:
+    """Measure a network of one's own as `scd probe` does, write the same files, return probe.json.
+
+    What is measured already in `out`, of the same weights, clips and settings, is not measured
+    again.
+
+    Args:
+        subject: the network by its adapter; a model of this package as it is.
+        out: folder for probe.json, report.html and the parts that are done.
+        clips: clean (latent) frames of held-out clips, on the network's device; the last of each is
+            denoised, after two others or more.
+        conditions: that steer the clips; None: nothing does.
+        config: what to measure; None: all.
+        decode: from frames [b c h w] as the network has them to pixels in [-1, 1]; by default they
+            are pixels.
+
+    Raises:
+        FileExistsError: the folder holds something else than a probe.
+        ValueError: no subject, clips of another shape than its frames', a probe of other settings
+            in the folder, layers or tokens that it has not, or too little memory.
+    """
+    if not isinstance(subject, Subject):
+        make = SUBJECTS.get(type(subject))
+        if make is None:
+            raise ValueError(
+                f"needed a Subject, which tells layers and frames of a network, got "
+                f"{type(subject).__name__}: docs/probing.md shows one in twenty lines"
+            )
+        subject = make(subject)
+    config = config or MeasureConfig()
+    plan = plan_of(config, subject, clips, conditions or Conditions(), decode)
+    needed = memory_needed(config, subject, plan.task.num_clips, plan.task.num_past)
+    console = _state_memory(needed, clips.device)
+    settings = _shared(to_json(config)) | {"weights_hash": _weights_hash(subject)}
+    settings["clips_hash"] = _hash([clips, *vars(plan.task.conditions).values()])
+    return _write(plan, Path(out), settings, needed, console)
+
+
+def _state_memory(needed: int, device: torch.device) -> Console:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    needed = memory_needed(config, subject_of(world.model))
     console.print(f"memory: {readable(needed)} beside the weights, on {device}")
     check_free("the probe", needed, device)
-    plan = make_plan(config, world, source)
+    return console
+
+
+def _write(
+    plan: Plan, out: Path, settings: dict[str, Any], needed: int, console: Console
+) -> dict[str, Any]:
+    """Measure, and write probe.json and report.html: of worlds and of networks of others."""
+    device = plan.task.clean.device
     measurements = find_measurements()
-    asked = {name: one for name, one in measurements.items() if name in config.measurements}
-    out = Path(config.out)
-    with _claimed(out, _settings(config)):
+    asked = {name: one for name, one in measurements.items() if name in plan.config.measurements}
+    with _claimed(out, settings):
         peak = PeakMemory(device)
         parts = measure(plan, asked, out / "parts", console)
-        result = summarize(plan, world, asked, parts)
+        result = summarize(plan, asked, parts)
         result["memory"] = {"stated_bytes": needed, "peak_bytes": peak.bytes()}
-        result |= {"settings": to_json(config)} | provenance(device)
+        result |= {"settings": to_json(plan.config)} | provenance(device)
         write_json(result, out / "probe.json")
         write_report(result, asked, parts, out / "report.html")
+    for warning in result["warnings"]:
+        console.print(f"warning: {warning}")
     console.print(f"saved {out / 'probe.json'} and {out / 'report.html'}")
     return result
 
@@ -99,10 +176,8 @@ def measure(
     return parts
 
 
-def summarize(
-    plan: Plan, world: World, measurements: Mapping[str, Measurement], parts: Parts
-) -> dict[str, Any]:
-    result: dict[str, Any] = {}
+def summarize(plan: Plan, measurements: Mapping[str, Measurement], parts: Parts) -> dict[str, Any]:
+    result: dict[str, Any] = {"against_mean": against_mean(plan)}
     for name, part in parts.items():
         conclude = measurements[name].conclude
         if conclude is None or "left_out" in part:
@@ -110,11 +185,15 @@ def summarize(
         else:
             result |= conclude(plan, parts)
     subject, config = plan.subject, plan.config
+    result["warnings"] = warnings_of(result)
+    if "proposed_split" in result:
+        result["proposed_split"]["is_recommended"] = not result["warnings"]
+    network = nn.ModuleList(layer.block for layer in subject.layers)
     return result | {
         "left_out": {name: part["left_out"] for name, part in parts.items() if "left_out" in part},
         "model": {
-            "kind": type(world.model).__name__,
-            "parameters": num_parameters(world.model),
+            "kind": type(subject.module or subject).__name__,
+            "parameters": num_parameters(subject.module or network),
             "layers": plan.names,
             "once": [layer.once for layer in subject.layers],
             "width": subject.width,
@@ -122,9 +201,9 @@ def summarize(
             "tokens_per_frame": subject.tokens_per_frame,
         },
         "measured_on": {
-            "clips": config.num_clips,
+            "clips": plan.task.num_clips,
             "noises_per_clip": config.num_noises,
-            "given_frames": config.context,
+            "given_frames": plan.task.num_past,
             "steps": config.num_steps,
             "levels": list(plan.levels),
             "sampling": to_json(plan.sampling),
@@ -156,11 +235,35 @@ def write_report(
 
 
 def _settings(config: ProbeConfig) -> dict[str, Any]:
-    free = ("out", "measurements", "device", "tolerance", "join", "frame_steps", "strict", "run")
-    settings = {key: value for key, value in to_json(config).items() if key not in free}
     folder = resolve(config.run)
     weights = folder / (WEIGHTS_FILE if config.weights == "ema" else RAW_FILE)
-    return settings | {"weights_hash": digest_of(weights, "blake2b")}
+    return _shared(to_json(config)) | {"weights_hash": digest_of(weights, "blake2b")}
+
+
+def _shared(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that all parts of a probe share."""
+    free = ("out", "measurements", "device", "tolerance", "join", "frame_steps", "strict", "run")
+    return {key: value for key, value in settings.items() if key not in free}
+
+
+def _weights_hash(subject: Subject) -> str:
+    blocks = [layer.block for layer in subject.layers]
+    modules = blocks if subject.module is None else [subject.module, *blocks]
+    return _hash(value for module in modules for value in module.state_dict().values())
+
+
+def _hash(tensors: Iterable[Any]) -> str:
+    """Return 32 hexadecimal digits of values; what is no tensor counts by its absence."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(
+                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
+        else:
+            digest.update(b"-")
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -168,7 +271,7 @@ def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     """Hold a probe's folder, new or of the same settings, as long as the block runs."""
     path = out / SETTINGS
     if path.is_file():
-        there = read_json(path)
+        there = in_our_words(read_json(path), settings)
         other = {
             key: f"{there.get(key)} there, {settings.get(key)} asked for"
             for key in sorted(there.keys() | settings.keys())

@@ -9,10 +9,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
+from jaxtyping import Float
 from torch import Tensor
 
 from scd.common.config import at_least
 from scd.common.files import read_json
+from scd.data.clip import Conditions
 from scd.data.source import Source, open_source
 from scd.data.spaces import Split as DataSplit
 from scd.evaluation.predict import check_fit, choose_windows, read_windows
@@ -36,22 +38,12 @@ def measurement_names() -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """One probe of one checkpoint."""
+class MeasureConfig:
+    """What a probe measures, of any model on any clips."""
 
-    run: str
-    """Run folder, one of its step folders, or a world folder."""
-    data: str
-    """"toy:32", "toy:64", or a folder of episodes."""
-    out: str = "probe"
-    """Folder for probe.json, report.html and the parts that are done."""
     measurements: tuple[str, ...] = tuple(measurement_names())
     """What to measure. `splits` recommends a split, beside which the results of attention,
     leave_one_out and reuse are shown if they are measured too."""
-    num_clips: int = 16
-    """Held-out clips, which do not overlap."""
-    context: int = 8
-    """Given frames of each clip; the frame after them is denoised."""
     num_noises: int = 1
     """Draws of noise for each clip."""
     num_steps: int = 50
@@ -68,29 +60,19 @@ class ProbeConfig:
     """Steps of the map of feature reuse, more of them early; num_steps - 1 or more: all."""
     levels: tuple[float, ...] | None = None
     """Times at which losses are taken; None: the quantiles .1 .3 .5 .7 .9 of the density of times
-    that the model was trained on."""
+    that the model was trained on, or of the paper's where that is not known."""
     frame_steps: int | None = None
-    """Denoising steps of the frame whose seconds are predicted; None: as the checkpoint says."""
+    """Denoising steps of the frame whose seconds are predicted; None: as the checkpoint says, or
+    num_steps where there is none."""
     join: Join = "prefix"
     """How a split's decoder gets its context, for the prediction of its seconds."""
     tolerance: float = 0.05
     """Relative loss, without training, that the recommended split may add."""
-    split: DataSplit = "val"
-    """Part of the data that the clips are from."""
     seed: int = 0
     """Seed of the choice of clips and of the noise."""
-    weights: Literal["ema", "raw"] = "ema"
-    """The averaged weights, or those the optimiser moved."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    strict: bool = False
-    """Stop at the first episode that cannot be read, instead of leaving it out."""
 
     def __post_init__(self) -> None:
-        least = {
-            "num_clips": 1, "context": MIN_PAST, "num_noises": 1, "num_steps": 2,
-            "reuse_depths": 1, "reuse_steps": 1,
-        }  # fmt: skip
+        least = {"num_noises": 1, "num_steps": 2, "reuse_depths": 1, "reuse_steps": 1}
         for name, smallest in least.items():
             at_least(smallest, **{name: getattr(self, name)})
         if self.levels is not None and not (
@@ -108,10 +90,39 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeConfig(MeasureConfig):
+    """One probe of one checkpoint."""
+
+    run: str
+    """Run folder, one of its step folders, or a world folder."""
+    data: str
+    """"toy:32", "toy:64", or a folder of episodes."""
+    out: str = "probe"
+    """Folder for probe.json, report.html and the parts that are done."""
+    num_clips: int = 16
+    """Held-out clips, which do not overlap."""
+    context: int = 8
+    """Given frames of each clip; the frame after them is denoised."""
+    split: DataSplit = "val"
+    """Part of the data that the clips are from."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The averaged weights, or those the optimiser moved."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    strict: bool = False
+    """Stop at the first episode that cannot be read, instead of leaving it out."""
+
+    def __post_init__(self) -> None:
+        at_least(1, num_clips=self.num_clips)
+        at_least(MIN_PAST, context=self.context)
+        super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What all measurements share."""
 
-    config: ProbeConfig
+    config: MeasureConfig
     subject: Subject
     task: Task
     sampling: SamplingConfig
@@ -181,16 +192,47 @@ def training_times(run: Path) -> tuple[float, float]:
     return 0.0, 1.0
 
 
-def memory_needed(config: ProbeConfig, subject: Subject) -> int:
+def plan_of(
+    config: MeasureConfig,
+    subject: Subject,
+    clean: Float[Tensor, "b t c h w"],
+    conditions: Conditions,
+    decode: Callable[[Tensor], Tensor],
+) -> Plan:
+    """Plan the measurements of a model of which nothing else is known (else ValueError).
+
+    Args:
+        clean: (latent) frames of each clip.
+        decode: from latent frames [b c h w] to pixels in [-1, 1].
+    """
+    if clean.ndim != 5 or tuple(clean.shape[2:]) != tuple(subject.frame_shape):
+        raise ValueError(
+            f"clips must be [clips, frames, {', '.join(map(str, subject.frame_shape))}], as the "
+            f"subject's frame_shape says, got {list(clean.shape)}"
+        )
+    subject.places(config.layers)
+    subject.tokens(config.tokens)
+    return Plan(
+        config=config,
+        subject=subject,
+        task=Task.of(clean, conditions, config.seed, config.num_noises),
+        sampling=SamplingConfig(num_steps=config.num_steps),
+        levels=config.levels or noise_levels(),
+        decode=decode,
+        frame_steps=config.frame_steps or config.num_steps,
+    )
+
+
+def memory_needed(config: MeasureConfig, subject: Subject, num_clips: int, num_past: int) -> int:
     """Return the bytes that a probe holds beside the weights, at the most.
 
     Features of all layers (or as many as fit into 2 GiB), five copies of those of one layer for
     their comparison, keys and values of the frames that are seen, the activations of one pass over
     them (16 d values per token), and a block of attention weights.
     """
-    frames, layers = config.num_clips * config.num_noises, len(subject.layers)
+    frames, layers = num_clips * config.num_noises, len(subject.layers)
     one = feature_bytes(subject, frames, config.num_steps)
-    tokens = frames * (config.context + 1) * subject.tokens_per_frame
+    tokens = frames * (num_past + 1) * subject.tokens_per_frame
     memory = 2 * 4 * layers * tokens * subject.width
     kept = max(one, min(layers * one, MAX_FEATURE_BYTES))
     return kept + 5 * one + memory + 16 * 4 * tokens * subject.width + 3 * MAX_BLOCK_BYTES

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from scd.common.runtime import make_generator
 from scd.data.clip import Conditions
@@ -75,6 +75,9 @@ class Subject(ABC):
     """Frames that attention sees at most, the one that is denoised included; None: all."""
     sizes: Sizes | None = None
     """Operations of its parts, where known: what a split would cost is predicted from them."""
+    module: nn.Module | None = None
+    """The network, if the report is to name it and to count all its parameters; None: the subject
+    is named, and the parameters of its layers are counted."""
 
     @abstractmethod
     def begin(self, past: Float[Tensor, "b t c h w"], conditions: Conditions) -> Any:

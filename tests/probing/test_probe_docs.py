@@ -75,8 +75,10 @@ class TheirNetwork(nn.Module):
         return self.unpatch(tokens.transpose(1, 2).unflatten(2, (4, 4)))
 
 
-def test_the_pages_adapter_probes_a_network_of_others():
+def test_the_pages_adapter_probes_a_network_of_others(tmp_path, monkeypatch):
     block = next(one for one in blocks() if "class TheirSubject" in one)
+    measured = next(one for one in blocks() if "step_similarity(" in one)
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     network = TheirNetwork()
     with torch.no_grad():
@@ -86,6 +88,9 @@ def test_the_pages_adapter_probes_a_network_of_others():
             part.bias.zero_()
     names: dict[str, Any] = {"network": network, "clips": torch.randn(4, 5, 3, 8, 8)}
     exec(compile(block, str(PAGE), "exec"), names)
+    result = names["result"]
+    assert json.loads(Path("their-probe/probe.json").read_text()) == json.loads(json.dumps(result))
+    exec(compile(measured, str(PAGE), "exec"), names)
     assert names["similarity"].layers == (1, 2, 3)
     assert names["similarity"].centred.shape == (3, 10, 10)
     attention = names["attention"]
@@ -96,6 +101,17 @@ def test_the_pages_adapter_probes_a_network_of_others():
     assert importance[1] == 0 and abs(importance[0]) > 1e-4
     adapter = re.findall(r"^class .*?(?=^\S)", block, re.M | re.S)
     assert len(block.splitlines()) <= 40 and len(adapter[0].splitlines()) <= 18
+    # The page is that of `scd probe`, measurement for measurement.
+    page = Path("their-probe/report.html").read_text()
+    assert "A TheirNetwork of 3 layers" in page and "What this does not claim" in page
+    for heading in ("A split", "Features as colours", "Where do layers look", "May features be"):
+        assert heading in page
+    assert set(result["seconds"]) == set(settings.measurement_names()) and not result["left_out"]
+    assert result["model"]["parameters"] == sum(one.numel() for one in network.parameters())
+    # Nothing was trained.
+    assert "predicts no better than the mean" in result["warnings"][0]
+    assert "A split of an untrained model is no recommendation" in page
+    assert result["proposed_split"]["is_recommended"] is False
 
 
 def test_a_measurement_is_one_file(dense, tmp_path, monkeypatch):

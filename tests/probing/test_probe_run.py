@@ -245,9 +245,10 @@ def test_memory_is_stated_and_missing_memory_refused(dense, tmp_path, monkeypatc
 def test_stated_memory_grows_with_what_is_held(dense):
     subject = subject_of(load_world(dense).model)
     few = config_of(dense, "out")
-    needed = memory_needed(few, subject)
-    for more in ({"num_clips": 20}, {"num_noises": 7}, {"num_steps": 50}, {"context": 20}):
-        assert memory_needed(replace(few, **more), subject) > needed
+    needed = memory_needed(few, subject, 3, 3)
+    for more in ({"num_noises": 7}, {"num_steps": 50}):
+        assert memory_needed(replace(few, **more), subject, 3, 3) > needed
+    assert memory_needed(few, subject, 20, 3) > needed < memory_needed(few, subject, 3, 20)
 
 
 def test_noise_levels_follow_the_training(dense, tmp_path):

@@ -43,7 +43,8 @@ SECTION = """
 {{ "%+.1f" % (100 * split.predicted_relative_loss) }} %
 ({{ "%+.1f" % (100 * split.predicted_relative_loss_ci[0]) }} ..
 {{ "%+.1f" % (100 * split.predicted_relative_loss_ci[1]) }}) without any training. Why this one:
-{{ split.reason }}.</p>
+{{ split.reason }}.{% if not split.is_recommended %} <strong>This is no recommendation</strong>: see
+the warning at the top.{% endif %}</p>
 {{ front }}
 {{ table(["encoder: first + last", "ms per frame", "loss", "own frame only", "left out", "reuse",
           "attention"], lines) }}
@@ -137,8 +138,9 @@ def cards(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     split = result["proposed_split"]
     ratio = split["dense_seconds_per_frame"] / split["predicted_seconds_per_frame"]
     return [
-        (split["name"], "recommended split: encoder layers, then first + last layers of the "
-         "decoder"),
+        (split["name"], ("recommended split" if split["is_recommended"] else
+         "split that the rule names, no recommendation: see the warning")
+         + ": encoder layers, then first + last layers of the decoder"),
         (f"{ratio:.2f}x", "predicted speed against the model as it is"),
     ]  # fmt: skip
 
@@ -218,7 +220,7 @@ def plot_front(
         axes.plot(
             *at, color=colour, marker="*" if is_chosen else "o", linestyle="none",
             markersize=13 if is_chosen else 4, alpha=1 if one["on_front"] else 0.35,
-            label="recommended" if is_chosen else None,
+            label="chosen" if is_chosen else None,
         )  # fmt: skip
     scale_percent(axes)
     axes.set_xlabel("predicted ms per frame")
