@@ -13,6 +13,9 @@ Precision = Literal["fp32", "bf16"]
 """Arithmetic of the network: all 32 bit, or matrix products in bfloat16. In training the weights
 stay 32 bit either way; a stream in bf16 keeps weights and memory in bfloat16 too."""
 
+Threads = int | Literal["auto"]
+"""CPU threads: a number, or one that is chosen by what is measured."""
+
 KIND = "kind"
 """Key that names the dataclass where a field may hold one of several."""
 
@@ -30,6 +33,12 @@ def at_least(least: int, **values: Any) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
+
+
+def check_threads(threads: Threads | None) -> None:
+    """Refuse a number of threads below 1 (ValueError)."""
+    if isinstance(threads, int) and threads < 1:
+        raise ValueError(f"threads must be auto, or 1 or more, got {threads}")
 
 
 def to_json(config: Any) -> dict[str, Any]:

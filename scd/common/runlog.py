@@ -45,7 +45,7 @@ class RunLog:
 
         Args:
             folder: the run folder; it exists. None: lines go to the screen only.
-            total_steps: where the progress bar ends.
+            total_steps: where the progress bar ends; readable lines say it beside a step.
             first_step: where it begins: steps that were done before.
             tracker: a service that gets every number too.
             active: whether this process is the one that writes.
@@ -58,6 +58,7 @@ class RunLog:
         self._file = None
         self._tracker = None
         self._bar: Progress | None = None
+        self._total_steps = total_steps
         if not active:
             return
         self._tracker = _open_tracker(tracker, folder or Path())
@@ -93,7 +94,7 @@ class RunLog:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         if show:
-            self.console.print(readable(name, values), markup=False)
+            self.console.print(readable(name, values, self._total_steps), markup=False)
         if self._tracker is not None:
             self._tracker.log(name, _flat_numbers(values), int(values.get("step", 0)))
 
@@ -163,14 +164,30 @@ def read_curve(folder: Path, name: str) -> list[dict[str, Any]]:
     return kept
 
 
-def readable(name: str, values: Mapping[str, Any]) -> str:
-    """Return one line for people: the event, then each value with four significant digits."""
+def readable(name: str, values: Mapping[str, Any], total_steps: int = 0) -> str:
+    """Return one line for people: the event, then each value with four significant digits.
+
+    A step is told with the number of all (0: unknown), and `left_s` in words.
+    """
     numbers = _flat(values)
+    if total_steps and "step" in numbers:
+        numbers["step"] = f"{numbers['step']} of {total_steps}"
+    if "left_s" in numbers:
+        left = {"left": duration(numbers.pop("left_s"))}
+        numbers = {"step": numbers.pop("step", "")} | left | numbers
     parts = [
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in numbers.items()
     ]
     return f"{name:>10}  " + "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Say a time for people: "8 s", "3 min", "5 h 20 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _plain(value: Any) -> Any:

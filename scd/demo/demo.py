@@ -14,10 +14,11 @@ from typing import Any
 
 from rich.console import Console
 
-from scd.common.config import at_least, to_json
+from scd.common.config import Threads, at_least, check_threads, to_json
 from scd.common.files import refuse_used
 from scd.common.provenance import provenance, write_json, write_text
-from scd.common.runtime import choose_device
+from scd.common.runtime import choose_device, cpu_threads
+from scd.common.threads import ThreadChoice
 from scd.data.source import open_source
 from scd.data.toy import ToyWorld
 from scd.demo.first_look import first_look
@@ -31,6 +32,7 @@ from scd.demo.side_by_side import (
     stream_in_turns,
     write_stream,
 )
+from scd.engine.open import advised_threads
 from scd.evaluation.metrics import find_row
 from scd.evaluation.predict import TIMED, choose_windows, read_windows, summarize
 from scd.evaluation.protocols import Protocol
@@ -69,9 +71,14 @@ class DemoConfig:
     steps: int | None = None
     """Optimiser steps of the separable model; None: those of the preset, or 60 if quick."""
 
+    threads: Threads = "auto"
+    """CPU threads that compute. auto: what suits the size of the model; in training, as many as the
+    first steps are fastest with; at most OMP_NUM_THREADS."""
+
     def __post_init__(self) -> None:
         if not self.train and (self.quick or self.steps is not None):
             raise ValueError("quick and steps have no effect without train: add --train")
+        check_threads(self.threads)
         at_least(1, steps=self.steps)
 
     @property
@@ -114,7 +121,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     claim_folder(out)
     if world is None:
         return train_and_compare(config, out)
-    return first_look(world, out, config.seed)
+    return first_look(world, out, config.seed, config.threads)
 
 
 def train_and_compare(config: DemoConfig, out: Path) -> dict[str, Any]:
@@ -123,15 +130,15 @@ def train_and_compare(config: DemoConfig, out: Path) -> dict[str, Any]:
     runs = out / "runs" / f"{kind}-{config.num_steps}-steps-seed-{config.seed}"
 
     console.print(f"[bold]1/5[/] training the separable model: {config.num_steps} steps")
-    separable = train_one("toy", runs / "separable", config.num_steps, config.seed)
+    separable = train_one("toy", runs / "separable", config.num_steps, config)
     console.print(f"[bold]2/5[/] training the dense model: as many steps, {config.num_steps}")
-    dense = train_one("toy-dense", runs / "dense", config.num_steps, config.seed)
+    dense = train_one("toy-dense", runs / "dense", config.num_steps, config)
     equal_steps = max(1, round(separable.seconds / dense.seconds * dense.steps))
     console.print(
         f"[bold]3/5[/] training the dense model: as many seconds, {separable.seconds:.0f}, "
         f"which are {equal_steps} steps"
     )
-    equal_time = train_one("toy-dense", runs / "dense_equal_time", equal_steps, config.seed)
+    equal_time = train_one("toy-dense", runs / "dense_equal_time", equal_steps, config)
     trained = {"separable": separable, "dense": dense, "dense_equal_time": equal_time}
 
     began = time.perf_counter()
@@ -142,18 +149,22 @@ def train_and_compare(config: DemoConfig, out: Path) -> dict[str, Any]:
     console.print("[bold]4/5[/] measuring all three on held-out clips")
     source = open_source("toy:32", "val")
     assert isinstance(source, ToyWorld)
-    measured = {name: measure(world, source, config.protocol) for name, world in worlds.items()}
-    memory = measure_memory(
-        {name: worlds[name] for name in STREAMED},
-        source,
-        replace(config.protocol, num_clips=8 if config.quick else 48),
-    )
+    streamed = {name: worlds[name] for name in STREAMED}
+    with ThreadChoice(config.threads, active=device.type == "cpu") as threads:
+        measured = {
+            name: measure(world, source, config.protocol, threads=threads)
+            for name, world in worlds.items()
+        }
+        fewer = replace(config.protocol, num_clips=8 if config.quick else 48)
+        memory = measure_memory(streamed, source, fewer, threads)
     measured_s = time.perf_counter() - began
 
     console.print("[bold]5/5[/] streaming separable and dense in turns, frame by frame")
     length = NUM_GIVEN + NUM_STREAMED
     batch = read_windows(source, choose_windows(source, 1, length, config.seed + 1), length)
-    frames, timings = stream_in_turns({name: worlds[name] for name in STREAMED}, batch, config.seed)
+    advised = max(advised_threads(world.model.config) for world in streamed.values())
+    with cpu_threads(advised if config.threads == "auto" else config.threads):
+        frames, timings = stream_in_turns(streamed, batch, config.seed)
     true = batch.frames[0].cpu()
     draw = write_stream(true, frames, NUM_GIVEN, SHOWN, source.card.fps, out)
 
@@ -175,10 +186,10 @@ def claim_folder(out: Path) -> None:
     write_text("A demo of scd lies here; `scd demo` may write to this folder.\n", out / MARKER)
 
 
-def train_one(name: str, folder: Path, num_steps: int, seed: int) -> Trained:
+def train_one(name: str, folder: Path, num_steps: int, demo: DemoConfig) -> Trained:
     """Train a preset, or continue where it was interrupted."""
     config = replace(
-        fit_to_data(replace(preset(name), seed=seed)),
+        fit_to_data(replace(preset(name), seed=demo.seed, threads=demo.threads)),
         out=str(folder),
         max_steps=num_steps,
         validate_every=0,

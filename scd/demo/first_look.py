@@ -16,7 +16,7 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
-from scd.common.config import to_json
+from scd.common.config import Threads, to_json
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import cpu_threads
 from scd.data.clip import Conditions
@@ -53,7 +53,7 @@ NOT_CLAIMED = (
 """Shown at the end of the report."""
 
 
-def first_look(run: Path, out: Path, seed: int) -> dict[str, Any]:
+def first_look(run: Path, out: Path, seed: int, threads: Threads = "auto") -> dict[str, Any]:
     """Stream a world that carries clips; write report.json and the page, and return the former.
 
     Raises:
@@ -65,7 +65,7 @@ def first_look(run: Path, out: Path, seed: int) -> dict[str, Any]:
     world, clips = load_world(run), read_clips(run)
     if clips is None or clips.frames.shape[1] <= NUM_GIVEN:
         raise ValueError(f"{run} carries no clips of more than {NUM_GIVEN} frames to begin from")
-    with cpu_threads(advised_threads(world.model.config)):
+    with cpu_threads(advised_threads(world.model.config) if threads == "auto" else threads):
         start = begin_stream(world, clips, seed)
         to_begin_s = time.perf_counter() - began
         frames, timings = stream(start, clips, world.card.action_names)

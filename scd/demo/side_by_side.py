@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from scd.common.threads import ThreadChoice
 from scd.data.clip import Batch
 from scd.data.toy import ToyWorld
 from scd.evaluation.media import GAP, Ink, PictureRow, write_grid, write_video
@@ -36,7 +37,10 @@ NUM_WARM_UP = 8
 
 
 def measure_memory(
-    worlds: Mapping[str, World], source: ToyWorld, protocol: Protocol
+    worlds: Mapping[str, World],
+    source: ToyWorld,
+    protocol: Protocol,
+    threads: ThreadChoice | None = None,
 ) -> dict[str, Any]:
     """Measure the memory score of each world for several contexts, all on the same events."""
     assert protocol.num_clips is not None
@@ -46,7 +50,10 @@ def measure_memory(
     for context in MEMORY_CONTEXTS:
         here = replace(protocol, context=context)
         for name, world in worlds.items():
-            batches = [count_batch(world, clips, here, at) for at in range(len(here.batches()))]
+            batches = [
+                count_batch(world, clips, here, at, threads=threads)
+                for at in range(len(here.batches()))
+            ]
             made, last = (
                 memory_score(torch.cat([batch[baseline] for batch in batches]), protocol.seed)
                 for baseline in ("model", "repeat_last")

@@ -22,11 +22,20 @@ SMALL_PRODUCT = 2**26
 tenfold when something else wants its core. Source: measured, docs/log.md."""
 
 
+LARGE_PRODUCT = 2**33
+"""Operations of the largest product from which on one CPU thread need not be tried: a pass through
+the model then takes seconds on it."""
+
+
+def largest_product(config: ModelConfig, num_frames: int = 1) -> int:
+    """Return the operations of the largest product of a model with so many frames at once."""
+    width = config.block.width
+    return 2 * num_frames * config.shape.num_tokens * width * 4 * width
+
+
 def advised_threads(config: ModelConfig) -> int:
     """Return how many CPU threads a stream of one such model should have here."""
-    width = config.block.width
-    product = 2 * config.shape.num_tokens * width * 4 * width
-    return 1 if product <= SMALL_PRODUCT else torch.get_num_threads()
+    return 1 if largest_product(config) <= SMALL_PRODUCT else torch.get_num_threads()
 
 
 def open_engine(

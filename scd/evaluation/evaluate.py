@@ -27,8 +27,10 @@ from scd.common.places import free_place, in_our_words, listed
 from scd.common.processes import Processes
 from scd.common.provenance import provenance, write_json
 from scd.common.published_weights import ALEXNET, LPIPS_HEADS, check_weights, shipped_heads
+from scd.common.threads import ThreadChoice
 from scd.common.weights import digest_of
 from scd.data.source import open_source
+from scd.engine.open import LARGE_PRODUCT, largest_product
 from scd.evaluation.fvd import KNOWN, Fvd, load_i3d
 from scd.evaluation.inverse_dynamics import (
     ReadActions,
@@ -102,15 +104,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         finished["settings"]["out"] = str(out)
     else:
         parts = Parts(out.with_suffix(PARTS))
-        _measure_units(prepared, parts, processes)
-        if processes.rank == 0:
-            trial = prepared.trial
-            found = measurement(trial, {unit: parts.read(unit.name) for unit in trial.units()})
-            finished = write_result(config, prepared, found, processes.device)
-            parts.remove()
+        with _choose_threads(config, prepared.trial, processes) as threads:
+            prepared = replace(prepared, trial=replace(prepared.trial, threads=threads))
+            _measure_units(prepared, parts, processes)
+            if processes.rank == 0:
+                trial = prepared.trial
+                found = measurement(trial, {unit: parts.read(unit.name) for unit in trial.units()})
+                finished = write_result(config, prepared, found, processes.device)
+                parts.remove()
     processes.wait()
     processes.end()
     return finished if processes.rank == 0 else None
+
+
+def _choose_threads(config: EvaluateConfig, trial: Trial, processes: Processes) -> ThreadChoice:
+    num_clips = min(trial.protocol.batch_size, len(trial.windows))
+    return ThreadChoice(
+        config.threads,
+        active=processes.device.type == "cpu" and processes.number == 1,
+        small=largest_product(trial.world.model.config, num_clips) < LARGE_PRODUCT,
+    )
 
 
 def prepare(config: EvaluateConfig, device: torch.device) -> Prepared:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from scd.common.threads import ThreadChoice
 from scd.data.clip import Batch, Clip, Conditions
 from scd.data.toy import (
     AGENT_COLOUR,
@@ -219,6 +220,7 @@ def count_batch(
     number: int,
     sampling: SamplingConfig | None = None,
     guidance: Guidance | None = None,
+    threads: ThreadChoice | None = None,
 ) -> dict[str, Float[Tensor, "b 2"]]:
     """Count what a world remembers in one batch, and what repeating the last given frame does.
 
@@ -245,6 +247,7 @@ def count_batch(
         number,
         sampling=sampling,
         guidance=guidance,
+        threads=threads,
     )
     last = frames[chosen, clips.num_given - 1 : clips.num_given]
     repeated = last.expand(-1, made.frames.shape[1], -1, -1, -1)

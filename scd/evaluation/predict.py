@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.common.runtime import make_generator
+from scd.common.threads import ThreadChoice
 from scd.data.clip import Batch, Conditions
 from scd.data.source import DataCard, Source
 from scd.evaluation.protocols import NUM_CLIPS, Protocol
@@ -99,6 +101,7 @@ def predict(
     actions: Conditions | None = None,
     sampling: SamplingConfig | None = None,
     guidance: Guidance | None = None,
+    threads: ThreadChoice | None = None,
 ) -> Prediction:
     """Roll out the rest of clips from their first frames.
 
@@ -111,6 +114,7 @@ def predict(
         actions: steer the predicted frames by these, of the same length, instead of the clips'.
         sampling: how frames are denoised; None: as the world says.
         guidance: how predictions are pushed away from an unconditional branch; None: not.
+        threads: of the CPU, for each frame; None: those that the process has.
     """
     assert context < batch.frames.shape[1]
     # A rollout hashes its seed: other batches, up to 10,000 of a seed, have unrelated noise.
@@ -123,7 +127,8 @@ def predict(
     steering = (actions or batch.conditions).actions
     frames, timings = [], []
     for index in range(context, batch.frames.shape[1]):
-        step = rollout.step(None if steering is None else steering[:, index])
+        with threads.piece(len(batch.frames)) if threads else nullcontext():
+            step = rollout.step(None if steering is None else steering[:, index])
         frames.append(step.cpu())
         timings.append(rollout.timing)
     return Prediction(frames=torch.stack(frames, dim=1), timings=timings)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from scd.common.config import at_least, differences, to_json
+from scd.common.config import Threads, at_least, check_threads, differences, to_json
 from scd.data.spaces import Split
 from scd.models.config import Guidance
 
@@ -200,12 +200,16 @@ class EvaluateConfig:
     """The averaged weights, or those the optimiser moved."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; with several processes each takes a GPU of its own."""
+    threads: Threads = "auto"
+    """CPU threads that compute. auto: as many as the first frames are fastest with, measured again
+    when frames become slow; at most OMP_NUM_THREADS. Numbers differ by rounding only."""
     strict: bool = False
     """Stop at the first episode that cannot be read, instead of leaving it out."""
 
     def __post_init__(self) -> None:
         if self.out and Path(self.out).suffix != ".json":
             raise ValueError(f"out must be a .json file, got {self.out}")
+        check_threads(self.threads)
 
     def as_flags(self) -> dict[str, Any]:
         """Return all settings as JSON, those of the protocol among the others, like the flags."""

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.common.runtime import make_generator
+from scd.common.threads import ThreadChoice
 from scd.data.clip import Batch, Conditions, frames_to_pixels, pixels_to_frames
 from scd.data.source import Source
 from scd.data.toy import ToyWorld
@@ -98,6 +99,8 @@ class Trial:
     """How frames are denoised; None: as the world says."""
     guidance: Guidance | None = None
     """How predictions are pushed away from an unconditional branch; None: not."""
+    threads: ThreadChoice | None = None
+    """Of the CPU; None: those that the process has."""
 
     @property
     def with_shuffled(self) -> bool:
@@ -147,6 +150,7 @@ class Trial:
             other,
             self.sampling,
             self.guidance,
+            self.threads,
         )
         seconds = [[one.encoder_s, one.decoder_s, one.autoencoder_s] for one in made.timings]
         return RolledOut(
@@ -166,6 +170,7 @@ class Trial:
                 unit.batch,
                 self.sampling,
                 self.guidance,
+                self.threads,
             )
             return {f"memory.{baseline}.counts": one for baseline, one in counts.items()}
         rolled = self.roll_out(unit)
@@ -281,7 +286,11 @@ class Measurement:
 
 
 def measure(
-    world: World, source: Source, protocol: Protocol, metrics: Sequence[Metric] | None = None
+    world: World,
+    source: Source,
+    protocol: Protocol,
+    metrics: Sequence[Metric] | None = None,
+    threads: ThreadChoice | None = None,
 ) -> Measurement:
     """Roll out held-out clips and compare them with the truth and the baselines.
 
@@ -294,6 +303,7 @@ def measure(
         windows=choose_clips(source, protocol, "the data")[0],
         protocol=protocol,
         metrics=[AgainstTruth(protocol), Drift(protocol)] if metrics is None else metrics,
+        threads=threads,
     )
     return measurement(trial, {unit: trial.measure(unit) for unit in trial.units()})
 

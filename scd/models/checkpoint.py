@@ -34,7 +34,7 @@ from torch import Tensor
 
 from scd.autoencoders.build import Autoencoder, build_autoencoder
 from scd.autoencoders.config import AutoencoderConfig
-from scd.common.config import from_json, to_json
+from scd.common.config import added, from_json, to_json
 from scd.common.files import read_json, write_file, written_aside
 from scd.common.hub import upload
 from scd.common.names import did_you_mean
@@ -187,6 +187,10 @@ class Progress:
     """Processes that trained; another number continues on other batches."""
     elapsed_s: float
     """Seconds of training so far, over all parts of the run."""
+    num_threads: int = added(0)
+    """CPU threads that were found fastest. 0: none were looked for."""
+    measured_step_s: float = added(0.0)
+    """Seconds of a step with so many."""
 
 
 def save_world(world: World, folder: str | os.PathLike[str]) -> Path:

@@ -31,9 +31,10 @@ from scd.autoencoders.build import (
 from scd.autoencoders.config import PixelConfig
 from scd.autoencoders.diffusers import ImageAutoencoder, with_statistics
 from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_cache
-from scd.common.config import Precision, at_least, parse_shard, to_json
+from scd.common.config import Precision, Threads, at_least, check_threads, parse_shard, to_json
 from scd.common.files import remove_leftovers
 from scd.common.runtime import choose_device
+from scd.common.threads import ThreadChoice
 from scd.data.clip import Clip
 from scd.data.latents import (
     FORMAT,
@@ -100,6 +101,9 @@ class EncodeConfig:
     """Arithmetic of the autoencoder; pixels have none to choose."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    threads: Threads = "auto"
+    """CPU threads that compute. auto: as many as the first calls are fastest with, measured again
+    when they become slow; at most OMP_NUM_THREADS. Latents differ by rounding only."""
     strict: bool = False
     """Stop at the first episode that cannot be used, instead of leaving it out."""
 
@@ -115,6 +119,7 @@ class EncodeConfig:
         if not self.splits or len(set(self.splits)) < len(self.splits):
             raise ValueError(f"splits must be named once each, got {list(self.splits)}")
         parse_shard(self.shard)
+        check_threads(self.threads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +162,8 @@ def encode(config: EncodeConfig) -> Encoded:
     began, num_frames = time.perf_counter(), 0
     for split, number in track(todo, f"encoding into {out}", disable=not todo):
         remove_leftovers(out, info.file_name(split, number))
-        episodes = encoding.episodes(split, number)
+        with encoding.threads:
+            episodes = encoding.episodes(split, number)
         write_episodes(out, info, split, number, episodes)
         num_frames += sum(len(episode.latents) for episode in episodes)
     return Encoded(
@@ -194,6 +200,10 @@ class Encoding:
         device = choose_device(config.device)
         self.sources = open_sources(config)
         self.autoencoder = choose_autoencoder(config, self.sources, device)
+        small = isinstance(self.autoencoder, PixelAutoencoder)
+        self.threads = ThreadChoice(config.threads, active=device.type == "cpu", small=small)
+        # A text encoder is large, and its prompts may be found in the cache, in no time.
+        self.text_threads = ThreadChoice(config.threads, active=False)
         self.embedder: PromptEmbedder | None = None
         self.null_text: Tensor | None = None
         if config.text_encoder:
@@ -201,7 +211,7 @@ class Encoding:
                 length=config.text_length, device=str(device), cache=default_cache()
             )
             self.embedder = PromptEmbedder(config.text_encoder, settings)
-            self.null_text = _embed(self.embedder, "")
+            self.null_text = self._embed("")
         self.info = self._describe()
 
     def _describe(self) -> LatentsInfo:
@@ -247,7 +257,7 @@ class Encoding:
         source, episodes, encoded = self.sources[split], self.info.episodes(split, number), []
         for episode, clip in zip(episodes, _read_ahead(source, episodes), strict=True):
             latents = self._latents(clip, f"{split} episode {episode}")
-            text = self.embedder and _embed(self.embedder, source.prompt(episode))
+            text = self._embed(source.prompt(episode)) if self.embedder else None
             encoded.append(
                 EncodedEpisode(
                     latents=latents[: self.info.lengths(split)[episode]],
@@ -274,16 +284,26 @@ class Encoding:
             latents = clip.frames * config.latent_scale
         elif info.frames_per_latent > 1:
             num_frames = 1 + (len(clip) - 1) // info.frames_per_latent * info.frames_per_latent
-            latents = self.autoencoder.encode(clip.frames[None, :num_frames])[0].cpu()
+            latents = self._encode(clip.frames[:num_frames])
         else:
             parts = clip.frames.split(config.batch_size)
-            latents = torch.cat([self.autoencoder.encode(part[None])[0].cpu() for part in parts])
+            latents = torch.cat([self._encode(part) for part in parts])
         if not torch.isfinite(latents).all():
             raise ValueError(f"{where} that are not finite")
         largest = float(latents.abs().max())
         if config.stored == "fp16" and largest > torch.finfo(torch.float16).max:
             raise ValueError(f"{where} up to {largest:.3g}: --stored bf16")
         return latents
+
+    def _encode(self, frames: Float[Tensor, "t 3 h w"]) -> Float[Tensor, "_ c h w"]:
+        with self.threads.piece(len(frames)):
+            return self.autoencoder.encode(frames[None])[0].cpu()
+
+    def _embed(self, prompt: str) -> Float[Tensor, "l d"]:
+        """Embed one prompt, without what fills it up."""
+        assert self.embedder is not None
+        with self.text_threads.piece():
+            return self.embedder.embed([prompt])[0, : len(self.embedder.tokens(prompt))]
 
 
 def _read_ahead(source: Source, episodes: range) -> Iterator[Clip]:
@@ -296,11 +316,6 @@ def _read_ahead(source: Source, episodes: range) -> Iterator[Clip]:
                 episode = left.popleft()
                 waiting.append(pool.submit(source.read, episode, 0, source.num_frames(episode)))
             yield waiting.popleft().result()
-
-
-def _embed(embedder: PromptEmbedder, prompt: str) -> Float[Tensor, "l d"]:
-    """Embed one prompt, without what fills it up."""
-    return embedder.embed([prompt])[0, : len(embedder.tokens(prompt))]
 
 
 def open_sources(config: EncodeConfig) -> dict[Split, Source]:

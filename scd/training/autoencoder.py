@@ -99,6 +99,7 @@ class AutoencoderTask(Task):
             raise ValueError("an autoencoder is trained in one process")
         self.config, self.accelerator = config, accelerator
         self.max_steps = config.max_steps
+        self.is_small = config.network.startswith("small")
         source = open_source(config.data, "train", config.strict)
         self.held_out = open_source(config.data, "val", config.strict)
         self.loader = Loader(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from scd.autoencoders.config import AutoencoderConfig, DeepName, PixelConfig
-from scd.common.config import Precision, added, at_least
+from scd.common.config import Precision, Threads, added, at_least, check_threads
 from scd.common.runlog import Tracker
 from scd.models.config import SamplingConfig, SeparableConfig
 from scd.models.kinds import ModelConfig
@@ -31,6 +31,7 @@ class RunConfig:
         "keep_checkpoints",
         "num_validation_clips",
         "num_loader_workers",
+        "threads",
         "tracker",
         "time_limit_s",
         "resume",
@@ -74,6 +75,10 @@ class RunConfig:
     """Seconds after which to save and stop; counted once Python has loaded the program. 0: none."""
     num_loader_workers: int = 2
     """Threads that read clips ahead."""
+    threads: Threads = added("auto")
+    """CPU threads that compute. auto: as many as the first steps are fastest with, measured again
+    when steps become slow; at most OMP_NUM_THREADS. A continued run equals the uninterrupted one
+    bit for bit at one number of threads, which a number here makes sure of."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """How its weights move."""
 
@@ -88,6 +93,7 @@ class RunConfig:
             "num_loader_workers",
         )
         self.check_least(0, "validate_every", "save_every", "time_limit_s")
+        check_threads(self.threads)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
 
@@ -247,10 +253,14 @@ class TrainInverseDynamicsConfig:
     """Features of a pair of frames."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    threads: Threads = "auto"
+    """CPU threads that compute. auto: as many as the first steps are fastest with; at most
+    OMP_NUM_THREADS."""
     strict: bool = False
     """Stop at the first episode that cannot be read, instead of leaving it out."""
 
     def __post_init__(self) -> None:
+        check_threads(self.threads)
         at_least(1, steps=self.steps, batch_size=self.batch_size)
         at_least(2, num_frames=self.num_frames)
         if self.lr <= 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -59,7 +60,11 @@ def validate(
     accelerator: Accelerator,
     sharded: bool,
 ) -> dict[str, float]:
-    """Return the loss of a model on held-out clips, by noise level.
+    """Return the loss of a model on held-out clips, by noise level, and how it listens.
+
+    `action_gap` is how much the mean loss rises, on the same noise, where each clip is steered by
+    the actions of another: 0 for a model that does not listen. Only of clips with actions, and of
+    two or more.
 
     The clips and their noise are the same in every call. Processes share the clips; those that hold
     a part of the weights each (`sharded`) run the model equally often, and what is too much counts
@@ -67,6 +72,7 @@ def validate(
     """
     model, num_processes = world.model, accelerator.num_processes
     totals: dict[str, float] = {}
+    others = of_other_clips([batch.conditions for batch in held_out])
     mine = list(range(accelerator.process_index, len(held_out), num_processes))
     num_rounds = -(-len(held_out) // num_processes)
     spare = [0] * (num_rounds - len(mine)) if sharded else []
@@ -74,15 +80,28 @@ def validate(
         batch = held_out[index].to(accelerator.device)
         clean = latents_of(world.autoencoder, batch)
         seed = derive_seed(0, "validation", index)
-        losses = validation_loss(
-            model, clean, batch.conditions, times, seed, model.needs_first_frame
-        )
+        more = {"times": times, "seed": seed, "needs_first_frame": model.needs_first_frame}
+        losses = validation_loss(model, clean, batch.conditions, **more)
+        if others:
+            theirs = others[index].to(accelerator.device)
+            other = validation_loss(model, clean, theirs, **more)
+            losses["action_gap"] = other["loss"] - losses["loss"]
         counted = len(batch.frames) if place < len(mine) else 0
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0.0) + loss * counted
     shares = gather_object([totals])
     num_clips = sum(len(batch.frames) for batch in held_out)
     return {name: sum(share.get(name, 0.0) for share in shares) / num_clips for name in shares[0]}
+
+
+def of_other_clips(conditions: Sequence[Conditions]) -> list[Conditions]:
+    """Return conditions with the actions of the next clip, those of the last with the first's; none
+    if there are no actions, or only one clip."""
+    actions = [one.actions for one in conditions if one.actions is not None]
+    if sum(map(len, actions)) < 2:
+        return []
+    parts = torch.cat(actions).roll(-1, 0).split([len(one) for one in actions])
+    return [replace(one, actions=part) for one, part in zip(conditions, parts, strict=True)]
 
 
 @torch.no_grad()

@@ -69,6 +69,7 @@ def train_inverse_dynamics(config: TrainInverseDynamicsConfig) -> TrainedInverse
         num_frames=config.num_frames,
         seed=config.seed,
         device=config.device,
+        threads=config.threads,
         ema_decay=0.0,
         log_every=100,
         optim=OptimConfig(lr=config.lr, warmup_steps=0, decay_fraction=1.0, clip_norm=0.0),

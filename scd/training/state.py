@@ -23,6 +23,7 @@ from scd.common.places import in_our_words, read_start, remember_start
 from scd.common.provenance import command
 from scd.common.runlog import RunLog
 from scd.common.runtime import choose_device, describe_hardware, git_commit
+from scd.common.threads import ThreadChoice
 from scd.data.clip import Batch
 from scd.data.loader import Loader
 from scd.models.build import num_parameters
@@ -167,6 +168,8 @@ class Task(ABC):
     together."""
     is_wrapped = False
     """Whether the groups' networks need no wrapper of accelerate's."""
+    is_small = True
+    """Whether on a CPU one thread may be the fastest: then it is tried first."""
 
     def begin(self) -> None:  # noqa: B027
         """Give the model of a new run its first weights, if they are not those of the seed."""
@@ -206,6 +209,8 @@ class Clock:
         self._since = time.perf_counter()
         self._waited_s = 0.0
         self._num_steps = 0
+        self._begun = self._since
+        self._num_all = 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -224,6 +229,7 @@ class Clock:
     def count_step(self) -> None:
         """Note that a step is done."""
         self._num_steps += 1
+        self._num_all += 1
 
     @property
     def total_s(self) -> float:
@@ -234,6 +240,10 @@ class Clock:
     def steps_per_s(self) -> float:
         """Steps per second since the last `read`."""
         return self._num_steps / max(time.perf_counter() - self._since, 1e-9)
+
+    def left_s(self, num_steps: int) -> float:
+        """Return the seconds that some more steps will take, if they go on as since the start."""
+        return num_steps * (time.perf_counter() - self._begun) / max(self._num_all, 1)
 
     def read(self) -> dict[str, float]:
         """Return seconds per step and of it waiting for data, and begin anew."""
@@ -263,6 +273,8 @@ class Run:
     log: RunLog
     """Log of this process; silent in all but the first."""
     clock: Clock
+    threads: ThreadChoice
+    """Of the CPU."""
     step: int
     """Steps done."""
 
@@ -289,6 +301,7 @@ class Run:
 
     def close(self) -> None:
         """Let go of the log, the processes and the folder."""
+        self.threads.close()
         self.log.close()
         self.task.accelerator.end_training()
         if self.lock is not None:
@@ -355,6 +368,7 @@ def start_run(
     log.event("start" if checkpoint is None else "resume", facts | task.facts())
     machine = {"command": command(), "commit": git_commit()} | describe_hardware()
     log.event("machine", machine, show=False)
+    threads = _choose_threads(config, task, progress, log)
     return Run(
         task=task,
         groups=groups,
@@ -363,7 +377,25 @@ def start_run(
         lock=lock,
         log=log,
         clock=Clock(progress.elapsed_s),
+        threads=threads,
         step=progress.step,
+    )
+
+
+def _choose_threads(config: RunConfig, task: Task, progress: Progress, log: RunLog) -> ThreadChoice:
+    """Return the choice of threads, which goes on at the number of the run's earlier parts."""
+
+    def report(step_s: Mapping[int, float], number: int) -> None:
+        by_number = {str(threads): seconds for threads, seconds in step_s.items()}
+        log.event("threads", {"chosen": number, "step_s": by_number})
+
+    accelerator = task.accelerator
+    return ThreadChoice(
+        config.threads,
+        active=accelerator.device.type == "cpu" and accelerator.num_processes == 1,
+        small=task.is_small,
+        known=(progress.num_threads, progress.measured_step_s),
+        report=report,
     )
 
 
@@ -462,6 +494,8 @@ def save(run: Run) -> None:
             num_ema_updates=run.ema.num_updates,
             num_processes=accelerator.num_processes,
             elapsed_s=run.clock.total_s,
+            num_threads=run.threads.chosen if run.threads.piece_s else 0,
+            measured_step_s=run.threads.piece_s,
         )
         folder = save_step(
             run.folder,

@@ -1,8 +1,8 @@
 """The training loop: one for every task, objective, model and number of processes.
 
 Every random draw comes from a generator made of (seed, purpose, rank, step), and every batch is a
-function of its number, so a resumed run repeats the uninterrupted one; on one CPU process bit for
-bit. Source of the recipe: paper (optimisation).
+function of its number, so a resumed run repeats the uninterrupted one; on one CPU process, with one
+number of threads, bit for bit. Source of the recipe: paper (optimisation).
 """
 
 from __future__ import annotations
@@ -68,12 +68,13 @@ def _loop(run: Run, stream: Generator[Batch, None, None], stop: StopRequest) -> 
     task, config, clock = run.task, run.task.config, run.clock
     values: dict[str, list[float]] = {}
     for step in range(run.step, task.max_steps):
-        task.begin_step(run)
-        reports = list(_step(run, step, stream, stop))
+        with run.threads.piece():
+            task.begin_step(run)
+            reports = list(_step(run, step, stream, stop))
+            run.ema.update()
         for report in reports:
             for name, value in report.logs.items():
                 values.setdefault(name, []).append(value)
-        run.ema.update()
         run.step = step + 1
         clock.count_step()
         loss = next(report.loss for report in reports if report.name == MODEL)
@@ -220,10 +221,11 @@ def _log_step(run: Run, values: dict[str, list[float]], reports: list[_Report]) 
     optim = task.config.optim
     run.log.event(
         "step",
-        {"step": run.step}
+        {"step": run.step, "left_s": run.clock.left_s(task.max_steps - run.step)}
         | {name: fmean(found) for name, found in values.items()}
         | norms
         | {"lr": optim.lr * lr_multiplier(optim, run.step - 1, task.max_steps)}
+        | {"threads": run.threads.number}
         | run.clock.read()
         | {"memory_gib": peak_memory_gib(task.accelerator.device)},
     )

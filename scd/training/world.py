@@ -17,6 +17,7 @@ from scd.autoencoders.build import build_autoencoder, latents_of
 from scd.common.runtime import derive_seed
 from scd.data.clip import Batch, Conditions
 from scd.data.source import Source
+from scd.engine.open import LARGE_PRODUCT, largest_product
 from scd.models.build import Diffuser, build
 from scd.models.checkpoint import World, write_world
 from scd.models.flow import schedule
@@ -70,6 +71,8 @@ class WorldTask(Task):
         num_processes = accelerator.num_processes
         self.sharded = is_sharded(config, num_processes, fsdp_version(accelerator))
         self.is_wrapped = self.sharded
+        num_frames = config.batch_size * config.num_frames
+        self.is_small = largest_product(config.model, num_frames) < LARGE_PRODUCT
         autoencoder = build_autoencoder(config.autoencoder, accelerator.device)
         source = open_training(config, autoencoder, source)
         self.held_out = read_held_out(config, source)

@@ -7,7 +7,7 @@ import json
 import pytest
 from rich.console import Console
 
-from scd.common.runlog import RunLog, read_log, readable
+from scd.common.runlog import RunLog, duration, read_log, readable
 
 
 def quiet() -> Console:
@@ -58,10 +58,10 @@ def test_a_process_that_is_not_first_writes_nothing(tmp_path):
 
 def test_screen_shows_a_readable_line_and_no_more_when_told(tmp_path):
     screen = io.StringIO()
-    with RunLog(tmp_path, total_steps=1, console=Console(file=screen, soft_wrap=True)) as log:
-        log.event("step", {"step": 7, "loss": 0.123456})
+    with RunLog(tmp_path, total_steps=90, console=Console(file=screen, soft_wrap=True)) as log:
+        log.event("step", {"step": 7, "loss": 0.123456, "left_s": 4801.0})
         log.event("checkpoint", {"step": 7}, show=False)
-    assert screen.getvalue().split() == ["step", "step", "7", "loss", "0.1235"]
+    assert screen.getvalue().split() == "step step 7 of 90 left 80 min loss 0.1235".split()
     assert len(read_log(tmp_path)) == 2
 
 
@@ -71,6 +71,11 @@ def test_progress_bar_on_a_terminal_shows_steps_and_text(tmp_path):
     with RunLog(tmp_path, total_steps=20, first_step=3, console=console) as log:
         log.advance(12, "loss 0.5")
     assert "12/20" in screen.getvalue() and "loss 0.5" in screen.getvalue()
+
+
+def test_time_left_is_told_in_words():
+    told = [duration(seconds) for seconds in (0.4, 80.0, 100.0, 5000.0, 5500.0, 90_000.0)]
+    assert told == ["0 s", "80 s", "2 min", "83 min", "1 h 32 min", "25 h 0 min"]
 
 
 def test_readable_joins_nested_names():

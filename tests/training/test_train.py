@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
+from scd.autoencoders.build import latents_of
 from scd.common.config import differences
 from scd.common.files import take_lock
 from scd.common.provenance import command
 from scd.common.runlog import read_log
+from scd.common.runtime import derive_seed
 from scd.common.signals import Interrupted
+from scd.data.loader import Loader
 from scd.data.manifest import read_manifest, write_manifest
 from scd.data.source import open_source
 from scd.models.checkpoint import load_progress, load_world
@@ -32,10 +36,12 @@ from scd.models.config import (
     SeparableConfig,
 )
 from scd.objectives.config import DenoiseConfig
+from scd.objectives.denoise import validation_loss
 from scd.optim.config import OptimConfig
 from scd.training.config import TrainConfig
+from scd.training.held_out import of_other_clips, validate
 from scd.training.world import build_model, clip_objective, train
-from tests.tiny import objective_of
+from tests.tiny import objective_of, shaken
 
 SMALL = BlockConfig(width=16, head_dim=16, rotary_axes=(4, 6, 6), initial_gate=0.5)
 CONDITIONS = open_source("toy:32", "train").card.conditions
@@ -106,6 +112,91 @@ def test_two_and_two_steps_are_four_steps_bit_for_bit(config, tmp_path, change):
     losses = [event["loss"] for event in read_log(whole, "step")]
     assert [event["loss"] for event in read_log(tmp_path / "parts", "step")] == losses
     assert len(losses) == 4 and len(set(losses)) == 4
+
+
+@pytest.fixture
+def four_threads():
+    """As on a machine of four cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def wide(config: TrainConfig) -> TrainConfig:
+    """A run whose products are large enough for threads to share them."""
+    block = BlockConfig(width=128, head_dim=32, rotary_axes=(8, 12, 12), initial_gate=0.5)
+    return replace(config, model=replace(SEPARABLE, block=block), batch_size=4)
+
+
+def test_a_number_of_threads_changes_rounding_only_and_resumes_bit_for_bit(
+    config, tmp_path, four_threads
+):
+    config = replace(wide(config), save_every=2, threads=2)
+    whole = train(config)
+    parts = replace(config, out=str(tmp_path / "parts"))
+    train_steps(parts, 2)
+    train(parts)
+    assert files_of(tmp_path / "parts") == files_of(whole)
+    one = train(replace(config, threads=1, out=str(tmp_path / "one")))
+    two, one = ([event["loss"] for event in read_log(run, "step")] for run in (whole, one))
+    assert one == pytest.approx(two, rel=1e-4)
+    assert torch.get_num_threads() == 4
+
+
+def test_threads_are_chosen_in_the_first_steps_and_a_continued_run_keeps_them(
+    config, tmp_path, four_threads
+):
+    config = replace(wide(config), max_steps=40)
+    run = train(config)
+    (choice, *_) = read_log(run, "threads")
+    seconds = {int(number): value for number, value in choice["step_s"].items()}
+    assert set(seconds) >= {1, 2} and min(seconds.values()) > 0
+    assert seconds[choice["chosen"]] <= 1.1 * min(seconds.values())
+    steps = read_log(run, "step")
+    assert {event["threads"] for event in steps} >= {1, 2}
+    progress = load_progress(run / "step_000040")
+    assert progress.num_threads == read_log(run, "threads")[-1]["chosen"]
+    train(replace(config, max_steps=42))
+    resumed = [event["threads"] for event in read_log(run, "step") if event["step"] > 40]
+    assert resumed == [progress.num_threads] * 2
+    pinned = train(replace(config, max_steps=4, threads=1, out=str(tmp_path / "pinned")))
+    losses = [[event["loss"] for event in read_log(one, "step")][:4] for one in (run, pinned)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert not read_log(pinned, "threads") and torch.get_num_threads() == 4
+
+
+def test_validation_tells_whether_the_model_listens(config):
+    deaf = train(replace(config, validate_every=2))
+    assert all(abs(event["action_gap"]) < 0.05 for event in read_log(deaf, "validation"))
+    run = load_world(deaf)
+    batches = [
+        Loader(open_source("toy:32", "val"), size, 4, seed=0).batch(index)
+        for index, size in ((0, 2), (1, 1))
+    ]
+    first, second = of_other_clips([batch.conditions for batch in batches])
+    given, moved = (
+        torch.cat([one.actions for one in conditions if one.actions is not None])
+        for conditions in ([batch.conditions for batch in batches], [first, second])
+    )
+    assert torch.equal(moved, given[[1, 2, 0]])
+    loud = shaken(run.model)
+    found = validate(replace(run, model=loud), batches, (0.9,), Accelerator(cpu=True), False)
+    by_hand = 0.0
+    for index, (batch, theirs) in enumerate(zip(batches, (first, second), strict=True)):
+        losses = [
+            validation_loss(
+                loud,
+                latents_of(run.autoencoder, batch),
+                conditions,
+                (0.9,),
+                derive_seed(0, "validation", index),
+            )["loss"]
+            for conditions in (theirs, batch.conditions)
+        ]
+        by_hand += (losses[0] - losses[1]) * len(batch.frames) / 3
+    assert found["action_gap"] == pytest.approx(by_hand, abs=1e-6) and by_hand != 0
+    assert of_other_clips([batches[1].conditions]) == []
 
 
 def train_steps(config: TrainConfig, num_steps: int) -> None:
@@ -348,6 +439,7 @@ def test_differences_name_the_leaf():
         ({"max_steps": 0}, "max_steps must be 1 or more"),
         ({"ema_decay": 1.0}, "ema_decay must lie in"),
         ({"save_every": -1}, "save_every must be 0 or more"),
+        ({"threads": 0}, "threads must be auto, or 1 or more, got 0"),
         ({"validation_times": (0.0,)}, "validation_times must lie in"),
     ],
 )
