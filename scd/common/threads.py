@@ -17,7 +17,7 @@ import torch
 
 from scd.common.config import Threads
 
-Search = Generator[int, tuple[float, float], None]
+Search = Generator[int, tuple[float, int], None]
 """Yields the number of threads of the next piece, and is sent its seconds and its size."""
 
 NUM_WARM = 2
@@ -95,11 +95,12 @@ class ThreadChoice:
             self.number = next(self._search)
 
     @contextmanager
-    def piece(self, amount: float = 1.0) -> Iterator[None]:
+    def piece(self, amount: int = 1) -> Iterator[None]:
         """Do what is in a with block with the chosen number of threads, and time it.
 
         Args:
-            amount: its size, where pieces are of different size: seconds are then of size 1.
+            amount: its size, such as its frames, where pieces differ in it: then it is the seconds
+                of one frame that are compared.
         """
         # Again and again: a reader thread that sets its own number sets that of MKL for all.
         torch.set_num_threads(self.number)
@@ -175,7 +176,7 @@ class ThreadChoice:
 
     def _measure(
         self, place: int, best_s: float = float("inf")
-    ) -> Generator[int, tuple[float, float], float]:
+    ) -> Generator[int, tuple[float, int], float]:
         """Return the seconds of a piece with a number of threads; fewer pieces if it is hopeless.
 
         The first piece does not count: kernels are prepared anew for another number.
@@ -184,7 +185,7 @@ class ThreadChoice:
         seconds, amount = yield number
         if seconds / amount > HOPELESS[1] * best_s:
             return seconds / amount
-        pieces: list[tuple[float, float]] = []
+        pieces: list[tuple[float, int]] = []
         while True:
             pieces.append((yield number))
             total_s, total = (sum(side) for side in zip(*pieces, strict=True))

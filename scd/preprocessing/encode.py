@@ -295,7 +295,7 @@ class Encoding:
             raise ValueError(f"{where} up to {largest:.3g}: --stored bf16")
         return latents
 
-    def _encode(self, frames: Float[Tensor, "t 3 h w"]) -> Float[Tensor, "_ c h w"]:
+    def _encode(self, frames: Float[Tensor, "t 3 h w"]) -> Float[Tensor, "_ c _ _"]:
         with self.threads.piece(len(frames)):
             return self.autoencoder.encode(frames[None])[0].cpu()
 

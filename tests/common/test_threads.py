@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from scd.common.runtime import cpu_threads
 from scd.common.threads import ThreadChoice, ladder
 
 
@@ -16,7 +17,7 @@ class Machine:
         self.now, self.seconds, self.used = 0.0, seconds, list[int]()
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
-    def work(self, choice: ThreadChoice, num_pieces: int, size: float = 1.0) -> None:
+    def work(self, choice: ThreadChoice, num_pieces: int, size: int = 1) -> None:
         for _ in range(num_pieces):
             with choice.piece(size):
                 number = torch.get_num_threads()
@@ -27,10 +28,8 @@ class Machine:
 @pytest.fixture(autouse=True)
 def cores():
     """Eight threads at most, whatever the machine of the test has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(8)
-    yield
-    torch.set_num_threads(before)
+    with cpu_threads(8):
+        yield
 
 
 IDLE = {1: 0.217, 2: 0.164, 3: 0.150, 4: 0.140, 6: 0.150, 7: 0.16, 8: 0.17}
@@ -88,7 +87,7 @@ def test_pieces_of_other_sizes_are_compared_by_size(monkeypatch):
     machine = Machine(monkeypatch, lambda number: IDLE[number])
     choice = ThreadChoice()
     for place in range(60):
-        machine.work(choice, 1, size=(1.0, 0.3, 2.0)[place % 3])
+        machine.work(choice, 1, size=(3, 1, 5)[place % 3])
     assert IDLE[choice.chosen] <= 1.1 * min(IDLE.values())
 
 

@@ -168,6 +168,8 @@ def test_settings():
     assert demo.DemoConfig().protocol.num_clips == 64
     with pytest.raises(ValueError, match="steps must be 1 or more, got 0"):
         demo.DemoConfig(train=True, steps=0)
+    with pytest.raises(ValueError, match="threads must be auto, or 1 or more, got 0"):
+        demo.DemoConfig(threads=0)
 
 
 def test_results_are_json_or_an_error(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from scd.common.runtime import cpu_threads
 from scd.data.source import DataCard, open_source
 from scd.evaluation import evaluate, image, memory, predict
 from scd.evaluation.metrics import AgainstTruth, find_row
@@ -23,7 +24,9 @@ def model_config(separable_config):
 
 
 def settings(run, folder, tmp_path, **changes):
-    values = dict(run=run, data=folder, device="cpu", out=str(tmp_path / "result" / "e.json"))
+    values = dict(
+        run=run, data=folder, device="cpu", threads="auto", out=str(tmp_path / "result" / "e.json")
+    )
     values |= {name: changes.pop(name) for name in values.keys() & changes.keys()}
     protocol = Protocol(**{**dict(context=2, horizon=3, num_clips=5, batch_size=2), **changes})
     return EvaluateConfig(protocol=protocol, **values)
@@ -51,6 +54,20 @@ def test_result_file_says_everything(run, folder, tmp_path):
     parts = sum(seconds[part]["mean"] for part in ("encoder", "decoder", "autoencoder"))
     assert seconds["total"]["mean"] == pytest.approx(parts)
     assert imread(tmp_path / "result" / "e.png").shape[0] > 100
+
+
+def test_chosen_threads_change_rounding_only(run, folder, tmp_path):
+    given = [
+        settings(run, folder, tmp_path, threads=number, out=str(tmp_path / f"{number}.json"))
+        for number in (1, "auto")
+    ]
+    with cpu_threads(4):
+        one, chosen = map(evaluate.evaluate, given)
+        assert torch.get_num_threads() == 4
+    assert one is not None and chosen is not None
+    assert one["hardware"]["num_threads"] == 1 and chosen["hardware"]["num_threads"] <= 4
+    for mine, theirs in zip(one["rows"], chosen["rows"], strict=True):
+        assert mine["mean"] == pytest.approx(theirs["mean"], rel=1e-3, abs=1e-4)
 
 
 def test_table_for_people_shows_the_rows():
@@ -139,6 +156,7 @@ def test_windows_do_not_overlap_and_spread_over_episodes(folder):
         ({"context": 0}, "context must be 1 or more, got 0"),
         ({"horizon": 0}, "horizon must be 1 or more, got 0"),
         ({"data": "toy:64"}, "frames of 32x32, toy:64 has 64x64"),
+        ({"threads": 0}, "threads must be auto, or 1 or more, got 0"),
         ({"out": "result"}, "out must be a .json file, got result"),
     ],
 )

@@ -15,6 +15,7 @@ from scd.autoencoders.config import PixelConfig
 from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig
 from scd.cli import main
 from scd.common.config import to_json
+from scd.common.runtime import cpu_threads
 from scd.data.clip import Batch, check_conditions
 from scd.data.latents import LatentSource, open_file, read_info
 from scd.data.loader import Loader
@@ -87,6 +88,17 @@ def test_latents_are_what_the_autoencoder_makes(videos, latents):
             assert torch.equal(found.actions, clip.actions)
     with pytest.raises(ValueError, match=r"episode 0: latent frames 15 .. 19 .* has 18"):
         stored.read(0, 15, 5)
+
+
+def test_chosen_threads_change_rounding_only(videos, latents, tmp_path):
+    with cpu_threads(4):
+        encode(settings(videos, tmp_path / "chosen", batch_size=3))
+        encode(settings(videos, tmp_path / "three", threads=3))
+        assert torch.get_num_threads() == 4
+    expected = LatentSource(latents, "train").read(1, 0, 18).frames
+    for name in ("chosen", "three"):
+        found = LatentSource(tmp_path / name, "train").read(1, 0, 18).frames
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_several_processes_write_the_same_files(videos, latents, tmp_path):
@@ -360,6 +372,7 @@ def test_published_latents_are_taken_over_at_unit_scale(tmp_path):
         ({"shard": "1"}, "shard must be i/n"),
         ({"splits": ()}, "splits must be named once each"),
         ({"latent_scale": 0.0}, "latent_scale must be above 0"),
+        ({"threads": 0}, "threads must be auto, or 1 or more, got 0"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
     ],
 )

@@ -20,7 +20,7 @@ from scd.common.config import differences
 from scd.common.files import take_lock
 from scd.common.provenance import command
 from scd.common.runlog import read_log
-from scd.common.runtime import derive_seed
+from scd.common.runtime import cpu_threads, derive_seed
 from scd.common.signals import Interrupted
 from scd.data.loader import Loader
 from scd.data.manifest import read_manifest, write_manifest
@@ -117,10 +117,8 @@ def test_two_and_two_steps_are_four_steps_bit_for_bit(config, tmp_path, change):
 @pytest.fixture
 def four_threads():
     """As on a machine of four cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
+    with cpu_threads(4):
+        yield
 
 
 def wide(config: TrainConfig) -> TrainConfig:
