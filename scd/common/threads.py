@@ -37,6 +37,11 @@ HOPELESS = 1.5, 4.0
 """Times the seconds of the best number from which on another is given up: on measured pieces, and
 on the first one, which also pays for the change."""
 
+NUM_TRIALS, CROWDED = 10, 6.0
+"""Rounds of small products by which a number is tried before it gets a piece, and times one
+thread's seconds from which on it gets none: cores are taken, and a piece could take a hundred times
+as long."""
+
 SLOWER = 1.5
 """Times the measured seconds, median of the newest pieces, at which all is measured again."""
 
@@ -165,7 +170,8 @@ class ThreadChoice:
                 break
         self.chosen, self.piece_s = self._ladder[place], found[place]
         if self._report is not None:
-            self._report({self._ladder[at]: found[at] for at in sorted(found)}, self.chosen)
+            measured = {self._ladder[at]: found[at] for at in sorted(found)}
+            self._report({n: s for n, s in measured.items() if s < float("inf")}, self.chosen)
 
     def _beyond(self, place: int, direction: int, is_long: bool) -> int:
         """Return the next place to try, upwards the last one if pieces are long; -1: none."""
@@ -182,6 +188,8 @@ class ThreadChoice:
         The first piece does not count: kernels are prepared anew for another number.
         """
         number = self._ladder[place]
+        if best_s < float("inf") and crowded(number):
+            return float("inf")
         seconds, amount = yield number
         if seconds / amount > HOPELESS[1] * best_s:
             return seconds / amount
@@ -193,6 +201,28 @@ class ThreadChoice:
             is_enough = len(pieces) >= NUM_MEASURED and total_s >= MEASURED_S
             if is_enough or pieces[-1][0] > LONG_S or fastest > HOPELESS[0] * best_s:
                 return total_s / total
+
+
+def crowded(number: int) -> bool:
+    """Tell whether so many threads get in each other's way, by many small products in turns with
+    one thread: cores are then taken by other work."""
+    if number == 1:
+        return False
+    one, weights = torch.ones(256, 256), torch.ones(256, 256)
+    before = torch.get_num_threads()
+    taken: dict[int, float] = {1: 0.0, number: 0.0}
+    try:
+        for _ in range(NUM_TRIALS):
+            for threads in taken:
+                torch.set_num_threads(threads)
+                torch.mm(one, weights)
+                began = time.perf_counter()
+                for _ in range(4):
+                    torch.mm(one, weights)
+                taken[threads] += time.perf_counter() - began
+    finally:
+        torch.set_num_threads(before)
+    return taken[number] > CROWDED * taken[1]
 
 
 def ladder(limit: int) -> list[int]:

@@ -44,7 +44,7 @@ from scd.models.build import Diffuser, build, num_parameters
 from scd.models.clips import CLIPS_FILE, Clips, clips_in
 from scd.models.config import SamplingConfig
 from scd.models.kinds import ModelConfig
-from scd.models.names import CARD_FILE, find_world
+from scd.models.names import CARD_FILE, WORLDS, find_world, shipped_names
 from scd.models.weights import CONFIG_FILE, FORMAT, WEIGHTS_FILE, load_weights, read_settings
 from scd.models.world_card import WorldFacts, card_text
 
@@ -288,17 +288,22 @@ def load_world(
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """Return the world folder that a path means: itself, or the newest step of a run.
+    """Return the world folder that a path means: itself, the newest step of a run, or, of a name
+    under which nothing lies, the world of that name which comes with the package.
 
     Raises:
         FileNotFoundError: the path does not lead to a world folder.
     """
     folder = Path(path)
+    if not folder.exists() and os.fspath(path) in shipped_names():
+        folder = WORLDS / folder
     if (folder / "last").is_file():
         folder = folder / (folder / "last").read_text().strip()
     if not folder.is_dir():
         beside = folder.parent.glob("*/") if folder.parent.is_dir() else ()
-        near = did_you_mean(folder.name, [entry.name for entry in beside if entry.is_dir()])
+        near = did_you_mean(
+            folder.name, [entry.name for entry in beside if entry.is_dir()] + shipped_names()
+        )
         raise FileNotFoundError(f"needed a world or run folder, there is none at {folder}{near}")
     if not is_stored(folder / WEIGHTS_FILE):
         raise FileNotFoundError(

@@ -220,7 +220,7 @@ def test_a_repository_may_be_the_autoencoder_itself(tmp_path, monkeypatch):
     (tmp_path / "hub/other.bin").write_bytes(b"large")
     copy, asked = tmp_path / "copy", []
 
-    def snapshot(source, allow_patterns, etag_timeout):
+    def snapshot(source, allow_patterns, etag_timeout, revision=None):
         """A hub that is a folder."""
         asked.append(allow_patterns)
         copy.mkdir(exist_ok=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scd.common.runtime import cpu_threads
-from scd.common.threads import ThreadChoice, ladder
+from scd.common.threads import ThreadChoice, crowded, ladder
 
 
 class Machine:
@@ -61,6 +61,29 @@ def test_the_fastest_number_is_found_in_the_first_pieces_and_kept(
     assert choice.piece_s == pytest.approx(seconds(choice.chosen))
     choice.close()
     assert torch.get_num_threads() == 8
+
+
+class CrowdedMachine(Machine):
+    """A clock that small products move on too: several threads wait for each other's cores."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int], float]) -> None:
+        super().__init__(monkeypatch, seconds)
+        monkeypatch.setattr(time, "perf_counter", self.tick)
+
+    def tick(self) -> float:
+        self.now += self.seconds(torch.get_num_threads()) / 1000
+        return self.now
+
+
+def test_no_piece_is_given_to_threads_that_wait_for_each_other(monkeypatch):
+    machine = CrowdedMachine(monkeypatch, lambda number: 0.2 if number == 1 else 16.0)
+    assert crowded(2) and not crowded(1) and torch.get_num_threads() == 8
+    found = []
+    machine.work(ThreadChoice(report=lambda seconds, number: found.append((seconds, number))), 40)
+    assert set(machine.used) == {1}
+    assert [(list(seconds), number) for seconds, number in found] == [([1], 1)]
+    machine.seconds = lambda number: 0.2
+    assert not crowded(2)
 
 
 def test_a_slow_number_is_hardly_tried(monkeypatch):

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 import scd
 from scd.models import names, shipped
-from scd.models.checkpoint import World, load_world, save_world
+from scd.models.checkpoint import World, load_world, resolve, save_world
 from scd.models.clips import CLIPS_FILE, Clips
-from scd.models.names import find_world
+from scd.models.names import WORLDS, find_world
 
 
 def clips_of(world: World, num_frames: int = 5) -> Clips:
@@ -170,3 +170,14 @@ def test_without_a_network_a_push_says_what_it_needs(tiny_world, monkeypatch):
         tiny_world.push_to_hub("me/world", token="hf_none")
     with pytest.raises(ValueError, match="'a/b/c' is no name on the hub"):
         tiny_world.push_to_hub("a/b/c")
+
+
+def test_commands_take_the_name_of_a_shipped_world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve("doom") == WORLDS / "doom"
+    (tmp_path / "doom").mkdir()
+    # What lies under the name comes first, and is no world.
+    with pytest.raises(FileNotFoundError, match="doom is neither a world"):
+        resolve("doom")
+    with pytest.raises(FileNotFoundError, match="did you mean 'doom'"):
+        resolve("dooom")
