@@ -128,13 +128,18 @@ def index_frames(path: Path | str) -> FrameIndex:
         FileNotFoundError: no such file.
     """
     with _opened(path) as (container, stream):
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        times = [packet.pts for packet in packets]
+        # Not the packets themselves: they hold the whole file.
+        found = [
+            (packet.pts, packet.is_keyframe, packet.is_discard)
+            for packet in container.demux(stream)
+            if packet.size
+        ]
+        times = [time for time, _, _ in found]
         believed = (
-            bool(packets)
+            bool(found)
             and not is_sequential(container)
-            and packets[0].is_keyframe
-            and not any(packet.is_discard for packet in packets)
+            and found[0][1]
+            and not any(hidden for _, _, hidden in found)
             and None not in times
             and len(set(times)) == len(times)
         )
