@@ -28,7 +28,7 @@ USAGE = """usage: scd COMMAND ...
   demo                      stream and steer the world that comes with the package (seconds);
                             --train: train a small one and its dense twin, compare (minutes)
   play [RUN]                a world in the browser, steered by keyboard, mouse or touch
-  record toy|doom           record clips with actions
+  record toy|doom|gym       record clips with actions; gym: any environment of Gymnasium
   data check PATH           what there is of a collection of clips, and what is missing
   encode DATA               write the latents of clips once, for training
   train-autoencoder         train the network between pixels and latents
@@ -217,6 +217,12 @@ def _record(words: list[str]) -> None:
     if name is None:
         print(f"usage: scd record {{{','.join(kinds)}}} --out DIR ...; try scd record toy --help")
         return
+    if name == "gym":
+        rest = _first_is("--env", rest)
+        # Frames are counted, and named by where they are from: no word can mean both.
+        for place, word in enumerate(rest[:-1]):
+            if word == "--frames" and rest[place + 1] in ("render", "observation"):
+                rest[place] = "--frames-from"
     record(_parse(kinds[name], rest, f"record {name}"))
 
 

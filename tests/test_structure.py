@@ -42,6 +42,7 @@ MAX_FILES = 60
 
 OPTIONAL_PACKAGES = {
     "vizdoom": {"data.doom"},
+    "crafter": {"data.environments.crafter"},
     "tensorboard": {"common.runlog"},
     "wandb": {"common.runlog"},
     "diffusers": {
@@ -382,6 +383,7 @@ def help_of(words: list[str]) -> str:
         "train toy",
         "record toy",
         "record doom",
+        "record gym",
         "distill wan-dmd",
         "bench compare",
         "intervene skip",

@@ -1,7 +1,7 @@
 """What a folder of episodes says about itself, and the files of one episode.
 
     dataset.json      the card: height, width, fps, conditions, action_names
-    manifest.jsonl    one line per episode: video, actions, num_frames, split, label
+    manifest.jsonl    one line per episode: video, actions, num_frames, split, label, rewards
     videos/, actions/ the files that the manifest names
 
 docs/your-clips.md tells how to make such a folder.
@@ -64,9 +64,19 @@ class Entry:
     """Class of the whole episode."""
     prompt: str | None = added(None)
     """What the episode shows, in words."""
+    rewards: tuple[float, ...] | None = added(None)
+    """Reward i came with frame i."""
+    terminated: bool | None = added(None)
+    """Whether the world itself ended after the last frame."""
+    truncated: bool | None = added(None)
+    """Whether a limit of time of the world ended it there; if neither, the recording stopped."""
 
     def __post_init__(self) -> None:
         at_least(1, num_frames=self.num_frames)
+        if self.rewards is not None and len(self.rewards) != self.num_frames:
+            raise ValueError(
+                f"{self.num_frames} frames need as many rewards, got {len(self.rewards)}"
+            )
 
 
 def read_card(path: Path) -> DataCard:

@@ -13,9 +13,9 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
@@ -47,6 +47,12 @@ class Played(NamedTuple):
     """What was seen."""
     actions: Int[ndarray, " t"] | Float[ndarray, "t a"]
     """Action i led from picture i-1 to picture i."""
+    rewards: tuple[float, ...] | None = None
+    """Reward i came with picture i; None: the world knows none."""
+    terminated: bool | None = None
+    """Whether the world itself ended after the last picture; None: it has no ends."""
+    truncated: bool | None = None
+    """Whether a limit of time ended it there, the world's own, not the recording's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +90,20 @@ class Recording(ABC):
     def card(self) -> DataCard:
         """What all episodes share (ValueError: a package that the world needs is not installed)."""
 
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What the episodes follow from: a folder holds those of one such dictionary."""
+        settings = to_json(self)
+        for name in ("out", "episodes", "workers"):
+            del settings[name]
+        return settings
+
     @abstractmethod
     def play(self, split: Split, episode: int) -> Played:
-        """Play an episode of `frames` frames; what takes time to start may be kept for the next."""
+        """Play an episode of `frames` frames, or fewer if the world ends before.
+
+        What takes time to start may be kept for the next.
+        """
 
     def close(self) -> None:  # noqa: B027
         """End what `play` has started in this process."""
@@ -118,9 +135,7 @@ def record(config: Recording) -> Path:
 
 def _begin(out: Path, card: DataCard, config: Recording) -> int:
     """Write the card of a new recording, or check that of an old one; return the episodes done."""
-    settings = to_json(config)
-    for name in ("out", "episodes", "workers"):
-        del settings[name]
+    settings = config.decisive
     if not (out / CARD_FILE).exists():
         refuse_used(out, "a recording to continue")
         out.mkdir(parents=True, exist_ok=True)
@@ -174,6 +189,12 @@ def _run(jobs: list[_Job], workers: int) -> Iterator[Entry]:
 
 
 def _record_episode(config: Recording, episode: int, split: Split) -> Entry:
-    pixels, actions = config.play(split, episode)
+    played = config.play(split, episode)
     folder, name = Path(config.out), f"{episode:06d}"
-    return write_episode(folder, name, pixels, actions, config.card.fps, split)
+    entry = write_episode(folder, name, played.pixels, played.actions, config.card.fps, split)
+    return replace(
+        entry,
+        rewards=played.rewards,
+        terminated=played.terminated,
+        truncated=played.truncated,
+    )

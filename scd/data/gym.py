@@ -1,0 +1,308 @@
+"""Episodes of any Gymnasium environment that draws itself: `scd record gym ENV_ID`.
+
+ALE, MiniGrid, Box2D and Crafter need the extra `gym`: pip install -e ".[gym]".
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+from PIL import Image
+
+from scd.common.config import at_least
+from scd.common.names import did_you_mean
+from scd.data.environments.making import FramesFrom, check_picture, fps_of, make, own_names
+from scd.data.record import Played, Recording
+from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec, Split
+
+Choice = Callable[[Any], Any]
+"""From an observation to an action."""
+
+RULES = ("random", "sticky")
+"""Policies that need no file."""
+
+MAX_RESTARTS = 100
+# Episodes that end before the first frame that is kept are rare: a warm-up that meets so many in a
+# row is longer than the environment's episodes.
+
+
+@dataclass(frozen=True, kw_only=True)
+class GymRecording(Recording):
+    """Record an environment of Gymnasium: what it draws, what was done, what it was worth.
+
+    An episode is at most one of the environment's own: it ends where that ends, or after `frames`.
+    """
+
+    kind = "gym"
+
+    env: str
+    """Name under which Gymnasium makes the environment: `CarRacing-v3`, `ALE/Breakout-v5`."""
+    make: tuple[str, ...] = ()
+    """Arguments of the environment, each as KEY=VALUE: `continuous=False`."""
+    register: tuple[str, ...] = ()
+    """Modules to import first, which give Gymnasium names of environments."""
+    frames_from: FramesFrom = "render"
+    """Which pictures are the frames: what the environment draws (render mode `rgb_array`), or what
+    an agent observes."""
+    size: tuple[int, ...] = (64,)
+    """Rows and columns of a frame, in pixels; one number: of both; 0: as the pictures are. Whole
+    pictures are scaled, by the mean of the pixels that become one."""
+    frame_skip: int = 1
+    """Steps of the environment per frame, with the same action; their rewards are added up."""
+    policy: str = "sticky"
+    """Who plays. `random`: a new action of the action space in each frame; `sticky`: as random, but
+    keeps doing the same for a while; `FILE.py:function`: function(observation, action_space,
+    generator) returns an action."""
+    stickiness: float = 0.9
+    """Probability that `sticky` does the same again in the next frame."""
+    warmup: int = 0
+    """Frames to play before the first that is kept: a random number below this one."""
+    names: tuple[str, ...] = ()
+    """Names of the actions, or of the entries of an action; empty: as the environment says."""
+    fps: float = 0.0
+    """Frames per second at which the episodes are meant to be watched; 0: as the environment
+    says."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, frame_skip=self.frame_skip)
+        at_least(0, warmup=self.warmup, fps=self.fps)
+        if len(self.size) not in (1, 2) or min(self.size) < 0 or 0 in self.size[1:]:
+            raise ValueError(f"size must be 0, one number or rows and columns, got {self.size}")
+        if not 0 <= self.stickiness < 1:
+            raise ValueError(f"stickiness must lie in [0, 1), got {self.stickiness}")
+        for pair in self.make:
+            if not pair.partition("=")[0].isidentifier() or "=" not in pair:
+                raise ValueError(f"make needs KEY=VALUE, got {pair!r}")
+        if self.policy not in RULES and ":" not in self.policy:
+            raise ValueError(
+                f"policy must be {', '.join(RULES)} or FILE.py:function, got {self.policy!r}"
+            )
+
+    @property
+    def card(self) -> DataCard:
+        return self._player.card
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        settings = super().decisive
+        if self.policy not in RULES:
+            content = Path(self.policy.rpartition(":")[0]).read_bytes()
+            settings["policy_digest"] = hashlib.blake2b(content, digest_size=16).hexdigest()
+        return settings
+
+    def play(self, split: Split, episode: int) -> Played:
+        return self._player.play(episode)
+
+    def close(self) -> None:
+        if self in _players:
+            _players.pop(self).close()
+
+    @property
+    def _player(self) -> Player:
+        if self not in _players:
+            _players[self] = Player(self)
+        return _players[self]
+
+
+_players: dict[GymRecording, Player] = {}
+"""The environment of this process, which takes time to make."""
+
+
+@atexit.register
+def _close_players() -> None:
+    for recording in list(_players):
+        recording.close()
+
+
+class Player:
+    """Plays episodes, each a function of the settings and its number; close it at the end.
+
+    Raises:
+        ValueError: no such environment, a package it needs is not installed, it has no pictures,
+            an action space that cannot be recorded, or no such policy.
+    """
+
+    def __init__(self, settings: GymRecording) -> None:
+        self._settings = settings
+        self._env = make(settings.env, settings.frames_from, settings.make, settings.register)
+        try:
+            self._policy = _policy(settings)
+            space = self._env.action_space
+            conditions = conditions_of(space, settings.env)
+            observation, _ = self._env.reset(seed=settings.seed)
+            self._shape = self._picture(observation).shape
+            height, width = self._size()
+            self.card = DataCard(
+                height=height,
+                width=width,
+                fps=self._fps(),
+                conditions=conditions,
+                action_names=self._names(conditions),
+            )
+        except BaseException:
+            self._env.close()
+            raise
+
+    def close(self) -> None:
+        self._env.close()
+
+    def play(self, episode: int) -> Played:
+        """Play an episode; one that ends in its warm-up is thrown away and another one begun."""
+        settings = self._settings
+        for restart in range(MAX_RESTARTS):
+            generator = np.random.default_rng((settings.seed, episode, restart))
+            played = self._try_to_play(generator)
+            if played is not None:
+                return played
+        raise ValueError(
+            f"{settings.env}: none of {MAX_RESTARTS} episodes lasted its warmup of up to "
+            f"{settings.warmup} frames"
+        )
+
+    def _try_to_play(self, generator: np.random.Generator) -> Played | None:
+        settings, env, space = self._settings, self._env, self._env.action_space
+        observation, _ = env.reset(seed=int(generator.integers(2**31)))
+        warmup = int(generator.integers(settings.warmup)) if settings.warmup else 0
+        space.seed(int(generator.integers(2**31)))
+        choose = self._chooser(generator)
+        pictures, actions, rewards = [], [], []
+        terminated = truncated = False
+        for step in range(-warmup, settings.frames):
+            action, reward = choose(observation), 0.0
+            for _ in range(settings.frame_skip):
+                observation, gained, terminated, truncated, _ = env.step(action)
+                reward += float(gained)
+                if terminated or truncated:
+                    break
+            if step >= 0:
+                pictures.append(self._scaled(self._picture(observation)))
+                actions.append(action)
+                rewards.append(reward)
+            if terminated or truncated:
+                break
+        if not pictures:
+            return None
+        return Played(
+            pixels=np.stack(pictures),
+            actions=recorded(actions, space),
+            rewards=tuple(rewards),
+            terminated=bool(terminated),
+            truncated=bool(truncated),
+        )
+
+    def _chooser(self, generator: np.random.Generator) -> Choice:
+        """Return what picks the actions of one episode."""
+        space, settings = self._env.action_space, self._settings
+        if self._policy is not None:
+            ask = self._policy
+
+            def asked(observation: Any) -> Any:
+                action = ask(observation, space, generator)
+                if not space.contains(action):
+                    raise ValueError(f"{settings.policy} returned {action!r}, no action of {space}")
+                return action
+
+            return asked
+        if settings.policy == "random":
+            return lambda _: space.sample()
+        held: list[Any] = []
+
+        def stuck(_: Any) -> Any:
+            if not held or generator.random() >= settings.stickiness:
+                held[:] = [space.sample()]
+            return held[0]
+
+        return stuck
+
+    def _picture(self, observation: Any) -> np.ndarray:
+        """Return what is seen now, at its own size, always the same."""
+        settings = self._settings
+        seen = self._env.render() if settings.frames_from == "render" else observation
+        picture = check_picture(seen, settings.env, settings.frames_from)
+        if picture.shape != getattr(self, "_shape", picture.shape):
+            raise ValueError(
+                f"{settings.env}: its first picture was {self._shape[0]} x {self._shape[1]} and "
+                f"now one is {picture.shape[0]} x {picture.shape[1]}; needed one size"
+            )
+        return picture
+
+    def _size(self) -> tuple[int, int]:
+        """Return rows and columns of a frame."""
+        asked = self._settings.size
+        if asked == (0,):
+            return self._shape[0], self._shape[1]
+        return asked[0], asked[-1]
+
+    def _scaled(self, picture: np.ndarray) -> np.ndarray:
+        height, width = self.card.height, self.card.width
+        if picture.shape[:2] == (height, width):
+            # Some environments draw into one array again and again.
+            return picture.copy()
+        image = Image.fromarray(picture).resize((width, height), Image.Resampling.BOX)
+        return np.asarray(image)
+
+    def _fps(self) -> float:
+        fps = self._settings.fps or fps_of(self._env) / self._settings.frame_skip
+        if not fps:
+            name = self._settings.env
+            raise ValueError(f"{name} does not say its frames per second; needed --fps NUMBER")
+        return fps
+
+    def _names(self, conditions: ConditionSpec) -> tuple[str, ...]:
+        num = conditions.num_actions or conditions.action_dim
+        names = self._settings.names
+        if names and len(names) != num:
+            raise ValueError(
+                f"{self._settings.env} needs {num} names of actions, got {len(names)}: "
+                f"{', '.join(names)}"
+            )
+        return names or own_names(
+            self._env.unwrapped, conditions.num_actions, conditions.action_dim
+        )
+
+
+def conditions_of(space: gymnasium.Space[Any], name: str) -> ConditionSpec:
+    """Say what steers a world that is trained on actions of a space (ValueError: another kind)."""
+    if isinstance(space, Discrete):
+        return ConditionSpec(num_actions=int(space.n))
+    if isinstance(space, Box) and np.issubdtype(space.dtype, np.floating):
+        return ConditionSpec(action_dim=int(np.prod(space.shape)))
+    raise ValueError(f"{name}: actions must be Discrete or Box of floats, got {space}")
+
+
+def recorded(actions: Sequence[Any], space: gymnasium.Space[Any]) -> np.ndarray:
+    """Return actions of a space as they are kept: ids from 0 on, or vectors."""
+    if isinstance(space, Discrete):
+        return np.asarray(actions, np.int64) - int(space.start)
+    return np.stack(actions).astype(np.float32).reshape(len(actions), -1)
+
+
+def _policy(settings: GymRecording) -> Callable[[Any, Any, np.random.Generator], Any] | None:
+    """Return the function of a file that plays, if one does (ValueError: there is none)."""
+    path, _, name = settings.policy.rpartition(":")
+    if not path:
+        return None
+    file = Path(path).resolve()
+    spec = importlib.util.spec_from_file_location(f"policy_{file.stem}", file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"policy {settings.policy}: needed a Python file, there is none at {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value)]
+        raise ValueError(f"{path} has no function {name!r}{did_you_mean(name, known)}")
+    return function
