@@ -56,8 +56,11 @@ class GymRecording(Recording):
     """Which pictures are the frames: what the environment draws (render mode `rgb_array`), or what
     an agent observes."""
     size: tuple[int, ...] = (64,)
-    """Rows and columns of a frame, in pixels; one number: of both; 0: as the pictures are. Whole
-    pictures are scaled, by the mean of the pixels that become one."""
+    """Rows and columns of a frame, in pixels; one number: of both; 0: as the pictures are. They are
+    scaled by the mean of the pixels that become one."""
+    crop: tuple[int, ...] = ()
+    """First row, first column, rows and columns of the part of a picture that is kept, such as all
+    but a strip of instruments. Empty: whole pictures."""
     frame_skip: int = 1
     """Steps of the environment per frame, with the same action; their rewards are added up."""
     policy: str = "sticky"
@@ -66,8 +69,9 @@ class GymRecording(Recording):
     generator) returns an action."""
     stickiness: float = 0.9
     """Probability that `sticky` does the same again in the next frame."""
-    warmup: int = 0
-    """Frames to play before the first that is kept: a random number below this one."""
+    warmup: tuple[int, ...] = (0,)
+    """Frames to play before the first that is kept: a random number below this one; or two: from
+    the first on, and below the second."""
     names: tuple[str, ...] = ()
     """Names of the actions, or of the entries of an action; empty: as the environment says."""
     fps: float = 0.0
@@ -77,7 +81,13 @@ class GymRecording(Recording):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, frame_skip=self.frame_skip)
-        at_least(0, warmup=self.warmup, fps=self.fps)
+        at_least(
+            0, fps=self.fps, crop=min(self.crop, default=0), warmup=min(self.warmup, default=0)
+        )
+        if len(self.warmup) not in (1, 2) or self.warmup[0] > self.warmup[-1]:
+            raise ValueError(f"warmup must be one number or two, ascending, got {self.warmup}")
+        if self.crop and (len(self.crop) != 4 or 0 in self.crop[2:]):
+            raise ValueError(f"crop needs a first row, a first column, rows, columns: {self.crop}")
         if len(self.size) not in (1, 2) or min(self.size) < 0 or 0 in self.size[1:]:
             raise ValueError(f"size must be 0, one number or rows and columns, got {self.size}")
         if not 0 <= self.stickiness < 1:
@@ -168,13 +178,14 @@ class Player:
                 return played
         raise ValueError(
             f"{settings.env}: none of {MAX_RESTARTS} episodes lasted its warmup of up to "
-            f"{settings.warmup} frames"
+            f"{settings.warmup[-1]} frames"
         )
 
     def _try_to_play(self, generator: np.random.Generator) -> Played | None:
         settings, env, space = self._settings, self._env, self._env.action_space
         observation, _ = env.reset(seed=int(generator.integers(2**31)))
-        warmup = int(generator.integers(settings.warmup)) if settings.warmup else 0
+        least, most = (0, *settings.warmup)[-2:]
+        warmup = int(generator.integers(least, most)) if least < most else least
         space.seed(int(generator.integers(2**31)))
         choose = self._chooser(generator)
         pictures, actions, rewards = [], [], []
@@ -231,6 +242,14 @@ class Player:
         settings = self._settings
         seen = self._env.render() if settings.frames_from == "render" else observation
         picture = check_picture(seen, settings.env, settings.frames_from)
+        if settings.crop:
+            top, left, height, width = settings.crop
+            if top + height > picture.shape[0] or left + width > picture.shape[1]:
+                raise ValueError(
+                    f"{settings.env}: its pictures are {picture.shape[0]} x {picture.shape[1]}, "
+                    f"which have no crop {settings.crop} (first row and column, rows, columns)"
+                )
+            picture = picture[top : top + height, left : left + width]
         if picture.shape != getattr(self, "_shape", picture.shape):
             raise ValueError(
                 f"{settings.env}: its first picture was {self._shape[0]} x {self._shape[1]} and "

@@ -75,7 +75,7 @@ def test_a_clip_holds_one_episode_to_its_end(tmp_path, ends, frames_from):
 
 
 def test_a_recording_stops_what_does_not_end_and_skips_frames(tmp_path):
-    how = {"make": ("ends=never",), "frames": 7, "frame_skip": 3, "warmup": 9}
+    how = {"make": ("ends=never",), "frames": 7, "frame_skip": 3, "warmup": (9,)}
     folder = record(settings(tmp_path / "a", names=("a", "b", "c", "d"), **how))
     begins = set()
     for entry, pictures, _ in episodes_of(folder):
@@ -87,6 +87,18 @@ def test_a_recording_stops_what_does_not_end_and_skips_frames(tmp_path):
     assert len(begins) > 1 and max(begins) <= 27 and not any(first % 3 for first in begins)
     assert read_card(folder).action_names == ("a", "b", "c", "d")
     assert read_card(folder).fps == 4
+
+
+def test_the_warmup_has_a_least_length_and_pictures_are_cropped(tmp_path):
+    how = {"make": ("ends=never",), "frames": 3, "warmup": (5, 9)}
+    whole = record(settings(tmp_path / "a", **how))
+    part = record(settings(tmp_path / "b", crop=(1, 2, 4, 5), **how))
+    begins = {int(pictures[0, STEPS, 0, 0]) for _, pictures, _ in episodes_of(whole)}
+    assert len(begins) > 1 and min(begins) >= 6 and max(begins) <= 9
+    for (_, pictures, _), (_, cropped, _) in zip(
+        episodes_of(whole), episodes_of(part), strict=True
+    ):
+        assert (cropped == pictures[:, 1:5, 2:7]).all()
 
 
 def test_recordings_are_equal_whatever_the_number_of_workers_and_go_on(tmp_path, monkeypatch):
@@ -144,8 +156,9 @@ def test_policies(tmp_path):
         ({"register": ("no_such_package",)}, "needs the package no_such_package: pip install"),
         ({"policy": "drawn_env.py:idle"}, "there is none at drawn_env.py"),
         ({"policy": f"{__file__}:setings"}, "no function 'setings'; did you mean 'settings'"),
+        ({"crop": (1, 0, 6, 8)}, "pictures are 6 x 8, which have no crop"),
         ({"names": ("a", "b")}, "needs 4 names of actions, got 2: a, b"),
-        ({"warmup": 1000, "frames": 1}, "none of 100 episodes lasted its warmup"),
+        ({"warmup": (1000,), "frames": 1}, "none of 100 episodes lasted its warmup"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_recorded_is_said(tmp_path, changes, message):
@@ -161,7 +174,8 @@ def test_an_action_outside_the_space_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("size", (1, 2, 3)), ("size", (-1,)), ("size", (4, 0)), ("stickiness", 1.0), ("warmup", -1),
+    [("size", (1, 2, 3)), ("size", (-1,)), ("size", (4, 0)), ("stickiness", 1.0), ("warmup", (-1,)),
+     ("warmup", (5, 2)), ("crop", (0, 0, 4)), ("crop", (0, 0, 0, 4)),
      ("frame_skip", 0), ("policy", "clever"), ("make", ("continuous",)), ("fps", -1.0)],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(field, value):
