@@ -17,7 +17,7 @@ NOTHING, RIGHT, LEFT, GAS, BRAKE = range(5)
 CAR_COLUMN = 48
 """Where the car is in the 96 x 96 picture, at row 70."""
 
-LOOK_AHEAD = (50, 58, 64)
+NEAR, FAR, ALL = slice(52, 66), slice(30, 44), slice(0, 84)
 """Rows of the picture in which the road is looked for."""
 
 ODDS = {GAS: 0.3, LEFT: 0.25, RIGHT: 0.25, NOTHING: 0.12, BRAKE: 0.08}
@@ -26,7 +26,7 @@ ODDS = {GAS: 0.3, LEFT: 0.25, RIGHT: 0.25, NOTHING: 0.12, BRAKE: 0.08}
 STRAY, STRETCH = 0.08, (2, 8)
 """Probability that a frame begins a stray stretch; frames that it may last."""
 
-GAS_SHARE = 0.45
+GAS_SHARE = 0.3
 """How often the road straight ahead is answered by more gas: always would be too fast to turn."""
 
 _straying: dict[str, Any] = {}
@@ -50,13 +50,24 @@ def drive(observation: np.ndarray, action_space: Any, generator: np.random.Gener
         _straying["action"] = int(generator.choice(list(ODDS), p=list(ODDS.values())))
         _straying["frames"] = int(generator.integers(*STRETCH))
         return _straying["action"]
-    # Grass is green: its green stands above its red. The road is grey.
-    rows = observation[list(LOOK_AHEAD)].astype(np.int32)
-    road = (rows[..., 1] - rows[..., 0] < 30) & (rows.max(-1) > 60)
-    columns = np.nonzero(road)[1]
-    if len(columns) == 0:
-        return int(generator.choice([LEFT, RIGHT, GAS, BRAKE]))
-    aside = columns.mean() - CAR_COLUMN
-    if abs(aside) > 4:
-        return RIGHT if aside > 0 else LEFT
+    near, far = _aside(observation[NEAR]), _aside(observation[FAR])
+    if near is None:
+        # On the grass: slowly back to what road is in sight, or round until there is some.
+        anywhere = _aside(observation[ALL])
+        if generator.random() < 0.4:
+            return GAS if generator.random() < 0.5 else BRAKE
+        return RIGHT if anywhere is not None and anywhere > 0 else LEFT
+    if abs(near) > 4:
+        return RIGHT if near > 0 else LEFT
+    if far is None or abs(far) > 20:
+        # A curve comes.
+        return BRAKE if generator.random() < 0.3 else NOTHING
     return GAS if generator.random() < GAS_SHARE else NOTHING
+
+
+def _aside(rows: np.ndarray) -> float | None:
+    """Return by how many columns the road lies to the right of the car; None: there is none."""
+    # The road is grey; grass is green, the car red.
+    rows = rows.astype(np.int32)
+    columns = np.nonzero((np.abs(rows[..., 1] - rows[..., 0]) < 30) & (rows.max(-1) > 60))[1]
+    return float(columns.mean() - CAR_COLUMN) if len(columns) > 5 else None
