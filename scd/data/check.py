@@ -28,7 +28,7 @@ class CheckConfig:
 
     path: Annotated[str, tyro.conf.Positional]
     """The folder, or KIND:PATH as --data takes it. For a published collection settings may follow:
-    PATH?protocol=latte."""
+    PATH?protocol=latte, PATH?fps=16."""
     layout: Annotated[str, tyro.conf.arg(name="as")] = "folder"
     """What it should be: `folder`, of episodes or of their latents, or a kind of published
     collection, as in KIND:PATH of --data: `minecraft`, `ucf101`, `dmlab`."""
@@ -61,7 +61,7 @@ def check(config: CheckConfig) -> Findings:
     if not Path(path).is_dir():
         return Findings(missing=[f"{config.path}: no such folder"])
     kind = _kind(config)
-    data = path if layout == "folder" else f"{layout}:{named}"
+    data = named if layout == "folder" else f"{layout}:{named}"
     findings = kind.inspect(data)
     if not findings.missing:
         _open_splits(kind, data, findings, config)

@@ -1,14 +1,17 @@
-"""Clips from a folder of videos and actions on disk."""
+"""Clips from a folder of videos and actions on disk: `PATH`, or `PATH?fps=16` at another rate."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 import torch
 
 from scd.data.clip import Clip, check_actions, pixels_to_frames
+from scd.data.frame_rate import count_rates, frames_at, is_same_rate, pool_actions
 from scd.data.manifest import (
     CARD_FILE,
     MANIFEST_FILE,
@@ -17,11 +20,24 @@ from scd.data.manifest import (
     read_card,
     read_manifest,
 )
-from scd.data.source import EmptySplit, Findings, Opening, Source
+from scd.data.source import EmptySplit, Findings, Opening, Source, parse_settings
 from scd.data.spaces import Split
-from scd.data.video import FrameIndex, index_frames, probe_video, read_video
+from scd.data.video import VideoInfo, probe_video, read_frames
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig:
+    """How a folder is read: what may follow the `?` of its name."""
+
+    fps: float = 0.0
+    """Frames per second to which every video and its actions are brought, as
+    `scd.data.frame_rate` tells; 0: all frames, of videos at the rate that the card says."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fps < float("inf"):
+            raise ValueError(f"fps must be a finite number of 0 or more, got {self.fps}")
 
 
 class FolderSource(Source):
@@ -31,33 +47,40 @@ class FolderSource(Source):
         path: the folder.
         split: which episodes.
         strict: stop at the first video that cannot be read, instead of leaving it out.
+        fps: as in `FolderConfig`.
 
     Raises:
         FileNotFoundError: no such folder, or its card or manifest is missing.
         ValueError: a card, manifest or actions file that does not hold what it must, frames of
-            another size than the card's, an unreadable video under `strict`, or no episodes left.
+            another size or rate than the card's, an unreadable video under `strict`, or no episodes
+            left.
     """
 
     kind = "folder"
     origin = "scd record, scd encode, or docs/your-clips.md"
 
-    def __init__(self, path: Path | str, split: Split, strict: bool = False) -> None:
+    def __init__(
+        self, path: Path | str, split: Split, strict: bool = False, fps: float = 0.0
+    ) -> None:
         self.path = Path(path)
         self.card = read_card(self.path)
         manifest = read_manifest(self.path)
         chosen = [entry for entry in manifest if entry.split == split]
         self._entries: list[Entry] = []
         self._actions: list[torch.Tensor | None] = []
+        self._rates: list[float] = []
         broken: list[str] = []
         for entry in chosen:
             try:
-                self._check_video(entry)
+                # A rate that no file says is taken to be the card's.
+                rate = self._check_video(entry).fps or self.card.fps
             except _Unreadable as error:
                 if strict:
                     raise ValueError(str(error)) from error
                 broken.append(entry.video)
                 continue
             self._entries.append(entry)
+            self._rates.append(rate)
             self._actions.append(self._read_actions(entry))
             self._check_label(entry)
         if broken:
@@ -72,32 +95,46 @@ class FolderSource(Source):
             raise (ValueError if chosen else EmptySplit)(
                 f"{self.path}: split {split!r} has no readable episodes; in the manifest: {counts}"
             )
-        self._indices: dict[int, FrameIndex] = {}
-        lengths = [entry.num_frames for entry in self._entries]
-        super().__init__(str(self.path), split, self.card, lengths)
+        if not fps:
+            self._refuse_other_rates()
+        self._frames = [self._frames_of(number, fps) for number in range(len(self._entries))]
+        name = f"{self.path}?fps={fps:g}" if fps else str(self.path)
+        card = replace(self.card, fps=fps or self.card.fps)
+        super().__init__(name, split, card, [len(frames) for frames in self._frames])
 
     @classmethod
     def recognises(cls, data: str) -> bool:
-        return (Path(data) / CARD_FILE).is_file()
+        return (Path(data.partition("?")[0]) / CARD_FILE).is_file()
 
     @classmethod
     def open(cls, data: str, split: Split, how: Opening) -> FolderSource:
-        return cls(data, split, how.strict)
+        path, config = parse_settings(FolderConfig, data)
+        return cls(path, split, how.strict, config.fps)
 
     @classmethod
     def inspect(cls, data: str) -> Findings:
-        needed = (Path(data) / CARD_FILE, Path(data) / MANIFEST_FILE)
-        return Findings(missing=[str(path) for path in needed if not path.is_file()])
+        path = Path(data.partition("?")[0])
+        needed = (path / CARD_FILE, path / MANIFEST_FILE)
+        return Findings(missing=[str(file) for file in needed if not file.is_file()])
+
+    def oddities(self) -> list[str]:
+        changed = [rate for rate in self._rates if not is_same_rate(rate, self.card.fps)]
+        if not changed:
+            return []
+        held = sum(rate < self.card.fps for rate in changed)
+        again = f", {held} of them by showing frames again" if held else ""
+        return [
+            f"{len(changed)} of {len(self._rates)} videos ({count_rates(changed)} frames/s) are "
+            f"brought to {self.card.fps:g} frames/s{again}"
+        ]
 
     def title(self, episode: int) -> str:
         return str(self.path / self._entries[episode].video)
 
     def _read(self, episode: int, start: int, num_frames: int) -> Clip:
         entry, actions = self._entries[episode], self._actions[episode]
-        video = self.path / entry.video
-        if episode not in self._indices:
-            self._indices[episode] = index_frames(video)
-        pixels = read_video(video, start, num_frames, self._indices[episode])
+        video, numbers = self.path / entry.video, self._frames[episode][start : start + num_frames]
+        pixels = read_frames(video, numbers)
         return Clip(
             frames=pixels_to_frames(torch.from_numpy(pixels)),
             actions=None if actions is None else actions[start : start + num_frames],
@@ -118,7 +155,31 @@ class FolderSource(Source):
             )
         return beside.read_text(encoding="utf-8").strip()
 
-    def _check_video(self, entry: Entry) -> None:
+    def _refuse_other_rates(self) -> None:
+        other = [
+            (rate, entry.video)
+            for rate, entry in zip(self._rates, self._entries, strict=True)
+            if not is_same_rate(rate, self.card.fps)
+        ]
+        if other:
+            raise ValueError(
+                f"{self.path}: {CARD_FILE} says {self.card.fps:g} frames/s, but of "
+                f"{len(self._rates)} videos {count_rates(rate for rate, _ in other)} frames/s, the "
+                f"first is {other[0][1]}. Correct the card, or bring all to one rate by the name "
+                f"'{self.path}?fps={self.card.fps:g}'"
+            )
+
+    def _frames_of(self, episode: int, fps: float) -> Sequence[int]:
+        """Return the numbers of the frames to use of an episode, and pool its actions likewise."""
+        length, rate = self._entries[episode].num_frames, self._rates[episode]
+        if not fps or is_same_rate(rate, fps):
+            return range(length)
+        frames, actions = frames_at(length, rate, fps), self._actions[episode]
+        if actions is not None:
+            self._actions[episode] = torch.from_numpy(pool_actions(actions.numpy(), frames))
+        return frames.tolist()
+
+    def _check_video(self, entry: Entry) -> VideoInfo:
         try:
             info = probe_video(self.path / entry.video)
         except (ValueError, FileNotFoundError) as error:
@@ -133,6 +194,7 @@ class FolderSource(Source):
                 f"{self.path / entry.video}: frames are {info.height} x {info.width}, "
                 f"{CARD_FILE} says {self.card.height} x {self.card.width}"
             )
+        return info
 
     def _read_actions(self, entry: Entry) -> torch.Tensor | None:
         spec = self.card.conditions

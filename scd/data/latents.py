@@ -41,6 +41,9 @@ NULL_TEXT_FILE = "null_text.safetensors"
 FORMAT = 1
 """Version of the layout."""
 
+UNREADABLE = "unreadable"
+"""Stands for the latents of an episode that could not be read when it was to be encoded."""
+
 METADATA = "scd"
 """The one entry of a file's metadata: several would be written in a random order."""
 
@@ -136,7 +139,9 @@ def open_file(path: Path, info: LatentsInfo, split: Split, number: int) -> Any:
             "and the same scd encode command writes it again"
         )
     missing = [
-        key for index in info.episodes(split, number) if (key := _key(index, "latents")) not in keys
+        key
+        for index in info.episodes(split, number)
+        if (key := _key(index, "latents")) not in keys and _key(index, UNREADABLE) not in keys
     ]
     if missing:
         raise ValueError(f"{file_path} lacks {len(missing)} episodes, the first is {missing[0]}")
@@ -192,14 +197,24 @@ class LatentSource(Source):
         self._files = [open_file(self.path, info, split, number) for number in range(len(names))]
         self._has = [set(file.keys()) for file in self._files]
         self._null_text = read_null_text(self.path, info)
-        super().__init__(str(self.path), split, info.card, info.lengths(split))
+        lengths = [
+            0 if _key(episode, UNREADABLE) in self._has[episode // info.episodes_per_file] else one
+            for episode, one in enumerate(info.lengths(split))
+        ]
+        super().__init__(str(self.path), split, info.card, lengths)
 
     @classmethod
     def recognises(cls, data: str) -> bool:
-        return is_latents(data)
+        return is_latents(data.partition("?")[0])
 
     @classmethod
     def open(cls, data: str, split: Split, how: Opening) -> Source:
+        path, _, settings = data.partition("?")
+        if settings:
+            raise ValueError(
+                f"{data}: {path} holds latents, which are as they were encoded: scd encode takes "
+                f"CLIPS?{settings}"
+            )
         if how.latents:
             return cls(data, split)
         videos = read_info(Path(data)).data
@@ -213,6 +228,13 @@ class LatentSource(Source):
     @classmethod
     def inspect(cls, data: str) -> Findings:
         return Findings(there=[f"{INFO_FILE}: stored latents"])
+
+    def oddities(self) -> list[str]:
+        left_out = [number for number, length in enumerate(self._lengths) if not length]
+        if not left_out:
+            return []
+        numbers = ", ".join(map(str, left_out[:6]))
+        return [f"{len(left_out)} episodes could not be read when they were encoded: {numbers}"]
 
     def _read(self, episode: int, start: int, num_frames: int) -> Clip:
         number = episode // self.info.episodes_per_file
@@ -320,10 +342,18 @@ def is_whole(out: Path, info: LatentsInfo, split: Split, number: int) -> bool:
 
 
 def write_episodes(
-    path: Path, info: LatentsInfo, split: Split, number: int, episodes: Sequence[EncodedEpisode]
+    path: Path,
+    info: LatentsInfo,
+    split: Split,
+    number: int,
+    episodes: Sequence[EncodedEpisode | None],
 ) -> None:
+    """Write a file of a split whole; None: an episode that could not be read."""
     tensors: dict[str, Tensor] = {}
     for episode, encoded in zip(info.episodes(split, number), episodes, strict=True):
+        if encoded is None:
+            tensors[_key(episode, UNREADABLE)] = torch.zeros(1)
+            continue
         assert len(encoded.latents) == info.lengths(split)[episode]
         kept = {"latents": encoded.latents.to(DTYPES[info.stored]), "actions": encoded.actions}
         kept |= {"text": encoded.text}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -13,11 +13,27 @@ import torch
 from scd.common.config import at_least
 from scd.data.clip import Batch, Clip
 from scd.data.source import Source
+from scd.data.spaces import OnError
 
-EPISODE_ORDER, CLIP_START = 0, 1
+EPISODE_ORDER, CLIP_START, INSTEAD = 0, 1, 2
 """What a draw is for: the last part of its seed."""
 
+MAX_DRAWS = 64
+"""Clips that are drawn, one instead of the other, until one can be read."""
+
 logger = logging.getLogger(__name__)
+
+
+class UnreadableClip(ValueError):
+    """A clip that the source has and does not give: says which file, why, and what helps."""
+
+    @staticmethod
+    def of(source: Source, episode: int, error: Exception) -> UnreadableClip:
+        """Return what is raised where an episode could not be read, and not skipped."""
+        return UnreadableClip(
+            f"{_named(source, episode, error)}: repair or remove it, or leave such clips out by "
+            "--data.on-error skip"
+        )
 
 
 class Loader:
@@ -28,6 +44,10 @@ class Loader:
     random within its episode. Batch `index` is a function of the seed, the rank and the index
     alone: training that continues at step n asks for batch n and needs no other state.
 
+    Under `on_error` "skip" a clip that cannot be read is left out: another is drawn instead, of the
+    episodes that this process has in the pass, by the clip's number alone. So the batches are the
+    same for whoever meets the same files.
+
     Args:
         source: where the clips come from.
         batch_size: clips per batch of this process.
@@ -36,6 +56,7 @@ class Loader:
         rank: number of this process.
         num_ranks: how many processes share the source.
         workers: threads that read ahead in `stream`.
+        on_error: what becomes of a clip that cannot be read: "stop" raises it.
 
     Raises:
         ValueError: a number out of range, no episode long enough, or fewer than processes.
@@ -50,6 +71,7 @@ class Loader:
         rank: int = 0,
         num_ranks: int = 1,
         workers: int = 2,
+        on_error: OnError = "stop",
     ) -> None:
         at_least(1, batch_size=batch_size, num_frames=num_frames, workers=workers)
         if not 0 <= rank < num_ranks:
@@ -62,6 +84,9 @@ class Loader:
         self.rank = rank
         self.num_ranks = num_ranks
         self.workers = workers
+        self.on_error = on_error
+        self.left_out: dict[str, str] = {}
+        """Episodes of which clips were left out, and why the first of them was."""
         lengths = np.array([source.num_frames(i) for i in range(source.num_episodes)], np.int64)
         self._episodes = np.flatnonzero(lengths >= num_frames)
         if not len(self._episodes):
@@ -83,6 +108,11 @@ class Loader:
         self._last_order: tuple[int, np.ndarray] | None = None
 
     def batch(self, index: int) -> Batch:
+        """Return a batch by its number.
+
+        Raises:
+            UnreadableClip: a clip cannot be read; under "skip": nor can any of many others.
+        """
         if index < 0:
             raise ValueError(f"batches are numbered from 0, got {index}")
         first = index * self.batch_size
@@ -91,7 +121,7 @@ class Loader:
     def stream(self, start: int = 0) -> Generator[Batch, None, None]:
         """Yield batch `start` and all that follow, read ahead by threads.
 
-        An error of a thread is raised in the place of its batch.
+        An error of a thread is raised in the place of its batch; the stream is over then.
         """
         pending: deque[Future[Batch]] = deque()
         num_threads = torch.get_num_threads()
@@ -113,13 +143,34 @@ class Loader:
             torch.set_num_threads(num_threads)
 
     def _clip(self, number: int) -> Clip:
-        """Return this process's clip by its number since the beginning of training."""
+        """Return this process's clip by its number since the beginning of training, or the one that
+        stands in for it."""
+        why = ""
+        for draw in range(MAX_DRAWS):
+            episode, start = self._place(number, draw)
+            try:
+                return self.source.read(episode, start, self.num_frames)
+            except (ValueError, OSError) as error:
+                if self.on_error == "stop":
+                    raise UnreadableClip.of(self.source, episode, error) from error
+                why = _named(self.source, episode, error)
+                if self.left_out.setdefault(self.source.title(episode), why) is why:
+                    logger.warning("left out a clip, another is read instead: %s", why)
+        raise UnreadableClip(
+            f"none of {MAX_DRAWS} clips drawn in turn can be read, the last: {why}"
+        )
+
+    def _place(self, number: int, draw: int) -> tuple[int, int]:
+        """Return episode and first frame of a clip, or of the one that is drawn instead."""
         epoch, place = divmod(number, self._share)
-        episode = int(self._order(epoch)[place])
-        generator = np.random.default_rng((self.seed, epoch, episode, CLIP_START))
+        if draw:
+            generator = np.random.default_rng((self.seed, number, self.rank, draw, INSTEAD))
+            episode = int(generator.choice(self._order(epoch)))
+        else:
+            episode = int(self._order(epoch)[place])
+            generator = np.random.default_rng((self.seed, epoch, episode, CLIP_START))
         last_start = self.source.num_frames(episode) - self.num_frames
-        start = int(generator.integers(last_start + 1))
-        return self.source.read(episode, start, self.num_frames)
+        return episode, int(generator.integers(last_start + 1))
 
     def _order(self, epoch: int) -> np.ndarray:
         """Return the episodes of this process in one pass."""
@@ -129,3 +180,43 @@ class Loader:
             order = generator.permutation(self._episodes)[: self._share * self.num_ranks]
             last = self._last_order = (epoch, order[self.rank :: self.num_ranks])
         return last[1]
+
+
+def read_clips(
+    source: Source, places: Sequence[tuple[int, int]], num_frames: int, on_error: OnError
+) -> list[Clip]:
+    """Read clips of given episodes and first frames; under "skip" without the unreadable ones.
+
+    Raises:
+        UnreadableClip: one cannot be read; under "skip": none can.
+    """
+    clips = [read_clip(source, *place, num_frames, on_error) for place in places]
+    found = [clip for clip in clips if clip is not None]
+    if clips and not found:
+        raise UnreadableClip(
+            f"{source.name}: none of {len(clips)} {source.split} clips can be read"
+        )
+    return found
+
+
+def read_clip(
+    source: Source, episode: int, start: int, num_frames: int, on_error: OnError
+) -> Clip | None:
+    """Read one clip; None: it cannot be read, and is skipped, with a warning.
+
+    Raises:
+        UnreadableClip: it cannot be read, and is not skipped.
+    """
+    try:
+        return source.read(episode, start, num_frames)
+    except (ValueError, OSError) as error:
+        if on_error == "stop":
+            raise UnreadableClip.of(source, episode, error) from error
+        logger.warning("left out a clip: %s", _named(source, episode, error))
+        return None
+
+
+def _named(source: Source, episode: int, error: Exception) -> str:
+    """Say why an episode cannot be read, beginning with its file."""
+    title = source.title(episode)
+    return str(error) if title in str(error) else f"{title}: {error}"

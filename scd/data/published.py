@@ -10,25 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import typing
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import parse_qsl
 
 from rich.progress import track
 
-from scd.common.config import from_json
 from scd.common.files import file_aside, read_json
 from scd.common.runtime import cache_folder
-from scd.data.source import DataCard, EmptySplit, Opening, Source
+from scd.data.source import DataCard, EmptySplit, Opening, Source, parse_settings
 from scd.data.spaces import Split
-
-WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-"""Ways to say whether."""
 
 WORKERS = 8
 """Files read side by side: most of the time goes into waiting for the disk."""
@@ -110,19 +104,12 @@ class PublishedSource(Source):
     @classmethod
     def parse(cls, data: str) -> tuple[Path, Any]:
         """Read a name such as `ucf101:PATH?size=128&labels=1`: the folder, and the settings."""
-        path, _, query = data.removeprefix(f"{cls.kind}:").partition("?")
+        path, config = parse_settings(cls.settings, data.removeprefix(f"{cls.kind}:"))
         if not path:
             raise ValueError(
                 f"{data!r}: needed {cls.kind}:PATH, or {cls.kind}:PATH?setting=value&..."
             )
-        blank, hints = cls.settings(), typing.get_type_hints(cls.settings)
-        values = {field.name: getattr(blank, field.name) for field in fields(cls.settings)}
-        try:
-            given = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-        except ValueError as error:
-            raise ValueError(f"{data!r}: needed ?setting=value&... ({error})") from error
-        values |= {name: _value(hints.get(name, str), word) for name, word in given}
-        return Path(path), from_json(cls.settings, values, data)
+        return Path(path), config
 
     @classmethod
     def open(cls, data: str, split: Split, how: Opening) -> PublishedSource:
@@ -147,16 +134,6 @@ class PublishedSource(Source):
     def _length(self, header: Header) -> int:
         """Return how many frames of an episode are used."""
         return header.num_frames
-
-
-def _value(hint: Any, word: str) -> Any:
-    try:
-        if hint is bool:
-            return WORDS[word.lower()]
-        return hint(word) if hint in (int, float) else word
-    except (ValueError, KeyError):
-        # Refused with the setting's name and type.
-        return word
 
 
 def read_headers(

@@ -11,14 +11,19 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
+from urllib.parse import parse_qsl
 
-from scd.common.config import added, at_least
+from scd.common.config import added, at_least, from_json
 from scd.data.clip import Clip
 from scd.data.spaces import ConditionSpec, Split
+
+WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+"""Ways to say whether."""
 
 DEFAULT_KIND = "folder"
 """What a path is taken for that no kind of source recognises."""
@@ -151,7 +156,14 @@ class Source(ABC):
                 f"{self.title(episode)}: {self.frames_are} {start} .. {stop - 1} were asked for, "
                 f"but it has {length}"
             )
-        return self._read(episode, start, num_frames)
+        clip = self._read(episode, start, num_frames)
+        height, width = clip.frames.shape[-2:]
+        if not clip.encoded and (height, width) != (self.card.height, self.card.width):
+            raise ValueError(
+                f"{self.title(episode)}: frames {start} .. {stop - 1} are {height} x {width}, "
+                f"those of {self.name} are {self.card.height} x {self.card.width}"
+            )
+        return clip
 
     @abstractmethod
     def _read(self, episode: int, start: int, num_frames: int) -> Clip:
@@ -170,6 +182,37 @@ def find_kinds(base: type[Kind]) -> dict[str, type[Kind]]:
             if isinstance(value, type) and issubclass(value, base) and vars(value).get("kind"):
                 found[vars(value)["kind"]] = value
     return found
+
+
+def parse_settings(settings: type[Any], data: str) -> tuple[str, Any]:
+    """Read a name such as `PATH?size=128&labels=1`: the path, and what follows as settings.
+
+    Args:
+        settings: dataclass of what may follow; all of its fields have defaults.
+        data: the name, without the kind before it.
+
+    Raises:
+        ValueError: it is not of this form, or the settings do not have it so.
+    """
+    path, _, query = data.partition("?")
+    blank, hints = settings(), typing.get_type_hints(settings)
+    values = {field.name: getattr(blank, field.name) for field in fields(settings)}
+    try:
+        given = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError as error:
+        raise ValueError(f"{data!r}: needed ?setting=value&... ({error})") from error
+    values |= {name: _value(hints.get(name, str), word) for name, word in given}
+    return path, from_json(settings, values, data)
+
+
+def _value(hint: Any, word: str) -> Any:
+    try:
+        if hint is bool:
+            return WORDS[word.lower()]
+        return hint(word) if hint in (int, float) else word
+    except (ValueError, KeyError):
+        # Refused with the setting's name and type.
+        return word
 
 
 def kind_of(data: str) -> type[Source]:

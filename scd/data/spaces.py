@@ -7,6 +7,9 @@ from typing import Literal
 
 from scd.common.config import added, at_least
 
+OnError = Literal["stop", "skip"]
+"""What becomes of a clip that cannot be read: an error, or another clip in its place."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionSpec:

@@ -29,7 +29,7 @@ from scd.data.clip import Clip, pixels_to_frames
 from scd.data.published import Files, Header, PublishedSource
 from scd.data.source import DataCard, Findings
 from scd.data.spaces import ConditionSpec, Split
-from scd.data.video import FrameIndex, index_frames, probe_video, read_video
+from scd.data.video import probe_video, read_frames
 
 NUM_CLASSES = 101
 """Classes of the whole collection."""
@@ -223,7 +223,6 @@ class UCF101Source(PublishedSource):
         self.files = find_ucf101(root, config.list)
         if missing := self.files.missing_classes():
             raise ValueError("; ".join(missing[:3]) + f" ({len(missing)} in all)")
-        self._indices: dict[int, FrameIndex] = {}
         super().__init__(root, split, config, strict, whole)
 
     @classmethod
@@ -298,10 +297,8 @@ class UCF101Source(PublishedSource):
 
     def _read(self, episode: int, start: int, num_frames: int) -> Clip:
         (path,), interval = self.episodes[episode], self.config.interval
-        if episode not in self._indices:
-            self._indices[episode] = index_frames(path)
-        wanted = 1 + (num_frames - 1) * interval
-        pixels = read_video(path, start * interval, wanted, self._indices[episode])[::interval]
+        numbers = range(start * interval, (start + num_frames) * interval, interval)
+        pixels = read_frames(path, numbers)
         place, mirrored = 0.5, False
         if self.split == "train" and self.config.augment and not self.whole:
             draws = np.random.default_rng((episode, start)).random(2)

@@ -7,11 +7,11 @@ frames, in a container that keeps times, and a keyframe at its beginning.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from functools import lru_cache
 from pathlib import Path
 
 import av
@@ -34,6 +34,9 @@ EXACT_OPTIONS = {"crf": "0", "preset": "ultrafast", "bf": "0"}
 PLAYABLE_OPTIONS = {"crf": "16", "preset": "veryfast", "bf": "0"}
 # Looks the same as the original; a lower value mostly grows the file, the colour is at half size.
 
+
+RECALLED = 16384
+"""Files whose frames' times are kept in memory: 40 MB, at 300 frames each."""
 
 SEQUENTIAL = ("avi", "mpegts", "mpeg", "mpegvideo", "h264", "hevc")
 # Formats whose times are those of storage, not of display, or that have none.
@@ -121,12 +124,23 @@ def probe_video(path: Path | str) -> VideoInfo:
 
 
 def index_frames(path: Path | str) -> FrameIndex:
-    """Find the frames that the decoder gives; read once for all clips of a file.
+    """Find the frames that the decoder gives; recalled for the files that were looked at last, as
+    long as they stay as they are.
 
     Raises:
         ValueError: not a video, or nothing of it can be decoded.
         FileNotFoundError: no such file.
     """
+    try:
+        status = Path(path).stat()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file") from error
+    return _index(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(RECALLED)
+def _index(path: Path | str, size: int, changed: int) -> FrameIndex:
+    """Find the frames of a file; its size and time of change tell when to look again."""
     with _opened(path) as (container, stream):
         # Not the packets themselves: they hold the whole file.
         found = [
@@ -157,38 +171,40 @@ def read_video(
     path: Path | str,
     start: int = 0,
     num_frames: int | None = None,
-    index: FrameIndex | None = None,
 ) -> UInt8[np.ndarray, "t h w 3"]:
     """Decode some consecutive frames, beginning at the last keyframe before them, and turn them as
     the file asks for.
 
-    What `index_frames` returned for this file, given as `index`, saves one pass over it.
-
     Raises:
-        ValueError: not a video, damaged, or it has fewer frames.
+        ValueError: not a video, or it has fewer frames, or one of these is damaged, or made from a
+            damaged one.
         FileNotFoundError: no such file.
     """
-    index = index or index_frames(path)
-    stop = index.num_frames if num_frames is None else start + num_frames
-    if not 0 <= start < stop <= index.num_frames:
+    stop = index_frames(path).num_frames if num_frames is None else start + num_frames
+    return read_frames(path, range(start, stop))
+
+
+def read_frames(path: Path | str, numbers: Sequence[int]) -> UInt8[np.ndarray, "t h w 3"]:
+    """Decode the frames of these numbers, which ascend and may come several times, as `read_video`
+    does."""
+    index = index_frames(path)
+    wanted, places = np.unique(np.asarray(numbers, np.int64), return_inverse=True)
+    named = f"frames {min(numbers, default=0)} .. {max(numbers, default=-1)}"
+    if not len(wanted) or wanted[0] < 0 or wanted[-1] >= index.num_frames:
         raise ValueError(
-            f"{path}: frames {start} .. {stop - 1} were asked for, "
-            f"but it has frames 0 .. {index.num_frames - 1}"
+            f"{path}: {named} were asked for, but it has frames 0 .. {index.num_frames - 1}"
         )
-    if index.times is not None:
-        wanted = index.times[start:stop]
+    times = index.times
+    # A seek may land after its target: then the file is decoded from its beginning.
+    for begin in (None,) if times is None else (int(times[wanted[0]]), None):
         with _opened(path) as (container, stream):
-            container.seek(int(wanted[0]), stream=stream)
-            pixels = _decode(_at_times(container.decode(stream), wanted), len(wanted), path)
+            if begin is not None:
+                container.seek(begin, stream=stream)
+            chosen = _choose(container.decode(stream), wanted.tolist(), times)
+            pixels = _decode(chosen, len(wanted), path)
         if pixels is not None:
-            return pixels
-    # A seek may land after its target: then frames are counted from the beginning.
-    with _opened(path) as (container, stream):
-        frames = islice(container.decode(stream), start, stop)
-        pixels = _decode(frames, stop - start, path)
-    if pixels is None:
-        raise ValueError(f"{path}: frames {start} .. {stop - 1} cannot be decoded")
-    return pixels
+            return pixels if len(wanted) == len(places) else pixels[places]
+    raise ValueError(f"{path}: {named} cannot be decoded")
 
 
 def upright(
@@ -203,13 +219,28 @@ def upright(
     return np.rot90(pixels, round(rotation / 90), axes=(-3, -2)) if rotation else pixels
 
 
-def _at_times(frames: Iterable[av.VideoFrame], wanted: np.ndarray) -> Iterator[av.VideoFrame]:
-    """Pick the frames of ascending times; end early where one is missing."""
-    found = 0
+def _choose(
+    frames: Iterable[av.VideoFrame], wanted: list[int], times: np.ndarray | None
+) -> Iterator[av.VideoFrame]:
+    """Pick frames by their numbers; end early where one is missing or rests on a damaged one.
+
+    A frame that is damaged, or that the decoder gives up, spoils those after it, which are made
+    from it, up to the next keyframe, though the decoder says so of none of them.
+    """
+    found, number, is_whole = 0, -1, True
     for frame in frames:
-        if frame.pts is None or frame.pts < wanted[found]:
+        following = number + 1
+        if times is not None:
+            if frame.pts is None:
+                continue
+            place = int(np.searchsorted(times, frame.pts))
+            is_whole = number < 0 or (is_whole and place == following)
+            following = place
+        number = following
+        is_whole = (is_whole or frame.key_frame) and not frame.is_corrupt
+        if number < wanted[found]:
             continue
-        if frame.pts > wanted[found]:
+        if number > wanted[found] or not is_whole:
             return
         yield frame
         found += 1
@@ -220,13 +251,11 @@ def _at_times(frames: Iterable[av.VideoFrame], wanted: np.ndarray) -> Iterator[a
 def _decode(
     frames: Iterable[av.VideoFrame], num_frames: int, path: Path | str
 ) -> np.ndarray | None:
-    """Turn frames into pictures; None where one is missing or the decoder had to make it up."""
+    """Turn frames into pictures; None where one is missing."""
     pixels: np.ndarray | None = None
     rotation = found = 0
     reformatter = VideoReformatter()
     for frame in frames:
-        if frame.is_corrupt:
-            return None
         # Starting threads takes longer than turning a small frame into RGB.
         picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         if pixels is None:

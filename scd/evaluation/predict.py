@@ -13,6 +13,7 @@ from torch import Tensor
 from scd.common.runtime import make_generator
 from scd.common.threads import ThreadChoice
 from scd.data.clip import Batch, Conditions
+from scd.data.frame_rate import check_rate
 from scd.data.source import DataCard, Source
 from scd.evaluation.protocols import NUM_CLIPS, Protocol
 from scd.models.checkpoint import World
@@ -30,7 +31,7 @@ TIMED = (
 
 
 def check_fit(world: World, card: DataCard, data: str) -> None:
-    """Refuse data of another size or steering than the world was trained for (ValueError)."""
+    """Refuse data of another size, steering or rate than the world was trained for (ValueError)."""
     ours, theirs = world.card, card
     if (ours.height, ours.width) != (theirs.height, theirs.width):
         raise ValueError(
@@ -41,6 +42,7 @@ def check_fit(world: World, card: DataCard, data: str) -> None:
         raise ValueError(
             f"the model is steered by {ours.conditions}, {data} by {theirs.conditions}"
         )
+    check_rate("the model", ours.fps, data, theirs.fps)
 
 
 def count_windows(source: Source, num_frames: int) -> int:

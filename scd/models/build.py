@@ -18,7 +18,12 @@ Diffuser = SeparableDiffuser | DenseDiffuser | WanDiffuser | WanSeparableDiffuse
 
 
 def build(config: ModelConfig) -> Diffuser:
-    """Build the model that a configuration describes, with fresh weights."""
+    """Build the model that a configuration describes, with fresh weights.
+
+    Raises:
+        ValueError: frames that cannot be cut into its patches.
+    """
+    config.shape.check_cut()
     if isinstance(config, SeparableConfig):
         return SeparableDiffuser(config)
     if isinstance(config, WanSeparableConfig):

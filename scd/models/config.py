@@ -5,6 +5,7 @@ Nothing here needs torch, so that the command line answers without it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, get_args
@@ -91,10 +92,16 @@ class FrameShape:
             width=self.width,
             patch_size=self.patch_size,
         )
+
+    def check_cut(self, where: str = "model.shape") -> None:
+        """Refuse a patch size that does not divide the frame (ValueError). Not when the settings
+        are made: the data decides on the frame later."""
         if self.height % self.patch_size or self.width % self.patch_size:
+            side = math.gcd(self.height, self.width)
+            sides = [size for size in range(1, side + 1) if side % size == 0]
             raise ValueError(
-                f"patch_size must divide the frame: got patch_size={self.patch_size} "
-                f"for a {self.height}x{self.width} frame"
+                f"patch_size must divide the frame: got patch_size={self.patch_size} for the "
+                f"{self.height}x{self.width} frames of {where}, which {sides} divide"
             )
 
     @property

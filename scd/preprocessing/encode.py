@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
@@ -36,6 +37,7 @@ from scd.common.files import remove_leftovers
 from scd.common.runtime import choose_device
 from scd.common.threads import ThreadChoice
 from scd.data.clip import Clip
+from scd.data.frame_rate import check_rate
 from scd.data.latents import (
     FORMAT,
     EncodedEpisode,
@@ -47,9 +49,9 @@ from scd.data.latents import (
     write_episodes,
     write_null_text,
 )
-from scd.data.loader import Loader
-from scd.data.source import EmptySplit, Source, open_source
-from scd.data.spaces import Split
+from scd.data.loader import Loader, UnreadableClip, read_clip
+from scd.data.source import DataCard, EmptySplit, Source, open_source
+from scd.data.spaces import OnError, Split
 from scd.models.checkpoint import read_world_parts, resolve
 
 PIXELS = "pixels"
@@ -106,6 +108,10 @@ class EncodeConfig:
     when they become slow; at most OMP_NUM_THREADS. Latents differ by rounding only."""
     strict: bool = False
     """Stop at the first episode that cannot be used, instead of leaving it out."""
+    data_on_error: Annotated[OnError, tyro.conf.arg(name="data.on-error")] = "stop"
+    """What becomes of an episode that turns out damaged, or gone, when it is read. stop: name its
+    file; what was written is kept. skip: name it and store it without frames, so that training
+    passes it over."""
 
     def __post_init__(self) -> None:
         at_least(
@@ -134,6 +140,8 @@ class Encoded:
     """Files that other processes still have to write."""
     frames: int
     """Latent frames written now."""
+    left_out: int
+    """Episodes written now that could not be read, and are stored without frames."""
     seconds: float
     """Time that took, reading included."""
 
@@ -159,19 +167,26 @@ def encode(config: EncodeConfig) -> Encoded:
     index, num_processes = parse_shard(config.shard)
     mine = jobs[index::num_processes]
     todo = [job for job in mine if not is_whole(out, info, *job)]
-    began, num_frames = time.perf_counter(), 0
+    began, num_frames, left_out = time.perf_counter(), 0, 0
     for split, number in track(todo, f"encoding into {out}", disable=not todo):
         remove_leftovers(out, info.file_name(split, number))
         with encoding.threads:
-            episodes = encoding.episodes(split, number)
+            try:
+                episodes = encoding.episodes(split, number)
+            except UnreadableClip as error:
+                raise UnreadableClip(
+                    f"{error}. What {out} holds is kept, and the same command goes on from there"
+                ) from error
         write_episodes(out, info, split, number, episodes)
-        num_frames += sum(len(episode.latents) for episode in episodes)
+        num_frames += sum(len(episode.latents) for episode in episodes if episode)
+        left_out += episodes.count(None)
     return Encoded(
         folder=out,
         files_written=len(todo),
         files_found=len(mine) - len(todo),
         files_left=sum(not (out / info.file_name(*job)).is_file() for job in jobs),
         frames=num_frames,
+        left_out=left_out,
         seconds=time.perf_counter() - began,
     )
 
@@ -183,6 +198,8 @@ def readable(encoded: Encoded) -> str:
     )
     if encoded.frames:
         line += f", {encoded.frames / encoded.seconds:.0f} latent frames/s"
+    if encoded.left_out:
+        line += f"; {encoded.left_out} episodes could not be read and are left out"
     if encoded.files_left:
         line += f"; {encoded.files_left} files are left to other processes (--shard)"
     return line
@@ -252,10 +269,14 @@ class Encoding:
             test=lengths.get("test", ()),
         )
 
-    def episodes(self, split: Split, number: int) -> list[EncodedEpisode]:
-        """Return the episodes of one file, encoded."""
+    def episodes(self, split: Split, number: int) -> list[EncodedEpisode | None]:
+        """Return the episodes of one file, encoded; None: one that is left out."""
         source, episodes, encoded = self.sources[split], self.info.episodes(split, number), []
-        for episode, clip in zip(episodes, _read_ahead(source, episodes), strict=True):
+        on_error = self.config.data_on_error
+        for episode, clip in zip(episodes, _read_ahead(source, episodes, on_error), strict=True):
+            if clip is None:
+                encoded.append(None)
+                continue
             latents = self._latents(clip, f"{split} episode {episode}")
             text = self._embed(source.prompt(episode)) if self.embedder else None
             encoded.append(
@@ -306,15 +327,19 @@ class Encoding:
             return self.embedder.embed([prompt])[0, : len(self.embedder.tokens(prompt))]
 
 
-def _read_ahead(source: Source, episodes: range) -> Iterator[Clip]:
-    """Read whole episodes in order, some of them ahead."""
-    waiting: deque[Future[Clip]] = deque()
+def _read_ahead(source: Source, episodes: range, on_error: OnError) -> Iterator[Clip | None]:
+    """Read whole episodes in order, some of them ahead; None: one that cannot be read."""
+    waiting: deque[Future[Clip | None]] = deque()
+
+    def read(episode: int) -> Clip | None:
+        return read_clip(source, episode, 0, source.num_frames(episode), on_error)
+
     left = deque(episodes)
     with ThreadPoolExecutor(READ_AHEAD, "episodes") as pool:
         while left or waiting:
             while left and len(waiting) <= READ_AHEAD:
                 episode = left.popleft()
-                waiting.append(pool.submit(source.read, episode, 0, source.num_frames(episode)))
+                waiting.append(pool.submit(read, episode))
             yield waiting.popleft().result()
 
 
@@ -344,14 +369,16 @@ def choose_autoencoder(
         settings = PixelConfig()
     else:
         with suppress(FileNotFoundError):
-            settings = read_world_parts(resolve(config.autoencoder))["autoencoder"]
+            world = read_world_parts(resolve(config.autoencoder))
+            settings = world["autoencoder"]
+            _warn_of_rate(config, world, next(iter(sources.values())).card)
     if config.precision != "fp32" and isinstance(settings, PixelConfig):
         raise ValueError(
             f"precision {config.precision} has no effect: {config.autoencoder} has pixels for "
             "latents, which are only brought to mean 0 and deviation 1"
         )
     if config.autoencoder == PIXELS:
-        measured = PixelAutoencoder.measure(_measured_frames(sources))
+        measured = PixelAutoencoder.measure(_measured_frames(sources, config.data_on_error))
         # Rounded, so that another machine has the same settings to the last digit.
         return PixelAutoencoder(
             replace(measured, mean=round(measured.mean, 3), std=round(measured.std, 3))
@@ -366,14 +393,26 @@ def choose_autoencoder(
                 f"{config.autoencoder} is no autoencoder of pictures: its latents have the "
                 "statistics that belong to it, --statistics given"
             )
-        return with_statistics(autoencoder, _measured_frames(sources))
+        return with_statistics(autoencoder, _measured_frames(sources, config.data_on_error))
     return autoencoder
 
 
-def _measured_frames(sources: dict[Split, Source]) -> Iterator[Float[Tensor, "b t 3 h w"]]:
+def _warn_of_rate(config: EncodeConfig, world: Mapping[str, Any], card: DataCard) -> None:
+    """Say that latents are of another rate than a Wan world, whose training will refuse them."""
+    if world["model"].takes_text:
+        try:
+            check_rate(config.autoencoder, world["card"].fps, config.data, card.fps)
+        except ValueError as error:
+            logger.warning("these latents are not for training that world: %s", error)
+
+
+def _measured_frames(
+    sources: dict[Split, Source], on_error: OnError
+) -> Iterator[Float[Tensor, "b t 3 h w"]]:
     """Draw the clips on which statistics are measured: the same in every process."""
     source = next(iter(sources.values()))
     lengths = [source.num_frames(episode) for episode in range(source.num_episodes)]
-    loader = Loader(source, MEASURED_CLIPS, min(MEASURED_FRAMES, max(lengths)), seed=0)
+    num_frames = min(MEASURED_FRAMES, max(lengths))
+    loader = Loader(source, MEASURED_CLIPS, num_frames, seed=0, on_error=on_error)
     for index in range(MEASURED_BATCHES):
         yield loader.batch(index).frames

@@ -35,12 +35,13 @@ from scd.common.config import to_json
 from scd.common.provenance import provenance, write_json
 from scd.common.published_weights import ALEXNET, LPIPS_HEADS, check_weights, shipped_heads
 from scd.common.runtime import derive_seed
-from scd.data.loader import Loader
+from scd.data.clip import Batch
+from scd.data.loader import Loader, read_clips
 from scd.data.source import Source, open_source
 from scd.evaluation.image import Estimate, estimates, frame_values
 from scd.evaluation.lpips import load_lpips
 from scd.evaluation.media import PictureRow, write_grid
-from scd.evaluation.predict import choose_windows, count_windows, read_windows
+from scd.evaluation.predict import choose_windows, count_windows
 from scd.models.checkpoint import guarded
 from scd.objectives.reconstruct import (
     SMALLEST_PICTURE,
@@ -108,6 +109,7 @@ class AutoencoderTask(Task):
             config.num_frames,
             config.seed,
             workers=config.num_loader_workers,
+            on_error=config.data_on_error,
         )
         distance, self.distance_name = choose_distance(config, accelerator.device)
         self.model: Any = build_network(config, source).train()
@@ -122,6 +124,7 @@ class AutoencoderTask(Task):
             autocast=accelerator.autocast,
         )
         self.found: dict[str, Estimate] = {}
+        self.num_measured = 0
 
     def make_groups(self, ema: EMA) -> list[OptimisationGroup]:
         """Return the network and its discriminator, which learns from the same batch."""
@@ -180,22 +183,21 @@ class AutoencoderTask(Task):
             }
             write_json(result | provenance(self.accelerator.device), run.folder / RESULT_FILE)
 
-    @property
-    def num_measured(self) -> int:
-        """How many held-out clips are measured, 1 or more: `choose_windows` refuses none."""
-        there = count_windows(self.held_out, self.config.num_frames)
-        return min(self.config.num_validation_clips, max(1, there))
-
     @torch.no_grad()
     def measure(self) -> tuple[dict[str, Estimate], tuple[Tensor, Tensor]]:
         """Measure what the network makes of held-out clips, as it is: metrics with their intervals
         over clips, and some frames [f 3 h w], true and made."""
         num_frames, source = self.config.num_frames, self.held_out
-        windows = choose_windows(source, self.num_measured, num_frames, seed=0)
+        # 1 or more: `choose_windows` refuses none.
+        wanted = max(1, count_windows(source, num_frames))
+        wanted = min(self.config.num_validation_clips, wanted)
+        windows = choose_windows(source, wanted, num_frames, seed=0)
         values: dict[str, list[Tensor]] = {}
         shown: list[tuple[Tensor, Tensor]] = []
-        for first in range(0, len(windows), 8):
-            true = read_windows(source, windows[first : first + 8], num_frames).frames
+        clips = read_clips(source, windows, num_frames, self.config.data_on_error)
+        self.num_measured = len(clips)
+        for first in range(0, len(clips), 8):
+            true = Batch.of(clips[first : first + 8]).frames
             flat = self.model(true.flatten(0, 1).to(self.accelerator.device)).sample
             made = flat.float().clamp(-1, 1).cpu().unflatten(0, true.shape[:2])
             shown += [(true[:, 0], made[:, 0])]

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+import tyro
 
 from scd.autoencoders.config import AutoencoderConfig, DeepName, PixelConfig
 from scd.common.config import Precision, Threads, added, at_least, check_threads
 from scd.common.runlog import Tracker
+from scd.data.spaces import OnError
 from scd.models.config import SamplingConfig, SeparableConfig
 from scd.models.kinds import ModelConfig
 from scd.objectives.config import (
@@ -36,6 +39,7 @@ class RunConfig:
         "time_limit_s",
         "resume",
         "strict",
+        "data_on_error",
     )
     """Fields that may change when a run is continued."""
 
@@ -68,7 +72,11 @@ class RunConfig:
     tracker: Tracker = "none"
     """Where numbers go besides the run folder's log.jsonl."""
     strict: bool = False
-    """Stop at the first episode that cannot be read, instead of leaving it out."""
+    """Stop at the first episode whose file cannot be opened, instead of leaving it out."""
+    data_on_error: Annotated[OnError, tyro.conf.arg(name="data.on-error")] = added("stop")
+    """What a clip does to the run that turns out damaged, or gone, when it is read. stop: save a
+    checkpoint and stop with the file's name. skip: leave the clip out, say so once of each file,
+    and learn from another, which is the same whenever and wherever the run is continued."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue the run in `out` if it has the same settings. never: refuse to."""
     time_limit_s: float = 0.0
@@ -257,7 +265,10 @@ class TrainInverseDynamicsConfig:
     """CPU threads that compute. auto: as many as the first steps are fastest with; at most
     OMP_NUM_THREADS."""
     strict: bool = False
-    """Stop at the first episode that cannot be read, instead of leaving it out."""
+    """Stop at the first episode whose file cannot be opened, instead of leaving it out."""
+    data_on_error: Annotated[OnError, tyro.conf.arg(name="data.on-error")] = "stop"
+    """What becomes of a clip that turns out damaged, or gone, when it is read: stop, or skip, which
+    learns from another one."""
 
     def __post_init__(self) -> None:
         check_threads(self.threads)

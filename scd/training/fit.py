@@ -11,6 +11,7 @@ from scd.autoencoders.build import Autoencoder, build_autoencoder, fingerprint
 from scd.autoencoders.config import AutoencoderConfig
 from scd.autoencoders.text_encoder import text_fingerprint
 from scd.common.config import differences, from_json, to_json
+from scd.data.frame_rate import check_rate
 from scd.data.latents import INFO_FILE, PLACE, LatentSource, is_latents
 from scd.data.loader import Loader
 from scd.data.prompts import PromptSource, is_prompts
@@ -88,7 +89,8 @@ def check_rollout(config: TrainConfig) -> None:
 
 
 def check_fit(config: TrainConfig, card: DataCard, autoencoder: Autoencoder | None = None) -> None:
-    """Refuse a model for other frames, conditions or lengths than the data's (ValueError)."""
+    """Refuse a model for other frames, conditions or lengths than the data's, or one that starts
+    from a world of another rate (ValueError)."""
     check_window(config)
     autoencoder = autoencoder or build_autoencoder(config.autoencoder)
     shape = autoencoder.latent_shape(card.height, card.width)
@@ -102,6 +104,9 @@ def check_fit(config: TrainConfig, card: DataCard, autoencoder: Autoencoder | No
             f"{config.data} is steered by {card.conditions}, "
             f"but model.conditions is {config.model.conditions}"
         )
+    if config.initial:
+        fps = read_world_parts(resolve(config.initial))["card"].fps
+        check_rate(config.initial, fps, config.data, card.fps)
 
 
 def open_split(config: TrainConfig, split: Split) -> Source:
@@ -203,6 +208,7 @@ def open_loader(
         rank=rank,
         num_ranks=num_processes,
         workers=config.num_loader_workers,
+        on_error=config.data_on_error,
     )
 
 
@@ -240,6 +246,7 @@ def fit_to_data(
         fitted = _fit_to_latents(config, source)
     else:
         fitted = _fit_to_frames(config, source)
+    fitted.model.shape.check_cut(config.data)
     given, found = _decided(config), _decided(fitted)
     before = given if base is None else _decided(base)
     for name, value in given.items():
@@ -282,7 +289,13 @@ def _fit_to_frames(config: TrainConfig, source: Source) -> TrainConfig:
         )
     shape = replace(config.model.shape, height=card.height, width=card.width)
     model = replace(config.model, shape=shape, conditions=card.conditions)
-    loader = Loader(source, config.batch_size, config.num_frames, config.seed)
+    loader = Loader(
+        source,
+        config.batch_size,
+        config.num_frames,
+        config.seed,
+        on_error=config.data_on_error,
+    )
     measured = PixelAutoencoder.measure(
         loader.batch(index).frames for index in range(NUM_MEASURED_BATCHES)
     )

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from scd.autoencoders.build import latents_of
 from scd.common.runtime import derive_seed
 from scd.data.clip import Batch, Conditions
+from scd.data.loader import read_clips
 from scd.data.prompts import is_prompts
 from scd.data.source import Source
 from scd.evaluation.media import PictureRow, write_grid
@@ -42,12 +43,12 @@ def read_held_out(config: TrainConfig, train: Source) -> list[Batch]:
             f"num_frames is {config.num_frames}, but the longest val episode of {config.data} "
             f"has {max(lengths)} frames"
         )
-    clips = []
+    places = []
     for index in range(config.num_validation_clips):
         episode = usable[index % len(usable)]
         num_starts = lengths[episode] - config.num_frames + 1
-        start = derive_seed(0, "held-out clip", index) % num_starts
-        clips.append(source.read(episode, start, config.num_frames))
+        places.append((episode, derive_seed(0, "held-out clip", index) % num_starts))
+    clips = read_clips(source, places, config.num_frames, config.data_on_error)
     size = config.batch_size
     return [Batch.of(clips[first : first + size]) for first in range(0, len(clips), size)]
 

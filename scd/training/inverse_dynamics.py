@@ -70,6 +70,7 @@ def train_inverse_dynamics(config: TrainInverseDynamicsConfig) -> TrainedInverse
         seed=config.seed,
         device=config.device,
         threads=config.threads,
+        data_on_error=config.data_on_error,
         ema_decay=0.0,
         log_every=100,
         optim=OptimConfig(lr=config.lr, warmup_steps=0, decay_fraction=1.0, clip_norm=0.0),
@@ -114,7 +115,14 @@ class InverseDynamicsTask(Task):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, "judge weights"))
             self.model: InverseDynamics = InverseDynamics(shape, card.height, card.width)
-        self.loader = Loader(source, config.batch_size, config.num_frames, config.seed, workers=1)
+        self.loader = Loader(
+            source,
+            config.batch_size,
+            config.num_frames,
+            config.seed,
+            workers=1,
+            on_error=config.data_on_error,
+        )
         _standardise_actions(self.model, self.loader)
 
     def make_groups(self, ema: EMA) -> list[OptimisationGroup]:

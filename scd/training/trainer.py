@@ -8,6 +8,7 @@ number of threads, bit for bit. Source of the recipe: paper (optimisation).
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from statistics import fmean
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from scd.common.runtime import make_generator, peak_memory_gib
 from scd.common.signals import StopRequest
 from scd.data.clip import Batch
+from scd.data.loader import UnreadableClip
 from scd.optim.optim import lr_multiplier, refuse_non_finite, set_lr
 from scd.training.config import RunConfig
 from scd.training.state import MODEL, OptimisationGroup, Run, Task, save, start_run
@@ -42,6 +45,7 @@ def train_task(
         leaves_unused: whether a batch may leave a weight without gradient.
 
     Raises:
+        UnreadableClip: data is damaged, or gone; what was trained is saved.
         ValueError: settings, data and model do not fit together, or the loss or gradient was not
             finite: then the step's number is named and the weights have not moved.
         FileExistsError: the run folder holds another run, or anything else.
@@ -53,24 +57,99 @@ def train_task(
         run = start_run(config, make_task, leaves_unused)
         stream = run.task.loader.stream(run.first_batch)
         try:
-            reason = _loop(run, stream, stop)
+            course = _Course(run, stream, stop)
+            reason = _loop(run, course)
             run.log.event("end", {"step": run.step, "reason": reason or "all steps are done"})
         finally:
             stream.close()
             run.close()
         if stop.signal_name:
             raise stop.interrupted(run.step, run.task.max_steps, run.folder)
+        if course.lacks_data:
+            raise course.refusal()
     return run
 
 
-def _loop(run: Run, stream: Generator[Batch, None, None], stop: StopRequest) -> str:
+class _Course:
+    """What a run goes on with: the batches of the coming step, or a reason to stop.
+
+    They are read while the device computes the step before, so that all processes learn in its last
+    exchange whether one of them has met a clip that it cannot read; an exchange of its own would
+    make every step wait.
+    """
+
+    def __init__(self, run: Run, stream: Generator[Batch, None, None], stop: StopRequest) -> None:
+        """Read the batches of the first step."""
+        self.run, self.stream, self.stop = run, stream, stop
+        self._batches: deque[list[Batch]] = deque()
+        self._error: UnreadableClip | None = None
+        self._num_told = 0
+        self.read(run.step)
+        self.lacks_data = self._error is not None
+        """Whether the coming step lacks a batch, in any of the processes."""
+        accelerator = run.task.accelerator
+        if accelerator.num_processes > 1:
+            lacking = torch.tensor(float(self.lacks_data), device=accelerator.device)
+            self.lacks_data = bool(torch.as_tensor(accelerator.reduce(lacking, "mean")))
+
+    @property
+    def reason(self) -> str:
+        """Why to stop, in words; empty while there is no reason."""
+        return self.stop.reason or ("a clip cannot be read" if self.lacks_data else "")
+
+    def jobs(self, step: int) -> list[tuple[OptimisationGroup, int]]:
+        """Return the updates of a step: whose, and which of its own."""
+        groups = [group for group in self.run.groups if step >= group.first_step]
+        return [(group, update) for group in groups for update in range(group.num_updates)]
+
+    def read(self, step: int) -> None:
+        """Read all batches of a step, if the run has it."""
+        if step == self.run.task.max_steps:
+            return
+        try:
+            with self.run.clock.waiting():
+                for group, _ in self.jobs(step):
+                    if not group.same_batch:
+                        count = self.run.task.num_accumulation
+                        self._batches.append([next(self.stream) for _ in range(count)])
+        except UnreadableClip as error:
+            self._error = error
+            self.lacks_data = True
+
+    def take(self) -> list[Batch]:
+        """Return the batches of the next update."""
+        return self._batches.popleft()
+
+    def tell(self) -> None:
+        """Log what clips were left out since the last time."""
+        run = self.run
+        found = list(run.task.loader.left_out.items())[self._num_told :]
+        self._num_told += len(found)
+        if run.task.accelerator.num_processes > 1:
+            found = gather_object(found)
+        for title, reason in dict(found).items():
+            run.log.event("left out", {"step": run.step, "file": title, "reason": reason})
+
+    def refusal(self) -> UnreadableClip:
+        """Return what a training raises that lacks data after it was saved."""
+        run = self.run
+        met = self._error or "another process cannot read a clip, and says which"
+        steps = f"Stopped after step {run.step} of {run.task.max_steps}"
+        if run.step and run.folder:
+            return UnreadableClip(f"{met}. {steps}, {run.folder} is saved and can be continued")
+        return UnreadableClip(f"{met}. {steps}")
+
+
+def _loop(run: Run, course: _Course) -> str:
     """Do the steps that are left; return why it stopped before the last one, or nothing."""
     task, config, clock = run.task, run.task.config, run.clock
     values: dict[str, list[float]] = {}
+    if course.lacks_data:
+        return course.reason
     for step in range(run.step, task.max_steps):
         with run.threads.piece():
             task.begin_step(run)
-            reports = list(_step(run, step, stream, stop))
+            reports = list(_step(run, step, course))
             run.ema.update()
         for report in reports:
             for name, value in report.logs.items():
@@ -85,15 +164,28 @@ def _loop(run: Run, stream: Generator[Batch, None, None], stop: StopRequest) -> 
         last = bool(reason) or run.step == task.max_steps
         if last or is_due(run.step, config.log_every):
             _log_step(run, values, reports)
+            if config.data_on_error == "skip":
+                course.tell()
             values = {}
         with clock.away():
-            if last or is_due(run.step, config.save_every):
+            saves = last or is_due(run.step, config.save_every)
+            if saves:
                 save(run)
-            if not hurry:
-                task.look(run, last)
+            if not hurry and not course.lacks_data:
+                _look(run, last, saves)
         if reason:
             return reason
     return ""
+
+
+def _look(run: Run, last: bool, saved: bool) -> None:
+    """Measure and draw what is due; held-out clips that cannot be read cost nothing trained."""
+    try:
+        run.task.look(run, last)
+    except UnreadableClip:
+        if not saved:
+            save(run)
+        raise
 
 
 def is_due(step: int, every: int) -> bool:
@@ -119,20 +211,15 @@ class _Report:
     """Whether to stop at once, with no more than a checkpoint."""
 
 
-def _step(
-    run: Run, step: int, stream: Generator[Batch, None, None], stop: StopRequest
-) -> Iterator[_Report]:
+def _step(run: Run, step: int, course: _Course) -> Iterator[_Report]:
     """Move all networks, as often as each is to be moved in a step."""
     batches: list[Batch] = []
-    for group in run.groups:
-        if step < group.first_step:
-            continue
+    jobs = course.jobs(step)
+    for place, (group, update) in enumerate(jobs, start=1):
         set_lr(group.optimizers, lr_multiplier(group.optim, step, run.task.max_steps))
-        for update in range(group.num_updates):
-            if not group.same_batch:
-                with run.clock.waiting():
-                    batches = [next(stream) for _ in range(run.task.num_accumulation)]
-            yield _update(run, group, step, update, batches, stop)
+        if not group.same_batch:
+            batches = course.take()
+        yield _update(run, group, step, update, batches, course, place == len(jobs))
 
 
 def _update(
@@ -141,9 +228,11 @@ def _update(
     step: int,
     update: int,
     batches: list[Batch],
-    stop: StopRequest,
+    course: _Course,
+    is_last: bool,
 ) -> _Report:
-    """Move one network once, by the gradients of the batches together."""
+    """Move one network once, by the gradients of the batches together; in the last update of a step
+    read what the next one needs."""
     task, accelerator = run.task, run.task.accelerator
     number = step * group.num_updates + update
     total = torch.zeros((), device=accelerator.device)
@@ -162,7 +251,10 @@ def _update(
         total += loss.detach() / len(batches)
         for name, value in found.items():
             logs[name] = logs.get(name, 0.0) + value / len(batches)
-    report = _agree(run, group, total, _clip(run, group), logs, stop)
+    norm = _clip(run, group)
+    if is_last:
+        course.read(step + 1)
+    report = _agree(run, group, total, norm, logs, course)
     whose = "" if group.name == MODEL else f" of the {group.name}"
     refuse_non_finite(step, report.loss, report.norm, whose)
     group.refuse(step, report.loss, report.logs)
@@ -187,16 +279,18 @@ def _agree(
     loss: Tensor,
     norm: Tensor,
     logs: dict[str, Tensor | float],
-    stop: StopRequest,
+    course: _Course,
 ) -> _Report:
     """Exchange numbers and wishes to stop: the only wait for the device in an update."""
-    reason, hurry = stop.reason, bool(stop.signal_name)
-    wishes = [float(bool(reason)), float(hurry)]
+    stop, reason = course.stop, course.reason
+    hurry = bool(stop.signal_name)
+    wishes = [float(bool(reason)), float(hurry), float(course.lacks_data)]
     values = [loss, norm, *wishes, *logs.values()]
     numbers = torch.stack([torch.as_tensor(value, device=norm.device).float() for value in values])
     if run.task.accelerator.num_processes > 1:
         numbers = torch.as_tensor(run.task.accelerator.reduce(numbers, "mean"))
-    mean_loss, mean_norm, stopping, hurrying, *means = numbers.tolist()
+    mean_loss, mean_norm, stopping, hurrying, lacking, *means = numbers.tolist()
+    course.lacks_data = bool(lacking)
     if stopping and not reason:
         reason = "another process stopped"
     if hurrying and not hurry:

@@ -326,7 +326,8 @@ def test_the_example_script_refuses_what_does_not_fit(tmp_path):
     for rows, message in (
         ("0\n" * 11, "12 frames need as many actions, got 11"),
         ("0\n" * 11 + "2", "0 .. 1, got 0 .. 2"),
-        ("0\n" * 11 + "right", "a.csv: .*'right'"),
+        ("0\n" * 11 + "right", "a.csv line 12: needed an id, or one of none, left, got 'right'"),
+        ("action\n" + "0\n" * 12, "a.csv line 1: needed an id.* got 'action'.* no header"),
     ):
         (tmp_path / "a.csv").write_text(rows)
         with pytest.raises(ValueError, match=message):
@@ -337,3 +338,63 @@ def test_the_example_script_refuses_what_does_not_fit(tmp_path):
         script["convert"](config)
     with pytest.raises(ValueError, match="only then"):
         script["Config"](videos=tmp_path, out=tmp_path, actions="discrete")
+
+
+def test_the_example_script_names_lines_that_are_no_vectors(tmp_path):
+    script = runpy.run_path(str(SCRIPT))
+    config = script["Config"](
+        videos=tmp_path, out=tmp_path, actions="continuous", action_names=("steering", "gas")
+    )
+    table = tmp_path / "a.csv"
+    table.write_text("\ufeff0.5,1\n\n-1, 0\n", encoding="utf-8")
+    assert script["read_table"](table, config).tolist() == [[0.5, 1.0], [-1.0, 0.0]]
+    for text, message in (
+        ("steering,gas\n0,1\n", "line 1: needed numbers, got 'steering,gas'"),
+        ("0,1\n0\n", "line 2: needed 2 numbers, for steering, gas, got 1"),
+    ):
+        table.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            script["read_table"](table, config)
+
+
+def test_the_example_script_brings_videos_to_one_rate(tmp_path):
+    script = runpy.run_path(str(SCRIPT))
+    (tmp_path / "v").mkdir()
+    for number, rate in enumerate((10.0, 30.0)):
+        pixels = toy_episode(number, 12)[0]
+        write_video(tmp_path / f"v/{number}.mp4", pixels, rate, lossless=True)
+        (tmp_path / f"v/{number}.csv").write_text("\n".join(map(str, range(12))))
+    names = tuple(map(str, range(12)))
+    ours = {"videos": tmp_path / "v", "size": 32, "actions": "discrete", "action_names": names}
+    config = script["Config"](out=tmp_path / "out", **ours)
+    with pytest.raises(
+        ValueError, match=r"several frame rates \(1 of 10, 1 of 30 frames/s\).*--fps"
+    ):
+        script["convert"](config)
+    script["convert"](script["Config"](out=tmp_path / "out", fps=10.0, val_fraction=0.0,
+                                       test_fraction=0.0, **ours))  # fmt: skip
+    source = FolderSource(tmp_path / "out", "train", strict=True)
+    assert source.card.fps == 10 and [source.num_frames(i) for i in range(2)] == [12, 4]
+    clip = source.read(1, 0, 4)
+    assert clip.actions.tolist() == [0, 3, 6, 9]
+    every_third = pixels_to_frames(torch.from_numpy(toy_episode(1, 12)[0][::3]))
+    assert torch.equal(clip.frames, every_third)
+
+
+def test_the_example_script_leaves_nothing_half_done(tmp_path, capsys):
+    script = runpy.run_path(str(SCRIPT))
+    videos, out = tmp_path / "v", tmp_path / "out"
+    videos.mkdir()
+    for number in range(3):
+        write_video(videos / f"{number}.mp4", toy_episode(number, 20)[0], 10.0, lossless=True)
+    # What macOS keeps beside a file on a foreign disk.
+    (videos / "._0.mp4").write_bytes(b"\0\5\x16\7" + bytes(100))
+    data = bytearray((videos / "2.mp4").read_bytes())
+    data[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
+    (videos / "2.mp4").write_bytes(data)
+    with pytest.raises(ValueError, match=r"2.mp4: frames .* cannot be decoded"):
+        script["convert"](script["Config"](videos=videos, out=out))
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["v"]
+    script["convert"](script["Config"](videos=videos, out=out, on_error="skip"))
+    assert "left out" in capsys.readouterr().err
+    assert [entry.video for entry in read_manifest(out)] == ["videos/0.mp4", "videos/1.mp4"]

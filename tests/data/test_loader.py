@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scd.data.clip import Batch, Clip
-from scd.data.loader import Loader
+from scd.data.loader import Loader, UnreadableClip
 from scd.data.source import DataCard, Source
 from scd.data.spaces import ConditionSpec
 from scd.data.toy import ToyWorld
@@ -123,6 +123,65 @@ def test_an_error_of_a_thread_is_raised_in_its_place():
     ]
     with pytest.raises(ValueError, match="episode 2 is broken"):
         next(stream)
+
+
+class Torn(Numbered):
+    """Like Numbered, but of one episode the frames from 10 on cannot be read."""
+
+    def __init__(self, *lengths: int, torn: int | None):
+        super().__init__(*lengths)
+        self.torn = torn
+
+    def title(self, episode: int) -> str:
+        return f"{episode:03d}.mp4"
+
+    def _read(self, episode: int, start: int, num_frames: int) -> Clip:
+        if episode == self.torn and start + num_frames > 10:
+            raise ValueError(f"frames {start} .. cannot be decoded")
+        return super()._read(episode, start, num_frames)
+
+
+def test_an_unreadable_clip_is_named_and_can_be_skipped():
+    with pytest.raises(UnreadableClip, match=r"003.mp4: frames .* cannot .*--data.on-error skip"):
+        list(islice(Loader(Torn(*[20] * 8, torn=3), 1, 8, seed=0).stream(), 80))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_skipped_clips_leave_the_same_batches_to_whoever_reads(num_ranks, caplog):
+    def loader(rank: int, workers: int = 2, torn: int | None = 3) -> Loader:
+        source = Torn(*[20] * 8, torn=torn)
+        return Loader(source, 2, 8, 0, rank, num_ranks, workers=workers, on_error="skip")
+
+    whole = [list(islice(loader(rank).stream(), 24)) for rank in range(num_ranks)]
+    for rank in range(num_ranks):
+        resumed = list(islice(loader(rank, workers=1).stream(9), 15))
+        assert all(same(one, other) for one, other in zip(whole[rank][9:], resumed, strict=True))
+        # Only the clips that cannot be read are others than those of whole files.
+        sound = list(islice(loader(rank, torn=None).stream(), 24))
+        changed = [
+            int(one.frames[place, 0, 0, 0, 0])
+            for one, other in zip(sound, whole[rank], strict=True)
+            for place in range(2)
+            if not torch.equal(one.frames[place], other.frames[place])
+            or not torch.equal(one.conditions.actions[place], other.conditions.actions[place])
+        ]
+        assert changed and set(changed) == {3}
+        read = [(int(c.frames[i, 0, 0, 0, 0]), int(c.conditions.actions[i, -1]))
+                for c in whole[rank] for i in range(2)]  # fmt: skip
+        assert all(last < 10 for episode, last in read if episode == 3)
+        share = set(loader(rank)._order(0).tolist())
+        assert {episode for episode, _ in read[: len(share)]} <= share
+    caplog.clear()
+    met = loader(0)
+    list(islice(met.stream(), 24))
+    assert len([one for one in caplog.records if "003.mp4" in one.getMessage()]) == 1
+    assert list(met.left_out) == ["003.mp4"]
+
+
+def test_data_of_which_nothing_can_be_read_ends_with_the_reason():
+    loader = Loader(Torn(20, torn=0), 1, 15, seed=0, on_error="skip")
+    with pytest.raises(UnreadableClip, match=r"none of 64 clips drawn .* the last: 000.mp4"):
+        loader.batch(0)
 
 
 def test_order_does_not_depend_on_what_was_read_before():
