@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -22,6 +23,12 @@ KIND = "kind"
 ADDED = "added"
 """Key of a field's metadata: files that lack the field mean its default."""
 
+LARGEST = 2**63 - 1
+"""Number above which no setting lies: tensors and files count in 64 bits."""
+
+LONGEST = 80
+"""Characters of a value that a message shows."""
+
 
 def added(default: Any) -> Any:
     """Declare a field with a default that files may lack."""
@@ -31,7 +38,8 @@ def added(default: Any) -> Any:
 def at_least(least: int, **values: Any) -> None:
     """Refuse values below a minimum by their names (ValueError); None is not looked at."""
     for name, value in values.items():
-        if value is not None and value < least:
+        # Written so that NaN is refused too.
+        if value is not None and not value >= least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
 
 
@@ -39,6 +47,12 @@ def check_threads(threads: Threads | None) -> None:
     """Refuse a number of threads below 1 (ValueError)."""
     if isinstance(threads, int) and threads < 1:
         raise ValueError(f"threads must be auto, or 1 or more, got {threads}")
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: its beginning, if it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -70,16 +84,18 @@ def from_json(kind: Any, values: Any, where: str = "config") -> Any:
             value that the dataclass itself refuses.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: needed an object with fields, got {values!r}")
+        raise ValueError(f"{where}: needed an object with fields, got {shown(values)}")
     choices = {choice.__name__: choice for choice in (get_args(kind) or (kind,))}
     name = values.get(KIND, next(iter(choices)) if len(choices) == 1 else None)
-    if name not in choices:
-        raise ValueError(f"{where}: {KIND} must be one of {sorted(choices)}, got {name!r}")
+    if not isinstance(name, str) or name not in choices:
+        raise ValueError(f"{where}: {KIND} must be one of {sorted(choices)}, got {shown(name)}")
     chosen = choices[name]
     fields = {field.name: field for field in dataclasses.fields(chosen)}
     unknown = sorted(set(values) - set(fields) - {KIND})
     if unknown:
-        raise ValueError(f"{where}: unknown fields {unknown} for {name}; known: {sorted(fields)}")
+        raise ValueError(
+            f"{where}: unknown fields {shown(unknown)} for {name}; known: {sorted(fields)}"
+        )
     values = {
         name: _value_to_json(entry.default)
         for name, entry in fields.items()
@@ -106,11 +122,11 @@ def _value_from_json(hint: Any, value: Any, where: str) -> Any:
         return from_json(hint, value, where)
     if origin is Literal:
         if value not in get_args(hint):
-            raise ValueError(f"{where}: must be one of {list(get_args(hint))}, got {value!r}")
+            raise ValueError(f"{where}: must be one of {list(get_args(hint))}, got {shown(value)}")
         return value
     if origin is tuple:
         if not isinstance(value, list):
-            raise ValueError(f"{where}: needed a list, got {value!r}")
+            raise ValueError(f"{where}: needed a list, got {shown(value)}")
         entries = get_args(hint)
         inner = [entries[0]] * len(value) if entries[-1] is Ellipsis else list(entries)
         if len(inner) != len(value):
@@ -119,11 +135,26 @@ def _value_from_json(hint: Any, value: Any, where: str) -> Any:
             _value_from_json(one, entry, f"{where}[{index}]")
             for index, (one, entry) in enumerate(zip(inner, value, strict=True))
         )
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if is_whole and abs(value) > LARGEST:
+        raise ValueError(f"{where}: needed a number of 64 bits at most, got {shown(value)}")
+    if hint is float and is_whole:
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where}: needed {hint.__name__}, got {value!r}")
+        raise ValueError(f"{where}: needed {hint.__name__}, got {shown(value)}")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{where}: needed a finite number, got {value}")
+    if hint is str and not is_text(value):
+        raise ValueError(f"{where}: needed text, got {shown(value)}")
     return value
+
+
+def is_text(value: str) -> bool:
+    """Tell whether a text can be written and be part of a path: no half characters, no NUL."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _choice_from_json(hint: Any, value: Any, where: str) -> Any:
@@ -132,12 +163,15 @@ def _choice_from_json(hint: Any, value: Any, where: str) -> Any:
     choices = [choice for choice in get_args(hint) if choice is not type(None)]
     if all(dataclasses.is_dataclass(choice) for choice in choices):
         return from_json(Union[tuple(choices)], value, where)  # noqa: UP007
+    if len(choices) == 1:
+        return _value_from_json(choices[0], value, where)
     for choice in choices:
         try:
             return _value_from_json(choice, value, where)
         except ValueError:
             continue
-    raise ValueError(f"{where}: needed one of {choices}, got {value!r}")
+    names = [getattr(choice, "__name__", str(choice)) for choice in choices]
+    raise ValueError(f"{where}: needed one of {names}, got {shown(value)}")
 
 
 def differences(theirs: Any, ours: Any, where: str = "") -> list[str]:

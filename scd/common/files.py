@@ -61,7 +61,8 @@ def parse_json(text: str | bytes, where: Path | str) -> Any:
     """Read JSON that stands in the place `where`, which an error (ValueError) names."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # Also numbers of thousands of digits, and lists in lists in lists.
         raise ValueError(f"{where}: is not JSON ({error})") from error
 
 

@@ -60,7 +60,8 @@ def _read_run(folder: Path) -> str:
     if not (folder / "progress.json").is_file() or not settings.is_file():
         return ""
     progress = load_progress(folder)
-    data = str(read_json(settings).get("data", ""))
+    values = read_json(settings)
+    data = str(values.get("data", "")) if isinstance(values, dict) else ""
     # Clients of a server need not know where this machine keeps its files.
     name = Path(data).name if "/" in data else data
     on = f" on {name}" if name else ""

@@ -86,7 +86,7 @@ class World:
             ValueError: their file is damaged, or holds something else.
         """
         if self.own_clips is None:
-            found = None if self.folder is None else clips_in(self.folder, self.card.fps)
+            found = None if self.folder is None else clips_in(self.folder, self.card)
             self.own_clips = found or Clips.none(self.card.height, self.card.width)
         return self.own_clips
 

@@ -14,10 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from scd.data.clip import Clip, pixels_to_frames
+from scd.data.clip import Clip, check_actions, pixels_to_frames
+from scd.data.source import DataCard
 
 CLIPS_FILE = "clips.safetensors"
 """Beside the weights of a world."""
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""Types in which ids of actions are stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +74,12 @@ class Clips(Sequence[Clip]):
         return pixels_to_frames(self.frames[number, :num_frames].movedim(-3, -1))
 
 
-def clips_in(folder: Path, fps: float = 10.0) -> Clips | None:
+def clips_in(folder: Path, card: DataCard) -> Clips | None:
     """Read the clips of a world's own folder; None: it carries none.
+
+    Args:
+        folder: of the world.
+        card: of the world, which the clips have to fit.
 
     Raises:
         ValueError: the file is damaged, or holds something else.
@@ -81,6 +89,25 @@ def clips_in(folder: Path, fps: float = 10.0) -> Clips | None:
         return None
     try:
         tensors = load_file(path)
-        return Clips(frames=tensors["frames"], actions=tensors["actions"], fps=fps)
-    except (SafetensorError, KeyError, TypeError) as error:
+        frames, actions = tensors["frames"], tensors["actions"]
+        _check(frames, actions, card)
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} holds no clips: {error}") from error
+    return Clips(frames=frames, actions=actions, fps=card.fps)
+
+
+def _check(frames: Tensor, actions: Tensor, card: DataCard) -> None:
+    """Refuse what are no clips of a world (ValueError)."""
+    size = (3, card.height, card.width)
+    if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[2:] != size:
+        raise ValueError(
+            f"frames must be bytes of shape [n, t, {', '.join(map(str, size))}], got "
+            f"{frames.dtype} {list(frames.shape)}"
+        )
+    if actions.dtype not in INTEGERS or actions.shape != frames.shape[:2]:
+        raise ValueError(
+            f"needed an integer for each of {list(frames.shape[:2])} frames as its action, got "
+            f"{actions.dtype} {list(actions.shape)}"
+        )
+    if card.conditions.num_actions:
+        check_actions(card.conditions, actions.long())

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from scd.common.files import written_aside
 from scd.data.clip import Batch, frames_to_pixels
-from scd.models.checkpoint import load_world, resolve, save_world
+from scd.models.checkpoint import load_world, read_world_parts, resolve, save_world
 from scd.models.clips import CLIPS_FILE, Clips, clips_in
 from scd.models.names import WORLDS
 
@@ -45,7 +45,10 @@ def read_clips(folder: str | os.PathLike[str]) -> Clips | None:
     Raises:
         ValueError: the file is damaged, or holds something else.
     """
-    return clips_in(resolve(folder))
+    place = resolve(folder)
+    if not (place / CLIPS_FILE).is_file():
+        return None
+    return clips_in(place, read_world_parts(place)["card"])
 
 
 def ship(run: str | os.PathLike[str], clips: Batch, folder: str | os.PathLike[str]) -> Path:

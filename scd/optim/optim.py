@@ -7,7 +7,7 @@ warm-up and gradients clipped to norm 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -146,6 +146,43 @@ def build_optimizers(groups: list[ParameterGroup], config: OptimConfig) -> list[
         else:
             optimizers.append(muon(chosen))
     return optimizers
+
+
+def fitting_state(optimizer: Any, saved: Any) -> dict[str, Any]:
+    """Return a saved state as one that was just built can take it up.
+
+    What it remembers of each weight is as saved; rates and all else are those of the run's
+    settings.
+
+    Raises:
+        ValueError: it is no state of an optimiser of these weights.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    states = saved.get("state") if isinstance(saved, Mapping) else None
+    if not isinstance(states, Mapping):
+        raise ValueError(f"needed the state of an optimiser, got {type(saved).__name__}")
+    for place, state in states.items():
+        if place not in range(len(weights)) or not isinstance(state, Mapping):
+            raise ValueError(f"there are {len(weights)} weights, got a state of {place!r}")
+        for name, value in state.items():
+            _check_entry(f"{name} of weight {place}", value, weights[place])
+    if len({frozenset(state) for state in states.values()}) > 1:
+        raise ValueError("what is remembered differs from weight to weight")
+    return {"state": dict(states), "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def _check_entry(name: str, value: Any, weight: Tensor) -> None:
+    if isinstance(value, Tensor):
+        if value.ndim and value.shape != weight.shape:
+            raise ValueError(
+                f"{name} must have the shape {list(weight.shape)}, got {list(value.shape)}"
+            )
+        # Rounded ones are of classes of their own, whose scales stand elsewhere.
+        is_plain = type(value) is Tensor and value.is_floating_point()
+        if is_plain and not torch.isfinite(value).all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
+    elif not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a tensor or a number, got {type(value).__name__}")
 
 
 def refuse_non_finite(step: int, loss: float, norm: float, whose: str = "") -> None:

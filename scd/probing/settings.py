@@ -186,9 +186,15 @@ def training_times(run: Path) -> tuple[float, float]:
     step = resolve(run)
     for path in (step / "config.json", step.parent / "config.json"):
         if path.is_file():
-            objective = read_json(path).get("objective", {})
+            values = read_json(path)
+            objective = values.get("objective", {}) if isinstance(values, dict) else None
+            if not isinstance(objective, dict):
+                raise ValueError(f"{path}: needed the settings of a run or world")
             if "time_mean" in objective:
-                return objective["time_mean"], objective["time_std"]
+                mean, std = objective["time_mean"], objective.get("time_std")
+                if not all(isinstance(one, (int, float)) for one in (mean, std)):
+                    raise ValueError(f"{path}: needed numbers for time_mean and time_std")
+                return mean, std
     return 0.0, 1.0
 
 

@@ -38,7 +38,7 @@ from scd.models.checkpoint import (
 from scd.models.weights import WEIGHTS_FILE, load_weights
 from scd.objectives.denoise import Objective
 from scd.optim.config import OptimConfig
-from scd.optim.optim import EMA, build_optimizers, parameter_groups
+from scd.optim.optim import EMA, build_optimizers, fitting_state, parameter_groups
 from scd.training.config import RunConfig
 from scd.training.sharding import cut_state, gathered, load_parts
 
@@ -140,8 +140,11 @@ class OptimisationGroup:
 
     def load_optimizers(self, states: Iterable[Mapping[str, Any]]) -> None:
         """Take up the saved states of the optimisers, whose tensors are whole."""
+        states = list(states)
+        if len(states) != len(self.optimizers):
+            raise ValueError(f"needed {len(self.optimizers)} optimisers, got {len(states)}")
         for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(cut_state(optimizer, state))
+            optimizer.load_state_dict(cut_state(optimizer, fitting_state(optimizer, state)))
 
 
 class Task(ABC):
@@ -400,14 +403,19 @@ def _choose_threads(config: RunConfig, task: Task, progress: Progress, log: RunL
 
 
 def _load_groups(groups: list[OptimisationGroup], checkpoint: Path) -> None:
-    saved = load_auxiliary(checkpoint)
+    saved, main = load_auxiliary(checkpoint), load_optimizers(checkpoint)
     for group in groups:
-        if group.name == MODEL:
-            group.load_optimizers(load_optimizers(checkpoint))
-        elif group.name in saved:
-            group.load_state(saved[group.name])
-        else:
-            raise ValueError(f"{checkpoint} lacks auxiliary.pt, the state of {group.name}")
+        file = checkpoint / ("optimizer.pt" if group.name == MODEL else "auxiliary.pt")
+        try:
+            if group.name == MODEL:
+                group.load_optimizers(main)
+            elif group.name in saved:
+                group.load_state(saved[group.name])
+            else:
+                raise ValueError(f"it lacks the state of {group.name}")
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{file} is not the state of this training: {reason}") from error
 
 
 def _enter_folder(

@@ -55,7 +55,14 @@ def test_round_trip_through_text_is_exact(vehicle):
         ({"colour": "green"}, "config.colour.*red.*blue.*green"),
         ({"fast": 1}, "config.fast: needed bool, got 1"),
         ({"name": 7}, "config.name: needed str, got 7"),
-        ({"load": "heavy"}, "config.load"),
+        ({"load": "heavy"}, "config.load: needed float, got 'heavy'"),
+        ({"load": float("nan")}, "config.load: needed a finite number, got nan"),
+        ({"part": {"kind": "Wheel", "size": 10**400}}, "config.part.size: needed a number of 64"),
+        ({"load": -(10**400)}, "config.load: needed a number of 64 bits at most, got -1000"),
+        ({"name": "a\0b"}, "config.name: needed text"),
+        ({"name": "\ud800"}, "config.name: needed text"),
+        ({"colour": ["red"]}, "config.colour: must be one of"),
+        ({"part": {"kind": ["Wheel"]}}, "config.part: kind must be one of"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change, message):
@@ -95,7 +102,15 @@ def test_something_else_than_an_object_is_refused():
         from_json(Vehicle, [1])
 
 
+def test_a_message_shows_only_the_beginning_of_a_long_value():
+    with pytest.raises(ValueError, match=r"config: needed an object") as refused:
+        from_json(Vehicle, [1] * 10_000)
+    assert len(str(refused.value)) < 200
+
+
 def test_a_number_below_its_minimum_is_refused_by_name():
     at_least(1, size=1, steps=None)
     with pytest.raises(ValueError, match="steps must be 1 or more, got 0"):
         at_least(1, size=2, steps=0)
+    with pytest.raises(ValueError, match="rate must be 0 or more, got nan"):
+        at_least(0, rate=float("nan"))

@@ -70,5 +70,6 @@ def test_json_is_read_or_refused_by_name(tmp_path):
             read_json(path, 2)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "b.json")
-    with pytest.raises(ValueError, match="line 3: is not JSON"):
-        parse_json("{", "line 3")
+    for text in ("{", "[" * 100_000, "9" * 5000, b"\xff"):
+        with pytest.raises(ValueError, match="line 3: is not JSON"):
+            parse_json(text, "line 3")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from scd.autoencoders.base import PixelAutoencoder
 from scd.autoencoders.config import PixelConfig
@@ -69,6 +69,33 @@ def test_what_cannot_be_shipped_is_refused_before_anything_is_written(world, toy
     (run / shipped.CLIPS_FILE).write_bytes(b"not a file of tensors")
     with pytest.raises(ValueError, match="holds no clips"):
         shipped.read_clips(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"frames": torch.zeros(2, 3, 3, 32, 32)}, r"frames must be bytes .* got torch.float32"),
+        ({"frames": torch.zeros(2, 3, 3, 16, 16, dtype=torch.uint8)}, r"\[n, t, 3, 32, 32\]"),
+        ({"frames": torch.zeros(3, dtype=torch.uint8)}, r"frames must be bytes"),
+        ({"actions": torch.zeros(2, 2, dtype=torch.long)}, r"for each of \[2, 3\] frames"),
+        ({"actions": torch.zeros(2, 3)}, "needed an integer for each"),
+        ({"actions": torch.full((2, 3), -1)}, "action ids must lie in 0"),
+    ],
+)
+def test_clips_that_do_not_fit_their_world_are_refused(world, change, message, tmp_path):
+    run = save_world(world, tmp_path / "run")
+    right = {
+        "frames": torch.zeros(2, 3, 3, 32, 32, dtype=torch.uint8),
+        "actions": torch.zeros(2, 3, dtype=torch.int16),
+    }
+    save_file(right, run / shipped.CLIPS_FILE)
+    clips = shipped.read_clips(run)
+    assert clips is not None and len(clips) == 2 and clips[0].actions is not None
+    save_file(right | change, run / shipped.CLIPS_FILE)
+    with pytest.raises(ValueError, match=f"holds no clips: .*{message}"):
+        shipped.read_clips(run)
+    with pytest.raises(ValueError, match="holds no clips"):
+        _ = load_world(run).clips
 
 
 def test_first_look_streams_each_steering_from_the_same_frame(world, toy_source, tmp_path):

@@ -9,7 +9,14 @@ from torch import nn
 from scd.models.build import build
 from scd.models.config import DenseConfig, EncoderConfig, SeparableConfig
 from scd.optim.config import OptimConfig
-from scd.optim.optim import EMA, build_optimizers, lr_multiplier, parameter_groups, set_lr
+from scd.optim.optim import (
+    EMA,
+    build_optimizers,
+    fitting_state,
+    lr_multiplier,
+    parameter_groups,
+    set_lr,
+)
 from tests.tiny import stored_in
 
 
@@ -209,3 +216,35 @@ def test_averages_in_eight_bits_take_a_quarter_of_the_bytes():
         )
         small = weight.numel() < 4096
         assert held / weight.numel() == (8 if small else pytest.approx(2 + 2 * 4 / 256, abs=0.4))
+
+
+def test_a_state_that_is_not_of_these_weights_is_refused_and_settings_are_those_of_now():
+    def build_one(lr):
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(3))]
+        optimizer = torch.optim.AdamW(weights, lr=lr)
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        return optimizer
+
+    optimizer = build_one(0.1)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    taken = fitting_state(build_one(0.2), saved)
+    assert taken["param_groups"][0]["lr"] == 0.2
+    assert torch.equal(taken["state"][1]["exp_avg"], saved["state"][1]["exp_avg"])
+    for change, message in (
+        (None, "needed the state of an optimiser, got NoneType"),
+        ({"state": []}, "needed the state of an optimiser"),
+        ({2: saved["state"][0]}, "there are 2 weights, got a state of 2"),
+        ({0: []}, "there are 2 weights, got a state of 0"),
+        ({0: {"exp_avg": torch.ones(3)}}, r"exp_avg of weight 0 must have the shape \[3, 2\]"),
+        ({0: {"exp_avg": "words"}}, "exp_avg of weight 0 must be a tensor or a number, got str"),
+        ({0: {"step": torch.tensor(float("nan"))}}, "step of weight 0 must be finite"),
+        ({0: {"step": torch.tensor(1.0)}}, "differs from weight to weight"),
+    ):
+        wrong = change
+        if isinstance(change, dict) and "state" not in change:
+            wrong = {**saved, "state": saved["state"] | change}
+        with pytest.raises(ValueError, match=message):
+            fitting_state(build_one(0.1), wrong)
