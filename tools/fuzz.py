@@ -348,7 +348,8 @@ def warm(modules: Path) -> None:
 
 def _check_inputs(config: FuzzConfig, inputs: Path, place: Path) -> None:
     for name in config.kinds:
-        for number in range(len(KINDS[name].commands)):
+        commands = KINDS[name].commands
+        for number in sorted(commands.index(command) for command in set(commands)):
             folder = place / f"{name}-as-it-is-{number}"
             verdict = run_case(inputs, folder, number, name, None)
             if verdict.outcome != "accepted":

@@ -472,6 +472,7 @@ def _check_words(message: str) -> None:
 
 
 DECODE = ("data", "check", "clips", "--decode")
+GO_ON = (*TRAIN, "--data", "clips", "--out", "run", "--max-steps", "3")
 LEARN = (*TRAIN, "--data", "clips", "--out", "new", "--max-steps", "1")
 
 KINDS: dict[str, Kind] = {
@@ -485,8 +486,10 @@ KINDS: dict[str, Kind] = {
         needs=("run", "clips"),
         mutated=("run/config.json", "run/last", "run/log.jsonl", f"{STEP}/*"),
         commands=(
-            (*TRAIN, "--data", "clips", "--out", "run", "--max-steps", "3"),
+            GO_ON,
+            GO_ON,
             ("sample", "run", "--data", "clips", *SAMPLE),
+            ("sample", "run", "--data", "clips", "--weights", "raw", *SAMPLE),
             ("evaluate", "run", *EVALUATE),
             ("probe", "run", *PROBE),
         ),
@@ -497,6 +500,7 @@ KINDS: dict[str, Kind] = {
         mutated=("clips/dataset.json", "clips/manifest.jsonl"),
         commands=(
             DECODE,
+            DECODE,
             LEARN,
             ("encode", "clips", "--autoencoder", "pixels", "--out", "new", *CPU),
         ),
@@ -505,13 +509,13 @@ KINDS: dict[str, Kind] = {
     "actions": Kind(
         needs=("clips",),
         mutated=("clips/actions/*",),
-        commands=(DECODE, LEARN),
+        commands=(DECODE, DECODE, DECODE, LEARN),
         share=3,
     ),
     "videos": Kind(
         needs=("clips",),
         mutated=("clips/videos/*",),
-        commands=(DECODE, DECODE, LEARN),
+        commands=(DECODE, DECODE, DECODE, LEARN),
         share=5,
     ),
     "weights": Kind(
@@ -528,6 +532,7 @@ KINDS: dict[str, Kind] = {
         mutated=("latents/*",),
         commands=(
             ("data", "check", "latents", "--decode"),
+            ("data", "check", "latents", "--decode"),
             (*TRAIN, "--data", "latents", "--out", "new", "--max-steps", "1"),
         ),
         share=3,
@@ -537,6 +542,8 @@ KINDS: dict[str, Kind] = {
         mutated=("sample/sample.json", "result.json", "probe/*.json"),
         commands=(
             ("sample", "world", *SAMPLE),
+            ("sample", "world", *SAMPLE),
+            ("evaluate", "run", *EVALUATE),
             ("evaluate", "run", *EVALUATE),
             ("probe", "run", *PROBE),
         ),

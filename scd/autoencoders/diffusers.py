@@ -27,6 +27,7 @@ from scd.autoencoders.config import ImageAutoencoderConfig, ImageKind
 from scd.common.config import Precision
 from scd.common.files import read_json
 from scd.common.hub import class_of, find_part
+from scd.common.places import named_by
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel of latents."""
@@ -152,7 +153,7 @@ def find_network(
 ) -> Path:
     """Return the folder of an autoencoder; of a training, its newest step."""
     last = Path(source) / LAST_FILE
-    place = Path(source) / last.read_text().strip() if last.is_file() else source
+    place = named_by(last) if last.is_file() else source
     return find_part(place, "vae", classes, what, at_root=True)
 
 

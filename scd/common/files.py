@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from scd.common.config import shown
+
 TEMPORARY = ".writing-"
 """How the names of things begin that are being written."""
 
@@ -53,7 +55,7 @@ def read_json(path: Path, format: str | int | None = None) -> Any:
     if format is not None:
         found = values.get("format") if isinstance(values, dict) else None
         if found != format:
-            raise ValueError(f"{path}: needed format {format!r}, got {found!r}")
+            raise ValueError(f"{path}: needed format {format!r}, got {shown(found)}")
     return values
 
 

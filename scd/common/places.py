@@ -16,6 +16,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from scd.common.config import shown
 from scd.common.files import read_json, write_file
 
 START_FILE = "start.json"
@@ -58,6 +59,20 @@ def read_start(folder: Path) -> Start | None:
         return Start(folder=Path(kept["folder"]), now=folder.resolve() / kept["from_here"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path}: needed folder and from_here, got {kept!r}") from error
+
+
+def named_by(pointer: Path) -> Path:
+    """Return the folder beside a text file that names it, as `last` does a run's newest step.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds something else than a name.
+    """
+    data = pointer.read_bytes()
+    name = data.decode("utf-8", "replace").strip()
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"{pointer} must name a folder beside it, got {shown(name)}")
+    return pointer.parent / name
 
 
 def in_our_words(theirs: Any, ours: Any, start: Start | None = None) -> Any:

@@ -151,7 +151,9 @@ def read_actions(path: Path) -> np.ndarray:
     if np.issubdtype(actions.dtype, np.integer):
         return actions.astype(np.int64)
     if np.issubdtype(actions.dtype, np.floating):
-        return actions.astype(np.float32)
+        # What is too large for 32 bits becomes infinite, and is refused with what is.
+        with np.errstate(over="ignore"):
+            return actions.astype(np.float32)
     raise ValueError(f"{path}: actions must be integers or floats, got {actions.dtype}")
 
 

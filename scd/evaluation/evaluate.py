@@ -99,9 +99,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     # Until all have looked, none may write.
     processes.wait()
     if out.exists():
-        finished = read_json(out)
-        # It may have been moved.
-        finished["settings"]["out"] = str(out)
+        finished = _finished(out)
     else:
         parts = Parts(out.with_suffix(PARTS))
         with _choose_threads(config, prepared.trial, processes) as threads:
@@ -115,6 +113,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     processes.wait()
     processes.end()
     return finished if processes.rank == 0 else None
+
+
+def _finished(out: Path) -> dict[str, Any]:
+    """Read a result of before (ValueError: it is not whole)."""
+    finished = read_json(out)
+    try:
+        # It may have been moved.
+        finished["settings"]["out"] = str(out)
+        readable(finished)
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        raise ValueError(
+            f"{out} is not a whole result of scd evaluate: remove it, and the same command "
+            "measures again"
+        ) from error
+    return finished
 
 
 def _choose_threads(config: EvaluateConfig, trial: Trial, processes: Processes) -> ThreadChoice:

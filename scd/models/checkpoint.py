@@ -38,6 +38,7 @@ from scd.common.config import added, from_json, to_json
 from scd.common.files import read_json, write_file, written_aside
 from scd.common.hub import upload
 from scd.common.names import did_you_mean
+from scd.common.places import named_by
 from scd.common.weights import SHARD_BYTES, is_file_of, is_stored, write_shards
 from scd.data.source import DataCard
 from scd.models.build import Diffuser, build, num_parameters
@@ -298,7 +299,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     if not folder.exists() and os.fspath(path) in shipped_names():
         folder = WORLDS / folder
     if (folder / "last").is_file():
-        folder = folder / (folder / "last").read_text().strip()
+        folder = named_by(folder / "last")
     if not folder.is_dir():
         beside = folder.parent.glob("*/") if folder.parent.is_dir() else ()
         near = did_you_mean(
@@ -381,7 +382,7 @@ def keep_newest(run: Path, number: int) -> None:
     Raises:
         OSError: they could not be removed.
     """
-    named = (run / "last").read_text().strip()
+    named = named_by(run / "last").name
     steps = sorted(run.glob("step_*"), key=lambda old: int(old.name.removeprefix("step_")))
     for old in steps[:-number]:
         if old.name != named:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from scd import __version__
-from scd.common.config import from_json, to_json
+from scd.common.config import from_json, shown, to_json
 from scd.common.files import file_aside, read_json, write_file
 from scd.common.weights import StoredWeights
 
@@ -93,7 +93,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     if found != FORMAT:
         newer = re.fullmatch(r"scd-(\d+)", str(found))
         raise ValueError(
-            f"{path}: needed format {FORMAT!r}, got {found!r}"
+            f"{path}: needed format {FORMAT!r}, got {shown(found)}"
             + (f": a newer scd wrote it than this {__version__}, update scd" if newer else "")
         )
     if "model" not in settings:

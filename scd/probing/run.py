@@ -6,6 +6,7 @@ Each measurement is written when it is done; after an interruption the same comm
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from scd.common.config import to_json
+from scd.common.config import shown, to_json
 from scd.common.files import read_json, refuse_used, remove_leftovers, take_lock
 from scd.common.memory import PeakMemory, check_free, readable
 from scd.common.places import in_our_words
@@ -162,18 +163,37 @@ def measure(
     parts: dict[str, dict[str, Any]] = {}
     for name, measurement in measurements.items():
         path = folder / f"{name}.json"
-        if path.exists():
-            parts[name] = read_json(path)
+        kept = _kept(path)
+        if kept is not None:
+            parts[name] = kept
             console.print(f"{name}: done before")
             continue
         began = time.perf_counter()
         with _bar(name, console) as progress:
             part = measurement.measure(plan, progress)
         part["seconds"] = time.perf_counter() - began
-        write_json(part, path)
+        write_json({"part": part, "digest": _digest(part)}, path)
         parts[name] = part
         console.print(part.get("left_out") or f"{name}: {part['seconds']:.1f} s")
     return parts
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """Return a part that was measured before; None: it is not there, or not as it was written."""
+    if not path.is_file():
+        return None
+    try:
+        kept = read_json(path)
+        part = kept["part"]
+        return part if kept["digest"] == _digest(part) else None
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def _digest(part: Any) -> str:
+    """Return what tells a part from any other, as it is in a file."""
+    text = json.dumps(json.loads(json.dumps(part)), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def summarize(plan: Plan, measurements: Mapping[str, Measurement], parts: Parts) -> dict[str, Any]:
@@ -272,8 +292,10 @@ def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     path = out / SETTINGS
     if path.is_file():
         there = in_our_words(read_json(path), settings)
+        if not isinstance(there, dict):
+            raise ValueError(f"{path} holds no settings of a probe: choose another --out")
         other = {
-            key: f"{there.get(key)} there, {settings.get(key)} asked for"
+            key: f"{shown(there.get(key))} there, {shown(settings.get(key))} asked for"
             for key in sorted(there.keys() | settings.keys())
             if there.get(key) != settings.get(key)
         }

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from scd.common.config import differences, from_json, to_json
 from scd.common.files import read_json, remove_leftovers, take_lock, write_file
-from scd.common.places import in_our_words, read_start, remember_start
+from scd.common.places import in_our_words, named_by, read_start, remember_start
 from scd.common.provenance import command
 from scd.common.runlog import RunLog
 from scd.common.runtime import choose_device, describe_hardware, git_commit
@@ -468,7 +468,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         )
     if not (folder / LAST_FILE).is_file():
         return None
-    checkpoint = folder / (folder / LAST_FILE).read_text().strip()
+    checkpoint = named_by(folder / LAST_FILE)
     if not (checkpoint / "optimizer.pt").is_file():
         raise FileNotFoundError(f"{checkpoint}, which {folder / LAST_FILE} names, is not whole")
     return checkpoint

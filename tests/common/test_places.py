@@ -5,7 +5,14 @@ import json
 import pytest
 
 from scd.common.names import did_you_mean, known
-from scd.common.places import START_FILE, free_place, in_our_words, read_start, remember_start
+from scd.common.places import (
+    START_FILE,
+    free_place,
+    in_our_words,
+    named_by,
+    read_start,
+    remember_start,
+)
 
 
 @pytest.fixture
@@ -101,3 +108,16 @@ def test_the_nearest_name_is_suggested():
         ValueError, match="unknown world 'toi'; did you mean 'toy'.; there are doom"
     ):
         known("toi", "world", ["doom", "toy"])
+
+
+def test_a_text_names_a_folder_beside_it(tmp_path):
+    last = tmp_path / "last"
+    last.write_text(" step_000002\r\n")
+    assert named_by(last) == tmp_path / "step_000002"
+    for data in (b"", b"../else", b"/etc", b"a\nb", b"\xff\xfe", b"a\0", b".."):
+        last.write_bytes(data)
+        with pytest.raises(ValueError, match="last must name a folder beside it, got '"):
+            named_by(last)
+    last.unlink()
+    with pytest.raises(FileNotFoundError):
+        named_by(last)

@@ -239,3 +239,16 @@ def test_ideal_prediction_has_ideal_rows():
     assert found["psnr_gain", "model"] == pytest.approx(
         image.MAX_PSNR - found["psnr", "repeat_last"]
     )
+
+
+def test_a_result_that_is_not_whole_is_refused(tmp_path):
+    out = tmp_path / "result.json"
+    row = {"metric": "psnr", "baseline": "model", "horizon": 5, "mean": 21.5}
+    settings = {"protocol": "custom", "horizon": 5, "num_clips": 12, "split": "val", "out": "x"}
+    whole = {"rows": [row], "settings": settings, "left_out": {}}
+    out.write_text(json.dumps(whole))
+    assert evaluate._finished(out)["settings"]["out"] == str(out)
+    for change in ({"rows": [{}]}, {"settings": []}, {"left_out": None}, {"rows": "words"}):
+        out.write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match="result.json is not a whole result"):
+            evaluate._finished(out)

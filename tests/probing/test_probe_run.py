@@ -123,11 +123,17 @@ def test_what_is_done_is_not_measured_again(done, dense, monkeypatch):
     before = {path.name: path.stat().st_mtime_ns for path in parts}
     assert set(before) == {f"{name}.json" for name in measurement_names()}
     (out / "parts" / "similarity.json").unlink()
+    # A number that was changed by hand or by a disk makes a part one that is not there.
+    colours = out / "parts" / "colours.json"
+    kept = json.loads(colours.read_text())
+    kept["part"]["seconds"] += 1
+    colours.write_text(json.dumps(kept))
+    before["colours.json"] = colours.stat().st_mtime_ns
     monkeypatch.setattr("scd.probing.run.write_report", lambda *_: None)
     again = probe(config_of(dense, out, tolerance=1e9))
     after = {path.name: path.stat().st_mtime_ns for path in parts}
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"similarity.json"}
+    assert changed == {"similarity.json", "colours.json"}
     # The same clips and noise: what was measured anew is what it was.
     assert again["step_similarity"] == result["step_similarity"]
     assert again["leave_one_out"] == result["leave_one_out"]
