@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -18,6 +19,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from scd import __version__
+from scd.common.launcher import first_speaks, is_first, rank, refuse_several
 from scd.common.names import known
 from scd.common.signals import Interrupted
 
@@ -60,6 +62,13 @@ NO_READER = 141
 SHELLS = ("bash", "zsh", "fish")
 """Shells whose completion can be printed."""
 
+SHARED = ("train", "distill", "encode", "evaluate", "vbench")
+"""Commands whose work several processes share, started by torchrun and its like."""
+
+FIRST_SPEAKS_S = 10.0
+"""Seconds for which a process that is not the first waits before it says what is wrong. Mostly all
+stop by the same, and what started them ends the others when the first one does."""
+
 FULL_GPU = (
     "the memory of the GPU is full: lower --batch-size or --num-frames; in training also: "
     "--num-accumulation (makes up for a smaller batch) and --gradient-checkpointing"
@@ -75,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         try:
-            return _run(list(sys.argv[1:] if arguments is None else arguments))
+            with first_speaks():
+                return _run(list(sys.argv[1:] if arguments is None else arguments))
         finally:
             # Also after a help text, which leaves by SystemExit: Python would complain at its end.
             sys.stdout.flush()
@@ -100,7 +110,10 @@ def _run(words: list[str]) -> int:
         if words[0] == "--print-completion":
             _print_completion(words[1:])
         else:
-            COMMANDS[known(words[0], "command", [*COMMANDS, "help"])](words[1:])
+            command = known(words[0], "command", [*COMMANDS, "help"])
+            if command not in SHARED and not _asks_for_help(words):
+                refuse_several(command)
+            COMMANDS[command](words[1:])
     except BrokenPipeError as error:
         # Another pipe or connection may have broken than the one to who reads the output.
         if _nobody_reads():
@@ -133,7 +146,12 @@ def _nobody_reads() -> bool:
 
 
 def _refuse(message: str, status: int = 2) -> int:
-    print(f"scd: {message}", file=sys.stderr)
+    """Say in one sentence why the command ended; of several processes one does."""
+    if is_first():
+        print(f"scd: {message}", file=sys.stderr)
+    elif status in (1, 2):
+        time.sleep(FIRST_SPEAKS_S)
+        print(f"scd: process {rank()}: {message}", file=sys.stderr)
     return status
 
 
@@ -144,13 +162,14 @@ def _parse(
     import tyro
 
     # A preset fixes which kind of model there is; that kind's fields are the flags.
-    settings = tyro.cli(
-        kind,
-        args=words,
-        prog=f"scd {command}",
-        default=default,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    with first_speaks(errors=True):
+        settings = tyro.cli(
+            kind,
+            args=words,
+            prog=f"scd {command}",
+            default=default,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     assert settings is not None
     return settings
 
@@ -161,7 +180,8 @@ def _parse_known(
     """Read the flags that settings know, and return the others."""
     import tyro
 
-    return tyro.cli(kind, args=words, prog=f"scd {command}", return_unknown_args=True)
+    with first_speaks(errors=True):
+        return tyro.cli(kind, args=words, prog=f"scd {command}", return_unknown_args=True)
 
 
 def _asks_for_help(words: list[str]) -> bool:
@@ -266,7 +286,6 @@ def _train(words: list[str]) -> None:
 
 def _train_as(settings: Any, base: Any, command: str) -> None:
     """Train by settings that a command line gave, over a preset."""
-    from scd.common.processes import num_started
     from scd.training.fit import decides, fit_to_data, fit_window
     from scd.training.plan import dry_run
 
@@ -278,7 +297,7 @@ def _train_as(settings: Any, base: Any, command: str) -> None:
             if not settings.dry_run:
                 raise
     if settings.dry_run:
-        dry_run(config, num_started())
+        dry_run(config)
         return
     if config.model.takes_text and not config.initial:
         raise ValueError(

@@ -114,13 +114,19 @@ def test_a_dry_run_needs_no_data(preset, tmp_path, capsys):
 
 
 def test_a_dry_run_counts_the_processes_that_started_it(tmp_path, capsys, monkeypatch):
-    words = f"train scd-b --num-frames 3 --data {tmp_path}/nowhere --shard-weights --dry-run"
+    words = f"train scd-b --num-frames 3 --data {tmp_path}/nowhere --dry-run".split()
+    monkeypatch.setenv("RANK", "0")
     weights = []
-    for number in ("1", "4"):
+    for number, more in (("1", []), ("4", ["--shard-weights"])):
         monkeypatch.setenv("WORLD_SIZE", number)
-        assert run(words.split()) == 0
-        weights.append(json.loads(capsys.readouterr().out)["plan"]["memory"]["weights_gib"])
+        assert run([*words, *more]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["num_processes"] == int(number)
+        weights.append(report["plan"]["memory"]["weights_gib"])
     assert weights[0] == pytest.approx(4 * weights[1])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run([*words, "--shard-weights"]) == 2
+    assert "several processes, and one was started" in capsys.readouterr().err
 
 
 def test_the_help_of_convert_names_all_that_it_converts(capsys):

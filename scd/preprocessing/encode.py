@@ -34,7 +34,7 @@ from scd.autoencoders.diffusers import ImageAutoencoder, with_statistics
 from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_cache
 from scd.common.config import Precision, Threads, at_least, check_threads, parse_shard, to_json
 from scd.common.files import remove_leftovers
-from scd.common.runtime import choose_device
+from scd.common.processes import Processes
 from scd.common.threads import ThreadChoice
 from scd.data.clip import Clip
 from scd.data.frame_rate import check_rate
@@ -78,7 +78,8 @@ class EncodeConfig:
     out: str
     """Folder to write; an encoding by the same autoencoder in it is continued."""
     shard: str = "0/1"
-    """i/n: the i-th, from 0, of n processes that share the work."""
+    """i/n: the i-th, from 0, of n processes that share the work and are started one by one. Those
+    that torchrun starts share it by themselves."""
     splits: tuple[Split, ...] = ("train", "val", "test")
     """Parts of the collection; those without episodes are passed over."""
     text_encoder: str = ""
@@ -130,12 +131,12 @@ class EncodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """What one process did."""
+    """What this process did, and those that were started with it."""
 
     folder: Path
     files_written: int
     files_found: int
-    """Files of this process that were there before."""
+    """Files of these processes that were there before."""
     files_left: int
     """Files that other processes still have to write."""
     frames: int
@@ -156,15 +157,17 @@ def encode(config: EncodeConfig) -> Encoded:
             that are not finite, or no episodes.
         OSError: the folder cannot be written.
     """
-    out, encoding = Path(config.out), Encoding(config)
+    processes = Processes(config.device, config.precision)
+    index, num_processes = processes.share(config.shard)
+    out, encoding = Path(config.out), Encoding(config, processes)
     info = encoding.info
-    begin(out, info)
-    if encoding.null_text is not None:
-        write_null_text(out, info, encoding.null_text)
+    with processes.one_by_one():
+        begin(out, info)
+        if encoding.null_text is not None:
+            write_null_text(out, info, encoding.null_text)
     jobs: list[tuple[Split, int]] = [
         (split, number) for split in encoding.sources for number in range(info.num_files(split))
     ]
-    index, num_processes = parse_shard(config.shard)
     mine = jobs[index::num_processes]
     todo = [job for job in mine if not is_whole(out, info, *job)]
     began, num_frames, left_out = time.perf_counter(), 0, 0
@@ -180,14 +183,19 @@ def encode(config: EncodeConfig) -> Encoded:
         write_episodes(out, info, split, number, episodes)
         num_frames += sum(len(episode.latents) for episode in episodes if episode)
         left_out += episodes.count(None)
+    seconds = time.perf_counter() - began
+    all_done = processes.gather((len(todo), len(mine) - len(todo), num_frames, left_out))
+    files_written, files_found, num_frames, left_out = map(sum, zip(*all_done, strict=True))
+    left = [job for job in jobs if not (out / info.file_name(*job)).is_file()]
+    processes.end()
     return Encoded(
         folder=out,
-        files_written=len(todo),
-        files_found=len(mine) - len(todo),
-        files_left=sum(not (out / info.file_name(*job)).is_file() for job in jobs),
+        files_written=files_written,
+        files_found=files_found,
+        files_left=len(left),
         frames=num_frames,
         left_out=left_out,
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
     )
 
 
@@ -212,13 +220,14 @@ class Encoding:
         FileNotFoundError, ValueError: as `encode`.
     """
 
-    def __init__(self, config: EncodeConfig) -> None:
+    def __init__(self, config: EncodeConfig, processes: Processes) -> None:
         self.config = config
-        device = choose_device(config.device)
+        device = processes.device
         self.sources = open_sources(config)
         self.autoencoder = choose_autoencoder(config, self.sources, device)
         small = isinstance(self.autoencoder, PixelAutoencoder)
-        self.threads = ThreadChoice(config.threads, active=device.type == "cpu", small=small)
+        active = device.type == "cpu" and processes.number == 1
+        self.threads = ThreadChoice(config.threads, active=active, small=small)
         # A text encoder is large, and its prompts may be found in the cache, in no time.
         self.text_threads = ThreadChoice(config.threads, active=False)
         self.embedder: PromptEmbedder | None = None

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from scd.common.config import differences, parse_shard, to_json
+from scd.common.config import differences, to_json
 from scd.common.files import read_json
 from scd.common.places import in_our_words
+from scd.common.processes import Processes
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import cpu_threads
 from scd.data.clip import frames_to_pixels
@@ -103,7 +104,8 @@ def vbench(config: VBenchConfig) -> int:
         ValueError: prompts that are too long or cannot name a file, or a folder that holds videos
             of other settings.
     """
-    index, count = parse_shard(config.shard)
+    processes = Processes(config.video.device, config.video.precision)
+    index, count = processes.share(config.shard)
     jobs = list_jobs(config)
     out = Path(config.out)
     mine = jobs[index::count]
@@ -111,17 +113,19 @@ def vbench(config: VBenchConfig) -> int:
     _check_folder(config, jobs, out)
     console = Console()
     console.print(
-        f"{len(jobs)} videos, {len(mine)} of them for shard {config.shard}, "
+        f"{len(jobs)} videos, {len(mine)} of them for shard {index}/{count}, "
         f"{len(mine) - len(missing)} are there",
         highlight=False,
     )
-    if not missing:
-        return 0
-    parts = TextToVideo(config.video, [job.text for job in missing])
-    _write_settings(config, jobs, out, parts)
-    with cpu_threads(parts.threads):
-        _render_all(config, missing, out, parts, console)
-    return len(missing)
+    if missing:
+        video = replace(config.video, device=str(processes.device))
+        parts = TextToVideo(video, [job.text for job in missing])
+        _write_settings(config, jobs, out, parts)
+        with cpu_threads(parts.threads):
+            _render_all(config, missing, out, parts, console)
+    num_rendered = sum(processes.gather(len(missing)))
+    processes.end()
+    return num_rendered
 
 
 def _render_all(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from scd.common.config import to_json
+from scd.common.launcher import fsdp_version, num_started
 from scd.data.clip import Batch, Conditions
 from scd.models.attention import forget
 from scd.models.build import build, num_parameters
@@ -21,6 +22,8 @@ from scd.optim.optim import ParameterGroup, parameter_groups
 from scd.optim.states import EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST
 from scd.training.config import TrainConfig
 from scd.training.fit import check_fit, check_window, open_loader
+from scd.training.machine import run_device
+from scd.training.sharding import is_sharded
 from scd.training.world import clip_objective
 
 GIB = 2**30
@@ -126,18 +129,23 @@ def state_bytes(group: ParameterGroup, parameter: Tensor, config: OptimConfig) -
     return 8.0
 
 
-def dry_run(config: TrainConfig, num_processes: int = 1) -> None:
-    """Print a run as JSON, all its settings and its plan; then see whether its data is fit for it.
+def dry_run(config: TrainConfig) -> None:
+    """Print a run as JSON, all its settings and its plan, for the processes that were started; then
+    see whether its data is fit for it.
 
     What `train` would refuse of the data is a warning on stderr: a plan needs no data.
 
     Raises:
-        ValueError: the settings do not fit together, whatever the data.
+        ValueError: the settings do not fit together, or not to what the launcher asks for.
     """
     check_window(config)
+    run_device(config)
+    num_processes = num_started()
+    planned = replace(config, shard_weights=is_sharded(config, num_processes, fsdp_version()))
     report = {
         "config": to_json(config),
-        "plan": asdict(plan(config, num_processes)),
+        "num_processes": num_processes,
+        "plan": asdict(plan(planned, num_processes)),
         "memory_formula": MEMORY_FORMULA,
     }
     print(json.dumps(report, indent=2))

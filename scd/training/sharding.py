@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
+from scd.common.launcher import TOGETHER
 from scd.common.weights import StoredWeights
 from scd.models.build import Diffuser
 from scd.models.weights import check_shapes
@@ -31,23 +31,6 @@ MODEL_METHODS = ("begin", "context", "velocity", "observe")
 BLOCK_METHODS = ("keys_values", "text_keys_values")
 """What runs a block besides its forward."""
 
-SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
-"""Accelerate's names of the ways to share the work that are supported: whole copies of the model,
-or weights cut up by FSDP2."""
-
-
-def fsdp_version(accelerator: Accelerator) -> int:
-    """Return the version of FSDP that accelerate's configuration asks for; 0: none. Any other way
-    to share the work is refused (ValueError)."""
-    if accelerator.distributed_type not in SUPPORTED:
-        raise ValueError(
-            f"training runs in one process, data-parallel in several, or by FSDP2 ({SUPPORTED}), "
-            f"got {accelerator.distributed_type}"
-        )
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return 0
-    return 2 if accelerator.is_fsdp2 else 1
-
 
 def is_sharded(config: TrainConfig, num_processes: int, fsdp_version: int = 0) -> bool:
     """Tell whether a run's weights are cut up, because its settings or accelerate's ask for it;
@@ -57,7 +40,9 @@ def is_sharded(config: TrainConfig, num_processes: int, fsdp_version: int = 0) -
     if not config.shard_weights and not fsdp_version:
         return False
     if num_processes < 2:
-        raise ValueError("shard_weights needs several processes (accelerate launch, torchrun)")
+        raise ValueError(
+            f"weights are cut up among several processes, and one was started: use {TOGETHER}"
+        )
     if not isinstance(config.objective, DenoiseConfig | TeacherForcingConfig):
         raise ValueError(
             "shard_weights is for training on clips, not for distillation: "

@@ -11,10 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from scd.common.config import differences, from_json, to_json
@@ -22,7 +19,7 @@ from scd.common.files import read_json, remove_leftovers, take_lock, write_file
 from scd.common.places import in_our_words, named_by, read_start, remember_start
 from scd.common.provenance import command
 from scd.common.runlog import RunLog
-from scd.common.runtime import choose_device, describe_hardware, git_commit
+from scd.common.runtime import describe_hardware, git_commit
 from scd.common.threads import ThreadChoice
 from scd.data.clip import Batch
 from scd.data.loader import Loader
@@ -40,6 +37,7 @@ from scd.objectives.denoise import Objective
 from scd.optim.config import OptimConfig
 from scd.optim.optim import EMA, build_optimizers, fitting_state, parameter_groups
 from scd.training.config import RunConfig
+from scd.training.machine import open_accelerator
 from scd.training.sharding import cut_state, gathered, load_parts
 
 CONFIG_FILE, LAST_FILE, LOCK_FILE = "config.json", "last", "lock"
@@ -309,20 +307,6 @@ class Run:
         self.task.accelerator.end_training()
         if self.lock is not None:
             self.lock.close()
-
-
-def open_accelerator(config: RunConfig, leaves_unused: bool = False) -> Accelerator:
-    """Return what knows devices, processes and precision. `leaves_unused`: a batch may leave a
-    weight without gradient."""
-    # Accelerate keeps its settings between runs of one Python process.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    if config.device.startswith("cuda"):
-        torch.cuda.set_device(choose_device(config.device))
-    return Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
-        cpu=config.device == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=leaves_unused)],
-    )
 
 
 def start_run(

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from scd.autoencoders.text_encoder import TextConfig
-from scd.common.processes import num_started
+from scd.common.launcher import num_started
 from scd.data.prompts import PromptsInfo, is_prompts, read_prompts_info
 from scd.models.checkpoint import resolve
 from scd.models.config import SamplingConfig

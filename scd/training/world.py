@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from scd.autoencoders.build import build_autoencoder, latents_of
+from scd.common.launcher import fsdp_version
 from scd.common.runtime import derive_seed
 from scd.data.clip import Batch, Conditions
 from scd.data.source import Source
@@ -41,7 +42,7 @@ from scd.training.fit import (
     open_training,
 )
 from scd.training.held_out import draw_samples, read_held_out, validate
-from scd.training.sharding import fsdp_version, is_sharded, shard
+from scd.training.sharding import is_sharded, shard
 from scd.training.state import OptimisationGroup, Run, Task
 from scd.training.teacher import (
     Bidirectional,
@@ -69,7 +70,7 @@ class WorldTask(Task):
         self.config, self.accelerator, self.objective = config, accelerator, objective
         self.max_steps, self.num_accumulation = config.max_steps, config.num_accumulation
         num_processes = accelerator.num_processes
-        self.sharded = is_sharded(config, num_processes, fsdp_version(accelerator))
+        self.sharded = is_sharded(config, num_processes, fsdp_version())
         self.is_wrapped = self.sharded
         num_frames = config.batch_size * config.num_frames
         self.is_small = largest_product(config.model, num_frames) < LARGE_PRODUCT
