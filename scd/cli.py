@@ -377,8 +377,9 @@ def _sample(words: list[str]) -> None:
         return
     result = sample(_parse(SampleConfig, words, "sample"))
     print(
-        f"{result['frames']} frames at {result['frames_per_second']:.2f} per second, the first "
-        f"after {result['time_to_first_frame_s']:.3f} s; saved {result['settings']['out']}"
+        f"{result['frames']} frames at {result['frames_per_second']:.2f} per second in "
+        f"{result['settings']['precision']}, the first after "
+        f"{result['time_to_first_frame_s']:.3f} s; saved {result['settings']['out']}"
     )
 
 

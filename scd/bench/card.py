@@ -14,7 +14,7 @@ import torch
 from scd import __version__
 from scd.common.config import Precision
 from scd.common.provenance import hardware_line, provenance
-from scd.common.runtime import DTYPES, describe_hardware
+from scd.common.runtime import DTYPES, describe_hardware, synchronize
 
 ON_THE_CARD = ("hardware", "versions", "timed", "command", "limits")
 """What all rows have in common and the screen shows once."""
@@ -22,10 +22,10 @@ ON_THE_CARD = ("hardware", "versions", "timed", "command", "limits")
 LIMIT_SECONDS = 1.0
 """That each measurement of a limit takes, about."""
 
-MATMUL_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
+MATMUL_SIZES = {"cpu": (1024, 2048), "mps": (2048, 4096), "cuda": (4096, 8192)}
 """Sides of the square matrices; the fastest counts."""
 
-COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
+COPY_BYTES = {"cpu": 2**28, "mps": 2**28, "cuda": 2**30}
 """Size of what is copied: far more than any cache holds."""
 
 
@@ -49,7 +49,7 @@ def measure_limits(device: torch.device, precision: Precision, seconds: float) -
     """Measure a device.
 
     Args:
-        device: CPU or CUDA.
+        device: of any kind.
         precision: of the matrix products; products in float32 stay float32 (no TF32).
         seconds: that each of the measurements takes, about.
     """
@@ -91,12 +91,6 @@ def _best_s(work: Callable[[], object], device: torch.device, seconds: float) ->
         synchronize(device)
         best = min(best, (time.perf_counter() - start) / pieces)
     return best
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class LimitsOfDevice:

@@ -55,7 +55,7 @@ class CompareConfig:
     frames: int = 5
     """Frames of each in a round."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """File of one JSON object per comparison. Empty: only the screen."""
     append: bool = False

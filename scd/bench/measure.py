@@ -57,7 +57,7 @@ class BenchConfig:
     seconds: float = 30.0
     """Seconds after which no further frame of a row is timed, once there are 3."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """File of one JSON object per row, written row by row. Empty: only the screen."""
     append: bool = False

@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scd.bench.card import synchronize
 from scd.bench.case import Case
-from scd.common.runtime import DTYPES, make_generator
+from scd.common.runtime import DTYPES, make_generator, synchronize
 from scd.data.clip import Conditions
 from scd.engine.interface import Engine
 from scd.engine.open import open_engine

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from scd.bench.card import Limits, synchronize
+from scd.bench.card import Limits
 from scd.bench.case import Case
 from scd.bench.streams import TimedSessions, TimedStreams
 from scd.common.config import at_least
 from scd.common.memory import PeakMemory, check_free, out_of_memory_named
+from scd.common.runtime import synchronize
 from scd.common.timing import Timing
 
 TIMED = (

@@ -14,6 +14,9 @@ Precision = Literal["fp32", "bf16"]
 """Arithmetic of the network: all 32 bit, or matrix products in bfloat16. In training the weights
 stay 32 bit either way; a stream in bf16 keeps weights and memory in bfloat16 too."""
 
+PrecisionChoice = Literal["auto", "fp32", "bf16"]
+"""A precision, or auto: bf16 where the device has instructions for it, else fp32."""
+
 Threads = int | Literal["auto"]
 """CPU threads: a number, or one that is chosen by what is measured."""
 

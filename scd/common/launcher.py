@@ -39,9 +39,7 @@ def _number(names: tuple[str, ...], default: int) -> int:
     for name in names:
         text = os.environ.get(name, "")
         if text and not text.isdecimal():
-            raise ValueError(
-                f"{name} must be a number of processes in the environment, got {text!r}"
-            )
+            raise ValueError(f"{name} must be a number in the environment, got {text!r}")
         if text:
             return int(text)
     return default

@@ -10,11 +10,22 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 
+from scd.common.config import Precision, PrecisionChoice
+
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Type of a stream's weights and memory at each precision."""
+
+
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""Instructions of CPUs that multiply bfloat16: two of Intel's and AMD's, two of ARM's; PyTorch and
+Linux name them alike."""
+
+BF16_MACOS = 14
+"""Version of macOS from which on PyTorch has bfloat16 on Apple's GPU."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -28,10 +39,79 @@ def choose_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}") from error
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device mps needed, the GPU of a Mac; PyTorch finds none on this machine")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name} needed, this machine has {torch.cuda.device_count()} GPUs")
     return device
+
+
+def finest(device: torch.device) -> torch.dtype:
+    """Return the type with the most digits that a device has: not float64 on Apple's GPU."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def refuse_mps(device: torch.device, what: str) -> None:
+    """Refuse Apple's GPU for what measures in float64, which it lacks (ValueError)."""
+    if device.type == "mps":
+        raise ValueError(f"{what} measures in float64, which mps lacks: give --device cpu")
+
+
+def choose_precision(name: str, device: torch.device) -> Precision:
+    """Return the named precision, or for "auto" bf16 where the device has instructions for it.
+
+    The one place that decides, for training, streams and the server. PyTorch calls bf16 supported
+    on any CPU with AVX-512, where without those instructions a step takes longer than in fp32.
+
+    Raises:
+        ValueError: no such precision, or bf16 on an Apple GPU whose system has none.
+    """
+    known = get_args(PrecisionChoice)
+    if name not in known:
+        raise ValueError(f"precision must be one of {list(known)}, got {name!r}")
+    if device.type == "mps":
+        if name == "bf16" and not torch.backends.mps.is_macos_or_newer(BF16_MACOS, 0):
+            raise ValueError(f"bf16 on mps needs macOS {BF16_MACOS}: give --precision fp32")
+        return "bf16" if name == "bf16" else "fp32"
+    if name != "auto":
+        return cast(Precision, name)
+    return "bf16" if has_fast_bf16(device) else "fp32"
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Tell whether a CPU or CUDA device has instructions that multiply bfloat16."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    # PyTorch uses them by oneDNN, which its packages for Macs lack.
+    if not torch.backends.mkldnn.is_available():
+        return False
+    flags = cpu_flags()
+    return any(name in flags for name in BF16_INSTRUCTIONS)
+
+
+def cpu_flags() -> set[str]:
+    """Return the names of what the CPU can do."""
+    # An older PyTorch has no such query; Linux says it too.
+    query = getattr(torch.cpu, "get_capabilities", None)
+    if query is not None:
+        return {name for name, there in query().items() if there is True}
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    return set(next(flags, "").split())
+
+
+def explain_precision(precision: Precision, device: torch.device) -> str:
+    """Say in words why a precision is the one that "auto" chose."""
+    kind = "CPU" if device.type == "cpu" else "GPU"
+    if device.type == "mps":
+        return f"{precision}: on Apple's GPU bf16 is chosen by name only"
+    has = "has instructions for bf16" if precision == "bf16" else "has no instructions for bf16"
+    return f"{precision}: this {kind} {has}"
 
 
 def cache_folder(name: str) -> Path:
@@ -128,6 +208,14 @@ def cpu_threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def return_freed_memory() -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from scd.common.runtime import synchronize
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
@@ -47,8 +49,7 @@ class Clock:
 
     def lap(self) -> float:
         """Return the seconds since the last one."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         now = time.perf_counter()
         seconds = now - getattr(self, "_last", now)
         self._last = now

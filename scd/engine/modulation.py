@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from scd.common.runtime import finest
 from scd.data.clip import Conditions
 from scd.engine.layers import PackedLinear, release
 from scd.models.block import Block, Modulation
@@ -111,7 +112,7 @@ class Modulations:
 
     def of_each(self, time: Tensor, conditions: Conditions) -> Tensor:
         """Return the modulation of frames at any times [f], [f parts d]: nothing is kept."""
-        return self._parts(self.embed_time(time.double()[:, None])[:, 0], conditions)
+        return self._parts(self.embed_time(time.to(finest(time.device))[:, None])[:, 0], conditions)
 
     def _fits(self, schedule: Schedule) -> bool:
         entries = self._num_choices * len(schedule) * self.num_parts * self.width
@@ -156,7 +157,7 @@ class Modulations:
 
     def _embed(self, schedule: Schedule) -> Tensor:
         # In float64: the embedding shows the rounding of a float32 time.
-        times = torch.tensor(schedule, dtype=torch.float64, device=self.device)
+        times = torch.tensor(schedule, dtype=finest(self.device), device=self.device)
         return self.embed_time(times[:, None])[:, 0]
 
     def _parts(self, embedding: Tensor, conditions: Conditions) -> Tensor:

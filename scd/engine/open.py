@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from scd.common.runtime import DTYPES
+from scd.common.runtime import DTYPES, choose_precision
 from scd.engine.dense import FastDense
 from scd.engine.interface import Engine
 from scd.engine.plain import PlainEngine
@@ -49,7 +49,7 @@ def open_engine(
     Args:
         model: its weights.
         kind: "plain" runs the model as it is written; "fast" lays its weights out for the machine.
-        precision: of weights, KV cache and products.
+        precision: of weights, KV cache and products; auto: what the device has instructions for.
         release: let the engine take the weights over, so that they exist once; the model itself
             cannot be used afterwards. False: its weights stay as they are. Either way it is put in
             eval mode.
@@ -59,9 +59,8 @@ def open_engine(
     """
     if kind not in ENGINES:
         raise ValueError(f"engine must be one of {list(ENGINES)}, got {kind!r}")
-    if precision not in DTYPES:
-        raise ValueError(f"precision must be one of {list(DTYPES)}, got {precision!r}")
-    dtype = DTYPES[precision]
+    device = next(model.parameters()).device
+    dtype = DTYPES[choose_precision(precision, device)]
     changes = next(model.parameters()).dtype != dtype
     mine = release or changes
     if changes:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scd.common.runtime import finest
 from scd.data.clip import Conditions
 from scd.engine.interface import Engine
 from scd.models.build import Diffuser
@@ -58,7 +59,7 @@ class PlainEngine(Engine):
     ) -> Tensor:
         def velocity_at(noisy: Tensor, time: float) -> Tensor:
             # In float64: the time embedding shows the rounding of a float32 time.
-            time_of_each = noisy.new_full((noisy.shape[0],), time, dtype=torch.float64)
+            time_of_each = noisy.new_full((noisy.shape[0],), time, dtype=finest(noisy.device))
             return self.model.velocity(context, noisy, time_of_each)
 
         noise, step_noise = (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scd.common.config import at_least
+from scd.common.runtime import finest
 from scd.engine.interface import Engine
 from scd.engine.separable import DecoderRows, FastSeparable, side_by_side
 from scd.models.config import SeparableConfig, Solver
@@ -271,7 +272,7 @@ class _SingleCalls:
         for frame in dict.fromkeys(frame for frame, _ in owners):
             noisy = from_patches(patches[frame.rows], self.engine.shape).to(self.engine.dtype)
             # In float64: the time embedding shows the rounding of a float32 time.
-            time = noisy.new_full((len(frame.rows),), frame.time, dtype=torch.float64)
+            time = noisy.new_full((len(frame.rows),), frame.time, dtype=finest(noisy.device))
             found = self.engine.velocity(frame.context, noisy, time)
             velocity[frame.rows] = to_patches(found.float(), self.engine.shape.patch_size)
         return velocity

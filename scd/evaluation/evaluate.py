@@ -27,6 +27,7 @@ from scd.common.places import free_place, in_our_words, listed
 from scd.common.processes import Processes
 from scd.common.provenance import provenance, write_json
 from scd.common.published_weights import ALEXNET, LPIPS_HEADS, check_weights, shipped_heads
+from scd.common.runtime import refuse_mps
 from scd.common.threads import ThreadChoice
 from scd.common.weights import digest_of
 from scd.data.source import open_source
@@ -93,6 +94,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
             clips, or a folder with parts of another evaluation.
     """
     processes = Processes(config.device)
+    refuse_mps(processes.device, "scd evaluate")
     prepared = prepare(config, processes.device)
     out = _place(config, prepared.about)
     config = replace(config, out=str(out))

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from scd.common.runtime import finest
+
 MASKED_TOKENS = 16_384
 """Queries beyond which a dense mask is never made: it would take a gigabyte and more."""
 
@@ -261,7 +263,7 @@ def rotary_table(positions: Int[Tensor, "s 3"], axes: tuple[int, int, int], thet
         merges neighbouring frames of a long stream.
     """
     angles = [
-        positions[:, axis, None].double() * _frequencies(size, theta, positions.device)
+        positions[:, axis, None] * _frequencies(size, theta, positions.device)
         for axis, size in enumerate(axes)
     ]
     joined = torch.cat(angles, dim=-1)
@@ -269,7 +271,7 @@ def rotary_table(positions: Int[Tensor, "s 3"], axes: tuple[int, int, int], thet
 
 
 def _frequencies(size: int, theta: float, device: torch.device) -> Tensor:
-    exponents = torch.arange(0, size, 2, dtype=torch.float64, device=device) / max(size, 1)
+    exponents = torch.arange(0, size, 2, dtype=finest(device), device=device) / max(size, 1)
     return theta**-exponents
 
 

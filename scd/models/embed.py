@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from scd.common.runtime import finest
 from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
 from scd.models.block import Block, Modulation, layer_norm
@@ -84,7 +85,7 @@ def time_sinusoids(time: Float[Tensor, "*b"], num: int) -> Float[Tensor, "*b fea
     """
     # Times written in float32 are off by 3e-5 of a tick, which the first sinusoid shows. From the
     # tick on, float32 as in the release, whose weights have learnt it.
-    ticks = (1000 * time.double()).float()
+    ticks = (1000 * time.to(finest(time.device))).float()
     steps = torch.arange(num, device=time.device, dtype=torch.float32)
     angles = ticks[..., None] * torch.exp(-math.log(1e4) * steps / (num - 1))
     return torch.cat([angles.cos(), angles.sin()], dim=-1)

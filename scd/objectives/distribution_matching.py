@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from scd.common.runtime import finest
 from scd.data.clip import Conditions
 from scd.models.base import Augmentation
 from scd.models.flow import clean_from_velocity, interpolate, velocity_between
@@ -155,8 +156,8 @@ def dmd_loss(
     It is half the mean squared distance to generated - gradient, in float64 as in the reference,
     so that the difference of two near numbers keeps its digits.
     """
-    frames = generated.double()
-    target = (frames - gradient.double()).detach()
+    frames = generated.to(finest(generated.device))
+    target = (frames - gradient.to(frames)).detach()
     if counted is not None:
         frames, target = frames[counted], target[counted]
     return 0.5 * functional.mse_loss(frames, target)
@@ -175,7 +176,7 @@ def sid_loss(
     """
     difference = real - fake
     product = difference * ((real - generated) - alpha * difference)
-    return (product / mean_distance(generated, real)).double().mean()
+    return (product / mean_distance(generated, real)).mean(dtype=finest(product.device))
 
 
 def score_loss(

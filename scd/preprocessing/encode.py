@@ -103,7 +103,7 @@ class EncodeConfig:
     precision: Precision = "fp32"
     """Arithmetic of the autoencoder; pixels have none to choose."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     threads: Threads = "auto"
     """CPU threads that compute. auto: as many as the first calls are fastest with, measured again
     when they become slow; at most OMP_NUM_THREADS. Latents differ by rounding only."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.common.runtime import make_generator
+from scd.common.runtime import finest, make_generator
 from scd.data.clip import Conditions, check_conditions
 from scd.models.build import Diffuser
 from scd.models.config import BlockConfig
@@ -64,7 +64,7 @@ class OurSubject(Subject):
     ) -> Float[Tensor, "b c h w"]:
         self._distances, self._in_begin = state.distances, False
         # In float64: the time embedding shows the rounding of a float32 time.
-        times = noisy.new_full(noisy.shape[:1], time, dtype=torch.float64)
+        times = noisy.new_full(noisy.shape[:1], time, dtype=finest(noisy.device))
         return self.model.velocity(state.context, noisy, times)
 
     def stream(self, past: Tensor, conditions: Conditions) -> tuple[Any, Conditions]:

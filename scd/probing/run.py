@@ -25,7 +25,7 @@ from scd.common.files import read_json, refuse_used, remove_leftovers, take_lock
 from scd.common.memory import PeakMemory, check_free, readable
 from scd.common.places import in_our_words
 from scd.common.provenance import provenance, write_json
-from scd.common.runtime import choose_device
+from scd.common.runtime import choose_device, refuse_mps
 from scd.common.weights import digest_of
 from scd.data.clip import Conditions
 from scd.evaluation.html import write_page
@@ -73,6 +73,7 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
             layers or tokens that it has not, fewer clips than asked for, or too little memory.
     """
     device = choose_device(config.device)
+    refuse_mps(device, "scd probe")
     world = load_world(config.run, config.weights, device)
     source = open_clips(config, world)
     needed = memory_needed(config, subject_of(world.model), config.num_clips, config.context)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from scd.bench.card import synchronize
+from scd.common.runtime import synchronize
 from scd.data.clip import Conditions
 from scd.evaluation.image import Estimate
 from scd.models.build import frame_cost

@@ -18,7 +18,7 @@ from scd.common.config import differences, to_json
 from scd.common.files import read_json
 from scd.common.places import free_place, in_our_words, listed
 from scd.common.provenance import provenance, write_json
-from scd.common.runtime import choose_device, cpu_threads, peak_memory_gib
+from scd.common.runtime import choose_device, choose_precision, cpu_threads, peak_memory_gib
 from scd.common.weights import digest_of
 from scd.data.clip import Clip, Conditions
 from scd.data.source import Source, open_source
@@ -38,7 +38,14 @@ from scd.models.flow import with_num_steps
 from scd.models.shipped import read_clips
 from scd.models.weights import WEIGHTS_FILE
 from scd.sampling.settings import PromptSampleConfig, SampleConfig, parse_switches
-from scd.sampling.text_to_video import Stream, TextToVideo, latent_at, read_picture, render
+from scd.sampling.text_to_video import (
+    Stream,
+    TextToVideo,
+    latent_at,
+    read_picture,
+    render,
+    settled,
+)
 from scd.streaming.rollout import Rollout
 
 VIDEO, PICTURE, RESULT = "sample.mp4", "sample.png", "sample.json"
@@ -73,6 +80,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
             needs its first frame.
     """
     device = choose_device(config.device)
+    config = replace(config, precision=choose_precision(config.precision, device))
     about = _about(config, config.run, config.weights, config.steps)
     config = replace(config, out=str(_place(config.out, config.run, about)))
     world = load_world(config.run, config.weights, device)
@@ -264,6 +272,7 @@ def sample_prompt(config: PromptSampleConfig) -> dict[str, Any]:
         ValueError: a run that no text steers, or prompts that are empty or too long.
     """
     prompts = [config.prompt, *(prompt for _, prompt in parse_switches(config.prompt_at))]
+    config = replace(config, video=settled(config.video))
     about = _about(config, config.video.run, config.video.weights, config.video.steps)
     config = replace(config, out=str(_place(config.out, config.video.run, about)))
     began = time.perf_counter()
@@ -338,7 +347,7 @@ def readable_speed(result: Mapping[str, Any]) -> str:
     speeds = result["speed"]
     lines = [
         f"{result['frames']} frames ({result['given_frames']} given) at {result['fps']:g} per "
-        f"second, decoder {result['model']['decoder']}",
+        f"second in {result['model']['precision']}, decoder {result['model']['decoder']}",
         f"first frame after {speeds['first_frame_s']:.3f} s, "
         f"denoise-only {speeds['first_frame_denoise_only_s']:.3f} s",
     ]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from scd.common.config import Precision, at_least, parse_shard
+from scd.common.config import Precision, PrecisionChoice, at_least, parse_shard
 from scd.data.spaces import Split
 from scd.models.config import EngineKind, Guidance
 
@@ -45,12 +45,13 @@ class SampleConfig:
     engine: EngineKind = "fast"
     """How the model is run: as it is written, or laid out for the machine; the frames are the same
     to rounding."""
-    precision: Precision = "fp32"
-    """Arithmetic of the stream, weights and memory included."""
+    precision: PrecisionChoice = "fp32"
+    """Arithmetic of the stream, weights and memory included. auto: bf16 where the device has
+    instructions for it, and fp32 else."""
     threads: int | None = None
     """CPU threads; None: what suits the size of the model, one for a small one."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     strict: bool = False
     """Stop at the first episode that cannot be read, instead of leaving it out."""
 
@@ -78,8 +79,9 @@ class VideoConfig:
     """The averaged weights, or those the optimiser moved."""
     engine: EngineKind = "plain"
     """How the model is run: as it is written, or laid out for the machine."""
-    precision: Precision = "bf16"
-    """Arithmetic of the model, weights and memory included."""
+    precision: PrecisionChoice = "auto"
+    """Arithmetic of the model, weights and memory included. auto: bf16 where the device has
+    instructions for it, and fp32, which takes twice the memory, else."""
     source: str = ""
     """Folder with vae/, text_encoder/ and tokenizer/ as diffusers writes them, or its name on the
     hub. Empty: where the run says."""
@@ -96,7 +98,7 @@ class VideoConfig:
     text_cache: str | None = None
     """Folder in which embedded prompts are kept; empty: nowhere. None: in the user's cache."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     threads: int | None = None
     """CPU threads of the video; None: what suits the size of the model, one for a small one."""
 

@@ -19,7 +19,7 @@ from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_ca
 from scd.autoencoders.tiny import open_tiny_decoder
 from scd.autoencoders.wan import WanAutoencoder
 from scd.common.config import from_json, to_json
-from scd.common.runtime import choose_device
+from scd.common.runtime import choose_device, choose_precision
 from scd.common.timing import Timing
 from scd.data.clip import Conditions, pixels_to_frames
 from scd.data.spaces import ConditionSpec
@@ -65,7 +65,7 @@ class TextToVideo:
             ValueError: a run that no text steers, parts that do not fit it, or a prompt that is
                 empty or too long.
         """
-        self.config = config
+        self.config = config = settled(config)
         self.device = choose_device(config.device)
         settings = _settings_of(config.run)
         where = f"{config.run}: autoencoder"
@@ -224,6 +224,12 @@ def _settings_of(run: str) -> dict[str, Any]:
     if not is_steered_by_text(run):
         raise ValueError(f"{run} is not steered by a text: it takes no prompt")
     return read_settings(resolve(run) / CONFIG_FILE)
+
+
+def settled(config: VideoConfig) -> VideoConfig:
+    """Return settings whose precision is decided, as its device has instructions."""
+    precision = choose_precision(config.precision, choose_device(config.device))
+    return replace(config, precision=precision)
 
 
 def latent_at(second: float, fps: float) -> int:

@@ -24,7 +24,7 @@ from scd.data.clip import frames_to_pixels
 from scd.data.prompts import read_lines
 from scd.data.video import write_video
 from scd.sampling.settings import VBenchConfig
-from scd.sampling.text_to_video import TextToVideo, render
+from scd.sampling.text_to_video import TextToVideo, render, settled
 
 NAME_BYTES = 255
 """Longest name of a file on most disks."""
@@ -106,6 +106,7 @@ def vbench(config: VBenchConfig) -> int:
     """
     processes = Processes(config.video.device, config.video.precision)
     index, count = processes.share(config.shard)
+    config = replace(config, video=settled(config.video))
     jobs = list_jobs(config)
     out = Path(config.out)
     mine = jobs[index::count]

@@ -23,7 +23,7 @@ import uvicorn
 from rich.console import Console
 from starlette.types import ASGIApp
 
-from scd.common.runtime import choose_device
+from scd.common.runtime import choose_device, choose_precision, explain_precision
 from scd.common.signals import SIGNALS, Interrupted
 from scd.data.clip import frames_to_pixels
 from scd.data.source import open_source
@@ -114,7 +114,10 @@ def open_service(
     if device.type == "cpu":
         torch.set_num_threads(advised_threads(world.model.config))
     clips = held_out_clips(config.data, world) if config.data else read_clips(folder)
-    engine = open_engine(world.model, config.engine, config.precision, release=True)
+    precision = choose_precision(config.precision, device)
+    if config.precision == "auto":
+        say(f"precision {explain_precision(precision, device)}")
+    engine = open_engine(world.model, config.engine, precision, release=True)
     num_given = 0 if clips is None else clips.frames.shape[1]
     name = resolve(folder).name if not (folder / "last").is_file() else folder.name
     limits, about = host_config(config, evict_dir, num_given), read_about(folder)

@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 
 import tyro
 
-from scd.common.config import Precision, at_least
+from scd.common.config import PrecisionChoice, at_least
 from scd.models.config import ENGINES
 
 SHORTEST_TOKEN = 16
@@ -73,11 +73,12 @@ class WorldConfig:
     sessions: int = 8
     """Streams in memory at once; every fork is one."""
     device: str = "auto"
-    """Where the model runs: auto, cpu, cuda, cuda:1."""
+    """Where the model runs: auto, cpu, cuda, cuda:1 or mps."""
     engine: Annotated[str, tyro.conf.arg(metavar="{plain,fast}")] = "fast"
     """What runs the model: as it is written, or laid out for the machine."""
-    precision: Annotated[str, tyro.conf.arg(metavar="{fp32,bf16}")] = "fp32"
-    """Numbers of weights, KV cache and products: 32 bits, or bfloat16 in half the memory."""
+    precision: Annotated[str, tyro.conf.arg(metavar="{auto,fp32,bf16}")] = "fp32"
+    """Numbers of weights, KV cache and products: 32 bits, or bfloat16 in half the memory. auto:
+    bf16 where the device has instructions for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,7 @@ class ServeConfig(WorldConfig):
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
         if self.memory_gib is not None and self.memory_gib <= 0:
             raise ValueError(f"memory_gib must be above 0, got {self.memory_gib}")
-        for name, known in (("engine", ENGINES), ("precision", get_args(Precision))):
+        for name, known in (("engine", ENGINES), ("precision", get_args(PrecisionChoice))):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} must be one of {list(known)}, got {getattr(self, name)!r}"

@@ -13,7 +13,6 @@ autoencoder to everybody who is given its name: that of the newest step.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> dict[str, Estimate]:
             also frames that the network cannot cut into cells, data smaller than a step, and
             weights of LPIPS that are not those wanted.
     """
-    run = train_task(config, partial(AutoencoderTask, config))
+    run = train_task(config, AutoencoderTask)
     task = run.task
     assert isinstance(task, AutoencoderTask)
     if not task.found:

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from scd.autoencoders.config import AutoencoderConfig, DeepName, PixelConfig
-from scd.common.config import Precision, Threads, added, at_least, check_threads
+from scd.common.config import PrecisionChoice, Threads, added, at_least, check_threads
 from scd.common.runlog import Tracker
 from scd.data.spaces import OnError
 from scd.models.config import SamplingConfig, SeparableConfig
@@ -53,10 +53,11 @@ class RunConfig:
     """Frames of a clip."""
     seed: int = 0
     """Seed of the initial weights, the batches and all noise."""
-    precision: Precision = "fp32"
-    """Arithmetic of the network; its weights are kept in 32 bits either way."""
+    precision: PrecisionChoice = "fp32"
+    """Arithmetic of the network; its weights are kept in 32 bits either way. auto: bf16 where the
+    device has instructions for it, and fp32 else; a continued run keeps what it began with."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     ema_decay: float = 0.9999
     """Weight of the past in the averaged weights, in [0, 1); rises to this from 0.1."""
     validate_every: int = 0
@@ -134,8 +135,9 @@ class TrainConfig(RunConfig):
     """Frames of a clip."""
     num_accumulation: int = 1
     """Micro-batches whose gradients are averaged into one step."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto: a GPU where there is one (accelerate chooses which)."""
+    device: Literal["auto", "cpu", "mps"] = "auto"
+    """auto: a GPU of NVIDIA's or AMD's where there is one (accelerate chooses which), else the CPU.
+    mps: Apple's."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more
     time."""
@@ -260,7 +262,7 @@ class TrainInverseDynamicsConfig:
     feature_dim: int = 32
     """Features of a pair of frames."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     threads: Threads = "auto"
     """CPU threads that compute. auto: as many as the first steps are fastest with; at most
     OMP_NUM_THREADS."""

@@ -24,7 +24,7 @@ def distillation(choice: DistillChoice) -> TrainConfig:
         data=choice.data,
         out=f"runs/out/{choice.method}-{choice.steps}",
         initial=start,
-        precision="bf16",
+        precision="auto",
         ema_decay=0.99,
         validate_every=0,
         model=world["model"],

@@ -75,7 +75,7 @@ def train_inverse_dynamics(config: TrainInverseDynamicsConfig) -> TrainedInverse
         log_every=100,
         optim=OptimConfig(lr=config.lr, warmup_steps=0, decay_fraction=1.0, clip_norm=0.0),
     )
-    task = train_task(run_config, partial(InverseDynamicsTask, config, run_config)).task
+    task = train_task(run_config, partial(InverseDynamicsTask, config)).task
     assert isinstance(task, InverseDynamicsTask)
     network, loader = task.model.eval().requires_grad_(False), task.loader
     _standardise_features(network, loader, config.steps)

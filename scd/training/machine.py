@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar, get_args
+
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
-from scd.common.launcher import check_launch
+from scd.common.config import Precision
+from scd.common.files import read_json
+from scd.common.launcher import asked_precision, check_launch
 from scd.common.processes import check_all_joined, started_device
+from scd.common.runtime import choose_precision
+from scd.models.weights import CONFIG_FILE
 from scd.training.config import RunConfig, TrainConfig
+
+Run = TypeVar("Run", bound=RunConfig)
 
 SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
 """Accelerate's names of the ways to share the work that are supported: whole copies of the model,
@@ -31,6 +41,29 @@ def run_device(config: RunConfig) -> torch.device:
     return started_device(config.device)
 
 
+def settle(config: Run) -> Run:
+    """Return a run whose precision is decided: as it began, as its launcher asks, or as its device
+    has instructions.
+
+    Raises:
+        ValueError: as `run_device`.
+    """
+    if config.precision != "auto":
+        return config
+    device = run_device(config)
+    chosen = _begun_with(config) or asked_precision() or choose_precision("auto", device)
+    return replace(config, precision=chosen)
+
+
+def _begun_with(config: RunConfig) -> str:
+    """Return the precision of the run in `config.out`; empty: there is none."""
+    path = Path(config.out) / CONFIG_FILE
+    if not config.out or not path.is_file():
+        return ""
+    found = read_json(path).get("precision")
+    return found if found in get_args(Precision) else ""
+
+
 def open_accelerator(config: RunConfig, leaves_unused: bool = False) -> Accelerator:
     """Return what knows devices, processes and precision. `leaves_unused`: a batch may leave a
     weight without gradient.
@@ -39,6 +72,7 @@ def open_accelerator(config: RunConfig, leaves_unused: bool = False) -> Accelera
         ValueError: no such device, or a launcher that asks for what the run would not do.
     """
     device = run_device(config)
+    choose_precision(config.precision, device)
     # Accelerate keeps its settings between runs of one Python process.
     AcceleratorState._reset_state(reset_partial_state=True)
     if config.device.startswith("cuda"):

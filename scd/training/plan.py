@@ -22,7 +22,7 @@ from scd.optim.optim import ParameterGroup, parameter_groups
 from scd.optim.states import EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST
 from scd.training.config import TrainConfig
 from scd.training.fit import check_fit, check_window, open_loader
-from scd.training.machine import run_device
+from scd.training.machine import run_device, settle
 from scd.training.sharding import is_sharded
 from scd.training.world import clip_objective
 
@@ -140,6 +140,7 @@ def dry_run(config: TrainConfig) -> None:
     """
     check_window(config)
     run_device(config)
+    config = settle(config)
     num_processes = num_started()
     planned = replace(config, shard_weights=is_sharded(config, num_processes, fsdp_version()))
     report = {

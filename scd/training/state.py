@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -19,7 +20,12 @@ from scd.common.files import read_json, remove_leftovers, take_lock, write_file
 from scd.common.places import in_our_words, named_by, read_start, remember_start
 from scd.common.provenance import command
 from scd.common.runlog import RunLog
-from scd.common.runtime import describe_hardware, git_commit
+from scd.common.runtime import (
+    choose_precision,
+    describe_hardware,
+    explain_precision,
+    git_commit,
+)
 from scd.common.threads import ThreadChoice
 from scd.data.clip import Batch
 from scd.data.loader import Loader
@@ -32,19 +38,21 @@ from scd.models.checkpoint import (
     load_progress,
     save_step,
 )
-from scd.models.weights import WEIGHTS_FILE, load_weights
+from scd.models.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights
 from scd.objectives.denoise import Objective
 from scd.optim.config import OptimConfig
 from scd.optim.optim import EMA, build_optimizers, fitting_state, parameter_groups
 from scd.training.config import RunConfig
-from scd.training.machine import open_accelerator
+from scd.training.machine import open_accelerator, settle
 from scd.training.sharding import cut_state, gathered, load_parts
 
-CONFIG_FILE, LAST_FILE, LOCK_FILE = "config.json", "last", "lock"
-"""Files of a run folder."""
+LAST_FILE, LOCK_FILE = "last", "lock"
+"""Files of a run folder, besides those of its settings and its log."""
 
 MODEL = "train"
 """Name of the group of the network that the run is about; also what its draws are named after."""
+
+Settings = TypeVar("Settings", bound=RunConfig)
 
 KNOWS_NOTHING = 2.0
 """Loss of a critic that knows nothing, at most: that of velocity 0 for frames and noise of unit
@@ -310,12 +318,15 @@ class Run:
 
 
 def start_run(
-    config: RunConfig, make_task: Callable[[Accelerator], Task], leaves_unused: bool = False
+    config: Settings,
+    make_task: Callable[[Settings, Accelerator], Task],
+    leaves_unused: bool = False,
 ) -> Run:
     """Build all parts of a run, or take up the one in `config.out`."""
+    asked, config = config, settle(config)
     checkpoint = find_checkpoint(config)
     accelerator = open_accelerator(config, leaves_unused)
-    task = make_task(accelerator)
+    task = make_task(config, accelerator)
     progress = Progress(
         step=0, num_ema_updates=0, num_processes=accelerator.num_processes, elapsed_s=0.0
     )
@@ -353,6 +364,7 @@ def start_run(
         "parameters": num_parameters(task.model),
     }
     log.event("start" if checkpoint is None else "resume", facts | task.facts())
+    _tell_precision(asked, config, accelerator.device, log)
     machine = {"command": command(), "commit": git_commit()} | describe_hardware()
     log.event("machine", machine, show=False)
     threads = _choose_threads(config, task, progress, log)
@@ -367,6 +379,14 @@ def start_run(
         threads=threads,
         step=progress.step,
     )
+
+
+def _tell_precision(asked: RunConfig, config: RunConfig, device: torch.device, log: RunLog) -> None:
+    """Log which precision was chosen and why, or that the one asked for is slow here."""
+    best = choose_precision("auto", device)
+    if asked.precision == "auto" or (config.precision == "bf16") > (best == "bf16"):
+        why = explain_precision(best, device)
+        log.event("precision", {"chosen": config.precision, "fastest": why})
 
 
 def _choose_threads(config: RunConfig, task: Task, progress: Progress, log: RunLog) -> ThreadChoice:

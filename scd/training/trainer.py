@@ -25,12 +25,13 @@ from scd.common.signals import StopRequest
 from scd.data.clip import Batch
 from scd.data.loader import UnreadableClip
 from scd.optim.optim import lr_multiplier, refuse_non_finite, set_lr
-from scd.training.config import RunConfig
-from scd.training.state import MODEL, OptimisationGroup, Run, Task, save, start_run
+from scd.training.state import MODEL, OptimisationGroup, Run, Settings, Task, save, start_run
 
 
 def train_task(
-    config: RunConfig, make_task: Callable[[Accelerator], Task], leaves_unused: bool = False
+    config: Settings,
+    make_task: Callable[[Settings, Accelerator], Task],
+    leaves_unused: bool = False,
 ) -> Run:
     """Train until all steps are done or the time limit is over, save, and return the run, closed.
 
@@ -41,7 +42,7 @@ def train_task(
 
     Args:
         config: the run.
-        make_task: builds what is trained.
+        make_task: builds what is trained, of settings that leave nothing to the machine any more.
         leaves_unused: whether a batch may leave a weight without gradient.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +163,11 @@ def train(
     leaves_unused = isinstance(config.objective, MatchConfig) or (
         config.model.conditions.action_dim > 0 and config.objective.condition_dropout == 0
     )
-    train_task(config, partial(WorldTask, config, objective, source), leaves_unused)
+    train_task(
+        config,
+        lambda settled, accelerator: WorldTask(settled, objective, source, accelerator),
+        leaves_unused,
+    )
     return Path(config.out)
 
 

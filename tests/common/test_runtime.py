@@ -81,7 +81,10 @@ def test_the_machine_is_described():
 def test_there_is_no_commit_outside_a_checkout(tmp_path):
     package = tmp_path / "scd"
     (package / "common").mkdir(parents=True)
-    for name in ("__init__.py", "common/__init__.py", "common/runtime.py"):
+    for name in (
+        "__init__.py",
+        *(f"common/{name}.py" for name in ("__init__", "config", "runtime")),
+    ):
         text = (sys.modules["scd"].__path__[0] + "/" + name, package / name)
         text[1].write_text(open(text[0]).read())
     code = "from scd.common.runtime import git_commit; print(git_commit())"

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from scd.common.runtime import finest
 from scd.models.config import SamplingConfig
 from scd.models.flow import schedule
 from scd.models.wan.config import NUM_TIMES, SHIFT
@@ -24,7 +25,7 @@ def time_table(shift: float = SHIFT) -> Float[Tensor, " times"]:
 
 def nearest_times(time: Float[Tensor, "*b"], table: Float[Tensor, " times"]) -> Float[Tensor, "*b"]:
     """Snap times to the table's nearest entry: so time 0 becomes the smallest one, 0.00498."""
-    return table[_nearest(time, table)].to(time.device)
+    return table[_nearest(time, table)].to(time.device, finest(time.device))
 
 
 def _nearest(time: Tensor, table: Tensor) -> Tensor:
@@ -54,4 +55,4 @@ def training_weights(
     bell = torch.exp(-2 * (table - 0.5) ** 2)
     bell = bell - bell.min()
     weights = bell * (len(table) / bell.sum())
-    return weights[_nearest(time, table)].to(time.device)
+    return weights[_nearest(time, table)].to(time.device, finest(time.device))

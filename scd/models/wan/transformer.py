@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from scd.common.runtime import finest
 from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
 from scd.models.attention import Rotary, attend, join_heads, rotate, split_heads
@@ -224,8 +225,8 @@ def time_sinusoids(time: Float[Tensor, "*b"], num: int) -> Float[Tensor, "*b fea
     In float64, as in the original; diffusers' float32 ones differ by 3e-5 in what the model
     returns. Times below 0, by which other models mark clean frames, count as 0.
     """
-    ticks = TIME_SCALE * time.double().clamp(min=0)
-    steps = torch.arange(num, device=time.device, dtype=torch.float64)
+    ticks = TIME_SCALE * time.to(finest(time.device)).clamp(min=0)
+    steps = torch.arange(num, device=time.device, dtype=finest(time.device))
     angles = ticks[..., None] * 1e4 ** (-steps / num)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
