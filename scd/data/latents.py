@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scd.common import runtime
-from scd.common.config import at_least, differences, from_json, to_json
+from scd.common.config import at_least, differences, from_json, shown, to_json
 from scd.common.files import TEMPORARY, file_aside, read_json, write_file
-from scd.data.clip import Clip
+from scd.data.clip import Clip, check_actions
 from scd.data.prompts import fill_up
 from scd.data.source import DataCard, EmptySplit, Findings, Opening, Source, open_source
 from scd.data.spaces import Split
@@ -89,7 +89,12 @@ class LatentsInfo:
     test: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        at_least(1, episodes_per_file=self.episodes_per_file)
+        at_least(
+            1, episodes_per_file=self.episodes_per_file, frames_per_latent=self.frames_per_latent
+        )
+        least = min((0, *self.train, *self.val, *self.test))
+        if min(self.shape) < 1 or least < 0:
+            raise ValueError(f"a shape {self.shape}, or lengths from {least} on, cannot be")
 
     def lengths(self, split: Split) -> tuple[int, ...]:
         return {"train": self.train, "val": self.val, "test": self.test}[split]
@@ -127,7 +132,9 @@ def open_file(path: Path, info: LatentsInfo, split: Split, number: int) -> Any:
         file = safe_open(file_path, framework="pt")
         found = json.loads((file.metadata() or {}).get(METADATA, "null"))
         keys = set(file.keys())
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
         raise ValueError(
             f"{file_path} is cut off or damaged ({error}): the same scd encode command writes it "
             "again"
@@ -135,8 +142,8 @@ def open_file(path: Path, info: LatentsInfo, split: Split, number: int) -> Any:
     expected = _metadata(info, split, number)
     if found != expected:
         raise ValueError(
-            f"{file_path} is not of this encoding: needed {expected}, it says {found}; remove it, "
-            "and the same scd encode command writes it again"
+            f"{file_path} is not of this encoding: needed {expected}, it says {shown(found)}; "
+            "remove it, and the same scd encode command writes it again"
         )
     missing = [
         key
@@ -237,6 +244,34 @@ class LatentSource(Source):
         return [f"{len(left_out)} episodes could not be read when they were encoded: {numbers}"]
 
     def _read(self, episode: int, start: int, num_frames: int) -> Clip:
+        try:
+            return self._stored(episode, start, num_frames)
+        except (SafetensorError, ValueError, TypeError, LookupError, RuntimeError) as error:
+            file = self.info.file_name(self.split, episode // self.info.episodes_per_file)
+            raise ValueError(
+                f"{self.path / file}: episode {episode} is damaged ({error}): remove the file, and "
+                "the same scd encode command writes it again"
+            ) from error
+
+    def _check(
+        self, frames: Tensor, actions: Tensor | None, label: int | None, num_frames: int
+    ) -> None:
+        """Refuse what scd encode cannot have written (ValueError)."""
+        spec, wanted = self.card.conditions, (num_frames, *self.info.shape)
+        if frames.shape != wanted or not torch.isfinite(frames).all():
+            raise ValueError(
+                f"needed finite latents of shape {list(wanted)}, got {list(frames.shape)}"
+            )
+        if spec.has_actions != (actions is not None):
+            raise ValueError("actions are there, or are missing, against what latents.json says")
+        if actions is not None:
+            if actions.ndim != (1 if spec.num_actions else 2):
+                raise ValueError(f"actions have the shape {list(actions.shape)}")
+            check_actions(spec, actions)
+        if label not in (range(spec.num_labels) if spec.num_labels else (None,)):
+            raise ValueError(f"there are {spec.num_labels} labels, got {label}")
+
+    def _stored(self, episode: int, start: int, num_frames: int) -> Clip:
         number = episode // self.info.episodes_per_file
         file, names = self._files[number], self._has[number]
         part = slice(start, start + num_frames)
@@ -248,10 +283,14 @@ class LatentSource(Source):
         actions, text = stored("actions"), stored("text")
         has_label = _key(episode, "label") in names
         text_length = self.info.card.conditions.text_length
+        frames = stored("latents")[part].float()
+        actions = None if actions is None else actions[part].clone()
+        label = int(file.get_tensor(_key(episode, "label"))) if has_label else None
+        self._check(frames, actions, label, num_frames)
         return Clip(
-            frames=stored("latents")[part].float(),
-            actions=None if actions is None else actions[part].clone(),
-            label=int(file.get_tensor(_key(episode, "label"))) if has_label else None,
+            frames=frames,
+            actions=actions,
+            label=label,
             fps=self.info.card.fps / self.info.frames_per_latent,
             encoded=True,
             text=None if text is None else fill_up(text[:], text_length).float(),

@@ -3,11 +3,14 @@ whatever is torn, changed or missing is noticed."""
 
 import json
 import logging
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from scd.autoencoders.base import PixelAutoencoder
 from scd.autoencoders.build import fingerprint, open_autoencoder
@@ -154,6 +157,35 @@ def test_a_torn_file_is_refused_and_written_again(videos, latents, tmp_path, how
     with caplog.at_level(logging.WARNING):
         assert encode(settings(videos, out)).files_written == 1
     assert message in caplog.text and files(out) == files(latents)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("latents", lambda old: old[:, :1], "needed finite latents of shape"),
+        ("latents", lambda old: old[0, 0, 0, 0], "0-dim"),
+        ("latents", lambda old: old * float("nan"), "needed finite latents of shape"),
+        ("latents", lambda old: old[:2], "needed finite latents of shape"),
+        ("actions", lambda old: old + 100, "action ids must lie in 0"),
+        ("actions", lambda old: old.float(), "discrete actions are integers"),
+        ("actions", lambda old: old[:, None], "actions have the shape"),
+        ("actions", lambda old: None, "actions are there, or are missing"),
+    ],
+)
+def test_a_clip_that_was_never_encoded_is_refused(latents, tmp_path, name, change, message):
+    out = shutil.copytree(latents, tmp_path / "latents")
+    path = next(out.glob("train-00000*"))
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    changed = change(tensors.pop(f"000000.{name}"))
+    if changed is not None:
+        tensors[f"000000.{name}"] = changed.contiguous()
+    save_file(tensors, path, metadata)
+    source = LatentSource(out, "train")
+    assert len(source.read(1, 0, 4)) == 4
+    with pytest.raises(ValueError, match=rf"{path.name}: episode 0 is damaged .*({message})"):
+        source.read(0, 0, 4)
 
 
 def test_another_encoding_is_never_overwritten(videos, tmp_path):
