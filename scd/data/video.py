@@ -194,17 +194,20 @@ def read_frames(path: Path | str, numbers: Sequence[int]) -> UInt8[np.ndarray, "
         raise ValueError(
             f"{path}: {named} were asked for, but it has frames 0 .. {index.num_frames - 1}"
         )
-    times = index.times
+    times, why = index.times, ""
     # A seek may land after its target: then the file is decoded from its beginning.
     for begin in (None,) if times is None else (int(times[wanted[0]]), None):
         with _opened(path) as (container, stream):
             if begin is not None:
                 container.seek(begin, stream=stream)
             chosen = _choose(container.decode(stream), wanted.tolist(), times)
-            pixels = _decode(chosen, len(wanted), path)
+            try:
+                pixels = _decode(chosen, len(wanted), path)
+            except FFmpegError as error:
+                pixels, why = None, f" ({error.strerror})"
         if pixels is not None:
             return pixels if len(wanted) == len(places) else pixels[places]
-    raise ValueError(f"{path}: {named} cannot be decoded")
+    raise ValueError(f"{path}: {named} cannot be decoded{why}")
 
 
 def upright(

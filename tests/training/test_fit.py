@@ -1,10 +1,17 @@
 """What the data decides of a run, and what it leaves to people."""
 
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from scd.models.config import CacheConfig
+from scd.cli import main
+from scd.data.manifest import write_card, write_episode, write_manifest
+from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec
+from scd.models.build import build
+from scd.models.config import CacheConfig, FrameShape, SeparableConfig
 from scd.training import fit
 from scd.training.config import TrainConfig
 from scd.training.fit import check_fit, fit_to_data, fit_window
@@ -75,3 +82,19 @@ def test_the_window_leaves_room_for_the_sinks(base):
     run = replace(base, model=replace(base.model, cache=CacheConfig(window=16, num_sinks=4)))
     with pytest.raises(ValueError, match="num_sinks must leave room"):
         fit_to_data(run, run)
+
+
+def test_a_patch_is_held_against_the_frames_of_the_data(tmp_path, capsys):
+    """The preset's frames are 64 x 64, the data's 45 x 75: only the data's count."""
+    card = DataCard(height=45, width=75, fps=10.0, conditions=ConditionSpec(), action_names=())
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 45, 75, 3), np.uint8)
+    write_manifest(tmp_path, [write_episode(tmp_path, "e", pixels, None, 10.0, "train")])
+    write_card(tmp_path, card)
+    words = ["train", "doom-64", "--data", str(tmp_path), "--dry-run", "--model.shape.patch-size"]
+    assert main([*words, "15"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["model"]["shape"]["width"] == 75
+    assert main([*words, "16"]) == 2
+    refused = capsys.readouterr().err
+    assert f"the 45x75 frames of {tmp_path}, which [1, 3, 5, 15] divide" in refused
+    with pytest.raises(ValueError, match="patch_size must divide the frame"):
+        build(SeparableConfig(shape=FrameShape(patch_size=15)))

@@ -9,8 +9,11 @@ import torch
 
 from scd.common.runlog import read_log
 from scd.common.runtime import make_generator
+from scd.data.clip import frames_to_pixels
 from scd.data.loader import Loader
+from scd.data.manifest import write_card, write_episode, write_manifest
 from scd.data.source import open_source
+from scd.evaluation.predict import check_fit
 from scd.models.checkpoint import load_world, resolve
 from scd.models.config import CacheConfig, SamplingConfig
 from scd.optim.config import OptimConfig
@@ -116,3 +119,22 @@ def test_another_kind_of_model_is_refused(config, first, dense_config):
 def test_a_world_that_is_not_there_is_named(config, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train(replace(config, initial=str(tmp_path / "nowhere")))
+
+
+def test_clips_of_another_rate_than_the_world_are_refused(config, first, tmp_path):
+    """The toy world, of 10 frames/s, meets its own clips written at 20."""
+    toy, data = open_source("toy:32", "train"), tmp_path / "clips"
+    entries = []
+    for episode in range(2):
+        clip = toy.read(episode, 0, 20)
+        pixels, actions = frames_to_pixels(clip.frames).numpy(), clip.actions.numpy()
+        entries.append(write_episode(data, f"e{episode}", pixels, actions, 20.0, "train"))
+    write_card(data, replace(toy.card, fps=20.0))
+    write_manifest(data, entries)
+    config = replace(config, data=str(data), initial=first)
+    with pytest.raises(ValueError, match=rf"run makes 10 frames/s, {data} has 20: .*CLIPS.fps=10"):
+        train(config)
+    with pytest.raises(ValueError, match=r"the model makes 10 frames/s, mine has 20"):
+        check_fit(load_world(first), open_source(str(data), "train").card, "mine")
+    run = train(replace(config, data=f"{data}?fps=10"))
+    assert load_world(run).card.fps == 10
