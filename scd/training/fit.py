@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
@@ -105,8 +106,10 @@ def check_fit(config: TrainConfig, card: DataCard, autoencoder: Autoencoder | No
             f"but model.conditions is {config.model.conditions}"
         )
     if config.initial:
-        fps = read_world_parts(resolve(config.initial))["card"].fps
-        check_rate(config.initial, fps, config.data, card.fps)
+        # A run that is continued needs it no more.
+        with suppress(FileNotFoundError):
+            fps = read_world_parts(resolve(config.initial))["card"].fps
+            check_rate(config.initial, fps, config.data, card.fps)
 
 
 def open_split(config: TrainConfig, split: Split) -> Source:
