@@ -19,6 +19,10 @@ from scd.common.hub import class_of
 from scd.data.clip import Batch
 from scd.data.latents import PLACE
 
+VERSION = 2
+"""Of the rule by which fingerprints cover a network's settings. 1, which stood nowhere: some of
+them, of each kind; 2: all but a few."""
+
 WAN = "AutoencoderKLWan"
 """Class of diffusers whose settings a folder with Wan's autoencoder names."""
 
@@ -54,7 +58,12 @@ def open_autoencoder(
 
 
 def fingerprint(autoencoder: Autoencoder) -> str:
-    """Name what an autoencoder computes, wherever its weights lie: 32 hexadecimal digits."""
+    """Name what an autoencoder computes, wherever its weights lie.
+
+    Returns:
+        32 hexadecimal digits; of a network, after the version of the rule by which its settings
+        are covered, and a hyphen.
+    """
     settings = {name: value for name, value in to_json(autoencoder.config).items() if name != PLACE}
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
     text, weights = autoencoder.computes()
@@ -63,7 +72,31 @@ def fingerprint(autoencoder: Autoencoder) -> str:
         values = weight.detach().float().cpu().contiguous()
         digest.update(f"{name} {list(values.shape)}\n".encode())
         digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
+    return f"{VERSION}-{digest.hexdigest()}" if text else digest.hexdigest()
+
+
+def refuse_other(stored: str, found: str, where: str) -> None:
+    """Refuse latents whose fingerprint is not that of the autoencoder at hand.
+
+    Args:
+        stored: beside the latents.
+        found: of the autoencoder.
+        where: the latents are.
+
+    Raises:
+        ValueError: they differ; says so if they cannot be compared.
+    """
+    if stored == found:
+        return
+    if found.startswith(f"{VERSION}-") and not stored.startswith(f"{VERSION}-"):
+        raise ValueError(
+            f"{where} holds latents of an earlier scd, whose fingerprint {stored} did not cover "
+            "all settings of an autoencoder and cannot be compared: encode again (scd encode)"
+        )
+    raise ValueError(
+        f"{where} holds latents of an autoencoder with other weights or settings: it was encoded "
+        f"by {stored}, the one that the settings name is now {found}"
+    )
 
 
 def latents_of(autoencoder: Autoencoder, batch: Batch) -> Float[Tensor, "b t c h w"]:

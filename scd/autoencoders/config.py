@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from scd.common.config import at_least
+from scd.common.config import MAX_SIZE, within
 
 
 class LatentsConfig:
@@ -58,7 +58,7 @@ class WanAutoencoderConfig(LatentsConfig):
     """Rows, and columns, of pixels that one latent cell stands for."""
 
     def __post_init__(self) -> None:
-        at_least(1, channels=self.channels, cell_size=self.cell_size)
+        within(1, MAX_SIZE, channels=self.channels, cell_size=self.cell_size)
 
     def placeless(self) -> WanAutoencoderConfig:
         """Return the settings without the folder: weights are compared where they are opened."""
@@ -87,7 +87,7 @@ class ImageAutoencoderConfig(LatentsConfig):
     """Standard deviation of each channel."""
 
     def __post_init__(self) -> None:
-        at_least(1, channels=self.channels, cell_size=self.cell_size)
+        within(1, MAX_SIZE, channels=self.channels, cell_size=self.cell_size)
         if {len(self.mean), len(self.std)} != {self.channels}:
             raise ValueError(
                 f"{self.channels} channels need as many entries of mean and std, "

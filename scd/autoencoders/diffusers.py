@@ -9,6 +9,7 @@ Needs diffusers, which the extra `wan` brings: pip install -e ".[wan]".
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -19,15 +20,15 @@ from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from scd.autoencoders.base import NetworkAutoencoder
 from scd.autoencoders.config import ImageAutoencoderConfig, ImageKind
-from scd.common.config import Precision
+from scd.common.config import MAX_SIZE, Precision, shown
 from scd.common.files import read_json
-from scd.common.hub import class_of, find_part
+from scd.common.hub import CONFIG_FILE, class_of, find_part, read_part_config
 from scd.common.places import named_by
+from scd.common.weights import Weights, check_fit
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel of latents."""
@@ -48,18 +49,16 @@ LAST_FILE = "last"
 EXTRA = 'this autoencoder needs diffusers: pip install -c constraints.txt -e ".[wan]"'
 """What to do where the optional package is missing."""
 
-TOLD_APART_BY: dict[ImageKind, tuple[str, ...]] = {
-    "AutoencoderDC": (
-        "attention_head_dim",
-        "decoder_act_fns",
-        "decoder_norm_types",
-        "downsample_block_type",
-        "upsample_block_type",
-    ),
-    "AutoencoderKL": ("act_fn", "norm_num_groups"),
-    "AutoencoderTiny": ("act_fn", "upsampling_scaling_factor"),
-}
-"""Settings of a network that change what it computes, and that no weight shows."""
+NO_MATTER = ("sample_size", "force_upcast", "dropout", "scaling_factor", "shift_factor")
+"""Settings of a network that change nothing of what it computes here: hints for pipelines, what
+acts in training only, and the scale, which belongs to our own settings."""
+
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Parts of an attention layer as diffusers named them before 0.16, in files that are still in
+use, and as it names them now."""
+
+MAX_REPEATS = 1000
+"""Largest number of blocks in a stage, or stages in a network, that settings may name."""
 
 NUM_AT_ONCE = 64
 """Frames that go through the network at once."""
@@ -88,9 +87,7 @@ class ImageAutoencoder(NetworkAutoencoder):
         return self._in_parts(raw, lambda part: network.decode(part).sample).clamp(-1, 1)
 
     def computes(self) -> tuple[str, dict[str, Tensor]]:
-        settings = dict(self.network.config)
-        told = {name: settings.get(name) for name in TOLD_APART_BY[self.config.network]}
-        return json.dumps(told, sort_keys=True), self.network.state_dict()
+        return settings_that_matter(self.network), self.network.state_dict()
 
     def _in_parts(
         self, tensor: Float[Tensor, "b t c h w"], call: Callable[[Tensor], Tensor]
@@ -169,21 +166,82 @@ def load_network(
     folder = find_network(source, classes)
     name = class_of(folder)
     kind: ImageKind = next(one for one in classes if one == name)
-    try:
-        network, report = _class(kind).from_pretrained(
-            str(folder), local_files_only=True, output_loading_info=True
+    return kind, read_network(_class(kind), folder)
+
+
+def read_network(kind: Any, folder: Path) -> Any:
+    """Read a network of diffusers from a part's folder, in float32.
+
+    Args:
+        kind: class of diffusers.
+        folder: with config.json and weights in any form.
+
+    Raises:
+        FileNotFoundError: there are no settings or no weights.
+        ValueError: they are damaged, do not fit each other, or a number is not finite.
+    """
+    path = folder / CONFIG_FILE
+    settings = read_part_config(folder)
+    with Weights(folder) as weights:
+        _refuse_sizes(settings, len(weights.names()), str(path))
+        try:
+            with torch.device("meta"):
+                network = kind.from_config(settings)
+        except Exception as error:
+            # Whatever the network stumbles over: settings are checked nowhere else.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{path} holds no settings of {kind.__name__}: {reason}") from error
+        names = {_today(name): name for name in weights.names()}
+        given = {ours: weights.header(there) for ours, there in names.items()}
+        check_fit(
+            network,
+            given,
+            str(folder),
+            lambda name: weights.stored_name(names[name]) if name in names else name,
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the weights in {folder} are missing or damaged: {reason}") from error
-    # Diffusers only warns of these.
-    missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    if missing or unknown:
-        raise ValueError(
-            f"the weights in {folder} are not those of its config.json: {len(missing)} are missing "
-            f"({missing[:2]}), {len(unknown)} are unknown ({unknown[:2]})"
-        )
-    return kind, network
+        state = weights.state_dict()
+    network.load_state_dict({ours: state[there] for ours, there in names.items()}, assign=True)
+    assert not any(one.is_meta for one in (*network.parameters(), *network.buffers()))
+    return network
+
+
+def _refuse_sizes(value: Any, num_weights: int, where: str) -> None:
+    """Refuse sizes of which anything built would be huge (ValueError)."""
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            repeats = any(word in name for word in ("layers", "num_"))
+            _refuse_sizes(entry, num_weights if repeats else 0, f"{where}: {name}")
+    elif isinstance(value, list):
+        if len(value) > MAX_REPEATS:
+            raise ValueError(f"{where} has {len(value)} entries, the most is {MAX_REPEATS}")
+        for entry in value:
+            _refuse_sizes(entry, num_weights, where)
+    elif isinstance(value, (int, float)):
+        # No stage has more blocks than the file has weights.
+        most = num_weights or MAX_SIZE
+        if not abs(value) <= most:
+            raise ValueError(f"{where} must be {most} at most, got {shown(value)}")
+
+
+def _today(name: str) -> str:
+    return ".".join(OLD_NAMES.get(part, part) for part in name.split("."))
+
+
+def settings_that_matter(network: Any) -> str:
+    """Write the settings on which depends what a network of diffusers computes, for a fingerprint.
+
+    Those at their defaults are left out, so that a newer diffusers, which knows more settings,
+    writes the same.
+    """
+    signature = inspect.signature(type(network).__init__).parameters
+    told = {
+        name: value
+        for name, value in network.config.items()
+        if name in signature
+        and name not in NO_MATTER
+        and json.dumps(value) != json.dumps(signature[name].default)
+    }
+    return json.dumps({"class": type(network).__name__} | told, sort_keys=True)
 
 
 def new_network(settings: Mapping[str, Any]) -> nn.Module:

@@ -23,6 +23,7 @@ from scd.autoencoders.wan import EXTRA
 from scd.common.config import Precision, at_least
 from scd.common.hub import find_part, fingerprint
 from scd.common.runtime import DTYPES, cache_folder
+from scd.common.weights import FLOATS, Weights, find_weights, headers
 from scd.data.prompts import fill_up, read_words, write_words
 
 TEXT_LENGTH = 512
@@ -30,6 +31,11 @@ TEXT_LENGTH = 512
 
 ENCODERS = ("UMT5EncoderModel", "UMT5ForConditionalGeneration")
 """Classes that hold Wan's text encoder."""
+
+
+PROBLEMS = ("missing_keys", "mismatched_keys")
+"""What transformers tells of weights that do not fit; others in the file are left alone, such as
+those of a decoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,11 +203,33 @@ def _load_tokenizer(folder: Path) -> Any:
 def _load_encoder(folder: Path, config: TextConfig) -> Any:
     from transformers import UMT5EncoderModel
 
-    both: Any = UMT5EncoderModel.from_pretrained(
-        str(folder), local_files_only=True, dtype=DTYPES[config.precision], output_loading_info=True
-    )
+    with Weights(folder) as weights:
+        wrong = [name for name, one in headers(weights).items() if one.dtype not in FLOATS.values()]
+    if wrong:
+        raise ValueError(
+            f"{folder}: {len(wrong)} weights are no floating-point numbers of 16 bits or more, "
+            f"such as {wrong[0]!r}: needed fp32, fp16 or bf16, not quantised weights"
+        )
+    found = find_weights(folder)
+    try:
+        both: Any = UMT5EncoderModel.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            dtype=DTYPES[config.precision],
+            variant=found.variant or None,
+            use_safetensors=found.is_safe,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        # Whatever transformers stumbles over, after what was read here.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder} holds no text encoder that can be read: {reason}") from error
     encoder, loaded = both
-    if loaded["missing_keys"]:
-        missing = sorted(loaded["missing_keys"])
-        raise ValueError(f"{folder} lacks {len(missing)} weights of UMT5: {missing[:5]}")
+    problems = {kind: sorted(map(str, loaded.get(kind) or ())) for kind in PROBLEMS}
+    for kind, names in problems.items():
+        if names:
+            what = kind.removesuffix("_keys")
+            raise ValueError(f"{folder}: {len(names)} weights of UMT5 are {what}: {names[:5]}")
+    if not all(weight.isfinite().all() for weight in encoder.parameters()):
+        raise ValueError(f"{folder}: the weights must be finite, got NaN or infinity")
     return encoder.to(config.device).eval().requires_grad_(False)

@@ -221,6 +221,7 @@ def _load_taew(path: Path, channels: int) -> TaewDecoder:
         name for name in wanted if name not in given or given[name].shape != wanted[name].shape
     ]
     wrong += sorted(set(given) - set(wanted))
+    wrong += [name for name, value in given.items() if not value.is_floating_point()]
     if wrong:
         raise ValueError(f"{path} is no TAEW of Wan2.1: {len(wrong)} weights differ: {wrong[:5]}")
     network.load_state_dict(given)

@@ -10,7 +10,7 @@ The network is diffusers' AutoencoderKLWan. Needs the extra `wan`: pip install -
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from scd.autoencoders.base import NetworkAutoencoder, StreamDecoder
 from scd.autoencoders.config import FRAMES_PER_LATENT, WanAutoencoderConfig
+from scd.autoencoders.diffusers import read_network, settings_that_matter
 from scd.common.config import Precision
-from scd.common.hub import find_part
+from scd.common.hub import CONFIG_FILE, find_part, read_part_config
 
 EXTRA = 'Wan needs diffusers and transformers: pip install -c constraints.txt -e ".[wan]"'
 """What to do where an optional package is missing."""
@@ -60,11 +61,7 @@ class WanAutoencoder(NetworkAutoencoder):
         return WanStreamDecoder(self)
 
     def computes(self) -> tuple[str, dict[str, Tensor]]:
-        text = "".join(
-            f"{name} {list(self.network.config[name])}\n"
-            for name in ("latents_mean", "latents_std")
-        )
-        return text, self.network.state_dict()
+        return settings_that_matter(self.network), self.network.state_dict()
 
     def _read(self) -> nn.Module:
         if not self.config.source:
@@ -75,14 +72,7 @@ class WanAutoencoder(NetworkAutoencoder):
         return _load_network(self.config.source)
 
     def _shape_of(self, network: Any) -> tuple[int, int]:
-        settings = network.config
-        if settings.patch_size is not None or sum(settings.temperal_downsample) != 2:
-            raise ValueError(
-                "needed the autoencoder of Wan2.1, which shortens time by 4 and has no patches, "
-                f"got patch_size={settings.patch_size} and "
-                f"temperal_downsample={settings.temperal_downsample}"
-            )
-        return settings.z_dim, 2 ** (len(settings.dim_mult) - 1)
+        return wan_shape_of(network.config, "this autoencoder")
 
     def _statistics(self) -> tuple[Sequence[float], Sequence[float]]:
         settings = self.network.config
@@ -177,22 +167,61 @@ def open_wan_autoencoder(
 ) -> WanAutoencoder:
     """Open the autoencoder of a folder as diffusers writes it, of its vae/, or of the hub."""
     network = _load_network(str(source))
-    settings: Any = network.config
-    config = WanAutoencoderConfig(
-        source=str(source),
-        channels=settings.z_dim,
-        cell_size=2 ** (len(settings.dim_mult) - 1),
-    )
+    channels, cell_size = wan_shape_of(network.config, str(source))
+    config = WanAutoencoderConfig(source=str(source), channels=channels, cell_size=cell_size)
     return WanAutoencoder(config, network).place(device, precision)
+
+
+def wan_shape_of(settings: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """Return channels of a latent frame, and pixels of a cell each way, by some settings.
+
+    Args:
+        settings: of diffusers' AutoencoderKLWan; what lacks is as in Wan2.1.
+        where: they are of, for errors.
+
+    Raises:
+        ValueError: they are not those of Wan2.1's autoencoder.
+    """
+    multiples, halves = settings.get("dim_mult"), settings.get("temperal_downsample")
+    multiples = [1, 2, 4, 4] if multiples is None else multiples
+    halves = [False, True, True] if halves is None else halves
+    channels = settings.get("z_dim", 16)
+    is_int = isinstance(channels, int) and not isinstance(channels, bool)
+    if not (isinstance(multiples, (list, tuple)) and isinstance(halves, (list, tuple)) and is_int):
+        raise ValueError(
+            f"{where}: needed z_dim, a number, dim_mult and temperal_downsample, lists, got "
+            f"{channels!r}, {multiples!r} and {halves!r}"
+        )
+    cell_size = 2 ** (len(multiples) - 1)
+    found = {
+        "patch_size": settings.get("patch_size"),
+        "is_residual": settings.get("is_residual", False),
+        "temperal_downsample": list(halves),
+        "scale_factor_spatial": settings.get("scale_factor_spatial"),
+    }
+    if (
+        found["patch_size"] is not None
+        or found["is_residual"]
+        or sum(map(bool, halves)) != 2
+        # diffusers writes 8 whatever the size is, and 16 for Wan2.2.
+        or found["scale_factor_spatial"] not in (None, 8, cell_size)
+    ):
+        told = ", ".join(f"{name}={value}" for name, value in found.items())
+        raise ValueError(
+            f"{where}: needed the autoencoder of Wan2.1, which shortens time by 4, has no patches "
+            f"and cells of 8 pixels, not Wan2.2's with cells of 16; got {told}"
+        )
+    return channels, cell_size
 
 
 def _load_network(source: str) -> Any:
     folder = find_part(source, "vae", ("AutoencoderKLWan",), "video autoencoder of Wan")
+    wan_shape_of(read_part_config(folder), str(folder / CONFIG_FILE))
     try:
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
     except ImportError as error:
         raise ValueError(EXTRA) from error
-    return AutoencoderKLWan.from_pretrained(str(folder), local_files_only=True)
+    return read_network(AutoencoderKLWan, folder)
 
 
 def _num_memories(network: nn.Module) -> int:

@@ -29,6 +29,16 @@ ADDED = "added"
 LARGEST = 2**63 - 1
 """Number above which no setting lies: tensors and files count in 64 bits."""
 
+MAX_SIZE = 2**16
+"""Largest width, number of channels or rows, ... of a model: above what any has, and small enough
+that a damaged file is refused before anything of its size is made."""
+
+MAX_LAYERS = 1000
+"""Largest number of blocks of a model, for the same reason."""
+
+MAX_STEPS = 10_000
+"""Largest number of denoising steps of a frame: ten times what any schedule is defined for."""
+
 LONGEST = 80
 """Characters of a value that a message shows."""
 
@@ -36,6 +46,14 @@ LONGEST = 80
 def added(default: Any) -> Any:
     """Declare a field with a default that files may lack."""
     return dataclasses.field(default=default, metadata={ADDED: True})
+
+
+def within(least: int | float, most: int | float, **values: Any) -> None:
+    """Refuse values outside a range, or not finite, by their names (ValueError)."""
+    for name, value in values.items():
+        if not least <= value <= most:
+            bound = f"{most} at most" if value > most else f"{least} or more"
+            raise ValueError(f"{name} must be {bound}, got {shown(value)}")
 
 
 def at_least(least: int, **values: Any) -> None:
@@ -124,7 +142,8 @@ def _value_from_json(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_json(hint, value, where)
     if origin is Literal:
-        if value not in get_args(hint):
+        # By type too: True would be 1.
+        if not any(value == one and type(value) is type(one) for one in get_args(hint)):
             raise ValueError(f"{where}: must be one of {list(get_args(hint))}, got {shown(value)}")
         return value
     if origin is tuple:

@@ -13,12 +13,25 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from scd.common.files import read_json
+from scd.common.weights import places_in
 
 CONFIG_FILE = "config.json"
 """Settings of a part, beside its weights."""
 
 AT_ROOT = "diffusion_pytorch_model*.safetensors*"
 """Weights, and their index, of a repository that is one model."""
+
+AT_ROOT_OLD = "diffusion_pytorch_model*.bin*"
+"""The same in the format of torch.save, for repositories that have no other."""
+
+ABOUT = ("model_index.json", "scheduler/*")
+"""What a repository says of the pipeline as a whole; small files."""
+
+DIFFUSERS = "-Diffusers"
+"""End of the names of Wan's repositories in the layout of diffusers."""
+
+ORIGINAL_FILES = ("Wan2.*_VAE.pth", "models_t5_umt5*.pth", "*_noise_model")
+"""Files and folders by which the layout of Wan's own release is known."""
 
 CONTACT_S = 10
 """Seconds to wait for the hub's first answer."""
@@ -63,15 +76,19 @@ def find_part(
         if not found.is_dir():
             raise FileNotFoundError(
                 f"{folder} has no {part}/: needed a folder as diffusers writes it, or its {part}/"
+                + _original_layout(folder)
             )
     else:
         found = _download(str(source), part, [CONFIG_FILE] if at_root else [])
         if at_root and found.name != part:
             _check_class(found, classes, what)
             found = _download(str(source), part, [CONFIG_FILE, AT_ROOT])
+            if not next(found.glob(AT_ROOT), None):
+                found = _download(str(source), part, [CONFIG_FILE, AT_ROOT_OLD])
     if classes:
         _check_class(found, classes, what)
-    _check_shards(found)
+    for index in (*found.glob("*.index.json"), *found.glob("*.index.*.json")):
+        places_in(index)
     return found
 
 
@@ -110,13 +127,16 @@ def is_hub_name(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and name[-1:] != "/"
 
 
-def download(source: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+def download(
+    source: str, patterns: Sequence[str], revision: str | None = None, **options: Any
+) -> Path:
     """Return the local copy of a repository on the hub, downloaded now or found again.
 
     Args:
         source: owner/name.
         patterns: of the names of its files that are needed.
         revision: branch, tag or commit; None: the newest.
+        options: others of the hub's `snapshot_download`.
 
     Raises:
         FileNotFoundError: no such name, or the hub cannot be reached and has not been before.
@@ -128,7 +148,11 @@ def download(source: str, patterns: Sequence[str], revision: str | None = None) 
     try:
         return Path(
             snapshot_download(
-                source, allow_patterns=list(patterns), etag_timeout=CONTACT_S, revision=revision
+                source,
+                allow_patterns=list(patterns),
+                etag_timeout=CONTACT_S,
+                revision=revision,
+                **options,
             )
         )
     except HFValidationError as error:
@@ -173,31 +197,34 @@ def upload(folder: Path, name: str, private: bool, token: str | None, message: s
 
 def _download(source: str, part: str, at_root: list[str]) -> Path:
     """Return the folder of a part, or of the whole where there is no part but files at its root."""
-    copy = download(source, [f"{part}/*", *at_root])
+    copy = download(source, [f"{part}/*", *at_root, *ABOUT])
     found = copy / part
     if not found.is_dir() and at_root and (copy / CONFIG_FILE).is_file():
         return copy
     if not found.is_dir():
-        raise FileNotFoundError(f"{source} on the hub has no {part}/")
+        is_original = "wan" in source.lower() and not source.endswith(DIFFUSERS)
+        wanted = f"; you want {source}{DIFFUSERS}, if it is there" if is_original else ""
+        raise FileNotFoundError(f"{source} on the hub has no {part}/{wanted}")
     return found
 
 
 def _check_class(folder: Path, classes: tuple[str, ...], what: str) -> None:
     name = class_of(folder)
     if name not in classes:
-        raise ValueError(f"{folder}: needed a {what} ({' or '.join(classes)}), it holds {name}")
-
-
-def _check_shards(folder: Path) -> None:
-    for path in folder.glob("*.index.json"):
-        index = read_json(path)
-        missing = sorted(
-            name for name in set(index["weight_map"].values()) if not (folder / name).is_file()
+        raise ValueError(
+            f"{folder}: needed a {what} ({' or '.join(classes)}), it holds {name}"
+            + _original_layout(folder)
         )
-        if missing:
-            raise FileNotFoundError(
-                f"{folder} lacks {len(missing)} of the files that {path.name} names: {missing[:5]}"
-            )
+
+
+def _original_layout(folder: Path) -> str:
+    """Return the end of a message for a folder in the layout of Wan's own release; else nothing."""
+    if not any(next(folder.glob(pattern), None) for pattern in ORIGINAL_FILES):
+        return ""
+    return (
+        "; this is Wan in the layout of its own release: you want the repository whose name ends "
+        f"in {DIFFUSERS}, such as Wan-AI/Wan2.1-T2V-1.3B{DIFFUSERS}"
+    )
 
 
 def fingerprint(*folders: Path) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -24,3 +26,19 @@ def known(name: str, what: str, choices: Iterable[str]) -> str:
     raise ValueError(
         f"unknown {what} {name!r}{did_you_mean(name, names)}; there are {', '.join(names)}"
     )
+
+
+def refuse_unknown(
+    words: Collection[str], call: Callable[..., Any], more: Iterable[str] = ()
+) -> None:
+    """Refuse named arguments that a call does not have (ValueError, with the nearest name).
+
+    Args:
+        words: what was given besides the arguments that it has.
+        call: whose arguments are looked at.
+        more: names that it takes, too.
+    """
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    own = [one.name for one in inspect.signature(call).parameters.values() if one.kind not in kinds]
+    for word in words:
+        known(word, f"argument of {call.__name__}", [*own, *more])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from torch import Tensor
+
+from scd.common.weights import FLOATS, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,25 +121,22 @@ def read_state(path: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tenso
     """Read some tensors of a state dict, by name.
 
     Args:
-        path: a file of torch.save.
+        path: a file of weights; see `find_weights`.
         shapes: the wanted names and their shapes; others in the file are left alone.
 
     Raises:
         ValueError: not such a file, a name that is missing, or another shape.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a state dict of PyTorch: {reason}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: needed a state dict, got {type(state).__name__}")
-    missing = sorted(set(shapes) - set(state))
-    if missing:
-        raise ValueError(f"{path}: missing {missing}; it holds {sorted(map(str, state))[:8]} ...")
-    for name, shape in shapes.items():
-        found = state[name]
-        if not isinstance(found, Tensor) or tuple(found.shape) != shape:
-            got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"{path}: {name} must be {list(shape)}, got {got}")
-    return {name: state[name].float() for name in shapes}
+    with Weights(path) as weights:
+        missing = sorted(set(shapes) - set(weights.names()))
+        if missing:
+            held = sorted(weights.names())[:8]
+            raise ValueError(f"{path}: missing {missing}; it holds {held} ...")
+        for name, shape in shapes.items():
+            found, dtype = weights.header(name)
+            if found != shape or dtype not in FLOATS.values():
+                raise ValueError(
+                    f"{path}: {name} must be {list(shape)} in floating point, got {list(found)}"
+                    f"{'' if dtype is None else f' in {dtype}'}"
+                )
+        return {name: weights.get(name).float() for name in shapes}

@@ -1,26 +1,34 @@
-"""Weights in files, read and written one tensor at a time, in one file or in several with an index.
+"""Weights in files: one reader for every format, and one writer.
 
-No more than one file's weights are ever held: so a model is copied, cut or renamed in less memory
-than it takes. The layout is that of diffusers and transformers: name.safetensors, or
-name-00001-of-00002.safetensors and so on beside name.safetensors.index.json.
+Read one tensor at a time, of one file or of several with an index: no more than one file's weights
+are ever held, so a model is copied, cut or renamed in less memory than it takes. What is written
+has the layout of diffusers and transformers: name.safetensors, or name-00001-of-00002.safetensors
+and so on beside name.safetensors.index.json. Names of other projects are in `weight_names`.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import logging
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+import struct
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
-from zipfile import is_zipfile
+from typing import Any, Literal, NamedTuple
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from scd.common.files import read_json
+from scd.common.weight_names import own_names, state_in
 
 INDEX = ".index.json"
 """End of the name of an index, which says in which file each tensor lies."""
@@ -31,7 +39,7 @@ SHARD_BYTES = 2 * 2**30
 DIGEST_BLOCK = 2**24
 """Bytes that are read at a time for a digest."""
 
-_TYPES = {
+FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -39,12 +47,16 @@ _TYPES = {
 }
 """Types of numbers that weights may have, by their names in a file."""
 
+COUNTS = {"I64": torch.int64, "I32": torch.int32}
+"""Types of what layers count, such as the batches that they saw; no weights."""
 
-_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-"""What wrappers of a module put into its names, anywhere."""
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+"""Names of the files of weights in a folder of diffusers or transformers."""
 
-_PREFIXES = ("model.", "module.", "generator.", "diffusion_model.")
-"""What checkpoints put in front of all names."""
+ENDINGS = ("safetensors", "bin", "pt", "pth", "ckpt")
+"""Ends of the names of files of weights, the ones that are preferred first."""
+
+logger = logging.getLogger(__name__)
 
 
 def is_stored(path: Path) -> bool:
@@ -79,201 +91,401 @@ def digest_of(path: Path, kind: Literal["sha256", "blake2b"]) -> str:
         ValueError: the index is damaged.
     """
     digest = hashlib.sha256() if kind == "sha256" else hashlib.blake2b(digest_size=16)
-    for part in [path] if path.is_file() else sorted(set(_files(path).values())):
+    parts = [path]
+    if not path.is_file():
+        parts = sorted(set(places_in(find_weights(path).path).values()))
+    for part in parts:
         with part.open("rb") as file:
             while block := file.read(DIGEST_BLOCK):
                 digest.update(block)
     return digest.hexdigest()
 
 
-class StoredWeights:
-    """Weights in safetensors files, by name; a tensor is read when it is asked for.
+class Header(NamedTuple):
+    """What a file says of a tensor without its numbers being read."""
 
-    For use in a with-block, which holds the files open.
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    """Type of its numbers; None: one that no weights have, such as those of quantised ones."""
+
+
+class Found(NamedTuple):
+    """Weights in a folder or file, not opened yet."""
+
+    path: Path
+    """The file, or the index of several."""
+    variant: str
+    """What stands between name and ending, such as fp16; empty: nothing."""
+    is_safe: bool
+    """Whether it is of safetensors, and not of torch.save."""
+
+
+def find_weights(path: Path, stems: tuple[str, ...] = STEMS) -> Found:
+    """Find the weights that a path means.
+
+    Args:
+        path: a file of weights, an index of several, the name that one file would have where there
+            are several, or a folder.
+        stems: names of the files that are looked for in a folder. Of several forms the best is
+            taken: safetensors before what torch.save wrote, full precision before a variant.
+
+    Raises:
+        FileNotFoundError: there are none; says what is there.
     """
+    if path.is_file():
+        return Found(path, "", _is_safe(path))
+    index = path.with_name(path.name + INDEX)
+    if index.is_file():
+        return Found(index, "", path.suffix == ".safetensors")
+    if not path.is_dir():
+        raise FileNotFoundError(f"no model weights at {path}")
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    names = "|".join(map(re.escape, stems))
+    form = re.compile(
+        rf"(?:{names})(?:\.(\w+))?\.({'|'.join(ENDINGS)})(?:\.index(?:\.(\w+))?\.json)?"
+    )
+    found = []
+    for file in files:
+        if matched := form.fullmatch(file.name):
+            variant, ending = matched[1] or matched[3] or "", matched[2]
+            place = (ENDINGS.index(ending), variant != "", file.name.endswith(".json"), file.name)
+            found.append((place, Found(file, variant, ending == "safetensors")))
+    if found:
+        return min(found, key=lambda one: one[0])[1]
+    others = [file for file in files if file.suffix.removeprefix(".") in ENDINGS]
+    if len(others) == 1:
+        return Found(others[0], "", _is_safe(others[0]))
+    held = [file.name for file in (others or files)][:8]
+    raise FileNotFoundError(
+        f"no model weights in {path}: needed {stems[0]}.safetensors or the like, found {held}"
+    )
+
+
+def _is_safe(path: Path) -> bool:
+    """Tell by what a file begins with, which its name may not tell, whether it is safetensors'."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head.startswith(b"version https://"):
+        raise ValueError(
+            f"{path} is the pointer of Git LFS to a file of weights, not the file: git lfs pull "
+            "fetches it"
+        )
+    if head[8:9] == b"{":
+        return True
+    return path.suffix == ".safetensors" and not head.startswith((b"PK", b"\x80"))
+
+
+class _SafeFile:
+    """One file of safetensors, of which a tensor is read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
-        """Look at the files; nothing is read.
+        self.path = path
+        try:
+            self._file: Any = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} cannot be read as a state dict, it is not a whole safetensors file: "
+                f"{error}"
+            ) from error
+
+    def close(self) -> None:
+        self._file.__exit__(None, None, None)
+
+    def names(self) -> list[str]:
+        return list(self._file.keys())
+
+    def header(self, name: str) -> Header:
+        try:
+            found = self._file.get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} holds no {name!r}: {error}") from error
+        return Header(tuple(found.get_shape()), (FLOATS | COUNTS).get(found.get_dtype()))
+
+    def get(self, name: str) -> Tensor:
+        self.header(name)
+        try:
+            return self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} is damaged: {error}") from error
+
+
+class _TorchFile:
+    """One file of torch.save, left on disk, where its format allows it, until it is asked for."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path = path
+        chosen = state_in(read_torch(path, "a state dict", on_disk=True), key, str(path))
+        self._state, self.said, self.key = chosen
+
+    def close(self) -> None:
+        self._state = {}
+
+    def names(self) -> list[str]:
+        return [name for name, value in self._state.items() if isinstance(value, Tensor)]
+
+    def header(self, name: str) -> Header:
+        if name not in self._state:
+            raise ValueError(f"{self.path} holds no {name!r}")
+        tensor = self._state[name]
+        known = tensor.dtype in {**FLOATS, **COUNTS}.values()
+        return Header(tuple(tensor.shape), tensor.dtype if known else None)
+
+    def get(self, name: str) -> Tensor:
+        self.header(name)
+        return self._state[name]
+
+
+DAMAGED = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    AssertionError,
+    pickle.UnpicklingError,
+    struct.error,
+    tarfile.TarError,
+    BadZipFile,
+)
+"""What PyTorch raises for files that somebody changed."""
+
+
+def read_torch(path: Path, what: str, on_disk: bool = False) -> Any:
+    """Read what `torch.save` wrote; nothing but tensors and plain values is accepted.
+
+    Args:
+        path: the file.
+        what: it should be, for errors.
+        on_disk: leave tensors there until they are used, where the file's format allows it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, of another format, or holds other objects, which could run code.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no state dict at {path}")
+    is_archive = is_zipfile(path)
+    if is_archive and _holds_program(path):
+        raise ValueError(f"{path} cannot be read as {what}: it is a TorchScript archive, a program")
+    try:
+        # Files of PyTorch before 1.6 are no archives, which alone can stay on disk. Settings of a
+        # command line, which many trainers add, are plain values in a plain class.
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            # PyTorch opens a path by its ending, whatever the file holds.
+            mapped = on_disk and is_archive and path.suffix != ".safetensors"
+            place = path if mapped else file
+            return torch.load(place, map_location="cpu", weights_only=True, mmap=mapped)
+    except DAMAGED as error:
+        # PyTorch's own words advise to read files of this kind without its safeguard.
+        raise ValueError(f"{path} cannot be read as {what}: {_reason(path, error)}") from error
+
+
+def _holds_program(path: Path) -> bool:
+    try:
+        with ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (BadZipFile, OSError, ValueError):
+        return False
+
+
+def _reason(path: Path, error: BaseException) -> str:
+    text = str(error)
+    if found := re.search(r"GLOBAL (\S+)", text):
+        return (
+            f"it holds an object of {found[1]}, and objects could run code; needed tensors and "
+            "plain values, save the state dict alone where the file was made"
+        )
+    if tarfile.is_tarfile(path):
+        return "it is of PyTorch before 0.2 (a tar file); save it anew with PyTorch 0.2 to 1.13"
+    return "it is damaged, cut off, or no file of torch.save"
+
+
+class Weights:
+    """Weights in files, by name; a tensor is read when it is asked for.
+
+    For use in a with-block, after which the files are closed.
+    """
+
+    def __init__(self, path: str | Path, key: str = "", as_stored: bool = False) -> None:
+        """Look at the files; no weight is read.
 
         Args:
-            path: name.safetensors, whether there is one such file or several with an index.
+            path: see `find_weights`.
+            key: of the state dict in a file that holds several; empty: the averaged one, if any.
+            as_stored: names are as they are in the files, as of those that we wrote. Else what
+                wrappers and trainers put around them is taken off, and what was chosen is logged.
 
         Raises:
             FileNotFoundError: there is no such file, or not all that the index names.
-            ValueError: the index or a file is damaged.
+            ValueError: the index or a file is damaged, holds code, no state dict or no such key.
         """
-        self.path = path
+        found = find_weights(Path(path))
+        self.path = found.path
         self._stack = ExitStack()
-        self._files = _files(path)
+        self._open: dict[Path, _SafeFile | _TorchFile] = {}
+        said = [f"took the variant {found.variant!r}"] if found.variant else []
+        if found.path.name.endswith(".json"):
+            self._files = places_in(found.path)
+        else:
+            file = self._opened(found.path, key)
+            self._files = dict.fromkeys(file.names(), found.path)
+            if isinstance(file, _TorchFile):
+                key, said = file.key, [*said, file.said]
+        if as_stored:
+            self._names = {name: name for name in self._files}
+            return
+        self._names, chosen = own_names(self._files, key, str(self.path))
+        for text in filter(None, (*said, chosen)):
+            logger.warning("%s: %s", self.path, text)
 
-    def __enter__(self) -> StoredWeights:
-        self._open: dict[Path, Any] = {}
+    def __enter__(self) -> Weights:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+        self._open.clear()
 
     def names(self) -> list[str]:
-        return list(self._files)
+        return list(self._names)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor, without reading it."""
-        return tuple(self._slice(name).get_shape())
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
 
-    def dtype(self, name: str) -> torch.dtype | None:
-        """Return the type of a tensor's numbers; None: one that weights do not have."""
-        return _TYPES.get(self._slice(name).get_dtype())
+    def stored_name(self, name: str) -> str:
+        """Return the name of a weight in its file."""
+        return self._names[name]
+
+    def header(self, name: str) -> Header:
+        """Return shape and type of a tensor, without reading it."""
+        return self._file(name).header(self._names[name])
 
     def get(self, name: str) -> Tensor:
-        try:
-            return self._file(name).get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{self._files[name]} is damaged: {error}") from error
+        """Read a tensor.
 
-    def _slice(self, name: str) -> Any:
-        try:
-            return self._file(name).get_slice(name)
-        except SafetensorError as error:
-            raise ValueError(f"{self._files[name]} holds no {name!r}: {error}") from error
+        Raises:
+            ValueError: the file is damaged, or a number in it is not finite.
+        """
+        tensor = self._file(name).get(self._names[name])
+        if tensor.dtype in FLOATS.values() and not tensor.isfinite().all():
+            raise ValueError(
+                f"{self._files[self._names[name]]}: the numbers of {self._names[name]!r} must be "
+                "finite, got NaN or infinity"
+            )
+        return tensor
 
-    def _file(self, name: str) -> Any:
-        path = self._files[name]
+    def state_dict(self) -> dict[str, Tensor]:
+        """Read all of them, floating-point numbers in float32."""
+        # Copied where the type is the same: a file of torch.save may stay open, and change.
+        return {
+            name: tensor.to(torch.float32, copy=True)
+            if (tensor := self.get(name)).dtype in FLOATS.values()
+            else tensor.clone()
+            for name in self.names()
+        }
+
+    def _file(self, name: str) -> _SafeFile | _TorchFile:
+        return self._opened(self._files[self._names[name]])
+
+    def _opened(self, path: Path, key: str = "") -> _SafeFile | _TorchFile:
         if path not in self._open:
-            self._open[path] = self._stack.enter_context(_opened(path))
+            file = _SafeFile(path) if _is_safe(path) else _TorchFile(path, key)
+            self._open[path] = file
+            self._stack.callback(file.close)
         return self._open[path]
 
 
-def _files(path: Path) -> dict[str, Path]:
-    if path.is_file():
-        with _opened(path) as file:
-            return {name: path for name in file.keys()}
-    index = path.with_name(path.name + INDEX)
-    if not index.is_file():
-        raise FileNotFoundError(f"no model weights at {path}")
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(name): path.with_name(file) for name, file in places.items()}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of weights: {error}") from error
+def places_in(index: Path) -> dict[str, Path]:
+    """Return in which file each tensor lies that an index names.
+
+    Raises:
+        FileNotFoundError: a file that it names is missing.
+        ValueError: it is damaged, or names files elsewhere.
+    """
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(one, str) for one in places.values()):
+        raise ValueError(f"{index} is no index of weights: it needs weight_map, names of files")
+    outside = sorted(name for name in set(places.values()) if Path(name).name != name)
+    if outside:
+        raise ValueError(f"{index}: needed files beside it, it names {outside[:3]}")
+    files = {name: index.with_name(file) for name, file in places.items()}
     missing = sorted({file.name for file in files.values() if not file.is_file()})
     if missing:
         raise FileNotFoundError(
-            f"{path.parent} lacks {len(missing)} of the files that {index.name} names: "
+            f"{index.parent} lacks {len(missing)} of the files that {index.name} names: "
             f"{missing[:5]}"
         )
     return files
 
 
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} cannot be read as a state dict, it is not a whole safetensors file: {error}"
-        ) from error
+def read_state_dict(path: str | Path, key: str = "") -> dict[str, Tensor]:
+    """Read a whole state dict, its names bare and floating-point numbers in float32.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Weights`.
+    """
+    with Weights(path, key) as weights:
+        return weights.state_dict()
 
 
-class LoadedWeights:
-    """Weights of a PyTorch file, left on disk until a tensor is asked for; as StoredWeights."""
-
-    def __init__(self, path: Path, keys: tuple[str, ...] = (), key: str = "") -> None:
-        """Look at a file.
-
-        Args:
-            path: a file that torch.save wrote, with nothing but tensors and plain values in it.
-            keys: under which the state dict may lie, the first of them that is there counts.
-            key: under which it must lie; empty: under one of `keys`, or it is the file itself.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is damaged, holds code, or no state dict.
-        """
-        if not path.is_file():
-            raise FileNotFoundError(f"no state dict at {path}")
-        self.path = path
-        try:
-            # Files of PyTorch before 1.6 are no archives, which alone can stay on disk.
-            on_disk = is_zipfile(path)
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} cannot be read as a state dict: {error}") from error
-        self.key = key
-        if isinstance(found, Mapping) and not key:
-            self.key = next((name for name in keys if name in found), "")
-        if self.key:
-            if not isinstance(found, Mapping) or self.key not in found:
-                held = sorted(map(str, found)) if isinstance(found, Mapping) else type(found)
-                raise ValueError(f"{path} has no {self.key!r}; it holds {held}")
-            found = found[self.key]
-        if not isinstance(found, Mapping) or not found:
-            raise ValueError(f"{path} holds no state dict but {type(found).__name__}")
-        others = [str(name) for name, value in found.items() if not isinstance(value, Tensor)]
-        if others:
-            raise ValueError(
-                f"{path}: {others[:5]} are not tensors; name the state dict with --key"
-            )
-        self._state = {str(name): value for name, value in found.items()}
-
-    def __enter__(self) -> LoadedWeights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._state = {}
-
-    def names(self) -> list[str]:
-        return list(self._state)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._state[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype | None:
-        """Return the type of a tensor's numbers; None: one that weights do not have."""
-        dtype = self._state[name].dtype
-        return dtype if dtype in _TYPES.values() else None
-
-    def get(self, name: str) -> Tensor:
-        return self._state[name]
+def headers(state: Weights | Mapping[str, Tensor]) -> dict[str, Header]:
+    """Return shape and type of each weight by its name."""
+    if isinstance(state, Weights):
+        return {name: state.header(name) for name in state.names()}
+    known = {*FLOATS.values(), *COUNTS.values()}
+    return {
+        name: Header(tuple(tensor.shape), tensor.dtype if tensor.dtype in known else None)
+        for name, tensor in state.items()
+    }
 
 
-Weights = StoredWeights | LoadedWeights
-"""Weights that are read one by one."""
-
-
-def open_weights(path: Path, keys: tuple[str, ...] = (), key: str = "") -> Weights:
-    """Look at a state dict in .safetensors, in one file or in several, or in a file of torch.save.
+def check_fit(
+    model: nn.Module,
+    given: Mapping[str, Header],
+    where: str,
+    named: Callable[[str], str] = str,
+) -> None:
+    """Refuse weights whose names, shapes or types are not those of a model (ValueError).
 
     Args:
-        path: the file.
-        keys: see `LoadedWeights`.
-        key: see `LoadedWeights`; a .safetensors file has none.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, holds something else than tensors, or has no such key.
+        model: with weights or, on the device "meta", without.
+        given: by the model's names.
+        where: the weights are, for the message.
+        named: turns a name of the model into the one of the file, for the message.
     """
-    if path.suffix != ".safetensors":
-        return LoadedWeights(path, keys, key)
-    if key:
-        raise ValueError(f"{path} has no {key!r}: a .safetensors file holds one state dict")
-    return StoredWeights(path)
+    needed = {name: (tuple(one.shape), one.dtype) for name, one in model.state_dict().items()}
+    problems = [
+        f"{len(names)} {what} such as {min(map(named, names))!r}"
+        for what, names in (
+            ("missing weights", needed.keys() - given.keys()),
+            ("unknown weights", given.keys() - needed.keys()),
+        )
+        if names
+    ]
+    both = sorted(needed.keys() & given.keys())
+    problems += [
+        f"{named(name)!r} of shape {given[name].shape} where {needed[name][0]} is needed"
+        for name in both
+        if needed[name][0] != given[name].shape
+    ][:1]
+    if problems:
+        raise ValueError(f"{where} is of another architecture: {'; '.join(problems)}")
+    wrong = [name for name in both if not _is_like(given[name].dtype, needed[name][1])]
+    if wrong:
+        raise ValueError(
+            f"{where}: {len(wrong)} weights are no floating-point numbers of 16 bits or more, such "
+            f"as {named(wrong[0])!r}: needed fp32, fp16 or bf16, not quantised weights"
+        )
 
 
-def read_state_dict(path: str | Path, key: str = "") -> dict[str, Tensor]:
-    """Read a whole state dict in float32, its names bare.
-
-    Raises:
-        FileNotFoundError, ValueError: as `open_weights`.
-    """
-    with open_weights(Path(path), key=key) as weights:
-        return {bare(name): weights.get(name).float() for name in weights.names()}
-
-
-def bare(name: str) -> str:
-    """Take off what wrappers and checkpoints put into the name of a weight."""
-    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-    while prefix := next((one for one in _PREFIXES if name.startswith(one)), ""):
-        name = name.removeprefix(prefix)
-    return name
+def _is_like(given: torch.dtype | None, needed: torch.dtype) -> bool:
+    # Averages of a model keep what its layers count as floating-point numbers too.
+    kinds = FLOATS if needed.is_floating_point else FLOATS | COUNTS
+    return given in kinds.values()
 
 
 def write_shards(

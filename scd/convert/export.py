@@ -19,7 +19,7 @@ from torch import Tensor
 from scd.common.config import from_json, to_json
 from scd.common.files import refuse_used, written_aside
 from scd.common.hub import find_part
-from scd.common.weights import StoredWeights, write_shards
+from scd.common.weights import Weights, write_shards
 from scd.models.checkpoint import resolve
 from scd.models.kinds import ModelConfig
 from scd.models.shipped import parts_beside
@@ -66,7 +66,7 @@ def export_diffusers(run: str | os.PathLike[str], out: str) -> list[Path]:
         num_layers = {part: getattr(config, part).num_layers for part in ("encoder", "decoder")}
     else:
         num_layers = {"transformer": config.num_layers}
-    with StoredWeights(folder / WEIGHTS_FILE) as weights, written_aside(target) as aside:
+    with Weights(folder / WEIGHTS_FILE, as_stored=True) as weights, written_aside(target) as aside:
         for part, number in num_layers.items():
             (aside / part).mkdir()
             text = json.dumps(_transformer_config(config, number), indent=2)
@@ -80,7 +80,7 @@ def export_diffusers(run: str | os.PathLike[str], out: str) -> list[Path]:
     return [target / part for part in num_layers]
 
 
-def _tensors(weights: StoredWeights, part: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(weights: Weights, part: str) -> Iterator[tuple[str, Tensor]]:
     """Read the weights of "encoder", "decoder", or all of a dense "transformer"."""
     prefix = "" if part == "transformer" else f"{part}."
     for name in weights.names():

@@ -8,17 +8,19 @@ AutoencoderDC, with the same names. Source of the layouts: the release's and FAR
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from scd.autoencoders.deep_compression import FAR_SCALE, settings_of
 from scd.autoencoders.diffusers import new_network, save_network
 from scd.common.files import refuse_used, written_aside
-from scd.common.weights import read_state_dict
+from scd.common.weight_names import Renaming
+from scd.common.weights import check_fit, headers, read_state_dict
 from scd.data.spaces import ConditionSpec
 from scd.models.build import Diffuser, build
 from scd.models.config import (
@@ -31,27 +33,39 @@ from scd.models.config import (
     Join,
     SeparableConfig,
 )
-from scd.models.weights import check_state
 
-_STACK_NAMES = (
-    (r"x_embedder\.", "embed_frame.project."),
-    (r"timestep_embedder\.linear_1\.", "embed_time.rise."),
-    (r"timestep_embedder\.linear_2\.", "embed_time.mix."),
-    (r"action_embedder\.embedding_table\.", "embed_conditions.actions."),
-    (r"label_embedder\.embedding_table\.", "embed_conditions.labels."),
-    (r"transformer_blocks\.(\d+)\.norm1\.linear\.", r"blocks.\1.attention_modulation.linear."),
-    (r"transformer_blocks\.(\d+)\.norm2\.linear\.", r"blocks.\1.mlp_modulation.linear."),
-    (r"transformer_blocks\.(\d+)\.attn\.norm_([qk])\.weight", r"blocks.\1.attention.\2_norm"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0\.", r"blocks.\1.attention.to_out."),
-    (r"transformer_blocks\.(\d+)\.attn\.to_([qkv])\.", r"blocks.\1.attention.to_\2."),
-    (r"transformer_blocks\.(\d+)\.mlp\.net\.0\.proj\.", r"blocks.\1.mlp.0."),
-    (r"transformer_blocks\.(\d+)\.mlp\.net\.2\.", r"blocks.\1.mlp.2."),
-    (r"proj_out\.", "head.project."),
-    (r"decoder_input_proj\.", "merge."),
-    (r"decoder_alignment\.0\.", "align_norm."),
-    (r"decoder_alignment\.1\.", "align."),
+_STACK = (
+    ("x_embedder.", "embed_frame.project."),
+    ("timestep_embedder.linear_1.", "embed_time.rise."),
+    ("timestep_embedder.linear_2.", "embed_time.mix."),
+    ("action_embedder.embedding_table.", "embed_conditions.actions."),
+    ("label_embedder.embedding_table.", "embed_conditions.labels."),
+    ("transformer_blocks.{n}.norm1.linear.", "blocks.{n}.attention_modulation.linear."),
+    ("transformer_blocks.{n}.norm2.linear.", "blocks.{n}.mlp_modulation.linear."),
+    ("transformer_blocks.{n}.attn.norm_q.weight", "blocks.{n}.attention.q_norm"),
+    ("transformer_blocks.{n}.attn.norm_k.weight", "blocks.{n}.attention.k_norm"),
+    ("transformer_blocks.{n}.attn.to_out.0.", "blocks.{n}.attention.to_out."),
+    ("transformer_blocks.{n}.attn.to_q.", "blocks.{n}.attention.to_q."),
+    ("transformer_blocks.{n}.attn.to_k.", "blocks.{n}.attention.to_k."),
+    ("transformer_blocks.{n}.attn.to_v.", "blocks.{n}.attention.to_v."),
+    ("transformer_blocks.{n}.mlp.net.0.proj.", "blocks.{n}.mlp.0."),
+    ("transformer_blocks.{n}.mlp.net.2.", "blocks.{n}.mlp.2."),
+    ("proj_out.", "head.project."),
+    ("decoder_input_proj.", "merge."),
+    ("decoder_alignment.0.", "align_norm."),
+    ("decoder_alignment.1.", "align."),
 )
-"""Names inside one stack of blocks: the release's, and ours."""
+"""Beginnings of names inside one stack of blocks: the release's, and ours."""
+
+_NAMES = {
+    # The encoder ends in its output norm; in the others the norm belongs to the head.
+    side: Renaming((*_STACK, ("norm_out.linear.", f"{norm}.linear.")))
+    for side, norm in (
+        ("encoder.", "output_modulation"),
+        ("decoder.", "head.modulation"),
+        ("", "head.modulation"),
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +85,7 @@ class ReferenceConfig:
     distance_bias: float = 0.0
     """Slope of the attention bias over frame distance."""
     key: str = ""
-    """Name of the state dict inside the file, where it lies in a dictionary. Empty: the file is
-    the state dict."""
+    """Name of the state dict inside the file, where it holds several. Empty: the averaged one."""
     cache: CacheConfig = field(default_factory=lambda: CacheConfig(window=300, num_sinks=0))
     """KV cache of a stream; the release keeps all frames."""
 
@@ -81,17 +94,23 @@ def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of the release (encoder and decoder) or of FAR (one stack) to ours."""
     renamed = {}
     for name, tensor in state.items():
-        side = re.match(r"(encoder|decoder)\.", name)
-        prefix = side.group(0) if side else ""
-        rest = name[len(prefix) :]
-        # The encoder ends in its output norm; in the others the norm belongs to the head.
-        output = "output_modulation.linear." if prefix == "encoder." else "head.modulation.linear."
-        for theirs, ours in (*_STACK_NAMES, (r"norm_out\.linear\.", output)):
-            rest, found = re.subn(f"^{theirs}", ours, rest)
-            if found:
-                break
-        renamed[prefix + rest] = tensor
+        side, rest = _side_of(name)
+        ours = side + (_NAMES[side].to_ours(rest) or rest)
+        if ours in renamed:
+            raise ValueError(f"{name!r} is the weight {ours!r} of ours, which is there already")
+        renamed[ours] = tensor
     return renamed
+
+
+def their_name(name: str) -> str:
+    """Turn our name of a weight into the release's; one that is not known stays as it is."""
+    side, rest = _side_of(name)
+    return side + (_NAMES[side].to_theirs(rest) or rest)
+
+
+def _side_of(name: str) -> tuple[str, str]:
+    side = next(side for side in _NAMES if name.startswith(side))
+    return side, name.removeprefix(side)
 
 
 def config_of(
@@ -103,8 +122,13 @@ def config_of(
     probes = [f"{stack}{part}" for stack in stacks for part in _PROBES]
     missing = [name for name in probes if name not in state]
     if missing:
-        raise ValueError(f"not a state dict of the release or of FAR: no weight {missing[:3]}")
+        raise ValueError(
+            "not a state dict of the release or of FAR: no weight "
+            f"{[their_name(name) for name in missing[:3]]}; it holds "
+            f"{sorted(map(their_name, state))[:3]} ..."
+        )
     first = stacks[0]
+    _check_axes({name: state[name] for name in probes}, (2, 1, 2) * len(stacks))
     width, token_dim = state[f"{first}embed_frame.project.weight"].shape
     head_dim = state[f"{first}blocks.0.attention.q_norm"].numel()
     patch_size = round((token_dim / config.channels) ** 0.5)
@@ -122,6 +146,8 @@ def config_of(
     tables = {
         name: state.get(f"{first}embed_conditions.{name}.weight") for name in ("actions", "labels")
     }
+    if any(one is not None and one.ndim != 2 for one in tables.values()):
+        raise ValueError("the tables of actions and labels must have 2 axes")
     # The last row of a table is the null embedding.
     sizes = {f"num_{name}": 0 if one is None else len(one) - 1 for name, one in tables.items()}
     shared: Any = dict(
@@ -143,6 +169,15 @@ def config_of(
     return SeparableConfig(encoder=encoder, decoder=decoder, **shared)
 
 
+def _check_axes(state: Mapping[str, Tensor], ranks: Sequence[int]) -> None:
+    for (name, tensor), rank in zip(state.items(), ranks, strict=True):
+        if tensor.ndim != rank or not tensor.numel():
+            raise ValueError(
+                f"{their_name(name)!r} must have {rank} axes and some numbers, got "
+                f"{list(tensor.shape)}"
+            )
+
+
 _PROBES = ("embed_frame.project.weight", "blocks.0.attention.q_norm", "embed_time.rise.weight")
 
 
@@ -151,16 +186,22 @@ def _num_layers(state: Mapping[str, Tensor], prefix: str) -> int:
     return 1 + max(int(match.group(1)) for match in found if match)
 
 
-def read_reference(state: Mapping[str, Tensor], config: ReferenceConfig) -> Diffuser:
+def read_reference(
+    state: Mapping[str, Tensor], config: ReferenceConfig, where: str = "the state dict"
+) -> Diffuser:
     """Build the model of a state dict in the layout of the release or of FAR.
 
     Raises:
         ValueError: weights are missing, unknown, or do not fit the layout or the latent shape.
     """
-    renamed = our_names(state)
-    model = build(config_of(renamed, config))
-    check_state(model, renamed, "the state dict")
-    model.load_state_dict(renamed)
+    try:
+        renamed = our_names(state)
+        with torch.device("meta"):
+            model = build(config_of(renamed, config))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    check_fit(model, headers(renamed), where, their_name)
+    model.load_state_dict(renamed, assign=True)
     return model.eval()
 
 
@@ -168,7 +209,7 @@ def convert_reference(source: str, out: str, config: ReferenceConfig) -> Path:
     """Turn a state dict of the release or of FAR into a folder that `from_pretrained` reads."""
     folder = Path(out)
     refuse_used(folder)
-    model = read_reference(read_state_dict(source, config.key), config)
+    model = read_reference(read_state_dict(source, config.key), config, source)
     model.save_pretrained(folder)
     return folder
 
@@ -178,13 +219,14 @@ class ConvertAutoencoderConfig:
     """One state dict of an autoencoder."""
 
     file: str = ""
-    """State dict of FAR's deep-compression autoencoder: .pth or .safetensors."""
+    """State dict of FAR's deep-compression autoencoder: .safetensors, what torch.save wrote, the
+    index of several files, or a folder with one of these."""
     out: str = ""
     """Folder to write, as diffusers and `scd encode` read it; it must not exist, or be empty."""
     scale: float = FAR_SCALE
     """Factor that brings its latents to unit scale; FAR uses the same for every collection."""
     key: str = ""
-    """Name of the state dict inside the file, where it lies in a dictionary."""
+    """Name of the state dict inside the file, where it holds several. Empty: the averaged one."""
 
     def __post_init__(self) -> None:
         if not 0 < self.scale < float("inf"):
@@ -203,8 +245,12 @@ def convert_autoencoder(config: ConvertAutoencoderConfig) -> Path:
     folder = Path(config.out)
     refuse_used(folder)
     state = read_state_dict(config.file, config.key)
-    network = new_network(settings_of(state, config.scale))
-    check_state(network, state, config.file)
+    try:
+        settings = settings_of(state, config.scale)
+    except ValueError as error:
+        raise ValueError(f"{config.file}: {error}") from error
+    network = new_network(settings)
+    check_fit(network, headers(state), config.file)
     network.load_state_dict(state)
     with written_aside(folder) as aside:
         save_network(network, aside)

@@ -5,6 +5,7 @@ Tensors are copied one after another: memory holds at most one file. Source: pap
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,11 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from scd.autoencoders.build import WAN
 from scd.autoencoders.config import WanAutoencoderConfig
+from scd.autoencoders.wan import wan_shape_of
 from scd.common.files import refuse_used, written_aside
 from scd.common.hub import find_part, read_part_config
 from scd.common.runtime import DTYPES
-from scd.common.weights import SHARD_BYTES, write_shards
+from scd.common.weights import SHARD_BYTES, check_fit, write_shards
 from scd.data.source import DataCard
 from scd.models.build import build
 from scd.models.checkpoint import write_world_settings
@@ -37,11 +40,16 @@ from scd.models.wan.config import (
 from scd.models.wan.separable import places_of
 from scd.models.wan.source import PARTS, WanSource, open_source
 from scd.models.wan.timesteps import warped_times
-from scd.models.weights import WEIGHTS_FILE, check_shapes
+from scd.models.weights import CONFIG_FILE, WEIGHTS_FILE
 from scd.probing.interventions import proposed_layers
 
 FPS = 16.0
 """Frames per second of Wan's videos."""
+
+CELL_SIZE = 8
+"""Pixels, each way, of a latent cell of Wan2.1."""
+
+logger = logging.getLogger(__name__)
 
 _SWITCHES = ("encoder_noise", "lowest_time", "encoder_shift", "join", "context_time")
 
@@ -122,8 +130,8 @@ def convert_wan(config: ConvertWanConfig) -> Path:
         conditions=model.conditions,
         action_names=(),
     )
+    _check(source, model)
     with source.weights as weights, written_aside(folder) as aside:
-        _check(source, model)
         write_world_settings(aside, model, autoencoder, card, _sampling(config, source))
         dtype = DTYPES.get(config.dtype)
 
@@ -224,9 +232,16 @@ def model_config(
 def _cell_size(source: WanSource) -> int:
     """Return the pixels per latent cell of the autoencoder beside the weights; default 8."""
     if source.folder is None or not (source.folder / "vae").is_dir():
-        return 8
-    vae = read_part_config(find_part(source.folder, "vae", ("AutoencoderKLWan",), "autoencoder"))
-    return 2 ** (len(vae.get("dim_mult", (1, 2, 4, 4))) - 1)
+        return CELL_SIZE
+    folder = find_part(source.folder, "vae", (WAN,), "autoencoder")
+    settings = read_part_config(folder)
+    channels, cell_size = wan_shape_of(settings, str(folder / CONFIG_FILE))
+    if channels != source.channels:
+        raise ValueError(
+            f"{source.folder}: its transformer works on latents of {source.channels} channels, its "
+            f"vae/ makes latents of {channels}"
+        )
+    return cell_size
 
 
 def _autoencoder(config: ConvertWanConfig, source: WanSource) -> WanAutoencoderConfig:
@@ -246,26 +261,33 @@ def _autoencoder(config: ConvertWanConfig, source: WanSource) -> WanAutoencoderC
 
 def _sampling(config: ConvertWanConfig, source: WanSource) -> SamplingConfig:
     if not source.is_causal:
-        return SamplingConfig(num_steps=config.num_steps, schedule="shifted", shift=SHIFT)
+        shift = source.flow_shift
+        if shift is not None and shift != SHIFT:
+            logger.warning(
+                "%s: its scheduler bends the denoising steps by flow_shift %g, and so does the "
+                "world; training draws its times with --objective.shift, %g unless it is set",
+                source.folder,
+                shift,
+                SHIFT,
+            )
+        if shift == 1:
+            return SamplingConfig(num_steps=config.num_steps)
+        return SamplingConfig(num_steps=config.num_steps, schedule="shifted", shift=shift or SHIFT)
     times = warped_times(FEW_STEPS)
     return SamplingConfig(num_steps=len(times), schedule="listed", times=times, solver="renoise")
 
 
 def _check(source: WanSource, model: ModelConfig) -> None:
     """Refuse weights of another shape or type, by headers alone (ValueError)."""
-    weights, where = source.weights, str(source.weights.path)
-    shapes, wrong = {}, []
-    for name, theirs in source.names.items():
-        if weights.dtype(theirs) is None:
-            wrong.append(theirs)
-        shapes |= dict.fromkeys(_places(name, source, model), weights.shape(theirs))
-    if wrong:
-        raise ValueError(
-            f"{where}: {len(wrong)} weights are no floating-point numbers of 16 bits or more, such "
-            f"as {wrong[0]!r}: needed fp32, fp16 or bf16, not quantised weights"
-        )
+    whole = WanConfig(
+        shape=model.shape,
+        block=source.block,
+        conditions=model.conditions,
+        cache=model.cache,
+        num_layers=source.num_layers,
+    )
     with torch.device("meta"):
-        check_shapes(build(model), shapes, where)
+        check_fit(build(whole), source.headers(), str(source.weights.path), source.named)
 
 
 def _places(name: str, source: WanSource, model: Any) -> list[str]:

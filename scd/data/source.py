@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import parse_qsl
 
-from scd.common.config import added, at_least, from_json
+from scd.common.config import MAX_SIZE, added, from_json, within
 from scd.data.clip import Clip
 from scd.data.spaces import ConditionSpec, Split
 
@@ -27,6 +27,9 @@ WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no":
 
 DEFAULT_KIND = "folder"
 """What a path is taken for that no kind of source recognises."""
+
+MAX_FPS = 1000
+"""Most frames per second that files and players can have."""
 
 Kind = TypeVar("Kind")
 
@@ -52,9 +55,9 @@ class DataCard:
     """Whether frames are drawn in hard-edged pixels, which a player should not smooth."""
 
     def __post_init__(self) -> None:
-        at_least(1, height=self.height, width=self.width)
-        if not 0 < self.fps < float("inf"):
-            raise ValueError(f"fps must be a finite number above 0, got {self.fps}")
+        within(1, MAX_SIZE, height=self.height, width=self.width)
+        if not 0 < self.fps <= MAX_FPS:
+            raise ValueError(f"fps must be above 0 and {MAX_FPS} at most, got {self.fps}")
         num_names = self.conditions.num_actions or self.conditions.action_dim
         if len(self.action_names) != num_names:
             raise ValueError(

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from scd.common.config import added, at_least
+from scd.common.config import added, within
+
+MAX_NUMBER = 2**20
+"""Largest number of actions, labels, entries or tokens, so that damaged settings are refused."""
 
 OnError = Literal["stop", "skip"]
 """What becomes of a clip that cannot be read: an error, or another clip in its place."""
@@ -27,8 +30,9 @@ class ConditionSpec:
     """Entries of an embedded token of the text. 0: no text."""
 
     def __post_init__(self) -> None:
-        at_least(
+        within(
             0,
+            MAX_NUMBER,
             num_actions=self.num_actions,
             action_dim=self.action_dim,
             num_labels=self.num_labels,

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -37,20 +36,30 @@ from scd.autoencoders.config import AutoencoderConfig
 from scd.common.config import added, from_json, to_json
 from scd.common.files import read_json, write_file, written_aside
 from scd.common.hub import upload
-from scd.common.names import did_you_mean
+from scd.common.names import did_you_mean, refuse_unknown
 from scd.common.places import named_by
-from scd.common.weights import SHARD_BYTES, is_file_of, is_stored, write_shards
+from scd.common.weights import SHARD_BYTES, is_file_of, is_stored, read_torch, write_shards
 from scd.data.source import DataCard
 from scd.models.build import Diffuser, build, num_parameters
 from scd.models.clips import CLIPS_FILE, Clips, clips_in
 from scd.models.config import SamplingConfig
 from scd.models.kinds import ModelConfig
 from scd.models.names import CARD_FILE, WORLDS, find_world, shipped_names
-from scd.models.weights import CONFIG_FILE, FORMAT, WEIGHTS_FILE, load_weights, read_settings
+from scd.models.weights import (
+    CONFIG_FILE,
+    FORMAT,
+    WEIGHTS_FILE,
+    choose_dtype,
+    load_weights,
+    read_settings,
+)
 from scd.models.world_card import WorldFacts, card_text
 
 PACKAGE = Path(__file__).resolve().parent.parent
 """Folder of this package."""
+
+STATE = "a state of training"
+"""What a file of optimisers or of auxiliary networks holds."""
 
 RAW_FILE = "raw.safetensors"
 """Weights that the optimiser moves, in a checkpoint of a run."""
@@ -103,9 +112,20 @@ class World:
         weights: Literal["ema", "raw"] = "ema",
         device: torch.device | str = "cpu",
         revision: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        **unknown: Any,
     ) -> World:
         """Load a world by name: the same as `scd.load`."""
-        return load(name, weights=weights, device=device, revision=revision)
+        refuse_unknown(unknown, cls.from_pretrained)
+        return load(
+            name,
+            weights=weights,
+            device=device,
+            revision=revision,
+            dtype=dtype,
+            torch_dtype=torch_dtype,
+        )
 
     def save_pretrained(self, folder: str | os.PathLike[str], name: str = "") -> Path:
         """Write a folder to pass on: settings, weights, clips and a model card.
@@ -223,6 +243,9 @@ def load(
     weights: Literal["ema", "raw"] = "ema",
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    **unknown: Any,
 ) -> World:
     """Load a world by name.
 
@@ -232,12 +255,22 @@ def load(
         weights: the averaged weights, or those the optimiser moved (only in a run).
         device: where the model goes.
         revision: branch, tag or commit on the hub; None: the newest.
+        dtype: type of the model's weights: torch.float32, torch.bfloat16, torch.float16 or one of
+            their names. None: float32, of one of Wan's as they are stored; "auto": as stored.
+        torch_dtype: the same, by its older name.
+        unknown: refused.
 
     Raises:
         FileNotFoundError: no such world, or the hub cannot be reached; says which there are.
-        ValueError: the files are damaged, of another format, or do not fit together.
+        ValueError: the files are damaged, of another format, or do not fit together; or an argument
+            that there is not.
     """
-    return load_world(find_world(name, revision), weights, device)
+    refuse_unknown(unknown, load)
+    wanted = choose_dtype(dtype, torch_dtype)
+    world = load_world(find_world(name, revision), weights, device, "auto" in (dtype, torch_dtype))
+    if wanted is not None:
+        world.model.to(dtype=wanted)
+    return world
 
 
 def as_world(world: World | str | os.PathLike[str]) -> World:
@@ -249,6 +282,7 @@ def load_world(
     path: str | os.PathLike[str],
     weights: Literal["ema", "raw"] = "ema",
     device: torch.device | str = "cpu",
+    as_stored: bool = False,
 ) -> World:
     """Load a world from a world folder, a run folder (its newest step) or one step of a run.
 
@@ -256,10 +290,11 @@ def load_world(
         path: the folder.
         weights: the averaged weights, or those the optimiser moved (only in a run).
         device: where the model goes.
+        as_stored: leave weights in the type in which they are stored.
 
     Returns:
-        The world; its model is in eval mode and float32, one of Wan's in the type in which its
-        weights are stored.
+        The world; its model is in eval mode and, unless `as_stored`, in float32, one of Wan's in
+        the type in which its weights are stored.
 
     Raises:
         FileNotFoundError: no world is there.
@@ -274,7 +309,7 @@ def load_world(
     if weights == "raw" and not is_stored(folder / name):
         raise FileNotFoundError(f"{folder} has no raw weights ({name}): only runs keep them")
     load_weights(model, folder / name, str(device))
-    if not parts["model"].keeps_stored_type:
+    if not (as_stored or parts["model"].keeps_stored_type):
         # Small worlds are passed on in fewer bits than they compute with; Wan's stay as stored,
         # since twice their size may not fit.
         model.float()
@@ -395,7 +430,7 @@ def load_optimizers(step_folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file is damaged or holds something else.
     """
-    return load_state(step_folder / "optimizer.pt")
+    return read_torch(step_folder / "optimizer.pt", STATE)
 
 
 def load_auxiliary(step_folder: Path) -> dict[str, Any]:
@@ -404,19 +439,8 @@ def load_auxiliary(step_folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged or holds something else.
     """
-    return load_state(path) if (path := step_folder / "auxiliary.pt").exists() else {}
-
-
-def load_state(path: Path) -> Any:
-    """Read what `torch.save` wrote; nothing but tensors and numbers is accepted.
-
-    Raises:
-        ValueError: the file is damaged or holds something else.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or not a state of training: {error}") from error
+    path = step_folder / "auxiliary.pt"
+    return read_torch(path, STATE) if path.exists() else {}
 
 
 def load_progress(step_folder: Path) -> Progress:
@@ -487,9 +511,28 @@ def read_world_parts(folder: Path) -> dict[str, Any]:
     begins = values.get(FROM_NOTHING, False)
     if not isinstance(begins, bool):
         raise ValueError(f"{path}: {FROM_NOTHING} must be true or false, got {begins!r}")
-    return {FROM_NOTHING: begins} | {
-        name: from_json(kind, values[name], f"{path}: {name}") for name, kind in kinds.items()
-    }
+    parts = {name: from_json(kind, values[name], f"{path}: {name}") for name, kind in kinds.items()}
+    _check_parts(parts["model"], parts["autoencoder"], parts["card"], str(path))
+    return {FROM_NOTHING: begins} | parts
+
+
+def _check_parts(
+    model: ModelConfig, autoencoder: AutoencoderConfig, card: DataCard, where: str
+) -> None:
+    """Refuse parts of a world that do not fit each other (ValueError), before any is built."""
+    try:
+        latents = build_autoencoder(autoencoder).latent_shape(card.height, card.width)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if latents != model.shape.shape:
+        raise ValueError(
+            f"{where}: frames of {card.height}x{card.width} have latents {list(latents)}, the "
+            f"model works on {list(model.shape.shape)}"
+        )
+    if card.conditions != model.conditions:
+        raise ValueError(
+            f"{where}: the card says {card.conditions}, the model is steered by {model.conditions}"
+        )
 
 
 def _write_tensors(

@@ -109,5 +109,7 @@ def _check(frames: Tensor, actions: Tensor, card: DataCard) -> None:
             f"needed an integer for each of {list(frames.shape[:2])} frames as its action, got "
             f"{actions.dtype} {list(actions.shape)}"
         )
+    if not frames.numel():
+        raise ValueError(f"needed one or more, got {list(frames.shape)}")
     if card.conditions.num_actions:
         check_actions(card.conditions, actions.long())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
-from scd.common.config import added, at_least
+from scd.common.config import MAX_LAYERS, MAX_SIZE, MAX_STEPS, added, within
 from scd.data.spaces import ConditionSpec
 
 Solver = Literal["euler", "heun", "renoise"]
@@ -37,9 +37,9 @@ class SamplingConfig:
     Empty elsewhere."""
 
     def __post_init__(self) -> None:
-        at_least(1, num_steps=self.num_steps)
-        if self.shift <= 0:
-            raise ValueError(f"shift must be positive, got {self.shift}")
+        within(1, MAX_STEPS, num_steps=self.num_steps)
+        if not 0 < self.shift < 1e3:
+            raise ValueError(f"shift must be above 0 and below 1000, got {self.shift}")
         if self.schedule != "shifted" and self.shift != 1:
             raise ValueError(f"shift={self.shift} has no effect on schedule={self.schedule!r}")
         if self.schedule == "listed":
@@ -85,8 +85,9 @@ class FrameShape:
     """Side of the square of latent cells that makes one token."""
 
     def __post_init__(self) -> None:
-        at_least(
+        within(
             1,
+            MAX_SIZE,
             channels=self.channels,
             height=self.height,
             width=self.width,
@@ -151,21 +152,21 @@ class BlockConfig:
     """Slope of an attention bias over frame distance. 0: none, as in the paper."""
 
     def __post_init__(self) -> None:
-        if self.width < 1 or self.head_dim < 1 or self.width % self.head_dim:
+        within(1, MAX_SIZE, width=self.width, head_dim=self.head_dim)
+        if self.width % self.head_dim:
             raise ValueError(
                 f"width must be a multiple of head_dim: got width={self.width}, "
                 f"head_dim={self.head_dim}"
             )
-        if sum(self.rotary_axes) != self.head_dim or any(size % 2 for size in self.rotary_axes):
+        axes = self.rotary_axes
+        if sum(axes) != self.head_dim or any(size % 2 or size < 0 for size in axes):
             raise ValueError(
-                f"rotary_axes must be even and add up to head_dim={self.head_dim}, "
-                f"got {self.rotary_axes}"
+                f"rotary_axes must be even, 0 or more, and add up to head_dim={self.head_dim}, "
+                f"got {axes}"
             )
-        if self.rotary_theta <= 0 or self.initial_condition_std <= 0:
-            raise ValueError(
-                "rotary_theta and initial_condition_std must be positive, got "
-                f"{self.rotary_theta} and {self.initial_condition_std}"
-            )
+        within(1e-6, 1e9, rotary_theta=self.rotary_theta)
+        within(1e-9, 1e3, initial_condition_std=self.initial_condition_std)
+        within(-1e3, 1e3, initial_gate=self.initial_gate, distance_bias=self.distance_bias)
 
     @property
     def num_heads(self) -> int:
@@ -185,7 +186,7 @@ class EncoderConfig:
     """Scale and shift the context by time and action after its last norm, as in the paper."""
 
     def __post_init__(self) -> None:
-        at_least(1, num_layers=self.num_layers)
+        within(1, MAX_LAYERS, num_layers=self.num_layers)
 
 
 Join = Literal["token_concat", "token_concat_projected", "channel_concat", "add", "prefix"]
@@ -207,7 +208,7 @@ class DecoderConfig:
     where a token has more values than the model is wide, as with pixels."""
 
     def __post_init__(self) -> None:
-        at_least(1, num_layers=self.num_layers)
+        within(1, MAX_LAYERS, num_layers=self.num_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,8 +226,7 @@ class CacheConfig:
     stay at their absolute positions."""
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window must be 1 or more frames, got {self.window}")
+        within(1, MAX_SIZE, window=self.window)
         if not 0 <= self.num_sinks < self.window:
             raise ValueError(
                 f"num_sinks must leave room in the window: got num_sinks={self.num_sinks}, "
@@ -330,7 +330,7 @@ class DenseConfig(DiffuserConfig):
     """Last layers in which a frame sees itself only; nothing is cached for them."""
 
     def __post_init__(self) -> None:
-        at_least(1, num_layers=self.num_layers)
+        within(1, MAX_LAYERS, num_layers=self.num_layers)
         if not 0 <= self.num_diagonal < self.num_layers:
             raise ValueError(
                 f"num_diagonal must leave one of {self.num_layers} layers that sees the past, "
@@ -365,8 +365,11 @@ class Guidance:
     def __post_init__(self) -> None:
         if self.kind == "none" and self.scale != 1:
             raise ValueError(f"scale={self.scale} has no effect on guidance kind='none'")
-        if self.context_noise <= 0:
-            raise ValueError(f"context_noise must be positive, got {self.context_noise}")
+        if not 0 < self.context_noise < math.inf or not math.isfinite(self.scale):
+            raise ValueError(
+                "context_noise must be positive and scale finite, got "
+                f"{self.context_noise} and {self.scale}"
+            )
 
 
 EngineKind = Literal["plain", "fast"]

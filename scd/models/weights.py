@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import save_file
 from torch import nn
 
 from scd import __version__
 from scd.common.config import from_json, shown, to_json
 from scd.common.files import file_aside, read_json, write_file
-from scd.common.weights import StoredWeights
+from scd.common.hub import download
+from scd.common.names import refuse_unknown
+from scd.common.weights import Weights, check_fit, headers
 
 FORMAT = "scd-1"
 """Name and version of the layout of config.json."""
@@ -24,6 +26,12 @@ CONFIG_FILE = "config.json"
 """Settings of the model, under "model"; what else a user of the weights needs lies beside them."""
 WEIGHTS_FILE = "model.safetensors"
 """Weights of the model."""
+
+WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of numbers that a loaded model may be asked for."""
+
+
+Model = TypeVar("Model", bound="Pretrained")
 
 
 class Pretrained(PyTorchModelHubMixin):
@@ -42,41 +50,83 @@ class Pretrained(PyTorchModelHubMixin):
         save_weights(self, Path(save_directory) / WEIGHTS_FILE)
 
     @classmethod
-    def _from_pretrained(
-        cls,
+    def from_pretrained(
+        cls: type[Model],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        model_id: str,
         revision: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        map_location: torch.device | str = "cpu",
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,
-        map_location: str = "cpu",
-        strict: bool = True,
-        **ignored: Any,
-    ) -> Pretrained:
-        paths = {}
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            paths[name] = Path(model_id) / name
-            if not Path(model_id).is_dir():
-                paths[name] = Path(
-                    hf_hub_download(
-                        repo_id=model_id,
-                        filename=name,
-                        revision=revision,
-                        cache_dir=cache_dir,
-                        force_download=force_download,
-                        token=token,
-                        local_files_only=local_files_only,
-                    )
-                )
-        settings = read_settings(paths[CONFIG_FILE])
-        config = from_json(cls.config_class, settings["model"], "model")
+        **unknown: Any,
+    ) -> Model:
+        """Read a model, as `save_pretrained` wrote it.
+
+        Args:
+            pretrained_model_name_or_path: its folder, or its name on the hub.
+            revision: branch, tag or commit on the hub; None: the newest.
+            dtype: type of its weights: torch.float32, torch.float16, torch.bfloat16 or one of their
+                names; None, "auto": as they are stored.
+            torch_dtype: the same, by its older name.
+            map_location: device on which they are put.
+            cache_dir: folder for what is downloaded; None: the hub's own.
+            force_download: download what is there already.
+            local_files_only: do not ask the hub.
+            token: of an account that may read.
+            unknown: refused.
+
+        Raises:
+            FileNotFoundError: there is none, or the hub cannot be reached.
+            ValueError: damaged files, another kind of model, or an argument that there is not.
+        """
+        refuse_unknown(unknown, cls.from_pretrained)
+        wanted = choose_dtype(dtype, torch_dtype)
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = download(
+                str(pretrained_model_name_or_path),
+                (CONFIG_FILE, "model*.safetensors*"),
+                revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        elif revision is not None:
+            raise ValueError(
+                f"revision {revision!r} has a meaning on the hub only, not for {folder}"
+            )
+        settings = read_settings(folder / CONFIG_FILE)
+        config = from_json(cls.config_class, settings["model"], f"{folder / CONFIG_FILE}: model")
         with torch.device("meta"):
             model = cls(config)  # type: ignore[call-arg]
         assert isinstance(model, nn.Module)
-        load_weights(model, paths[WEIGHTS_FILE], map_location)
-        return model.eval()
+        load_weights(model, folder / WEIGHTS_FILE, str(map_location))
+        return model.to(dtype=wanted).eval()
+
+
+def choose_dtype(
+    dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None = None
+) -> torch.dtype | None:
+    """Return the type of weights that is asked for by either name; None: as they are stored.
+
+    Raises:
+        ValueError: both names with other types, or one in which models do not run.
+    """
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} mean the same: give one")
+    given = torch_dtype if dtype is None else dtype
+    if given is None or given == "auto":
+        return None
+    names = {str(one).removeprefix("torch."): one for one in WEIGHT_TYPES}
+    word = str(given).removeprefix("torch.")
+    if word not in names:
+        raise ValueError(f"dtype must be one of {', '.join(names)} or 'auto', got {given!r}")
+    return names[word]
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -116,38 +166,13 @@ def load_weights(model: nn.Module, path: Path, device: str = "cpu") -> None:
 
     Raises:
         FileNotFoundError: there is no such file, or not all of several.
-        ValueError: it is cut off or no safetensors file, or holds another architecture's weights.
+        ValueError: it is cut off or no file of weights, holds another architecture's weights, or
+            numbers that are not finite.
     """
     empty = any(weight.is_meta for weight in model.parameters())
-    with StoredWeights(path) as stored:
-        shapes = {name: stored.shape(name) for name in stored.names()}
-        check_shapes(model, shapes, str(path))
+    with Weights(path, as_stored=True) as stored:
+        check_fit(model, headers(stored), str(path))
         for name in stored.names():
             weight = {name: stored.get(name).to(device) if empty else stored.get(name)}
             model.load_state_dict(weight, strict=False, assign=empty)
     model.to(device)
-
-
-def check_state(model: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
-    """Refuse weights whose names or shapes are not the model's (ValueError, with examples)."""
-    check_shapes(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, where)
-
-
-def check_shapes(model: nn.Module, given: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Refuse names or shapes that are not those of a model's weights (ValueError)."""
-    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [
-        f"{len(names)} {what} such as {sorted(names)[0]!r}"
-        for what, names in (
-            ("missing weights", needed.keys() - given.keys()),
-            ("unknown weights", given.keys() - needed.keys()),
-        )
-        if names
-    ]
-    problems += [
-        f"{name!r} of shape {given[name]} where {needed[name]} is needed"
-        for name in sorted(needed.keys() & given.keys())
-        if needed[name] != given[name]
-    ][:1]
-    if problems:
-        raise ValueError(f"{where} is of another architecture: {'; '.join(problems)}")

@@ -40,6 +40,7 @@ from scd.data.clip import Clip
 from scd.data.frame_rate import check_rate
 from scd.data.latents import (
     FORMAT,
+    PLACE,
     EncodedEpisode,
     LatentsInfo,
     Stored,
@@ -53,6 +54,7 @@ from scd.data.loader import Loader, UnreadableClip, read_clip
 from scd.data.source import DataCard, EmptySplit, Source, open_source
 from scd.data.spaces import OnError, Split
 from scd.models.checkpoint import read_world_parts, resolve
+from scd.models.shipped import parts_beside
 
 PIXELS = "pixels"
 """Name of the autoencoder that only standardises."""
@@ -83,8 +85,9 @@ class EncodeConfig:
     splits: tuple[Split, ...] = ("train", "val", "test")
     """Parts of the collection; those without episodes are passed over."""
     text_encoder: str = ""
-    """Folder with text_encoder/ and tokenizer/, or its name on the hub: embeds each episode's
-    prompt, from the manifest or the .txt beside the video. Empty: no texts."""
+    """Folder with text_encoder/ and tokenizer/, its name on the hub, or a world, whose text encoder
+    is taken: embeds each episode's prompt, from the manifest or the .txt beside the video. Empty:
+    no texts."""
     text_length: int = 512
     """Tokens of an embedded prompt, those that fill it up included."""
     latent_scale: float = 1.0
@@ -236,7 +239,7 @@ class Encoding:
             settings = TextConfig(
                 length=config.text_length, device=str(device), cache=default_cache()
             )
-            self.embedder = PromptEmbedder(config.text_encoder, settings)
+            self.embedder = PromptEmbedder(parts_of(config.text_encoder), settings)
             self.null_text = self._embed("")
         self.info = self._describe()
 
@@ -377,8 +380,8 @@ def choose_autoencoder(
     if config.autoencoder == PIXELS:
         settings = PixelConfig()
     else:
-        with suppress(FileNotFoundError):
-            world = read_world_parts(resolve(config.autoencoder))
+        world = _world_parts(config.autoencoder)
+        if world is not None:
             settings = world["autoencoder"]
             _warn_of_rate(config, world, next(iter(sources.values())).card)
     if config.precision != "fp32" and isinstance(settings, PixelConfig):
@@ -404,6 +407,34 @@ def choose_autoencoder(
             )
         return with_statistics(autoencoder, _measured_frames(sources, config.data_on_error))
     return autoencoder
+
+
+def parts_of(source: str) -> str:
+    """Return where a text encoder lies: beside a world, or where it says; else in `source` itself.
+
+    Raises:
+        FileNotFoundError: the world does not say it.
+    """
+    world = _world_parts(source)
+    if world is None:
+        return source
+    place = getattr(world["autoencoder"], PLACE, "")
+    if not world["autoencoder"].has_text_encoder or not place:
+        raise FileNotFoundError(
+            f"{source} does not say where a text encoder lies: name the folder with text_encoder/ "
+            "and tokenizer/"
+        )
+    return place
+
+
+def _world_parts(source: str) -> dict[str, Any] | None:
+    """Return the settings of a world or run, with its parts if they lie beside it; None: none."""
+    with suppress(FileNotFoundError):
+        parts = read_world_parts(resolve(source))
+        if beside := parts_beside(source):
+            parts["autoencoder"] = replace(parts["autoencoder"], **{PLACE: beside})
+        return parts
+    return None
 
 
 def _warn_of_rate(config: EncodeConfig, world: Mapping[str, Any], card: DataCard) -> None:

@@ -20,8 +20,11 @@ from torch import Tensor
 
 from scd.autoencoders.config import FRAMES_PER_LATENT
 from scd.common.config import Precision
+from scd.common.names import refuse_unknown
 from scd.common.runtime import choose_device, cpu_threads
 from scd.data.clip import Conditions, frames_to_pixels, pixels_to_frames
+from scd.models.names import find_world
+from scd.models.weights import choose_dtype
 from scd.sampling.settings import VideoConfig
 from scd.sampling.text_to_video import TextToVideo, cover, is_steered_by_text
 from scd.streaming.rollout import Rollout
@@ -59,33 +62,36 @@ class SCDPipeline:
         cls,
         run: str | os.PathLike[str],
         source: str = "",
-        torch_dtype: torch.dtype = torch.bfloat16,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
         **settings: Any,
     ) -> SCDPipeline:
         """Describe a run's pipeline.
 
         Args:
-            run: run or world folder whose model a text steers.
+            run: run or world folder whose model a text steers, or its name on the hub.
             source: folder with vae/, text_encoder/ and tokenizer/ as diffusers writes them, or its
                 name on the hub; empty: where the run says.
-            torch_dtype: of the model: float32 or bfloat16.
+            torch_dtype: of the model: float32 or bfloat16, or its name; None: bfloat16.
+            dtype: the same, by its newer name.
+            revision: branch, tag or commit on the hub; None: the newest.
             settings: other fields of VideoConfig.
 
         Raises:
             FileNotFoundError: no such run.
             ValueError: a run that no text steers, or settings that do not fit.
         """
-        if torch_dtype not in PRECISIONS:
-            raise ValueError(f"torch_dtype must be float32 or bfloat16, got {torch_dtype}")
-        if not is_steered_by_text(os.fspath(run)):
-            raise ValueError(f"{run} is not steered by a text: it takes no prompt")
         names = {field.name for field in fields(VideoConfig)}
-        unknown = sorted(set(settings) - names)
-        if unknown:
-            raise ValueError(f"unknown settings {unknown}; there are {sorted(names)}")
-        config = VideoConfig(
-            run=os.fspath(run), source=source, precision=PRECISIONS[torch_dtype], **settings
-        )
+        unknown = {name: value for name, value in settings.items() if name not in names}
+        refuse_unknown(unknown, cls.from_pretrained, names)
+        wanted = choose_dtype(dtype, torch_dtype) or torch.bfloat16
+        if wanted not in PRECISIONS:
+            raise ValueError(f"torch_dtype must be float32 or bfloat16, got {wanted}")
+        folder = os.fspath(find_world(run, revision))
+        if not is_steered_by_text(folder):
+            raise ValueError(f"{run} is not steered by a text: it takes no prompt")
+        config = VideoConfig(run=folder, source=source, precision=PRECISIONS[wanted], **settings)
         return cls(config)
 
     def to(self, device: torch.device | str) -> SCDPipeline:

@@ -8,7 +8,12 @@ from dataclasses import fields, replace
 from typing import Any
 
 from scd.autoencoders.base import PixelAutoencoder
-from scd.autoencoders.build import Autoencoder, build_autoencoder, fingerprint
+from scd.autoencoders.build import (
+    Autoencoder,
+    build_autoencoder,
+    fingerprint,
+    refuse_other,
+)
 from scd.autoencoders.config import AutoencoderConfig
 from scd.autoencoders.text_encoder import text_fingerprint
 from scd.common.config import differences, from_json, to_json
@@ -172,11 +177,7 @@ def _check_autoencoder(config: TrainConfig, source: LatentSource, autoencoder: A
         # Latents need no autoencoder to be trained on: only the comparison does.
         logger.warning("whether the run's autoencoder made %s was not seen: %s", source.path, error)
         return
-    if found != source.info.fingerprint:
-        raise ValueError(
-            f"{config.data} holds latents of an autoencoder with other weights: it was encoded by "
-            f"{source.info.fingerprint}, the one that the settings name is now {found}"
-        )
+    refuse_other(source.info.fingerprint, found, config.data)
 
 
 def _check_text_encoder(config: TrainConfig, source: LatentSource | PromptSource) -> None:

@@ -20,9 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from scd.common.launcher import TOGETHER
-from scd.common.weights import StoredWeights
+from scd.common.weights import Weights, check_fit, headers
 from scd.models.build import Diffuser
-from scd.models.weights import check_shapes
 from scd.objectives.config import DenoiseConfig, TeacherForcingConfig
 from scd.training.config import TrainConfig
 
@@ -76,8 +75,8 @@ def load_parts(model: nn.Module, path: Path) -> None:
     """Load whole weights from files into a model; of one that was cut up each process takes its
     part."""
     state = model.state_dict()
-    with StoredWeights(path) as stored, torch.no_grad():
-        check_shapes(model, {name: stored.shape(name) for name in stored.names()}, str(path))
+    with Weights(path, as_stored=True) as stored, torch.no_grad():
+        check_fit(model, headers(stored), str(path))
         for name in stored.names():
             state[name].copy_(_part_like(state[name], stored.get(name)))
 

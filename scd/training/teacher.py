@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scd.common.runtime import derive_seed
-from scd.common.weights import is_stored
+from scd.common.weights import check_fit, is_stored
 from scd.data.clip import Conditions
 from scd.models.base import CausalDiffuser
 from scd.models.build import Diffuser
@@ -21,7 +21,7 @@ from scd.models.checkpoint import load_world, read_world_parts, resolve
 from scd.models.wan.config import WanConfig
 from scd.models.wan.dense import WanDiffuser
 from scd.models.wan.source import WanSource, open_source
-from scd.models.weights import WEIGHTS_FILE, check_shapes, load_weights
+from scd.models.weights import WEIGHTS_FILE, load_weights
 from scd.objectives.config import MatchConfig
 from scd.objectives.discriminator import Discriminator
 from scd.training.config import TrainConfig
@@ -97,8 +97,7 @@ def load_bidirectional(
         load_weights(model, resolve(path) / WEIGHTS_FILE)
     else:
         with source.weights as weights:
-            shapes = {name: weights.shape(there) for name, there in source.names.items()}
-            check_shapes(model, shapes, path)
+            check_fit(model, source.headers(), path, source.named)
             for name, there in source.names.items():
                 model.load_state_dict({name: weights.get(there)}, strict=False, assign=True)
     model.gradient_checkpointing = config.gradient_checkpointing

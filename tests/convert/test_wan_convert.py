@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from scd.cli import main
-from scd.common.weights import StoredWeights
+from scd.common.weights import Weights
 from scd.convert.export import export_diffusers
 from scd.convert.wan import ConvertWanConfig, convert_wan, read_split
 from scd.data.clip import Conditions
@@ -40,7 +39,7 @@ def source(tmp_path_factory):
 
 
 def stored(path):
-    with StoredWeights(Path(path)) as weights:
+    with Weights(path, as_stored=True) as weights:
         return {name: weights.get(name).clone() for name in weights.names()}
 
 
@@ -79,7 +78,7 @@ def test_parts_are_made_of_the_sources_layers(source, tmp_path):
                 assert torch.equal(ours[f"encoder.{name}"], tensor)
     assert model.shape == SHAPE and model.config.block == BLOCK
     assert world.card.conditions.text_length == 8 and world.card.fps == 16
-    assert schedule(world.sampling)[1] == pytest.approx(5 * 0.98 / (1 + 4 * 0.98))
+    assert schedule(world.sampling)[1] == pytest.approx(3 * 0.98 / (1 + 2 * 0.98))
 
 
 def test_a_dense_world_is_the_source_and_comes_back_bit_by_bit(source, tmp_path):
@@ -278,7 +277,7 @@ def test_bad_input_is_refused_before_any_weight_is_read(source, tmp_path, capsys
     def read(*_):
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(StoredWeights, "get", read)
+    monkeypatch.setattr(Weights, "get", read)
     out = tmp_path / "run"
     assert "has 6" in refused(source, out, capsys, "--split", "7,2+1")
     assert "has 6" in refused(source, out, capsys, "--split", "4,4+3")

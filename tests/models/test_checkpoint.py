@@ -181,7 +181,7 @@ class Bomb:
 def test_an_optimizer_file_that_carries_code_is_refused(tmp_path, capsys):
     folder = write_step(tmp_path / "run", make_world(), 1)
     torch.save([{"state": Bomb()}], folder / "optimizer.pt")
-    with pytest.raises(ValueError, match="damaged or not a state of training"):
+    with pytest.raises(ValueError, match="read as a state of training: it holds an object"):
         load_optimizers(folder)
     assert "stranger" not in capsys.readouterr().out
 

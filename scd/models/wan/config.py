@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from scd.common.config import at_least
+from scd.common.config import MAX_LAYERS, MAX_SIZE, within
 from scd.data.spaces import ConditionSpec
 from scd.models.config import CacheConfig, DiffuserConfig, EncoderNoise, FrameShape
 
@@ -39,8 +39,9 @@ class WanBlockConfig:
     """Added to the variance in all norms."""
 
     def __post_init__(self) -> None:
-        at_least(
+        within(
             1,
+            MAX_SIZE,
             num_heads=self.num_heads,
             head_dim=self.head_dim,
             ffn_dim=self.ffn_dim,
@@ -51,8 +52,8 @@ class WanBlockConfig:
                 "head_dim must be even and 6 or more and freq_dim even, got "
                 f"{self.head_dim} and {self.freq_dim}"
             )
-        if self.eps <= 0:
-            raise ValueError(f"eps must be positive, got {self.eps}")
+        if not 0 < self.eps < 1:
+            raise ValueError(f"eps must lie between 0 and 1, got {self.eps}")
 
     @property
     def width(self) -> int:
@@ -118,11 +119,9 @@ class WanConfig(_VideoConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_layers < 1 or self.frames_per_block < 1 or self.num_local_frames < 0:
-            raise ValueError(
-                "num_layers and frames_per_block must be 1 or more and num_local_frames 0 or more, "
-                f"got {self.num_layers}, {self.frames_per_block} and {self.num_local_frames}"
-            )
+        within(1, MAX_LAYERS, num_layers=self.num_layers)
+        within(1, MAX_SIZE, frames_per_block=self.frames_per_block)
+        within(0, MAX_SIZE, num_local_frames=self.num_local_frames)
         size, cache = self.frames_per_block, self.cache
         if cache.window % size or cache.num_sinks % size or (size > 1 and cache.rebase_sinks):
             raise ValueError(
@@ -149,13 +148,13 @@ class WanEncoderConfig:
     """Bend of these times towards noise: 5 as in Wan's schedule, so 0.95 to 1; 1: none."""
 
     def __post_init__(self) -> None:
-        at_least(1, num_layers=self.num_layers)
+        within(1, MAX_LAYERS, num_layers=self.num_layers)
         if self.noise == "none":
             raise ValueError("the encoder reads noise: it is 'fresh' or the 'same'")
-        if not 0 <= self.lowest_time <= 1 or self.shift <= 0:
+        if not 0 <= self.lowest_time <= 1 or not 0 < self.shift < 1e3:
             raise ValueError(
-                f"lowest_time must lie in [0, 1] and shift be positive, got {self.lowest_time} and "
-                f"{self.shift}"
+                "lowest_time must lie in [0, 1] and shift from 0 to 1000, got "
+                f"{self.lowest_time} and {self.shift}"
             )
 
 
@@ -179,6 +178,7 @@ class WanDecoderConfig:
                 f"a decoder needs 1 layer or more, got {self.num_first} first and "
                 f"{self.num_last} last ones"
             )
+        within(1, MAX_LAYERS, num_layers=self.num_layers)
         if self.join == "middle" and self.num_last < 1:
             raise ValueError("join 'middle' needs last layers in which context and noise meet")
 
