@@ -166,7 +166,7 @@ def _value_from_json(hint: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where}: needed {hint.__name__}, got {shown(value)}")
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{where}: needed a finite number, got {value}")
-    if hint is str and not is_text(value):
+    if isinstance(value, str) and not is_text(value):
         raise ValueError(f"{where}: needed text, got {shown(value)}")
     return value
 
