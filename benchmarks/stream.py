@@ -53,7 +53,7 @@ class StreamConfig:
 
 def resident_mib() -> float:
     """Return the memory of this process that lies in RAM, in MiB (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

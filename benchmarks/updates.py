@@ -10,7 +10,6 @@ Memory is the peak of the process.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import tyro
 
 from scd.common.config import Precision, to_json
 from scd.common.provenance import provenance, write_json
+from scd.common.runlog import read_log
 from scd.models.build import num_parameters
 from scd.models.checkpoint import load_world
 from scd.training.presets import Method
@@ -72,8 +72,7 @@ def distil(config: UpdatesConfig, teacher: str, out: Path) -> tuple[float, float
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{teacher}: {done.stderr.strip().splitlines()[-1:]}")
-    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    steps = [event for event in events if event["event"] == "step"]
+    steps = read_log(out, "step")
     timed = steps[config.warm_up :]
     return fmean(event["step_s"] for event in timed), steps[-1]["memory_gib"]
 

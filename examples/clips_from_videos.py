@@ -27,7 +27,7 @@ import tyro
 from rich.progress import track
 from torch.nn.functional import interpolate
 
-from scd.common.files import refuse_used, written_aside
+from scd.common.files import refuse_used, text_lines, written_aside
 from scd.data.clip import check_actions
 from scd.data.frame_rate import count_rates, frames_at, is_same_rate, pool_actions
 from scd.data.manifest import choose_splits, read_actions, write_card, write_episode, write_manifest
@@ -237,12 +237,7 @@ def read_table(path: Path, config: Config) -> np.ndarray:
     """Read one action per line of a .csv file; ValueError: names the line that is none."""
     ids = {name: index for index, name in enumerate(config.action_names)}
     continuous, rows = config.actions == "continuous", []
-    try:
-        # A table program may begin the file with a byte order mark.
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is no text in UTF-8 ({error})") from error
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text_lines(path), start=1):
         cells = [cell.strip() for cell in line.split(",")]
         if not line.strip():
             continue

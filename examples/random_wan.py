@@ -156,7 +156,7 @@ def write_wan(config: RandomWanConfig, folder: Path) -> None:
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def write_tiny(folder: Path) -> None:
@@ -178,7 +178,7 @@ def main(config: RandomWanConfig) -> None:
         if not (folder / name).exists():
             with written_aside(folder / name) as aside:
                 write(aside)
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     print(f"saved {folder}")
 
 

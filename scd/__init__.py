@@ -27,6 +27,7 @@ from scd.streaming.gym_names import register_when_loaded
 
 if TYPE_CHECKING:
     from scd import probe as probe
+    from scd.data.clip import frames_to_pixels, pixels_to_frames
     from scd.evaluation.media import write_video
     from scd.models.checkpoint import World, load
     from scd.streaming.environment import WorldEnv, WorldVectorEnv
@@ -34,14 +35,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Rollout", "World", "WorldEnv", "WorldVectorEnv", "load", "write_video"]
+__all__ = [
+    "Rollout",
+    "World",
+    "WorldEnv",
+    "WorldVectorEnv",
+    "frames_to_pixels",
+    "load",
+    "pixels_to_frames",
+    "write_video",
+]
 
 _MODULES = {
     "Rollout": "scd.streaming.rollout",
     "World": "scd.models.checkpoint",
     "WorldEnv": "scd.streaming.environment",
     "WorldVectorEnv": "scd.streaming.environment",
+    "frames_to_pixels": "scd.data.clip",
     "load": "scd.models.checkpoint",
+    "pixels_to_frames": "scd.data.clip",
     "write_video": "scd.evaluation.media",
 }
 

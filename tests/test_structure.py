@@ -232,6 +232,53 @@ def test_only_the_attention_files_call_the_fused_kernels():
     assert callers == {"models.attention", "engine.layers", "probing.intercept"}
 
 
+def is_av(call: ast.Call) -> bool:
+    """Whether it opens a video."""
+    return isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "av"
+
+
+def loose_texts(tree: ast.AST) -> Iterator[int]:
+    """Lines where a text file's encoding is not named, or its lines are cut by `splitlines`."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        words = [one.value for one in node.args if isinstance(one, ast.Constant)]
+        named = any(word.arg == "encoding" for word in node.keywords) or "utf-8" in words
+        method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        is_open = isinstance(node.func, ast.Name) and node.func.id == "open"
+        is_open |= method == "open" and bool({"r", "w", "a", "x"} & set(words)) and not is_av(node)
+        is_binary = any(isinstance(word, str) and "b" in word and len(word) < 4 for word in words)
+        if (is_open and not is_binary) or method in ("read_text", "write_text"):
+            if not named:
+                yield node.lineno
+        elif method == "splitlines" and isinstance(cut := node.func, ast.Attribute):
+            read = cut.value.func if isinstance(cut.value, ast.Call) else None
+            if isinstance(read, ast.Attribute) and read.attr == "read_text":
+                yield node.lineno
+
+
+def test_texts_are_utf_8_by_name_and_lines_end_at_line_breaks_alone():
+    folders = ("scd", "examples", "benchmarks")
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for folder in folders
+        for path in files_below(ROOT / folder, ".py")
+        for line in loose_texts(parsed(path))
+    ]
+    assert not found
+    for loose in (
+        "open('a')",
+        "open('a', 'w')",
+        "path.open('a')",
+        "path.read_text()",
+        "path.write_text('a')",
+        "path.read_text(encoding='utf-8').splitlines()",
+    ):
+        assert list(loose_texts(ast.parse(loose))) == [1], loose
+    for fine in ("open('a', 'rb')", "path.read_text('utf-8')", "source.open('toy:32')"):
+        assert not list(loose_texts(ast.parse(fine))), fine
+
+
 def test_modules_are_short():
     for path in source_files():
         lines = len(path.read_text(encoding="utf-8").splitlines())

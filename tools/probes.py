@@ -165,7 +165,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     try:
         probes = {
-            label: json.loads((Path(folder) / "probe.json").read_text())
+            label: json.loads((Path(folder) / "probe.json").read_text(encoding="utf-8"))
             for label, _, folder in pairs
         }
         result = gather(probes)

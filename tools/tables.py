@@ -148,7 +148,7 @@ def read_results(names: str, folder: Path) -> dict[str, Result]:
         if lines.exists():
             results[name] = {"lines": [json.loads(line) for line in lines.open(encoding="utf-8")]}
         else:
-            results[name] = json.loads((folder / f"{name}.json").read_text())
+            results[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     return results
 
 

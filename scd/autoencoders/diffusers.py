@@ -254,7 +254,7 @@ def save_network(network: Any, folder: Path, statistics: Statistics | None = Non
     network.save_pretrained(folder, safe_serialization=True)
     if statistics is not None:
         values = {"mean": list(statistics[0]), "std": list(statistics[1])}
-        (folder / STATISTICS_FILE).write_text(json.dumps(values, indent=2) + "\n")
+        (folder / STATISTICS_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def shape_of(kind: ImageKind, network: Any) -> tuple[int, int]:

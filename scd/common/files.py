@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all, whenever the process or the disk gives up.
 
-And the one reader of JSON files.
+And the one reader of texts, line by line or as JSON.
 """
 
 from __future__ import annotations
@@ -37,6 +37,33 @@ def refuse_used(folder: Path, wanted: str = "") -> None:
         raise FileExistsError(f"{folder} exists and {what}: choose another one")
 
 
+def read_text(path: Path | str) -> str:
+    """Read a text in UTF-8, without the mark that some editors put in front of it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no text in UTF-8; names the line.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} line {line}: is no text in UTF-8 ({error.reason}): save it as UTF-8"
+        ) from error
+
+
+def text_lines(path: Path | str) -> list[str]:
+    r"""Read the lines of a text as `read_text` does; they end at \n or \r\n alone.
+
+    Other characters at which Python's `splitlines` would cut, such as U+2028, stand within texts
+    that people copy from pages.
+    """
+    text = read_text(path).removesuffix("\n")
+    return [line.removesuffix("\r") for line in text.split("\n")] if text else []
+
+
 def read_json(path: Path, format: str | int | None = None) -> Any:
     """Read a JSON file.
 
@@ -46,12 +73,9 @@ def read_json(path: Path, format: str | int | None = None) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not JSON, or of another format.
+        ValueError: it is not JSON, no text in UTF-8, or of another format.
     """
-    try:
-        values = parse_json(path.read_text(encoding="utf-8"), path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from error
+    values = parse_json(read_text(path), path)
     if format is not None:
         found = values.get("format") if isinstance(values, dict) else None
         if found != format:

@@ -69,7 +69,7 @@ def first_speaks(errors: bool = False) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if not is_first():
-            nowhere = stack.enter_context(open(os.devnull, "w"))
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(nowhere))
             if errors:
                 stack.enter_context(redirect_stderr(nowhere))

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from scd.common.files import text_lines
 from scd.common.runtime import return_freed_memory
 
 GIB = 2**30
@@ -38,7 +39,7 @@ def _left_to_container() -> int | None:
         if limit == "max":
             return None
         used = int((CONTROL_GROUP / "memory.current").read_text(encoding="ascii"))
-        lines = (CONTROL_GROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        lines = text_lines(CONTROL_GROUP / "memory.stat")
         # What was read from files counts as used, but gives way to whoever needs the room.
         stat = {name: int(value) for name, value in map(str.split, lines)}
         return int(limit) - used + stat.get("inactive_file", 0) + stat.get("slab_reclaimable", 0)
@@ -138,8 +139,9 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self.device) - self._before
         now = psutil.Process().memory_info().rss
         if self._kept_by_kernel:
-            status = Path("/proc/self/status").read_text(encoding="ascii")
-            (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+            (line,) = (
+                line for line in text_lines("/proc/self/status") if line.startswith("VmHWM:")
+            )
             now = max(now, 1024 * int(line.split()[1]))
         self._peak = max(self._peak, now - self._before)
         return self._peak

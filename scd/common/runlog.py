@@ -21,6 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from scd.common.files import text_lines
+
 Tracker = Literal["none", "tensorboard", "wandb"]
 """Where numbers go besides the log file."""
 
@@ -136,7 +138,7 @@ def read_log(folder: Path, name: str | None = None) -> list[dict[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no log.jsonl: not the folder of a run")
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in text_lines(path):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:

@@ -15,6 +15,7 @@ from typing import cast, get_args
 import torch
 
 from scd.common.config import Precision, PrecisionChoice
+from scd.common.files import text_lines
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Type of a stream's weights and memory at each precision."""
@@ -100,7 +101,7 @@ def cpu_flags() -> set[str]:
     if query is not None:
         return {name for name, there in query().items() if there is True}
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = text_lines(info) if info.exists() else []
     flags = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
     return set(next(flags, "").split())
 
@@ -165,7 +166,7 @@ def _num_cores() -> int:
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text().splitlines():
+        for line in text_lines(info):
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine() or "unknown"
@@ -240,7 +241,7 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     if platform.system() != "Linux":
         return 0.0
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in text_lines("/proc/self/status"):
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 2**20
     return 0.0

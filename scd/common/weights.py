@@ -534,4 +534,6 @@ def write_shards(
         "metadata": {"total_size": total},
         "weight_map": {name: files[place] for name, place in sorted(places.items())},
     }
-    (folder / f"{stem}.safetensors{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / f"{stem}.safetensors{INDEX}").write_text(
+        json.dumps(index, indent=2) + "\n", encoding="utf-8"
+    )

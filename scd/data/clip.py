@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Integer, UInt8
 from torch import Tensor
 
+from scd.data.given import Frames, as_ids
 from scd.data.spaces import ConditionSpec
 
 
@@ -89,11 +91,13 @@ class Conditions:
 
     The two `null` masks mark what is hidden from the model, by its null embedding: everything in
     the unconditional branch of guidance, and here and there by condition dropout in training.
+
+    Ids of any integer type become int64 (ValueError: truth values).
     """
 
-    actions: Int[Tensor, "b t"] | Float[Tensor, "b t a"] | None = None
+    actions: Integer[Tensor, "b t"] | Float[Tensor, "b t a"] | None = None
     """Action i led from frame i-1 to frame i: ids, or vectors."""
-    labels: Int[Tensor, " b"] | None = None
+    labels: Integer[Tensor, " b"] | None = None
     null_actions: Bool[Tensor, "b t"] | None = None
     """Frames whose action is hidden; None: of no frame."""
     null_labels: Bool[Tensor, " b"] | None = None
@@ -102,6 +106,12 @@ class Conditions:
     """Embedded text of each clip, filled up with zeros."""
     null_text: Float[Tensor, "b l c"] | None = None
     """What stands in for a text that is hidden: the embedded empty, or negative, prompt."""
+
+    def __post_init__(self) -> None:
+        for name in ("actions", "labels"):
+            ids = getattr(self, name)
+            if ids is not None and getattr(ids, "dtype", None) != torch.int64:
+                object.__setattr__(self, name, as_ids(ids, name))
 
     def to(self, device: torch.device | str) -> Conditions:
         return self._map(lambda value: value.to(device, non_blocking=True))
@@ -162,7 +172,7 @@ class Clip:
 
     frames: Float[Tensor, "t c h w"]
     """Pixels in [-1, 1], three channels; or latents of unit scale, where `encoded`."""
-    actions: Int[Tensor, " t"] | Float[Tensor, "t a"] | None = None
+    actions: Integer[Tensor, " t"] | Float[Tensor, "t a"] | None = None
     """Action i led from frame i-1 to frame i."""
     label: int | None = None
     encoded: bool = False
@@ -232,9 +242,19 @@ def _stacked(name: str, values: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(found) if found else None
 
 
-def pixels_to_frames(pixels: UInt8[Tensor, "*t h w 3"]) -> Float[Tensor, "*t 3 h w"]:
-    """Turn 8-bit RGB pictures into frames in [-1, 1]."""
-    return pixels.movedim(-1, -3).float() / 127.5 - 1
+def pixels_to_frames(pixels: Frames) -> Float[Tensor, "*t 3 h w"]:
+    """Turn 8-bit RGB pictures [... h w 3] into frames [... 3 h w] in [-1, 1].
+
+    Raises:
+        ValueError: pictures of another type or order of axes.
+    """
+    given = torch.tensor(pixels) if isinstance(pixels, np.ndarray) else pixels
+    if given.dtype != torch.uint8 or given.ndim < 3 or given.shape[-1] != 3:
+        raise ValueError(
+            f"pictures are 8-bit pixels [..., rows, columns, 3], got {given.dtype} "
+            f"{list(given.shape)}"
+        )
+    return given.movedim(-1, -3).float() / 127.5 - 1
 
 
 def frames_to_pixels(frames: Float[Tensor, "*t 3 h w"]) -> UInt8[Tensor, "*t h w 3"]:

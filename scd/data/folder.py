@@ -10,6 +10,7 @@ from typing import get_args
 
 import torch
 
+from scd.common.files import read_text
 from scd.data.clip import Clip, check_actions, pixels_to_frames
 from scd.data.frame_rate import count_rates, frames_at, is_same_rate, pool_actions
 from scd.data.manifest import (
@@ -153,7 +154,7 @@ class FolderSource(Source):
                 f"{self.path / entry.video} has no prompt: needed the field prompt in "
                 f"{MANIFEST_FILE}, or {beside.name} beside it"
             )
-        return beside.read_text(encoding="utf-8").strip()
+        return read_text(beside).strip()
 
     def _refuse_other_rates(self) -> None:
         other = [

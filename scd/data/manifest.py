@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from scd.common.config import added, at_least, from_json, to_json
-from scd.common.files import file_aside, parse_json, read_json, write_file
+from scd.common.files import file_aside, parse_json, read_json, text_lines, write_file
 from scd.data.source import DataCard
 from scd.data.spaces import Split
 from scd.data.video import write_video
@@ -99,18 +99,18 @@ def read_manifest(path: Path) -> list[Entry]:
     """Read the episodes of a folder (ValueError: a line with a missing, unknown or wrong field)."""
     return [
         from_json(Entry, parse_json(line, where), where)
-        for number, line in enumerate((path / MANIFEST_FILE).read_text().splitlines(), start=1)
+        for number, line in enumerate(text_lines(path / MANIFEST_FILE), start=1)
         if line.strip() and (where := f"{path / MANIFEST_FILE} line {number}")
     ]
 
 
 def write_manifest(path: Path, entries: list[Entry]) -> None:
     with file_aside(path / MANIFEST_FILE) as aside:
-        aside.write_text("".join(map(_line, entries)))
+        aside.write_text("".join(map(_line, entries)), encoding="utf-8")
 
 
 def append_to_manifest(path: Path, entry: Entry) -> None:
-    with open(path / MANIFEST_FILE, "a") as file:
+    with open(path / MANIFEST_FILE, "a", encoding="utf-8") as file:
         file.write(_line(entry))
 
 

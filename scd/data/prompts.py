@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scd.common.config import at_least, from_json
-from scd.common.files import file_aside, read_json
+from scd.common.files import file_aside, read_json, text_lines
 from scd.data.clip import Clip
 from scd.data.source import DataCard, Source
 from scd.data.spaces import ConditionSpec
@@ -75,12 +75,9 @@ def read_lines(path: str | Path) -> list[str]:
         FileNotFoundError: no such file.
         ValueError: it has no lines, an empty one between others, or is no text.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
-    lines = [line.strip() for line in lines]
+    lines = [line.strip() for line in text_lines(path)]
+    while lines and not lines[-1]:
+        lines.pop()
     empty = [number for number, line in enumerate(lines, start=1) if not line]
     if not lines or empty:
         raise ValueError(f"{path} needs a prompt in every line, empty are {empty[:5] or 'all'}")

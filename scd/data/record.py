@@ -160,10 +160,10 @@ def _begin(out: Path, card: DataCard, config: Recording) -> int:
 
 def _drop_torn_line(out: Path) -> None:
     """Cut off a last line of the manifest that an interruption left without its end."""
-    text = (out / MANIFEST_FILE).read_text()
+    text = (out / MANIFEST_FILE).read_text(encoding="utf-8")
     if text and not text.endswith("\n"):
         with file_aside(out / MANIFEST_FILE) as aside:
-            aside.write_text(text[: text.rfind("\n") + 1])
+            aside.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
 
 
 def _run(jobs: list[_Job], workers: int) -> Iterator[Entry]:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 
 from scd.common.config import at_least
+from scd.common.files import text_lines
 from scd.data.clip import Clip, pixels_to_frames
 from scd.data.published import Files, Header, PublishedSource
 from scd.data.source import DataCard, Findings
@@ -177,7 +178,7 @@ def find_ucf101(root: Path, number: int = 3) -> UCF101Files:
 def _lines(path: Path) -> list[tuple[str, list[str]]]:
     return [
         (f"{path} line {number}", words)
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        for number, line in enumerate(text_lines(path), start=1)
         if (words := line.split())
     ]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from scd.common.files import file_aside
 from scd.data import video
 from scd.data.clip import frames_to_pixels
+from scd.data.given import as_frames
 
 Ink = Literal["on light", "on dark", "on white"]
 """What a picture is drawn for: a transparent one on a light or a dark page, or a white file."""
@@ -69,8 +70,8 @@ def write_video(
         size: in pixels.
 
     Raises:
-        ValueError: no frames, several streams, other shapes, frames of several sizes or values that
-            are not finite; or the name of a file of another kind.
+        ValueError: no frames, several streams, other shapes, frames of several sizes, floats beyond
+            [-1, 1] or values that are not finite; or the name of a file of another kind.
         OSError: the file cannot be written.
     """
     path = Path(path)
@@ -115,9 +116,8 @@ def as_pixels(frames: Frames) -> UInt8[Tensor, "t h w 3"]:
     is_last = video.shape[3] == 3 and (video.shape[1] != 3 or video.dtype == torch.uint8)
     if video.dtype == torch.uint8:
         return video if is_last else video.movedim(1, -1)
-    if not video.is_floating_point() or not torch.isfinite(video).all():
-        raise ValueError(f"frames are 8-bit pixels, or finite floats in [-1, 1], got {video.dtype}")
-    return frames_to_pixels(video.movedim(-1, 1) if is_last else video)
+    video = video.movedim(-1, 1) if is_last else video
+    return frames_to_pixels(as_frames(video, "frames", (video.shape[2], video.shape[3])))
 
 
 def _checked(frames: Sequence[Tensor | np.ndarray]) -> Sequence[Tensor | np.ndarray]:

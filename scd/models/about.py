@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from scd.common.files import read_json
+from scd.common.files import read_json, read_text
 from scd.models.checkpoint import load_progress, resolve
 from scd.models.names import CARD_FILE
 
@@ -40,10 +40,7 @@ def read_about(path: str | Path) -> About:
 def _read_card(path: Path) -> tuple[str, str]:
     if not path.is_file():
         return "", ""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not text ({error})") from error
+    text = read_text(path)
     # Metadata between dashes stands first in cards of a hub, and may hold comments.
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     title = re.search(r"^# +(\S.*)$", text, flags=re.MULTILINE)

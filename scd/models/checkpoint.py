@@ -471,7 +471,7 @@ def write_world_settings(
     }
     if begins_from_nothing:
         config[FROM_NOTHING] = True
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return config
 
 

@@ -216,6 +216,11 @@ def plan_of(
             f"clips must be [clips, frames, {', '.join(map(str, subject.frame_shape))}], as the "
             f"subject's frame_shape says, got {list(clean.shape)}"
         )
+    if not clean.is_floating_point() or not clean.isfinite().all():
+        raise ValueError(
+            f"clips must be finite floats, as the subject's frames, got {clean.dtype}: "
+            "scd.pixels_to_frames makes frames of 8-bit pixels"
+        )
     subject.places(config.layers)
     subject.tokens(config.tokens)
     return Plan(

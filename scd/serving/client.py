@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import ssl
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
+from pydantic import ValidationError
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -18,7 +19,6 @@ from scd.serving.codec import Decoder
 from scd.serving.messages import (
     Acknowledge,
     Action,
-    ActionValue,
     Attach,
     Close,
     Codec,
@@ -47,9 +47,10 @@ from scd.serving.messages import (
     Stopped,
     Welcome,
 )
-from scd.serving.protocol import VERSION, read_server, unpack, write
+from scd.serving.protocol import VERSION, read_server, refused, unpack, write
 
 Said = TypeVar("Said")
+Made = TypeVar("Made", bound=Command)
 
 MAX_BYTES = 2**30
 """Of one message of the server; a snapshot is the largest."""
@@ -136,18 +137,24 @@ class Client:
 
     def create(self, **beginning: Any) -> State:
         """Open a session; arguments are the fields of `scd.serving.messages.Beginning`."""
-        return self._change(Create(**beginning))
+        return self._change(_made(Create, beginning))
 
     def attach(self, session: str) -> State:
         """Take over a session that nobody is attached to."""
         return self._change(Attach(session=session))
 
-    def step(self, action: ActionValue | None = None, count: int = 1) -> list[Frame]:
-        """Make some frames and return them."""
+    def step(self, action: Any = None, count: SupportsIndex = 1) -> list[Frame]:
+        """Make some frames and return them.
+
+        Args:
+            action: number or vector, of Python, numpy or torch; None: the held one.
+            count: number of frames.
+        """
+        message = _made(Step, {"action": action, "count": count})
         self._frames.clear()
-        request = self._send(Step(action=action, count=count))
+        request, wanted = self._send(message), message.count
         kept: list[Frame] = []
-        while len(kept) < count or self.state is None or self.state.request != request:
+        while len(kept) < wanted or self.state is None or self.state.request != request:
             message = self._receive()
             if isinstance(message, Frame) and not message.header.shown:
                 kept.append(message)
@@ -156,15 +163,15 @@ class Client:
 
     def run(self, fps: float | None = None) -> State:
         """Let frames come; read them with `frames`."""
-        return self._change(Run(fps=fps))
+        return self._change(_made(Run, {"fps": fps}))
 
     def pause(self) -> State:
         """Let no more frames come; those under way still do."""
         return self._change(Pause())
 
-    def act(self, action: ActionValue, sequence: int = 0) -> None:
+    def act(self, action: Any, sequence: SupportsIndex = 0) -> None:
         """Hold an action from the next frame that begins."""
-        self._send(Action(action=action, sequence=sequence))
+        self._send(_made(Action, {"action": action, "sequence": sequence}))
 
     def frames(self) -> Iterator[Frame]:
         """Return frames as they come, without end; each is acknowledged when the next is asked for.
@@ -191,11 +198,11 @@ class Client:
 
     def set(self, **changes: Any) -> State:
         """Change `steps`, `guidance` or `seed` from the next frame on."""
-        return self._change(Set(**changes))
+        return self._change(_made(Set, changes))
 
     def reset(self, **beginning: Any) -> State:
         """Begin the session anew, with the arguments of `create`."""
-        return self._change(Reset(**beginning))
+        return self._change(_made(Reset, beginning))
 
     def restart(self) -> State:
         """Begin the session anew as it began before."""
@@ -203,11 +210,11 @@ class Client:
 
     def rewind(self, frame: int) -> State:
         """Make an earlier frame the newest one."""
-        return self._change(Rewind(frame=frame))
+        return self._change(_made(Rewind, {"frame": frame}))
 
     def fork(self, frame: int | None = None, seed: int | None = None) -> State:
         """Copy the session and go on with the copy; the state says what it was forked from."""
-        return self._change(Fork(frame=frame, seed=seed))
+        return self._change(_made(Fork, {"frame": frame, "seed": seed}))
 
     def snapshot(self) -> bytes:
         """Return the session as a file, for POST /v1/sessions/restore."""
@@ -278,6 +285,19 @@ class Client:
             why = message.reason if isinstance(message, Stopped) else "it was idle, and is on disk"
             raise SessionEnded(f"session {message.session} has ended: {why}")
         return message
+
+
+def _made(kind: type[Made], fields: Mapping[str, Any]) -> Made:
+    """Make a message of numbers of Python, numpy or torch (ServeError: a field does not fit)."""
+    try:
+        return kind(**{name: _plain(value) for name, value in fields.items()})
+    except ValidationError as error:
+        raise refused(error) from None
+
+
+def _plain(value: Any) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(_plain(entry) for entry in value) if isinstance(value, list) else value
 
 
 def _ended(error: ConnectionClosed) -> SessionEnded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -28,6 +29,35 @@ LOW_LATENCY = {
 }
 # Zero latency: a picture comes out of the call that it went into. The baseline profile has no B
 # frames and is what every WebCodecs decoder takes.
+
+FASTEST = 1000
+"""Frames per second that a stream is announced for at the most."""
+
+BASELINE = "42c0"
+"""Profile of the stream and the promises of its parameter set, as a codec string has them."""
+
+LEVELS = {
+    10: (1485, 99),
+    11: (3000, 396),
+    12: (6000, 396),
+    13: (11880, 396),
+    21: (19800, 792),
+    22: (20250, 1620),
+    30: (40500, 1620),
+    31: (108000, 3600),
+    32: (216000, 5120),
+    40: (245760, 8192),
+    42: (522240, 8704),
+    50: (589824, 22080),
+    51: (983040, 36864),
+    52: (2073600, 36864),
+    60: (4177920, 139264),
+    61: (8355840, 139264),
+    62: (16711680, 139264),
+}
+"""Level, times ten -> macroblocks per second and per frame, at the most. Levels 2 and 4.1 allow
+more bits only, which a stream of constant quality does not promise. Source: ISO/IEC 14496-10, table
+A-1."""
 
 BT601, VIDEO_RANGE = 6, 1
 # ISO/IEC 23091-2 numbers of what the conversion to YUV computes; told in the stream, since
@@ -68,20 +98,27 @@ class H264Encoder:
 
     codec: Codec = "h264"
 
-    def __init__(self, height: int, width: int) -> None:
-        """Open the encoder for frames of one size; odd sides are made even by repeating an edge."""
+    def __init__(self, height: int, width: int, fps: float) -> None:
+        """Open the encoder; odd sides are made even by repeating an edge.
+
+        Args:
+            height: of the frames.
+            width: of the frames.
+            fps: frames per second that come at the most.
+        """
         self._padding = ((0, height % 2), (0, width % 2), (0, 0))
         context = av.CodecContext.create("libx264", "w")
         assert isinstance(context, av.VideoCodecContext)
         context.height, context.width = height + height % 2, width + width % 2
         context.pix_fmt = "yuv420p"
-        context.time_base = Fraction(1, 1000)
+        rate = _announced(fps)
+        context.framerate, context.time_base = Fraction(rate), Fraction(1, rate)
         context.gop_size, context.max_b_frames = KEY_INTERVAL, 0
         # Threads of the encoder hold frames back, and small ones gain nothing.
         context.thread_count = 1
         context.colorspace = context.color_primaries = context.color_trc = BT601
         context.color_range = VIDEO_RANGE
-        context.options = LOW_LATENCY
+        context.options = LOW_LATENCY | {"level": str(level_of(height, width, fps))}
         self._context, self._num_frames, self._next_is_key = context, 0, True
 
     def restart(self) -> None:
@@ -92,7 +129,7 @@ class H264Encoder:
         padded = np.pad(frame, self._padding, mode="edge")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
         # The times mean nothing to the viewer, who draws what comes.
-        picture.pts, picture.time_base = self._num_frames * 20, Fraction(1, 1000)
+        picture.pts, picture.time_base = self._num_frames, self._context.time_base
         picture.pict_type = PictureType.I if self._next_is_key else PictureType.NONE
         packets = self._context.encode(picture)
         assert len(packets) == 1, f"a frame gave {len(packets)} packets"
@@ -106,9 +143,33 @@ Encoder = JpegEncoder | H264Encoder
 """Either, one per connection."""
 
 
-def make_encoder(codec: Codec, quality: int, height: int, width: int) -> Encoder:
-    """Open the encoder of one connection."""
-    return JpegEncoder(quality) if codec == "jpeg" else H264Encoder(height, width)
+def make_encoder(codec: Codec, quality: int, height: int, width: int, fps: float) -> Encoder:
+    """Open the encoder of one connection, on which `fps` frames a second come at the most."""
+    return JpegEncoder(quality) if codec == "jpeg" else H264Encoder(height, width, fps)
+
+
+def level_of(height: int, width: int, fps: float) -> int:
+    """Return the lowest level of H.264, times ten, for frames of a size at a rate; 62: the highest.
+
+    Source: ISO/IEC 14496-10, section A.3.1: macroblocks of 16 x 16 pixels are counted, and neither
+    side may have more of them than the root of 8 times the most of a frame.
+    """
+    rows, columns = math.ceil(height / 16), math.ceil(width / 16)
+    of_frame = rows * columns
+    for level, (per_second, most) in LEVELS.items():
+        fits = of_frame <= most and max(rows, columns) ** 2 <= 8 * most
+        if fits and of_frame * _announced(fps) <= per_second:
+            return level
+    return max(LEVELS)
+
+
+def announced_codec(height: int, width: int, fps: float) -> str:
+    """Return what WebCodecs wants to know of an H264Encoder's stream before it begins."""
+    return f"avc1.{BASELINE}{level_of(height, width, fps):02x}"
+
+
+def _announced(fps: float) -> int:
+    return min(math.ceil(fps), FASTEST)
 
 
 class Decoder:

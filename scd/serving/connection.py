@@ -387,7 +387,8 @@ class Connection:
         self._service.check_token(hello.token)
         self._service.metrics.messages.labels("hello").inc()
         world = self._service.host.info
-        self._queue.encoder = make_encoder(hello.codec, hello.quality, world.height, world.width)
+        size, fps = (world.height, world.width), self._service.limits.max_fps
+        self._queue.encoder = make_encoder(hello.codec, hello.quality, *size, fps)
         self._queue.put(self._service.welcome(hello.request))
         return text
 

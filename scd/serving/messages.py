@@ -419,6 +419,8 @@ class Welcome(Numbered):
     """What is allowed."""
     codecs: tuple[str, ...]
     """Codecs that this server has."""
+    h264: str
+    """Codec string of WebCodecs that its H.264 streams have."""
 
 
 class State(Numbered):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from scd import __version__
+from scd.serving.codec import announced_codec
 from scd.serving.host import Host
 from scd.serving.messages import (
     Answer,
@@ -62,12 +63,14 @@ class Service:
         self.num_connections = 0
 
     def welcome(self, request: int | None = None) -> Welcome:
+        info = self.host.info
         return Welcome(
             version=VERSION,
             server=f"scd {__version__}",
-            world=self.host.info,
+            world=info,
             limits=self.limits,
             codecs=get_args(Codec),
+            h264=announced_codec(info.height, info.width, self.limits.max_fps),
             request=request,
         )
 

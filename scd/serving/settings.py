@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Annotated, get_args
 
 import tyro
 
 from scd.common.config import PrecisionChoice, at_least
+from scd.common.files import read_text
 from scd.models.config import ENGINES
 
 SHORTEST_TOKEN = 16
@@ -236,7 +236,7 @@ def read_token(config: ServeConfig) -> str | None:
     """
     token = config.token
     if config.token_file:
-        token = Path(config.token_file).read_text(encoding="utf-8").strip()
+        token = read_text(config.token_file).strip()
     if not token and not config.token_file:
         return None
     if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable():

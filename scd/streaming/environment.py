@@ -20,8 +20,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from scd.common.config import at_least
-from scd.data.clip import Conditions, frames_to_pixels
+from scd.data.clip import Conditions, check_actions, frames_to_pixels
+from scd.data.given import Whole, as_whole
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
 from scd.engine.interface import Engine
@@ -32,6 +32,7 @@ from scd.models.flow import with_num_steps
 from scd.streaming.rollout import Rollout
 from scd.streaming.sessions import Session, Streams
 from scd.streaming.start import NUM_GIVEN
+from scd.streaming.steering import Action, as_actions
 
 Frame = np.ndarray
 """Pixels [h, w, 3], uint8."""
@@ -123,8 +124,8 @@ class WorldEnv(gym.Env[Frame, Any]):
         self,
         world: World | str | PathLike[str],
         judge: Judgement = worthless,
-        max_frames: int = 300,
-        num_steps: int | None = None,
+        max_frames: Whole = 300,
+        num_steps: Whole | None = None,
         clips: Clips | None = None,
         num_given: int | None = None,
         render_mode: str | None = None,
@@ -146,10 +147,10 @@ class WorldEnv(gym.Env[Frame, Any]):
             OSError: no world of this name.
         """
         world = as_world(world)
-        check_length(max_frames, render_mode)
+        length = as_length(max_frames, render_mode)
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": world.card.fps}
         self.observation_space, self.action_space = spaces(world.card)
-        self.render_mode, self.judge, self.max_frames = render_mode, judge, max_frames
+        self.render_mode, self.judge, self.max_frames = render_mode, judge, length
         self._start = Start.of(world, clips, num_given)
         self._rollout = Rollout(world, engine=open_engine(world.model, "fast"))
         if num_steps is not None:
@@ -176,15 +177,15 @@ class WorldEnv(gym.Env[Frame, Any]):
     def step(self, action: Any) -> tuple[Frame, float, bool, bool, dict[str, Any]]:
         """Take an action; return frame, reward, whether it ended, whether it was cut off, and {}.
 
+        Args:
+            action: as `Rollout.step` of one stream takes it.
+
         Raises:
             ValueError: before `reset`, or an action outside the space.
         """
         if self._frame is None:
             raise ValueError("reset the environment first")
-        if not self.action_space.contains(action):
-            raise ValueError(f"an action must be in {self.action_space}, got {action!r}")
-        steered = torch.as_tensor(np.asarray(action))[None]
-        self._frame = pixels(self._rollout.step(steered)[0])
+        self._frame = pixels(self._rollout.step(action)[0])
         self._count += 1
         reward, ended = self.judge(self._frame, action)
         return self._frame.copy(), float(reward), bool(ended), self._count >= self.max_frames, {}
@@ -227,10 +228,10 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def __init__(
         self,
         world: World | str | PathLike[str],
-        num_envs: int,
+        num_envs: Whole,
         judge: Judgement = worthless,
-        max_frames: int = 300,
-        num_steps: int | None = None,
+        max_frames: Whole = 300,
+        num_steps: Whole | None = None,
         clips: Clips | None = None,
         num_given: int | None = None,
     ) -> None:
@@ -240,21 +241,21 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             ValueError: as WorldEnv, or num_envs below 1.
         """
         world = as_world(world)
-        check_length(max_frames, None)
-        at_least(1, num_envs=num_envs)
-        self.num_envs, self.judge, self.max_frames = num_envs, judge, max_frames
+        number = as_whole(num_envs, "num_envs", 1)
+        self.num_envs, self.judge, self.max_frames = number, judge, as_length(max_frames, None)
         self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_fps": world.card.fps}
         self.single_observation_space, self.single_action_space = spaces(world.card)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, number)
+        self.action_space = batch_space(self.single_action_space, number)
         self._start = Start.of(world, clips, num_given)
-        sampling = with_num_steps(world.sampling, num_steps)
+        steps = None if num_steps is None else as_whole(num_steps, "num_steps", 1)
+        sampling = with_num_steps(world.sampling, steps)
         engine = open_engine(world.model, "fast")
-        self._streams = Streams(world, engine, sampling, max_rows=num_envs)
+        self._streams = Streams(world, engine, sampling, max_rows=number)
         self._sessions: list[Session] = []
         self._frames = np.zeros(self.observation_space.shape or (), dtype=np.uint8)
-        self._counts = np.zeros(num_envs, dtype=np.int64)
-        self._is_over = np.ones(num_envs, dtype=bool)
+        self._counts = np.zeros(number, dtype=np.int64)
+        self._is_over = np.ones(number, dtype=bool)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -290,9 +291,12 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return mask
 
     def step(
-        self, actions: np.ndarray
+        self, actions: Action
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Take an action in each stream, or begin anew where an episode is over.
+
+        Args:
+            actions: of all streams or of each, as `Rollout.step` takes them.
 
         Raises:
             ValueError: before `reset`, or actions outside the space.
@@ -300,12 +304,14 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         if not self._sessions:
             raise ValueError("reset the environments first")
-        actions = np.asarray(actions)
-        known = self.action_space.dtype
-        if not self.action_space.contains(actions.astype(known)):
-            raise ValueError(f"actions must be in {self.action_space}, got {actions!r}")
-        begins = self._is_over.copy()
-        for number, action in enumerate(torch.as_tensor(actions)):
+        card = self._streams.world.card
+        taken = as_actions(actions, card, self.num_envs)
+        if taken is None or len(taken) != self.num_envs:
+            came = "none" if taken is None else len(taken)
+            raise ValueError(f"{self.num_envs} environments need as many actions, got {came}")
+        check_actions(card.conditions, taken)
+        begins, known = self._is_over.copy(), taken.numpy(force=True)
+        for number, action in enumerate(taken):
             if begins[number]:
                 self._renew(number)
             else:
@@ -314,7 +320,7 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         frames = self._frames.copy()
         rewards, ended = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=bool)
         for number in np.flatnonzero(~begins):
-            rewards[number], ended[number] = self.judge(frames[number], actions[number])
+            rewards[number], ended[number] = self.judge(frames[number], known[number])
         self._counts += ~begins
         cut = ~begins & (self._counts >= self.max_frames)
         self._is_over = ended | cut
@@ -385,8 +391,12 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 self._frames[self._sessions.index(finished.session)] = pixels(finished.frame)
 
 
-def check_length(max_frames: int, render_mode: str | None) -> None:
-    """Refuse settings that no environment can have (ValueError)."""
-    at_least(1, max_frames=max_frames)
+def as_length(max_frames: Whole, render_mode: str | None) -> int:
+    """Return the length of episodes; settings that no environment can have are refused.
+
+    Raises:
+        ValueError: max_frames below 1, or a mode of rendering that there is not.
+    """
     if render_mode not in (None, "rgb_array"):
         raise ValueError(f"render_mode must be 'rgb_array' or None, got {render_mode!r}")
+    return as_whole(max_frames, "max_frames", 1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scd.common.runtime import derive_seed, make_generator
+from scd.data.given import Whole, as_whole
 
 NoiseUse = Literal["frame", "context", "encoder"]
 """What noise is for: the start of a frame's denoising, the corruption of its context, or what an
@@ -57,7 +58,7 @@ def step_noises(
 
 
 def future_seeds(
-    seeds: Sequence[int], num_futures: int, given: Sequence[int] | None = None
+    seeds: Sequence[int], num_futures: int, given: Sequence[Whole] | None = None
 ) -> tuple[int, ...]:
     """Return the seeds of futures, those of one seed in a row.
 
@@ -79,7 +80,7 @@ def future_seeds(
         )
     if len(given) != number:
         raise ValueError(f"{number} futures need as many seeds, got {len(given)}")
-    return tuple(given)
+    return tuple(as_whole(seed, "a seed") for seed in given)
 
 
 def _size_of_one(shape: tuple[int, ...], seeds: Sequence[int]) -> tuple[int, ...]:

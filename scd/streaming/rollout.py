@@ -12,22 +12,23 @@ from os import PathLike
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from scd.autoencoders.base import FrameDecoder, StreamDecoder
-from scd.common.config import at_least
 from scd.common.timing import Clock, Timing
 from scd.data.clip import Conditions, check_conditions
+from scd.data.given import Frames, Whole, as_frames, as_whole
 from scd.engine.interface import Engine
 from scd.engine.open import open_engine
 from scd.engine.plain import PlainEngine
 from scd.models.checkpoint import World, as_world
 from scd.models.config import Guidance, SamplingConfig
 from scd.models.flow import num_step_noises, schedule, with_num_steps
+from scd.streaming.conditions import StreamConditions
 from scd.streaming.noise import NoiseUse, frame_noises, future_seeds, step_noises
-from scd.streaming.start import Given, check_size, given_frames, own_start
-from scd.streaming.steering import Action, as_actions
+from scd.streaming.start import Given, given_frames, own_start
+from scd.streaming.steering import Action, Plan, as_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class Rollout:
         world: World | str | PathLike[str],
         sampling: SamplingConfig | None = None,
         guidance: Guidance | None = None,
-        seed: int = 0,
+        seed: Whole = 0,
         window: int | None = None,
         engine: Engine | str | None = None,
         decoder: StreamDecoder | None = None,
@@ -104,6 +105,7 @@ class Rollout:
         self.newest: Tensor | None = None
         self._decoder = decoder
         self._state: Any = None
+        self._steering: StreamConditions | None = None
         self._start: Rollout | None = None
         self._is_future = False
 
@@ -114,8 +116,8 @@ class Rollout:
         return self._seeds[0]
 
     @seed.setter
-    def seed(self, seed: int) -> None:
-        self._seeds = (seed,)
+    def seed(self, seed: Whole) -> None:
+        self._seeds = (as_whole(seed, "seed"),)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -142,8 +144,9 @@ class Rollout:
         return self.sampling.num_steps
 
     @num_steps.setter
-    def num_steps(self, value: int) -> None:
+    def num_steps(self, value: Whole) -> None:
         # Of the sampling that was given: custom times there and back would be others.
+        value = as_whole(value, "num_steps", 1)
         self._use(with_num_steps(self._given_sampling, value))
 
     @property
@@ -177,14 +180,14 @@ class Rollout:
     @property
     def labels(self) -> Tensor | None:
         """Class of each stream, [b]; None: this model has none."""
-        return self._lasting.labels
+        return self._conditions.lasting.labels
 
     @torch.no_grad()
     def begin(
         self,
         frames: Given | None = None,
         conditions: Conditions | None = None,
-        batch: int = 1,
+        batch: Whole = 1,
         can_reset: bool = True,
         latents: Float[Tensor, "b t2 c h2 w2"] | None = None,
         from_nothing: bool = False,
@@ -208,6 +211,7 @@ class Rollout:
             ValueError: frames of another size, conditions that do not fit, or no frames for a
                 model that cannot begin from nothing.
         """
+        batch = as_whole(batch, "batch", 1)
         if frames is None and conditions is None and latents is None and not from_nothing:
             frames = own_start(self.world, batch, self.seed)
         frames, conditions, latents = given_frames(frames, conditions, latents, self.world.card)
@@ -218,14 +222,15 @@ class Rollout:
             batch = given.shape[0]
             check_conditions(self.engine.config.conditions, conditions, given.shape[1])
             latents = self._encode(given) if latents is None else self._checked(latents)
+        lasting = replace(conditions, actions=None, null_actions=None)
+        self._steering = StreamConditions.of(
+            self.engine, self.world.card, batch, self._has_null_state, lasting
+        )
         self.batch, self._seeds, self._is_future = batch, self._seeds[:1], False
-        self._steer(replace(conditions, actions=None, null_actions=None))
-        actions, null_actions = conditions.actions, conditions.null_actions
-        steering = Conditions(actions=actions, null_actions=null_actions).to(self.engine.device)
-        past = replace(self._lasting, actions=steering.actions, null_actions=steering.null_actions)
         both = batch * (1 + self._has_null_state)
         seen = None if latents is None else self._twice(latents)
-        self._state = self.engine.begin(seen, self._with_null(past), both, self.window)
+        past = self._steering.of_given(conditions)
+        self._state = self.engine.begin(seen, past, both, self.window)
         self.newest = None if latents is None else self._last_block(latents)
         self.num_given = self.num_frames = 0 if latents is None else latents.shape[1]
         if self._decoder is not None:
@@ -260,53 +265,25 @@ class Rollout:
         Raises:
             ValueError: the stream has not begun, or the text does not fit.
         """
-        if self._state is None:
-            raise ValueError("begin the stream first")
-        null_text = self._lasting.null_text if null_text is None else null_text
-        self._steer(replace(self._lasting, text=text, null_text=null_text))
-
-    def _steer(self, lasting: Conditions) -> None:
-        """Keep what steers all frames of the streams: labels and text."""
-        spec, device, dtype = self.engine.config.conditions, self.engine.device, self.engine.dtype
-        check_conditions(replace(spec, num_actions=0, action_dim=0), lasting)
-        text, null_text = lasting.text, lasting.null_text if self._has_null_state else None
-        for name, value in (("labels", lasting.labels), ("texts", text), ("texts", null_text)):
-            if value is not None and value.shape[0] != self.batch:
-                raise ValueError(f"{self.batch} streams need as many {name}, got {value.shape[0]}")
-        if text is not None and null_text is None and self._has_null_state:
-            raise ValueError("guidance needs an embedded text to lead away from: null_text")
-        self._lasting = replace(
-            lasting.to(device),
-            text=None if text is None else text.to(device, dtype),
-            null_text=None if null_text is None else null_text.to(device, dtype),
-        )
-        # One object for all frames: keys and values of a text are made anew for another one.
-        self._unsteered = self._with_null(self._lasting)
+        self._steering = self._conditions.with_text(text, null_text)
 
     @property
     def _has_null_state(self) -> bool:
         """Whether the unconditional branch of guidance has a KV cache of its own."""
         return self.guidance.kind == "conditions"
 
-    def _with_null(self, conditions: Conditions) -> Conditions:
-        return conditions.with_null_branch() if self._has_null_state else conditions
-
     def _twice(self, latents: Tensor) -> Tensor:
         return torch.cat([latents, latents]) if self._has_null_state else latents
 
-    def _conditions(self, given: Action | None) -> Conditions:
+    def _steered(self, actions: Action | None) -> Conditions:
         """Return the conditions of one frame from its actions."""
-        if self._state is None:
+        return self._conditions.of_frame(actions)
+
+    @property
+    def _conditions(self) -> StreamConditions:
+        if self._state is None or self._steering is None:
             raise ValueError("begin the stream first")
-        spec = self.engine.config.conditions
-        actions = as_actions(given, self.world.card, self.batch)
-        if actions is None and not spec.has_actions:
-            return self._unsteered
-        conditions = replace(self._lasting, actions=None if actions is None else actions[:, None])
-        check_conditions(spec, conditions, 1)
-        if actions is not None and actions.shape[0] != self.batch:
-            raise ValueError(f"{self.batch} streams need as many actions, got {actions.shape[0]}")
-        return self._with_null(conditions.to(self.engine.device))
+        return self._steering
 
     def step(self, actions: Action | None = None) -> Float[Tensor, "b 3 h w"]:
         """Generate the next frame of each stream, the effect of `actions` on the newest one.
@@ -330,7 +307,7 @@ class Rollout:
         Raises:
             ValueError: the stream has not begun, or the actions do not fit.
         """
-        conditions = self._conditions(actions)
+        conditions = self._steered(actions)
         clock = Clock(self.engine.device)
         context = self._context(conditions)
         context_s = clock.lap()
@@ -356,7 +333,7 @@ class Rollout:
         Raises:
             ValueError: the stream has not begun, or the actions do not fit.
         """
-        conditions = self._conditions(actions)
+        conditions = self._steered(actions)
         latents = self._denoise(self._context(conditions))
         self._update(latents, conditions)
         return latents
@@ -379,7 +356,7 @@ class Rollout:
 
     def check(self, actions: Action | None) -> None:
         """Refuse actions that `step` would refuse (ValueError)."""
-        self._conditions(actions)
+        self._steered(actions)
 
     def _context(self, conditions: Conditions) -> Any:
         return self._branched(self.engine.context(self._state, conditions, self._encoder_noise()))
@@ -418,16 +395,21 @@ class Rollout:
     @torch.no_grad()
     def observe(
         self,
-        frames: Float[Tensor, "b 3 h w"],
+        frames: Frames,
         actions: Action | None = None,
     ) -> None:
-        """Put in the next frame of each stream, in [-1, 1], and the actions that led to it.
+        """Put in the next frame of each stream and the actions that led to it.
+
+        Args:
+            frames: [streams 3 h w] in [-1, 1].
+            actions: as `step` takes them.
 
         Raises:
-            ValueError: frames of another size or number, or actions that do not fit.
+            ValueError: frames of another type, size, range or number, or actions that do not fit.
         """
-        check_size(frames, self.world.card)
-        conditions = self._conditions(actions)
+        card = self.world.card
+        frames = as_frames(frames, "streams", (card.height, card.width))
+        conditions = self._steered(actions)
         if frames.shape[0] != self.batch:
             raise ValueError(f"{self.batch} streams need as many frames, got {frames.shape[0]}")
         self._update(self._encode(frames[:, None])[:, 0], conditions)
@@ -443,7 +425,7 @@ class Rollout:
         Raises:
             ValueError: the stream has not begun, or the actions do not fit.
         """
-        self._update(latents, self._conditions(actions))
+        self._update(latents, self._steered(actions))
 
     def _encode(self, frames: Tensor) -> Tensor:
         latents = self.world.autoencoder.encode(frames.to(self.engine.device))
@@ -456,16 +438,25 @@ class Rollout:
         self.num_frames += self.block_size
 
     def generate(
-        self, actions: Int[Tensor, "b t"] | Float[Tensor, "b t a"] | None, num_steps: int
+        self, actions: Plan | None = None, num_steps: Whole | None = None
     ) -> Float[Tensor, "b t2 3 h w"]:
         """Generate the frames of several steps, for actions that are known beforehand.
 
         On a GPU nothing waits between steps: while one's latents become pixels, the next is under
         way; the parts are not timed then.
+
+        Args:
+            actions: a list of what `step` takes, one for each step; a tensor or array of ids
+                [steps] or [streams, steps], or of vectors in one axis more; or one action, which
+                is that of all steps.
+            num_steps: of the actions, the first so many are used; None: all.
+
+        Raises:
+            ValueError: the stream has not begun, actions that do not fit or are too few, or no
+                step at all.
         """
-        if actions is not None and actions.shape[1] < num_steps:
-            raise ValueError(f"{num_steps} frames need as many actions, got {actions.shape[1]}")
-        known = [None if actions is None else actions[:, index] for index in range(num_steps)]
+        number = None if num_steps is None else as_whole(num_steps, "num_steps", 1)
+        known = as_plan(actions, self.world.card, self._conditions.batch, number)
         if self.engine.device.type == "cuda":
             return self._generate_overlapped(known)
         return torch.cat([self.step_video(now) for now in known], dim=1)
@@ -477,7 +468,7 @@ class Rollout:
         here, beside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         frames = []
         for now in actions:
-            conditions = self._conditions(now)
+            conditions = self._steered(now)
             latents = self._denoise(self._context(conditions))
             beside.wait_stream(here)
             with torch.cuda.stream(beside):
@@ -507,7 +498,9 @@ class Rollout:
         """Give up the streams' memory; `begin` starts anew."""
         self._state = self._start = self.newest = None
 
-    def fork(self, num_futures: int | None = None, seeds: Sequence[int] | None = None) -> Rollout:
+    def fork(
+        self, num_futures: Whole | None = None, seeds: Sequence[Whole] | None = None
+    ) -> Rollout:
         """Return an independent copy of the streams as they are; the weights are shared.
 
         With a number, that many futures of each stream side by side in one batch, which share every
@@ -536,8 +529,8 @@ class Rollout:
             twin._decoder = self._decoder.fork()
         return twin
 
-    def _futures(self, num: int, seeds: Sequence[int] | None) -> Rollout:
-        at_least(1, num_futures=num)
+    def _futures(self, num_futures: Whole, seeds: Sequence[Whole] | None) -> Rollout:
+        num = as_whole(num_futures, "num_futures", 1)
         twin = copy(self)
         # Memory that is missing shows here, before anything else is as large.
         twin._state, twin._start, twin._is_future = self.state.fork(num), None, True
@@ -546,8 +539,7 @@ class Rollout:
         twin.newest = None if self.newest is None else self.newest.repeat_interleave(num, 0)
         if self._decoder is not None:
             twin._decoder = self._decoder.fork(num)
-        twin._lasting = self._lasting.repeat(num)
-        twin._unsteered = twin._with_null(twin._lasting)
+        twin._steering = self._conditions.repeat(num)
         return twin
 
     def _noise(self, use: NoiseUse, shape: tuple[int, ...]) -> Tensor:
@@ -583,7 +575,7 @@ def draft_all(rollouts: Sequence[Rollout], actions: Sequence[Action | None]) -> 
     Raises:
         ValueError: the actions of any do not fit.
     """
-    conditions = [one._conditions(now) for one, now in zip(rollouts, actions, strict=True)]
+    conditions = [one._steered(now) for one, now in zip(rollouts, actions, strict=True)]
     contexts = rollouts[0].engine.contexts(
         [one._state for one in rollouts],
         conditions,

@@ -234,12 +234,10 @@ class Streams:
         sampling = sampling or self.sampling
         rollout = Rollout(self.world, sampling, guidance, seed, self.window, self.engine)
         session = self._checked(Session(self._num_opened, rollout))
-        if frames is not None:
-            _check_finite(frames)
-            frames = frames[None]
+        given = None if frames is None else frames[None]
         with self._memory_for(session, session.title):
             # Where a session begins its client has said.
-            rollout.begin(frames, conditions, can_reset=False, from_nothing=True)
+            rollout.begin(given, conditions, can_reset=False, from_nothing=True)
         return self._join(session)
 
     def fork(self, session: Session, seed: int | None = None) -> Session:
@@ -319,7 +317,6 @@ class Streams:
             ValueError: as for `request`, or the frame does not fit or is not finite.
         """
         self._check_idle(session)
-        _check_finite(frame)
         session.rollout.observe(frame[None], session.as_batch(action))
 
     def close(self, session: Session) -> None:
@@ -490,8 +487,3 @@ class Streams:
         check_free(what, needed, device, promised)
         with out_of_memory_named(what, needed, device):
             yield
-
-
-def _check_finite(frames: Tensor) -> None:
-    if not torch.isfinite(frames).all():
-        raise ValueError("frames must be finite, got NaN or infinity")

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 from torch import Tensor
 
 from scd.data.clip import Batch, Clip, Conditions
+from scd.data.given import Frames, as_frames
 from scd.data.source import DataCard
 from scd.models.checkpoint import World
 
 NUM_GIVEN = 16
 """Frames of one of the world's clips from which a stream begins, unless it is said otherwise."""
 
-Given = Tensor | Clip | Sequence[Clip]
+Given = Frames | Clip | Sequence[Clip]
 """First frames [b t 3 h w] in [-1, 1]; or clips, with the actions that led to their frames, for a
 stream of each."""
 
@@ -46,15 +48,11 @@ def given_frames(
         ValueError: frames of another kind or size, conditions or latents beside clips, or clips
             that cannot stand side by side.
     """
-    if given is None or isinstance(given, Tensor):
-        if given is not None and (given.ndim != 5 or not given.is_floating_point()):
-            raise ValueError(
-                "given first frames are floats [streams, frames, 3, rows, columns] in [-1, 1], got "
-                f"{given.dtype} {list(given.shape)}; a clip does too: begin(world.clips[0])"
-            )
-        if given is not None:
-            check_size(given, card)
-        return given, conditions or Conditions(), latents
+    size = card.height, card.width
+    if given is None:
+        return None, conditions or Conditions(), latents
+    if isinstance(given, (Tensor, np.ndarray)):
+        return as_frames(given, "streams, frames", size), conditions or Conditions(), latents
     clips = [given] if isinstance(given, Clip) else given
     if (
         not isinstance(clips, Sequence)
@@ -72,13 +70,4 @@ def given_frames(
     conditions = replace(conditions or Conditions(), **known)
     if batch.encoded:
         return None, conditions, batch.frames
-    check_size(batch.frames, card)
-    return batch.frames, conditions, None
-
-
-def check_size(frames: Tensor, card: DataCard) -> None:
-    """Refuse frames [... h w] of another size (ValueError)."""
-    if frames.shape[-2:] != (card.height, card.width):
-        raise ValueError(
-            f"frames must be {card.height}x{card.width}, got {frames.shape[-2]}x{frames.shape[-1]}"
-        )
+    return as_frames(batch.frames, "streams, frames", size), conditions, None

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from scd.common.names import did_you_mean
+from scd.data.given import as_ids
 from scd.data.source import DataCard
 
 Action = Tensor | np.ndarray | np.generic | int | float | str | Sequence[Any] | Mapping[str, Any]
 """Of all streams or of each: an id, a name, a vector, several of them; or {"keys": ["w"]} and
 {"mouse": (0.1, 0.0)}."""
+
+Plan = Action | Sequence[Action]
+"""Actions of several steps: one for all of them, a list with those of each step, or a tensor or
+array [steps], or [streams, steps], with vectors in one axis more."""
 
 DIRECTIONS = {
     "up": ("forward", "up", "north", "jump"),
@@ -58,7 +63,7 @@ def as_actions(action: Action | None, card: DataCard, num_streams: int) -> Tenso
             return action
         raise ValueError("this world is steered by no actions: type step()")
     if isinstance(action, Tensor):
-        return _each(action, card, num_streams)
+        return _each(_of_type(action, card), card, num_streams)
     if isinstance(action, Mapping):
         action = _of_input(action, card)
     if isinstance(action, str):
@@ -76,6 +81,42 @@ def as_actions(action: Action | None, card: DataCard, num_streams: int) -> Tenso
     return _each(torch.from_numpy(values.astype(kind)), card, num_streams)
 
 
+def as_plan(
+    actions: Plan | None, card: DataCard, num_streams: int, num_steps: int | None = None
+) -> list[Tensor | None]:
+    """Return the actions of several steps, each as `as_actions` does.
+
+    Args:
+        actions: as `Rollout.generate` takes them.
+        card: names of the actions.
+        num_streams: b.
+        num_steps: how many; None: as many as there are actions.
+
+    Raises:
+        ValueError: too few actions, some that this world does not know, or no number of steps
+            where nothing else says it.
+    """
+    axes = 2 if card.conditions.action_dim else 1
+    if isinstance(actions, (Tensor, np.ndarray)) and actions.ndim >= axes:
+        if actions.ndim > axes + 1:
+            raise ValueError(
+                "actions of several steps are [streams, steps] or [steps]"
+                f"{', of vectors each' if axes == 2 else ''}, got {list(actions.shape)}"
+            )
+        by_step = actions if actions.ndim == axes else actions.swapaxes(0, 1)
+        steps: list[Action | None] = list(by_step)
+    elif isinstance(actions, Sequence) and not isinstance(actions, str):
+        steps = list(actions)
+    elif num_steps is None:
+        raise ValueError("one action for all steps, or none, needs their number: num_steps")
+    else:
+        steps = [actions] * num_steps
+    num_steps = len(steps) if num_steps is None else num_steps
+    if len(steps) < num_steps:
+        raise ValueError(f"{num_steps} frames need as many actions, got {len(steps)}")
+    return [as_actions(one, card, num_streams) for one in steps[:num_steps]]
+
+
 def what_to_type(card: DataCard) -> str:
     """Say how this world is steered, by examples."""
     spec, names = card.conditions, ", ".join(card.action_names)
@@ -89,10 +130,17 @@ def what_to_type(card: DataCard) -> str:
     return f"This world is steered by {spec.action_dim} numbers ({names}): type step([{zeros}])"
 
 
-def _each(actions: Tensor, card: DataCard, num_streams: int) -> Tensor:
-    """Give each stream the action that is meant for all."""
+def _of_type(actions: Tensor, card: DataCard) -> Tensor:
+    """Return ids as int64, vectors as floats; floats for ids stay, and are refused as such."""
     if actions.dtype == torch.bool:
         raise ValueError(f"an action is no truth value. {what_to_type(card)}")
+    actions = as_ids(actions, "actions")
+    is_vector = card.conditions.action_dim and not actions.is_floating_point()
+    return actions.float() if is_vector else actions
+
+
+def _each(actions: Tensor, card: DataCard, num_streams: int) -> Tensor:
+    """Give each stream the action that is meant for all."""
     spec = card.conditions
     if spec.num_actions:
         if actions.ndim > 1:

@@ -7,7 +7,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from scd.common.files import file_aside, parse_json, read_json, write_file, written_aside
+from scd.common.files import (
+    file_aside,
+    parse_json,
+    read_json,
+    read_text,
+    text_lines,
+    write_file,
+    written_aside,
+)
 
 
 @pytest.fixture
@@ -64,12 +72,40 @@ def test_json_is_read_or_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="a.json: needed format 3, got 2"):
         read_json(path, 3)
     for content, message in ((b"[]", "needed format 2, got None"), (b"{", "is not JSON"),
-                             (b"\xff", "is not JSON")):  # fmt: skip
+                             (b"\xff", "no text in UTF-8")):  # fmt: skip
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"a.json: {message}"):
+        with pytest.raises(ValueError, match=f"a.json.*: .*{message}"):
             read_json(path, 2)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "b.json")
     for text in ("{", "[" * 100_000, "9" * 5000, b"\xff"):
         with pytest.raises(ValueError, match="line 3: is not JSON"):
             parse_json(text, "line 3")
+
+
+SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh"
+"""Characters at which `str.splitlines` cuts and a file's lines do not end."""
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_lines_end_at_line_breaks_alone(end, mark, tmp_path):
+    path = tmp_path / "lines.txt"
+    wanted = [SEPARATORS, "", "größer 猫"]
+    path.write_bytes((mark + end.join(wanted) + end).encode())
+    assert text_lines(path) == wanted
+    path.write_bytes((mark + end.join(wanted)).encode())
+    assert text_lines(str(path)) == wanted
+    path.write_bytes(mark.encode())
+    assert text_lines(path) == [] and read_text(path) == ""
+
+
+def test_what_is_no_utf_8_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "lines.txt"
+    for data, line in ((b"a\nb\nc\xe9t\xe9\n", 3), ("\ufeffa\n".encode("utf-16-le"), 1)):
+        path.write_bytes(data)
+        for read in (read_text, text_lines, read_json):
+            with pytest.raises(ValueError, match=f"lines.txt line {line}: is no text in UTF-8"):
+                read(path)
+    path.write_bytes("\ufeff{}".encode())
+    assert read_json(path) == {}

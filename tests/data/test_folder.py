@@ -236,6 +236,22 @@ def test_wrong_manifests_are_refused(tmp_path):
             FolderSource(tmp_path, "train")
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_separators_within_a_prompt_end_no_line(mark, tmp_path):
+    write_folder(tmp_path)
+    path = tmp_path / "manifest.jsonl"
+    prompts = ["a red cat\u2028runs\u2029over\x85snow", "größer", "plain"]
+    values = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    lines = [
+        json.dumps(one | {"prompt": prompt}, ensure_ascii=False)
+        for one, prompt in zip(values, prompts, strict=True)
+    ]
+    path.write_bytes((mark + "\r\n".join(lines) + "\r\n").encode())
+    source = FolderSource(tmp_path, "train")
+    assert [source.prompt(episode) for episode in range(2)] == prompts[::2]
+    assert [entry.prompt for entry in read_manifest(tmp_path)] == prompts
+
+
 def test_an_empty_split_is_refused_with_what_there_is(tmp_path):
     write_folder(tmp_path)
     with pytest.raises(ValueError, match="'test' has no readable episodes.*'train': 2, 'val': 1"):

@@ -168,8 +168,9 @@ def test_frames_of_one_stream_are_taken_in_whichever_way_they_come():
         ([torch.zeros(2, 3, 4, 4)], r"of one stream.*got \[2, 3, 4, 4\]"),
         ([torch.zeros(3, 4, 4), torch.zeros(3, 4, 6)], r"all of one size, got \[3, 4, 4\], \[3, 4"),
         (torch.zeros(2, 4, 4, 4), r"got \[2, 4, 4, 4\]"),
-        (torch.full((2, 3, 4, 4), torch.nan), "finite floats"),
-        (torch.zeros(2, 3, 4, 4, dtype=torch.long), "8-bit pixels.*got torch.int64"),
+        (torch.full((2, 3, 4, 4), torch.nan), "frames must be finite"),
+        (torch.full((2, 3, 4, 4), 255.0), "convert them by frames / 127.5 - 1"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.long), "convert them by scd.pixels_to_frames"),
     ],
 )
 def test_what_is_no_video_is_refused_and_nothing_is_written(tmp_path, frames, words):

@@ -254,6 +254,13 @@ def test_prompts_that_cannot_name_a_file(lines, message, tmp_path):
         list_jobs(VBenchConfig(video=VideoConfig(run="run"), prompts=prompts, out="out"))
 
 
+def test_separators_within_a_prompt_make_no_second_one(tmp_path):
+    prompts = ["a red cat\u2028runs over snow", "the\x85sea", "größer"]
+    for mark, end in (("", "\n"), ("\ufeff", "\r\n")):
+        (tmp_path / "prompts.txt").write_bytes((mark + end.join([*prompts, "", ""])).encode())
+        assert read_lines(tmp_path / "prompts.txt") == prompts
+
+
 def test_files_and_shards_that_are_none(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="no text in UTF-8"):

@@ -414,14 +414,35 @@ def test_a_stream_begins_with_nothing_a_clip_or_a_picture(player: Player):
     player.faults = [fault for fault in player.faults if "415" not in fault]
 
 
+WATCHED = """
+window.asked = [];
+window.got = [];
+const { isConfigSupported } = VideoDecoder;
+const { configure } = VideoDecoder.prototype;
+VideoDecoder.isConfigSupported = (config) => {
+  window.asked.push(config.codec);
+  return isConfigSupported.call(VideoDecoder, config);
+};
+VideoDecoder.prototype.configure = function (config) {
+  window.got.push(config.codec);
+  return configure.call(this, config);
+};
+"""
+"""Notes which codecs the page asks the browser for, and which the streams then have."""
+
+
 def test_h264_where_there_are_webcodecs_and_jpeg_where_not(browser: Any, address: str):
-    player = Player(browser, address).open()
+    player = Player(browser, address)
+    player.page.add_init_script(WATCHED)
+    player.open()
     session = player.page.evaluate("() => sessionStorage.getItem('scd session')")
     player.page.locator("#codec").select_option("h264")
     player.until(lambda: player.text("status") == "live", "the connection")
     player.more(8)
     assert session == player.page.evaluate("() => sessionStorage.getItem('scd session')")
     assert player.page.locator("#codec").input_value() == "h264", player.seen()
+    asked, got = player.page.evaluate("() => [window.asked, window.got]")
+    assert asked == got == ["avc1.42c00a"]
     player.context.close()
     assert player.faults == []
 

@@ -27,7 +27,7 @@ from scd.serving import connection
 from scd.serving.client import Client, Refused, SessionEnded
 from scd.serving.codec import JpegEncoder, Packed
 from scd.serving.connection import MOST_QUEUED, SendQueue
-from scd.serving.messages import Evicted, FrameHeader, GuidanceChoice
+from scd.serving.messages import Evicted, FrameHeader, GuidanceChoice, ServeError
 from scd.serving.protocol import unpack
 from scd.serving.settings import ClientLimits
 from scd.streaming.rollout import Rollout
@@ -114,15 +114,30 @@ def test_a_client_steps_the_frames_of_a_rollout(server: Serving):
         assert client.state is None
 
 
+def test_a_client_takes_numbers_of_any_type(server: Serving):
+    with Client(server.url, quality=100) as client:
+        client.create(seed=np.int64(7))
+        wanted = [one.pixels for one in client.step(2, count=2)]
+        for action in (np.uint8(2), np.array(2), torch.tensor(2)):
+            client.reset(seed=torch.tensor(7))
+            frames = client.step(action, count=np.int32(2))  # type: ignore[arg-type]
+            assert all((one.pixels == two).all() for one, two in zip(frames, wanted, strict=True))
+        for wrong in (True, "b", 1.5, np.array([True])):
+            with pytest.raises(ServeError, match="action"):
+                client.step(wrong)  # type: ignore[arg-type]
+        client.close()
+
+
 def test_h264_shows_the_same_frames(server: Serving):
     with Client(server.url, codec="h264") as client:
+        announced = client.welcome.h264
         client.create(seed=7)
         frames = client.step(1, count=5)
         client.rewind(2)
         again = client.step(1, count=2)
         client.close()
     assert [one.header.key for one in frames] == [True, False, False, False, False]
-    assert frames[0].header.config is not None and frames[0].header.config.startswith("avc1.42")
+    assert frames[0].header.config == announced == "avc1.42c00a"
     # The frame that is shown again after the rewind is the key frame.
     assert [one.header.frame for one in again] == [3, 4]
     for one, wanted in zip(frames + again, frames[:5] + frames[3:], strict=True):

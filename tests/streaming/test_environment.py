@@ -49,6 +49,20 @@ def test_the_library_finds_no_fault(world, clips):
     assert scd.WorldEnv is WorldEnv and scd.WorldVectorEnv is WorldVectorEnv
 
 
+def test_actions_are_of_any_type_that_a_rollout_takes(world):
+    one, several = WorldEnv(world), WorldVectorEnv(world, 2)
+    one.reset(seed=3)
+    wanted, names = one.step(2)[0], world.card.action_names
+    for action in (np.uint8(2), np.array(2), torch.tensor(2, dtype=torch.int32), names[2]):
+        one.reset(seed=3)
+        assert (one.step(action)[0] == wanted).all()
+    several.reset(seed=3)
+    wanted = several.step(np.array([2, 1]))[0]
+    for actions in ([2, 1], torch.tensor([2, 1], dtype=torch.uint8), [names[2], names[1]]):
+        several.reset(seed=3)
+        assert (several.step(actions)[0] == wanted).all()
+
+
 def test_an_episode_is_a_rollout(world, clips):
     environment = WorldEnv(
         world, max_frames=3, clips=clips, num_given=4, num_steps=1, render_mode="rgb_array"
@@ -202,16 +216,24 @@ def test_what_cannot_be_an_environment_is_refused(world, clips):
     with pytest.raises(ValueError, match="reset the environment first"):
         environment.step(0)
     environment.reset(seed=0)
-    with pytest.raises(ValueError, match="an action must be in"):
+    with pytest.raises(ValueError, match=r"action ids must lie in 0 \.\. 4, got 5"):
         environment.step(5)
+    for wrong in (True, np.bool_(True), torch.tensor(True), 1.0, "fly"):
+        with pytest.raises(ValueError, match="type step"):
+            environment.step(wrong)
     with pytest.raises(ValueError, match="num_envs must be 1 or more"):
         WorldVectorEnv(world, 0)
     several = WorldVectorEnv(world, 2)
     with pytest.raises(ValueError, match="reset the environments first"):
         several.step(np.array([0, 0]))
     several.reset(seed=0)
-    with pytest.raises(ValueError, match="actions must be in"):
+    with pytest.raises(ValueError, match=r"action ids must lie in 0 \.\. 4, got 0 \.\. 9"):
         several.step(np.array([0, 9]))
+    for wrong in (np.array([True, False]), np.array([0.0, 1.0])):
+        with pytest.raises(ValueError, match="type step"):
+            several.step(wrong)
+    with pytest.raises(ValueError, match="2 environments need as many actions, got 3"):
+        several.step([0, 1, 2])
     silent = World(
         model=world.model,
         autoencoder=world.autoencoder,

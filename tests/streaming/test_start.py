@@ -80,8 +80,9 @@ def test_environments_begin_where_their_world_does(world):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ((torch.zeros(3, 4, 6),), r"floats \[streams, frames, 3, rows, columns\].*clips\[0\]"),
-        ((torch.zeros(1, 2, 3, 4, 6, dtype=torch.uint8),), "got torch.uint8"),
+        ((torch.zeros(3, 4, 6),), r"floats \[streams, frames, 3, rows, columns\].*\[None, None\]"),
+        ((torch.zeros(1, 2, 3, 4, 6, dtype=torch.uint8),), r"got uint8.*by scd.pixels_to_frames\("),
+        ((torch.full((1, 2, 3, 4, 6), 255.0),), r"convert them by frames / 127.5 - 1"),
         (([],), r"begin\(world.clips\[0\]\) or begin\(frames, conditions\), got list"),
         ((Clip(frames=torch.zeros(2, 3, 4, 6)),), "steered by actions, but none were given"),
         ((Clip(frames=torch.zeros(2, 3, 8, 6)),), "frames must be 4x6, got 8x6"),
@@ -127,6 +128,10 @@ for call in (
     lambda: rollout.step({1, 2}),
     lambda: scd.write_video(3, "a.mp4"),
     lambda: scd.write_video(["a"], "a.mp4"),
+    lambda: scd.Rollout("doom", seed=1.0),
+    lambda: rollout.begin(batch="2"),
+    lambda: rollout.fork(2.0),
+    lambda: scd.WorldEnv("doom", max_frames="9"),
 ):
     try:
         call()
@@ -145,8 +150,9 @@ def test_what_is_of_another_type_is_refused_with_what_to_type():
     assert all("a world is named by a text or a path" in line for line in lines[:3])
     assert all("begin(world.clips[0])" in line for line in lines[3:5])
     assert all("type step('right')" in line for line in lines[5:7])
-    assert all("a video needs frames" in line for line in lines[7:])
-    assert len(lines) == 9
+    assert all("a video needs frames" in line for line in lines[7:9])
+    assert all("must be a whole number, got" in line for line in lines[9:])
+    assert len(lines) == 13
 
 
 MADE = """

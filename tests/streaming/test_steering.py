@@ -6,8 +6,9 @@ import torch
 
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
+from scd.streaming.environment import WorldEnv, WorldVectorEnv
 from scd.streaming.rollout import Rollout
-from scd.streaming.steering import as_actions
+from scd.streaming.steering import as_actions, as_plan
 from tests.streaming.test_rollout import world_of
 from tests.tiny import tiny_separable
 
@@ -167,3 +168,93 @@ def test_a_rollout_takes_what_is_typed_as_its_numbers():
         by_name.step([0, 0, 0])
     with pytest.raises(ValueError, match=r"action ids must lie in 0 \.\. 3, got 4"):
         by_name.step(4)
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        (["forward", 3, {"keys": []}], [[1, 3, 0], [1, 3, 0]]),
+        ([[0, 1], ["turn left", "none"], np.uint8(3)], [[0, 2, 3], [1, 0, 3]]),
+        (torch.tensor([[0, 1, 2], [3, 2, 1]], dtype=torch.uint8), [[0, 1, 2], [3, 2, 1]]),
+        (np.array([[0, 1, 2], [3, 2, 1]], dtype=np.int32), [[0, 1, 2], [3, 2, 1]]),
+        (np.array([0, 1, 2]), [[0, 1, 2], [0, 1, 2]]),
+        (np.array(["none", "forward", "none"]), [[0, 1, 0], [0, 1, 0]]),
+        ("forward", [[1, 1, 1], [1, 1, 1]]),
+        (np.int64(2), [[2, 2, 2], [2, 2, 2]]),
+        ({"keys": ["w"]}, [[1, 1, 1], [1, 1, 1]]),
+        (torch.tensor(2), [[2, 2, 2], [2, 2, 2]]),
+    ],
+)
+def test_actions_of_several_steps_are_typed_like_those_of_one(typed, wanted):
+    steps = as_plan(typed, WALK, 2, 3)
+    assert all(one is not None and one.dtype == torch.int64 for one in steps)
+    assert torch.stack([one for one in steps if one is not None], 1).tolist() == wanted
+    # More than are wanted are left.
+    assert len(as_plan(typed, WALK, 2, 2)) == 2
+
+
+def test_vectors_of_several_steps():
+    plan = torch.arange(24.0).view(2, 3, 4)
+    for typed in (plan, plan.numpy(), plan.unbind(1), plan.int()):
+        steps = as_plan(typed, HAND, 2)
+        assert torch.equal(torch.stack([one for one in steps if one is not None], 1), plan)
+    (first, second) = as_plan(plan[0, :2], HAND, 2)
+    assert first is not None and torch.equal(first, plan[:1, 0].expand(2, -1))
+    held = as_plan({"keys": ["w"]}, HAND, 1, 2)
+    assert [one.tolist() for one in held if one is not None] == [[[1, 0, 0, 0]]] * 2
+    assert as_plan(None, card_of(), 1, 3) == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("typed", "number", "words"),
+    [
+        ("forward", None, "needs their number: num_steps"),
+        (None, None, "needs their number: num_steps"),
+        ([0, 1], 3, "3 frames need as many actions, got 2"),
+        (torch.zeros(2, 2).long(), 3, "3 frames need as many actions, got 2"),
+        (torch.zeros(2, 2, 2).long(), 2, r"\[streams, steps\] or \[steps\], got \[2, 2, 2\]"),
+        (np.zeros((2, 2), bool), 2, "is no action"),
+        (["forward", "fly"], 2, "called 'fly'"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(typed, number, words):
+    with pytest.raises(ValueError, match=words):
+        as_plan(typed, WALK, 2, number)
+
+
+def test_a_stream_is_generated_by_what_is_typed():
+    world = world_of(tiny_separable())
+    rollout = Rollout(world)
+    with pytest.raises(ValueError, match="begin the stream first"):
+        rollout.generate([1], 1)
+    rollout.begin(batch=2)
+    frames = rollout.fork().generate(torch.tensor([[0, 2, 1], [3, 2, 1]]), 3)
+    assert torch.equal(rollout.fork().generate([["a0", "a3"], "a2", 1]), frames)
+    assert torch.equal(rollout.generate([[0, 3], 2, 1, 0], np.int32(3)), frames)
+    with pytest.raises(ValueError, match="num_steps must be 1 or more, got 0"):
+        rollout.generate([1], 0)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint16, np.int64])
+def test_numbers_of_any_integer_type_are_numbers(kind):
+    world = world_of(tiny_separable())
+    plain, typed = Rollout(world, seed=3), Rollout(world, seed=kind(3))
+    for rollout, one in ((plain, int), (typed, kind)):
+        rollout.num_steps = one(2)
+        rollout.begin(batch=one(2))
+    futures = plain.fork(2, seeds=[4, 5]), typed.fork(kind(2), seeds=[kind(4), kind(5)])
+    assert torch.equal(plain.step(1), typed.step(kind(1)))
+    assert torch.equal(*(one.step(1) for one in futures))
+    for call in (
+        lambda: Rollout(world, seed=True),
+        lambda: plain.begin(batch=True),
+        lambda: plain.fork(True),
+        lambda: plain.fork(1, seeds=[True]),
+        lambda: plain.generate([1], num_steps=True),
+        lambda: setattr(plain, "num_steps", True),
+        lambda: WorldVectorEnv(world, True),
+        lambda: WorldVectorEnv(world, 2, num_steps=True),
+        lambda: WorldEnv(world, max_frames=True),
+    ):
+        with pytest.raises(ValueError, match="must be a whole number, got True"):
+            call()

@@ -326,7 +326,7 @@ player.addEventListener("world", async () => {
   player.held = world.actions.length ? steering.held : null;
   byId("steer").hidden = world.actions.length === 0;
   controls.show();
-  const why = await whyNoH264(player.codecs);
+  const why = await whyNoH264(player.codecs, player.h264);
   byId("codec").disabled = why !== null;
   byId("codec-note").hidden = why === null;
   byId("codec-note").textContent = why ?? "";

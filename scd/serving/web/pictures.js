@@ -1,11 +1,11 @@
 // Payloads -> pictures, in order: JPEG each by itself, or H.264 through WebCodecs.
 
-/** Whether this browser decodes H.264 by WebCodecs; a sentence why not, or null. */
-export async function whyNoH264(codecs) {
+/** Whether this browser decodes H.264 of a codec string by WebCodecs; a sentence why not, or null. */
+export async function whyNoH264(codecs, codec) {
   if (!codecs.includes("h264")) return "This server sends no H.264.";
   if (!window.isSecureContext) return "Browsers keep WebCodecs for localhost and https: JPEG.";
   if (!("VideoDecoder" in window)) return "This browser has no WebCodecs: JPEG.";
-  const asked = { codec: "avc1.42E01E", optimizeForLatency: true };
+  const asked = { codec, optimizeForLatency: true };
   try {
     const { supported } = await VideoDecoder.isConfigSupported(asked);
     return supported ? null : "This browser decodes no H.264: JPEG.";

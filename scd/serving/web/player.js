@@ -19,6 +19,7 @@ export class Player extends EventTarget {
     this.world = null;
     this.limits = null;
     this.codecs = [];
+    this.h264 = "";
     this.wantsRun = true;
     this.fps = null;
     this.asleep = false;
@@ -69,7 +70,8 @@ export class Player extends EventTarget {
 
   async _welcomed(welcome) {
     const first = this.world === null;
-    Object.assign(this, { world: welcome.world, limits: welcome.limits, codecs: welcome.codecs });
+    const { world, limits, codecs, h264 } = welcome;
+    Object.assign(this, { world, limits, codecs, h264 });
     this.link = { name: "live", reason: "" };
     this.fps ??= Math.min(welcome.limits.max_fps, welcome.world.fps);
     if (first) this.dispatchEvent(new Event("world"));
