@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# safetensors 0.8.0: slices of a stored tensor are not those of Python.
+# safetensors 0.8.0: slices of a stored tensor, read as numpy arrays, are not those of numpy.
 #
 # Guessed: `safe_open(...).get_slice(name)[a:b]` gives what the whole tensor gives at [a:b]: ends
 # beyond the last row are cut, negative ones count from the end, and [:] is everything.
 # Seen: an end beyond the last row is an error, and so is [:] of a tensor without axes, where [...]
-# works. Negative ends are an OverflowError, which is no SafetensorError. So windows into stored
-# tensors have to be cut to their length by whoever reads them.
+# works. Negative ends are an OverflowError, which is no SafetensorError. Of the same file opened
+# with framework="pt" slices are torch's own: cut at the end, negative ones from the end. So code
+# that goes from one framework to the other has to cut its windows itself.
 #
 # Output when this was written (safetensors 0.8.0, numpy 2.4.6, Python 3.11):
 #     [2:9] SafetensorError

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,30 @@ import torch
 from safetensors.torch import save_file
 
 from tools import fuzz, fuzz_mutations
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_a_part_of_the_cases_ends_as_it_should(tmp_path):
+    # In a process of its own, without threads that a fork would lose and without checks of types.
+    words = [sys.executable, "tools/fuzz.py", "--seed", "1", "--count", "60"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*words, "--out", str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["cases"] == 60 and not found["failed"]
+    assert found["kinds"].keys() == fuzz.KINDS.keys()
+    outcomes = found["kinds"].values()
+    assert sum(one["accepted"] for one in outcomes) >= 5
+    assert sum(one["refused"] for one in outcomes) >= 20
+    assert found["slowest_s"] <= fuzz.LIMIT_S and found["peak_gib"] <= fuzz.LIMIT_GIB
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,10 @@ LIMIT_S, LIMIT_GIB = 20.0, 2.0
 MAKING_S = 300.0
 """Seconds for the inputs that are right."""
 
-LONGEST = 700
+MANY = 200
+"""Cases from which on every command is run on inputs that are right first, not one of a kind."""
+
+LONGEST = 1000
 """Characters of a message."""
 
 SAID_NO, FOUND = 3, 99
@@ -73,7 +76,7 @@ class FuzzConfig:
     only: str = ""
     """One case by its name, whose output is shown. Empty: as many as `count` says."""
     out: str = ""
-    """Folder for summary.json and what failed. Empty: nothing is kept."""
+    """Folder for summary.json, cases.jsonl and what failed. Empty: nothing is kept."""
 
     def __post_init__(self) -> None:
         unknown = sorted({*self.kinds, *filter(None, [self.only.partition("-")[0]])} - set(KINDS))
@@ -271,7 +274,7 @@ def judge(status: int, said: str, changed: Sequence[str]) -> str:
         return f"a message of {len(message)} characters: {message:.100}"
     if len(re.findall(r"[.!?] +[A-Z]", message)) > 1:
         return f"more than two sentences: {message:.100}"
-    known = {part for path in changed for part in Path(path).parts}
+    known = {part for path in changed for part in Path(path).parts} | {"must be finite"}
     if changed and not any(re.search(rf"(^|\W){re.escape(one)}($|\W)", message) for one in known):
         return f"does not name what it is about: {message:.160}"
     return ""
@@ -321,19 +324,28 @@ def fuzz(config: FuzzConfig, place: Path) -> dict[str, Any]:
         folder = place / f"{name}-{number}"
         verdict = run_case(inputs, folder, config.seed, name, number)
         verdicts.append(verdict)
+        _keep(config, verdict, folder)
         if verdict.outcome == "failed":
             print(f"{verdict.case}: {verdict.why}\n    {verdict.change}\n    {verdict.command}")
             print(
                 f"    python tools/fuzz.py --seed {config.seed} --only {verdict.case}", flush=True
             )
-            if config.out:
-                kept = Path(config.out) / verdict.case
-                shutil.rmtree(kept, ignore_errors=True)
-                shutil.copytree(folder, kept, symlinks=True)
         if config.only:
             print(json.dumps(asdict(verdict), indent=2))
         shutil.rmtree(folder)
     return summary(config, verdicts, prepared_s, time.monotonic() - begun)
+
+
+def _keep(config: FuzzConfig, verdict: Verdict, folder: Path) -> None:
+    """Write down what came of a case, and keep the folder of one that failed."""
+    if not config.out:
+        return
+    with (Path(config.out) / "cases.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(verdict)) + "\n")
+    if verdict.outcome == "failed":
+        kept = Path(config.out) / verdict.case
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(folder, kept, symlinks=True)
 
 
 def warm(modules: Path) -> None:
@@ -349,7 +361,8 @@ def warm(modules: Path) -> None:
 def _check_inputs(config: FuzzConfig, inputs: Path, place: Path) -> None:
     for name in config.kinds:
         commands = KINDS[name].commands
-        for number in sorted(commands.index(command) for command in set(commands)):
+        numbers = sorted(commands.index(command) for command in set(commands))
+        for number in numbers if config.count >= MANY else numbers[:1]:
             folder = place / f"{name}-as-it-is-{number}"
             verdict = run_case(inputs, folder, number, name, None)
             if verdict.outcome != "accepted":
@@ -385,10 +398,12 @@ def main(arguments: Sequence[str]) -> int:
     config = tyro.cli(FuzzConfig, args=list(arguments))
     config = replace(config, out=str(Path(config.out).absolute()) if config.out else "")
     torch.set_num_threads(1)
+    if config.out:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        (Path(config.out) / "cases.jsonl").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="scd-fuzz-") as place:
         found = fuzz(config, Path(place).resolve())
     if config.out:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
         (Path(config.out) / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
     num_failed = len(found["failed"])
     print(json.dumps({**found, "failed": num_failed}, indent=2))

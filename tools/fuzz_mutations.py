@@ -313,7 +313,9 @@ def _change_safetensors(rng: random.Random, path: Path) -> Words:
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return False
+    return value.is_contiguous() and not value.is_meta
 
 
 def _other_header(rng: random.Random, data: bytes) -> tuple[bytes, Words]:

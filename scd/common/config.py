@@ -71,9 +71,10 @@ def check_threads(threads: Threads | None) -> None:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message shows it: its beginning, if it is long."""
-    text = repr(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ..."
+    """Return a value as a message shows it: beginning and end, if it is long."""
+    text, end = repr(value), LONGEST // 3
+    # Paths differ at their ends.
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - end - 5]} ... {text[-end:]}"
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def differences(theirs: Any, ours: Any, where: str = "") -> list[str]:
                 theirs.get(key, "nothing"), ours.get(key, "nothing"), f"{where}{key}."
             )
         ]
-    return [] if theirs == ours else [f"{where.removesuffix('.')}: {theirs!r}, {ours!r}"]
+    return [] if theirs == ours else [f"{where.removesuffix('.')}: {shown(theirs)}, {shown(ours)}"]
 
 
 def parse_shard(shard: str) -> tuple[int, int]:

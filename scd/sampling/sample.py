@@ -97,6 +97,11 @@ def sample(config: SampleConfig) -> dict[str, Any]:
             world, guidance=config.guidance, seed=config.seed, window=config.window, engine=engine
         )
         stream = run_stream(rollout, clip, config.context, config.frames)
+    if not torch.isfinite(stream.frames).all():
+        raise ValueError(
+            f"{config.run} makes frames that are not finite: its weights are damaged, or its "
+            "training went wrong"
+        )
     # A stream from nothing makes a world of its own: no truth to compare with.
     true = clip.frames[config.context :] if config.context else clip.frames[:0]
     first, steady = stream.timings[0], stream.timings[1:] or stream.timings

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from scd.common.config import added, at_least, from_json, to_json
+from scd.common.config import added, at_least, from_json, shown, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +102,12 @@ def test_something_else_than_an_object_is_refused():
         from_json(Vehicle, [1])
 
 
-def test_a_message_shows_only_the_beginning_of_a_long_value():
+def test_a_message_shows_only_the_ends_of_a_long_value():
     with pytest.raises(ValueError, match=r"config: needed an object") as refused:
         from_json(Vehicle, [1] * 10_000)
     assert len(str(refused.value)) < 200
+    long = "x" * 500 + "the end"
+    assert len(shown(long)) == 80 and shown(long).endswith("the end'") and shown(7) == "7"
 
 
 def test_a_number_below_its_minimum_is_refused_by_name():
