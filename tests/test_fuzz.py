@@ -53,7 +53,7 @@ def test_a_part_of_the_cases_ends_as_it_should(tmp_path):
         (-9, "", "status -9"),
         (2, "", "no message"),
         (2, "scd: clips/dataset.json is\nof two lines\n", "several lines"),
-        (2, "scd: clips/dataset.json " + "x" * 800, "characters"),
+        (2, "scd: clips/dataset.json " + "x" * 1200, "characters"),
         (2, "scd: clips/dataset.json. One. Two. Three.\n", "more than two sentences"),
         (2, "scd: 'utf-8' codec can't decode byte 0xff\n", "does not name"),
     ],

@@ -31,6 +31,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from scd.cli import main
+from scd.convert.reference import their_name
 from scd.data.manifest import Entry, write_card, write_episode, write_manifest
 from scd.data.source import DataCard, open_source
 from scd.data.spaces import ConditionSpec, Split
@@ -194,24 +195,6 @@ def write_coded(path: Path, pixels: np.ndarray, codec: str) -> None:
         container.mux(stream.encode(None))
 
 
-THEIRS = (
-    (r"embed_frame\.project\.", "x_embedder."),
-    (r"embed_time\.rise\.", "timestep_embedder.linear_1."),
-    (r"embed_time\.mix\.", "timestep_embedder.linear_2."),
-    (r"embed_conditions\.actions\.", "action_embedder.embedding_table."),
-    (r"blocks\.(\d+)\.attention_modulation\.linear\.", r"transformer_blocks.\1.norm1.linear."),
-    (r"blocks\.(\d+)\.mlp_modulation\.linear\.", r"transformer_blocks.\1.norm2.linear."),
-    (r"blocks\.(\d+)\.attention\.([qk])_norm", r"transformer_blocks.\1.attn.norm_\2.weight"),
-    (r"blocks\.(\d+)\.attention\.to_out\.", r"transformer_blocks.\1.attn.to_out.0."),
-    (r"blocks\.(\d+)\.attention\.to_([qkv])\.", r"transformer_blocks.\1.attn.to_\2."),
-    (r"blocks\.(\d+)\.mlp\.0\.", r"transformer_blocks.\1.mlp.net.0.proj."),
-    (r"blocks\.(\d+)\.mlp\.2\.", r"transformer_blocks.\1.mlp.net.2."),
-    (r"(output_modulation|head\.modulation)\.linear\.", "norm_out.linear."),
-    (r"head\.project\.", "proj_out."),
-)
-"""Names of our weights, and those of the release."""
-
-
 def _make_release(folder: Path) -> None:
     """Write a state dict in the layout of the paper's release, in both formats."""
     folder.mkdir()
@@ -225,18 +208,9 @@ def _make_release(folder: Path) -> None:
             conditions=ConditionSpec(num_actions=NUM_ACTIONS),
         )
     )
-    state = {_their_name(name): weight for name, weight in model.state_dict().items()}
+    state = {their_name(name): weight for name, weight in model.state_dict().items()}
     torch.save(state, folder / "weights.pt")
     save_file(state, folder / "weights.safetensors")
-
-
-def _their_name(name: str) -> str:
-    side, rest = name.split(".", 1)
-    for ours, theirs in THEIRS:
-        rest, found = re.subn(f"^{ours}", theirs, rest)
-        if found:
-            break
-    return f"{side}.{rest}"
 
 
 def _make_session() -> None:
