@@ -13,7 +13,7 @@ import select
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from scd import __version__
 from scd.common.launcher import first_speaks, is_first, rank, refuse_several
 from scd.common.names import known
 from scd.common.signals import Interrupted
+from scd.common.words import asks_for_help, first_is, run_first, split_name, value_of
 
 Settings = TypeVar("Settings")
 
@@ -32,6 +33,7 @@ USAGE = """usage: scd COMMAND ...
   play [RUN]                a world in the browser, steered by keyboard, mouse or touch
   record toy|doom|gym       record clips with actions; gym: any environment of Gymnasium
   data check PATH           what there is of a collection of clips, and what is missing
+  data export lerobot       write clips as a LeRobot dataset
   encode DATA               write the latents of clips once, for training
   train-autoencoder         train the network between pixels and latents
   train PRESET              train a model on clips
@@ -111,9 +113,9 @@ def _run(words: list[str]) -> int:
             _print_completion(words[1:])
         else:
             command = known(words[0], "command", [*COMMANDS, "help"])
-            if command not in SHARED and not _asks_for_help(words):
+            if command not in SHARED and not asks_for_help(words):
                 refuse_several(command)
-            COMMANDS[command](words[1:])
+            COMMANDS[command](_with_source_flags(words[1:]))
     except BrokenPipeError as error:
         # Another pipe or connection may have broken than the one to who reads the output.
         if _nobody_reads():
@@ -184,43 +186,13 @@ def _parse_known(
         return tyro.cli(kind, args=words, prog=f"scd {command}", return_unknown_args=True)
 
 
-def _asks_for_help(words: list[str]) -> bool:
-    return any(word in ("-h", "--help") for word in words)
+def _with_source_flags(words: list[str]) -> list[str]:
+    """Put flags of a kind of clips into its name: `flags_to_name`."""
+    if any(word.partition(":")[1] for word in words):
+        from scd.data.source import flags_to_name
 
-
-def _split_name(
-    words: list[str], command: str, what: str, choices: Iterable[str]
-) -> tuple[str | None, list[str]]:
-    """Take the leading name off; None if help is asked for without one."""
-    if words and not words[0].startswith("-"):
-        return known(words[0], what, choices), words[1:]
-    if _asks_for_help(words):
-        return None, words
-    raise ValueError(f"scd {command} needs a {what} first: {', '.join(choices)}")
-
-
-def _first_is(flag: str, words: list[str]) -> list[str]:
-    """Let the value of one flag stand first, without the flag."""
-    return [flag, *words] if words and not words[0].startswith("-") else words
-
-
-def _run_first(words: list[str], command: str, what: str = "RUN") -> list[str]:
-    """Let --run stand first, without the flag, and refuse a command without it."""
-    words = _first_is("--run", words)
-    if _value_of(words, "--run") is None and not _asks_for_help(words):
-        raise ValueError(
-            f"scd {command} needs a {what} first: the folder of a run or of a world; "
-            f"scd help {command} explains every flag"
-        )
+        return flags_to_name(words)
     return words
-
-
-def _value_of(words: list[str], flag: str) -> str | None:
-    """Return what follows a flag, or what stands behind its "="; None: the flag is not there."""
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        if word == flag or word.startswith(f"{flag}="):
-            return following if word == flag else word.partition("=")[2]
-    return None
 
 
 def _demo(words: list[str]) -> None:
@@ -233,12 +205,12 @@ def _record(words: list[str]) -> None:
     from scd.data.record import record, recordings
 
     kinds = recordings()
-    name, rest = _split_name(words, "record", "world", kinds)
+    name, rest = split_name(words, "record", "world", kinds)
     if name is None:
         print(f"usage: scd record {{{','.join(kinds)}}} --out DIR ...; try scd record toy --help")
         return
     if name == "gym":
-        rest = _first_is("--env", rest)
+        rest = first_is("--env", rest)
         # Frames are counted, and named by where they are from: no word can mean both.
         for place, word in enumerate(rest[:-1]):
             if word == "--frames" and rest[place + 1] in ("render", "observation"):
@@ -247,9 +219,11 @@ def _record(words: list[str]) -> None:
 
 
 def _data(words: list[str]) -> None:
+    name, rest = split_name(words, "data", "action", ["check", "export"])
+    if name == "export":
+        return _export_data(rest)
     from scd.data.check import CheckConfig, check, readable, refusal
 
-    name, rest = _split_name(words, "data", "action", ["check"])
     config = _parse(CheckConfig, rest if name else ["--help"], "data check")
     if config.preset:
         from scd.training.presets import PRESETS
@@ -262,20 +236,28 @@ def _data(words: list[str]) -> None:
         raise ValueError(refusal(config, findings))
 
 
+def _export_data(words: list[str]) -> None:
+    from scd.data.lerobot_export import ExportConfig, export_lerobot, readable
+
+    name, rest = split_name(words, "data export", "format", ["lerobot"])
+    config = _parse(ExportConfig, rest if name else ["--help"], "data export lerobot")
+    print(readable(export_lerobot(config), config.out))
+
+
 def _encode(words: list[str]) -> None:
     from scd.preprocessing.encode import EncodeConfig, encode, readable
 
-    print(readable(encode(_parse(EncodeConfig, _first_is("--data", words), "encode"))))
+    print(readable(encode(_parse(EncodeConfig, first_is("--data", words), "encode"))))
 
 
 def _train(words: list[str]) -> None:
     from scd.training.presets import PRESETS, TrainCommand
 
-    name, rest = _split_name(words, "train", "preset", PRESETS)
+    name, rest = split_name(words, "train", "preset", PRESETS)
     if name is None:
         print(f"scd train PRESET ...; presets: {', '.join(PRESETS)}. Flags, as of preset toy:\n")
     base = PRESETS[name or "toy"]
-    initial = _value_of(rest, "--initial")
+    initial = value_of(rest, "--initial")
     if base.model.takes_text and initial:
         from scd.training.fit import like_initial
 
@@ -329,7 +311,7 @@ def _distill(words: list[str]) -> None:
     from scd.training.config import TrainConfig
     from scd.training.presets import DistillChoice
 
-    if _asks_for_help(words):
+    if asks_for_help(words):
         blank = TrainConfig(objective=ConsistencyConfig())
         _help_of_both(DistillChoice, "distill TEACHER", blank, "a teacher")
     choice, rest = _parse_known(DistillChoice, words, "distill")
@@ -343,7 +325,7 @@ def _distill_wan(words: list[str]) -> None:
     from scd.training.config import TrainConfig
     from scd.training.presets import WAN_DMD, WanDmdChoice
 
-    if _asks_for_help(words):
+    if asks_for_help(words):
         _help_of_both(WanDmdChoice, "distill wan-dmd RUN", WAN_DMD, "a world")
     choice, rest = _parse_known(WanDmdChoice, words, "distill wan-dmd")
 
@@ -361,8 +343,8 @@ def _distill_wan(words: list[str]) -> None:
 def _sample(words: list[str]) -> None:
     from scd.sampling.settings import PromptSampleConfig, SampleConfig
 
-    words = _run_first(words, "sample")
-    if _asks_for_help(words):
+    words = run_first(words, "sample")
+    if asks_for_help(words):
         with suppress(SystemExit):
             _parse(SampleConfig, ["--help"], "sample RUN")
         print("\nA run that a text steers takes these instead:\n")
@@ -370,8 +352,8 @@ def _sample(words: list[str]) -> None:
     from scd.sampling.sample import readable_speed, sample, sample_prompt
     from scd.sampling.text_to_video import is_steered_by_text
 
-    run = _value_of(words, "--run")
-    if _value_of(words, "--prompt") is not None or (run and is_steered_by_text(run)):
+    run = value_of(words, "--run")
+    if value_of(words, "--prompt") is not None or (run and is_steered_by_text(run)):
         result = sample_prompt(_parse(PromptSampleConfig, words, "sample"))
         print(f"{readable_speed(result)}\nsaved {result['settings']['out']}")
         return
@@ -386,7 +368,7 @@ def _sample(words: list[str]) -> None:
 def _vbench(words: list[str]) -> None:
     from scd.sampling.settings import VBenchConfig
 
-    config = _parse(VBenchConfig, _run_first(words, "vbench"), "vbench")
+    config = _parse(VBenchConfig, run_first(words, "vbench"), "vbench")
 
     from scd.sampling.vbench import vbench
 
@@ -396,10 +378,10 @@ def _vbench(words: list[str]) -> None:
 def _evaluate(words: list[str]) -> None:
     from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig
 
-    name = _value_of(words, "--protocol")
+    name = value_of(words, "--protocol")
     chosen = PROTOCOLS["custom" if name is None else known(name, "protocol", PROTOCOLS)]
     program = "evaluate" if name is None else f"evaluate --protocol {name}"
-    words = _run_first(words, "evaluate")
+    words = run_first(words, "evaluate")
     config = _parse(EvaluateConfig, words, program, EvaluateConfig(protocol=chosen))
 
     from scd.evaluation.evaluate import evaluate, readable
@@ -413,7 +395,7 @@ def _evaluate(words: list[str]) -> None:
 def _protocols(words: list[str]) -> None:
     from scd.evaluation.protocols import listing
 
-    if _asks_for_help(words):
+    if asks_for_help(words):
         print("usage: scd protocols\n\nLists the protocols of scd evaluate --protocol NAME.")
         return
     if words:
@@ -424,7 +406,7 @@ def _protocols(words: list[str]) -> None:
 def _play(words: list[str]) -> None:
     from scd.serving.settings import PlayConfig
 
-    config = _parse(PlayConfig, _first_is("--run", words), "play")
+    config = _parse(PlayConfig, first_is("--run", words), "play")
     from scd.serving.run import play
 
     play(config)
@@ -455,7 +437,7 @@ def _train_judge(words: list[str]) -> None:
 def _probe(words: list[str]) -> None:
     from scd.probing.settings import ProbeConfig
 
-    config = _parse(ProbeConfig, _run_first(words, "probe"), "probe")
+    config = _parse(ProbeConfig, run_first(words, "probe"), "probe")
     from scd.probing.run import probe
 
     probe(config)
@@ -464,7 +446,7 @@ def _probe(words: list[str]) -> None:
 def _serve(words: list[str]) -> None:
     from scd.serving.settings import ServeConfig
 
-    config = _parse(ServeConfig, _first_is("--run", words), "serve")
+    config = _parse(ServeConfig, first_is("--run", words), "serve")
     if config.replicas is None:
         from scd.serving.run import serve
 
@@ -476,11 +458,11 @@ def _serve(words: list[str]) -> None:
 
 
 def _convert(words: list[str]) -> None:
-    name, rest = _split_name(words, "convert", "layout", ["reference", "autoencoder", "wan"])
+    name, rest = split_name(words, "convert", "layout", ["reference", "autoencoder", "wan"])
     if name == "autoencoder":
         from scd.convert.reference import ConvertAutoencoderConfig, convert_autoencoder
 
-        chosen = _parse(ConvertAutoencoderConfig, _first_is("--file", rest), "convert autoencoder")
+        chosen = _parse(ConvertAutoencoderConfig, first_is("--file", rest), "convert autoencoder")
         print(f"saved {convert_autoencoder(chosen)}")
         return
     if name == "wan":
@@ -490,7 +472,7 @@ def _convert(words: list[str]) -> None:
         return
     from scd.convert.reference import ReferenceConfig, convert_reference
 
-    if _asks_for_help(rest):
+    if asks_for_help(rest):
         print("usage: scd convert reference STATE_DICT OUT ...")
         print("   or: scd convert autoencoder STATE_DICT --out DIR ...; try --help after it")
         print("   or: scd convert wan --model MODEL --out DIR ...; try --help after it\n")
@@ -505,11 +487,11 @@ def _convert(words: list[str]) -> None:
 def _export(words: list[str]) -> None:
     from scd.convert.export import ExportConfig, export_diffusers
 
-    name, rest = _split_name(words, "export", "format", ["diffusers"])
+    name, rest = split_name(words, "export", "format", ["diffusers"])
     if name is None:
         print("usage: scd export diffusers RUN --out DIR")
         return
-    config = _parse(ExportConfig, _run_first(rest, "export diffusers"), "export diffusers")
+    config = _parse(ExportConfig, run_first(rest, "export diffusers"), "export diffusers")
     for folder in export_diffusers(config.run, config.out):
         print(f"saved {folder}")
 
@@ -535,13 +517,13 @@ def _interventions() -> dict[str, type]:
 
 def _intervene(words: list[str]) -> None:
     kinds = _interventions()
-    name, rest = _split_name(words, "intervene", "kind", kinds)
+    name, rest = split_name(words, "intervene", "kind", kinds)
     if name is None:
         print(f"usage: scd intervene {{{','.join(kinds)}}} RUN --out DIR ...")
         print("try scd intervene skip --help")
         return
     command = f"intervene {name}"
-    config = _parse(kinds[name], _run_first(rest, command), command)
+    config = _parse(kinds[name], run_first(rest, command), command)
     from scd.probing.compare import intervene, markdown
 
     print(markdown(intervene(config)))

@@ -42,6 +42,7 @@ MAX_FILES = 60
 
 OPTIONAL_PACKAGES = {
     "vizdoom": {"data.doom"},
+    "pyarrow": {"data.lerobot_tables"},
     "crafter": {"data.environments.crafter"},
     "tensorboard": {"common.runlog"},
     "wandb": {"common.runlog"},

@@ -12,6 +12,7 @@ from typing import Annotated, get_args
 import tyro
 
 from scd.common.config import at_least
+from scd.common.hub import is_hub_name
 from scd.data.source import EmptySplit, Findings, Opening, Source, find_kinds, kind_of
 from scd.data.spaces import Split
 
@@ -27,8 +28,8 @@ class CheckConfig:
     """Look at a collection of clips: exit status 2 if something that is needed is missing."""
 
     path: Annotated[str, tyro.conf.Positional]
-    """The folder, or KIND:PATH as --data takes it. For a published collection settings may follow:
-    PATH?protocol=latte, PATH?fps=16."""
+    """The folder, or KIND:PATH as --data takes it, such as lerobot:PATH --camera NAME. Settings
+    may follow: PATH?protocol=latte, PATH?fps=16."""
     layout: Annotated[str, tyro.conf.arg(name="as")] = "folder"
     """What it should be: `folder`, of episodes or of their latents, or a kind of published
     collection, as in KIND:PATH of --data: `minecraft`, `ucf101`, `dmlab`."""
@@ -58,7 +59,7 @@ def check(config: CheckConfig) -> Findings:
         raise ValueError(f"give num_frames of preset {config.preset}, not its name")
     layout, named = _named(config)
     path = named.partition("?")[0]
-    if not Path(path).is_dir():
+    if not Path(path).is_dir() and not is_hub_name(path):
         return Findings(missing=[f"{config.path}: no such folder"])
     kind = _kind(config)
     data = named if layout == "folder" else f"{layout}:{named}"

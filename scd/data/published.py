@@ -21,7 +21,7 @@ from rich.progress import track
 
 from scd.common.files import file_aside, read_json
 from scd.common.runtime import cache_folder
-from scd.data.source import DataCard, EmptySplit, Opening, Source, parse_settings
+from scd.data.source import DataCard, EmptySplit, Opening, Source
 from scd.data.spaces import Split
 
 WORKERS = 8
@@ -64,8 +64,6 @@ class PublishedSource(Source):
         ValueError: no episodes are left, or one cannot be used under `strict`.
     """
 
-    settings: ClassVar[type[Any]]
-    """Dataclass of what may follow the `?`; all of its fields have defaults."""
     header_depends_on_settings: ClassVar[bool] = True
     """Whether what `_look` finds out is another thing under other settings."""
 
@@ -100,16 +98,6 @@ class PublishedSource(Source):
                 f"{name}: split {split!r} has no episodes{why}"
             )
         super().__init__(name, split, self._card(), [self._length(one) for one in self.headers])
-
-    @classmethod
-    def parse(cls, data: str) -> tuple[Path, Any]:
-        """Read a name such as `ucf101:PATH?size=128&labels=1`: the folder, and the settings."""
-        path, config = parse_settings(cls.settings, data.removeprefix(f"{cls.kind}:"))
-        if not path:
-            raise ValueError(
-                f"{data!r}: needed {cls.kind}:PATH, or {cls.kind}:PATH?setting=value&..."
-            )
-        return Path(path), config
 
     @classmethod
     def open(cls, data: str, split: Split, how: Opening) -> PublishedSource:

@@ -15,8 +15,9 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 from scd.common.config import MAX_SIZE, added, from_json, within
 from scd.data.clip import Clip
@@ -30,6 +31,9 @@ DEFAULT_KIND = "folder"
 
 MAX_FPS = 1000
 """Most frames per second that files and players can have."""
+
+HELD_OUT = 10
+"""Episodes of which one is kept for tests and one is watched in training."""
 
 Kind = TypeVar("Kind")
 
@@ -102,6 +106,10 @@ class Source(ABC):
     of others, or is opened in another way."""
     origin: ClassVar[str] = ""
     """Where to get such a collection."""
+    settings: ClassVar[type[Any]]
+    """Dataclass of what may follow the `?` of its name; all of its fields have defaults."""
+    flags: ClassVar[tuple[str, ...]] = ()
+    """Which of them the command line also takes as flags of their own, such as --camera."""
     frames_are: ClassVar[str] = "frames"
     """What its frames are, for messages."""
 
@@ -115,6 +123,16 @@ class Source(ABC):
     def recognises(cls, data: str) -> bool:
         """Tell whether a name, or what lies at a path, is of this kind."""
         return data.startswith(f"{cls.kind}:")
+
+    @classmethod
+    def parse(cls, data: str) -> tuple[Path, Any]:
+        """Read a name such as `ucf101:PATH?size=128&labels=1`: the folder, and the settings."""
+        path, config = parse_settings(cls.settings, data.removeprefix(f"{cls.kind}:"))
+        if not path:
+            raise ValueError(
+                f"{data!r}: needed {cls.kind}:PATH, or {cls.kind}:PATH?setting=value&..."
+            )
+        return Path(path), config
 
     @classmethod
     def open(cls, data: str, split: Split, how: Opening) -> Source:
@@ -173,6 +191,16 @@ class Source(ABC):
         """Read frames that are there."""
 
 
+def split_of(index: int, num_episodes: int) -> Split:
+    """Return the split of an episode of a collection that names none: of ten, the fifth is watched
+    in training and the tenth kept for tests; of fewer, the last but one and the last."""
+    if num_episodes >= HELD_OUT:
+        places: dict[int, Split] = {HELD_OUT // 2 - 1: "val", HELD_OUT - 1: "test"}
+        return places.get(index % HELD_OUT, "train")
+    from_end: dict[int, Split] = {1: "test", 2: "val"}
+    return from_end.get(num_episodes - index, "train") if index else "train"
+
+
 def find_kinds(base: type[Kind]) -> dict[str, type[Kind]]:
     """Find the classes of a base that have a `kind`, by that name, in all modules of this folder.
 
@@ -185,6 +213,31 @@ def find_kinds(base: type[Kind]) -> dict[str, type[Kind]]:
             if isinstance(value, type) and issubclass(value, base) and vars(value).get("kind"):
                 found[vars(value)["kind"]] = value
     return found
+
+
+def flags_to_name(words: Sequence[str]) -> list[str]:
+    """Put flags that belong to a kind of clips into its name: of `lerobot:PATH --camera top` make
+    `lerobot:PATH?camera=top`.
+
+    Args:
+        words: of a command line, in which one word is KIND:PATH or --data=KIND:PATH.
+    """
+    kinds, found = find_kinds(Source), list(words)
+    for place, word in enumerate(words):
+        kind = kinds.get(word.removeprefix("--data=").partition(":")[0])
+        for name in kind.flags if kind else ():
+            flag = f"--{name.replace('_', '-')}"
+            at = next((i for i, one in enumerate(found) if one.partition("=")[0] == flag), None)
+            if at is None:
+                continue
+            _, has_value, value = found[at].partition("=")
+            if not has_value:
+                value = found[at + 1] if at + 1 < len(found) else ""
+            mark = "&" if "?" in found[place] else "?"
+            found[place] += f"{mark}{name}={quote(value, safe='/:,.')}"
+            # Left empty for now, so that places stay.
+            found[at : at + 2 - bool(has_value)] = [""] * (2 - bool(has_value))
+    return [word for word, before in zip(found, words, strict=False) if word or not before]
 
 
 def parse_settings(settings: type[Any], data: str) -> tuple[str, Any]:
@@ -234,7 +287,7 @@ def open_source(
 
     Args:
         data: "toy:32", "toy:64", path of a folder of episodes or of their latents, or
-            "minecraft:PATH", "ucf101:PATH", "dmlab:PATH".
+            "lerobot:PATH", "minecraft:PATH", "ucf101:PATH", "dmlab:PATH".
         split: which episodes.
         strict: stop at the first episode that cannot be used, instead of leaving it out.
         latents: give stored latents as they are.

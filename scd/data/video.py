@@ -20,7 +20,8 @@ from av.container import InputContainer
 from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
+from PIL import Image
 
 from scd.common.files import file_aside
 
@@ -62,6 +63,22 @@ class FrameIndex:
     times: Int64[np.ndarray, " all_frames"] | None
     """When each is shown, ascending, in the file's own unit of time. None: times are missing or do
     not ascend in the decoder's order, so frames are counted from the beginning."""
+    unit_s: float
+    """Seconds of that unit."""
+
+    def numbers_at(
+        self, seconds: Float[np.ndarray, " t"], tolerance_s: float
+    ) -> Int64[np.ndarray, " t"] | None:
+        """Return the numbers of the frames that are shown at these times; None: there is none at
+        one of them."""
+        if self.times is None:
+            return None
+        shown = self.times * self.unit_s
+        after = np.searchsorted(shown, seconds).clip(1, max(1, len(shown) - 1))
+        before = after - 1
+        after = after.clip(max=len(shown) - 1)
+        numbers = np.where(seconds - shown[before] < shown[after] - seconds, before, after)
+        return numbers if (np.abs(shown[numbers] - seconds) <= tolerance_s).all() else None
 
 
 def write_video(
@@ -74,17 +91,45 @@ def write_video(
     small loss: what browsers can play.
     """
     path = Path(path)
-    num_frames, height, width, _ = pixels.shape
-    if num_frames == 0:
+    if not len(pixels):
         raise ValueError(f"{path}: a video needs at least one frame")
-    if not lossless and (height % 2 or width % 2):
-        raise ValueError(f"{path}: a playable video needs even sizes, got {height} x {width}")
-    options = {} if lossless else {"movflags": "+faststart"}
-    with (
-        file_aside(path) as aside,
-        av.open(str(aside), "w", format="mp4", container_options=options) as container,
-    ):
-        stream = container.add_stream(
+    with file_aside(path) as aside:
+        writer = VideoWriter(aside, pixels.shape[1:3], fps, lossless=lossless)
+        try:
+            writer.write(pixels)
+        finally:
+            writer.close()
+
+
+class VideoWriter:
+    """Writes pictures into an H.264 mp4 file as they come; close it at the end.
+
+    Args:
+        path: the file.
+        size: rows and columns of the pictures.
+        fps: at which it is meant to be watched.
+        lossless: as `write_video` has it.
+        keyframe_interval: frames from one keyframe to the next.
+
+    Raises:
+        ValueError: sizes that a playable video cannot have.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        size: Sequence[int],
+        fps: float,
+        *,
+        lossless: bool,
+        keyframe_interval: int = KEYFRAME_INTERVAL,
+    ) -> None:
+        height, width = size
+        if not lossless and (height % 2 or width % 2):
+            raise ValueError(f"{path}: a playable video needs even sizes, got {height} x {width}")
+        options = {} if lossless else {"movflags": "+faststart"}
+        self._container = av.open(str(path), "w", format="mp4", container_options=options)
+        stream = self._container.add_stream(
             "libx264rgb" if lossless else "libx264",
             rate=Fraction(fps).limit_denominator(1001),
             options=EXACT_OPTIONS if lossless else PLAYABLE_OPTIONS,
@@ -92,12 +137,22 @@ def write_video(
         assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = height, width
         stream.pix_fmt = "rgb24" if lossless else "yuv420p"
-        stream.codec_context.gop_size = KEYFRAME_INTERVAL
+        stream.codec_context.gop_size = keyframe_interval
         stream.codec_context.thread_count = 1
+        self._stream = stream
+
+    def write(self, pixels: UInt8[np.ndarray, "t h w 3"]) -> None:
+        """Add pictures."""
         for picture in pixels:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            self._container.mux(self._stream.encode(frame))
+
+    def close(self) -> None:
+        """Write what is left, and the index of the file."""
+        try:
+            self._container.mux(self._stream.encode(None))
+        finally:
+            self._container.close()
 
 
 def probe_video(path: Path | str) -> VideoInfo:
@@ -148,6 +203,7 @@ def _index(path: Path | str, size: int, changed: int) -> FrameIndex:
             for packet in container.demux(stream)
             if packet.size
         ]
+        unit_s = float(stream.time_base or 0)
         times = [time for time, _, _ in found]
         believed = (
             bool(found)
@@ -163,8 +219,10 @@ def _index(path: Path | str, size: int, changed: int) -> FrameIndex:
         if not times:
             raise ValueError(f"{path}: no frame of it can be decoded")
         if None in times or (np.diff(np.array(times, np.int64)) <= 0).any():
-            return FrameIndex(num_frames=len(times), times=None)
-    return FrameIndex(num_frames=len(times), times=np.sort(np.array(times, np.int64)))
+            return FrameIndex(num_frames=len(times), times=None, unit_s=unit_s)
+    return FrameIndex(
+        num_frames=len(times), times=np.sort(np.array(times, np.int64)), unit_s=unit_s
+    )
 
 
 def read_video(
@@ -184,9 +242,11 @@ def read_video(
     return read_frames(path, range(start, stop))
 
 
-def read_frames(path: Path | str, numbers: Sequence[int]) -> UInt8[np.ndarray, "t h w 3"]:
+def read_frames(
+    path: Path | str, numbers: Sequence[int], size: tuple[int, int] | None = None
+) -> UInt8[np.ndarray, "t h w 3"]:
     """Decode the frames of these numbers, which ascend and may come several times, as `read_video`
-    does."""
+    does; with a size, reduced to these rows and columns by `reduce_picture`."""
     index = index_frames(path)
     wanted, places = np.unique(np.asarray(numbers, np.int64), return_inverse=True)
     named = f"frames {min(numbers, default=0)} .. {max(numbers, default=-1)}"
@@ -202,7 +262,7 @@ def read_frames(path: Path | str, numbers: Sequence[int]) -> UInt8[np.ndarray, "
                 container.seek(begin, stream=stream)
             chosen = _choose(container.decode(stream), wanted.tolist(), times)
             try:
-                pixels = _decode(chosen, len(wanted), path)
+                pixels = _decode(chosen, len(wanted), path, size)
             except FFmpegError as error:
                 pixels, why = None, f" ({error.strerror})"
         if pixels is not None:
@@ -251,32 +311,52 @@ def _choose(
             return
 
 
+def reduce_picture(
+    picture: UInt8[np.ndarray, "h w 3"], size: tuple[int, int] | None
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Reduce a picture, by the mean of the pixels that become one, until it just covers a size, and
+    cut out its middle; without a size return it as it is.
+
+    Args:
+        picture: 8-bit RGB.
+        size: rows and columns that are wanted.
+    """
+    if size is None or picture.shape[:2] == size:
+        return picture
+    height, width = picture.shape[:2]
+    scale = max(size[0] / height, size[1] / width)
+    rows, columns = max(size[0], round(height * scale)), max(size[1], round(width * scale))
+    top, left = (rows - size[0]) // 2, (columns - size[1]) // 2
+    reduced = Image.fromarray(picture).resize((columns, rows), Image.Resampling.BOX)
+    return np.asarray(reduced)[top : top + size[0], left : left + size[1]]
+
+
 def _decode(
-    frames: Iterable[av.VideoFrame], num_frames: int, path: Path | str
+    frames: Iterable[av.VideoFrame], num_frames: int, path: Path | str, size: tuple[int, int] | None
 ) -> np.ndarray | None:
     """Turn frames into pictures; None where one is missing."""
     pixels: np.ndarray | None = None
     rotation = found = 0
+    stored = ""
     reformatter = VideoReformatter()
     for frame in frames:
-        # Starting threads takes longer than turning a small frame into RGB.
-        picture = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        now = f"{frame.height} x {frame.width}"
         if pixels is None:
-            rotation = frame.rotation
+            stored, rotation = now, frame.rotation
+            if size is not None and round(rotation / 90) % 2:
+                size = size[1], size[0]
+        elif now != stored:
+            raise ValueError(f"{path}: its frames change size, from {stored} to {now}")
+        # Starting threads takes longer than turning a small frame into RGB.
+        whole = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        picture = reduce_picture(whole, size)
+        if pixels is None:
             pixels = np.empty((num_frames, *picture.shape), np.uint8)
-        elif picture.shape != pixels.shape[1:]:
-            raise ValueError(
-                f"{path}: its frames change size, from {_size(pixels[0])} to {_size(picture)}"
-            )
         pixels[found] = picture
         found += 1
     if pixels is None or found < num_frames:
         return None
     return np.ascontiguousarray(upright(pixels, rotation))
-
-
-def _size(picture: np.ndarray) -> str:
-    return f"{picture.shape[0]} x {picture.shape[1]}"
 
 
 @contextmanager

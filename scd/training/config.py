@@ -120,8 +120,9 @@ class TrainConfig(RunConfig):
     free_fields = (*RunConfig.free_fields, "max_steps", "sample_every", "shard_weights")
 
     data: str = "toy:32"
-    """What to learn: "toy:32", "toy:64", a folder of episodes or of their latents, or a published
-    collection ("minecraft:PATH", "ucf101:PATH", "dmlab:PATH")."""
+    """What to learn: "toy:32", "toy:64", a folder of episodes or of their latents, a LeRobot
+    dataset ("lerobot:PATH?camera=NAME", or lerobot:PATH --camera NAME), or a published collection
+    ("minecraft:PATH", "ucf101:PATH", "dmlab:PATH")."""
     out: str = "runs/train"
     """Run folder: checkpoints, log and sample pictures go there."""
     initial: str = added("")
