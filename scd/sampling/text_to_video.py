@@ -14,23 +14,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from scd.autoencoders.base import StreamDecoder
-from scd.autoencoders.config import FRAMES_PER_LATENT, AutoencoderConfig
+from scd.autoencoders.config import FRAMES_PER_LATENT
 from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_cache, refuse_empty
 from scd.autoencoders.tiny import open_tiny_decoder
 from scd.autoencoders.wan import WanAutoencoder
-from scd.common.config import from_json, to_json
+from scd.common.config import to_json
 from scd.common.runtime import choose_device, choose_precision
 from scd.common.timing import Timing
 from scd.data.clip import Conditions, pixels_to_frames
-from scd.data.spaces import ConditionSpec
 from scd.data.video import read_video
 from scd.engine.open import advised_threads, open_engine
 from scd.models.build import num_parameters
-from scd.models.checkpoint import load_world, resolve
+from scd.models.checkpoint import load_world, read_world_parts, resolve
 from scd.models.config import Guidance
 from scd.models.flow import with_num_steps
 from scd.models.shipped import parts_beside
-from scd.models.weights import CONFIG_FILE, read_settings
 from scd.sampling.settings import VideoConfig
 from scd.streaming.rollout import Rollout
 
@@ -67,9 +65,10 @@ class TextToVideo:
         """
         self.config = config = settled(config)
         self.device = choose_device(config.device)
-        settings = _settings_of(config.run)
-        where = f"{config.run}: autoencoder"
-        described = from_json(AutoencoderConfig, settings["autoencoder"], where)
+        if not is_steered_by_text(config.run):
+            raise ValueError(f"{config.run} is not steered by a text: it takes no prompt")
+        parts = read_world_parts(resolve(config.run))
+        described, spec = parts["autoencoder"], parts["model"].conditions
         if not described.has_text_encoder:
             raise ValueError(f"{config.run}: its frames are no latents of Wan's autoencoder")
         self.source = config.source or parts_beside(config.run) or described.source
@@ -78,7 +77,6 @@ class TextToVideo:
                 f"{config.run} does not say where Wan's autoencoder and text encoder lie: name the "
                 "folder that diffusers wrote with --source"
             )
-        spec = from_json(ConditionSpec, settings["model"]["conditions"], f"{config.run}: model")
         self._embedder = PromptEmbedder(self.source, self._text_config(spec.text_length))
         self._text_dim = spec.text_dim
         if prompts:
@@ -216,14 +214,7 @@ def is_steered_by_text(run: str) -> bool:
         FileNotFoundError: no such run.
         ValueError: its settings cannot be read.
     """
-    model = read_settings(resolve(run) / CONFIG_FILE).get("model", {})
-    return bool(model.get("conditions", {}).get("text_length", 0))
-
-
-def _settings_of(run: str) -> dict[str, Any]:
-    if not is_steered_by_text(run):
-        raise ValueError(f"{run} is not steered by a text: it takes no prompt")
-    return read_settings(resolve(run) / CONFIG_FILE)
+    return read_world_parts(resolve(run))["model"].conditions.has_text
 
 
 def settled(config: VideoConfig) -> VideoConfig:

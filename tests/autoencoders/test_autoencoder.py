@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from safetensors.torch import save_file
 
-from scd.autoencoders.build import build_autoencoder, fingerprint, open_autoencoder
+from scd.autoencoders.build import (
+    build_autoencoder,
+    fingerprint,
+    open_autoencoder,
+    refuse_other,
+)
 from scd.autoencoders.config import ImageAutoencoderConfig
 from scd.autoencoders.deep_compression import (
     Stage,
@@ -149,6 +155,74 @@ def test_statistics_by_hand():
         measure_statistics([torch.ones(2, 3, 3)])
     with pytest.raises(ValueError, match="at least one batch"):
         measure_statistics([])
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("AutoencoderDC", {"encoder_out_shortcut": False}),
+        ("AutoencoderDC", {"decoder_in_shortcut": False}),
+        ("AutoencoderDC", {"decoder_conv_act_fn": "silu"}),
+        ("AutoencoderTiny", {"upsample_fn": "bilinear"}),
+        ("AutoencoderKL", {"norm_num_groups": 2}),
+    ],
+)
+def test_settings_that_no_weight_shows_change_the_fingerprint(kind, changes, tmp_path):
+    network = tiny(kind)
+    network.save_pretrained(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    path = tmp_path / "other/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    one, other = (open_autoencoder(tmp_path / name) for name in ("one", "other"))
+    assert fingerprint(one) != fingerprint(other)
+    # What pipelines alone read, and settings at their defaults, change nothing.
+    same = json.loads((tmp_path / "one/config.json").read_text()) | {"sample_size": 99}
+    path.write_text(json.dumps({name: same[name] for name in same if name != "act_fn"}))
+    assert fingerprint(open_autoencoder(tmp_path / "other")) == fingerprint(one)
+    with pytest.raises(ValueError, match=r"of an earlier scd.*encode again"):
+        refuse_other("0" * 32, fingerprint(one), "latents")
+    with pytest.raises(ValueError, match="with other weights or settings"):
+        refuse_other(fingerprint(other := open_autoencoder(tmp_path / "one")) + "0",
+                     fingerprint(other), "latents")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"latent_channels": 10**9}, "latent_channels must be 65536 at most"),
+        (
+            {"decoder_layers_per_block": [0, 10**6, 1]},
+            "decoder_layers_per_block must be .* at most",
+        ),
+        ({"encoder_block_out_channels": "wide"}, "no settings of AutoencoderDC"),
+        ({"upsample_block_type": ["a"] * 2000}, "2000 entries"),
+    ],
+)
+def test_settings_of_a_network_are_refused_before_it_is_built(values, said, tmp_path):
+    tiny("AutoencoderDC").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(ValueError, match=said):
+        open_autoencoder(tmp_path)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="holds no settings"):
+        open_autoencoder(tmp_path)
+
+
+def test_old_names_of_attention_are_read(tmp_path):
+    network = tiny("AutoencoderKL")
+    network.save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    new, old = ["to_q", "to_k", "to_v", "to_out.0"], ["query", "key", "value", "proj_attn"]
+    state = {}
+    for name, value in network.state_dict().items():
+        for today, before in zip(new, old, strict=True):
+            name = name.replace(f".{today}.", f".{before}.")
+        state[name] = value
+    assert any(".proj_attn." in name for name in state)
+    save_file(state, path)
+    raw, _ = plain(network, frames_of())
+    torch.testing.assert_close(open_autoencoder(tmp_path).encode_raw(frames_of()), raw)
 
 
 def test_what_changes_the_pictures_changes_the_fingerprint(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from scd.autoencoders.build import open_autoencoder
 from scd.cli import main
+from scd.data.latents import read_info
 from scd.models.checkpoint import load_world
 from scd.models.wan.source import open_source, to_original
 from scd.models.weights import WEIGHTS_FILE
 from tests.tiny_wan import BLOCK, tiny_transformer, write_tiny_transformer
+from tests.tiny_wan_run import encode_with, words_of, write_clips
 from tests.tiny_wan_vae import tiny_vae, write_tiny_parts
 
 SIZES = ["--height", "32", "--width", "48", "--text-length", "8", "--split", "4,2+1"]
@@ -152,6 +155,24 @@ def test_the_folders_shift_bends_the_steps(source, tmp_path, caplog):
 def test_settings_out_of_bounds_are_refused(values, source, tmp_path, capsys):
     change(source / "transformer/config.json", **values)
     assert "config.json" in refused(source, tmp_path / "out", capsys)
+
+
+def test_the_commands_of_the_page_go_one_after_the_other(tmp_path):
+    """`scd convert wan`, `scd encode` with the world as both parts, `scd train wan-tf`."""
+    source = write_tiny_transformer(write_tiny_parts(tmp_path / "wan"), num_layers=3)
+    world, clips = str(tmp_path / "world"), write_clips(tmp_path / "clips")
+    sizes = ["--height", "32", "--width", "32", "--text-length", "16", "--split", "2,1+1"]
+    words = ["convert", "wan", "--model", str(source), "--out", world, "--window", "5"]
+    assert main([*words, *sizes]) == 0
+    latents = encode_with(world, clips, tmp_path / "latents")
+    assert main(words_of(latents, world, tmp_path / "run", "--max-steps", "1")) == 0
+    # A world that was moved with its parts inside is as good.
+    assert main([*words[:4], "--copy-parts", "--out", str(tmp_path / "own"), *sizes]) == 0
+    shutil.rmtree(source)
+    moved = (tmp_path / "own").rename(tmp_path / "moved")
+    again = encode_with(str(moved), clips, tmp_path / "again")
+    first, second = (read_info(Path(one)) for one in (latents, again))
+    assert (first.fingerprint, first.text) == (second.fingerprint, second.text)
 
 
 def test_an_autoencoder_that_lacks_a_weight_is_refused(tmp_path):

@@ -409,6 +409,29 @@ def test_save_and_load(make, tmp_path):
     assert torch.equal(again(*clips), model(*clips))
 
 
+def test_from_pretrained_takes_the_words_of_the_field_and_no_others(tmp_path):
+    tiny_separable().save_pretrained(tmp_path / "model")
+    folder, kind = tmp_path / "model", SeparableDiffuser
+
+    def types(**words):
+        return {weight.dtype for weight in kind.from_pretrained(folder, **words).parameters()}
+
+    assert types() == types(dtype="auto") == types(torch_dtype="float32") == {torch.float32}
+    assert types(dtype="bfloat16") == types(torch_dtype=torch.bfloat16) == {torch.bfloat16}
+    for words, said in (
+        ({"revison": "main"}, "'revison'; did you mean 'revision'"),
+        ({"dtypes": torch.float32}, "'dtypes'; did you mean 'dtype'"),
+        ({"dtype": torch.int8}, "dtype must be one of float32, bfloat16, float16 or 'auto'"),
+        ({"dtype": "float32", "torch_dtype": "float16"}, "mean the same: give one"),
+        ({"revision": "main"}, "has a meaning on the hub only"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            kind.from_pretrained(folder, **words)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json: needed format"):
+        kind.from_pretrained(folder)
+
+
 def test_loading_refuses_what_does_not_fit(tmp_path):
     tiny_separable().save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "config.json"

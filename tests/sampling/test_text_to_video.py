@@ -334,9 +334,14 @@ def test_what_the_pipeline_refuses(pipe, run, tmp_path):
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             pipe(**words)
-    with pytest.raises(ValueError, match="unknown settings"):
+    with pytest.raises(ValueError, match="unknown argument of from_pretrained 'num_steps'"):
         SCDPipeline.from_pretrained(run, num_steps=3)
     with pytest.raises(ValueError, match="float32 or bfloat16"):
         SCDPipeline.from_pretrained(run, torch_dtype=torch.float16)
+    with pytest.raises(ValueError, match="did you mean 'torch_dtype'"):
+        SCDPipeline.from_pretrained(run, torch_dtyp=torch.float32)
+    with pytest.raises(ValueError, match="a meaning on the hub only"):
+        SCDPipeline.from_pretrained(run, revision="main")
+    assert SCDPipeline.from_pretrained(run, dtype="float32").config.precision == "fp32"
     with pytest.raises(FileNotFoundError):
         SCDPipeline.from_pretrained(tmp_path / "none")
