@@ -7,6 +7,7 @@ frames, in a container that keeps times, and a keyframe at its beginning.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ class FrameIndex:
     """Where the frames of a file are."""
 
     num_frames: int
+    format: str
+    """FFmpeg's name of the container: to find it out again takes as long as a few frames."""
     times: Int64[np.ndarray, " all_frames"] | None
     """When each is shown, ascending, in the file's own unit of time. None: times are missing or do
     not ascend in the decoder's order, so frames are counted from the beginning."""
@@ -187,16 +190,17 @@ def index_frames(path: Path | str) -> FrameIndex:
         FileNotFoundError: no such file.
     """
     try:
-        status = Path(path).stat()
+        status = os.stat(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file") from error
-    return _index(path, status.st_size, status.st_mtime_ns)
+    return _index(os.fspath(path), status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(RECALLED)
-def _index(path: Path | str, size: int, changed: int) -> FrameIndex:
+def _index(path: str, size: int, changed: int) -> FrameIndex:
     """Find the frames of a file; its size and time of change tell when to look again."""
     with _opened(path) as (container, stream):
+        format = container.format.name.partition(",")[0]
         # Not the packets themselves: they hold the whole file.
         found = [
             (packet.pts, packet.is_keyframe, packet.is_discard)
@@ -219,10 +223,8 @@ def _index(path: Path | str, size: int, changed: int) -> FrameIndex:
         if not times:
             raise ValueError(f"{path}: no frame of it can be decoded")
         if None in times or (np.diff(np.array(times, np.int64)) <= 0).any():
-            return FrameIndex(num_frames=len(times), times=None, unit_s=unit_s)
-    return FrameIndex(
-        num_frames=len(times), times=np.sort(np.array(times, np.int64)), unit_s=unit_s
-    )
+            return FrameIndex(len(times), format, None, unit_s)
+    return FrameIndex(len(times), format, np.sort(np.array(times, np.int64)), unit_s)
 
 
 def read_video(
@@ -248,26 +250,28 @@ def read_frames(
     """Decode the frames of these numbers, which ascend and may come several times, as `read_video`
     does; with a size, reduced to these rows and columns by `reduce_picture`."""
     index = index_frames(path)
-    wanted, places = np.unique(np.asarray(numbers, np.int64), return_inverse=True)
-    named = f"frames {min(numbers, default=0)} .. {max(numbers, default=-1)}"
-    if not len(wanted) or wanted[0] < 0 or wanted[-1] >= index.num_frames:
+    wanted = sorted(set(numbers))
+    if not wanted or wanted[0] < 0 or wanted[-1] >= index.num_frames:
         raise ValueError(
-            f"{path}: {named} were asked for, but it has frames 0 .. {index.num_frames - 1}"
+            f"{path}: frames {min(numbers, default=0)} .. {max(numbers, default=-1)} were asked "
+            f"for, but it has frames 0 .. {index.num_frames - 1}"
         )
     times, why = index.times, ""
     # A seek may land after its target: then the file is decoded from its beginning.
     for begin in (None,) if times is None else (int(times[wanted[0]]), None):
-        with _opened(path) as (container, stream):
+        with _opened(path, index.format) as (container, stream):
             if begin is not None:
                 container.seek(begin, stream=stream)
-            chosen = _choose(container.decode(stream), wanted.tolist(), times)
+            chosen = _choose(container.decode(stream), wanted, times)
             try:
                 pixels = _decode(chosen, len(wanted), path, size)
             except FFmpegError as error:
                 pixels, why = None, f" ({error.strerror})"
         if pixels is not None:
-            return pixels if len(wanted) == len(places) else pixels[places]
-    raise ValueError(f"{path}: {named} cannot be decoded{why}")
+            if len(wanted) == len(numbers):
+                return pixels
+            return pixels[np.searchsorted(wanted, numbers)]
+    raise ValueError(f"{path}: frames {wanted[0]} .. {wanted[-1]} cannot be decoded{why}")
 
 
 def upright(
@@ -290,16 +294,16 @@ def _choose(
     A frame that is damaged, or that the decoder gives up, spoils those after it, which are made
     from it, up to the next keyframe, though the decoder says so of none of them.
     """
-    found, number, is_whole = 0, -1, True
+    found, number, is_whole, begins = 0, -1, True, True
     for frame in frames:
-        following = number + 1
-        if times is not None:
+        number += 1
+        if times is not None and not (number < len(times) and times[number] == frame.pts):
+            # After a seek, or where frames are missing.
             if frame.pts is None:
+                number -= 1
                 continue
-            place = int(np.searchsorted(times, frame.pts))
-            is_whole = number < 0 or (is_whole and place == following)
-            following = place
-        number = following
+            number, is_whole = int(np.searchsorted(times, frame.pts)), begins
+        begins = False
         is_whole = (is_whole or frame.key_frame) and not frame.is_corrupt
         if number < wanted[found]:
             continue
@@ -360,10 +364,13 @@ def _decode(
 
 
 @contextmanager
-def _opened(path: Path | str) -> Iterator[tuple[InputContainer, av.VideoStream]]:
-    """Open a file at its first stream of moving pictures; what FFmpeg refuses is a ValueError."""
+def _opened(
+    path: Path | str, format: str | None = None
+) -> Iterator[tuple[InputContainer, av.VideoStream]]:
+    """Open a file, of a container that may be known, at its first stream of moving pictures; what
+    FFmpeg refuses is a ValueError."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), format=format) as container:
             yield container, _video_stream(container, path)
     except FFmpegError as error:
         if isinstance(error, FileNotFoundError):
