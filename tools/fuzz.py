@@ -137,8 +137,8 @@ def run_case(inputs: Path, folder: Path, seed: int, name: str, number: int | Non
     changed, change = [], "nothing"
     if number is not None:
         candidates = _matching(folder, kind)
-        # A converter reads one of two files.
-        named = [one for one in candidates if one in command]
+        # What the command names, itself or by its folder, if it names any of them.
+        named = [one for one in candidates if {one, one.partition("/")[0]} & {*command}]
         changed, change = mutate(rng, folder, named or candidates)
     begun = time.monotonic()
     status, peak_gib = watched(folder, command, kind)
