@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from scd import __version__
+from scd.common.config import refuse_non_finite
 from scd.common.launcher import first_speaks, is_first, rank, refuse_several
 from scd.common.names import known
 from scd.common.signals import Interrupted
@@ -173,6 +174,7 @@ def _parse(
             config=(tyro.conf.AvoidSubcommands,),
         )
     assert settings is not None
+    refuse_non_finite(settings)
     return settings
 
 

@@ -64,6 +64,18 @@ def at_least(least: int, **values: Any) -> None:
             raise ValueError(f"{name} must be {least} or more, got {value}")
 
 
+def refuse_non_finite(settings: Any, where: str = "") -> None:
+    """Refuse NaN and infinity anywhere in settings, by the name of the field (ValueError)."""
+    if dataclasses.is_dataclass(settings):
+        for field in dataclasses.fields(settings):
+            refuse_non_finite(getattr(settings, field.name), f"{where}.{field.name}".strip("."))
+    elif isinstance(settings, (tuple, list)):
+        for value in settings:
+            refuse_non_finite(value, where)
+    elif isinstance(settings, float) and not math.isfinite(settings):
+        raise ValueError(f"{where} must be a finite number, got {settings}")
+
+
 def check_threads(threads: Threads | None) -> None:
     """Refuse a number of threads below 1 (ValueError)."""
     if isinstance(threads, int) and threads < 1:

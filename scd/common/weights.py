@@ -216,6 +216,8 @@ class _TorchFile:
         self.path = path
         chosen = state_in(read_torch(path, "a state dict", on_disk=True), key, str(path))
         self._state, self.said, self.key = chosen
+        for name in self.names():
+            _refuse_unstored(self._state[name], name, path)
 
     def close(self) -> None:
         self._state = {}
@@ -233,6 +235,20 @@ class _TorchFile:
     def get(self, name: str) -> Tensor:
         self.header(name)
         return self._state[name]
+
+
+def _refuse_unstored(tensor: Tensor, name: str, path: Path) -> None:
+    """Refuse (ValueError) a tensor whose numbers are not all in its file, one after another.
+
+    That is a sparse one, one without numbers, or a few numbers that are shown very often, which
+    would fill the memory.
+    """
+    stored = not tensor.is_meta and tensor.layout == torch.strided and not tensor.is_quantized
+    if not stored or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(
+            f"{path}: {name!r} is no plain tensor whose numbers are all stored, but "
+            f"{tensor.layout} on {tensor.device} of shape {list(tensor.shape)}"
+        )
 
 
 DAMAGED = (

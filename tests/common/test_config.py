@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from scd.common.config import added, at_least, from_json, shown, to_json
+from scd.common.config import added, at_least, from_json, refuse_non_finite, shown, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,14 @@ def test_a_message_shows_only_the_ends_of_a_long_value():
     assert len(str(refused.value)) < 200
     long = "x" * 500 + "the end"
     assert len(shown(long)) == 80 and shown(long).endswith("the end'") and shown(7) == "7"
+
+
+def test_what_is_not_finite_is_refused_by_its_place():
+    refuse_non_finite(FULL)
+    with pytest.raises(ValueError, match="load must be a finite number, got nan"):
+        refuse_non_finite(Vehicle(name="kite", load=float("nan")))
+    with pytest.raises(ValueError, match="part.span must be a finite number, got inf"):
+        refuse_non_finite(Vehicle(name="kite", part=Wing(span=float("inf"))))
 
 
 def test_a_number_below_its_minimum_is_refused_by_name():

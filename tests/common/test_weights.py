@@ -220,3 +220,18 @@ def test_counts_of_a_layer_may_be_integers(tmp_path):
     with Weights(tmp_path / "x.safetensors") as weights:
         check_fit(layer, headers(weights), "x")
         assert weights.state_dict()["num_batches_tracked"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(2, 3).to_sparse(),
+        torch.zeros(1).expand(2**33),
+        torch.zeros(2, 3, device="meta"),
+    ],
+    ids=["sparse", "shown often", "meta"],
+)
+def test_a_tensor_whose_numbers_are_not_in_the_file_is_refused(tensor, tmp_path):
+    torch.save({"weight": torch.ones(2), "odd": tensor}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt: 'odd' is no plain tensor whose numbers are all"):
+        read_state_dict(tmp_path / "x.pt")
