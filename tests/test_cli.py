@@ -56,6 +56,13 @@ def measure_little(monkeypatch):
         ("record cinema", "unknown world 'cinema'; there are doom, gym, toy"),
         ("convert reference", "needs a state dict"),
         ("convert reference {folder}/nowhere.pt {folder}/made", "nowhere.pt"),
+        ("bench --threads 0", "threads must be auto, or 1 or more, got 0"),
+        ("probe {folder}/run --data toy:32 --threads 0", "threads must be auto, or 1 or more"),
+        (
+            "intervene skip {folder}/run --out {folder}/out --threads 0",
+            "threads must be auto, or 1",
+        ),
+        ("vbench {folder}/run --prompts p --out {folder}/out --threads 0", "threads must be auto"),
     ],
 )
 def test_wrong_usage_and_bad_input_are_2_and_one_message(line, message, tmp_path, capsys):

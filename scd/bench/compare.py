@@ -15,9 +15,9 @@ from scd.bench.card import LimitsOfDevice, RowFile, card, print_card
 from scd.bench.case import Case, numbers, parse_case
 from scd.bench.streams import TimedStreams
 from scd.bench.timing import Effort, warm_up, whole_and_denoise
-from scd.common.config import Precision, at_least, to_json
+from scd.common.config import Precision, Threads, at_least, check_threads, to_json
 from scd.common.memory import check_free, out_of_memory_named, release
-from scd.common.runtime import choose_device
+from scd.common.runtime import choose_device, cpu_threads
 from scd.models.config import EngineKind, SeparableConfig
 
 TIMED = (
@@ -56,6 +56,8 @@ class CompareConfig:
     """Frames of each in a round."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    threads: Threads = "auto"
+    """CPU threads, the same for all that is timed. auto: one a core, or OMP_NUM_THREADS."""
     json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """File of one JSON object per comparison. Empty: only the screen."""
     append: bool = False
@@ -63,6 +65,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         at_least(1, rounds=self.rounds, frames=self.frames)
+        check_threads(self.threads)
 
 
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
@@ -72,6 +75,11 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
         ValueError: a spec that cannot be read, or that a model cannot do; or too little memory.
         OSError: no such run, or a file that cannot be written.
     """
+    with cpu_threads(config.threads):
+        return _compare(config)
+
+
+def _compare(config: CompareConfig) -> list[dict[str, Any]]:
     device = choose_device(config.device)
     pairs = pairs_of(config)
     file = RowFile(config.json, config.append)

@@ -15,9 +15,9 @@ from scd.bench.case import Case, every_case, names, numbers
 from scd.bench.models import Subject, find_subject
 from scd.bench.streams import TimedStreams
 from scd.bench.timing import TIMED, Effort, time_case
-from scd.common.config import to_json
+from scd.common.config import Threads, check_threads, to_json
 from scd.common.memory import OutOfMemory, release
-from scd.common.runtime import choose_device
+from scd.common.runtime import choose_device, cpu_threads
 from scd.models.config import SeparableConfig
 
 DEFAULT_CONTEXTS = "16,64,144,300"
@@ -58,10 +58,15 @@ class BenchConfig:
     """Seconds after which no further frame of a row is timed, once there are 3."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    threads: Threads = "auto"
+    """CPU threads, the same for all that is timed. auto: one a core, or OMP_NUM_THREADS."""
     json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """File of one JSON object per row, written row by row. Empty: only the screen."""
     append: bool = False
     """Keep the rows that the file has."""
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
 
 
 def bench(config: BenchConfig) -> list[dict[str, Any]]:
@@ -72,6 +77,11 @@ def bench(config: BenchConfig) -> list[dict[str, Any]]:
             anything is measured); or rows that did not fit (after all others).
         OSError: no such run, or a file that cannot be written.
     """
+    with cpu_threads(config.threads):
+        return _bench(config)
+
+
+def _bench(config: BenchConfig) -> list[dict[str, Any]]:
     device = choose_device(config.device)
     effort = Effort(frames=config.frames, seconds=config.seconds)
     cases = cases_of(config)

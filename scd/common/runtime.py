@@ -14,7 +14,7 @@ from typing import cast, get_args
 
 import torch
 
-from scd.common.config import Precision, PrecisionChoice
+from scd.common.config import Precision, PrecisionChoice, Threads
 from scd.common.files import text_lines
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -201,10 +201,12 @@ def git_commit() -> str:
 
 
 @contextmanager
-def cpu_threads(number: int) -> Iterator[None]:
-    """Run with a number of CPU threads, and with as many as before afterwards."""
+def cpu_threads(threads: Threads) -> Iterator[None]:
+    """Run with a number of CPU threads ("auto": those that there are), and with as many as before
+    afterwards."""
     before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    if threads != "auto":
+        torch.set_num_threads(threads)
     try:
         yield
     finally:

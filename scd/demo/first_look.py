@@ -21,7 +21,7 @@ from scd.common.provenance import provenance, write_json
 from scd.common.runtime import cpu_threads
 from scd.data.clip import Conditions
 from scd.demo.side_by_side import write_stream
-from scd.engine.open import advised_threads, open_engine
+from scd.engine.open import open_engine, stream_threads
 from scd.evaluation.html import plot, write_page
 from scd.evaluation.media import Ink, spread
 from scd.evaluation.predict import TIMED, summarize
@@ -65,7 +65,7 @@ def first_look(run: Path, out: Path, seed: int, threads: Threads = "auto") -> di
     world, clips = load_world(run), read_clips(run)
     if clips is None or clips.frames.shape[1] <= NUM_GIVEN:
         raise ValueError(f"{run} carries no clips of more than {NUM_GIVEN} frames to begin from")
-    with cpu_threads(advised_threads(world.model.config) if threads == "auto" else threads):
+    with cpu_threads(stream_threads(threads, world.model.config)):
         start = begin_stream(world, clips, seed)
         to_begin_s = time.perf_counter() - began
         frames, timings = stream(start, clips, world.card.action_names)

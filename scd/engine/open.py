@@ -6,6 +6,7 @@ import copy
 
 import torch
 
+from scd.common.config import Threads
 from scd.common.runtime import DTYPES, choose_precision
 from scd.engine.dense import FastDense
 from scd.engine.interface import Engine
@@ -33,9 +34,16 @@ def largest_product(config: ModelConfig, num_frames: int = 1) -> int:
     return 2 * num_frames * config.shape.num_tokens * width * 4 * width
 
 
-def advised_threads(config: ModelConfig) -> int:
-    """Return how many CPU threads a stream of one such model should have here."""
-    return 1 if largest_product(config) <= SMALL_PRODUCT else torch.get_num_threads()
+def advised_threads(config: ModelConfig, num_frames: int = 1) -> int:
+    """Return how many CPU threads a stream of one such model should have here, or as many streams
+    at once as there are frames."""
+    small = largest_product(config, num_frames) <= SMALL_PRODUCT
+    return 1 if small else torch.get_num_threads()
+
+
+def stream_threads(threads: Threads, config: ModelConfig, num_frames: int = 1) -> int:
+    """Return the CPU threads of streams: a number that was given, or for "auto" the advised one."""
+    return advised_threads(config, num_frames) if threads == "auto" else threads
 
 
 def open_engine(

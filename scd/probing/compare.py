@@ -13,9 +13,10 @@ from typing import Any
 from scd.common.config import to_json
 from scd.common.files import read_json
 from scd.common.provenance import provenance, write_json, write_text
-from scd.common.runtime import choose_device
+from scd.common.runtime import choose_device, cpu_threads
+from scd.common.threads import ThreadChoice
 from scd.data.source import Source, open_source
-from scd.engine.open import open_engine
+from scd.engine.open import open_engine, stream_threads
 from scd.evaluation.metrics import find_row
 from scd.evaluation.plots import plot_metrics
 from scd.evaluation.predict import (
@@ -74,13 +75,15 @@ def intervene(intervention: Intervention) -> dict[str, Any]:
     protocol = reduced_to(protocol, source)
     choose_clips(source, protocol, common.data or start.base.data)
     models = candidates(intervention, start, untouched, out)
-    measured = {
-        name: _evaluated(one, source, protocol, out / "evaluations" / f"{name}.json")
-        for name, one in models.items()
-    }
-    timings = time_in_turns(
-        {name: one.world for name, one in models.items()}, source, protocol, common
-    )
+    with ThreadChoice(common.threads, active=device.type == "cpu") as threads:
+        measured = {
+            name: _evaluated(one, source, protocol, out / "evaluations" / f"{name}.json", threads)
+            for name, one in models.items()
+        }
+    with cpu_threads(stream_threads(common.threads, untouched.model.config)):
+        timings = time_in_turns(
+            {name: one.world for name, one in models.items()}, source, protocol, common
+        )
     result = _result(intervention, start, models, measured, timings)
     result |= {"settings": to_json(intervention), "protocol": to_json(protocol)}
     result |= provenance(device)
@@ -90,10 +93,12 @@ def intervene(intervention: Intervention) -> dict[str, Any]:
     return result
 
 
-def _evaluated(one: Candidate, source: Source, protocol: Protocol, path: Path) -> dict[str, Any]:
+def _evaluated(
+    one: Candidate, source: Source, protocol: Protocol, path: Path, threads: ThreadChoice
+) -> dict[str, Any]:
     if path.is_file():
         return read_json(path)
-    measured = measure(one.world, source, protocol)
+    measured = measure(one.world, source, protocol, threads=threads)
     values = {
         "rows": measured.rows,
         "overall": measured.overall,

@@ -63,7 +63,11 @@ def claim(intervention: Intervention, out: Path) -> Start:
     path = out / SETTINGS_FILE
     if path.is_file():
         theirs = read_json(path)
-        different = differences(theirs.get("intervention"), ours)
+        different = [
+            line
+            for line in differences(theirs.get("intervention"), ours)
+            if not line.startswith("comparison.threads: ")
+        ]
         if different:
             raise FileExistsError(
                 f"{out} holds another intervention (its value, then the one given): "
@@ -151,6 +155,7 @@ def runs_of(
         keep_checkpoints=1,
         time_limit_s=0.0,
         resume="auto",
+        threads=common.threads,
     )
     return {name: replace(run, out=str(out / name), **unattended) for name, run in runs.items()}
 

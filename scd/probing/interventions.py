@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch import nn
 
-from scd.common.config import at_least
+from scd.common.config import Threads, added, at_least, check_threads
 from scd.common.files import read_json
 from scd.models.checkpoint import World
 from scd.models.config import (
@@ -74,8 +74,12 @@ class Comparison:
     """How models run while they are timed."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU where there is one."""
+    threads: Threads = added("auto")
+    """CPU threads. auto: as many as the first steps of the trainings, and the first clips of the
+    evaluations, are fastest with; what suits the size of the models while they are timed."""
 
     def __post_init__(self) -> None:
+        check_threads(self.threads)
         at_least(
             1,
             max_steps=self.max_steps,

@@ -25,9 +25,10 @@ from scd.common.files import read_json, refuse_used, remove_leftovers, take_lock
 from scd.common.memory import PeakMemory, check_free, readable
 from scd.common.places import in_our_words
 from scd.common.provenance import provenance, write_json
-from scd.common.runtime import choose_device, refuse_mps
+from scd.common.runtime import choose_device, cpu_threads, refuse_mps
 from scd.common.weights import digest_of
 from scd.data.clip import Conditions
+from scd.engine.open import stream_threads
 from scd.evaluation.html import write_page
 from scd.models.build import num_parameters
 from scd.models.checkpoint import RAW_FILE, load_world, resolve
@@ -79,7 +80,8 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     needed = memory_needed(config, subject_of(world.model), config.num_clips, config.context)
     console = _state_memory(needed, device)
     plan = make_plan(config, world, source)
-    return _write(plan, Path(config.out), _settings(config), needed, console)
+    with cpu_threads(stream_threads(config.threads, world.model.config, config.num_clips)):
+        return _write(plan, Path(config.out), _settings(config), needed, console)
 
 
 def report(
@@ -263,7 +265,17 @@ def _settings(config: ProbeConfig) -> dict[str, Any]:
 
 def _shared(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that all parts of a probe share."""
-    free = ("out", "measurements", "device", "tolerance", "join", "frame_steps", "strict", "run")
+    free = (
+        "out",
+        "measurements",
+        "device",
+        "threads",
+        "tolerance",
+        "join",
+        "frame_steps",
+        "strict",
+        "run",
+    )
     return {key: value for key, value in settings.items() if key not in free}
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from scd.common.config import at_least
+from scd.common.config import Threads, at_least, check_threads
 from scd.common.files import read_json
 from scd.data.clip import Conditions
 from scd.data.source import Source, open_source
@@ -109,12 +109,15 @@ class ProbeConfig(MeasureConfig):
     """The averaged weights, or those the optimiser moved."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    threads: Threads = "auto"
+    """CPU threads. auto: one where all products are small, else all, or OMP_NUM_THREADS."""
     strict: bool = False
     """Stop at the first episode that cannot be read, instead of leaving it out."""
 
     def __post_init__(self) -> None:
         at_least(1, num_clips=self.num_clips)
         at_least(MIN_PAST, context=self.context)
+        check_threads(self.threads)
         super().__post_init__()
 
 

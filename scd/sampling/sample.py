@@ -22,7 +22,7 @@ from scd.common.runtime import choose_device, choose_precision, cpu_threads, pea
 from scd.common.weights import digest_of
 from scd.data.clip import Clip, Conditions
 from scd.data.source import Source, open_source
-from scd.engine.open import advised_threads, open_engine
+from scd.engine.open import open_engine, stream_threads
 from scd.evaluation.media import PictureRow, spread, write_grid, write_video
 from scd.evaluation.predict import TIMED, check_fit, choose_windows, summarize
 from scd.models.build import num_parameters
@@ -91,7 +91,7 @@ def sample(config: SampleConfig) -> dict[str, Any]:
         "parameters": num_parameters(world.model),
         "sampling": to_json(world.sampling),
     }
-    with cpu_threads(config.threads or advised_threads(world.model.config)):
+    with cpu_threads(stream_threads(config.threads, world.model.config)):
         engine = open_engine(world.model, config.engine, config.precision, release=True)
         rollout = Rollout(
             world, guidance=config.guidance, seed=config.seed, window=config.window, engine=engine

@@ -9,7 +9,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from scd.common.config import Precision, PrecisionChoice, at_least, parse_shard
+from scd.common.config import (
+    Precision,
+    PrecisionChoice,
+    Threads,
+    at_least,
+    check_threads,
+    parse_shard,
+)
 from scd.data.spaces import Split
 from scd.models.config import EngineKind, Guidance
 
@@ -48,8 +55,8 @@ class SampleConfig:
     precision: PrecisionChoice = "fp32"
     """Arithmetic of the stream, weights and memory included. auto: bf16 where the device has
     instructions for it, and fp32 else."""
-    threads: int | None = None
-    """CPU threads; None: what suits the size of the model, one for a small one."""
+    threads: Threads = "auto"
+    """CPU threads. auto: what suits the size of the model, one for a small one."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     strict: bool = False
@@ -57,7 +64,8 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         at_least(0, context=self.context)
-        at_least(1, threads=self.threads, frames=self.frames)
+        at_least(1, frames=self.frames)
+        check_threads(self.threads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,15 +107,17 @@ class VideoConfig:
     """Folder in which embedded prompts are kept; empty: nowhere. None: in the user's cache."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
-    threads: int | None = None
-    """CPU threads of the video; None: what suits the size of the model, one for a small one."""
+    threads: Threads = "auto"
+    """CPU threads of the video. auto: what suits the size of the model, one for a small one; among
+    many videos, as many as the first ones are fastest with."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be a number, got {self.guidance_scale}")
         if self.negative_prompt and self.guidance_scale == 1:
             raise ValueError("negative_prompt has no effect on guidance_scale=1")
-        at_least(1, steps=self.steps, threads=self.threads)
+        at_least(1, steps=self.steps)
+        check_threads(self.threads)
 
 
 @dataclass(frozen=True, kw_only=True)

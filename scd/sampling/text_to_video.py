@@ -23,7 +23,7 @@ from scd.common.runtime import choose_device, choose_precision
 from scd.common.timing import Timing
 from scd.data.clip import Conditions, pixels_to_frames
 from scd.data.video import read_video
-from scd.engine.open import advised_threads, open_engine
+from scd.engine.open import open_engine, stream_threads
 from scd.models.build import num_parameters
 from scd.models.checkpoint import load_world, read_world_parts, resolve
 from scd.models.config import Guidance
@@ -89,7 +89,7 @@ class TextToVideo:
         self.decoder = self._open_decoder()
         self.world = load_world(config.run, config.weights, self.device)
         self.sampling = with_num_steps(self.world.sampling, config.steps)
-        self.threads = config.threads or advised_threads(self.world.model.config)
+        self.threads = stream_threads(config.threads, self.world.model.config)
         self.num_parameters = num_parameters(self.world.model)
         self.engine = open_engine(self.world.model, config.engine, config.precision, release=True)
 

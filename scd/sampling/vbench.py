@@ -19,7 +19,7 @@ from scd.common.files import read_json
 from scd.common.places import in_our_words
 from scd.common.processes import Processes
 from scd.common.provenance import provenance, write_json
-from scd.common.runtime import cpu_threads
+from scd.common.threads import ThreadChoice
 from scd.data.clip import frames_to_pixels
 from scd.data.prompts import read_lines
 from scd.data.video import write_video
@@ -122,21 +122,33 @@ def vbench(config: VBenchConfig) -> int:
         video = replace(config.video, device=str(processes.device))
         parts = TextToVideo(video, [job.text for job in missing])
         _write_settings(config, jobs, out, parts)
-        with cpu_threads(parts.threads):
-            _render_all(config, missing, out, parts, console)
+        threads = ThreadChoice(
+            config.video.threads,
+            active=processes.device.type == "cpu" and processes.number == 1,
+            small=parts.threads == 1,
+        )
+        with threads:
+            _render_all(config, missing, out, parts, console, threads)
     num_rendered = sum(processes.gather(len(missing)))
     processes.end()
     return num_rendered
 
 
 def _render_all(
-    config: VBenchConfig, missing: list[Job], out: Path, parts: TextToVideo, console: Console
+    config: VBenchConfig,
+    missing: list[Job],
+    out: Path,
+    parts: TextToVideo,
+    console: Console,
+    threads: ThreadChoice,
 ) -> None:
     num_latents = parts.num_latents(math.ceil(config.seconds * parts.world.card.fps))
     for number, job in enumerate(missing, start=1):
         began = time.perf_counter()
         text = parts.embed([job.text])
-        video = render(parts.stream(job.seed), text, num_latents, parts.embed_negative())
+        negative = parts.embed_negative()
+        with threads.piece():
+            video = render(parts.stream(job.seed), text, num_latents, negative)
         pixels = frames_to_pixels(video.frames).numpy()
         write_video(out / job.name, pixels, parts.fps, lossless=False)
         seconds = time.perf_counter() - began
