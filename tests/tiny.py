@@ -1,7 +1,10 @@
 """Tiny models whose weights are off their zeros, so that every input shows in the output."""
 
+import numpy as np
 import torch
+from gymnasium import spaces
 
+from scd.data.actions import conditions_of, flat, space_of
 from scd.data.clip import Batch, Conditions
 from scd.data.spaces import ConditionSpec
 from scd.models.build import build
@@ -19,6 +22,13 @@ from scd.objectives.denoise import Denoise, Objective, TeacherForcing
 SHAPE = FrameShape(channels=3, height=4, width=6, patch_size=2)
 BLOCK = BlockConfig(width=32, head_dim=16, rotary_axes=(4, 6, 6))
 ACTIONS = ConditionSpec(num_actions=4)
+PARTS = spaces.Dict(
+    keys=spaces.MultiBinary(4),
+    mouse=spaces.Box(-1, 1, (2,)),
+    pad=spaces.Tuple([spaces.MultiDiscrete([3, 2]), spaces.Discrete(3, start=-1)]),
+)
+COMPOSITE = conditions_of(PARTS, {"keys": ("w", "a", "s", "d"), "mouse": ("x", "y")})
+"""Keys, a mouse, and a pad with two dials and a switch."""
 
 
 def shaken(model, amount=0.1):
@@ -69,7 +79,12 @@ def random_conditions(spec, batch, num_frames, generator):
     actions = labels = None
     if spec.num_actions:
         actions = torch.randint(spec.num_actions, (batch, num_frames), generator=generator)
-    if spec.action_dim:
+    if spec.is_composite:
+        space = space_of(spec)
+        space.seed(int(torch.randint(1000, (), generator=generator)))
+        drawn = [flat(spec, space.sample()) for _ in range(batch * num_frames)]
+        actions = torch.from_numpy(np.stack(drawn)).unflatten(0, (batch, num_frames))
+    elif spec.action_dim:
         actions = torch.randn(batch, num_frames, spec.action_dim, generator=generator)
     if spec.num_labels:
         labels = torch.randint(spec.num_labels, (batch,), generator=generator)

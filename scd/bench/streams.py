@@ -69,6 +69,8 @@ class Timed:
         spec = self.engine.config.conditions
         if spec.num_actions:
             return torch.randint(spec.num_actions, (batch,))
+        if spec.action_parts:
+            return torch.tensor([spec.idle_action]).expand(batch, -1)
         return torch.rand(batch, spec.action_dim) * 2 - 1 if spec.action_dim else None
 
     def _noise(self, *shape: int) -> Tensor:

@@ -149,7 +149,9 @@ def config_of(
     if any(one is not None and one.ndim != 2 for one in tables.values()):
         raise ValueError("the tables of actions and labels must have 2 axes")
     # The last row of a table is the null embedding.
-    sizes = {f"num_{name}": 0 if one is None else len(one) - 1 for name, one in tables.items()}
+    sizes: dict[str, Any] = {
+        f"num_{name}": 0 if one is None else len(one) - 1 for name, one in tables.items()
+    }
     shared: Any = dict(
         shape=shape, block=block, conditions=ConditionSpec(**sizes), cache=config.cache
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -76,6 +77,31 @@ def check_actions(spec: ConditionSpec, actions: Tensor) -> None:
             )
         if not torch.isfinite(actions).all():
             raise ValueError("continuous actions must be finite, got NaN or infinity")
+        if spec.action_parts:
+            _check_entries(spec, actions)
+
+
+@lru_cache
+def _limits(spec: ConditionSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of each entry of a vector of actions its least and greatest value, and whether it
+    counts."""
+    limits = torch.tensor([pair for part in spec.action_parts for pair in part.limits])
+    counts = [part.space != "Box" for part in spec.action_parts for _ in range(part.size)]
+    return limits[:, 0], limits[:, 1], torch.tensor(counts)
+
+
+def _check_entries(spec: ConditionSpec, actions: Tensor) -> None:
+    """Refuse vectors of actions outside their space (ValueError)."""
+    low, high, counts = (values.to(actions.device) for values in _limits(spec))
+    wrong = (actions < low) | (actions > high) | (counts & (actions != actions.round()))
+    if wrong.any():
+        *_, entry = wrong.nonzero()[0].tolist()
+        came = actions[..., entry][wrong[..., entry]][0].item()
+        kind = "a whole number" if counts[entry] else "a number"
+        raise ValueError(
+            f"the action's entry {spec.action_names[entry]!r} is {kind} in "
+            f"{low[entry].item():g} .. {high[entry].item():g}, got {came:g}"
+        )
 
 
 def _check_ids(name: str, ids: Tensor, num: int) -> None:
@@ -100,6 +126,8 @@ class Conditions:
     labels: Integer[Tensor, " b"] | None = None
     null_actions: Bool[Tensor, "b t"] | None = None
     """Frames whose action is hidden; None: of no frame."""
+    null_parts: Bool[Tensor, "b t parts"] | None = None
+    """Parts of an action that are hidden while others are seen; None: of no frame."""
     null_labels: Bool[Tensor, " b"] | None = None
     """Clips whose label is hidden; None: of no clip."""
     text: Float[Tensor, "b l c"] | None = None
@@ -118,20 +146,32 @@ class Conditions:
 
     def frames(self, start: int, stop: int | None) -> Conditions:
         """Return the conditions of frames start .. stop - 1; label and text hold for all."""
-        return replace(
-            self,
-            actions=None if self.actions is None else self.actions[:, start:stop],
-            null_actions=None if self.null_actions is None else self.null_actions[:, start:stop],
-        )
+        cut = {name: value[:, start:stop] for name, value in self._by_frame.items()}
+        return replace(self, **cut)
+
+    @property
+    def _by_frame(self) -> dict[str, Tensor]:
+        """What is given of each frame."""
+        values = {name: getattr(self, name) for name in ("actions", "null_actions", "null_parts")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def with_actions_of(self, other: Conditions) -> Conditions:
+        """Return these with what another has of each frame."""
+        return replace(self.lasting, **other._by_frame)
+
+    @property
+    def lasting(self) -> Conditions:
+        """What steers all frames alike."""
+        return replace(self, **dict.fromkeys(self._by_frame))
 
     def split(self, num_frames: int) -> Conditions:
         """Turn b clips of `num_frames` frames into b * num_frames clips of one frame."""
 
-        def fold(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value[:, :num_frames].flatten(0, 1)[:, None]
-
-        whole = replace(self, actions=None, null_actions=None).repeat(num_frames)
-        return replace(whole, actions=fold(self.actions), null_actions=fold(self.null_actions))
+        folded = {
+            name: value[:, :num_frames].flatten(0, 1)[:, None]
+            for name, value in self._by_frame.items()
+        }
+        return replace(self.lasting.repeat(num_frames), **folded)
 
     def repeat(self, num: int) -> Conditions:
         """Repeat each clip's conditions `num` times in a row."""
@@ -146,8 +186,19 @@ class Conditions:
         }
         return replace(self, **joined)
 
-    def with_null_branch(self) -> Conditions:
-        """Return twice the batch: everything hidden first, then as it is (for guidance)."""
+    def with_null_branch(self, parts: Sequence[bool] = ()) -> Conditions:
+        """Return twice the batch: everything hidden first, then as it is (for guidance).
+
+        Args:
+            parts: of the parts of an action, which are hidden, and nothing else; empty: everything.
+        """
+        if any(parts):
+            if self.actions is None:
+                return self.concat(self)
+            hidden = torch.tensor(parts, device=self.actions.device)
+            hidden = hidden.expand(*self.actions.shape[:2], -1)
+            seen = replace(self, null_parts=torch.zeros_like(hidden))
+            return replace(self, null_parts=hidden).concat(seen)
         if self.text is not None and self.null_text is None:
             raise ValueError("hiding the text needs null_text, the embedded negative prompt")
         masks = {}

@@ -9,18 +9,18 @@ import atexit
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Discrete
 from PIL import Image
 
 from scd.common.config import at_least
 from scd.common.names import did_you_mean
+from scd.data.actions import conditions_of, flat, named, parts_of, unflat
 from scd.data.environments.making import FramesFrom, check_picture, fps_of, make, own_names
 from scd.data.record import Played, Recording
 from scd.data.source import DataCard
@@ -136,6 +136,29 @@ def _close_players() -> None:
         recording.close()
 
 
+class Sticky:
+    """Picks actions of a space at random, each part for a while: others go on meanwhile."""
+
+    def __init__(
+        self, space: gymnasium.Space[Any], stickiness: float, generator: np.random.Generator
+    ) -> None:
+        self._space, self._spec = space, conditions_of(space)
+        self._stickiness, self._generator = stickiness, generator
+        self._sizes = [part.size for part in parts_of(self._spec)]
+        self._held: np.ndarray | None = None
+        self._action: Any = None
+
+    def __call__(self, _: Any) -> Any:
+        new = self._generator.random(len(self._sizes)) >= self._stickiness
+        if self._held is None or new.any():
+            drawn = np.atleast_1d(flat(self._spec, self._space.sample()))
+            held = drawn if self._held is None else self._held
+            self._held = np.where(np.repeat(new, self._sizes), drawn, held)
+            single = self._spec.num_actions > 0
+            self._action = unflat(self._spec, int(self._held[0]) if single else self._held)
+        return self._action
+
+
 class Player:
     """Plays episodes, each a function of the settings and its number; close it at the end.
 
@@ -150,7 +173,7 @@ class Player:
         try:
             self._policy = _policy(settings)
             space = self._env.action_space
-            conditions = conditions_of(space, settings.env)
+            spec, names = self._conditions(space)
             observation, _ = self._env.reset(seed=settings.seed)
             self._shape = self._picture(observation).shape
             height, width = self._size()
@@ -158,8 +181,8 @@ class Player:
                 height=height,
                 width=width,
                 fps=self._fps(),
-                conditions=conditions,
-                action_names=self._names(conditions),
+                conditions=spec,
+                action_names=names,
             )
         except BaseException:
             self._env.close()
@@ -207,7 +230,7 @@ class Player:
             return None
         return Played(
             pixels=np.stack(pictures),
-            actions=recorded(actions, space),
+            actions=np.stack([flat(self.card.conditions, action) for action in actions]),
             rewards=tuple(rewards),
             terminated=bool(terminated),
             truncated=bool(truncated),
@@ -228,14 +251,7 @@ class Player:
             return asked
         if settings.policy == "random":
             return lambda _: space.sample()
-        held: list[Any] = []
-
-        def stuck(_: Any) -> Any:
-            if not held or generator.random() >= settings.stickiness:
-                held[:] = [space.sample()]
-            return held[0]
-
-        return stuck
+        return Sticky(space, settings.stickiness, generator)
 
     def _picture(self, observation: Any) -> np.ndarray:
         """Return what is seen now, at its own size, always the same."""
@@ -279,33 +295,20 @@ class Player:
             raise ValueError(f"{name} does not say its frames per second; needed --fps NUMBER")
         return fps
 
-    def _names(self, conditions: ConditionSpec) -> tuple[str, ...]:
-        num = conditions.num_actions or conditions.action_dim
-        names = self._settings.names
-        if names and len(names) != num:
+    def _conditions(self, space: gymnasium.Space[Any]) -> tuple[ConditionSpec, tuple[str, ...]]:
+        """Say what steers a world that is trained on this, and the names of that."""
+        settings = self._settings
+        try:
+            spec = conditions_of(space)
+        except ValueError as error:
+            raise ValueError(f"{settings.env}: {error}") from error
+        num = spec.num_actions or spec.action_dim
+        names = settings.names or own_names(self._env.unwrapped, spec)
+        if len(names) != num:
             raise ValueError(
-                f"{self._settings.env} needs {num} names of actions, got {len(names)}: "
-                f"{', '.join(names)}"
+                f"{settings.env} needs {num} names of actions, got {len(names)}: {', '.join(names)}"
             )
-        return names or own_names(
-            self._env.unwrapped, conditions.num_actions, conditions.action_dim
-        )
-
-
-def conditions_of(space: gymnasium.Space[Any], name: str) -> ConditionSpec:
-    """Say what steers a world that is trained on actions of a space (ValueError: another kind)."""
-    if isinstance(space, Discrete):
-        return ConditionSpec(num_actions=int(space.n))
-    if isinstance(space, Box) and np.issubdtype(space.dtype, np.floating):
-        return ConditionSpec(action_dim=int(np.prod(space.shape)))
-    raise ValueError(f"{name}: actions must be Discrete or Box of floats, got {space}")
-
-
-def recorded(actions: Sequence[Any], space: gymnasium.Space[Any]) -> np.ndarray:
-    """Return actions of a space as they are kept: ids from 0 on, or vectors."""
-    if isinstance(space, Discrete):
-        return np.asarray(actions, np.int64) - int(space.start)
-    return np.stack(actions).astype(np.float32).reshape(len(actions), -1)
+        return named(spec, names), names
 
 
 def _policy(settings: GymRecording) -> Callable[[Any, Any, np.random.Generator], Any] | None:

@@ -54,7 +54,7 @@ class DataCard:
     """Frames per second at which the episodes are meant to be watched."""
     conditions: ConditionSpec
     action_names: tuple[str, ...]
-    """Name of each discrete action id, or of each entry of a continuous action."""
+    """Name of each discrete action id, or of each entry of a vector of actions."""
     pixel_art: bool = added(False)
     """Whether frames are drawn in hard-edged pixels, which a player should not smooth."""
 

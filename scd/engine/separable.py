@@ -410,14 +410,13 @@ def side_by_side(conditions: Sequence[Conditions]) -> Conditions:
 
     def joined(name: str, shown_like: str) -> Tensor | None:
         values = [getattr(one, name) for one in conditions]
-        if all(value is None for value in values):
+        known = [value for value in values if value is not None]
+        if not known:
             return None
         likes = [getattr(one, shown_like) for one in conditions]
         return torch.cat(
             [
-                torch.zeros(like.shape[:2], dtype=torch.bool, device=like.device)
-                if value is None
-                else value
+                known[0].new_zeros(len(like), *known[0].shape[1:]) if value is None else value
                 for value, like in zip(values, likes, strict=True)
             ]
         )
@@ -427,4 +426,5 @@ def side_by_side(conditions: Sequence[Conditions]) -> Conditions:
         labels=joined("labels", "labels"),
         null_actions=joined("null_actions", "actions"),
         null_labels=joined("null_labels", "labels"),
+        null_parts=joined("null_parts", "actions"),
     )

@@ -124,7 +124,7 @@ def predict(
     if context:
         rollout.begin(batch.frames[:, :context], batch.conditions.frames(0, context))
     else:
-        lasting = replace(batch.conditions, actions=None, null_actions=None)
+        lasting = batch.conditions.lasting
         rollout.begin(None, lasting, batch=len(batch.frames))
     steering = (actions or batch.conditions).actions
     frames, timings = [], []

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scd.data.clip import Conditions
+from scd.data.spaces import ConditionSpec
 from scd.models.config import EncoderNoise, FrameShape
 from scd.models.embed import Field
 from scd.models.kv_cache import KVCache
@@ -24,12 +25,17 @@ class Augmentation:
     generator: torch.Generator
     """Source of all draws."""
     condition_dropout: float = 0.0
-    """Chance that an action (frame by frame), or a label or text (clip by clip), is hidden."""
+    """Chance that an action (frame by frame), or a label or text (clip by clip), is hidden; each
+    part of an action is hidden alone by the same chance besides."""
     context_noise: float = 0.0
     """Strength eta of the noise on the context. Source: paper, equation 7."""
 
-    def drop(self, conditions: Conditions) -> Conditions:
-        """Hide conditions at random; each call draws anew (encoder and decoder separately)."""
+    def drop(self, conditions: Conditions, spec: ConditionSpec | None = None) -> Conditions:
+        """Hide conditions at random; each call draws anew (encoder and decoder separately).
+
+        Args:
+            spec: says the parts of actions; None: no part is hidden alone.
+        """
         if self.condition_dropout == 0:
             return conditions
         if conditions.actions is not None:
@@ -37,6 +43,12 @@ class Augmentation:
             if conditions.null_actions is not None:
                 hidden = hidden | conditions.null_actions
             conditions = replace(conditions, null_actions=hidden)
+            if spec is not None and spec.is_composite:
+                shape = torch.Size([*hidden.shape, len(spec.action_parts)])
+                parts = self._hidden(shape, hidden.device)
+                if conditions.null_parts is not None:
+                    parts = parts | conditions.null_parts
+                conditions = replace(conditions, null_parts=parts)
         if conditions.labels is not None:
             hidden = self._hidden(conditions.labels.shape, conditions.labels.device)
             if conditions.null_labels is not None:

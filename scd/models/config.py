@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from scd.common.config import MAX_LAYERS, MAX_SIZE, MAX_STEPS, added, within
+from scd.common.names import known
 from scd.data.spaces import ConditionSpec
 
 Solver = Literal["euler", "heun", "renoise"]
@@ -361,6 +362,8 @@ class Guidance:
     """Strength; 1 means no push. The paper uses 1.5 for context noise on Minecraft."""
     context_noise: float = 0.05
     """Strength of the noise in the branch "context_noise"."""
+    parts: tuple[str, ...] = ()
+    """Parts of actions that the branch "conditions" hides, and nothing else; empty: everything."""
 
     def __post_init__(self) -> None:
         if self.kind == "none" and self.scale != 1:
@@ -370,6 +373,19 @@ class Guidance:
                 "context_noise must be positive and scale finite, got "
                 f"{self.context_noise} and {self.scale}"
             )
+        if self.parts and self.kind != "conditions":
+            raise ValueError(f"parts={self.parts} have no effect on guidance kind={self.kind!r}")
+
+    def hides(self, spec: ConditionSpec) -> tuple[bool, ...]:
+        """Tell of each part of an action whether it alone is hidden; empty: everything is.
+
+        Raises:
+            ValueError: a model's actions have no such part.
+        """
+        names = [part.name for part in spec.action_parts] if spec.is_composite else []
+        for name in self.parts:
+            known(name, "part of an action", names)
+        return tuple(name in self.parts for name in names) if self.parts else ()
 
 
 EngineKind = Literal["plain", "fast"]

@@ -154,8 +154,10 @@ class Sizes:
 
     @property
     def condition_flops(self) -> int:
-        """Operations of embedding a continuous action; discrete ones are looked up."""
-        return 2 * self.conditions.action_dim * self.block.width
+        """Operations of embedding continuous actions and held keys; choices are looked up."""
+        spec = self.conditions
+        looked_up = sum(len(part.choices) for part in spec.action_parts) if spec.action_dim else 0
+        return 2 * (spec.action_dim - looked_up) * self.block.width
 
     @property
     def head_flops(self) -> int:
@@ -189,7 +191,10 @@ class Sizes:
         width, spec = self.block.width, self.conditions
         rows = 2 * TimeEmbedder.NUM_SINUSOIDS + 1 + width + 1
         rows += spec.num_actions + 1 if spec.num_actions else 0
-        rows += spec.action_dim + 2 if spec.action_dim else 0
+        if spec.is_composite:
+            rows += sum((sum(part.choices) or part.size + 1) + 1 for part in spec.action_parts)
+        elif spec.action_dim:
+            rows += spec.action_dim + 2
         rows += spec.num_labels + 1 if spec.num_labels else 0
         return rows * width
 

@@ -125,7 +125,7 @@ class DenseBase(CausalDiffuser, Stack):
         if augment is not None:
             if augment.context_noise > 0:
                 raise ValueError("a dense model has no context: context_noise must be 0")
-            conditions = augment.drop(conditions)
+            conditions = augment.drop(conditions, self.config.conditions)
         batch, num_draws, num_noisy = noisy.shape[:3]
         size = self.config.frames_per_block
         frames = rearrange(noisy, "b r m c h w -> (b r) m c h w")

@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from scd.common.runtime import finest
 from scd.data.clip import Conditions
-from scd.data.spaces import ConditionSpec
+from scd.data.spaces import ActionPart, ConditionSpec
 from scd.models.block import Block, Modulation, layer_norm
 from scd.models.config import BlockConfig, FrameShape, Prediction
 from scd.models.flow import velocity_from_clean
@@ -100,7 +100,9 @@ class ConditionEmbedder(nn.Module):
         self.width = width
         if spec.num_actions:
             self.actions = nn.Embedding(spec.num_actions + 1, width)
-        if spec.action_dim:
+        if spec.is_composite:
+            self.parts = nn.ModuleList([PartEmbedder(part, width) for part in spec.action_parts])
+        elif spec.action_dim:
             self.project = nn.Linear(spec.action_dim, width)
             self.null_action = nn.Parameter(torch.empty(width))
         if spec.num_labels:
@@ -115,7 +117,10 @@ class ConditionEmbedder(nn.Module):
             if hidden is not None:
                 actions = torch.where(hidden, self.spec.num_actions, actions)
             embedded = self.actions(actions)
-        if self.spec.action_dim:
+        if self.spec.is_composite:
+            assert actions is not None
+            embedded = self._parts(actions, hidden, conditions.null_parts)
+        elif self.spec.action_dim:
             assert actions is not None
             embedded = self.project(actions.to(self.project.weight.dtype))
             if hidden is not None:
@@ -128,6 +133,51 @@ class ConditionEmbedder(nn.Module):
             label = self.labels(labels)[:, None]
             embedded = label if embedded is None else embedded + label
         return embedded
+
+    def _parts(
+        self, actions: Tensor, hidden: Tensor | None, hidden_parts: Tensor | None
+    ) -> Float[Tensor, "b t d"]:
+        """Sum the embeddings of an action's parts, each by itself seen or hidden."""
+        embedded, values = [], actions.split([part.size for part in self.spec.action_parts], -1)
+        for place, (part, entries) in enumerate(zip(self.parts, values, strict=True)):
+            unseen = hidden
+            if hidden_parts is not None:
+                alone = hidden_parts[..., place]
+                unseen = alone if hidden is None else hidden | alone
+            embedded.append(part(entries, unseen))
+        return torch.stack(embedded).sum(0)
+
+
+class PartEmbedder(nn.Module):
+    """One part of an action to a vector: choices by a table, keys and values by a linear map.
+
+    Embeddings of several choices are summed; a hidden part becomes a learned null vector.
+    """
+
+    def __init__(self, part: ActionPart, width: int) -> None:
+        super().__init__()
+        self.firsts = [sum(part.choices[:place]) for place in range(len(part.choices))]
+        if part.choices:
+            self.table = nn.Embedding(sum(part.choices), width)
+        else:
+            self.project = nn.Linear(part.size, width)
+        self.null = nn.Parameter(torch.empty(width))
+
+    def initialise(self) -> None:
+        """Set the null vector's initial weights."""
+        nn.init.normal_(self.null, std=0.02)
+
+    def forward(
+        self, entries: Float[Tensor, "b t part"], hidden: Bool[Tensor, "b t"] | None
+    ) -> Float[Tensor, "b t d"]:
+        """Embed a part's entries of the vector of actions."""
+        if self.firsts:
+            rows = entries.long().unbind(-1)
+            chosen = [self.table(row + first) for row, first in zip(rows, self.firsts, strict=True)]
+            embedded = chosen[0] if len(chosen) == 1 else torch.stack(chosen).sum(0)
+        else:
+            embedded = self.project(entries.to(self.project.weight.dtype))
+        return embedded if hidden is None else torch.where(hidden[..., None], self.null, embedded)
 
 
 def steered(
@@ -188,7 +238,7 @@ def initialise(module: nn.Module, config: BlockConfig) -> None:
                 modulation.linear.bias.data.chunk(3)[2].fill_(config.initial_gate)
         if isinstance(part, TokenEmbedder) and part.positions is not None:
             nn.init.normal_(part.positions, std=0.02)
-        if isinstance(part, ConditionEmbedder) and part.spec.action_dim:
+        if isinstance(part, ConditionEmbedder) and hasattr(part, "null_action"):
             nn.init.normal_(part.null_action, std=0.02)
         if isinstance(part, FrameHead):
             nn.init.zeros_(part.project.weight)

@@ -130,7 +130,8 @@ class SeparableDiffuser(CausalDiffuser):
         num_frames = clean.shape[1]
         past, present = conditions, conditions.frames(num_frames - num_noisy, num_frames)
         if augment is not None:
-            past, present = augment.drop(past), augment.drop(present)
+            spec = self.config.conditions
+            past, present = augment.drop(past, spec), augment.drop(present, spec)
         context = self.encoder(clean, past).last(num_noisy)
         if augment is not None and augment.context_noise > 0:
             noise = augment.noise_like(context.tokens)

@@ -238,7 +238,11 @@ class Commands:
         return Answer(message=session.state())
 
     def _check_change(self, rollout: Rollout, guidance: Guidance) -> None:
-        if (guidance.kind == "conditions") != (rollout.guidance.kind == "conditions"):
+        now = rollout.guidance
+        if "conditions" in (guidance.kind, now.kind) and (guidance.kind, guidance.parts) != (
+            now.kind,
+            now.parts,
+        ):
             raise ServeError(
                 "bad_request", "guidance by conditions has a memory of its own: reset with it"
             )

@@ -96,7 +96,7 @@ def _second_frame(world: World, engine: Engine) -> tuple[float, ...]:
     spec, generator = engine.config.conditions, make_generator(0, "fingerprint of a model")
     action = None
     if spec.has_actions:
-        action = torch.zeros(1, spec.action_dim) if spec.action_dim else torch.zeros(1).long()
+        action = torch.tensor([spec.idle_action]) if spec.action_dim else torch.zeros(1).long()
     labels = torch.zeros(1, dtype=torch.long) if spec.num_labels else None
     frame = 2 * torch.rand(1, 1, 3, world.card.height, world.card.width, generator=generator) - 1
     rollout = Rollout(world, SamplingConfig(num_steps=1), engine=engine)
@@ -386,7 +386,7 @@ def _stream(
         spec = engine.config.conditions
         frames = torch.zeros(1, 1, 3, world.card.height, world.card.width)
         if spec.has_actions:
-            actions = torch.zeros(1, 1, spec.action_dim) if spec.action_dim else None
+            actions = torch.tensor([[spec.idle_action]]) if spec.action_dim else None
             actions = torch.zeros(1, 1, dtype=torch.long) if actions is None else actions
     rollout.begin(frames, Conditions(actions=actions, labels=labels), can_reset=False)
     rollout.num_given = state.num_given

@@ -29,10 +29,17 @@ class StreamConditions:
     """Whether there is a branch from which conditions are hidden."""
     lasting: Conditions
     """Labels and texts, which hold for all frames, where the engine is."""
+    parts: tuple[bool, ...] = ()
+    """Which parts of actions that branch hides alone; empty: it hides everything."""
 
     @staticmethod
     def of(
-        engine: Engine, card: DataCard, batch: int, is_hidden_too: bool, lasting: Conditions
+        engine: Engine,
+        card: DataCard,
+        batch: int,
+        is_hidden_too: bool,
+        lasting: Conditions,
+        parts: tuple[bool, ...] = (),
     ) -> StreamConditions:
         """Keep what steers all frames of the streams.
 
@@ -40,7 +47,7 @@ class StreamConditions:
             ValueError: labels or texts that do not fit, or are missing.
         """
         spec, device, dtype = engine.config.conditions, engine.device, engine.dtype
-        check_conditions(replace(spec, num_actions=0, action_dim=0), lasting)
+        check_conditions(replace(spec, num_actions=0, action_dim=0, action_parts=()), lasting)
         text, null_text = lasting.text, lasting.null_text if is_hidden_too else None
         for name, value in (("labels", lasting.labels), ("texts", text), ("texts", null_text)):
             if value is not None and value.shape[0] != batch:
@@ -52,13 +59,15 @@ class StreamConditions:
             text=None if text is None else text.to(device, dtype),
             null_text=None if null_text is None else null_text.to(device, dtype),
         )
-        return StreamConditions(engine, card, batch, is_hidden_too, placed)
+        return StreamConditions(engine, card, batch, is_hidden_too, placed, parts)
 
     def with_text(self, text: Tensor, null_text: Tensor | None) -> StreamConditions:
         """Return the conditions of the same streams with another text, checked as by `of`."""
         null_text = self.lasting.null_text if null_text is None else null_text
         lasting = replace(self.lasting, text=text, null_text=null_text)
-        return StreamConditions.of(self.engine, self.card, self.batch, self.is_hidden_too, lasting)
+        return StreamConditions.of(
+            self.engine, self.card, self.batch, self.is_hidden_too, lasting, self.parts
+        )
 
     def repeat(self, num: int) -> StreamConditions:
         """Return the conditions of `num` futures of each stream, those of one in a row."""
@@ -66,9 +75,7 @@ class StreamConditions:
 
     def of_given(self, given: Conditions) -> Conditions:
         """Return the conditions of given frames, whose actions were checked."""
-        actions = Conditions(actions=given.actions, null_actions=given.null_actions)
-        actions = actions.to(self.engine.device)
-        past = replace(self.lasting, actions=actions.actions, null_actions=actions.null_actions)
+        past = self.lasting.with_actions_of(given).to(self.engine.device)
         return self._with_hidden(past)
 
     def of_frame(self, given: Action | None) -> Conditions:
@@ -93,4 +100,4 @@ class StreamConditions:
         return self._with_hidden(self.lasting)
 
     def _with_hidden(self, conditions: Conditions) -> Conditions:
-        return conditions.with_null_branch() if self.is_hidden_too else conditions
+        return conditions.with_null_branch(self.parts) if self.is_hidden_too else conditions

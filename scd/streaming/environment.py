@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector.utils import batch_space, iterate
 from torch import Tensor
 
+from scd.data.actions import flat, space_of
 from scd.data.clip import Conditions, check_actions, frames_to_pixels
 from scd.data.given import Whole, as_whole
 from scd.data.source import DataCard
@@ -58,10 +59,7 @@ def spaces(card: DataCard) -> tuple[gym.spaces.Box, gym.Space]:
     spec: ConditionSpec = card.conditions
     if not spec.has_actions or spec.num_labels:
         raise ValueError("an environment needs a world that is steered by actions alone")
-    seen = gym.spaces.Box(0, 255, (card.height, card.width, 3), np.uint8)
-    if spec.num_actions:
-        return seen, gym.spaces.Discrete(spec.num_actions)
-    return seen, gym.spaces.Box(-np.inf, np.inf, (spec.action_dim,), np.float32)
+    return gym.spaces.Box(0, 255, (card.height, card.width, 3), np.uint8), space_of(spec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +106,24 @@ class Start:
 
 
 def nothing(spec: ConditionSpec) -> Tensor:
-    """Return the action that leads to the first frame of a stream from nothing: id 0, or zeros."""
-    return torch.zeros(spec.action_dim) if spec.action_dim else torch.zeros((), dtype=torch.long)
+    """Return the action that leads to the first frame of a stream from nothing: id 0, or that of
+    a vector that does least."""
+    return torch.tensor(spec.idle_action) if spec.action_dim else torch.zeros((), dtype=torch.long)
+
+
+def as_given(action: Any, space: gym.Space[Any], spec: ConditionSpec) -> Any:
+    """Return an action of a space as a model is given it, and others as they are typed.
+
+    Raises:
+        ValueError: a number outside a space that does not begin to count at 0.
+    """
+    if not spec.action_parts:
+        return action
+    if space.contains(action):
+        return torch.as_tensor(flat(spec, action))[None]
+    if spec.num_actions and not isinstance(action, (str, Mapping)):
+        raise ValueError(f"an action must be in {space}, got {action!r}")
+    return action
 
 
 def pixels(frame: Tensor) -> Frame:
@@ -185,7 +199,8 @@ class WorldEnv(gym.Env[Frame, Any]):
         """
         if self._frame is None:
             raise ValueError("reset the environment first")
-        self._frame = pixels(self._rollout.step(action)[0])
+        spec = self._rollout.world.card.conditions
+        self._frame = pixels(self._rollout.step(as_given(action, self.action_space, spec))[0])
         self._count += 1
         reward, ended = self.judge(self._frame, action)
         return self._frame.copy(), float(reward), bool(ended), self._count >= self.max_frames, {}
@@ -305,12 +320,16 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if not self._sessions:
             raise ValueError("reset the environments first")
         card = self._streams.world.card
+        each = None
+        if card.conditions.action_parts and self.action_space.contains(actions):
+            each = list(iterate(self.action_space, actions))
+            actions = torch.from_numpy(np.stack([flat(card.conditions, one) for one in each]))
         taken = as_actions(actions, card, self.num_envs)
         if taken is None or len(taken) != self.num_envs:
             came = "none" if taken is None else len(taken)
             raise ValueError(f"{self.num_envs} environments need as many actions, got {came}")
         check_actions(card.conditions, taken)
-        begins, known = self._is_over.copy(), taken.numpy(force=True)
+        begins, known = self._is_over.copy(), each or taken.numpy(force=True)
         for number, action in enumerate(taken):
             if begins[number]:
                 self._renew(number)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -222,9 +222,13 @@ class Rollout:
             batch = given.shape[0]
             check_conditions(self.engine.config.conditions, conditions, given.shape[1])
             latents = self._encode(given) if latents is None else self._checked(latents)
-        lasting = replace(conditions, actions=None, null_actions=None)
         self._steering = StreamConditions.of(
-            self.engine, self.world.card, batch, self._has_null_state, lasting
+            self.engine,
+            self.world.card,
+            batch,
+            self._has_null_state,
+            conditions.lasting,
+            self.guidance.hides(self.engine.config.conditions),
         )
         self.batch, self._seeds, self._is_future = batch, self._seeds[:1], False
         both = batch * (1 + self._has_null_state)

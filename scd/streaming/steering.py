@@ -1,7 +1,7 @@
 """What people type to steer a stream -> the actions of its streams, as a model takes them.
 
-An action is an id or a vector, by number or by name; or keys held and the mouse, where the names of
-the world's actions say what they mean.
+An action is an id or a vector, by number or by name; an action of the world's space, part by part;
+or keys held and the mouse, where the names of the world's actions say what they mean.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from scd.common.names import did_you_mean
+from scd.data.actions import by_part, flat
 from scd.data.given import as_ids
 from scd.data.source import DataCard
 
 Action = Tensor | np.ndarray | np.generic | int | float | str | Sequence[Any] | Mapping[str, Any]
-"""Of all streams or of each: an id, a name, a vector, several of them; or {"keys": ["w"]} and
-{"mouse": (0.1, 0.0)}."""
+"""Of all streams or of each: an id, a name, a vector, several of them; what the world's space has,
+a dictionary or tuple of parts; or {"keys": ["w"]} and {"mouse": (0.1, 0.0)}."""
 
 Plan = Action | Sequence[Action]
 """Actions of several steps: one for all of them, a list with those of each step, or a tensor or
@@ -64,6 +65,8 @@ def as_actions(action: Action | None, card: DataCard, num_streams: int) -> Tenso
         raise ValueError("this world is steered by no actions: type step()")
     if isinstance(action, Tensor):
         return _each(_of_type(action, card), card, num_streams)
+    if spec.is_composite and (parted := _by_part(action, card)) is not None:
+        return _each(parted, card, num_streams)
     if isinstance(action, Mapping):
         action = _of_input(action, card)
     if isinstance(action, str):
@@ -126,8 +129,32 @@ def what_to_type(card: DataCard) -> str:
             f"This world is steered by one of {names}: type step({card.action_names[place]!r}) or "
             f"step({place})"
         )
+    if spec.is_composite:
+        example = by_part(spec, spec.idle_action)
+        return f"This world is steered part by part ({names}): type step({example!r})"
     zeros = ", ".join(["0.0"] * spec.action_dim)
     return f"This world is steered by {spec.action_dim} numbers ({names}): type step([{zeros}])"
+
+
+def _by_part(action: Action, card: DataCard) -> Tensor | None:
+    """Return the vector of an action given by part, or those of several; None: it is not."""
+    spec = card.conditions
+    tops = {part.name.partition("/")[0] for part in spec.action_parts}
+    if isinstance(action, Mapping):
+        # Keys and the mouse may be entries of any part, by the names of these.
+        if set(action) <= {"keys", "mouse"} and not tops & {"keys", "mouse"}:
+            return None
+        return torch.from_numpy(flat(spec, action))
+    in_order = all(top.startswith("[") for top in tops)
+    if isinstance(action, tuple) and in_order and len(action) == len(tops):
+        return torch.from_numpy(flat(spec, action))
+    if isinstance(action, Sequence) and not isinstance(action, str):
+        if any(isinstance(one, Mapping | tuple) for one in action):
+            return torch.from_numpy(np.stack([flat(spec, one) for one in action]))
+    if tops == {""} and isinstance(action, Sequence):
+        if not action or any(isinstance(one, str) for one in action):
+            return torch.from_numpy(flat(spec, action))
+    return None
 
 
 def _of_type(actions: Tensor, card: DataCard) -> Tensor:
@@ -237,10 +264,13 @@ def _meaning(key: str, known: Sequence[str]) -> int | None:
 def _vector(held: list[str], mouse: Any, card: DataCard) -> list[float]:
     """Fill the entries of a vector that bear the names of keys and of the mouse's axes."""
     known = [_plain(one).removeprefix("key_") for one in card.action_names]
-    values = [0.0] * len(known)
+    values = list(card.conditions.idle_action)
     for key in held:
         if key not in known:
-            raise ValueError(f"no entry of this world's actions is key {key!r}. {_entries(card)}")
+            hint = did_you_mean(key, known) or "."
+            raise ValueError(
+                f"no entry of this world's actions is key {key!r}{hint} {_entries(card)}"
+            )
         values[known.index(key)] = 1.0
     if mouse is not None:
         for axis, moved in zip("xy", _pair(mouse), strict=True):

@@ -204,7 +204,7 @@ def _empty_conditions(config: TrainConfig) -> Conditions:
     if spec.num_actions:
         actions = torch.zeros(shape, dtype=torch.long)
     if spec.action_dim:
-        actions = torch.zeros(*shape, spec.action_dim)
+        actions = torch.tensor(spec.idle_action).expand(*shape, -1)
     if spec.num_labels:
         labels = torch.zeros(config.batch_size, dtype=torch.long)
     if spec.has_text:

@@ -14,7 +14,7 @@ from scd.engine.separable import FastSeparable
 from scd.models.attention import explicit_attention, frame_positions, rotary_table, rotate
 from scd.models.config import BlockConfig, CacheConfig, LayerSkip
 from scd.training.presets import preset
-from tests.tiny import BLOCK, SHAPE, random_conditions, tiny_dense, tiny_separable
+from tests.tiny import BLOCK, COMPOSITE, SHAPE, random_conditions, tiny_dense, tiny_separable
 
 JOINS = ("token_concat", "token_concat_projected", "channel_concat", "add", "prefix")
 FP32 = 2e-5
@@ -30,7 +30,7 @@ def same_weights():
     torch.manual_seed(0)
 
 
-def stream(engine, spec, num_given=3, num_frames=7, guidance="none", batch=2, seed=0):
+def stream(engine, spec, num_given=3, num_frames=7, guidance="none", batch=2, seed=0, parts=()):
     """Frames of a short rollout, each made from the one before; solvers in turn."""
     generator = torch.Generator().manual_seed(seed)
     twice = guidance == "conditions"
@@ -39,7 +39,7 @@ def stream(engine, spec, num_given=3, num_frames=7, guidance="none", batch=2, se
     conditions = random_conditions(spec, batch, num_given + num_frames, generator)
     conditions = conditions.to(engine.device)
     if twice:
-        conditions, given = conditions.with_null_branch(), torch.cat([given, given])
+        conditions, given = conditions.with_null_branch(parts), torch.cat([given, given])
     begin = given if num_given else None
     state = engine.begin(begin, conditions.frames(0, num_given), given.shape[0])
     frames = []
@@ -127,12 +127,19 @@ def test_memory(make, num_given, cache):
         ConditionSpec(num_labels=3),
         ConditionSpec(num_actions=3, num_labels=2),
         ConditionSpec(action_dim=2),
+        COMPOSITE,
     ],
 )
 @pytest.mark.parametrize("make", [tiny_separable, tiny_dense])
 def test_conditions(make, spec):
     guided = "conditions" if spec.has_actions or spec.num_labels else "none"
     check(make(conditions=spec), guidance=guided)
+
+
+@pytest.mark.parametrize("make", [tiny_separable, tiny_dense])
+def test_a_part_of_actions_is_hidden_alone(make):
+    model = make(conditions=COMPOSITE)
+    check(model, guidance="conditions", parts=(True, False, False, True))
 
 
 @pytest.mark.parametrize("make", [tiny_separable, tiny_dense])

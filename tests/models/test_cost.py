@@ -15,7 +15,7 @@ from scd.models.build import build, frame_cost, num_parameters
 from scd.models.config import BlockConfig, CacheConfig, Join, LayerSkip
 from scd.models.cost import FrameCost, Load
 from scd.training.presets import preset
-from tests.tiny import ACTIONS, random_conditions, tiny_dense, tiny_separable
+from tests.tiny import ACTIONS, COMPOSITE, random_conditions, tiny_dense, tiny_separable
 
 WINDOW, BATCH, STEPS = 4, 2, 3
 CACHE = CacheConfig(window=WINDOW, num_sinks=1)
@@ -71,7 +71,7 @@ def cost_of(model, guidance: str = "none") -> FrameCost:
 
 
 @pytest.mark.parametrize("guidance", ["none", "conditions", "context_noise"])
-@pytest.mark.parametrize("conditions", [ACTIONS, VECTORS, ConditionSpec()])
+@pytest.mark.parametrize("conditions", [ACTIONS, VECTORS, COMPOSITE, ConditionSpec()])
 @pytest.mark.parametrize("name", MODELS)
 def test_operations_are_those_that_a_frame_takes(name, conditions, guidance):
     if guidance == "context_noise" and name.startswith("dense"):
@@ -105,7 +105,7 @@ def test_steps_that_skip_layers_are_counted_as_they_are(below, num_light, num_di
 
 
 @pytest.mark.parametrize("block", [None, LEARNED])
-@pytest.mark.parametrize("conditions", [ACTIONS, VECTORS])
+@pytest.mark.parametrize("conditions", [ACTIONS, VECTORS, COMPOSITE])
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_are_counted_exactly(name, conditions, block):
     model = MODELS[name](conditions=conditions, **({"block": block} if block else {}))

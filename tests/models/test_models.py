@@ -1,5 +1,7 @@
 """Separable and dense behind one interface: causality, streaming = training pass, conditions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,7 +14,15 @@ from scd.models.build import build, num_parameters
 from scd.models.config import BlockConfig, CacheConfig, LayerSkip
 from scd.models.separable import SeparableDiffuser
 from scd.training.presets import preset
-from tests.tiny import ACTIONS, SHAPE, random_clips, random_conditions, tiny_dense, tiny_separable
+from tests.tiny import (
+    ACTIONS,
+    COMPOSITE,
+    SHAPE,
+    random_clips,
+    random_conditions,
+    tiny_dense,
+    tiny_separable,
+)
 
 JOINS = ["token_concat", "token_concat_projected", "channel_concat", "add", "prefix"]
 BIASED = BlockConfig(width=32, head_dim=16, rotary_axes=(4, 6, 6), distance_bias=0.3)
@@ -24,6 +34,7 @@ MODELS = {
     "clean estimate": lambda: tiny_separable("prefix", predict="clean"),
     "distance bias": lambda: tiny_separable(block=BIASED),
     "continuous actions": lambda: tiny_separable(conditions=ConditionSpec(action_dim=3)),
+    "actions of parts": lambda: tiny_separable(conditions=COMPOSITE),
     "labels": lambda: tiny_separable(conditions=ConditionSpec(num_labels=3)),
     "actions and labels": lambda: tiny_separable(
         conditions=ConditionSpec(num_actions=4, num_labels=3)
@@ -111,7 +122,11 @@ def test_a_frame_knows_its_action_and_earlier_ones_only(model):
     first = int(model.needs_first_frame)
     for frame in range(1, 5):
         actions = conditions.actions.clone()
-        actions[:, frame] = (actions[:, frame] + 1) % 4
+        if parts := model.config.conditions.action_parts:
+            ends = torch.tensor([low + high for part in parts for low, high in part.limits])
+            actions[:, frame] = ends - actions[:, frame]
+        else:
+            actions[:, frame] = (actions[:, frame] + 1) % 4
         changed = Conditions(actions=actions, labels=conditions.labels)
         moved = (model(clean, noisy, time, changed) != before).flatten(3).any(-1)[0, 0]
         assert moved.tolist() == [target >= frame for target in range(first, 5)], frame
@@ -341,6 +356,48 @@ def test_hidden_conditions_become_the_null_embedding():
         assert not torch.equal(
             model(clean, noisy, time, hidden), model(clean, noisy, time, conditions)
         )
+
+
+@pytest.mark.parametrize("make", [tiny_separable, tiny_dense])
+def test_a_part_of_an_action_can_be_hidden_alone(make):
+    model = make(conditions=COMPOSITE)
+    clean, noisy, time, conditions = random_clips(model)
+    other = random_clips(model, seed=1)[3]
+    num_parts, first = len(COMPOSITE.action_parts), 0
+    assert num_parts == 4
+    with torch.no_grad():
+        seen = model(clean, noisy, time, conditions)
+        for place, part in enumerate(COMPOSITE.action_parts):
+            entries = slice(first, first := first + part.size)
+            mask = torch.zeros(*conditions.actions.shape[:2], num_parts, dtype=torch.bool)
+            mask[..., place] = True
+            hidden = replace(conditions, null_parts=mask)
+            actions = conditions.actions.clone()
+            actions[..., entries] = other.actions[..., entries]
+            outputs = [
+                model(clean, noisy, time, replace(hidden, actions=one))
+                for one in (conditions.actions, actions, other.actions)
+            ]
+            assert torch.equal(outputs[0], outputs[1])
+            assert not torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], seen)
+            by_branch = conditions.with_null_branch([one == place for one in range(num_parts)])
+            assert torch.equal(by_branch.null_parts, torch.cat([mask, torch.zeros_like(mask)]))
+        # All parts alone are the whole action.
+        everything = replace(conditions, null_parts=torch.ones_like(mask))
+        whole = replace(conditions, null_actions=mask[..., 0] | True)
+        assert torch.equal(model(clean, noisy, time, everything), model(clean, noisy, time, whole))
+
+
+def test_dropout_hides_actions_whole_and_part_by_part():
+    generator = torch.Generator().manual_seed(0)
+    conditions = random_conditions(COMPOSITE, 32, 16, generator)
+    augment = Augmentation(generator=generator, condition_dropout=0.25)
+    dropped = augment.drop(conditions, COMPOSITE)
+    assert 0.2 < dropped.null_actions.float().mean() < 0.3
+    assert dropped.null_parts.shape == (32, 16, 4)
+    assert 0.2 < dropped.null_parts.float().mean() < 0.3
+    apart = (dropped.null_parts[..., 0] & ~dropped.null_parts[..., 1]).float().mean()
+    assert 0.15 < apart < 0.23
 
 
 def test_condition_dropout_draws_frame_by_frame_and_label_by_clip():

@@ -3,20 +3,25 @@
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.utils.env_checker import check_env
 from gymnasium.utils.seeding import np_random
+from gymnasium.vector.utils import iterate
 
 import scd
 from scd.autoencoders.base import PixelAutoencoder
 from scd.autoencoders.config import PixelConfig
+from scd.data.actions import conditions_of, flat
 from scd.data.spaces import ConditionSpec
 from scd.engine.open import open_engine
 from scd.models.build import build
 from scd.models.checkpoint import World
 from scd.models.config import SamplingConfig
 from scd.models.shipped import Clips
-from scd.streaming.environment import WorldEnv, WorldVectorEnv, pixels
+from scd.streaming.environment import WorldEnv, WorldVectorEnv, nothing, pixels
 from scd.streaming.rollout import Rollout
+from tests.streaming.test_rollout import world_of
+from tests.tiny import PARTS, tiny_separable
 
 
 @pytest.fixture
@@ -244,3 +249,32 @@ def test_what_cannot_be_an_environment_is_refused(world, clips):
     )
     with pytest.raises(ValueError, match="steered by actions alone"):
         WorldEnv(silent)
+
+
+@pytest.mark.parametrize("space", [PARTS, Box(0.5, 2, (2,)), Discrete(3, start=1)], ids=str)
+def test_the_action_space_is_that_of_the_data(space):
+    world = world_of(tiny_separable(conditions=conditions_of(space)))
+    environment = WorldEnv(world, max_frames=4)
+    assert environment.action_space == space
+    check_env(WorldEnv(world, max_frames=5), skip_render_check=True)
+    space.seed(0)
+    actions = [space.sample() for _ in range(3)]
+    frames = [environment.reset(seed=5)[0], *(environment.step(one)[0] for one in actions)]
+    # By hand: the plain engine, and what the model is given.
+    rollout = Rollout(world)
+    rollout.seed = int(np_random(5)[0].integers(2**31))
+    rollout.begin(can_reset=False, from_nothing=True)
+    spec = world.card.conditions
+    taken = [nothing(spec), *(torch.as_tensor(flat(spec, one)) for one in actions)]
+    byhand = [pixels(rollout.step(one[None])[0]) for one in taken]
+    assert np.abs(np.stack(frames).astype(int) - np.stack(byhand)).max() <= 1
+    several = WorldVectorEnv(world, 2, max_frames=4)
+    assert several.single_action_space == space
+    several.reset(seed=0)
+    batched = several.action_space.sample()
+    shown = several.step(batched)[0]
+    each = list(iterate(several.action_space, batched))
+    assert all(space.contains(one) for one in each) and not np.array_equal(*shown)
+    outside = {"keys": np.full(4, 7, np.int8)} if isinstance(space, Dict) else 9
+    with pytest.raises(ValueError, match="action"):
+        environment.step(outside)

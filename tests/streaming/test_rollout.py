@@ -22,6 +22,7 @@ from tests.tiny import SHAPE, tiny_dense, tiny_separable
 
 
 def world_of(model):
+    spec = model.config.conditions
     return World(
         model=model,
         autoencoder=PixelAutoencoder(PixelConfig(mean=0.1, std=0.5)),
@@ -29,8 +30,8 @@ def world_of(model):
             height=SHAPE.height,
             width=SHAPE.width,
             fps=10.0,
-            conditions=model.config.conditions,
-            action_names=tuple(f"a{index}" for index in range(model.config.conditions.num_actions)),
+            conditions=spec,
+            action_names=tuple(f"a{index}" for index in range(spec.num_actions or spec.action_dim)),
         ),
         sampling=SamplingConfig(num_steps=2),
     )

@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Dict, MultiBinary
 
+from scd.data.actions import conditions_of
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
 from scd.streaming.environment import WorldEnv, WorldVectorEnv
 from scd.streaming.rollout import Rollout
 from scd.streaming.steering import as_actions, as_plan
 from tests.streaming.test_rollout import world_of
-from tests.tiny import tiny_separable
+from tests.tiny import COMPOSITE, tiny_separable
 
 
 def card_of(*names, is_vector=False):
@@ -258,3 +260,54 @@ def test_numbers_of_any_integer_type_are_numbers(kind):
     ):
         with pytest.raises(ValueError, match="must be a whole number, got True"):
             call()
+
+
+PARTS_ACTION = {
+    "keys": np.array([1, 0, 0, 1], np.int8),
+    "mouse": np.array([0.5, -0.25], np.float32),
+    "pad": (np.array([2, 1]), np.int64(0)),
+}
+PARTED = DataCard(
+    height=4, width=6, fps=10.0, conditions=COMPOSITE, action_names=COMPOSITE.action_names
+)
+
+
+def test_an_action_is_given_part_by_part():
+    held = [1, 0, 0, 1, 0.5, -0.25, 2, 1, 1]
+    action = {"keys": ["w", "d"], "mouse": (0.5, -0.25), "pad": ([2, 1], 0)}
+    for given in (action, PARTS_ACTION, held, np.array(held), torch.tensor(held)):
+        taken = as_actions(given, PARTED, 2)
+        assert taken.shape == (2, 9) and taken[0].tolist() == held == taken[1].tolist()
+    idle = as_actions({"keys": []}, PARTED, 1)
+    assert idle.tolist() == [[0.0] * 9]
+    each = as_actions([action, {"keys": "s"}], PARTED, 2)
+    assert each[0].tolist() == held and each[1].tolist() == [0, 0, 1] + [0] * 6
+    assert as_actions(np.array([held, held]), PARTED, 2).shape == (2, 9)
+
+
+def test_keys_and_mouse_mean_entries_of_any_part():
+    spaces = Dict(buttons=MultiBinary(2), look=Box(-1, 1, (2,)))
+    spec = conditions_of(spaces, {"buttons": ("w", "jump"), "look": ("mouse_x", "mouse_y")})
+    names = ("w", "jump", "mouse_x", "mouse_y")
+    card = DataCard(height=4, width=6, fps=10.0, conditions=spec, action_names=names)
+    taken = as_actions({"keys": ["w"], "mouse": (0.1, 0)}, card, 1)
+    assert taken[0].tolist() == pytest.approx([1, 0, 0.1, 0])
+    with pytest.raises(ValueError, match="is key 'jumq'; did you mean 'jump'"):
+        as_actions({"keys": ["jumq"]}, card, 1)
+    one = conditions_of(MultiBinary(2))
+    card = DataCard(height=4, width=6, fps=10.0, conditions=one, action_names=("a", "b"))
+    assert as_actions([1, 0], card, 3).tolist() == [[1, 0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"keys": ["q"]}, "has no key 'q'.*its keys are w, a, s, d"),
+        ({"kezs": ["w"]}, "no part 'kezs'; did you mean 'keys'"),
+        ("w", r"type step\({'keys': \[0, 0, 0, 0\], 'mouse': \[0.0, 0.0\]"),
+        ([{"keys": ["w"]}, "w"], "needs parts by name: keys, mouse, pad, got 'w'"),
+    ],
+)
+def test_actions_of_no_part_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        as_actions(given, PARTED, 2)

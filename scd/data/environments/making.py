@@ -14,6 +14,7 @@ import numpy as np
 from gymnasium.error import DependencyNotInstalled, UnregisteredEnv
 
 from scd.common.names import did_you_mean
+from scd.data.spaces import ConditionSpec
 
 PACKAGES = {
     "ALE/": "ale_py",
@@ -102,9 +103,9 @@ def find(name: str, modules: Sequence[str]) -> None:
         with suppress(ImportError):
             importlib.import_module(module)
     if not _is_registered(name):
-        hint = did_you_mean(name, gymnasium.registry)
+        hint = did_you_mean(name, gymnasium.registry) or "."
         raise ValueError(
-            f"Gymnasium knows no environment {name!r}{hint}. The module of a package that adds "
+            f"Gymnasium knows no environment {name!r}{hint} The module of a package that adds "
             "some is given by --register MODULE"
         )
 
@@ -156,10 +157,10 @@ def fps_of(env: gymnasium.Env[Any, Any]) -> float:
     return float((env.metadata or {}).get("render_fps") or 0)
 
 
-def own_names(game: Any, num_actions: int, action_dim: int) -> tuple[str, ...]:
+def own_names(game: Any, spec: ConditionSpec) -> tuple[str, ...]:
     """Return what an environment calls its actions, or the entries of one; else numbers."""
-    num, found = num_actions or action_dim, []
-    if num_actions:
+    num, found = spec.num_actions or spec.action_dim, []
+    if spec.num_actions:
         if hasattr(game, "get_action_meanings"):
             found.append(game.get_action_meanings())
         found += [getattr(game, name, ()) for name in ("actions", "Actions", "action_names")]
@@ -170,4 +171,4 @@ def own_names(game: Any, num_actions: int, action_dim: int) -> tuple[str, ...]:
             names = [entry.name for entry in names]  # type: ignore[attr-defined]
         if isinstance(names, Sequence) and len(names) == num:
             return tuple(str(name).lower() for name in names)
-    return tuple(f"action {number}" for number in range(num))
+    return spec.action_names or tuple(f"action {number}" for number in range(num))

@@ -130,7 +130,7 @@ class WanSeparableDiffuser(CausalDiffuser):
         if clean is None:
             raise ValueError("a separable Wan model needs clean frames as history")
         if augment is not None:
-            conditions = augment.drop(conditions)
+            conditions = augment.drop(conditions, self.config.conditions)
         if noise is None:
             noise = self._noise(clean, noisy, time, augment)
         context = self._contexts(clean, noise, conditions, augment, clean_time)
