@@ -34,7 +34,7 @@ def as_whole(value: Any, name: str, least: int | None = None) -> int:
     Raises:
         ValueError: no whole number, or a smaller one.
     """
-    is_truth = isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == torch.bool
+    is_truth = type(value) in (bool, np.bool_) or getattr(value, "dtype", None) == torch.bool
     # An integer array of one entry would pass as its entry.
     is_one = hasattr(value, "__index__") and not is_truth and not getattr(value, "ndim", 0)
     try:

@@ -89,9 +89,9 @@ def write_video(
 ) -> None:
     """Write pictures as an H.264 mp4 file, aside first and then renamed.
 
-    The same pictures always give the same bytes. Lossless keeps every bit (H.264 4:4:4 RGB, for
-    training data); otherwise colour is at half resolution, so sides must be even, and there is a
-    small loss: what browsers can play.
+    Lossless keeps every bit (H.264 4:4:4 RGB, for training data), and the same pictures always give
+    the same bytes. Otherwise colour is at half resolution, so sides must be even, and there is a
+    small loss: what browsers can play; of sides below 64 pixels its bytes may differ.
     """
     path = Path(path)
     if not len(pixels):

@@ -23,8 +23,13 @@ from scd.models.flow import SMALLEST_TIME
 Activation = Literal["none", "gelu"]
 
 PACKED_WEIGHTS = 2**18
-"""From this many float32 weights on, a packed layout is faster on a CPU. Source: measured,
-docs/log.md."""
+"""From this many float32 weights on, there is only the packed layout on a CPU. Below, many rows
+are multiplied by it and few by the plain matrix, which is kept too. Source: measured, docs/log.md.
+"""
+
+PACKED_PRODUCT = 2**19
+"""Rows times weights of a float32 product from which on the packed layout is faster: it costs 9
+microseconds more at each call, and then half the time. Source: measured, docs/log.md."""
 
 
 class PackedLinear:
@@ -32,7 +37,8 @@ class PackedLinear:
 
     On a CPU the weights are reordered once into the blocks that oneDNN's kernels read; a plain
     matrix would be reordered at every call, which costs a fifth of the time of a frame of 64
-    tokens. The activation is applied inside the product. Elsewhere it is an ordinary product.
+    tokens. Small float32 weights lie both ways, and the size of the product chooses. The activation
+    is applied inside the product. Elsewhere it is an ordinary product.
     """
 
     def __init__(
@@ -48,10 +54,14 @@ class PackedLinear:
         """
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
         self.bias, self.activation = bias, activation
-        self.packed = weight.device.type == "cpu" and _pays(weight)
-        if self.packed:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
-        self.weight = weight
+        packs = weight.device.type == "cpu" and _can_pack(weight)
+        self.packed = (
+            torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows) if packs else None
+        )
+        is_small = weight.dtype == torch.float32 and weight.numel() < PACKED_WEIGHTS
+        self.plain = weight if is_small or not packs else None
+        # Products of fewer entries of x take the plain matrix.
+        self._few = -(-PACKED_PRODUCT // self.out_features) if is_small else 0
         self._fused = ("gelu", [], "tanh") if activation == "gelu" else ("none", [], "")
 
     @staticmethod
@@ -69,19 +79,20 @@ class PackedLinear:
         return PackedLinear(weight, bias, rows, activation)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self._fused)
-        y = functional.linear(x, self.weight, self.bias)
+        if self.packed is not None and x.numel() >= self._few:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self._fused)
+        assert self.plain is not None
+        y = functional.linear(x, self.plain, self.bias)
         return functional.gelu(y, approximate="tanh") if self.activation == "gelu" else y
 
 
-def _pays(weight: Tensor) -> bool:
+def _can_pack(weight: Tensor) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
         # Other processors have no instructions for it, and oneDNN refuses.
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.numel() >= PACKED_WEIGHTS
+    return weight.dtype == torch.float32
 
 
 def release(module: nn.Module) -> None:

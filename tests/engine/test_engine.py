@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional
 
 from scd.data.spaces import ConditionSpec
 from scd.engine.layers import Attention, PackedLinear, blocks_of, by_halves, rotate_halves
@@ -277,12 +278,34 @@ def test_packed_weights_give_the_same_product(dtype, activation):
     weight = torch.randn(512, 640, generator=generator).to(dtype) / 25
     bias, x = torch.randn(512, generator=generator).to(dtype), torch.randn(3, 7, 640).to(dtype)
     linear = PackedLinear(weight, bias, 7, activation)
-    assert linear.packed
+    assert linear.packed is not None and linear.plain is None
     expected = x.float() @ weight.float().t() + bias.float()
     if activation == "gelu":
         expected = torch.nn.functional.gelu(expected, approximate="tanh")
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(linear(x).float(), expected, atol=tolerance, rtol=1e-2)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_small_weights_lie_both_ways_and_give_the_same_product(monkeypatch, activation):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(96, 64, generator=generator) / 8, torch.zeros(96)
+    few, many = (torch.randn(rows, 64, generator=generator) for rows in (8, 400))
+    linear = PackedLinear(weight, bias, 16, activation)
+    assert linear.packed is not None and linear.plain is weight
+    taken = []
+    packed = torch.ops.mkldnn._linear_pointwise
+
+    def counted(x, *others):
+        taken.append(len(x))
+        return packed(x, *others)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    expected = functional.linear(many, weight)
+    expected = functional.gelu(expected, approximate="tanh") if activation == "gelu" else expected
+    torch.testing.assert_close(linear(many), expected, atol=1e-5, rtol=0)
+    linear(few)
+    assert taken == [400]
 
 
 def test_a_table_of_modulations_is_made_once():
