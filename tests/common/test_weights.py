@@ -152,6 +152,7 @@ BAD = {
         lambda p: torch.save({"module.a": torch.ones(1), "a": torch.ones(1)}, p),
         "'module.a' and 'a'",
     ),
+    "a bit flipped": (lambda p: torch.save({"a": torch.tensor([1.0, -1e30])}, p), "1e.09 at most"),
     "not finite": (lambda p: torch.save({"a": torch.tensor([1.0, float("nan")])}, p), "finite"),
 }
 
