@@ -14,6 +14,12 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 SMALL = {
     "play_and_steer": {"play": ["forward", "left"], "futures": 2, "ahead": 2},
+    "probe_your_model": {
+        "steps": 2,
+        "batch": 2,
+        "measured": {"num_steps": 3, "reuse_depths": 1, "reuse_steps": 1, "frame_steps": 3},
+        "num_clips": 2,
+    },
     "train_on_clips": {"episodes": 20, "frames": 20, "steps": 2, "batch": 2, "measured": 1},
 }
 """Notebook -> values in place of those of its cell that is tagged `parameters`."""
@@ -29,6 +35,9 @@ def test_every_notebook_is_run_and_kept_without_output():
     assert {path.stem for path in EXAMPLES.glob("*.ipynb")} == set(SMALL)
     for name in SMALL:
         assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells(name))
+        for page in ("README.md", "docs/index.md"):
+            text = (EXAMPLES.parent / page).read_text("utf-8")
+            assert f"examples/{name}.ipynb" in text, f"{page} does not name the notebook {name}"
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -44,6 +53,11 @@ def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     if name == "play_and_steer":
         assert names["shown"].shape == (2, 2, 3, 64, 64) and names["fast"].shape == (1, 3, 64, 64)
         assert (tmp_path / "played.mp4").stat().st_size > 1000
+    if name == "probe_your_model":
+        page = (tmp_path / "my-probe" / "report.html").read_text("utf-8")
+        assert "A Network of 6 layers" in page and len(names["result"]["attention"]) == 6
+        # Two steps teach nothing, and the page says so.
+        assert names["result"]["warnings"] and not names["split"]["is_recommended"]
     if name == "train_on_clips":
         assert names["streamed"].shape == (8, 3, 32, 32)
         assert (tmp_path / "run" / "last").read_text().strip() == "step_000002"

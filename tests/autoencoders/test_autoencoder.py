@@ -380,8 +380,7 @@ def far_shapes():
     return shapes
 
 
-@pytest.fixture(scope="module")
-def far_state():
+def far_values():
     """Random values under FAR's names."""
     generator = torch.Generator().manual_seed(0)
     return {
@@ -390,6 +389,11 @@ def far_state():
         else torch.randn(shape, generator=generator) * 0.1
         for name, shape in far_shapes().items()
     }
+
+
+@pytest.fixture(scope="module")
+def far_state():
+    return far_values()
 
 
 def test_far_weights_become_a_folder(far_state, tmp_path, capsys):

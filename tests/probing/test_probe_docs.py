@@ -13,14 +13,10 @@ from torch.nn import functional
 
 from scd.cli import main
 from scd.probing import settings
+from tests.documents import code
 from tests.probing.test_probe_run import dense as dense
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "probing.md"
-
-
-def blocks() -> list[str]:
-    """Python of the page."""
-    return re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
+PAGE = "docs/probing.md"
 
 
 class TheirBlock(nn.Module):
@@ -76,8 +72,9 @@ class TheirNetwork(nn.Module):
 
 
 def test_the_pages_adapter_probes_a_network_of_others(tmp_path, monkeypatch):
-    block = next(one for one in blocks() if "class TheirSubject" in one)
-    measured = next(one for one in blocks() if "step_similarity(" in one)
+    assert len(code(PAGE)) == 3
+    block = next(one for one in code(PAGE) if "class TheirSubject" in one)
+    measured = next(one for one in code(PAGE) if "step_similarity(" in one)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     network = TheirNetwork()
@@ -87,10 +84,10 @@ def test_the_pages_adapter_probes_a_network_of_others(tmp_path, monkeypatch):
             part.weight.zero_()
             part.bias.zero_()
     names: dict[str, Any] = {"network": network, "clips": torch.randn(4, 5, 3, 8, 8)}
-    exec(compile(block, str(PAGE), "exec"), names)
+    exec(compile(block, PAGE, "exec"), names)
     result = names["result"]
     assert json.loads(Path("their-probe/probe.json").read_text()) == json.loads(json.dumps(result))
-    exec(compile(measured, str(PAGE), "exec"), names)
+    exec(compile(measured, PAGE, "exec"), names)
     assert names["similarity"].layers == (1, 2, 3)
     assert names["similarity"].centred.shape == (3, 10, 10)
     attention = names["attention"]
@@ -118,7 +115,7 @@ def test_a_measurement_is_one_file(dense, tmp_path, monkeypatch):
     """The page's own measurement, as a file beside the others: nothing else knows of it."""
     mine = tmp_path / "more" / "mine.py"
     mine.parent.mkdir()
-    mine.write_text(next(one for one in blocks() if "MEASUREMENT" in one))
+    mine.write_text(next(one for one in code(PAGE) if "MEASUREMENT" in one))
     package = settings.import_module(settings.PACKAGE)
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(mine.parent)])
     assert "mine" in settings.measurement_names()

@@ -202,16 +202,6 @@ def test_health_and_metrics(server: Serving):
     assert server.metric("scd_healthy") == 1
 
 
-def test_the_example_of_the_page_runs(server: Serving, monkeypatch: pytest.MonkeyPatch):
-    page = (Path(__file__).resolve().parents[2] / "docs/serving.md").read_text(encoding="utf-8")
-    block = page[page.index("```python\n") + 10 :]
-    block = block[: block.index("```")]
-    assert len([line for line in block.splitlines() if line.strip()]) <= 10
-    names: dict[str, Any] = {}
-    exec(block.replace("http://127.0.0.1:8000", server.url), names)
-    assert names["frame"].pixels.shape == (4, 6, 3)
-
-
 def test_a_bucket_fills_steadily():
     now = [0.0]
     bucket = Bucket(2.0, 4.0, lambda: now[0])

@@ -1,10 +1,8 @@
 """Examples and benchmark of many futures, run as they are typed, in small."""
 
 import importlib.util
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -46,16 +44,6 @@ def test_both_ways_that_the_benchmark_times_make_the_same_frames(tmp_path, engin
     assert done.returncode == 0, done.stderr
     assert "times as many" in done.stdout and (tmp_path / "a.json").is_file()
     assert float(done.stdout.split("frames differ by ")[1].split()[0]) < 2e-5
-
-
-def test_the_page_of_environments_runs_as_it_stands():
-    page = Path("docs/environments.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert len(blocks) == 6
-    names = {}
-    for block in blocks:
-        exec(block, names)
-    assert names["frames"].shape == (4, 6, 3, 64, 64)
 
 
 @pytest.mark.skipif(WANTS_PPO, reason="needs stable-baselines3")
