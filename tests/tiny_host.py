@@ -38,7 +38,7 @@ QUICK = HostConfig(max_fps=10_000.0, memory_gib=0.5, idle_s=1000.0, history_fram
 def make_world(make=tiny_separable, **options) -> World:
     model = make(cache=CacheConfig(window=6, num_sinks=1), **options)
     spec = model.config.conditions
-    names = tuple("abcd"[: spec.num_actions or spec.action_dim])
+    names = spec.action_names or tuple("abcd"[: spec.num_actions or spec.action_dim])
     card = DataCard(
         height=SHAPE.height, width=SHAPE.width, fps=10.0, conditions=spec, action_names=names
     )

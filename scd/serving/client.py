@@ -147,7 +147,8 @@ class Client:
         """Make some frames and return them.
 
         Args:
-            action: number or vector, of Python, numpy or torch; None: the held one.
+            action: number or vector, of Python, numpy or torch, or its parts by name; None: the
+                held one.
             count: number of frames.
         """
         message = _made(Step, {"action": action, "count": count})
@@ -297,7 +298,17 @@ def _made(kind: type[Made], fields: Mapping[str, Any]) -> Made:
 
 def _plain(value: Any) -> Any:
     value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {name: _listed(part) for name, part in value.items()}
     return tuple(_plain(entry) for entry in value) if isinstance(value, list) else value
+
+
+def _listed(value: Any) -> Any:
+    """Return a part of an action as JSON has it."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {name: _listed(entry) for name, entry in value.items()}
+    return [_listed(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _ended(error: ConnectionClosed) -> SessionEnded:

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from scd.data.clip import frames_to_pixels, pixels_to_frames
+from scd.data.actions import flat
+from scd.data.clip import check_actions, frames_to_pixels, pixels_to_frames
+from scd.data.spaces import ConditionSpec
 from scd.models.config import Guidance
 from scd.models.flow import with_num_steps
 from scd.models.shipped import Clips
@@ -106,9 +108,7 @@ class Commands:
 
     def create(self, _: None, message: Create, call: Call) -> Answer:
         session = self.sessions.create(self._start(message, call.upload))
-        world = self._world
-        zeros = (0.0,) * world.action_dim if world.action_dim else 0
-        session.action = zeros if world.actions else None
+        session.action = self._idle if self._world.actions else None
         return self._joined(session, call.sink)
 
     def restore(self, _: None, message: Restore, call: Call) -> Future[Answer]:
@@ -303,11 +303,28 @@ class Commands:
 
     # What depends on the world and the limits
 
-    def _action(self, action: ActionValue) -> ActionValue:
-        world = self._world
+    @property
+    def _spec(self) -> ConditionSpec:
+        return self.sessions.streams.world.card.conditions
+
+    @property
+    def _idle(self) -> ActionValue:
+        return self._spec.idle_action if self._world.action_dim else 0
+
+    def _action(self, given: ActionValue | dict[str, Any]) -> ActionValue:
+        world, spec = self._world, self._spec
+        try:
+            # Parts of a world without any are refused by what an action of it is.
+            by_part = isinstance(given, dict) and spec.is_composite
+            action = tuple(flat(spec, given).tolist()) if by_part else given
+            fits = isinstance(action, tuple) and len(action) == world.action_dim
+            if fits and spec.action_parts:
+                check_actions(spec, torch.tensor(action))
+        except ValueError as error:
+            raise ServeError("unknown_action", str(error)) from None
         if not world.actions:
             message = "nothing steers this world: send no action"
-        elif isinstance(action, tuple) != bool(world.action_dim):
+        elif isinstance(action, dict) or isinstance(action, tuple) != bool(world.action_dim):
             wanted = f"a vector of {world.action_dim} numbers" if world.action_dim else "a number"
             message = f"an action of this world is {wanted}"
         elif isinstance(action, tuple) and len(action) != world.action_dim:
@@ -334,9 +351,10 @@ class Commands:
             raise ServeError("bad_field", f"guidance: this world has {list(self._world.guidance)}")
         try:
             guidance = as_guidance(choice)
+            assert guidance is not None
+            guidance.hides(self._spec)
         except ValueError as error:
             raise ServeError("bad_field", f"guidance: {error}") from None
-        assert guidance is not None
         return guidance
 
     def _start(self, asked: Beginning, upload: np.ndarray | None) -> Start:
@@ -370,8 +388,7 @@ class Commands:
         world = self._world
         if not world.actions and asked.action is None:
             return ()
-        default = (0.0,) * world.action_dim if world.action_dim else 0
-        action = default if asked.action is None else asked.action
+        action = self._idle if asked.action is None else asked.action
         return (self._action(action),) * num_frames
 
     def _pictures(self, frames: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from scd.common.config import to_json
 from scd.engine.interface import Engine
 from scd.models.about import About
 from scd.models.build import build, num_parameters
@@ -199,6 +200,7 @@ def _world_info(
         pixel_art=card.pixel_art,
         actions=card.action_names,
         action_dim=spec.action_dim,
+        action_parts=tuple(to_json(part) for part in spec.action_parts),
         num_labels=spec.num_labels,
         separable=is_separable,
         default_steps=world.sampling.num_steps,

@@ -19,6 +19,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -32,6 +33,8 @@ Index = Annotated[int, Field(ge=-1, le=SAFE)]
 """Of a frame; -1: before the first."""
 ActionValue = Count | Annotated[tuple[float, ...], Field(min_length=1, max_length=1024)]
 """An action: its number in the world's list, or a vector where the world wants vectors."""
+GivenAction = ActionValue | dict[str, JsonValue]
+"""The same from a client, who may also give the parts of an action by their names."""
 Identity = Annotated[str, Field(max_length=64)]
 """Id of a session or an upload."""
 Steps = Annotated[int, Field(ge=1, le=1000)]
@@ -109,6 +112,8 @@ class GuidanceChoice(Message):
     """Strength; 1 means no push."""
     context_noise: Annotated[float, Field(gt=0, le=10)] = 0.05
     """Strength of the noise in the branch "context_noise"."""
+    parts: Annotated[tuple[str, ...], Field(max_length=1024)] = ()
+    """Parts of actions that the branch "conditions" hides, and nothing else; empty: everything."""
 
 
 class Hello(Command):
@@ -137,7 +142,7 @@ class Beginning(Command):
     """Number of the clip, for start "clip"."""
     upload: Identity | None = None
     """Id of the upload, for start "upload"."""
-    action: ActionValue | None = None
+    action: GivenAction | None = None
     """That is said to have led to the frames of an upload; none: action 0, or a vector of zeros."""
     label: Count | None = None
     """Class of the stream, for worlds with labels."""
@@ -207,8 +212,8 @@ class Action(Command):
 
     wakes = False
     type: Literal["action"] = "action"
-    action: ActionValue
-    """Number of the action in the world's list, or a vector."""
+    action: GivenAction
+    """Number of the action in the world's list, a vector, or its parts by name."""
     sequence: Count = 0
     """Of the client's choice; frames say by which they were led."""
 
@@ -232,7 +237,7 @@ class Step(Command):
 
     route = "POST /v1/sessions/{session}/step"
     type: Literal["step"] = "step"
-    action: ActionValue | None = None
+    action: GivenAction | None = None
     """That leads to them; none: the held one."""
     count: Annotated[int, Field(ge=1, le=1000)] = 1
     """How many."""
@@ -295,7 +300,7 @@ class Observe(Command):
     type: Literal["observe"] = "observe"
     upload: Identity
     """Whose last frame it is."""
-    action: ActionValue | None = None
+    action: GivenAction | None = None
     """That led to it; none: the held one."""
 
 
@@ -370,6 +375,8 @@ class WorldInfo(Message):
     """Name of each action, or of each entry of the vector; empty: nothing steers this world."""
     action_dim: int
     """Entries of an action that is a vector; 0: actions are numbers."""
+    action_parts: tuple[dict[str, JsonValue], ...]
+    """What the vector consists of, as `ActionPart` says it; empty: of no parts."""
     num_labels: int
     """Classes of streams; 0: none."""
     separable: bool

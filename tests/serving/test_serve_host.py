@@ -27,6 +27,7 @@ from scd.serving.messages import (
     Step,
     Stopped,
 )
+from tests.tiny import COMPOSITE
 from tests.tiny_host import (
     QUICK,
     WAIT_S,
@@ -573,3 +574,40 @@ def test_listed_times_with_another_number_of_steps():
         with_num_steps(listed, 0)
     torch.testing.assert_close(schedule(with_num_steps(listed, 8))[2::2][:3].float(),
                                torch.tensor([0.9, 0.6, 0.3]))  # fmt: skip
+
+
+def test_actions_are_given_part_by_part():
+    world = make_world(conditions=COMPOSITE)
+    with hosting(world) as host:
+        assert [part["name"] for part in host.info.action_parts] == [
+            "keys", "mouse", "pad/[0]", "pad/[1]"
+        ]  # fmt: skip
+        name, twin = (done(host.create(seed=3)).session for _ in range(2))
+        action = {"keys": ["w", "d"], "mouse": [0.5, -0.25], "pad": [[2, 1], 0]}
+        vector = (1.0, 0.0, 0.0, 1.0, 0.5, -0.25, 2.0, 1.0, 1.0)
+        (by_part,), (by_vector,) = done(host.step(name, action)), done(host.step(twin, vector))
+        assert by_part.header.action == by_vector.header.action == vector
+        assert (by_part.pixels == by_vector.pixels).all()
+        assert done(host.look(name)).action == vector
+        wrong = [
+            ({"kays": ["w"]}, "no part 'kays'; did you mean 'keys'"),
+            ({"keys": ["q"]}, "no key 'q'"),
+            ({"mouse": [0.5, 2.0]}, "'mouse_y' is a number in -1 .. 1, got 2"),
+            ((0.5, *vector[1:]), "'w' is a whole number in 0 .. 1, got 0.5"),
+            ((1.0, 0.0), "needed 9 entries, got 2"),
+            (1, "a vector of 9 numbers"),
+        ]
+        for given, words in wrong:
+            with pytest.raises(ServeError, match=words) as caught:
+                done(host.step(name, given))
+            assert caught.value.code == "unknown_action"
+        with pytest.raises(ServeError, match="unknown part of an action 'feet'"):
+            feet = GuidanceChoice(kind="conditions", scale=2.0, parts=("feet",))
+            done(host.create(guidance=feet))
+        looks = GuidanceChoice(kind="conditions", scale=2.0, parts=("mouse",))
+        state = done(host.create(guidance=looks))
+        assert state.guidance == looks and len(done(host.step(state.session, action))) == 1
+    with hosting() as host:
+        name = done(host.create()).session
+        with pytest.raises(ServeError, match="an action of this world is a number"):
+            done(host.step(name, {"keys": ["w"]}))
