@@ -35,14 +35,25 @@ def picture(episode: int, frame: int, height: int, width: int, camera: int) -> n
     return slope.astype(np.uint8)
 
 
+def textured(pixels: np.ndarray, episode: int, frame: int, strength: float) -> np.ndarray:
+    """Lay a rough pattern over a picture, which moves by three columns a frame: what costs a codec
+    as much as real pictures do."""
+    pattern = np.random.default_rng(episode).normal(0, strength, pixels.shape[:2])
+    pattern = (pattern + np.roll(pattern, 1, 0) + np.roll(pattern, 1, 1)) / 1.7
+    moved = np.roll(pattern, 3 * frame, 1)[..., None]
+    return (pixels + moved).clip(0, 255).astype(np.uint8)
+
+
 def length(episode: int, base: int) -> int:
     """Return how many frames an episode has: they differ."""
     return base + 3 * (episode % 3)
 
 
-def write(out: Path, vcodec: str, episodes: int, height: int, width: int, base: int) -> None:
+def write(out: Path, given: argparse.Namespace) -> None:
+    """Write a dataset as the command line says."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset  # type: ignore[import-not-found]
 
+    height, width = given.size
     if out.exists():
         shutil.rmtree(out)
     shown = {
@@ -50,17 +61,23 @@ def write(out: Path, vcodec: str, episodes: int, height: int, width: int, base: 
         "shape": (height, width, 3),
         "names": ["height", "width", "channels"],
     }
-    features: dict[str, dict] = dict.fromkeys(CAMERAS, shown)
+    features: dict[str, dict] = dict.fromkeys(CAMERAS[: given.cameras], shown)
     features["action"] = {"dtype": "float32", "shape": (2,), "names": ["x", "y"]}
     features["observation.state"] = {"dtype": "float32", "shape": (3,), "names": ["a", "b", "c"]}
-    chosen = {} if vcodec == "default" else {"vcodec": vcodec}
+    chosen = {} if given.vcodec == "default" else {"vcodec": given.vcodec}
     dataset = LeRobotDataset.create("scd/fixture", FPS, features, root=out, **chosen)
-    for episode in range(episodes):
+    for episode in range(given.episodes):
         task = TASKS[episode % len(TASKS)]
-        for frame in range(length(episode, base)):
+        for frame in range(length(episode, given.frames)):
             one: dict[str, np.ndarray] = {
-                name: picture(episode, frame, height, width, at) for at, name in enumerate(CAMERAS)
+                name: picture(episode, frame, height, width, at)
+                for at, name in enumerate(CAMERAS[: given.cameras])
             }
+            if given.texture:
+                one = {
+                    name: textured(pixels, episode, frame, given.texture)
+                    for name, pixels in one.items()
+                }
             one["action"] = np.array([frame + 0.5, -10.0 * episode - frame], np.float32)
             one["observation.state"] = np.array([frame, episode, 7], np.float32)
             try:
@@ -113,12 +130,13 @@ def main() -> int:
     parser.add_argument("--episodes", type=int, default=3)
     parser.add_argument("--frames", type=int, default=6)
     parser.add_argument("--size", type=int, nargs=2, default=(32, 48))
+    parser.add_argument("--cameras", type=int, default=2)
+    parser.add_argument("--texture", type=float, default=0.0)
     given = parser.parse_args()
     if given.read:
         read(given.folder, given.out)
     else:
-        height, width = given.size
-        write(given.folder, given.vcodec, given.episodes, height, width, given.frames)
+        write(given.folder, given)
     return 0
 
 
