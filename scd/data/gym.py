@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,10 @@ def _close_players() -> None:
         recording.close()
 
 
+MAX_WAITING = 16
+# Pictures that wait to be scaled: more would only take memory, as the environment is ahead of them.
+
+
 class Sticky:
     """Picks actions of a space at random, each part for a while: others go on meanwhile."""
 
@@ -169,6 +174,7 @@ class Player:
 
     def __init__(self, settings: GymRecording) -> None:
         self._settings = settings
+        self._scaler = ThreadPoolExecutor(1, "scaler")
         self._env = make(settings.env, settings.frames_from, settings.make, settings.register)
         try:
             self._policy = _policy(settings)
@@ -189,6 +195,7 @@ class Player:
             raise
 
     def close(self) -> None:
+        self._scaler.shutdown()
         self._env.close()
 
     def play(self, episode: int) -> Played:
@@ -221,7 +228,11 @@ class Player:
                 if terminated or truncated:
                     break
             if step >= 0:
-                pictures.append(self._scaled(self._picture(observation)))
+                # Copied: some environments draw into one array again and again.
+                picture = np.array(self._picture(observation), order="C")
+                pictures.append(self._scaler.submit(self._scaled, picture))
+                if len(pictures) > MAX_WAITING:
+                    pictures[-MAX_WAITING].result()
                 actions.append(action)
                 rewards.append(reward)
             if terminated or truncated:
@@ -229,7 +240,7 @@ class Player:
         if not pictures:
             return None
         return Played(
-            pixels=np.stack(pictures),
+            pixels=np.stack([picture.result() for picture in pictures]),
             actions=np.stack([flat(self.card.conditions, action) for action in actions]),
             rewards=tuple(rewards),
             terminated=bool(terminated),
@@ -283,8 +294,7 @@ class Player:
     def _scaled(self, picture: np.ndarray) -> np.ndarray:
         height, width = self.card.height, self.card.width
         if picture.shape[:2] == (height, width):
-            # Some environments draw into one array again and again.
-            return picture.copy()
+            return picture
         image = Image.fromarray(picture).resize((width, height), Image.Resampling.BOX)
         return np.asarray(image)
 

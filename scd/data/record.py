@@ -12,7 +12,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -169,10 +169,7 @@ def _drop_torn_line(out: Path) -> None:
 def _run(jobs: list[_Job], workers: int) -> Iterator[Entry]:
     """Record episodes, side by side if there are several workers; yield their lines in order."""
     if workers == 1 or len(jobs) < 2:
-        for job in jobs:
-            yield _record_episode(*job)
-        if jobs:
-            jobs[0][0].close()
+        yield from _run_here(jobs)
         return
     # A forked process could inherit locked locks of this one's threads.
     context = multiprocessing.get_context("spawn")
@@ -188,8 +185,26 @@ def _run(jobs: list[_Job], workers: int) -> Iterator[Entry]:
             pool.shutdown(cancel_futures=True)
 
 
+def _run_here(jobs: list[_Job]) -> Iterator[Entry]:
+    """Record episodes in this process; each is written while the next one is played."""
+    written: Future[Entry] | None = None
+    with ThreadPoolExecutor(1, "writer") as writer:
+        for config, episode, split in jobs:
+            played = config.play(split, episode)
+            if written is not None:
+                yield written.result()
+            written = writer.submit(_write, config, episode, split, played)
+        if written is not None:
+            yield written.result()
+    if jobs:
+        jobs[0][0].close()
+
+
 def _record_episode(config: Recording, episode: int, split: Split) -> Entry:
-    played = config.play(split, episode)
+    return _write(config, episode, split, config.play(split, episode))
+
+
+def _write(config: Recording, episode: int, split: Split, played: Played) -> Entry:
     folder, name = Path(config.out), f"{episode:06d}"
     entry = write_episode(folder, name, played.pixels, played.actions, config.card.fps, split)
     return replace(
