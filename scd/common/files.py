@@ -5,14 +5,17 @@ And the one reader of texts, line by line or as JSON.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
+import glob
 import json
 import os
 import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +23,9 @@ from scd.common.config import shown
 
 TEMPORARY = ".writing-"
 """How the names of things begin that are being written."""
+
+CURRENT_FOLDER, SWAP = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of Linux; RENAME_SWAP of macOS is the same number."""
 
 
 def refuse_used(folder: Path, wanted: str = "") -> None:
@@ -96,34 +102,86 @@ def parse_json(text: str | bytes, where: Path | str) -> Any:
 def written_aside(folder: Path) -> Iterator[Path]:
     """Give a new folder to fill; when the block ends it is flushed and takes `folder`'s place.
 
-    If the block fails the new folder is removed and `folder` stays as it was.
+    If the block fails the new folder is removed and `folder` stays as it was. A process that is
+    killed leaves the old folder or the new one in its place, where the system can exchange two
+    (Linux and macOS, on their usual file systems); what it had begun is removed by the next one
+    that writes the same folder.
     """
+    # Of a link, what it leads to is replaced.
+    folder = folder.resolve() if folder.is_symlink() else folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
     aside = folder.parent / f"{TEMPORARY}{folder.name}-{secrets.token_hex(8)}"
     # Not by tempfile, whose folders only their owner can read.
     aside.mkdir()
+    descriptor = os.open(aside, os.O_RDONLY)
     try:
+        with suppress(OSError):
+            # For as long as this process lives; not every file system knows it.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield aside
         _open_to_others(aside)
         for entry in aside.iterdir():
             _flush(entry)
         _flush(aside)
         if folder.exists():
-            # A folder can only be renamed onto an empty one: the old one steps aside first.
-            old = aside.with_name(aside.name + "-old")
-            folder.rename(old)
-            try:
-                aside.rename(folder)
-            except BaseException:
-                old.rename(folder)
-                raise
-            shutil.rmtree(old)
+            _replace(aside, folder)
         else:
             aside.rename(folder)
         _flush(folder.parent)
-    except BaseException:
+    finally:
+        # What has failed, or the old folder.
         shutil.rmtree(aside, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left that were about to write a folder."""
+    for entry in folder.parent.glob(f"{TEMPORARY}{glob.escape(folder.name)}-*"):
+        with suppress(OSError):
+            descriptor = os.open(entry, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(entry)
+            finally:
+                os.close(descriptor)
+
+
+def _replace(new: Path, old: Path) -> None:
+    """Put a folder into the place of one that is there, whose place becomes the new one's."""
+    if exchange(new, old):
+        return
+    # A folder can only be renamed onto an empty one: the old one steps aside first.
+    away = new.with_name(new.name + "-old")
+    old.rename(away)
+    try:
+        new.rename(old)
+    except BaseException:
+        away.rename(old)
         raise
+    shutil.rmtree(away)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two files or folders change places at once.
+
+    Returns:
+        Whether they did: not every system, and not every file system, can.
+
+    Raises:
+        OSError: they are not there, or must not be moved.
+    """
+    libc, words = ctypes.CDLL(None, use_errno=True), (os.fsencode(one), os.fsencode(other))
+    if hasattr(libc, "renameat2"):
+        failed = libc.renameat2(CURRENT_FOLDER, words[0], CURRENT_FOLDER, words[1], SWAP)
+    elif hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(*words, SWAP)
+    else:
+        return False
+    number = ctypes.get_errno()
+    if failed and number not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        raise OSError(number, os.strerror(number), str(other))
+    return not failed
 
 
 def write_file(path: Path, text: str) -> None:

@@ -61,6 +61,9 @@ PACKAGE = Path(__file__).resolve().parent.parent
 STATE = "a state of training"
 """What a file of optimisers or of auxiliary networks holds."""
 
+NUM_READS = 20
+"""Times that a world is read whose folder another process replaces meanwhile."""
+
 RAW_FILE = "raw.safetensors"
 """Weights that the optimiser moves, in a checkpoint of a run."""
 
@@ -300,7 +303,30 @@ def load_world(
         FileNotFoundError: no world is there.
         ValueError: the files are damaged, of another format, or do not fit together.
     """
-    folder = resolve(path)
+    for _ in range(NUM_READS):
+        folder = resolve(path)
+        before = _which(folder)
+        try:
+            world = _read_world(folder, weights, device, as_stored)
+        except (OSError, ValueError):
+            if _which(folder) == before:
+                raise
+            continue
+        # Another process may have put another world into its place: then this is half of each.
+        if _which(folder) == before:
+            return world
+    raise OSError(f"{path} was replaced {NUM_READS} times while it was read: wait, and try again")
+
+
+def _which(folder: Path) -> tuple[int, int]:
+    """Return what tells a folder from another one at the same place."""
+    found = folder.stat()
+    return found.st_ino, found.st_mtime_ns
+
+
+def _read_world(
+    folder: Path, weights: Literal["ema", "raw"], device: torch.device | str, as_stored: bool
+) -> World:
     parts = read_world_parts(folder)
     with torch.device("meta"):
         # No weights are drawn, only to be replaced.

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from scd.common.config import differences, from_json, to_json
-from scd.common.files import read_json, remove_leftovers, take_lock, write_file
+from scd.common.files import TEMPORARY, read_json, remove_leftovers, take_lock, write_file
 from scd.common.places import in_our_words, named_by, read_start, remember_start
 from scd.common.provenance import command
 from scd.common.runlog import RunLog
@@ -453,7 +453,10 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     folder = Path(config.out)
     if not config.out or not folder.exists():
         return None
-    if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {LOCK_FILE}:
+    # A run that was killed before its settings were written has only begun to write them.
+    if folder.is_dir() and all(
+        entry.name == LOCK_FILE or entry.name.startswith(TEMPORARY) for entry in folder.iterdir()
+    ):
         return None
     if not (folder / CONFIG_FILE).is_file():
         raise FileExistsError(f"{folder} exists and is not the folder of a run: choose another out")

@@ -2,11 +2,13 @@
 
 import os
 import stat
+import threading
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from scd.common import files
 from scd.common.files import (
     file_aside,
     parse_json,
@@ -63,6 +65,52 @@ def test_a_file_that_was_not_written_leaves_nothing(tmp_path):
         aside.touch()
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_replaced_in_one_moment(tmp_path):
+    """A reader that looks again and again finds the one or the other, whole."""
+    folder, seen = tmp_path / "world", set()
+
+    def write(number):
+        with written_aside(folder) as aside:
+            (aside / "number").write_text(str(number))
+
+    write(0)
+    writer = threading.Thread(target=lambda: [write(number) for number in range(1, 60)])
+    writer.start()
+    while writer.is_alive():
+        seen.add((folder / "number").read_text())
+    writer.join()
+    assert len(seen) > 1 and [path.name for path in tmp_path.iterdir()] == ["world"]
+
+
+def test_where_folders_cannot_be_exchanged_the_old_one_steps_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SWAP", 1 << 20)
+    for number in range(2):
+        with written_aside(tmp_path / "world") as aside:
+            (aside / str(number)).touch()
+    assert not files.exchange(tmp_path / "world", tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["world", "world/1"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_being_written_stays(tmp_path):
+    killed = tmp_path / f"{files.TEMPORARY}world-0123"
+    killed.mkdir()
+    (killed / "half").touch()
+    with written_aside(tmp_path / "world") as first:
+        with written_aside(tmp_path / "world") as second:
+            (second / "second").touch()
+        assert first.is_dir() and not killed.exists()
+        (first / "first").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["first", "world"]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "world").symlink_to("disk")
+    with written_aside(tmp_path / "world") as aside:
+        (aside / "new").touch()
+    assert (tmp_path / "world").is_symlink() and (tmp_path / "disk/new").is_file()
 
 
 def test_json_is_read_or_refused_by_name(tmp_path):

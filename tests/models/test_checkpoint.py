@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 
 from scd.autoencoders.base import PixelAutoencoder
 from scd.autoencoders.config import PixelConfig
+from scd.common import files
 from scd.common.files import remove_leftovers, written_aside
 from scd.common.weights import digest_of
 from scd.data.source import DataCard
@@ -105,6 +107,30 @@ def test_a_world_replaces_a_world_but_nothing_else(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["world"]
 
 
+def test_a_world_that_is_replaced_while_it_is_read_is_read_whole(tmp_path):
+    folder, worlds = tmp_path / "world", [make_world(seed=seed) for seed in range(2)]
+    worlds[1].sampling = SamplingConfig(num_steps=9)
+    save_world(worlds[0], folder)
+    stop = threading.Event()
+
+    def replace_again():
+        number = 0
+        while not stop.wait(0.1):
+            number += 1
+            save_world(worlds[number % 2], folder)
+
+    writer = threading.Thread(target=replace_again)
+    writer.start()
+    try:
+        for _ in range(30):
+            found = load_world(folder)
+            (like,) = [world for world in worlds if world.sampling == found.sampling]
+            assert same_weights(like.model, found.model)
+    finally:
+        stop.set()
+        writer.join()
+
+
 def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     folder = tmp_path / "world"
     with written_aside(folder) as aside:
@@ -117,6 +143,8 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
         return rename(self, target)
 
     with monkeypatch.context() as patch:
+        # As on a file system that cannot exchange two folders.
+        patch.setattr(files, "SWAP", 1 << 20)
         patch.setattr(Path, "rename", fail_to_replace)
         with pytest.raises(OSError, match="the disk is gone"), written_aside(folder) as aside:
             (aside / "text").write_text("new")

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from scd.autoencoders.build import latents_of
 from scd.common.config import differences
-from scd.common.files import take_lock
+from scd.common.files import TEMPORARY, take_lock
 from scd.common.provenance import command
 from scd.common.runlog import read_log
 from scd.common.runtime import cpu_threads, derive_seed
@@ -415,6 +415,15 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(config, tmp_pa
     with pytest.raises(ValueError, match=r"raw\.safetensors"):
         train(replace(config, max_steps=8))
     assert (run / "last").read_text().strip() == "step_000004"
+
+
+def test_a_run_that_was_killed_before_its_settings_were_written_begins(config, tmp_path):
+    """The lock and a file half written are all that such a run has left."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").touch()
+    (tmp_path / "run" / f"{TEMPORARY}config.json-17").write_text("{")
+    run = train(config)
+    assert read_log(run, "end")[-1]["step"] == 4 and not list(run.glob(f"{TEMPORARY}*"))
 
 
 def test_differences_name_the_leaf():
