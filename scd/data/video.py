@@ -331,7 +331,11 @@ def reduce_picture(
     scale = max(size[0] / height, size[1] / width)
     rows, columns = max(size[0], round(height * scale)), max(size[1], round(width * scale))
     top, left = (rows - size[0]) // 2, (columns - size[1]) // 2
-    reduced = Image.fromarray(picture).resize((columns, rows), Image.Resampling.BOX)
+    image = Image.fromarray(picture)
+    if height % rows == width % columns == 0:
+        reduced = image.reduce((width // columns, height // rows))
+    else:
+        reduced = image.resize((columns, rows), Image.Resampling.BOX)
     return np.asarray(reduced)[top : top + size[0], left : left + size[1]]
 
 
