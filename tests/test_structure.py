@@ -39,6 +39,7 @@ MAX_FILES = 60
 
 OPTIONAL_PACKAGES = {
     "vizdoom": {"data.doom"},
+    "h5py": {"data.hdf5"},
     "pyarrow": {"data.lerobot_tables"},
     "crafter": {"data.environments.crafter"},
     "tensorboard": {"common.runlog"},

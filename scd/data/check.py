@@ -59,9 +59,9 @@ def check(config: CheckConfig) -> Findings:
         raise ValueError(f"give num_frames of preset {config.preset}, not its name")
     layout, named = _named(config)
     path = named.partition("?")[0]
-    if not Path(path).is_dir() and not is_hub_name(path):
-        return Findings(missing=[f"{config.path}: no such folder"])
     kind = _kind(config)
+    if not kind.of_files and not Path(path).is_dir() and not is_hub_name(path):
+        return Findings(missing=[f"{config.path}: no such folder"])
     data = named if layout == "folder" else f"{layout}:{named}"
     findings = kind.inspect(data)
     if not findings.missing:

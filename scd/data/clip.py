@@ -86,8 +86,7 @@ def _limits(spec: ConditionSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return of each entry of a vector of actions its least and greatest value, and whether it
     counts."""
     limits = torch.tensor([pair for part in spec.action_parts for pair in part.limits])
-    counts = [part.space != "Box" for part in spec.action_parts for _ in range(part.size)]
-    return limits[:, 0], limits[:, 1], torch.tensor(counts)
+    return limits[:, 0], limits[:, 1], torch.tensor(spec.counts)
 
 
 def _check_entries(spec: ConditionSpec, actions: Tensor) -> None:

@@ -177,7 +177,8 @@ class FolderSource(Source):
             return range(length)
         frames, actions = frames_at(length, rate, fps), self._actions[episode]
         if actions is not None:
-            self._actions[episode] = torch.from_numpy(pool_actions(actions.numpy(), frames))
+            pooled = pool_actions(actions.numpy(), frames, self.card.conditions.counts)
+            self._actions[episode] = torch.from_numpy(pooled)
         return frames.tolist()
 
     def _check_video(self, entry: Entry) -> VideoInfo:

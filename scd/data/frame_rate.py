@@ -9,8 +9,9 @@ continuous ones are averaged; where a frame is shown again its action is held.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Int64
@@ -56,13 +57,17 @@ def frames_at(num_frames: int, fps: float, wanted: float) -> Int64[np.ndarray, "
 
 
 def pool_actions(
-    actions: Int[np.ndarray, " t"] | Float[np.ndarray, "t a"], frames: Int[np.ndarray, " n"]
+    actions: Int[np.ndarray, " t"] | Float[np.ndarray, "t a"],
+    frames: Int[np.ndarray, " n"],
+    counts: Sequence[bool] = (),
 ) -> Int[np.ndarray, " n"] | Float[np.ndarray, "n a"]:
     """Return the action of each moment.
 
     Args:
         actions: of all frames of a video.
         frames: what `frames_at` returned for it.
+        counts: of each entry of a vector, whether it is the number of a choice, or a key; empty:
+            none is.
     """
     begins = np.concatenate([frames[:1], frames[:-1] + 1])
     parts = [
@@ -70,8 +75,16 @@ def pool_actions(
         for begin, frame in zip(begins.tolist(), frames.tolist(), strict=True)
     ]
     if actions.ndim == 1:
-        # `most_common` keeps the order of what it met, so the latest comes first.
-        pooled = [Counter(part[::-1].tolist()).most_common(1)[0][0] for part in parts]
+        pooled = [_most_frequent(part) for part in parts]
     else:
         pooled = [part.mean(0) for part in parts]
+        for entry in np.flatnonzero(counts):
+            for moment, part in zip(pooled, parts, strict=True):
+                moment[entry] = _most_frequent(part[:, entry])
     return np.array(pooled, actions.dtype).reshape(len(parts), *actions.shape[1:])
+
+
+def _most_frequent(values: np.ndarray) -> Any:
+    """Return the value that occurs most often, the latest of several."""
+    # `most_common` keeps the order of what it met, so the latest comes first.
+    return Counter(values[::-1].tolist()).most_common(1)[0][0]

@@ -27,13 +27,12 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image
 
-from scd.common.config import at_least
 from scd.common.hub import download, is_hub_name
 from scd.data.clip import Clip, pixels_to_frames
 from scd.data.frame_rate import frames_at, is_same_rate, pool_actions
 from scd.data.lerobot_tables import ACTION, INFO_FILE, STATE, Dataset, Episode, Rows
 from scd.data.published import Header, read_headers
-from scd.data.source import DataCard, EmptySplit, Findings, Opening, Source
+from scd.data.source import DataCard, EmptySplit, Findings, Opening, PictureConfig, Source
 from scd.data.spaces import ConditionSpec, Split
 from scd.data.video import index_frames, probe_video, read_frames, reduce_picture
 
@@ -44,38 +43,17 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeRobotConfig:
+class LeRobotConfig(PictureConfig):
     """How a dataset is read."""
 
     camera: str = ""
     """Feature whose pictures are the frames, such as observation.images.top, or the end of its
     name. Empty: the only one."""
-    size: str = ""
-    """Rows and columns of a frame in pixels, as 64 or 48x64: pictures are reduced until they just
-    cover it, and their middle is taken. Empty: as they are stored."""
     state: bool = False
     """Steer by the state of the robot too: behind each action comes the state that it was taken
     in."""
-    fps: float = 0.0
-    """Frames per second to bring episodes to, by the frames nearest in time and their actions
-    pooled (docs/your-clips.md); 0: as they are."""
     labels: bool = False
     """Steer by the number of the episode's task. Its text is the prompt either way."""
-
-    @property
-    def shape(self) -> tuple[int, int] | None:
-        """Rows and columns that were asked for."""
-        if not self.size:
-            return None
-        words = self.size.split("x")
-        if len(words) > 2 or not all(word.isdigit() and int(word) for word in words):
-            raise ValueError(f"size must be as 64 or 48x64 (rows x columns), got {self.size!r}")
-        return int(words[0]), int(words[-1])
-
-    def __post_init__(self) -> None:
-        at_least(1, size=min(self.shape or (1,)))
-        if not 0 <= self.fps < float("inf"):
-            raise ValueError(f"fps must be a finite number of 0 or more, got {self.fps}")
 
 
 class LeRobotSource(Source):

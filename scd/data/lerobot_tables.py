@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 
 from scd.common.files import parse_json, read_json
-from scd.data.source import split_of
+from scd.data.source import SPLITS, split_of
 from scd.data.spaces import Split
 
 INFO_FILE = "meta/info.json"
@@ -21,11 +21,6 @@ INFO_FILE = "meta/info.json"
 VERSIONS = ("v2.1", "v3.0")
 
 ACTION, STATE, TASK = "action", "observation.state", "task_index"
-
-SPLITS: dict[str, Split] = {
-    "train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
-}  # fmt: skip
-"""Splits by the names that people give them."""
 
 DISCRETE = "ids"
 """Key of an action's `names` under which our own export keeps the names of discrete actions."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from rich.progress import track
 
@@ -32,6 +32,9 @@ SHOWN_FROM = 2000
 
 Files = tuple[Path, ...]
 """The files of one episode."""
+
+Looked = TypeVar("Looked", bound=Any)
+"""What is found out about files."""
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +128,15 @@ class PublishedSource(Source):
 
 
 def read_headers(
-    name: str, episodes: Sequence[Files], look: Callable[[Files], Header]
-) -> list[Header]:
+    name: str,
+    episodes: Sequence[Files],
+    look: Callable[[Files], Looked],
+    kind: type[Looked] = Header,
+) -> list[Looked]:
     """Find out about every episode, or recall it under this name.
 
-    What was found wrong is looked at again each time: the next one may find the disk well again.
+    What is found out is a dataclass of what JSON can hold, with an `error`. What was found wrong is
+    looked at again each time: the next one may find the disk well again.
     """
     digest = hashlib.blake2b(f"1 {name}".encode(), digest_size=16).hexdigest()
     store = cache_folder("headers") / f"{digest}.json"
@@ -145,11 +152,11 @@ def read_headers(
         if known.get(key, {}).get("stamp") != stamp or known[key]["header"]["error"]
     ]
 
-    def find_out(index: int) -> Header:
+    def find_out(index: int) -> Looked:
         try:
             return look(episodes[index])
         except (ValueError, OSError) as error:
-            return Header(error=str(error))
+            return kind(error=str(error))
 
     with ThreadPoolExecutor(WORKERS, "headers") as pool:
         found = pool.map(find_out, todo)
@@ -159,7 +166,7 @@ def read_headers(
             known[keys[index]] = {"stamp": stamps[index], "header": asdict(header)}
     if todo:
         _remember(store, known)
-    return [Header(**known[key]["header"]) for key in keys]
+    return [kind(**known[key]["header"]) for key in keys]
 
 
 def _stamp(file: Path) -> list[int]:

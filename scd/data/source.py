@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import parse_qsl, quote
 
-from scd.common.config import MAX_SIZE, added, from_json, within
+from scd.common.config import MAX_SIZE, added, at_least, from_json, within
 from scd.data.clip import Clip
 from scd.data.spaces import ConditionSpec, Split
 
@@ -34,6 +34,12 @@ MAX_FPS = 1000
 
 HELD_OUT = 10
 """Episodes of which one is kept for tests and one is watched in training."""
+
+SPLITS: dict[str, Split] = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "test": "test",
+}  # fmt: skip
+"""Splits by the names that people give them."""
 
 Kind = TypeVar("Kind")
 
@@ -67,6 +73,33 @@ class DataCard:
             raise ValueError(
                 f"{num_names} actions need as many action_names, got {list(self.action_names)}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureConfig:
+    """How the pictures of others are brought to one size and rate."""
+
+    size: str = ""
+    """Rows and columns of a frame in pixels, as 64 or 48x64: pictures are reduced until they just
+    cover it, and their middle is taken. Empty: as they are stored."""
+    fps: float = 0.0
+    """Frames per second to bring episodes to, by the frames nearest in time and their actions
+    pooled (docs/your-clips.md); 0: as they are."""
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Rows and columns that were asked for."""
+        if not self.size:
+            return None
+        words = self.size.split("x")
+        if len(words) > 2 or not all(word.isdigit() and int(word) for word in words):
+            raise ValueError(f"size must be as 64 or 48x64 (rows x columns), got {self.size!r}")
+        return int(words[0]), int(words[-1])
+
+    def __post_init__(self) -> None:
+        at_least(1, size=min(self.shape or (1,)))
+        if not 0 <= self.fps < float("inf"):
+            raise ValueError(f"fps must be a finite number of 0 or more, got {self.fps}")
 
 
 @dataclass(kw_only=True)
@@ -110,6 +143,8 @@ class Source(ABC):
     """Dataclass of what may follow the `?` of its name; all of its fields have defaults."""
     flags: ClassVar[tuple[str, ...]] = ()
     """Which of them the command line also takes as flags of their own, such as --camera."""
+    of_files: ClassVar[bool] = False
+    """Whether a file, or a pattern of files, is a collection as well as a folder."""
     frames_are: ClassVar[str] = "frames"
     """What its frames are, for messages."""
 
@@ -287,7 +322,7 @@ def open_source(
 
     Args:
         data: "toy:32", "toy:64", path of a folder of episodes or of their latents, or
-            "lerobot:PATH", "minecraft:PATH", "ucf101:PATH", "dmlab:PATH".
+            "lerobot:PATH", "hdf5:PATH", "wds:PATH", "minecraft:PATH", "ucf101:PATH", "dmlab:PATH".
         split: which episodes.
         strict: stop at the first episode that cannot be used, instead of leaving it out.
         latents: give stored latents as they are.

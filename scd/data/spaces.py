@@ -162,6 +162,11 @@ class ConditionSpec:
         )
 
     @property
+    def counts(self) -> tuple[bool, ...]:
+        """Of each entry of a vector of parts, whether it is the number of a choice, or a key."""
+        return tuple(part.space != "Box" for part in self.action_parts for _ in range(part.size))
+
+    @property
     def idle_action(self) -> tuple[float, ...]:
         """The vector of actions that does least: choice 0, no key, of a box the value next to 0."""
         if not self.action_parts:

@@ -73,7 +73,8 @@ class EncodeConfig:
     """One process's share of the encoding of a collection."""
 
     data: str
-    """Folder of episodes, or "lerobot:PATH", "minecraft:PATH", "ucf101:PATH", "dmlab:PATH"."""
+    """Folder of episodes, or "lerobot:PATH", "hdf5:PATH", "wds:PATH", "minecraft:PATH",
+    "ucf101:PATH", "dmlab:PATH"."""
     autoencoder: str
     """Folder of an autoencoder, or its name on the hub; a world or run, whose autoencoder is taken;
     or "pixels", which are only brought to mean 0 and deviation 1."""

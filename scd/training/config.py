@@ -121,7 +121,8 @@ class TrainConfig(RunConfig):
 
     data: str = "toy:32"
     """What to learn: "toy:32", "toy:64", a folder of episodes or of their latents, a LeRobot
-    dataset ("lerobot:PATH?camera=NAME", or lerobot:PATH --camera NAME), or a published collection
+    dataset ("lerobot:PATH?camera=NAME", or lerobot:PATH --camera NAME), HDF5 files (hdf5:PATH
+    --frames-key KEY --actions-key KEY), tars of videos ("wds:PATH"), or a published collection
     ("minecraft:PATH", "ucf101:PATH", "dmlab:PATH")."""
     out: str = "runs/train"
     """Run folder: checkpoints, log and sample pictures go there."""
