@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,17 @@ def release() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return_freed_memory()
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of what the functions held that an error has ended, and those of what caused it.
+
+    The lines of its traceback stay. Whoever keeps the error, as a future does, would keep all their
+    variables, itself often among them: then only the garbage collector finds them, much later.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class PeakMemory:

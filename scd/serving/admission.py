@@ -148,6 +148,8 @@ class Admission:
     def __init__(self, max_sessions: int, budget: int) -> None:
         self.max_sessions, self.budget = max_sessions, budget
         self._promised: dict[str, int] = {}
+        self.num_freed = 0
+        """Bytes that sessions gave back, in all."""
 
     @property
     def reserved(self) -> int:
@@ -177,6 +179,7 @@ class Admission:
                 f"a session of this kind needs {readable(needed)}, {readable(left)} of "
                 f"{readable(self.budget)} are left",
             )
+        self.release(name)
         self._promised[name] = needed
 
     def restore(self, name: str, promised: int | None) -> None:
@@ -187,4 +190,4 @@ class Admission:
 
     def release(self, name: str) -> None:
         """Take a promise back; harmless twice."""
-        self._promised.pop(name, None)
+        self.num_freed += self._promised.pop(name, 0)

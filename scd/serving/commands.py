@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
+from scd.common.memory import forget_frames
 from scd.data.actions import flat
 from scd.data.clip import check_actions, frames_to_pixels, pixels_to_frames
 from scd.data.spaces import ConditionSpec
@@ -72,7 +73,7 @@ class Call:
     """Of the client that says it; None: it does not stay to hear."""
     upload: np.ndarray | None = None
     """Frames [t h w 3] that the message's `upload` names."""
-    file: bytes = b""
+    file: bytes | bytearray = b""
     """Snapshot to restore."""
     future: Future[Any] = field(default_factory=Future)
     """Gets the `Answer`, or what the host's own call returns."""
@@ -81,6 +82,8 @@ class Call:
 
     def settle(self, result: Any = None, error: BaseException | None = None) -> None:
         """Fulfil or refuse the future; nothing happens where it is done."""
+        self.upload, self.file = None, b""
+        forget_frames(error)
         with suppress(InvalidStateError):
             if error is not None:
                 self.future.set_exception(error)

@@ -165,7 +165,6 @@ class Conversation:
         self._loop = asyncio.get_running_loop()
         self._num_pending = 0
         self._has_left = False
-        self._sink = self._hear
 
     async def obey(self, message: Command) -> None:
         """Ask the host for what a message says; wait where the connection changes its session.
@@ -183,7 +182,7 @@ class Conversation:
             if self._queue.is_file_waiting:
                 raise ServeError("overloaded", "a snapshot is on its way")
             self._queue.is_file_waiting = True
-        asked = self._service.ask(message, session, self._sink)
+        asked = self._service.ask(message, session, self._hear)
         self._num_pending += 1
         settled = self._loop.create_future()
 
@@ -218,7 +217,7 @@ class Conversation:
         """Let go of the session, which stays."""
         self._has_left = True
         if self._queue.session is not None:
-            self._service.host.ask(Detach(), self._queue.session, self._sink)
+            self._service.host.ask(Detach(), self._queue.session, self._hear)
             self._queue.enter(None)
 
     # What the host says
@@ -245,7 +244,7 @@ class Conversation:
         state = answer.message
         if isinstance(state, State) and message.moves:
             gone = Detach() if isinstance(message, Attach) else Close()
-            self._service.host.ask(gone, state.session, self._sink)
+            self._service.host.ask(gone, state.session, self._hear)
 
     def _pass_on(self, message: Command, answer: Answer) -> None:
         queue, said = self._queue, answer.message

@@ -120,7 +120,7 @@ class Host:
         session: str = "",
         sink: Sink | None = None,
         upload: np.ndarray | None = None,
-        file: bytes = b"",
+        file: bytes | bytearray = b"",
     ) -> Future[Answer]:
         """Have a message obeyed.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from threading import Condition
 from typing import Any
 
@@ -33,7 +34,7 @@ class RequestQueue:
         self.reason = ""
         self._waiting: deque[Call] = deque()
         # Also those that were taken and are not answered yet.
-        self._open: set[Call] = set()
+        self._open: set[Future[Any]] = set()
         self._bell = Condition()
 
     def __len__(self) -> int:
@@ -50,10 +51,11 @@ class RequestQueue:
                 many = f"{self.max_calls} calls wait for the model already"
                 call.settle(error=ServeError("overloaded", many))
             else:
-                self._open.add(call)
+                self._open.add(call.future)
                 self._waiting.append(call)
                 self._bell.notify()
-                call.future.add_done_callback(lambda _: self._open.discard(call))
+                # Not the call, which has the future: one would keep the other, and its file.
+                call.future.add_done_callback(self._open.discard)
         return call.future
 
     def put_own(self, do: Callable[[], None]) -> None:
@@ -82,10 +84,11 @@ class RequestQueue:
     def refuse_all(self, reason: str) -> None:
         """Refuse all that was not answered."""
         with self._bell:
-            waiting = [*self._waiting, *self._open]
             self._waiting.clear()
-        for call in waiting:
-            call.settle(error=_stopped(reason))
+            unanswered = list(self._open)
+        for future in unanswered:
+            with suppress(InvalidStateError):
+                future.set_exception(_stopped(reason))
 
 
 class Scheduler:
@@ -178,6 +181,8 @@ NAP_S = 0.5
 """Longest wait for a call."""
 SWEEP_S = 1.0
 """Between two looks for idle sessions."""
+TRIM_BYTES = 16 * 2**20
+"""Of sessions that have gone, after which free memory is returned: that takes milliseconds."""
 MOST_TRIES = 3
 """Sessions that make room for one call."""
 
@@ -212,6 +217,7 @@ class EngineLoop:
         self.evictions = Evictions(self.sessions, store, fingerprint, requests.put_own)
         self.commands = Commands(self.sessions, self.evictions, clips, info)
         self._sweep_at = time.monotonic() + SWEEP_S
+        self._num_trimmed = 0
 
     def turn(self) -> None:
         """Obey what was said meanwhile, begin what is due, and make one call of the network."""
@@ -226,6 +232,14 @@ class EngineLoop:
             often_s = self.config.backup_s or SWEEP_S
             self._sweep_at = time.monotonic() + min(SWEEP_S, self.config.idle_s, often_s)
             self.evictions.sweep()
+            self._trim()
+
+    def _trim(self) -> None:
+        """Return memory to the machine once much of it is free."""
+        num_freed = self.sessions.admission.num_freed
+        if num_freed - self._num_trimmed >= TRIM_BYTES:
+            self._num_trimmed = num_freed
+            self.evictions.trim()
 
     def _obey_for(self, wait_s: float) -> None:
         call = self._requests.take(wait_s)
@@ -306,6 +320,10 @@ def _stopped(reason: str) -> ServeError:
 
 def _named(error: Exception) -> Exception:
     """Return an error with a code where it is somebody's request that does not fit."""
+    if isinstance(error, ValueError):
+        # Nobody reads where it came from, which holds what is under way, and often itself.
+        error = error.with_traceback(None)
+        error.__cause__ = error.__context__ = None
     if isinstance(error, OutOfMemory):
         return ServeError("too_many_sessions", str(error))
     if isinstance(error, ValueError) and not isinstance(error, ServeError):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from scd import __version__
+from scd.common.memory import forget_frames
 from scd.serving.codec import announced_codec
 from scd.serving.host import Host
 from scd.serving.messages import (
@@ -98,7 +99,11 @@ class Service:
         await self.find(session)
 
     def ask(
-        self, message: Command, session: str = "", sink: Sink | None = None, file: bytes = b""
+        self,
+        message: Command,
+        session: str = "",
+        sink: Sink | None = None,
+        file: bytes | bytearray = b"",
     ) -> Future[Answer]:
         """Have the host obey a message, with the upload that it names.
 
@@ -123,7 +128,14 @@ async def answer(future: Future[Result]) -> Result:
 
 
 def as_error(error: BaseException, request: int | None = None) -> ServeError:
-    """Return what a client is told of any error; faults of ours are logged."""
+    """Return what a client is told of any error; faults of ours are logged, and end there."""
+    try:
+        return _as_error(error, request)
+    finally:
+        forget_frames(error)
+
+
+def _as_error(error: BaseException, request: int | None) -> ServeError:
     if isinstance(error, ServeError):
         number = error.request if request is None else request
         return ServeError(error.code, str(error), error.fatal, number)

@@ -309,14 +309,14 @@ def write(image: Image, fingerprint: Fingerprint) -> bytes:
     return save(tensors, header)
 
 
-def parse(data: bytes) -> Parsed:
+def parse(data: bytes | bytearray) -> Parsed:
     """Read a file; may run beside the model thread.
 
     Raises:
         ServeError: bad_snapshot: it is damaged, no snapshot, or has values that are not numbers.
     """
     try:
-        tensors = load(data)
+        tensors = load(bytes(data))
         texts = read_header(data)
         fingerprint = Fingerprint.model_validate_json(texts["world"])
         record = SessionRecord.model_validate_json(texts["session"])
@@ -328,7 +328,7 @@ def parse(data: bytes) -> Parsed:
     return Parsed(fingerprint=fingerprint, record=record, tensors=tensors)
 
 
-def read_header(data: bytes) -> dict[str, Any]:
+def read_header(data: bytes | bytearray) -> dict[str, Any]:
     """Return the texts of a safetensors header (ValueError, KeyError: it has none)."""
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size])["__metadata__"]

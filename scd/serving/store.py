@@ -22,6 +22,7 @@ from typing import Any
 
 from scd.common.files import TEMPORARY, file_aside, take_lock
 from scd.common.memory import OutOfMemory
+from scd.common.runtime import return_freed_memory
 from scd.serving.messages import Evicted, ServeError, Stopped
 from scd.serving.session import Session, as_guidance
 from scd.serving.sessions import Sessions
@@ -247,6 +248,10 @@ class Evictions:
             else:
                 self._back_up(session, store, now)
 
+    def trim(self) -> None:
+        """Return memory to the machine that the C library keeps, beside the model thread."""
+        self._work(return_freed_memory, lambda done: None)
+
     def _note_fault(self, done: Future[Any]) -> None:
         if (error := done.exception()) is not None:
             self.num_failed += 1
@@ -367,7 +372,7 @@ class Evictions:
         for retry in self._waking.pop(name):
             retry(error if isinstance(error, Exception) else None)
 
-    def restore(self, file: bytes) -> Future[Session]:
+    def restore(self, file: bytes | bytearray) -> Future[Session]:
         """Open a session, under a new name, from what `snapshot` gave."""
         answer: Future[Session] = Future()
 
@@ -376,15 +381,17 @@ class Evictions:
             self._fingerprint.refuse(parsed.fingerprint)
             return parsed
 
-        def adopt(done: Future[Parsed]) -> None:
-            try:
-                answer.set_result(self._adopt(done.result(), None))
-            except Exception as error:
-                if not lacks_room(error) or not self.make_room(lambda _: adopt(done)):
-                    answer.set_exception(error)
-
-        self._work(read, adopt)
+        self._work(read, lambda done: self._restored(done, answer))
         return answer
+
+    def _restored(self, done: Future[Parsed], answer: Future[Session]) -> None:
+        """Open a session that was read, if need be once another one has made room."""
+        try:
+            answer.set_result(self._adopt(done.result(), None))
+        except Exception as error:
+            if lacks_room(error) and self.make_room(lambda _: self._restored(done, answer)):
+                return
+            answer.set_exception(error)
 
     def _adopt(self, parsed: Parsed, name: str | None) -> Session:
         """Go on with a session that was read; under a new name if there is none.
