@@ -195,7 +195,7 @@ def training_times(run: Path) -> tuple[float, float]:
                 raise ValueError(f"{path}: needed the settings of a run or world")
             if "time_mean" in objective:
                 mean, std = objective["time_mean"], objective.get("time_std")
-                if not all(isinstance(one, (int, float)) for one in (mean, std)):
+                if not isinstance(mean, (int, float)) or not isinstance(std, (int, float)):
                     raise ValueError(f"{path}: needed numbers for time_mean and time_std")
                 return mean, std
     return 0.0, 1.0
