@@ -133,6 +133,8 @@ def _run(words: list[str]) -> int:
         # others need not.
         if type(error).__name__ == "OutOfMemoryError":
             return _refuse(f"{FULL_GPU} ({str(error).splitlines()[0]})", status=1)
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return _refuse("the memory of the machine is full: ask for less at once", status=1)
         traceback.print_exc()
         return 1
     return 0

@@ -46,7 +46,7 @@ def measure_little(monkeypatch):
         ("train scd-b --data {folder}/nowhere", "nowhere: no such data folder"),
         ("train toy --max-steps many", "many"),
         ("train toy --max-steps 0", "max_steps must be 1 or more, got 0"),
-        ("train toy --optim.lr nan", "optim.lr must be a finite number, got nan"),
+        ("train toy --optim.lr nan", "lr must be above 0 and 10000 at most, got nan"),
         ("train toy --no-such-flag 1", "no-such-flag"),
         ("train toy --model.shape.height 64", "model.shape.height is 64, but toy:32 says 32"),
         ("train toy --num-frames 8 --model.cache.window 12", "window is 12, but num_frames is 8"),

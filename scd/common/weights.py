@@ -63,6 +63,14 @@ ENDINGS = ("safetensors", "bin", "pt", "pth", "ckpt")
 logger = logging.getLogger(__name__)
 
 
+def wild_weights(state: Mapping[str, Tensor]) -> list[str]:
+    """Name the tensors whose numbers are not finite, or too large to be read again."""
+    names = [name for name, one in state.items() if one.is_floating_point() and one.numel()]
+    # NaN is not below anything.
+    right = [(state[name].detach().abs().max() <= LARGEST_WEIGHT).cpu() for name in names]
+    return [name for name, is_right in zip(names, right, strict=True) if not is_right]
+
+
 def is_stored(path: Path) -> bool:
     """Tell whether weights lie at a path, in one file or in several."""
     return path.is_file() or path.with_name(path.name + INDEX).is_file()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,6 +232,10 @@ class LatentSource(Source):
             raise FileNotFoundError(
                 f"{data} holds latents of {videos}, and this needs the videos: {error}"
             ) from error
+
+    @property
+    def frame_size(self) -> int:
+        return math.prod(self.info.shape)
 
     @classmethod
     def inspect(cls, data: str) -> Findings:

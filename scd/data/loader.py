@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from scd.common.config import at_least
+from scd.common.memory import check_free
 from scd.data.clip import Batch, Clip
 from scd.data.source import Source
 from scd.data.spaces import OnError
@@ -77,6 +78,8 @@ class Loader:
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank must lie in 0 .. {num_ranks - 1}, got {rank}")
         at_least(0, seed=seed)
+        what = f"a batch of {batch_size} clips of {num_frames} frames of {source.name}"
+        check_free(what, 4 * batch_size * num_frames * source.frame_size, torch.device("cpu"))
         self.source = source
         self.batch_size = batch_size
         self.num_frames = num_frames

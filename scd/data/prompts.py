@@ -117,6 +117,10 @@ class PromptSource(Source):
         card = replace(card, conditions=self.info.conditions)
         super().__init__(str(path), "train", card, [num_frames] * len(self.info.prompts))
 
+    @property
+    def frame_size(self) -> int:
+        return self._no_frames.numel()
+
     def _read(self, episode: int, start: int, num_frames: int) -> Clip:
         return Clip(
             frames=self._no_frames,

@@ -187,6 +187,11 @@ class Source(ABC):
     def num_episodes(self) -> int:
         return len(self._lengths)
 
+    @property
+    def frame_size(self) -> int:
+        """Numbers of a frame."""
+        return 3 * self.card.height * self.card.width
+
     def num_frames(self, episode: int) -> int:
         return self._lengths[episode]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from scd.common.config import added, at_least
+from scd.common.config import MAX_SIZE, added, at_least, within
 from scd.models.wan.config import NUM_TIMES
 from scd.optim.config import OptimConfig
 
@@ -41,11 +41,8 @@ class DenoiseConfig:
     """Chance that an action or label is hidden, so that guidance has an unconditional branch."""
 
     def __post_init__(self) -> None:
-        if self.num_draws < 1 or self.num_target_frames < 0:
-            raise ValueError(
-                "num_draws must be 1 or more and num_target_frames 0 or more, got "
-                f"{self.num_draws} and {self.num_target_frames}"
-            )
+        within(1, MAX_SIZE, num_draws=self.num_draws)
+        at_least(0, num_target_frames=self.num_target_frames)
         for name in ("clean_fraction", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -82,11 +79,9 @@ class TeacherForcingConfig:
     unconditional branch."""
 
     def __post_init__(self) -> None:
-        if self.shift <= 0 or self.num_draws < 1:
-            raise ValueError(
-                "shift must be positive and num_draws 1 or more, got "
-                f"{self.shift} and {self.num_draws}"
-            )
+        within(1, MAX_SIZE, num_draws=self.num_draws)
+        if self.shift <= 0:
+            raise ValueError(f"shift must be positive, got {self.shift}")
         if not 0 <= self.history_time <= 1 or not 0 <= self.condition_dropout < 1:
             raise ValueError(
                 "history_time must lie in [0, 1] and condition_dropout in [0, 1), got "
@@ -178,11 +173,8 @@ class RegressionConfig:
 
 
 def _check_draws(num_draws: int, history_noise: float, condition_dropout: float) -> None:
-    if num_draws < 1 or history_noise < 0:
-        raise ValueError(
-            "num_draws must be 1 or more and history_noise 0 or more, got "
-            f"{num_draws} and {history_noise}"
-        )
+    within(1, MAX_SIZE, num_draws=num_draws)
+    at_least(0, history_noise=history_noise)
     if not 0 <= condition_dropout < 1:
         raise ValueError(f"condition_dropout must lie in [0, 1), got {condition_dropout}")
 
@@ -252,12 +244,8 @@ class MatchConfig:
                 f"score_shift be above 0, got {self.lowest_time}, {self.highest_time} and "
                 f"{self.score_shift}"
             )
-        at_least(
-            1,
-            num_draws=self.num_draws,
-            num_critic_updates=self.num_critic_updates,
-            guidance=self.guidance,
-        )
+        within(1, MAX_SIZE, num_draws=self.num_draws, num_critic_updates=self.num_critic_updates)
+        at_least(1, guidance=self.guidance)
         at_least(
             0,
             num_given_frames=self.num_given_frames,

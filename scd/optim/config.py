@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from scd.common.config import added, at_least
+from scd.common.config import added, at_least, within
+
+FASTEST = 1e4
+"""Largest learning rate, ratio of two or weight decay: above what any training uses, and small
+enough for the arithmetic of an optimiser."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +45,12 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "decoder_lr_ratio", "muon_lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        at_least(
-            0,
-            weight_decay=self.weight_decay,
-            warmup_steps=self.warmup_steps,
-            clip_norm=self.clip_norm,
-        )
+            if not 0 < getattr(self, name) <= FASTEST:
+                raise ValueError(
+                    f"{name} must be above 0 and {FASTEST:g} at most, got {getattr(self, name)}"
+                )
+        within(0, FASTEST, weight_decay=self.weight_decay)
+        at_least(0, warmup_steps=self.warmup_steps, clip_norm=self.clip_norm)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
         if self.optimizer == "muon" and self.state != "fp32":

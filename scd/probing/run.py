@@ -46,6 +46,7 @@ from scd.probing.settings import (
     plan_of,
 )
 from scd.probing.subject import Subject
+from scd.streaming.finite import NotFinite
 
 SETTINGS = "settings.json"
 """File of a probe's folder with the settings that all its parts share."""
@@ -81,7 +82,10 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     console = _state_memory(needed, device)
     plan = make_plan(config, world, source)
     with cpu_threads(stream_threads(config.threads, world.model.config, config.num_clips)):
-        return _write(plan, Path(config.out), _settings(config), needed, console)
+        try:
+            return _write(plan, Path(config.out), _settings(config), needed, console)
+        except NotFinite as error:
+            raise NotFinite(f"{config.run}: {error}") from error
 
 
 def report(

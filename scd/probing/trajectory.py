@@ -20,6 +20,7 @@ from scd.models.config import SamplingConfig
 from scd.models.flow import schedule
 from scd.probing.intercept import newest, recorded, tokens_of
 from scd.probing.subject import Progress, Subject, Task, silent
+from scd.streaming.finite import NotFinite
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Places of the five noise levels in the density of training times. Source: paper, figure 7."""
@@ -92,9 +93,17 @@ def denoise(
     Args:
         times: of all steps, and 0.
         first: step to begin with, from 0.
+
+    Raises:
+        NotFinite: a frame holds NaN or infinity.
     """
     for time, next_time in zip(times[first:-1], times[first + 1 :], strict=True):
         noisy = noisy + (next_time - time) * subject.velocity(state, noisy, time)
+        if not noisy.isfinite().all():
+            raise NotFinite(
+                "the model makes frames that are not finite, the first in the step from time "
+                f"{time:g} on: its weights are damaged, or its training went wrong"
+            )
         yield noisy
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scd.common.config import differences, to_json
 from scd.common.files import read_json
+from scd.common.memory import check_free
 from scd.common.places import free_place, in_our_words, listed
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import choose_device, choose_precision, cpu_threads, peak_memory_gib
@@ -85,6 +86,9 @@ def sample(config: SampleConfig) -> dict[str, Any]:
     config = replace(config, out=str(_place(config.out, config.run, about)))
     world = load_world(config.run, config.weights, device)
     clip = _given_clip(config, world)
+    length = config.context + config.frames
+    size = 4 * 3 * world.card.height * world.card.width
+    check_free(f"a video of {length} frames", length * size, torch.device("cpu"))
     world = replace(world, sampling=with_num_steps(world.sampling, config.steps))
     described = {
         "kind": type(world.model).__name__,
@@ -97,11 +101,6 @@ def sample(config: SampleConfig) -> dict[str, Any]:
             world, guidance=config.guidance, seed=config.seed, window=config.window, engine=engine
         )
         stream = run_stream(rollout, clip, config.context, config.frames)
-    if not torch.isfinite(stream.frames).all():
-        raise ValueError(
-            f"{config.run} makes frames that are not finite: its weights are damaged, or its "
-            "training went wrong"
-        )
     # A stream from nothing makes a world of its own: no truth to compare with.
     true = clip.frames[config.context :] if config.context else clip.frames[:0]
     first, steady = stream.timings[0], stream.timings[1:] or stream.timings

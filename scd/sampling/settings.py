@@ -16,9 +16,16 @@ from scd.common.config import (
     at_least,
     check_threads,
     parse_shard,
+    within,
 )
 from scd.data.spaces import Split
 from scd.models.config import EngineKind, Guidance
+
+MAX_FRAMES = 100_000
+"""Most frames of a stream, which are all kept until the video is written."""
+
+MAX_SECONDS = 3600
+"""Longest video of a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +71,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         at_least(0, context=self.context)
-        at_least(1, frames=self.frames)
+        within(1, MAX_FRAMES, frames=self.frames)
         check_threads(self.threads)
 
 
@@ -142,8 +149,10 @@ class PromptSampleConfig:
     sample-2, sample-3, ... where one of other settings is."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.seconds < math.inf:
-            raise ValueError(f"seconds must be above 0, got {self.seconds}")
+        if not 0 < self.seconds <= MAX_SECONDS:
+            raise ValueError(
+                f"seconds must be above 0 and {MAX_SECONDS} at most, got {self.seconds}"
+            )
         for second, _ in parse_switches(self.prompt_at):
             if second >= self.seconds:
                 raise ValueError(
@@ -197,6 +206,8 @@ class VBenchConfig:
 
     def __post_init__(self) -> None:
         at_least(1, seeds=self.seeds)
-        if not 0 < self.seconds < math.inf:
-            raise ValueError(f"seconds must be above 0, got {self.seconds}")
+        if not 0 < self.seconds <= MAX_SECONDS:
+            raise ValueError(
+                f"seconds must be above 0 and {MAX_SECONDS} at most, got {self.seconds}"
+            )
         parse_shard(self.shard)

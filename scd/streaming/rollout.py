@@ -26,6 +26,7 @@ from scd.models.checkpoint import World, as_world
 from scd.models.config import Guidance, SamplingConfig
 from scd.models.flow import num_step_noises, schedule, with_num_steps
 from scd.streaming.conditions import StreamConditions
+from scd.streaming.finite import refuse_not_finite
 from scd.streaming.noise import NoiseUse, frame_noises, future_seeds, step_noises
 from scd.streaming.start import Given, given_frames, own_start
 from scd.streaming.steering import Action, Plan, as_plan
@@ -309,7 +310,7 @@ class Rollout:
         """Generate the next latent frame, or block of them, of each stream; return its frames.
 
         Raises:
-            ValueError: the stream has not begun, or the actions do not fit.
+            ValueError: the stream has not begun, the actions do not fit, or frames are not finite.
         """
         conditions = self._steered(actions)
         clock = Clock(self.engine.device)
@@ -319,6 +320,7 @@ class Rollout:
         decoder_s = clock.lap()
         frames = self._decode(latents)
         autoencoder_s = clock.lap()
+        refuse_not_finite(self.world, self.num_frames, latents, frames)
         self._update(latents, conditions)
         update_s = clock.lap()
         self.timing = Timing(
@@ -482,7 +484,9 @@ class Rollout:
         here.wait_stream(beside)
         for frame in frames:
             frame.record_stream(here)
-        return torch.cat(frames, dim=1)
+        whole = torch.cat(frames, dim=1)
+        refuse_not_finite(self.world, self.num_frames - len(frames) * self.block_size, whole)
+        return whole
 
     def reset(self) -> None:
         """Go back to where `begin` left the streams.

@@ -23,6 +23,7 @@ from scd.models.config import Guidance, SamplingConfig
 from scd.models.cost import Load
 from scd.models.flow import evaluations
 from scd.models.kinds import ModelConfig
+from scd.streaming.finite import finite_streams
 from scd.streaming.rollout import Draft, Rollout, draft_all
 
 Status = Literal["idle", "waiting", "denoising", "closed", "stopped"]
@@ -407,8 +408,8 @@ class Streams:
         with self._full_device_named():
             frames = self.world.autoencoder.decode(latents[:, None])[:, 0].float()
         lap("autoencoder")
-        are_finite = latents.isfinite().flatten(1).all(1) & frames.isfinite().flatten(1).all(1)
-        for row, (session, is_finite) in enumerate(zip(done, are_finite.tolist(), strict=True)):
+        finite = finite_streams(latents, frames).tolist()
+        for row, (session, is_finite) in enumerate(zip(done, finite, strict=True)):
             if not is_finite:
                 self._stop(session, "it is not finite (NaN or infinity)")
                 continue

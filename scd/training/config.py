@@ -10,7 +10,15 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from scd.autoencoders.config import AutoencoderConfig, DeepName, PixelConfig
-from scd.common.config import PrecisionChoice, Threads, added, at_least, check_threads
+from scd.common.config import (
+    MAX_SIZE,
+    PrecisionChoice,
+    Threads,
+    added,
+    at_least,
+    check_threads,
+    within,
+)
 from scd.common.runlog import Tracker
 from scd.data.spaces import OnError
 from scd.models.config import SamplingConfig, SeparableConfig
@@ -20,6 +28,9 @@ from scd.objectives.config import (
     ObjectiveConfig,
 )
 from scd.optim.config import OptimConfig
+
+MAX_WORKERS = 1024
+"""Largest number of threads that read clips ahead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +103,9 @@ class RunConfig:
     """How its weights move."""
 
     def __post_init__(self) -> None:
-        self.check_least(
-            1,
-            "batch_size",
-            "num_frames",
-            "log_every",
-            "keep_checkpoints",
-            "num_validation_clips",
-            "num_loader_workers",
-        )
+        within(1, MAX_SIZE, batch_size=self.batch_size, num_frames=self.num_frames)
+        within(1, MAX_WORKERS, num_loader_workers=self.num_loader_workers)
+        self.check_least(1, "log_every", "keep_checkpoints", "num_validation_clips")
         self.check_least(0, "validate_every", "save_every", "time_limit_s")
         check_threads(self.threads)
         if not 0 <= self.ema_decay < 1:
@@ -165,7 +170,8 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_least(1, "max_steps", "num_accumulation")
+        self.check_least(1, "max_steps")
+        within(1, MAX_SIZE, num_accumulation=self.num_accumulation)
         self.check_least(0, "sample_every")
         if not self.validation_times or not all(0 < time <= 1 for time in self.validation_times):
             raise ValueError(f"validation_times must lie in (0, 1], got {self.validation_times}")
@@ -276,7 +282,8 @@ class TrainInverseDynamicsConfig:
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
-        at_least(1, steps=self.steps, batch_size=self.batch_size)
-        at_least(2, num_frames=self.num_frames)
+        at_least(1, steps=self.steps)
+        within(1, MAX_SIZE, batch_size=self.batch_size)
+        within(2, MAX_SIZE, num_frames=self.num_frames)
         if self.lr <= 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")

@@ -27,6 +27,7 @@ from scd.common.runtime import (
     git_commit,
 )
 from scd.common.threads import ThreadChoice
+from scd.common.weights import LARGEST_WEIGHT, wild_weights
 from scd.data.clip import Batch
 from scd.data.loader import Loader
 from scd.models.build import num_parameters
@@ -491,10 +492,22 @@ def _settings(kind: type[RunConfig], path: Path) -> Any:
         return values
 
 
+def _refuse_wild(step: int, *weights: Mapping[str, Tensor]) -> None:
+    """Refuse to save what nobody could go on from, in the place of what was saved before."""
+    wild = [name for state in weights for name in wild_weights(state)]
+    if wild:
+        raise ValueError(
+            f"step {step}: {len(wild)} weights are not finite, or above {LARGEST_WEIGHT:g}, the "
+            f"first is {wild[0]}: they are not saved, and what was saved before is kept. A lower "
+            "learning rate or weight decay may help"
+        )
+
+
 def save(run: Run) -> None:
     """Write a checkpoint and remove old ones; only the first process writes, all wait.
 
     Raises:
+        ValueError: weights are not finite; the earlier ones are untouched.
         OSError: it could not be written, e.g. the disk is full; the earlier ones are untouched.
     """
     if run.folder is None:
@@ -504,6 +517,8 @@ def save(run: Run) -> None:
     states = gathered([part.state_dict() for part in run.main.optimizers], is_main)
     raw, averaged = gathered((task.model.state_dict(), run.ema.state_dict()), is_main)
     if is_main:
+        others = [group.network.state_dict() for group in run.groups if group.name != MODEL]
+        _refuse_wild(run.step, raw, averaged, *others)
         progress = Progress(
             step=run.step,
             num_ema_updates=run.ema.num_updates,

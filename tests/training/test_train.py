@@ -290,9 +290,9 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step(config, bad
 
 
 def test_time_limit_saves_and_stops(config):
-    run = train(replace(config, max_steps=100_000, time_limit_s=0.5))
+    run = train(replace(config, max_steps=50_000, time_limit_s=0.5))
     end = read_log(run, "end")[0]
-    assert "time limit of 0.5 s" in end["reason"] and 0 < end["step"] < 100_000
+    assert "time limit of 0.5 s" in end["reason"] and 0 < end["step"] < 50_000
     assert load_progress(run / (run / "last").read_text().strip()).step == end["step"]
 
 
@@ -426,6 +426,14 @@ def test_a_run_that_was_killed_before_its_settings_were_written_begins(config, t
     assert read_log(run, "end")[-1]["step"] == 4 and not list(run.glob(f"{TEMPORARY}*"))
 
 
+def test_weights_that_are_not_finite_are_not_saved(config):
+    """The loss of a step tells of the weights before it, so the last step's nobody would see."""
+    optim = replace(config.optim, weight_decay=1e4, lr=1e4, decoder_lr_ratio=1e4, warmup_steps=0)
+    with pytest.raises(ValueError, match=r"step 1: \d+ weights are not finite, or above 1e\+09"):
+        train(replace(config, max_steps=1, optim=optim))
+    assert not list(Path(config.out).glob("step_*"))
+
+
 def test_differences_name_the_leaf():
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ["a.c: 2, 3"]
     assert differences({"a": 1}, {}) == ["a: 1, 'nothing'"]
@@ -434,10 +442,10 @@ def test_differences_name_the_leaf():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_frames": 100_000}, "clips of 100000 frames.*the longest of .* episodes has"),
+        ({"num_frames": 50_000}, "clips of 50000 frames.*the longest of .* episodes has"),
         (
-            {"num_frames": 100_000, "validate_every": 1},
-            "num_frames is 100000, but the longest val episode.*has",
+            {"num_frames": 50_000, "validate_every": 1},
+            "num_frames is 50000, but the longest val episode.*has",
         ),
         ({"model": replace(SEPARABLE, conditions=replace(CONDITIONS, num_actions=99))}, "steered"),
         ({"num_frames": 3}, "window is 4, but num_frames is 3: attention beyond .* is untrained"),
@@ -445,6 +453,10 @@ def test_differences_name_the_leaf():
         ({"data": "toy:7"}, "toy:7"),
         ({"max_steps": 0}, "max_steps must be 1 or more"),
         ({"ema_decay": 1.0}, "ema_decay must lie in"),
+        ({"batch_size": 2**62}, "batch_size must be 65536 at most"),
+        ({"num_accumulation": 2**62}, "num_accumulation must be 65536 at most"),
+        ({"num_loader_workers": 2**62}, "num_loader_workers must be 1024 at most"),
+        ({"batch_size": 65536, "num_frames": 64}, "a batch of 65536 clips .* GiB are free"),
         ({"save_every": -1}, "save_every must be 0 or more"),
         ({"threads": 0}, "threads must be auto, or 1 or more, got 0"),
         ({"validation_times": (0.0,)}, "validation_times must lie in"),
