@@ -28,6 +28,7 @@ from scd.streaming.gym_names import register_when_loaded
 if TYPE_CHECKING:
     from scd import probe as probe
     from scd.data.clip import frames_to_pixels, pixels_to_frames
+    from scd.data.writer import ClipWriter
     from scd.evaluation.media import write_video
     from scd.models.checkpoint import World, load
     from scd.streaming.environment import WorldEnv, WorldVectorEnv
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClipWriter",
     "Rollout",
     "World",
     "WorldEnv",
@@ -47,6 +49,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ClipWriter": "scd.data.writer",
     "Rollout": "scd.streaming.rollout",
     "World": "scd.models.checkpoint",
     "WorldEnv": "scd.streaming.environment",

@@ -80,7 +80,10 @@ def flat(spec: ConditionSpec, action: Any) -> Int[np.ndarray, ""] | Float[np.nda
     """
     given = dict(_given(spec, action))
     if spec.num_actions:
-        return np.asarray(_entries(parts_of(spec)[0], given[""])[0], np.int64)
+        (number,) = _entries(parts_of(spec)[0], given[""])
+        if not float(number).is_integer():
+            raise ValueError(f"an action is a number of {spec.num_actions} choices, got {action!r}")
+        return np.asarray(number, np.int64)
     idle, values, first = spec.idle_action, [], 0
     for part in parts_of(spec):
         stop = first + part.size

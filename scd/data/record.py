@@ -22,22 +22,15 @@ from numpy import ndarray
 from rich.progress import track
 
 from scd.common.config import at_least, to_json
-from scd.common.files import file_aside, read_json, refuse_used, remove_leftovers
 from scd.data.manifest import (
-    CARD_FILE,
-    MANIFEST_FILE,
-    RECORDING,
     Entry,
     append_to_manifest,
     choose_splits,
-    read_card,
-    read_manifest,
-    write_card,
     write_episode,
-    write_manifest,
 )
 from scd.data.source import DataCard, find_kinds
 from scd.data.spaces import Split
+from scd.data.writer import begin_writing
 
 
 class Played(NamedTuple):
@@ -122,48 +115,21 @@ def record(config: Recording) -> Path:
 
     Raises:
         FileExistsError: the folder holds something else than a recording with these settings.
+        BlockingIOError: another recording is writing it.
         ValueError: a package that the world needs is not installed.
     """
     out, card = Path(config.out), config.card
-    num_done = _begin(out, card, config)
-    splits = choose_splits(config.episodes, config.val_fraction, config.test_fraction)
-    jobs: list[_Job] = [(config, i, splits[i]) for i in range(num_done, config.episodes)]
-    for entry in track(_run(jobs, config.workers), f"recording {out}", total=len(jobs)):
-        append_to_manifest(out, entry)
+    num_done, lock = begin_writing(out, card, config.decisive)
+    with lock:
+        if num_done > config.episodes:
+            raise FileExistsError(
+                f"{out}: holds {num_done} episodes already, asked for: {config.episodes}"
+            )
+        splits = choose_splits(config.episodes, config.val_fraction, config.test_fraction)
+        jobs: list[_Job] = [(config, i, splits[i]) for i in range(num_done, config.episodes)]
+        for entry in track(_run(jobs, config.workers), f"recording {out}", total=len(jobs)):
+            append_to_manifest(out, entry)
     return out
-
-
-def _begin(out: Path, card: DataCard, config: Recording) -> int:
-    """Write the card of a new recording, or check that of an old one; return the episodes done."""
-    settings = config.decisive
-    if not (out / CARD_FILE).exists():
-        refuse_used(out, "a recording to continue")
-        out.mkdir(parents=True, exist_ok=True)
-        write_manifest(out, [])
-        write_card(out, card, settings)
-        return 0
-    recorded = read_json(out / CARD_FILE).get(RECORDING)
-    if recorded != settings or read_card(out) != card:
-        raise FileExistsError(
-            f"{out}: holds a recording with other settings: {recorded}, asked for: {settings}"
-        )
-    for folder in (out, out / "videos", out / "actions"):
-        remove_leftovers(folder)
-    _drop_torn_line(out)
-    num_done = len(read_manifest(out))
-    if num_done > config.episodes:
-        raise FileExistsError(
-            f"{out}: holds {num_done} episodes already, asked for: {config.episodes}"
-        )
-    return num_done
-
-
-def _drop_torn_line(out: Path) -> None:
-    """Cut off a last line of the manifest that an interruption left without its end."""
-    text = (out / MANIFEST_FILE).read_text(encoding="utf-8")
-    if text and not text.endswith("\n"):
-        with file_aside(out / MANIFEST_FILE) as aside:
-            aside.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
 
 
 def _run(jobs: list[_Job], workers: int) -> Iterator[Entry]:
