@@ -37,7 +37,7 @@ def pretend(monkeypatch, flags: set[str]) -> None:
         (GRAVITON_2, "fp32"),
         ({"avx2"}, "fp32"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(sorted(value)),
 )
 def test_a_cpu_computes_in_bf16_where_it_has_instructions(flags, precision, monkeypatch):
     pretend(monkeypatch, flags)
