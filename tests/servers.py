@@ -44,7 +44,7 @@ def tiny_playable(make: Any = tiny_separable, **options: Any) -> World:
             width=SHAPE.width,
             fps=10.0,
             conditions=spec,
-            action_names=tuple("abcd"[: spec.num_actions or spec.action_dim]),
+            action_names=spec.action_names or tuple("abcd"[: spec.num_actions or spec.action_dim]),
         ),
         sampling=SamplingConfig(num_steps=2),
     )

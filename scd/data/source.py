@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl, quote
 
 from scd.common.config import MAX_SIZE, added, at_least, from_json, within
 from scd.data.clip import Clip
+from scd.data.keymap import KeyMap, check_key_map, derive_key_map
 from scd.data.spaces import ConditionSpec, Split
 
 WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -63,6 +64,9 @@ class DataCard:
     """Name of each discrete action id, or of each entry of a vector of actions."""
     pixel_art: bool = added(False)
     """Whether frames are drawn in hard-edged pixels, which a player should not smooth."""
+    key_map: KeyMap = added(())
+    """Which keys, mouse, gamepad and touch do what on the page of `scd play`; empty: by the names
+    of the actions."""
 
     def __post_init__(self) -> None:
         within(1, MAX_SIZE, height=self.height, width=self.width)
@@ -73,6 +77,12 @@ class DataCard:
             raise ValueError(
                 f"{num_names} actions need as many action_names, got {list(self.action_names)}"
             )
+        check_key_map(self.key_map, self.conditions, self.action_names)
+
+    @property
+    def keys(self) -> KeyMap:
+        """The key map that it has, or that the names of its actions suggest."""
+        return self.key_map or derive_key_map(self.conditions, self.action_names)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, SupportsIndex, TypeVar
 
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError, to_json
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -147,8 +148,8 @@ class Client:
         """Make some frames and return them.
 
         Args:
-            action: number or vector, of Python, numpy or torch, or its parts by name; None: the
-                held one.
+            action: number or vector, of Python, numpy or torch, or what the world's action space
+                has: its parts by name, or by place; None: the held one.
             count: number of frames.
         """
         message = _made(Step, {"action": action, "count": count})
@@ -171,7 +172,7 @@ class Client:
         return self._change(Pause())
 
     def act(self, action: Any, sequence: SupportsIndex = 0) -> None:
-        """Hold an action from the next frame that begins."""
+        """Hold an action, as `step` takes it, from the next frame that begins."""
         self._send(_made(Action, {"action": action, "sequence": sequence}))
 
     def frames(self) -> Iterator[Frame]:
@@ -291,24 +292,22 @@ class Client:
 def _made(kind: type[Made], fields: Mapping[str, Any]) -> Made:
     """Make a message of numbers of Python, numpy or torch (ServeError: a field does not fit)."""
     try:
-        return kind(**{name: _plain(value) for name, value in fields.items()})
+        # As the server reads it, to which a list is as good as a tuple.
+        return kind.model_validate_json(
+            to_json({name: _plain(one) for name, one in fields.items()})
+        )
     except ValidationError as error:
         raise refused(error) from None
+    except PydanticSerializationError as error:
+        raise ServeError("bad_field", f"a message is made of numbers and texts: {error}") from None
 
 
 def _plain(value: Any) -> Any:
+    """Return numbers, lists and objects of whatever has them, as Gymnasium's actions."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, Mapping):
-        return {name: _listed(part) for name, part in value.items()}
-    return tuple(_plain(entry) for entry in value) if isinstance(value, list) else value
-
-
-def _listed(value: Any) -> Any:
-    """Return a part of an action as JSON has it."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, Mapping):
-        return {name: _listed(entry) for name, entry in value.items()}
-    return [_listed(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+        return {name: _plain(entry) for name, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _ended(error: ConnectionClosed) -> SessionEnded:

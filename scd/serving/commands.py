@@ -314,11 +314,11 @@ class Commands:
     def _idle(self) -> ActionValue:
         return self._spec.idle_action if self._world.action_dim else 0
 
-    def _action(self, given: ActionValue | dict[str, Any]) -> ActionValue:
+    def _action(self, given: Any) -> ActionValue:
         world, spec = self._world, self._spec
         try:
             # Parts of a world without any are refused by what an action of it is.
-            by_part = isinstance(given, dict) and spec.is_composite
+            by_part = spec.is_composite and _has_parts(given)
             action = tuple(flat(spec, given).tolist()) if by_part else given
             fits = isinstance(action, tuple) and len(action) == world.action_dim
             if fits and spec.action_parts:
@@ -327,9 +327,10 @@ class Commands:
             raise ServeError("unknown_action", str(error)) from None
         if not world.actions:
             message = "nothing steers this world: send no action"
-        elif isinstance(action, dict) or isinstance(action, tuple) != bool(world.action_dim):
-            wanted = f"a vector of {world.action_dim} numbers" if world.action_dim else "a number"
-            message = f"an action of this world is {wanted}"
+        elif _has_parts(action):
+            message = f"an action of this world is {self._wanted}, got parts"
+        elif isinstance(action, tuple) != bool(world.action_dim):
+            message = f"an action of this world is {self._wanted}"
         elif isinstance(action, tuple) and len(action) != world.action_dim:
             message = f"needed {world.action_dim} entries, got {len(action)}"
         elif isinstance(action, int) and action >= len(world.actions):
@@ -337,6 +338,15 @@ class Commands:
         else:
             return action
         raise ServeError("unknown_action", message)
+
+    @property
+    def _wanted(self) -> str:
+        """What an action of this world is, in words."""
+        world, spec = self._world, self._spec
+        if not world.action_dim:
+            return f"a number from 0 to {len(world.actions) - 1}"
+        parts = f", or its parts: {', '.join(part.name for part in spec.action_parts)}"
+        return f"a vector of {world.action_dim} numbers" + (parts if spec.is_composite else "")
 
     def _steps(self, steps: int) -> int:
         most = self._config.max_steps
@@ -406,6 +416,13 @@ class Commands:
         if not 1 <= len(frames) <= most:
             raise ServeError("bad_request", f"1 to {most} frames can be given, got {len(frames)}")
         return frames
+
+
+def _has_parts(given: Any) -> bool:
+    """Whether an action is given by parts, not as a number or a vector."""
+    if isinstance(given, tuple):
+        return not all(isinstance(entry, (int, float)) for entry in given)
+    return isinstance(given, dict)
 
 
 def _then(future: Future[Any], make: Callable[[Any], Answer]) -> Future[Answer]:

@@ -201,6 +201,7 @@ def _world_info(
         actions=card.action_names,
         action_dim=spec.action_dim,
         action_parts=tuple(to_json(part) for part in spec.action_parts),
+        key_map=tuple(to_json(binding) for binding in card.keys),
         num_labels=spec.num_labels,
         separable=is_separable,
         default_steps=world.sampling.num_steps,

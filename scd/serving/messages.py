@@ -24,17 +24,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-SAFE = 2**53 - 1
-"""Largest integer of a message: the largest that JavaScript counts to without a gap."""
+from scd.serving.given import SAFE, ActionValue, Count, GivenAction
 
-Count = Annotated[int, Field(ge=0, le=SAFE)]
-"""A whole number from 0 on."""
 Index = Annotated[int, Field(ge=-1, le=SAFE)]
 """Of a frame; -1: before the first."""
-ActionValue = Count | Annotated[tuple[float, ...], Field(min_length=1, max_length=1024)]
-"""An action: its number in the world's list, or a vector where the world wants vectors."""
-GivenAction = ActionValue | dict[str, JsonValue]
-"""The same from a client, who may also give the parts of an action by their names."""
 Identity = Annotated[str, Field(max_length=64)]
 """Id of a session or an upload."""
 Steps = Annotated[int, Field(ge=1, le=1000)]
@@ -377,6 +370,8 @@ class WorldInfo(Message):
     """Entries of an action that is a vector; 0: actions are numbers."""
     action_parts: tuple[dict[str, JsonValue], ...]
     """What the vector consists of, as `ActionPart` says it; empty: of no parts."""
+    key_map: tuple[dict[str, JsonValue], ...]
+    """Which controls do what, as `scd.data.keymap.Binding` says it."""
     num_labels: int
     """Classes of streams; 0: none."""
     separable: bool

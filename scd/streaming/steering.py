@@ -16,6 +16,7 @@ from torch import Tensor
 from scd.common.names import did_you_mean
 from scd.data.actions import by_part, flat
 from scd.data.given import as_ids
+from scd.data.keymap import DIRECTIONS, IDLE
 from scd.data.source import DataCard
 
 Action = Tensor | np.ndarray | np.generic | int | float | str | Sequence[Any] | Mapping[str, Any]
@@ -26,22 +27,10 @@ Plan = Action | Sequence[Action]
 """Actions of several steps: one for all of them, a list with those of each step, or a tensor or
 array [steps], or [streams, steps], with vectors in one axis more."""
 
-DIRECTIONS = {
-    "up": ("forward", "up", "north", "jump"),
-    "left": ("left", "west"),
-    "down": ("back", "backward", "down", "south"),
-    "right": ("right", "east"),
-}
-"""Words in the name of an action by which a direction's keys mean it, as on the page of `scd play`;
-the first that a world has."""
-
 KEYS = {"w": "up", "a": "left", "s": "down", "d": "right", "space": "jump"} | {
     f"arrow{way}": way for way in DIRECTIONS
 }
 """Keys with a meaning of their own."""
-
-IDLE = ("none", "noop", "idle", "nothing", "stay", "wait", "still", "stop")
-"""Names of the action that is done while no key is held."""
 
 
 def as_actions(action: Action | None, card: DataCard, num_streams: int) -> Tensor | None:

@@ -595,7 +595,8 @@ def test_actions_are_given_part_by_part():
             ({"mouse": [0.5, 2.0]}, "'mouse_y' is a number in -1 .. 1, got 2"),
             ((0.5, *vector[1:]), "'w' is a whole number in 0 .. 1, got 0.5"),
             ((1.0, 0.0), "needed 9 entries, got 2"),
-            (1, "a vector of 9 numbers"),
+            (1, "a vector of 9 numbers, or its parts: keys, mouse, pad/"),
+            (([1, 0, 0, 0], 1), "needs parts by name: keys, mouse, pad"),
         ]
         for given, words in wrong:
             with pytest.raises(ServeError, match=words) as caught:
