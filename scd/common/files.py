@@ -214,7 +214,9 @@ def take_lock(path: Path) -> TextIO:
     Raises:
         BlockingIOError: another process, or another place in this one, has it locked.
     """
-    file = path.open("w", encoding="utf-8")
+    # A link would empty the file that it leads to, and a pipe wait for somebody to read it.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    file = os.fdopen(os.open(path, flags, 0o666), "w", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

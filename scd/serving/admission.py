@@ -53,8 +53,14 @@ class HostConfig:
     backup_s: float | None = None
     """Between two copies of each session that are written to evict_dir while it stays in memory,
     for another host to go on with if this process is killed; None: there are none."""
-    max_evicted: int = 1000
-    """Sessions on disk; then idle ones stay in memory."""
+    kept_sessions: int = 1000
+    """Sessions on disk; beyond, the one is removed that was left longest ago."""
+    kept_gib: float | None = None
+    """Of all sessions on disk; None: 8, or more where that is little for those in memory."""
+    kept_s: float = 7 * 86400.0
+    """For which a session stays on disk."""
+    left_s: float = 60.0
+    """For which a session stays that its page has left."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -23,6 +23,7 @@ from scd.data.spaces import ConditionSpec
 from scd.models.config import Guidance
 from scd.models.flow import with_num_steps
 from scd.models.shipped import Clips
+from scd.serving.evictions import Evictions
 from scd.serving.messages import (
     Acknowledge,
     Action,
@@ -38,6 +39,7 @@ from scd.serving.messages import (
     Fork,
     Frame,
     GuidanceChoice,
+    Leave,
     Look,
     Observe,
     Pause,
@@ -57,7 +59,6 @@ from scd.serving.messages import (
 )
 from scd.serving.session import KeptFrame, Order, Session, Start, as_action, as_guidance
 from scd.serving.sessions import Sessions
-from scd.serving.store import Evictions
 from scd.streaming.rollout import Rollout
 
 
@@ -121,6 +122,7 @@ class Commands:
     def attach(self, session: Session, message: Attach, call: Call) -> Answer:
         if session.sink not in (None, call.sink):
             raise ServeError("session_busy", "another client is attached to this session")
+        session.has_left = False
         return self._joined(session, call.sink)
 
     def _joined(self, session: Session, sink: Sink | None, source: str | None = None) -> Answer:
@@ -174,6 +176,18 @@ class Commands:
         self._let_go(session, call.sink)
         self.sessions.stop(session, ServeError("unknown_session", "the session was deleted"))
         return answer
+
+    def leave(self, session: Session | None, message: Leave, call: Call) -> Any:
+        if session is not None:
+            session.has_left = True
+            return Answer(message=session.state())
+
+        def said(was_on_disk: bool) -> Answer:
+            if not was_on_disk:
+                raise self.sessions.missing(call.name)
+            return Answer(message=Detached(session=call.name))
+
+        return _then(self._evictions.leave(call.name), said)
 
     # What a session is told
 

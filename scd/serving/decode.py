@@ -7,12 +7,15 @@ file can be opened any more. Pixels go to standard output, a refusal as one JSON
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import io
 import json
 import math
+import os
 import pkgutil
 import resource
+import signal
 import sys
 from dataclasses import asdict, dataclass
 
@@ -56,6 +59,8 @@ class DecodeLimits:
     """Seconds of a video."""
     cpu_s: int
     """Seconds of processor time."""
+    parent: int = 0
+    """Process with which the decoder ends; 0: it goes on alone."""
 
 
 class Refused(ValueError):
@@ -184,9 +189,21 @@ def shut_in(cpu_s: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
 
 
+def end_with(parent: int) -> None:
+    """Have this process killed when the one that started it is gone, however that ended."""
+    if sys.platform == "linux":
+        # PR_SET_PDEATHSIG. Source: prctl(2).
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    # Gone before it could be said: then the system has given this process another parent.
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
 def main(arguments: list[str]) -> int:
     """Decode standard input within the limits that the first argument holds as JSON."""
     limits = DecodeLimits(**json.loads(arguments[0]))
+    if limits.parent:
+        end_with(limits.parent)
     # Both import parts of themselves when a file wants them, and then no module can be opened.
     Image.init()
     for module in pkgutil.walk_packages(av.__path__, "av."):

@@ -88,15 +88,21 @@ class Host:
         self._thread.start()
         self._ready.result()
 
-    def stop(self, timeout_s: float = 30.0) -> None:
+    def stop(self, timeout_s: float = 30.0) -> int | None:
         """End: clients are told, sessions are written to `evict_dir` if there is one.
 
         Harmless twice. After `timeout_s` seconds it returns, done or not.
+
+        Returns:
+            How many sessions are lost; None: it is not done.
         """
         self._stopping = True
         self._requests.ring()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return None
+        return 0 if self._loop is None else self._loop.evictions.num_lost
 
     def overview(self) -> HostOverview:
         """Say how all stands now, without waiting for the model thread."""

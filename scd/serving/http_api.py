@@ -162,8 +162,18 @@ class HttpApi:
     async def health(self, request: Request) -> Response:
         """Say with a status whether the server can be used, and what it does."""
         reason = self._service.fault()
-        num_sessions = self._service.host.overview().num_sessions
-        values = {"ok": not reason, "reason": reason, "sessions": num_sessions}
+        all = self._service.host.overview()
+        values = {
+            "ok": not reason,
+            "reason": reason,
+            "sessions": all.num_sessions,
+            "max_sessions": all.max_sessions,
+            "attached": all.num_attached,
+            "on_disk": all.num_evicted,
+            "max_on_disk": all.max_evicted,
+            "disk_bytes": all.evicted_bytes,
+            "max_disk_bytes": all.max_evicted_bytes,
+        }
         return _json(json.dumps(values), 503 if reason else 200)
 
     async def metrics(self, request: Request) -> Response:

@@ -335,9 +335,21 @@ class Close(Command):
     type: Literal["close"] = "close"
 
 
+class Leave(Command):
+    """Say that the session's page is left, which may only be reloaded: unless somebody attaches it
+    within `left_s`, it is deleted. Over HTTP only; who knows the id needs no token."""
+
+    route = "POST /v1/sessions/{session}/leave"
+    status = 204
+    over_socket = False
+    wakes = False
+    needs_session = False
+    type: Literal["leave"] = "leave"
+
+
 COMMANDS: tuple[type[Command], ...] = (
     Hello, Create, Restore, Attach, Look, Show, Action, Run, Pause, Step, Set, Reset, Restart,
-    Rewind, Fork, Observe, Acknowledge, Snapshot, Detach, Close,
+    Rewind, Fork, Observe, Acknowledge, Snapshot, Detach, Close, Leave,
 )  # fmt: skip
 """Every message of a client."""
 SPOKEN = tuple(kind for kind in COMMANDS if kind.over_socket)

@@ -53,6 +53,7 @@ STATUS = {
     "unknown_path": 404,
     "session_busy": 409,
     "superseded": 409,
+    "too_late": 408,
     "out_of_history": 409,
     "session_stopped": 410,
     "too_large": 413,

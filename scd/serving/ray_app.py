@@ -17,6 +17,7 @@ from typing import Any
 from scd.common.config import from_json, to_json
 from scd.common.memory import GIB, free_bytes
 from scd.common.runtime import choose_device
+from scd.common.signals import Interrupted
 from scd.serving.admission import SHARE
 from scd.serving.ray_replica import ASK_S, LEASE_S, Replica, Report
 from scd.serving.ray_router import ReplicaRegistry, Router
@@ -28,6 +29,7 @@ from scd.serving.run import (
     run_app,
     say,
     uvicorn_config,
+    what_is_kept,
     world_folder,
 )
 from scd.serving.settings import ServeConfig, read_token
@@ -78,11 +80,14 @@ def serve_replicas(config: ServeConfig, on_ready: Callable[[str], None] = say) -
         registry = registry_of(handle, config)
         registry.start()
         try:
-            app = Router(registry, secret).with_access(config, token)
-            run_app(config, app, listener, on_ready)
-        finally:
-            registry.stop()
-            withdraw()
+            try:
+                app = Router(registry, secret).with_access(config, token)
+                run_app(config, app, listener, on_ready)
+            finally:
+                registry.stop()
+                withdraw()
+        except Interrupted as end:
+            raise Interrupted(end.signal_name, f"{end}{what_is_kept(config)}") from None
 
 
 def check_installed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -13,7 +14,7 @@ import threading
 import time
 import webbrowser
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import uvicorn
 from rich.console import Console
 from starlette.types import ASGIApp
 
+from scd.common.files import TEMPORARY
 from scd.common.runtime import choose_device, choose_precision, explain_precision
 from scd.common.signals import SIGNALS, Interrupted
 from scd.data.clip import frames_to_pixels
@@ -38,6 +40,10 @@ from scd.serving.host import Host
 from scd.serving.http_api import make_app
 from scd.serving.service import LOG, Service
 from scd.serving.settings import PlayConfig, ServeConfig, read_token
+from scd.serving.store import abandoned, kept_files, locked_folder, remove_old
+
+KEPT = "scd-sessions-"
+"""How temporary folders of sessions begin."""
 
 STOP_S = 30.0
 """Seconds in which sessions are written to disk when the server stops."""
@@ -66,11 +72,37 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None] = say) -> None:
     """
     with listening(config) as listener, kept_in(config) as folder:
         service = open_service(config, folder)
-        service.host.start()
-        try:
+        with playing(service):
             run_server(service, listener, on_ready)
-        finally:
-            service.host.stop(STOP_S)
+
+
+@contextmanager
+def playing(service: Service) -> Iterator[None]:
+    """Let the host run; a signal's Interrupted says in the end what became of the sessions."""
+    host = service.host
+    host.start()
+    try:
+        yield
+    except Interrupted as end:
+        said = what_is_kept(service.config, host.stop(STOP_S))
+        raise Interrupted(end.signal_name, f"{end}{said}") from None
+    finally:
+        host.stop(STOP_S)
+
+
+def what_is_kept(config: ServeConfig, num_lost: int | None = 0) -> str:
+    """Say how many sessions lie in the folder after a server has stopped.
+
+    Args:
+        config: of the server; one without a folder that stays keeps nothing.
+        num_lost: that could not be written; None: the host is still at it.
+    """
+    if not config.evict_dir:
+        return ""
+    said = f"; sessions in {config.evict_dir}: {len(kept_files(Path(config.evict_dir)))}"
+    if num_lost is None:
+        return f"{said}, others were not written within {STOP_S:g} s"
+    return f"{said}, lost: {num_lost}" if num_lost else said
 
 
 def run_server(
@@ -90,8 +122,7 @@ def run_app(
     server = Server(uvicorn_config(config, app), lambda: on_ready(address(config, listener)))
     server.run(sockets=[listener])
     if server.signal is not None:
-        kept = f"; sessions are in {config.evict_dir}" if config.evict_dir else ""
-        raise Interrupted(server.signal.name, f"stopped by {server.signal.name}{kept}")
+        raise Interrupted(server.signal.name, f"stopped by {server.signal.name}")
 
 
 def open_service(
@@ -157,6 +188,10 @@ def host_config(config: ServeConfig, evict_dir: Path | None, num_given: int = 0)
         idle_s=config.idle_s,
         evict_dir=evict_dir,
         backup_s=config.backup_s,
+        kept_sessions=config.kept_sessions,
+        kept_gib=config.kept_gib,
+        kept_s=config.kept_s,
+        left_s=config.left_s,
     )
 
 
@@ -185,12 +220,27 @@ def held_out_clips(data: str, world: World) -> Clips:
 
 @contextmanager
 def kept_in(config: ServeConfig) -> Iterator[Path]:
-    """Give the folder of idle sessions: the one of the settings, or a temporary one."""
+    """Give the folder of idle sessions: the one of the settings, or a temporary one.
+
+    Temporary ones of servers that were killed are removed.
+    """
     if config.evict_dir:
         yield Path(config.evict_dir)
         return
-    with tempfile.TemporaryDirectory(prefix="scd-sessions-") as folder:
-        yield Path(folder)
+    place = Path(tempfile.gettempdir())
+    for folder in place.glob(f"{KEPT}*"):
+        # Others may make links, and folders of this name, where everybody may write.
+        with suppress(OSError):
+            if os.stat(folder, follow_symlinks=False).st_uid == os.getuid():
+                with abandoned(folder):
+                    shutil.rmtree(folder)
+    remove_old(place, f"{TEMPORARY}{KEPT}*")
+    folder, lock = locked_folder(place, KEPT, 0o700)
+    with lock:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -305,7 +355,6 @@ def play(config: PlayConfig, say: Callable[[str], None] | None = None) -> None:
     served = config.served()
     with listening(served) as listener, kept_in(served) as folder:
         service = open_service(served, folder)
-        service.host.start()
         over = threading.Event()
 
         def ready(address: str) -> None:
@@ -316,11 +365,11 @@ def play(config: PlayConfig, say: Callable[[str], None] | None = None) -> None:
             if config.browser:
                 threading.Thread(target=show, args=(address, say), daemon=True).start()
 
-        try:
-            run_server(service, listener, ready)
-        finally:
-            over.set()
-            service.host.stop()
+        with playing(service):
+            try:
+                run_server(service, listener, ready)
+            finally:
+                over.set()
 
 
 def show(address: str, say: Callable[[str], None]) -> bool:

@@ -10,18 +10,19 @@ from contextlib import suppress
 from threading import Condition
 from typing import Any
 
-from scd.common.memory import OutOfMemory
+from scd.common.memory import GIB, OutOfMemory, readable
 from scd.engine.interface import Engine
 from scd.models.checkpoint import World
 from scd.models.shipped import Clips
 from scd.serving.admission import HostConfig
 from scd.serving.commands import Call, Commands
+from scd.serving.evictions import Evictions, Seldom, lacks_room
 from scd.serving.messages import Command, ServeError, WorldInfo
 from scd.serving.metrics import HostOverview
 from scd.serving.session import Session, as_action
 from scd.serving.sessions import Sessions
 from scd.serving.snapshot import fingerprint_of
-from scd.serving.store import Evictions, SessionStore, lacks_room
+from scd.serving.store import SessionStore, StoreLimits
 from scd.streaming.sessions import Finished, Streams
 from scd.streaming.sessions import Session as Stream
 
@@ -183,6 +184,8 @@ SWEEP_S = 1.0
 """Between two looks for idle sessions."""
 TRIM_BYTES = 16 * 2**20
 """Of sessions that have gone, after which free memory is returned: that takes milliseconds."""
+KEPT_GIB = 8.0
+"""Of sessions on disk, unless told, and more is needed."""
 MOST_TRIES = 3
 """Sessions that make room for one call."""
 
@@ -213,11 +216,31 @@ class EngineLoop:
         self.scheduler = Scheduler(self.sessions)
         store = None
         if config.evict_dir is not None:
-            store = SessionStore(config.evict_dir, fingerprint, config.max_evicted)
+            store = SessionStore(config.evict_dir, fingerprint, self._store_limits())
         self.evictions = Evictions(self.sessions, store, fingerprint, requests.put_own)
         self.commands = Commands(self.sessions, self.evictions, clips, info)
+        self._refused = Seldom(report, time.monotonic)
         self._sweep_at = time.monotonic() + SWEEP_S
         self._num_trimmed = 0
+
+    def _store_limits(self) -> StoreLimits:
+        """Return what may lie on disk (ValueError: less than sessions in memory may need)."""
+        config, each = self.config, self.sessions.file_bytes()
+        # Those in memory may have files too, and one more is written while its old one is there.
+        least = min(config.max_sessions * each, self.sessions.admission.budget + each) + each
+        if config.kept_gib is None:
+            most = max(int(KEPT_GIB * GIB), 2 * least)
+        else:
+            most = int(config.kept_gib * GIB)
+        if most < least:
+            raise ValueError(
+                f"{readable(least)} on disk may be needed for {config.max_sessions} sessions in "
+                f"memory, got kept_gib {config.kept_gib:g}: raise it, or lower the sessions or "
+                "history_frames"
+            )
+        return StoreLimits(
+            max_sessions=config.kept_sessions, max_bytes=most, max_age_s=config.kept_s
+        )
 
     def turn(self) -> None:
         """Obey what was said meanwhile, begin what is due, and make one call of the network."""
@@ -277,6 +300,8 @@ class EngineLoop:
             call.num_tries += 1
             if self.evictions.make_room(lambda _: self._obey(call)):
                 return
+        if lacks_room(error):
+            self._refused.note(1, lambda: f"calls were refused for lack of room, the last: {error}")
         call.settle(error=_named(error))
 
     def _again(self, call: Call, error: Exception | None) -> None:
@@ -295,13 +320,21 @@ class EngineLoop:
     def overview(self) -> HostOverview:
         """Say how all stands; from any thread, since it only reads, and copies what may grow."""
         sessions, evictions = self.sessions, self.evictions
-        playing = list(sessions.playing.values())
+        playing, store = list(sessions.playing.values()), evictions.store
+        kept: dict[str, Any] = {}
+        if store is not None:
+            kept = {
+                "num_evicted": len(store),
+                "max_evicted": store.limits.max_sessions,
+                "evicted_bytes": store.num_bytes,
+                "max_evicted_bytes": store.limits.max_bytes,
+                "num_expired": store.num_expired,
+            }
         return HostOverview(
             healthy=True,
             num_sessions=len(playing),
             num_running=sum(session.running for session in playing),
             num_attached=sum(session.sink is not None for session in playing),
-            num_evicted=0 if evictions.store is None else len(evictions.store),
             max_sessions=self.config.max_sessions,
             reserved_bytes=sessions.admission.reserved,
             budget_bytes=sessions.admission.budget,
@@ -311,6 +344,7 @@ class EngineLoop:
             num_evictions=evictions.num_evictions,
             num_restores=evictions.num_restores,
             num_failed_evictions=evictions.num_failed,
+            **kept,
         )
 
 

@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from starlette.requests import ClientDisconnect
+
 from scd import __version__
 from scd.common.memory import forget_frames
 from scd.serving.codec import announced_codec
@@ -124,7 +126,10 @@ def check_token(wanted: str | None, shown: str | None) -> None:
 
 async def answer(future: Future[Result]) -> Result:
     """Wait for the host without blocking the event loop; who gives up waiting cancels nothing."""
-    return await asyncio.shield(asyncio.wrap_future(future))
+    waited = asyncio.wrap_future(future)
+    # Who gives up does not look at an error that comes later, which asyncio would complain of.
+    waited.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return await asyncio.shield(waited)
 
 
 def as_error(error: BaseException, request: int | None = None) -> ServeError:
@@ -139,10 +144,16 @@ def _as_error(error: BaseException, request: int | None) -> ServeError:
     if isinstance(error, ServeError):
         number = error.request if request is None else request
         return ServeError(error.code, str(error), error.fatal, number)
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, ValueError):
         return ServeError("bad_request", str(error), request=request)
+    if isinstance(error, ClientDisconnect):
+        return ServeError("client_left", "the client left before its request was whole")
+    said = type(error).__name__
+    if isinstance(error, OSError):
+        # Its text names a path, which is for the log alone.
+        said = error.strerror or said
     LOG.error("a request failed by a fault of the server", exc_info=error)
-    return ServeError("fault", f"fault of the server: {type(error).__name__}", request=request)
+    return ServeError("fault", f"fault of the server: {said}", request=request)
 
 
 async def _find_nowhere(session: str) -> None:

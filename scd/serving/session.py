@@ -245,6 +245,8 @@ class Session:
         # Of its last frame among those of all sessions; a new one comes first.
         self.num_turn = 0
         self.last_used = now
+        # Its page said goodbye, and nobody has attached it since then.
+        self.has_left = False
         # Raised by every use: an eviction under way that finds it raised is off.
         self.uses = 0
         # While it is written, which one at a time does.

@@ -27,6 +27,9 @@ from scd.streaming.rollout import Rollout
 from scd.streaming.sessions import Session as Stream
 from scd.streaming.sessions import Streams
 
+UNKNOWN = "there is no session of this name, or it has expired"
+"""What is said of a session that is nowhere."""
+
 REMEMBERED = 256
 """Stopped sessions whose reason is still known."""
 
@@ -82,6 +85,16 @@ class Sessions:
             streams.world, streams.engine, streams.window, guidance, self.config.max_start_frames
         )
 
+    def file_bytes(self) -> int:
+        """Return the bytes of a session's file, at the most."""
+        spec, frames = self.streams.world.card.conditions, self.reach + self.every
+        guidance = None
+        if spec.has_actions or spec.num_labels:
+            guidance = Guidance(kind="conditions", scale=2.0)
+        tensors = self._needed(guidance).with_history(self.reach, self.every)
+        # Beside them the JSON: its settings, and a line for each frame with its action.
+        return tensors + 2**15 + frames * (256 + 25 * spec.action_dim)
+
     def get(self, name: str) -> Session:
         """Return a session, and note that it is used.
 
@@ -98,7 +111,7 @@ class Sessions:
         """Return what is said of a session that is not in memory."""
         if name in self.stopped:
             return ServeError("session_stopped", self.stopped[name])
-        return ServeError("unknown_session", "there is no session of this name")
+        return ServeError("unknown_session", UNKNOWN)
 
     @contextmanager
     def _promised(self, name: str, guidance: Guidance | None) -> Iterator[None]:

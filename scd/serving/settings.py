@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field, fields
 from typing import Annotated, get_args
 
@@ -11,6 +12,9 @@ import tyro
 from scd.common.config import PrecisionChoice, at_least
 from scd.common.files import read_text
 from scd.models.config import ENGINES
+
+ORIGIN = re.compile(r"https?://(\[[0-9a-fA-F:.]{2,45}\]|[^\s/?#\[\]@:]{1,253})(:\d{1,5})?")
+"""Of a page."""
 
 SHORTEST_TOKEN = 16
 """Characters; a token from `python -c "import secrets; print(secrets.token_urlsafe())"` has 43."""
@@ -116,6 +120,14 @@ class ServeConfig(WorldConfig):
     evict_dir: str = ""
     """Folder for idle sessions, and for all when the server stops; empty: a temporary one, which
     is removed then."""
+    kept_sessions: int = 1000
+    """Sessions on disk; beyond, the one is removed that nobody came back to for longest."""
+    kept_gib: float | None = None
+    """Of sessions on disk, by the same rule; None: 8, or more where sessions in memory need it."""
+    kept_s: float = 604800.0
+    """Seconds for which a session stays on disk to which nobody comes back: a week."""
+    left_s: float = 60.0
+    """Seconds for which a session stays whose page was left, and not just reloaded."""
     backup_s: float | None = None
     """Seconds between two copies of each session that are written to evict-dir while it stays in
     memory, from which it goes on if this process is killed; None: there are none, but with replicas
@@ -144,13 +156,15 @@ class ServeConfig(WorldConfig):
             max_rows=self.max_rows,
             history_frames=self.history_frames,
             queue_frames=self.queue_frames,
+            kept_sessions=self.kept_sessions,
             replicas=self.replicas,
         )
-        for name in ("max_fps", "idle_s"):
+        for name in ("max_fps", "idle_s", "kept_s", "left_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
-        if self.memory_gib is not None and self.memory_gib <= 0:
-            raise ValueError(f"memory_gib must be above 0, got {self.memory_gib}")
+        for name in ("memory_gib", "kept_gib"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
         for name, known in (("engine", ENGINES), ("precision", get_args(PrecisionChoice))):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -161,7 +175,7 @@ class ServeConfig(WorldConfig):
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("tls_cert and tls_key go together: give both or none")
         for origin in self.origins:
-            if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
+            if not ORIGIN.fullmatch(origin):
                 raise ValueError(f"an origin is scheme://host[:port], got {origin!r}")
         self._check_replicas()
         self._check_reach()

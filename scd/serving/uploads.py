@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import time
 from asyncio.subprocess import DEVNULL, PIPE
@@ -68,6 +69,7 @@ class Uploads:
             max_pixels=limits.max_upload_pixels,
             max_s=limits.max_upload_s,
             cpu_s=max(1, round(limits.decoder_s)),
+            parent=os.getpid(),
         )
         self._kept: dict[str, Upload] = {}
         self._turns = asyncio.Semaphore(AT_ONCE)

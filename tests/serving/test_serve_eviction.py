@@ -27,7 +27,7 @@ from scd.serving.messages import (
 )
 from scd.serving.session import History, KeptFrame, Start, as_action, as_guidance
 from scd.serving.snapshot import Image, fingerprint_of, parse, read_header, rebuild, write
-from scd.serving.store import SUFFIX, SessionStore
+from scd.serving.store import SUFFIX, SessionStore, StoreLimits
 from scd.streaming.rollout import Rollout
 from tests.serving.test_serve_host import pictures
 from tests.tiny import tiny_dense, tiny_separable
@@ -294,8 +294,7 @@ def test_a_disk_that_is_full_loses_nothing(tmp_path, monkeypatch):
     assert any("stays in memory" in line and "No space left" in line for line in said)
 
 
-def test_sessions_make_room_for_others_and_wait_for_room(tmp_path, monkeypatch):
-    monkeypatch.setattr("scd.serving.store.YIELD_S", 0.0)
+def test_sessions_make_room_for_others_and_wait_for_room(tmp_path):
     world = make_world()
     with hosting(world, evict_dir=tmp_path, max_sessions=2) as host:
         names = [done(host.create(seed=seed)).session for seed in range(5)]
@@ -415,12 +414,13 @@ def test_a_store_looks_at_nothing_but_its_files(tmp_path):
     old = tmp_path / f".writing-x{SUFFIX}-1"
     old.write_bytes(b"")
     os.utime(old, (1, 1))
-    store = SessionStore(tmp_path / "store" / "..", fingerprint, 1)
+    limits = StoreLimits(max_sessions=1, max_bytes=2**30, max_age_s=1000.0)
+    store = SessionStore(tmp_path / "store" / "..", fingerprint, limits)
     assert len(store) == 0 and "../../etc/passwd" not in store and not old.exists()
     image, _ = played(world, engine, 2)
     store.put(image)
     store.keep("a-name")
-    assert store.is_full and "a-name" in store
+    assert len(store) == 1 and "a-name" in store
     assert store.take("a-name").record.state.seed == 2
     with pytest.raises(ServeError, match="no session of this name"):
         store.take("a-name")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gc
 import io
 import os
 import socket
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from websockets.exceptions import InvalidStatus
 
 from scd.cli import main
 from scd.data.clip import frames_to_pixels
@@ -29,14 +33,16 @@ from scd.models.checkpoint import World, save_world
 from scd.models.shipped import CLIPS_FILE
 from scd.serving import run
 from scd.serving.access import Bucket, Buckets
-from scd.serving.client import Client
+from scd.serving.client import Client, Refused
 from scd.serving.http_api import PAGE, read_page
-from scd.serving.messages import Create, State
+from scd.serving.messages import Create, ServeError, State
 from scd.serving.ray_app import serve_replicas
-from scd.serving.run import held_out_clips, listening, open_service
+from scd.serving.run import held_out_clips, listening, open_service, what_is_kept
+from scd.serving.service import answer, as_error
 from scd.serving.settings import ClientLimits, ServeConfig, is_loopback, read_token
 from scd.streaming.rollout import Rollout
 from tests.servers import Serving, serving, tiny_playable
+from tests.tiny_host import until
 
 
 @pytest.fixture(scope="module")
@@ -322,10 +328,96 @@ def test_the_command_serves_and_stops_at_a_signal(tmp_path: Path):
             process.terminate()
             said = process.stderr.read()
             assert process.wait(60) == 143, said
-    assert said.count("\n") == 1 and "stopped by SIGTERM" in said and str(kept) in said
+    assert said.count("\n") == 1 and f"stopped by SIGTERM; sessions in {kept}: 1" in said
     assert kept.is_dir() and any(kept.iterdir())
     # The next server has the session as it was.
     with serving(tiny_playable(), evict_dir=kept) as server, Client(server.url) as client:
         assert client.attach(session).frame == 1
         again = client.step(1, count=2)
         assert all((a.pixels == b.pixels).all() for a, b in zip(again, wanted[2:], strict=True))
+
+
+def said_to(server: Serving, *parts: bytes, end: bool = True) -> bytes:
+    """Send bytes as they are and return what comes back; `end`: nothing more is sent."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        for part in parts:
+            connection.sendall(part)
+        if not end:
+            return b""
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://[::1", "x", "http://a b", "\x85"])
+def test_an_origin_that_is_no_url_is_refused(server: Serving, origin: str):
+    evil = {"Origin": origin}
+    status, answer = server.call("POST", "/v1/sessions", {}, evil)
+    assert (status, answer["error"]["code"]) == (403, "forbidden_origin")
+    with pytest.raises(ValueError, match="an origin is scheme://host"):
+        ServeConfig(origins=(origin,))
+
+
+def test_a_client_that_leaves_within_its_body_is_no_fault(
+    server: Serving, caplog: pytest.LogCaptureFixture
+):
+    head = b"POST /v1/sessions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{"
+    before = server.metric('scd_errors_total{code="client_left"}')
+    said_to(server, head, end=False)
+    until(lambda: server.metric('scd_errors_total{code="client_left"}') == before + 1)
+    assert not caplog.records
+
+
+def test_paths_of_the_server_are_for_its_log_alone(caplog: pytest.LogCaptureFixture):
+    said = as_error(OSError(28, "No space left on device", "/srv/secret/place"))
+    assert (said.code, str(said)) == ("fault", "fault of the server: No space left on device")
+    assert "/srv/secret/place" in caplog.text
+    refusal = as_error(ValueError("x: must be 1"), 7)
+    assert (refusal.code, refusal.request) == ("bad_request", 7)
+
+
+def test_who_gives_up_waiting_leaves_no_complaint():
+    future: Future[int] = Future()
+    complaints: list[Any] = []
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: complaints.append(context))
+        waiting = asyncio.create_task(answer(future))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        del waiting
+        future.set_exception(ServeError("model_stopped", "the server is stopping"))
+        for _ in range(3):
+            await asyncio.sleep(0.01)
+            gc.collect()
+
+    asyncio.run(scenario())
+    assert not complaints
+
+
+def test_guesses_of_a_token_are_slowed_over_websockets_too():
+    limits = ClientLimits(requests_per_s=2.0)
+    with serving(token="0123456789abcdef-secret", limits=limits) as server:
+        codes = set()
+        for _ in range(12):
+            try:
+                Client(server.url, token="0123456789abcdef-guess")
+            except Refused as refused:
+                codes.add(refused.code)
+            except ConnectionError as refused:
+                assert isinstance(refused.__cause__, InvalidStatus)
+                codes.add(refused.__cause__.response.status_code)
+        assert codes == {"unauthorised", 429}
+        assert server.call("GET", "/health")[0] == 200
+
+
+def test_what_is_said_of_sessions_is_what_lies_there(tmp_path: Path):
+    config = ServeConfig(evict_dir=str(tmp_path))
+    assert what_is_kept(ServeConfig()) == ""
+    assert what_is_kept(config, 2) == f"; sessions in {tmp_path}: 0, lost: 2"
+    assert what_is_kept(config, None).endswith(": 0, others were not written within 30 s")
+    (tmp_path / "some.session.safetensors").write_bytes(b"")
+    assert what_is_kept(config) == f"; sessions in {tmp_path}: 1"

@@ -2,16 +2,19 @@
 
 import asyncio
 import io
+import os
 import resource
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -232,3 +235,32 @@ def test_the_decoder_can_open_no_file(tmp_path: Path):
     # As a program of its own it neither needs nor sees the modules beside it.
     alone = subprocess.run(command(LIMITS), input=picture(), capture_output=True, cwd="/")
     assert alone.returncode == 0 and len(alone.stdout) == 16 * 16 * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system says it there only")
+def test_a_decoder_ends_with_the_server_that_was_killed():
+    # Its input stays open when its parent is gone, since this process holds the other end too.
+    source, target = os.pipe()
+    program = (
+        "import subprocess, sys, os\n"
+        "from dataclasses import replace\n"
+        "from scd.serving.decode import command\n"
+        "from tests.serving.test_upload import LIMITS\n"
+        "words = command(replace(LIMITS, parent=os.getpid()))\n"
+        f"decoder = subprocess.Popen(words, stdin={source})\n"
+        "print(decoder.pid, flush=True)\n"
+        "decoder.wait()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, pass_fds=[source]
+    ) as server:
+        assert server.stdout is not None
+        decoder = psutil.Process(int(server.stdout.readline()))
+        # It waits for its input: it has loaded what it needs by then.
+        deadline = time.monotonic() + 60
+        while decoder.num_fds() > 3 or decoder.memory_info().rss < 3e7:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        server.kill()
+    assert not psutil.wait_procs([decoder], timeout=20)[1]
+    os.close(source), os.close(target)

@@ -385,6 +385,11 @@ document.addEventListener("visibilitychange", () => {
   else if (!document.hidden && player.take && player.wantsRun) player.run();
 });
 
+// One that the browser may show again as it is has not been left.
+window.addEventListener("pagehide", (event) => {
+  if (!event.persisted) player.leave();
+});
+
 setInterval(() => {
   const pace = meters.framesPerSecond;
   byId("pace").textContent = pace === null ? "" : `${pace.toFixed(1)} frames/s`;

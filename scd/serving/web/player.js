@@ -231,6 +231,11 @@ export class Player extends EventTarget {
     }
   }
 
+  /** Say that this page is left, which may also be that it is loaded anew: then it attaches again. */
+  leave() {
+    for (const { id } of this.takes) navigator.sendBeacon(`v1/sessions/${encodeURIComponent(id)}/leave`);
+  }
+
   /** Ask for the picture of a frame that was made before this page was there; null: known. */
   async fetchFrame(frame, headers) {
     const { take } = this;
