@@ -236,8 +236,8 @@ def _data(words: list[str]) -> None:
         config = replace(config, preset="", num_frames=preset.num_frames)
     findings = check(config)
     print(readable(config, findings))
-    if findings.missing:
-        raise ValueError(refusal(config, findings))
+    if refused := refusal(config, findings):
+        raise ValueError(refused)
 
 
 def _export_data(words: list[str]) -> None:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import tyro
 
 from scd.common.config import at_least
 from scd.common.hub import is_hub_name
+from scd.common.provenance import provenance, write_json
+from scd.data.alignment import measure_alignment
 from scd.data.source import EmptySplit, Findings, Opening, Source, find_kinds, kind_of
 from scd.data.spaces import Split
+from scd.data.survey import actions_in_words, count_actions, draw_sheet, sample_clips
 
 MAX_NAMED = 20
 """Episodes that are named one by one."""
+
+DAMAGE_HELP = "write these files again, or leave them out by --data.on-error skip"
+"""What helps with files that are there, but damaged."""
 
 AT_ONCE = 64
 """Frames that are decoded at once, so that long episodes fit in memory."""
@@ -40,10 +46,19 @@ class CheckConfig:
     """Preset of scd train, whose clips are to be taken from it: its num_frames."""
     decode: bool = False
     """Decode every frame, and name the episodes that cannot be read to their end. Without it only
-    headers and first frames of videos are looked at."""
+    headers, first frames of videos and the sample are looked at."""
+    clips: int = 64
+    """Clips of the sample, of up to 48 frames, in which actions are counted and it is measured at
+    which lag pictures show them. 0: none."""
+    json: str = ""
+    """File to write all that was found to, in JSON. Empty: none."""
+    sheet: str = ""
+    """Picture to draw, of frames of the sample with their actions under them. Empty: beside the
+    JSON file, where there is one."""
 
     def __post_init__(self) -> None:
         at_least(1, num_frames=self.num_frames)
+        at_least(0, clips=self.clips)
         if self.preset and self.num_frames is not None:
             raise ValueError("preset and num_frames both say how long clips are: give one")
 
@@ -64,9 +79,58 @@ def check(config: CheckConfig) -> Findings:
         return Findings(missing=[f"{config.path}: no such folder"])
     data = named if layout == "folder" else f"{layout}:{named}"
     findings = kind.inspect(data)
-    if not findings.missing:
-        _open_splits(kind, data, findings, config)
+    sources = [] if findings.missing else _open_splits(kind, data, findings, config)
+    report = _look_into(sources, findings, config)
+    if config.json:
+        splits = {source.split: _counted(source) for source in sources}
+        origin = {"data": config.path, "kind": layout, "splits": splits}
+        write_json(provenance() | origin | report | asdict(findings), Path(config.json))
     return findings
+
+
+def _look_into(
+    sources: Sequence[Source], findings: Findings, config: CheckConfig
+) -> dict[str, Any]:
+    """Look at a sample of clips; return what a file of results says of it."""
+    if not sources or not config.clips:
+        return {}
+    card = sources[0].card
+    sampled, errors = sample_clips(sources, config.clips)
+    findings.notes += [f"cannot be read: {error}" for error in errors]
+    clips = [one.clip for one in sampled]
+    report: dict[str, Any] = {
+        "height": card.height,
+        "width": card.width,
+        "fps": card.fps,
+        "left_out": [why for source in sources for why in source.left_out],
+        "sampled_frames": sum(map(len, clips)),
+        "sampled_clips": len(clips),
+    }
+    if card.conditions.has_actions and clips:
+        counts = count_actions(card, clips)
+        report["actions"] = counts
+        words = actions_in_words(counts, report["sampled_frames"])
+        findings.there += [f"actions of {report['sampled_frames']} frames: {one}" for one in words]
+        found = measure_alignment(card.conditions, clips)
+        report["alignment"] = asdict(found)
+        lines = findings.notes if found.best_lag else findings.there
+        lines.append(f"alignment: {found.message}")
+    sheet = config.sheet or (str(Path(config.json).with_suffix(".png")) if config.json else "")
+    if sheet and (config.sheet or any(not clip.encoded for clip in clips)):
+        draw_sheet(card, sampled, Path(sheet))
+        report["sheet"] = sheet
+    return report
+
+
+def _counted(source: Source) -> dict[str, Any]:
+    lengths = [source.num_frames(episode) for episode in range(source.num_episodes)]
+    return {
+        "episodes": len(lengths),
+        "frames": sum(lengths),
+        "hours": sum(lengths) / source.card.fps / 3600,
+        "shortest": min(lengths),
+        "longest": max(lengths),
+    }
 
 
 def _named(config: CheckConfig) -> tuple[str, str]:
@@ -93,21 +157,27 @@ def readable(config: CheckConfig, findings: Findings) -> str:
     lines += [f"  there    {line}" for line in findings.there]
     lines += [f"  note     {line}" for line in findings.notes]
     lines += [f"  missing  {line}" for line in findings.missing]
+    lines += [f"  damaged  {line}" for line in findings.damaged]
     if findings.missing:
         lines.append(f"  get it   {_kind(config).origin}")
     return "\n".join(lines)
 
 
 def refusal(config: CheckConfig, findings: Findings) -> str:
-    """Return in one line what is missing and where it comes from; empty if nothing is."""
-    if not findings.missing:
+    """Return in one line what is missing and where it comes from, or what is damaged; empty if
+    nothing is."""
+    wrong = [*findings.missing, *findings.damaged]
+    if not wrong:
         return ""
-    more = f" (and {len(findings.missing) - 1} more)" if len(findings.missing) > 1 else ""
-    return f"{config.path}: {findings.missing[0]}{more}; {_kind(config).origin}"
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    helps = _kind(config).origin if findings.missing else DAMAGE_HELP
+    return f"{config.path}: {wrong[0]}{more}; {helps}"
 
 
-def _open_splits(kind: type[Source], data: str, findings: Findings, config: CheckConfig) -> None:
-    found = 0
+def _open_splits(
+    kind: type[Source], data: str, findings: Findings, config: CheckConfig
+) -> list[Source]:
+    found: list[Source] = []
     for split in get_args(Split):
         with _warnings(findings):
             try:
@@ -118,7 +188,7 @@ def _open_splits(kind: type[Source], data: str, findings: Findings, config: Chec
             except (ValueError, OSError) as error:
                 findings.missing.append(f"{split}: {error}")
                 continue
-        found += 1
+        found.append(source)
         findings.there.append(f"{split}: {_summary(source)}")
         findings.notes += [f"{split}: {line}" for line in source.oddities()]
         if config.num_frames is not None:
@@ -127,6 +197,7 @@ def _open_splits(kind: type[Source], data: str, findings: Findings, config: Chec
             _decode_all(source, findings)
     if not found and not findings.missing:
         findings.missing.append("no episodes in any split")
+    return found
 
 
 def _look_for_short(source: Source, num_frames: int, findings: Findings) -> None:
@@ -154,16 +225,17 @@ def _decode_all(source: Source, findings: Findings) -> None:
             for start in range(0, length, AT_ONCE):
                 source.read(episode, start, min(AT_ONCE, length - start))
         except (ValueError, OSError) as error:
-            findings.missing.append(f"{source.split} episode {episode}: {error}")
+            findings.damaged.append(f"{source.split} episode {episode}: {error}")
 
 
 def _summary(source: Source) -> str:
     lengths = [source.num_frames(episode) for episode in range(source.num_episodes)]
     card = source.card
     between = "..".join(map(str, sorted({min(lengths), max(lengths)})))
+    hours = sum(lengths) / card.fps / 3600
     return (
         f"{len(lengths):,} episodes, {sum(lengths):,} frames ({between} each), shown at "
-        f"{card.height} x {card.width}"
+        f"{card.height} x {card.width}, {card.fps:g} frames/s: {hours:.2g} h"
     )
 
 

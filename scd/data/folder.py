@@ -71,6 +71,7 @@ class FolderSource(Source):
         self._actions: list[torch.Tensor | None] = []
         self._rates: list[float] = []
         broken: list[str] = []
+        self.left_out = unreadable = []
         for entry in chosen:
             try:
                 # A rate that no file says is taken to be the card's.
@@ -79,6 +80,7 @@ class FolderSource(Source):
                 if strict:
                     raise ValueError(str(error)) from error
                 broken.append(entry.video)
+                unreadable.append(str(error))
                 continue
             self._entries.append(entry)
             self._rates.append(rate)

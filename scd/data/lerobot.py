@@ -92,6 +92,7 @@ class LeRobotSource(Source):
         chosen = [one for one, part in zip(episodes, parts, strict=True) if part == split]
         rows = dataset.rows([one.table for one in chosen], self._columns())
         wrong = self._check(chosen, rows)
+        self.left_out = list(wrong.values())
         if wrong and strict:
             raise ValueError(next(iter(wrong.values())))
         if wrong:

@@ -85,6 +85,7 @@ class PublishedSource(Source):
         store = f"{name} {self.config}" if self.header_depends_on_settings else name
         headers = read_headers(store, chosen, self._look)
         wrong = [header.error for header in headers if header.error]
+        self.left_out = wrong
         if wrong and strict:
             raise ValueError(wrong[0])
         if wrong:

@@ -119,6 +119,7 @@ class ShardSource(Source):
         chosen = [one for one, part in zip(everything, parts, strict=True) if part == split]
         errors = [self._error(file, one, shape, fps) for file, one in chosen]
         wrong = [error for error in errors if error]
+        self.left_out = wrong
         if wrong and strict:
             raise ValueError(wrong[0])
         if wrong:

@@ -120,6 +120,8 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     """What is odd, but does not keep anybody from using it."""
     missing: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    """Episodes that are there, but cannot be read to their end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +157,8 @@ class Source(ABC):
     """Which of them the command line also takes as flags of their own, such as --camera."""
     of_files: ClassVar[bool] = False
     """Whether a file, or a pattern of files, is a collection as well as a folder."""
+    left_out: Sequence[str] = ()
+    """Why episodes of the split cannot be used, one by one, by their names."""
     frames_are: ClassVar[str] = "frames"
     """What its frames are, for messages."""
 

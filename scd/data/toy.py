@@ -123,6 +123,7 @@ class ToyWorld(Source):
     """
 
     kind = "toy"
+    of_files = True  # It is computed: no folder is needed.
 
     def __init__(self, size: Literal[32, 64], split: Split, seed: int = 0) -> None:
         if size not in (32, 64):
@@ -271,6 +272,7 @@ class ToyRecording(Recording):
     """Record the toy world: shapes that move about a room, one of them steered."""
 
     kind = "toy"
+    of_files = True  # It is computed: no folder is needed.
 
     size: Literal[32, 64] = 32
     """Height and width of a frame, in pixels."""

@@ -76,7 +76,8 @@ def test_frames_that_cannot_be_decoded_are_named_on_request(folder, tmp_path, ca
     assert main(["data", "check", folder]) == 0
     assert main(["data", "check", folder, "--decode"]) == 2
     printed = capsys.readouterr()
-    assert "missing  val episode 1: " in printed.out and "e1.mp4: frames 0 .. 19" in printed.err
+    assert "damaged  val episode 1: " in printed.out and "e1.mp4: frames 0 .. 19" in printed.err
+    assert "--data.on-error skip" in printed.err and "get it" not in printed.out
     assert "e0.mp4" not in printed.out and printed.err.count("\n") == 1
 
 
