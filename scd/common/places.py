@@ -98,15 +98,15 @@ def in_our_words(theirs: Any, ours: Any, start: Start | None = None) -> Any:
 
 
 def _same_place(theirs: str, ours: str, start: Start | None) -> bool:
-    kind, path, settings = _parts(theirs)
-    our_kind, our_path, our_settings = _parts(ours)
+    kind, path, settings = parts_of(theirs)
+    our_kind, our_path, our_settings = parts_of(ours)
     if (kind, settings) != (our_kind, our_settings) or not path or not our_path:
         return False
     readings = [Path(path), *(start.readings(path) if start else [])]
     return any(_is_same(reading, Path(our_path)) for reading in readings)
 
 
-def _parts(data: str) -> tuple[str, str, str]:
+def parts_of(data: str) -> tuple[str, str, str]:
     """Cut KIND:PATH?SETTINGS, as --data takes it, into its parts."""
     found = re.fullmatch(r"(\w+:)?([^?]*)(\?.*)?", data, re.DOTALL)
     assert found is not None

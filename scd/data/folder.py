@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -133,6 +133,11 @@ class FolderSource(Source):
 
     def title(self, episode: int) -> str:
         return str(self.path / self._entries[episode].video)
+
+    def identity(self, episode: int) -> tuple[str, dict[str, Any]]:
+        entry = self._entries[episode]
+        parts = {"video": self.path / entry.video, "actions": self._actions[episode]}
+        return entry.video, parts | {"label": entry.label}
 
     def _read(self, episode: int, start: int, num_frames: int) -> Clip:
         entry, actions = self._entries[episode], self._actions[episode]

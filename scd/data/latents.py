@@ -57,6 +57,9 @@ Stored = Literal["fp16", "bf16", "fp32"]
 DTYPES: dict[str, torch.dtype] = runtime.DTYPES | {"fp16": torch.float16}
 """Types of tensors by name."""
 
+DAMAGED = (SafetensorError, ValueError, TypeError, LookupError, RuntimeError)
+"""What reading an episode raises that is damaged."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -248,10 +251,26 @@ class LatentSource(Source):
         numbers = ", ".join(map(str, left_out[:6]))
         return [f"{len(left_out)} episodes could not be read when they were encoded: {numbers}"]
 
+    def identity(self, episode: int) -> tuple[str, dict[str, Any]]:
+        number = episode // self.info.episodes_per_file
+        file, names = self._files[number], self._has[number]
+        parts: dict[str, Any] = {"encoding": f"{self.info.fingerprint} {self.info.text}"}
+        try:
+            if self._lengths[episode]:
+                stored = file.get_slice(_key(episode, "latents"))
+                # All of them would be gigabytes.
+                parts["latents"] = torch.stack([stored[0], stored[-1]]).float()
+            for name in ("actions", "label"):
+                if _key(episode, name) in names:
+                    parts[name] = file.get_tensor(_key(episode, name))
+        except DAMAGED:
+            parts["latents"] = "damaged"
+        return f"episode {episode}", parts
+
     def _read(self, episode: int, start: int, num_frames: int) -> Clip:
         try:
             return self._stored(episode, start, num_frames)
-        except (SafetensorError, ValueError, TypeError, LookupError, RuntimeError) as error:
+        except DAMAGED as error:
             file = self.info.file_name(self.split, episode // self.info.episodes_per_file)
             raise ValueError(
                 f"{self.path / file}: episode {episode} is damaged ({error}): remove the file, and "

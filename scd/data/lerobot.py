@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,6 +139,11 @@ class LeRobotSource(Source):
     def title(self, episode: int) -> str:
         one = self._episodes[episode]
         return f"{one.video or one.table}, episode {one.number}"
+
+    def identity(self, episode: int) -> tuple[str, dict[str, Any]]:
+        one = self._episodes[episode]
+        parts = {"video": one.video or one.table, "actions": self._actions[episode]}
+        return f"episode {one.number}", parts | {"label": self._rows[one.number].label}
 
     def prompt(self, episode: int) -> str:
         """Return the text of the episode's task."""

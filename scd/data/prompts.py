@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -120,6 +121,10 @@ class PromptSource(Source):
     @property
     def frame_size(self) -> int:
         return self._no_frames.numel()
+
+    def identity(self, episode: int) -> tuple[str, dict[str, Any]]:
+        parts = {"text": self.path / self.info.files[episode]}
+        return self.info.prompts[episode], parts
 
     def _read(self, episode: int, start: int, num_frames: int) -> Clip:
         return Clip(

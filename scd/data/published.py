@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -110,6 +111,11 @@ class PublishedSource(Source):
 
     def title(self, episode: int) -> str:
         return str(self.episodes[episode][0])
+
+    def identity(self, episode: int) -> tuple[str, dict[str, Any]]:
+        file, *others = self.episodes[episode]
+        parts = {"file": file} | {f"file {place}": one for place, one in enumerate(others, 2)}
+        return os.path.relpath(file, self.root), parts
 
     @abstractmethod
     def _find(self, split: Split) -> Sequence[Files]:

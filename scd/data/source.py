@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import parse_qsl, quote
 
+from torch import Tensor
+
 from scd.common.config import MAX_SIZE, added, at_least, from_json, within
 from scd.data.clip import Clip
 from scd.data.keymap import KeyMap, check_key_map, derive_key_map
@@ -212,6 +214,15 @@ class Source(ABC):
     def title(self, episode: int) -> str:
         """Name an episode, for messages."""
         return f"{self.name}, {self.split} episode {episode}"
+
+    def identity(self, episode: int) -> tuple[str, dict[str, Path | Tensor | str | int | None]]:
+        """Return what tells an episode from another, for the fingerprint of a run's data.
+
+        Returns:
+            Its name, the same wherever the collection lies; and by the name of each part its file,
+            or its numbers as they are read. By default its length alone counts.
+        """
+        return f"episode {episode}", {}
 
     def prompt(self, episode: int) -> str:
         """Return what an episode shows, in words (ValueError: nobody has said it)."""

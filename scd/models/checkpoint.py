@@ -440,11 +440,16 @@ def save_step(
 def keep_newest(run: Path, number: int) -> None:
     """Remove the oldest step folders of a run; `number` of the newest stay, and what `last` names.
 
+    Later ones than that are of a course that was given up for an older checkpoint: they do not
+    count, and are replaced as the run comes to their steps.
+
     Raises:
         OSError: they could not be removed.
     """
     named = named_by(run / "last").name
     steps = sorted(run.glob("step_*"), key=lambda old: int(old.name.removeprefix("step_")))
+    if named in (names := [step.name for step in steps]):
+        steps = steps[: names.index(named) + 1]
     for old in steps[:-number]:
         if old.name != named:
             shutil.rmtree(old)

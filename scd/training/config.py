@@ -51,6 +51,8 @@ class RunConfig:
         "resume",
         "strict",
         "data_on_error",
+        "data_changed",
+        "from_step",
     )
     """Fields that may change when a run is continued."""
 
@@ -91,6 +93,12 @@ class RunConfig:
     and learn from another, which is the same whenever and wherever the run is continued."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue the run in `out` if it has the same settings. never: refuse to."""
+    from_step: Annotated[str, tyro.conf.arg(name="from")] = added("")
+    """Checkpoint of the run in `out` to continue from, such as step_001000, where the newest is
+    damaged; the steps after it are trained again. Empty: the newest."""
+    data_changed: bool = added(False)
+    """Continue a run although its data is not what it was trained on, which is refused else:
+    episodes that are gone, new or cannot be opened any more, other actions, other videos."""
     time_limit_s: float = 0.0
     """Seconds after which to save and stop; counted once Python has loaded the program. 0: none."""
     num_loader_workers: int = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from scd.autoencoders.base import PixelAutoencoder
@@ -14,9 +15,10 @@ from scd.autoencoders.build import (
     fingerprint,
     refuse_other,
 )
-from scd.autoencoders.config import AutoencoderConfig
+from scd.autoencoders.config import AutoencoderConfig, PixelConfig
 from scd.autoencoders.text_encoder import text_fingerprint
 from scd.common.config import differences, from_json, to_json
+from scd.common.files import read_json
 from scd.data.frame_rate import check_rate
 from scd.data.latents import INFO_FILE, PLACE, LatentSource, is_latents
 from scd.data.loader import Loader
@@ -26,9 +28,10 @@ from scd.data.spaces import Split
 from scd.models.build import Diffuser
 from scd.models.checkpoint import read_world_parts, resolve
 from scd.models.shipped import parts_beside
-from scd.models.weights import WEIGHTS_FILE, load_weights
+from scd.models.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights
 from scd.objectives.config import DenoiseConfig, MatchConfig, TeacherForcingConfig
 from scd.training.config import TrainConfig
+from scd.training.folder import LAST_FILE
 
 NUM_MEASURED_BATCHES = 16
 """Batches whose pixels are measured; with 2 clips of 16 frames that is 512 frames, where the mean
@@ -293,6 +296,9 @@ def _fit_to_frames(config: TrainConfig, source: Source) -> TrainConfig:
         )
     shape = replace(config.model.shape, height=card.height, width=card.width)
     model = replace(config.model, shape=shape, conditions=card.conditions)
+    begun_with = _begun_with(config)
+    if begun_with is not None:
+        return replace(config, model=model, autoencoder=begun_with)
     loader = Loader(
         source,
         config.batch_size,
@@ -306,6 +312,18 @@ def _fit_to_frames(config: TrainConfig, source: Source) -> TrainConfig:
     # Rounded, so that a rerun on another machine has the same settings to the last digit.
     measured = replace(measured, mean=round(measured.mean, 3), std=round(measured.std, 3))
     return replace(config, model=model, autoencoder=measured)
+
+
+def _begun_with(config: TrainConfig) -> PixelConfig | None:
+    """Return the pixel statistics with which the run in `config.out` was trained so far: they are
+    kept where its data has changed. None: there is none, or it has other latents."""
+    folder = Path(config.out)
+    if not config.out or not (folder / LAST_FILE).is_file():
+        return None
+    with suppress(ValueError, OSError, AttributeError):
+        return from_json(PixelConfig, read_json(folder / CONFIG_FILE).get("autoencoder"))
+    # Refused where the run is continued.
+    return None
 
 
 def _decided(config: TrainConfig) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,9 +14,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from scd.common.config import differences, from_json, to_json
-from scd.common.files import TEMPORARY, read_json, remove_leftovers, take_lock, write_file
-from scd.common.places import in_our_words, named_by, read_start, remember_start
 from scd.common.provenance import command
 from scd.common.runlog import RunLog
 from scd.common.runtime import (
@@ -39,16 +35,14 @@ from scd.models.checkpoint import (
     load_progress,
     save_step,
 )
-from scd.models.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights
+from scd.models.weights import WEIGHTS_FILE, load_weights
 from scd.objectives.denoise import Objective
 from scd.optim.config import OptimConfig
 from scd.optim.optim import EMA, build_optimizers, fitting_state, parameter_groups
 from scd.training.config import RunConfig
+from scd.training.folder import enter_folder, find_checkpoint, older_named
 from scd.training.machine import open_accelerator, settle
 from scd.training.sharding import cut_state, gathered, load_parts
-
-LAST_FILE, LOCK_FILE = "last", "lock"
-"""Files of a run folder, besides those of its settings and its log."""
 
 MODEL = "train"
 """Name of the group of the network that the run is about; also what its draws are named after."""
@@ -334,21 +328,51 @@ def start_run(
     if checkpoint is None:
         task.begin()
     else:
-        progress = load_progress(checkpoint)
-        load_weights(task.model, checkpoint / task.weights_file)
+        with older_named(checkpoint.parent, checkpoint):
+            progress = load_progress(checkpoint)
+            load_weights(task.model, checkpoint / task.weights_file)
     task.model.to(accelerator.device)
     if task.sharded:
         task.shard()
     ema = EMA(task.model, config.ema_decay, progress.num_ema_updates)
     if checkpoint is not None:
-        load_parts(task.model, checkpoint / RAW_FILE)
+        with older_named(checkpoint.parent, checkpoint):
+            load_parts(task.model, checkpoint / RAW_FILE)
     groups = task.make_groups(ema)
     if checkpoint is not None:
-        _load_groups(groups, checkpoint)
+        with older_named(checkpoint.parent, checkpoint):
+            _load_groups(groups, checkpoint)
     if not task.is_wrapped:
         for group in groups:
             group.wrapped = accelerator.prepare(group.wrapped)
-    folder, lock = _enter_folder(config, accelerator, checkpoint)
+    folder, lock, changed = enter_folder(config, accelerator, checkpoint, task.loader.source)
+    log = _open_log(asked, config, task, progress, folder, checkpoint is not None)
+    if changed:
+        log.event("data changed", {"step": progress.step, "how": "; ".join(changed)})
+    threads = _choose_threads(config, task, progress, log)
+    return Run(
+        task=task,
+        groups=groups,
+        ema=ema,
+        folder=folder,
+        lock=lock,
+        log=log,
+        clock=Clock(progress.elapsed_s),
+        threads=threads,
+        step=progress.step,
+    )
+
+
+def _open_log(
+    asked: RunConfig,
+    config: RunConfig,
+    task: Task,
+    progress: Progress,
+    folder: Path | None,
+    is_resumed: bool,
+) -> RunLog:
+    """Open the log and tell how the run starts, `asked` being its settings as they were given."""
+    accelerator = task.accelerator
     log = RunLog(
         folder,
         total_steps=task.max_steps,
@@ -364,22 +388,11 @@ def start_run(
         "precision": config.precision,
         "parameters": num_parameters(task.model),
     }
-    log.event("start" if checkpoint is None else "resume", facts | task.facts())
+    log.event("resume" if is_resumed else "start", facts | task.facts())
     _tell_precision(asked, config, accelerator.device, log)
     machine = {"command": command(), "commit": git_commit()} | describe_hardware()
     log.event("machine", machine, show=False)
-    threads = _choose_threads(config, task, progress, log)
-    return Run(
-        task=task,
-        groups=groups,
-        ema=ema,
-        folder=folder,
-        lock=lock,
-        log=log,
-        clock=Clock(progress.elapsed_s),
-        threads=threads,
-        step=progress.step,
-    )
+    return log
 
 
 def _tell_precision(asked: RunConfig, config: RunConfig, device: torch.device, log: RunLog) -> None:
@@ -421,75 +434,6 @@ def _load_groups(groups: list[OptimisationGroup], checkpoint: Path) -> None:
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{file} is not the state of this training: {reason}") from error
-
-
-def _enter_folder(
-    config: RunConfig, accelerator: Accelerator, checkpoint: Path | None
-) -> tuple[Path | None, TextIO | None]:
-    """Lock the run folder in the first process, and write the settings into it."""
-    if not config.out:
-        return None, None
-    folder, lock = Path(config.out), None
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(folder / LOCK_FILE)
-        if find_checkpoint(config) != checkpoint:
-            raise BlockingIOError(f"{folder} was trained by another process meanwhile: start again")
-        remove_leftovers(folder)
-        write_file(folder / CONFIG_FILE, json.dumps(to_json(config), indent=2))
-        remember_start(folder)
-    accelerator.wait_for_everyone()
-    return folder, lock
-
-
-def find_checkpoint(config: RunConfig) -> Path | None:
-    """Return the checkpoint to continue from, or None for a new run.
-
-    Raises:
-        FileExistsError: `config.out` holds a run with other settings, or no run at all.
-        FileNotFoundError: its newest checkpoint is gone or not whole.
-        ValueError: its settings are damaged.
-    """
-    folder = Path(config.out)
-    if not config.out or not folder.exists():
-        return None
-    # A run that was killed before its settings were written has only begun to write them.
-    if folder.is_dir() and all(
-        entry.name == LOCK_FILE or entry.name.startswith(TEMPORARY) for entry in folder.iterdir()
-    ):
-        return None
-    if not (folder / CONFIG_FILE).is_file():
-        raise FileExistsError(f"{folder} exists and is not the folder of a run: choose another out")
-    if config.resume == "never":
-        raise FileExistsError(f"{folder} holds a run already, and resume is 'never'")
-    theirs, ours = _settings(type(config), folder / CONFIG_FILE), to_json(config)
-    different = [
-        line
-        for line in differences(in_our_words(theirs, ours, read_start(folder)), ours)
-        if line.split(":")[0].split(".")[0] not in config.free_fields
-    ]
-    if different:
-        raise FileExistsError(
-            f"{folder} holds a run with other settings (its value, then the one given): "
-            + "; ".join(different)
-        )
-    if not (folder / LAST_FILE).is_file():
-        return None
-    checkpoint = named_by(folder / LAST_FILE)
-    if not (checkpoint / "optimizer.pt").is_file():
-        raise FileNotFoundError(f"{checkpoint}, which {folder / LAST_FILE} names, is not whole")
-    return checkpoint
-
-
-def _settings(kind: type[RunConfig], path: Path) -> Any:
-    """Read a run's settings; a field that came after the run was started has its default."""
-    values = read_json(path)
-    try:
-        return to_json(from_json(kind, values, str(path)))
-    except ValueError:
-        # Told field by field, with all else that differs.
-        return values
 
 
 def _refuse_wild(step: int, *weights: Mapping[str, Tensor]) -> None:

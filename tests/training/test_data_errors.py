@@ -110,7 +110,9 @@ def test_by_default_a_run_saves_and_stops_with_the_name_of_the_file(config, tmp_
     with pytest.raises(UnreadableClip, match=r"damaged.mp4.*Stopped after step 2 of 6"):
         train(config)
     shutil.copy(tmp_path / "sound.mp4", tmp_path / "data/videos/damaged.mp4")
-    train(config)
+    with pytest.raises(ValueError, match=r"changed: videos/damaged.mp4 \(video\).*--data-changed"):
+        train(config)
+    train(replace(config, data_changed=True))
     whole = train(replace(config, out=str(tmp_path / "whole")))
     assert step_files(run) == step_files(whole)
 

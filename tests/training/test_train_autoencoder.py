@@ -39,8 +39,8 @@ from scd.training import autoencoder as training
 from scd.training.autoencoder import train_autoencoder
 from scd.training.config import TrainAutoencoderConfig
 from scd.training.fit import fit_to_data, open_loader
+from scd.training.folder import find_checkpoint
 from scd.training.presets import preset
-from scd.training.state import find_checkpoint
 from scd.training.world import train
 from tests.tiny_wan_vae import tiny_vae
 
