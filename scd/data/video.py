@@ -8,6 +8,7 @@ frames, in a container that keeps times, and a keyframe at its beginning.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ PLAYABLE_OPTIONS = {"crf": "16", "preset": "veryfast", "bf": "0"}
 
 RECALLED = 16384
 """Files whose frames' times are kept in memory: 40 MB, at 300 frames each."""
+
+KEPT, KEPT_PIXELS = 4, 640 * 480
+"""Files that a thread keeps open, whose index need not be read again, and the largest frames of
+these: each has a decoder with its pictures."""
 
 SEQUENTIAL = ("avi", "mpegts", "mpeg", "mpegvideo", "h264", "hevc")
 # Formats whose times are those of storage, not of display, or that have none.
@@ -75,6 +80,10 @@ Video = Path | str | PartOfFile
 """Where a video is."""
 
 
+Opened = tuple[InputContainer, av.VideoStream]
+"""An open file and its stream of moving pictures."""
+
+
 @dataclass(frozen=True)
 class FrameIndex:
     """Where the frames of a file are."""
@@ -87,6 +96,8 @@ class FrameIndex:
     not ascend in the decoder's order, so frames are counted from the beginning."""
     unit_s: float
     """Seconds of that unit."""
+    stamp: tuple[int, int]
+    """Bytes of the file and its time of change, which tell whether it is still the same."""
 
     def numbers_at(
         self, seconds: Float[np.ndarray, " t"], tolerance_s: float
@@ -243,8 +254,9 @@ def _index(path: str | PartOfFile, size: int, changed: int) -> FrameIndex:
         if not times:
             raise ValueError(f"{path}: no frame of it can be decoded")
         if None in times or (np.diff(np.array(times, np.int64)) <= 0).any():
-            return FrameIndex(len(times), format, None, unit_s)
-    return FrameIndex(len(times), format, np.sort(np.array(times, np.int64)), unit_s)
+            return FrameIndex(len(times), format, None, unit_s, (size, changed))
+    ascending = np.sort(np.array(times, np.int64))
+    return FrameIndex(len(times), format, ascending, unit_s, (size, changed))
 
 
 def read_video(
@@ -279,7 +291,8 @@ def read_frames(
     times, why = index.times, ""
     # A seek may land after its target: then the file is decoded from its beginning.
     for begin in (None,) if times is None else (int(times[wanted[0]]), None):
-        with _opened(path, index.format) as (container, stream):
+        opened = _opened(path, index.format) if begin is None else _kept_open(path, index)
+        with opened as (container, stream):
             if begin is not None:
                 container.seek(begin, stream=stream)
             chosen = _choose(container.decode(stream), wanted, times)
@@ -287,7 +300,10 @@ def read_frames(
                 pixels = _decode(chosen, len(wanted), path, size)
             except FFmpegError as error:
                 pixels, why = None, f" ({error.strerror})"
-        if pixels is not None:
+        if pixels is None:
+            # Who knows in which state a decoder is that gave up.
+            _thread.files.clear()
+        else:
             if len(wanted) == len(numbers):
                 return pixels
             return pixels[np.searchsorted(wanted, numbers)]
@@ -388,18 +404,52 @@ def _decode(
 
 
 @contextmanager
-def _opened(
-    path: Video, format: str | None = None
-) -> Iterator[tuple[InputContainer, av.VideoStream]]:
+def _opened(path: Video, format: str | None = None) -> Iterator[Opened]:
     """Open a file, of a container that may be known, at its first stream of moving pictures; what
     FFmpeg refuses is a ValueError."""
+    with _named_errors(path), _open(path, format) as container:
+        yield container, _video_stream(container, path)
+
+
+@contextmanager
+def _kept_open(path: Video, index: FrameIndex) -> Iterator[Opened]:
+    """Open a file as `_opened` does; this thread keeps it open for the next time, unless something
+    went wrong or its frames are large."""
+    # Who was forked would move the position in the file of who forked it.
+    files, key = _thread.files, (path, os.getpid(), index.stamp)
+    with _named_errors(path):
+        opened = files.pop(key, None)
+        if opened is None:
+            container = _open(path, index.format)
+            opened = container, _video_stream(container, path)
+        yield opened
+    files[key] = opened
+    while len(files) > (KEPT if opened[1].height * opened[1].width <= KEPT_PIXELS else 0):
+        files.pop(next(iter(files)))
+
+
+class _Thread(threading.local):
+    """Files that a thread keeps open, the latest last."""
+
+    def __init__(self) -> None:
+        self.files: dict[tuple[object, ...], Opened] = {}
+
+
+_thread = _Thread()
+
+
+def _open(path: Video, format: str | None) -> InputContainer:
     url = str(path)
     if isinstance(path, PartOfFile):
         # FFmpeg's own protocol: as fast as a file, where calls back into Python are not.
         url = f"subfile,,start,{path.begin},end,{path.begin + path.size},,:{path.file}"
+    return av.open(url, format=format)
+
+
+@contextmanager
+def _named_errors(path: Video) -> Iterator[None]:
     try:
-        with av.open(url, format=format) as container:
-            yield container, _video_stream(container, path)
+        yield
     except FFmpegError as error:
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"{path}: no such file") from error

@@ -13,7 +13,7 @@ from av.stream import Disposition
 
 from scd.data.clip import frames_to_pixels
 from scd.data.toy import ToyWorld
-from scd.data.video import index_frames, probe_video, read_frames, read_video, write_video
+from scd.data.video import KEPT, index_frames, probe_video, read_frames, read_video, write_video
 
 
 @pytest.fixture(scope="module")
@@ -316,3 +316,25 @@ def test_a_cover_picture_is_no_video(tmp_path):
         assert len(container.streams.video) == 1
     with pytest.raises(ValueError, match=r"song.mp4: has no video stream"):
         probe_video(path)
+
+
+def test_files_that_are_kept_open_give_the_frames_of_fresh_ones(tmp_path):
+    generator = np.random.default_rng(0)
+    files = {tmp_path / f"{number}.mp4": generator.integers(0, 255, (40, 16, 16, 3), np.uint8)
+             for number in range(KEPT + 2)}  # fmt: skip
+    for path, pixels in files.items():
+        write_video(path, pixels, 10.0, lossless=True)
+    for _ in range(60):
+        path = list(files)[generator.integers(len(files))]
+        start = int(generator.integers(35))
+        assert (read_video(path, start, 5) == files[path][start : start + 5]).all()
+    # Another file of the same name, and one that is damaged in its middle.
+    path = next(iter(files))
+    write_video(path, files[path][::-1], 10.0, lossless=True)
+    assert (read_video(path, 3, 5) == files[path][::-1][3:8]).all()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 2000] = bytes(2000)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be"):
+        read_video(path)
+    assert (read_video(path, 0, 5) == files[path][::-1][:5]).all()
