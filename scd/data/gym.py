@@ -23,6 +23,7 @@ from scd.common.config import at_least
 from scd.common.names import did_you_mean
 from scd.data.actions import conditions_of, flat, named, parts_of, unflat
 from scd.data.environments.making import FramesFrom, check_picture, fps_of, make, own_names
+from scd.data.keymap import read_key_map
 from scd.data.record import Played, Recording
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec, Split
@@ -75,6 +76,9 @@ class GymRecording(Recording):
     the first on, and below the second."""
     names: tuple[str, ...] = ()
     """Names of the actions, or of the entries of an action; empty: as the environment says."""
+    keys: tuple[str, ...] = ()
+    """Key map of the card, each CONTROL=NAME or CONTROL=NAME:VALUE, as `Space=fire`
+    or `KeyA=steering:-1`; empty: by the names of the actions."""
     fps: float = 0.0
     """Frames per second at which the episodes are meant to be watched; 0: as the environment
     says."""
@@ -189,6 +193,7 @@ class Player:
                 fps=self._fps(),
                 conditions=spec,
                 action_names=names,
+                key_map=read_key_map(settings.keys, spec, names),
             )
         except BaseException:
             self._env.close()

@@ -15,6 +15,7 @@ from scd.cli import main
 from scd.data.clip import frames_to_pixels
 from scd.data.folder import FolderSource
 from scd.data.gym import GymRecording
+from scd.data.keymap import Binding
 from scd.data.manifest import read_card, read_manifest
 from scd.data.record import record
 from tests import drawn_env
@@ -70,7 +71,7 @@ def test_a_clip_holds_one_episode_to_its_end(tmp_path, ends, frames_from):
         seeds.add(int(pictures[0, EPISODE, 0, 0]))
     assert len(seeds) == 4
     card = read_card(folder)
-    assert (card.height, card.width, card.fps) == (6, 8, 12)
+    assert (card.height, card.width, card.fps, card.key_map) == (6, 8, 12, ())
     assert card.conditions.num_actions == 4 and card.action_names[3] == "action 3"
 
 
@@ -142,6 +143,11 @@ def test_policies(tmp_path):
         record(settings(folder, **how))
 
 
+def test_a_recording_carries_a_key_map(tmp_path):
+    folder = record(settings(tmp_path / "a", episodes=2, frames=3, keys=("Space=action 2",)))
+    assert read_card(folder).keys == (Binding(control="Space", value=2.0),)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -157,6 +163,7 @@ def test_policies(tmp_path):
         ({"policy": "drawn_env.py:idle"}, "there is none at drawn_env.py"),
         ({"policy": f"{__file__}:setings"}, "no function 'setings'; did you mean 'settings'"),
         ({"crop": (1, 0, 6, 8)}, "pictures are 6 x 8, which have no crop"),
+        ({"keys": ("Space=action 9",)}, "Space=action 9: the actions have no 'action 9'.*action 3"),
         ({"names": ("a", "b")}, "needs 4 names of actions, got 2: a, b"),
         ({"warmup": (1000,), "frames": 1}, "none of 100 episodes lasted its warmup"),
     ],

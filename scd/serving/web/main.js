@@ -2,14 +2,17 @@
 
 import { Controls } from "./controls.js";
 import { readToken, roundTrip } from "./connection.js";
+import { Gamepads, View } from "./devices.js";
+import { KeyMap } from "./keymap.js";
+import { KeyPanel } from "./keypanel.js";
 import { Meters } from "./meters.js";
 import { Pictures, whyNoH264 } from "./pictures.js";
+import { actionText, colourOf, lanesOf, partsOf, shownName, wordsOf } from "./parts.js";
 import { Player } from "./player.js";
 import { Recorder, recordingKind } from "./recorder.js";
-import { Sliders, actionText } from "./sliders.js";
 import { Stage } from "./stage.js";
 import { Steering, element } from "./steering.js";
-import { Timeline, colourOf } from "./timeline.js";
+import { Timeline } from "./timeline.js";
 
 const byId = (name) => document.getElementById(name);
 const LONGEST_TAP_MS = 400;
@@ -27,7 +30,10 @@ const meters = new Meters(byId("chart"), byId("meters"));
 const recorder = new Recorder(byId("view"), byId("record"), byId("recording"), say, () =>
   player.fetchVideo(headers),
 );
-let steering = new Steering(byId("pad"), byId("view"), byId("stick"), hold, pressed);
+const steering = new Steering(byId("pad"), hold, pressed, isWaiting);
+const view = new View(byId("view"), byId("stick"), steering, refresh);
+const panel = new KeyPanel(byId("binds"), byId("binds-reset"), byId("mouse-speed"), steering, showKeys);
+new Gamepads(steering, say);
 const controls = new Controls(player, headers, say);
 const timeline = new Timeline(byId("strip"), byId("strip-canvas"), byId("takes"), {
   look,
@@ -35,7 +41,7 @@ const timeline = new Timeline(byId("strip"), byId("strip-canvas"), byId("takes")
   remove: (take) => player.remove(take, headers),
   describe: (at, last) => {
     const action = player.take?.frames.get(at)?.action ?? null;
-    return `frame ${at} of ${last}${action === null ? "" : `, ${actionText(action, player.world.actions)}`}`;
+    return `frame ${at} of ${last}${action === null ? "" : `, ${actionText(steering.parts, action)}`}`;
   },
 });
 
@@ -60,6 +66,7 @@ async function drawn(header, arrived, blob, time) {
   }
   lastObeyed = Math.max(lastObeyed, header.sequence);
   if (deferred !== null && lastObeyed >= player.sequence) letGo();
+  else if (!isWaiting()) steering.frame(time);
   if (looked === null) showFrame(header.frame);
   else timeline.refresh();
 }
@@ -70,14 +77,22 @@ function showFrame(frame) {
   byId("frame").textContent = frame < 0 ? "–" : frame;
   byId("obeyed").hidden = action === null;
   if (action !== null) {
-    byId("obeyed").lastElementChild.textContent = actionText(
-      action,
-      player.world.actions,
-    );
-    byId("obeyed").style.setProperty("--of", colourOf(action));
+    showParts(action);
+    byId("obeyed").style.setProperty("--of", colourOf(steering.parts[0], action));
   }
   steering.obeyed(action);
   timeline.refresh();
+}
+
+/** Write what each part of an action did. */
+function showParts(action) {
+  const words = wordsOf(steering.parts, action).map(([name, said]) => {
+    const whole = element("span");
+    if (name) whole.append(element("span", "of", {}, shownName(name)), " ");
+    whole.append(said);
+    return whole;
+  });
+  byId("obeyed").lastElementChild.replaceChildren(...words);
 }
 
 function pictureFailed(text) {
@@ -89,13 +104,17 @@ function pictureFailed(text) {
 
 // --- steering ---------------------------------------------------------------------------------
 
-function hold(action, time) {
+/** Whether a frame has yet to obey what is held. */
+function isWaiting() {
+  return player.isRunning && lastObeyed < player.sequence;
+}
+
+function hold(action, time, released) {
   player.held = action;
   // A paused stream steps with the action that is pressed, whatever is let go meanwhile.
   if (!player.wantsRun) return;
   // Who taps a key for less than a frame wants one frame of it.
-  const soon = player.isRunning && lastObeyed < player.sequence;
-  if (action === steering.idle && soon && steering.idle !== null) {
+  if (released && isWaiting()) {
     deferred ??= setTimeout(letGo, LONGEST_TAP_MS);
     return;
   }
@@ -108,7 +127,9 @@ function hold(action, time) {
 function letGo() {
   clearTimeout(deferred);
   deferred = null;
-  if (steering.held === steering.idle && player.wantsRun) player.hold(steering.idle);
+  const told = player.sequence;
+  steering.frame(performance.now());
+  if (player.wantsRun && player.sequence === told) player.hold(steering.held);
 }
 
 function pressed(action) {
@@ -213,11 +234,17 @@ function veilText(link, take) {
 function hintParts() {
   if (!player.world?.actions.length) return [];
   const touch = window.matchMedia("(pointer: coarse)").matches;
-  if (!player.wantsRun) return [touch ? "Paused: a key makes one frame" : "Paused: a key makes one frame, space runs"];
-  if (touch && player.world.action_dim) return ["Move a slider"];
-  if (touch) return [steering.pulls ? "Hold a key, or press the picture and pull" : "Hold a key"];
-  const { keys } = steering;
+  const runs = steering.keymap.of("Space").length ? "P" : "space";
+  if (!player.wantsRun) return [touch ? "Paused: a key makes one frame" : `Paused: a key makes one frame, ${runs} runs`];
+  if (view.isLocked) return [["esc", "frees the mouse"]];
+  const buttons = steering.parts.some((part) => part.space !== "Box");
+  if (touch) {
+    const hold = buttons ? "Hold a key" : "Move a slider";
+    return [steering.pulls ? `${hold}, or press the picture and pull` : hold];
+  }
+  const { hints: keys } = steering;
   const more = keys.length - HINTED;
+  if (view.looks) keys.unshift(["click", "looks with the mouse"]);
   return [...keys.slice(0, HINTED), ...(more > 0 ? [`and ${more} more, by the keys on the page`] : [])];
 }
 
@@ -278,9 +305,15 @@ function say(text, kind = "") {
   setTimeout(() => line.remove(), kind === "bad" ? 9000 : 4500);
 }
 
+/** Say everywhere which controls there are now. */
+function showKeys() {
+  showHelp();
+  showHint();
+}
+
 /** Say in the help, and to who does not see the picture, which keys this world has. */
-function showHelp(world) {
-  const { keys, pulls } = steering;
+function showHelp() {
+  const { hints: keys, pulls } = steering;
   const told = keys.map(([key, words]) => `${key} ${words}`).join(", ");
   byId("view").setAttribute("aria-label", `The stream.${told ? ` Keys: ${told}.` : ""}`);
   byId("help-keys").replaceChildren(
@@ -290,9 +323,13 @@ function showHelp(world) {
       return [caps, element("dd", "", {}, words)];
     }),
   );
-  const arrows = pulls || world.action_dim > 0 ? "The arrow keys steer too. " : "";
-  const pull = pulls ? "So does pulling on the picture." : "";
-  byId("help-ways").textContent = arrows + pull;
+  const ways = [
+    steering.keymap.has(/^Arrow/) && "the arrow keys", view.looks && "the mouse, once you click the picture",
+    pulls && "pulling on the picture", steering.keymap.has(/^Pad/) && "a gamepad",
+  ].filter(Boolean);
+  byId("help-ways").textContent = ways.length
+    ? `What steers too: ${ways.join("; ")}. What each does can be changed under “Keys”.` : "";
+  byId("run-key").textContent = steering.keymap.of("Space").length ? "P" : "space";
 }
 
 player.addEventListener("change", () => {
@@ -319,11 +356,14 @@ player.addEventListener("world", async () => {
   byId("about").textContent = `Recordings: ${recordingKind().words}.`;
   stage.setSize(world.width, world.height);
   timeline.aspect = world.width / world.height;
-  if (world.action_dim) steering = new Sliders(byId("pad"), hold, pressed);
-  steering.show(world.actions, world.action_dim);
+  const parts = partsOf(world);
+  steering.show(parts, new KeyMap(world, parts), world.action_dim > 0);
+  timeline.setLanes(lanesOf(parts));
+  panel.show();
   setSmooth(Math.min(world.width, world.height) < SMALL && !world.pixel_art);
-  showHelp(world);
-  player.held = world.actions.length ? steering.held : null;
+  showHelp();
+  player.held = steering.held;
+  byId("keys-card").hidden = world.actions.length === 0;
   byId("steer").hidden = world.actions.length === 0;
   controls.show();
   const why = await whyNoH264(player.codecs, player.h264);
@@ -335,7 +375,7 @@ player.addEventListener("world", async () => {
 // --- keys and buttons ---------------------------------------------------------------------------
 
 const KEYS = {
-  Space: toggleRun, Comma: () => step(-1), Period: () => step(1), KeyF: fork, KeyV: () => recorder.toggle(),
+  Space: toggleRun, KeyP: toggleRun, Comma: () => step(-1), Period: () => step(1), KeyF: fork, KeyV: () => recorder.toggle(),
   KeyR: () => player.take && player.ask({ type: "restart" }), Escape: () => looked !== null && toNow(),
   Enter: () => looked !== null && goOn(),
 };
@@ -349,13 +389,19 @@ function isTyping(target, code) {
 window.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || isTyping(event.target, event.code)) return;
   if (event.key === "?") byId("help").showModal();
-  else if (steering.key(event, true)) event.preventDefault();
+  else if (steering.keymap?.of(event.code).length) {
+    event.preventDefault();
+    if (!event.repeat) steering.control(event.code, true, event.timeStamp);
+  }
   else if (event.code in KEYS && !event.repeat) {
     event.preventDefault();
     if (player.link.name === "live") KEYS[event.code]();
   }
 });
-window.addEventListener("keyup", (event) => steering.key(event, false));
+// A key that was not down, as one let go after the page was left, has nothing to let go of.
+window.addEventListener("keyup", (event) => {
+  if (steering.isDown(event.code)) steering.control(event.code, false, event.timeStamp);
+});
 
 byId("run").onclick = toggleRun;
 byId("back").onclick = () => step(-1);

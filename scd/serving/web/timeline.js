@@ -2,21 +2,8 @@
 
 import { element } from "./steering.js";
 
-const LANE = 7;
-const HUES = [
-  "#8a919c", "#4c8dd6", "#e0a13a", "#4fae87", "#c46a9f", "#8d78d6", "#d9704f", "#5fb3c4",
-];
-
-/** Colour of an action, the same everywhere on the page. */
-export function colourOf(action) {
-  if (action === null || action === undefined) return "transparent";
-  if (!Array.isArray(action)) return HUES[action % HUES.length];
-  // A vector has the colour of its largest entry and its sign.
-  const sizes = action.map(Math.abs);
-  const largest = sizes.indexOf(Math.max(...sizes));
-  if (sizes[largest] < 0.05) return HUES[0];
-  return HUES[1 + ((2 * largest + (action[largest] < 0 ? 1 : 0)) % (HUES.length - 1))];
-}
+const LANE = 7; // pixels of a lane; where there are many, less
+const LANES = 28; // of all of them together
 
 export class Timeline {
   /** Events by callbacks: look(frame), choose(take), remove(take). */
@@ -27,6 +14,8 @@ export class Timeline {
     this.shown = null;
     this.waiting = 0;
     this.aspect = 1;
+    this.lanes = [];
+    this.lane = LANE;
     this.bitmaps = new WeakMap();
     new ResizeObserver(() => this.refresh()).observe(strip);
     this._watch();
@@ -40,6 +29,19 @@ export class Timeline {
     this.refresh();
   }
 
+  /** Draw so many lanes below the frames: functions from an action to its colour. */
+  setLanes(lanes) {
+    this.lanes = lanes;
+    this.lane = Math.max(4, Math.min(LANE, Math.floor(LANES / Math.max(1, lanes.length))));
+    this.strip.style.setProperty("--lanes", `${this._deep - LANE - 3}px`);
+    this.refresh();
+  }
+
+  /** Pixels below the frames. */
+  get _deep() {
+    return 3 + Math.max(LANE, this.lane * this.lanes.length);
+  }
+
   /** Draw soon; not more often than the eye needs. */
   refresh() {
     if (!this.waiting) this.waiting = setTimeout(() => this._draw(), 80);
@@ -47,7 +49,7 @@ export class Timeline {
 
   _scale() {
     const width = this.strip.clientWidth;
-    const height = Math.max(1, this.strip.clientHeight - LANE - 3);
+    const height = Math.max(1, this.strip.clientHeight - this._deep);
     const tile = Math.max(8, Math.min(2.2, Math.max(0.6, this.aspect)) * height);
     const count = Math.max(2, Math.floor(width / tile));
     const last = Math.max(0, this.take.newest);
@@ -124,17 +126,23 @@ export class Timeline {
     return known ?? null;
   }
 
-  _lanes(context, { origin, perFrame, height, first, last }) {
+  _lanes(context, scale) {
+    this.lanes.forEach((colourOf, number) =>
+      this._lane(context, scale, colourOf, scale.height + 3 + number * this.lane));
+  }
+
+  _lane(context, { origin, perFrame, first, last }, colourOf, top) {
+    const thick = this.lane - (this.lanes.length > 1 ? 1 : 0);
     let begun = null;
     for (let frame = first; frame <= last + 1; frame += 1) {
       const action = frame > last ? undefined : this.take.frames.get(frame)?.action;
-      const colour = frame > last ? null : colourOf(action);
+      const colour = frame > last ? null : (action ?? null) === null ? "transparent" : colourOf(action);
       if (begun !== null && begun.colour === colour) continue;
       if (begun !== null) {
         context.fillStyle = begun.colour;
         const x = (begun.frame - origin) * perFrame;
         const width = Math.max(1, (frame - begun.frame) * perFrame - (perFrame > 3 ? 1 : 0));
-        context.fillRect(x, height + 3, width, LANE);
+        context.fillRect(x, top, width, thick);
       }
       begun = { frame, colour };
     }
@@ -148,11 +156,11 @@ export class Timeline {
       const begin = (this.shown + 1 - origin) * perFrame;
       context.globalAlpha = 0.66;
       context.fillStyle = style.getPropertyValue("--card");
-      context.fillRect(begin, 0, (last + 1 - origin) * perFrame - begin, height + 3 + LANE);
+      context.fillRect(begin, 0, (last + 1 - origin) * perFrame - begin, height + this._deep);
       context.globalAlpha = 1;
     }
     context.fillStyle = style.getPropertyValue("--accent");
-    context.fillRect(x - 1, 0, 2, height + 3 + LANE);
+    context.fillRect(x - 1, 0, 2, height + this._deep);
   }
 
   _describe({ first, last }) {
