@@ -6,9 +6,10 @@ page could otherwise give its own name the address of this machine and be of "th
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ from scd.serving.messages import ServeError
 from scd.serving.metrics import Metrics
 from scd.serving.protocol import error_json
 from scd.serving.settings import ServeConfig, is_loopback
+from scd.serving.web_server import WAITING
 
 MOST_CALLERS = 4096
 """Callers whose buckets are remembered; beyond, the one that was quiet longest starts afresh."""
@@ -98,6 +100,13 @@ class Access:
         self._origins = {origin.lower() for origin in config.origins}
         self._hosts = {urlsplit(origin).netloc for origin in self._origins}
         self._local = config.is_local
+        self._body_s = config.limits.body_s
+        # Sockets beyond those that are served hear why, which takes a moment.
+        self._most = {
+            "http": WAITING * config.limits.max_connections,
+            "websocket": 2 * config.limits.max_connections,
+        }
+        self._num_open = Counter[str]()
         rate = config.limits.requests_per_s
         self._buckets = Buckets(rate, 4 * rate)
 
@@ -112,17 +121,43 @@ class Access:
             self._metrics.errors.labels(error.code).inc()
             await _refuse(scope, send, error)
             return
-        if scope["type"] == "websocket":
-            await self._app(scope, receive, send)
-            return
+        self._num_open[scope["type"]] += 1
+        try:
+            if scope["type"] == "websocket":
+                await self._app(scope, receive, send)
+            else:
+                await self._answer(scope, receive, send, headers["host"])
+        finally:
+            self._num_open[scope["type"]] -= 1
 
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, host: str) -> None:
         async def send_shut_in(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._metrics.requests.labels(str(message["status"])).inc()
-                message["headers"] = [*message["headers"], *_shutting_in(headers["host"])]
+                message["headers"] = [*message["headers"], *_shutting_in(host)]
             await send(message)
 
-        await self._app(scope, receive, send_shut_in)
+        await self._app(scope, self._in_time(receive), send_shut_in)
+
+    def _in_time(self, receive: Receive) -> Receive:
+        """Return what receives a body as long as that takes no longer than it may."""
+        until, is_whole = asyncio.get_running_loop().time() + self._body_s, False
+
+        async def receive_in_time() -> Message:
+            nonlocal is_whole
+            if is_whole:
+                # Who waits for the client to leave may wait.
+                return await receive()
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                late = f"the body did not come within {self._body_s:g} s"
+                raise ServeError("too_late", late) from None
+            is_whole = not message.get("more_body", False)
+            return message
+
+        return receive_in_time
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         host = headers.get("host", "").lower()
@@ -135,6 +170,9 @@ class Access:
         if changes and origin and not self._is_same(origin, host):
             raise ServeError("forbidden_origin", "pages of another origin may not use this")
         path = scope["path"]
+        # Health is told in any case, and takes no time.
+        if path != "/health" and self._num_open[scope["type"]] >= self._most[scope["type"]]:
+            raise ServeError("overloaded", "this server is full: try again shortly")
         if not (path.startswith("/v1/") or path == "/metrics"):
             return
         # Handshakes too: each of them is worth a guess of the token.

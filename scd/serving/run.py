@@ -41,6 +41,7 @@ from scd.serving.http_api import make_app
 from scd.serving.service import LOG, Service
 from scd.serving.settings import PlayConfig, ServeConfig, read_token
 from scd.serving.store import abandoned, kept_files, locked_folder, remove_old
+from scd.serving.web_server import WAITING, Patience, PatientProtocol
 
 KEPT = "scd-sessions-"
 """How temporary folders of sessions begin."""
@@ -281,15 +282,18 @@ def address(config: ServeConfig, listener: socket.socket) -> str:
 
 def uvicorn_config(config: ServeConfig, app: ASGIApp) -> uvicorn.Config:
     """Return the web server's settings: quiet, without compression, with bounds."""
+    limits = config.limits
+    patience = Patience(
+        head_s=limits.head_s, read_s=limits.body_s, most=WAITING * limits.max_connections
+    )
     return uvicorn.Config(
         app,
-        http="h11",
+        http=partial(PatientProtocol, patience=patience),  # type: ignore[arg-type]
         ws="websockets-sansio",
         # Larger ones are cut off at once; those above the limit of clients end with a reason.
         ws_max_size=max(2**20, 2 * config.limits.max_message_bytes),
         # Pictures are compressed already, and small messages could unfold to large ones.
         ws_per_message_deflate=False,
-        limit_concurrency=4 * config.limits.max_connections,
         timeout_graceful_shutdown=int(FAREWELL_S),
         lifespan="auto",
         log_level="warning",

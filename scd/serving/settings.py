@@ -32,6 +32,10 @@ class ClientLimits:
     """Refused messages in a row after which a connection is closed."""
     hello_s: float = 10.0
     """Seconds within which a connection must say hello."""
+    head_s: float = 10.0
+    """Seconds within which a request must have said what it wants, from the connection on."""
+    body_s: float = 60.0
+    """Seconds within which the body of a request must have come, and a client read something."""
     max_connections: int = 64
     """WebSockets at once."""
     requests_per_s: float = 50.0

@@ -26,6 +26,7 @@ from scd.models.build import build, num_parameters
 from scd.models.checkpoint import World, save_world
 from scd.models.config import SamplingConfig, SeparableConfig
 from tests.browser import DESKTOP, PHONE, in_a_browser
+from tests.servers import serving
 from tests.tiny import shaken
 
 pytestmark = in_a_browser
@@ -485,6 +486,32 @@ def test_a_lost_connection_comes_back_to_the_same_stream(browser: Any, address: 
     player.until(lambda: player.frame < before, "a frame of before the reload")
     player.context.close()
     assert player.faults == []
+
+
+def test_a_page_that_is_left_says_goodbye_and_one_that_is_loaded_anew_plays_on(browser: Any):
+    with serving(left_s=1000.0) as server:
+
+        def left() -> list[bool]:
+            """Of each session: whether its page has left it."""
+            told = server.service.host.call(
+                lambda loop: [one.has_left for one in loop.sessions.playing.values()]
+            )
+            return told.result(WAIT_S)
+
+        player = Player(browser, server.url + "/").open()
+        player.page.locator("#fork").click()
+        player.until(lambda: left() == [False, False], "a second take")
+        player.page.reload()
+        player.until(lambda: sorted(left()) == [False, True], "the take that is played on")
+        player.more(3)
+        assert sorted(left()) == [False, True]
+        player.page.goto("about:blank")
+        deadline = time.monotonic() + WAIT_S
+        while left() != [True, True]:
+            assert time.monotonic() < deadline, left()
+            time.sleep(0.02)
+        player.context.close()
+        assert player.faults == []
 
 
 def test_a_phone_has_all_at_hand(browser: Any, address: str):
