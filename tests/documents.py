@@ -193,9 +193,10 @@ def _one_frame(url: str) -> None:
     """Watch a stream's first frame."""
     token = Path("token.txt")
     with Client(url, token=token.read_text().strip() if token.exists() else None) as client:
-        client.create(seed=0)
         world = client.welcome.world
-        frame = client.step(action=0 if world.actions else None)[0]
+        client.create(seed=0, **({"start": "clip", "clip": 0} if world.clips else {}))
+        idle = (0.0,) * world.action_dim or 0
+        frame = client.step(action=idle if world.actions else None)[0]
         assert frame.pixels.shape == (world.height, world.width, 3)
 
 

@@ -17,10 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
 import yaml
+from gymnasium.spaces import Box, Dict, MultiBinary
 from PIL import Image
 from torch.nn.functional import interpolate
 
@@ -28,7 +30,6 @@ import scd
 from scd.cli import main
 from scd.data.manifest import write_card, write_episode, write_manifest
 from scd.data.source import DataCard, flags_to_name
-from scd.data.spaces import ConditionSpec
 from scd.data.video import write_video
 from scd.training import fit
 from tests.autoencoders.test_autoencoder import far_values
@@ -157,6 +158,11 @@ REPLACED = {
         'world.push_to_hub("me/doom-64")\n': "",
         'scd.load("me/doom-64", revision="main")': 'scd.load("doom-64")',
     },
+    "docs/your-clips.md": {
+        "lerobot:my-robot?size=64": "lerobot:my-robot?size=32",
+        "range(300)": "range(20)",
+        "< 200": "< 3",
+    },
     "docs/train.md": {"model=scd-m": "model=doom-32"},
     "docs/wan.md": {"2.0: the": "0.2: the"},
 }
@@ -177,7 +183,7 @@ READY = {
     "docs/serving.md": ["runs/out/doom-64"],
     "docs/train.md": ["data/doom-128", "latents"],
     "docs/wan.md": ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "data/clips", "prompts.txt", "cat.png"],
-    "docs/your-clips.md": ["my-clips", "my-videos"],
+    "docs/your-clips.md": ["my-cars", "my-demos", "my-robot", "my-videos"],
 }
 """Page -> what its reader has before the first command; `Made` knows how to make it."""
 
@@ -216,13 +222,21 @@ class Made:
             out.write_text("\n".join(PROMPTS))
         elif kind == "cat.png":
             Image.fromarray(moving_pictures(1, 40, 40)[0]).save(out)
+        elif kind == "my-robot":
+            shutil.copytree(ROOT / "tests/data/lerobot/v30_h264", out)
+        elif kind == "my-demos":
+            out.mkdir()
+            for number in range(3):
+                with h5py.File(out / f"demo{number}.hdf5", "w") as file:
+                    file["observations/rgb"] = moving_pictures(48, 64, 64, seed=number)
+                    file["action"] = np.zeros((48, 2), np.float32)
         elif kind == "my-videos":
             out.mkdir()
             for number in range(4):
                 pixels = moving_pictures(48, 64, 80, seed=number)
                 write_video(out / f"drive{number}.mp4", pixels, fps=10.0, lossless=True)
         elif (
-            kind in ("my-clips", "DATA", "cars", "doom-32", "doom-64", "doom-128")
+            kind in ("my-clips", "my-cars", "DATA", "cars", "doom-32", "doom-64", "doom-128")
             and "run" not in name
         ):
             self.clips(out, int(kind.rpartition("-")[2]) if kind.startswith("doom") else 64)
@@ -316,15 +330,21 @@ def names_before(page: str, folder: Path) -> dict[str, Any]:
     """Return the variables that a page's Python takes for given."""
     if page != "docs/your-clips.md":
         return {"scd": scd}
-    pixels = moving_pictures(20, 64, 64)
-    spec = ConditionSpec(num_actions=3)
-    return {
-        "folder": folder / "own",
-        "my_episodes": [("a", pixels, np.arange(20) % 3)],
-        "card": DataCard(
-            height=64, width=64, fps=10.0, conditions=spec, action_names=("none", "left", "right")
-        ),
-    }
+    return {"scd": scd, "simulator": Simulator()}
+
+
+class Simulator:
+    """A loop of one's own: pictures that go by, keys and a mouse."""
+
+    action_space = Dict({"keys": MultiBinary(4), "mouse": Box(-1.0, 1.0, (2,))})
+
+    def reset(self, seed: int) -> None:
+        self.action_space.seed(seed)
+        self.pictures = iter(moving_pictures(20, 64, 64, seed=seed))
+
+    def step(self, action: dict[str, np.ndarray]) -> np.ndarray:
+        assert self.action_space.contains(action)
+        return next(self.pictures)
 
 
 def after_readme(names: dict[str, Any], folder: Path) -> None:
@@ -343,7 +363,13 @@ def after_environments(names: dict[str, Any], folder: Path) -> None:
 
 
 def after_clips(names: dict[str, Any], folder: Path) -> None:
-    assert main(["data", "check", str(folder / "own")]) == 0
+    assert main(["data", "check", str(folder / "my-own")]) == 0
+    assert scd.WorldEnv(scd.load(folder / "run-own")).action_space == Simulator.action_space
+    for first in ("From videos", "From a LeRobot", "From an env", "From HDF5", "From a loop"):
+        text = (ROOT / "docs/your-clips.md").read_text("utf-8")
+        part = text[text.index(f"\n## {first}") :].split("\n## ")[1].split("From there:")[-1]
+        shown = re.findall(r"^```(?:console|python)\n(.*?)^```", part, re.M | re.S)
+        assert 1 <= len("".join(shown).splitlines()) <= 6, f"{first}: six lines at most"
     card = json.loads((folder / "my-clips/dataset.json").read_text())
     shown = [json.loads(one.text) for one in blocks("docs/your-clips.md") if one.language == "json"]
     assert set(shown[0]) <= set(card)

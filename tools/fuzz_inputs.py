@@ -140,7 +140,7 @@ def make_inputs(folder: Path) -> None:
     _run("evaluate", "run", *EVALUATE)
     _run("probe", "run", *PROBE)
     _make_session()
-    _make_words()
+    make_words()
     for path in folder.rglob("lock"):
         path.unlink()
     Path(MODULES).write_text("\n".join(sorted(sys.modules)))
@@ -236,7 +236,7 @@ def _make_session() -> None:
     )
 
 
-def _make_words() -> None:
+def make_words() -> None:
     """Write what clients say and send."""
     said: list[dict[str, Any]] = [
         {"type": "hello", "version": 1, "codec": "jpeg", "quality": 90},
@@ -353,7 +353,7 @@ def _restore(url: str) -> bool:
     return is_there and status == 201
 
 
-def _upload(url: str) -> bool:
+def upload(url: str) -> bool:
     """Begin streams with what was uploaded."""
     is_right = True
     for path in (Path("upload.mp4"), Path("upload.png")):
@@ -370,7 +370,7 @@ def _upload(url: str) -> bool:
     return is_right
 
 
-def _say(url: str) -> bool:
+def say(url: str) -> bool:
     """Say what stands in a file, line by line, and hear the answers."""
     is_right = True
     lines = _lines("said.jsonl")
@@ -401,7 +401,7 @@ def _say(url: str) -> bool:
     return is_right
 
 
-def _ask(url: str) -> bool:
+def ask(url: str) -> bool:
     """Make the requests that stand in a file."""
     is_right, session = True, "none"
     for line in _lines("asked.jsonl"):
@@ -534,21 +534,21 @@ KINDS: dict[str, Kind] = {
         needs=("world", "said.jsonl"),
         mutated=("said.jsonl",),
         commands=(SERVE,),
-        talk=_say,
+        talk=say,
         share=4,
     ),
     "requests": Kind(
         needs=("world", "asked.jsonl"),
         mutated=("asked.jsonl",),
         commands=(SERVE,),
-        talk=_ask,
+        talk=ask,
         share=2,
     ),
     "uploads": Kind(
         needs=("world", "upload.mp4", "upload.png"),
         mutated=("upload.*",),
         commands=(SERVE,),
-        talk=_upload,
+        talk=upload,
         share=1,
     ),
 }

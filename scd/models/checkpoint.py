@@ -93,7 +93,7 @@ class World:
 
     @property
     def clips(self) -> Clips:
-        """Clips to begin streams from, of the actions by id; read when first asked for.
+        """Clips to begin streams from; read when first asked for.
 
         Raises:
             ValueError: their file is damaged, or holds something else.

@@ -30,8 +30,8 @@ class Clips(Sequence[Clip]):
 
     frames: UInt8[Tensor, "n t 3 h w"]
     """Pixels, 0 to 255."""
-    actions: Int[Tensor, "n t"]
-    """Action i led to frame i."""
+    actions: Int[Tensor, "n t"] | Float[Tensor, "n t a"]
+    """Action i led to frame i: ids, or vectors."""
     fps: float = 10.0
     """Frames per second at which they are meant to be watched."""
 
@@ -64,7 +64,9 @@ class Clips(Sequence[Clip]):
         if not -len(self) <= place < len(self):
             there = f"0 .. {len(self) - 1}" if len(self) else "none: begin from frames of yours"
             raise IndexError(f"this world carries no clip {place}; clips are {there}")
-        return Clip(frames=self.pixels(place), actions=self.actions[place].long(), fps=self.fps)
+        actions = self.actions[place]
+        actions = actions.float() if actions.is_floating_point() else actions.long()
+        return Clip(frames=self.pixels(place), actions=actions, fps=self.fps)
 
     def __iter__(self) -> Iterator[Clip]:
         return (self[number] for number in range(len(self)))
@@ -104,12 +106,16 @@ def _check(frames: Tensor, actions: Tensor, card: DataCard) -> None:
             f"frames must be bytes of shape [n, t, {', '.join(map(str, size))}], got "
             f"{frames.dtype} {list(frames.shape)}"
         )
-    if actions.dtype not in INTEGERS or actions.shape != frames.shape[:2]:
+    spec = card.conditions
+    is_kind = actions.is_floating_point() if spec.action_dim else actions.dtype in INTEGERS
+    entries = (spec.action_dim,) if spec.action_dim else ()
+    if not is_kind or actions.shape != (*frames.shape[:2], *entries):
+        wanted = f"{spec.action_dim} numbers" if spec.action_dim else "an integer"
         raise ValueError(
-            f"needed an integer for each of {list(frames.shape[:2])} frames as its action, got "
+            f"needed {wanted} for each of {list(frames.shape[:2])} frames as its action, got "
             f"{actions.dtype} {list(actions.shape)}"
         )
     if not frames.numel():
         raise ValueError(f"needed one or more, got {list(frames.shape)}")
-    if card.conditions.num_actions:
-        check_actions(card.conditions, actions.long())
+    if spec.has_actions:
+        check_actions(spec, actions.float() if spec.action_dim else actions.long())

@@ -408,7 +408,8 @@ class Commands:
         if clips is None or number >= len(clips.frames):
             raise ServeError("unknown_clip", f"this world has {self._world.clips} clips")
         frames = rearrange(clips.frames[number].numpy(), "t c h w -> t h w c")
-        actions = tuple(clips.actions[number].tolist()) if self._world.actions else ()
+        rows = clips.actions[number].tolist() if self._world.actions else []
+        actions = tuple(tuple(row) if isinstance(row, list) else row for row in rows)
         return Start(message=asked, frames=np.ascontiguousarray(frames), actions=actions)
 
     def _led_to(self, asked: Beginning, num_frames: int) -> tuple[ActionValue, ...]:

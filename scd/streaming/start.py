@@ -28,7 +28,7 @@ def own_start(world: World, batch: int, seed: int) -> Given | None:
     shows stripes for ever.
     """
     clips = world.clips
-    if world.begins_from_nothing or not len(clips) or not world.card.conditions.num_actions:
+    if world.begins_from_nothing or not len(clips) or not world.card.conditions.has_actions:
         return None
     return [clips[seed % len(clips)][:NUM_GIVEN]] * batch
 

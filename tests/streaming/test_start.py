@@ -4,13 +4,20 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Dict, MultiBinary
+from safetensors.torch import save_file
 
 import scd
+from scd.data.actions import conditions_of
 from scd.data.clip import Clip, Conditions
+from scd.data.folder import FolderSource
+from scd.data.manifest import read_card
 from scd.models.checkpoint import save_world
-from scd.models.clips import Clips
+from scd.models.clips import CLIPS_FILE, Clips
+from scd.serving.run import held_out_clips
 from scd.streaming.environment import WorldEnv, WorldVectorEnv, pixels
 from scd.streaming.rollout import Rollout
 from tests.streaming.test_rollout import world_of
@@ -187,3 +194,31 @@ def test_the_example_of_the_first_hour_runs(tmp_path, request):
     lines = [line for line in example.read_text().splitlines() if line and line[0] not in '"p']
     assert len(lines) <= 15
     assert scd.load("doom").clips[0].frames.shape == (48, 3, 64, 64)
+
+
+def test_clips_of_vectors_begin_streams_as_ids_do(tmp_path):
+    """From clips of one's own loop to a saved world, its environment and its server."""
+    space = Dict({"keys": MultiBinary(2), "mouse": Box(-1.0, 1.0, (2,))})
+    noise, spec = np.random.default_rng(0), conditions_of(space)
+    clips = scd.ClipWriter(tmp_path / "own", space, fps=10)
+    for _ in range(3):
+        frames = noise.integers(0, 256, (9, 4, 6, 3), np.uint8)
+        clips.write(frames, [space.sample() for _ in range(9)])
+    world = replace(world_of(tiny_separable(conditions=spec)), card=read_card(clips.folder))
+    world.clips = held_out_clips(str(clips.folder), world)
+    assert world.clips.frames.shape == (1, 9, 3, 4, 6) and world.clips.actions.shape == (1, 9, 4)
+    written = FolderSource(clips.folder, "val").read(0, 0, 9)
+    world.save_pretrained(tmp_path / "world")
+    kept = scd.load(tmp_path / "world").clips[0]
+    assert torch.equal(kept.actions, written.actions) and torch.equal(kept.frames, written.frames)
+    rollout, other = Rollout(world, seed=0), Rollout(world, seed=0)
+    # Its only clip, as a world begins that was not taught to begin from nothing.
+    assert torch.equal(rollout.begin(), other.begin(written))
+    action = space.sample()
+    assert torch.equal(rollout.step(action), other.step(action))
+    env = WorldEnv(world, clips=world.clips)
+    assert env.action_space == space and env.reset(seed=1)[0].shape == (4, 6, 3)
+    pixels, damaged = world.clips.frames.contiguous(), torch.full_like(world.clips.actions, 3.0)
+    save_file({"frames": pixels, "actions": damaged}, tmp_path / "world" / CLIPS_FILE)
+    with pytest.raises(ValueError, match="holds no clips.*keys_0"):
+        _ = scd.load(tmp_path / "world").clips
