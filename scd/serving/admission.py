@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 
 from scd.common.memory import GIB, OutOfMemory, free_bytes, readable
 from scd.engine.interface import Engine
@@ -146,6 +147,87 @@ def budget_bytes(engine: Engine, memory_gib: float | None, max_rows: int) -> int
             f"{readable(total)} may be taken"
         )
     return total - rows
+
+
+def for_under_way(budget: int, max_sessions: int) -> int:
+    """Return the part of the memory that is for what comes and goes: bodies, uploads, snapshots.
+
+    An eighth, and as much as there is for one session, whose snapshot then fits.
+    """
+    return max(budget // 8, budget // (max_sessions + 1))
+
+
+class UnderWay:
+    """Counts the bytes that come in and go out, and refuses those beyond; from any thread."""
+
+    def __init__(self, budget: int) -> None:
+        """Begin with none; `budget`: bytes, which may be set later."""
+        self.budget = budget
+        self.held = self.num_freed = 0
+        # Of one thread several times: bytes may be let go of wherever memory is asked for.
+        self._lock = RLock()
+
+    def check(self, num_bytes: int) -> None:
+        """Refuse bytes for which there is no room now.
+
+        Raises:
+            ServeError: too_large: they are more than may ever be under way; overloaded: others are.
+        """
+        if num_bytes > self.budget:
+            raise ServeError(
+                "too_large",
+                f"{readable(num_bytes)} are more than the {readable(self.budget)} of memory for "
+                "what comes and goes (--memory-gib)",
+            )
+        if self.held + num_bytes > self.budget:
+            raise ServeError(
+                "overloaded",
+                f"{readable(num_bytes)} do not fit beside what others send and fetch now, "
+                f"{readable(self.held)} of {readable(self.budget)}: try again shortly",
+            )
+
+    def take(self, num_bytes: int) -> None:
+        """Count bytes from now on (ServeError as `check`)."""
+        with self._lock:
+            self.check(num_bytes)
+            self.held += num_bytes
+
+    def give(self, num_bytes: int) -> None:
+        """Count bytes no more."""
+        with self._lock:
+            self.held -= num_bytes
+            self.num_freed += num_bytes
+
+
+class Counted(bytearray):
+    """Bytes that are under way for as long as anybody holds them."""
+
+    def __init__(self, under_way: UnderWay, size: int = 0, weight: int = 1) -> None:
+        """Begin with zeros.
+
+        Args:
+            under_way: counts them.
+            size: of them.
+            weight: copies that whoever takes them makes on the way.
+
+        Raises:
+            ServeError: as `UnderWay.check`.
+        """
+        self._under_way, self._weight, self._taken = under_way, weight, 0
+        self._take(size)
+        super().__init__(size)
+
+    def _take(self, size: int) -> None:
+        self._under_way.take(self._weight * size)
+        self._taken += self._weight * size
+
+    def add(self, part: bytes) -> None:
+        """Append bytes (ServeError as `UnderWay.check`)."""
+        self._take(len(part))
+        self.extend(part)
+
+    def __del__(self) -> None:
+        self._under_way.give(self._taken)
 
 
 class Admission:

@@ -12,6 +12,7 @@ from typing import Any
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from scd.serving.access import Bucket
+from scd.serving.admission import Counted
 from scd.serving.codec import Encoder, make_encoder
 from scd.serving.messages import (
     Acknowledge,
@@ -54,7 +55,7 @@ class SendQueue:
 
     def __init__(self, service: Service, socket: WebSocket) -> None:
         self._service, self._socket = service, socket
-        self._queue: asyncio.Queue[str | bytes | Frame] = asyncio.Queue(MOST_QUEUED)
+        self._queue: asyncio.Queue[str | bytearray | Frame] = asyncio.Queue(MOST_QUEUED)
         self._sent = ("", -1, -1)
         self._acted: deque[tuple[int, float]] = deque(maxlen=64)
         self.failed: asyncio.Future[ServeError] = asyncio.get_running_loop().create_future()
@@ -70,9 +71,9 @@ class SendQueue:
         self.num_refused = 0
         """Messages refused in a row."""
 
-    def put(self, message: FromServer | bytes | Frame) -> None:
+    def put(self, message: FromServer | bytearray | Frame) -> None:
         """Send a message, a binary one as it is, or a frame."""
-        is_packed = isinstance(message, (bytes, Frame))
+        is_packed = isinstance(message, (bytearray, Frame))
         try:
             self._queue.put_nowait(message if is_packed else write(message))
         except asyncio.QueueFull:
@@ -114,10 +115,12 @@ class SendQueue:
                     await self._send_frame(item)
                     continue
                 await self._send(item)
-                if isinstance(item, bytes):
+                if isinstance(item, bytearray):
                     self.is_file_waiting = False
+                # Not while the next one is waited for: it may be large.
+                del item
 
-    async def _send(self, data: str | bytes) -> None:
+    async def _send(self, data: str | bytes | bytearray) -> None:
         """Wait for the network (WebSocketDisconnect: the client has left)."""
         send = self._socket.send_text if isinstance(data, str) else self._socket.send_bytes
         try:
@@ -254,12 +257,26 @@ class Conversation:
             queue.generation = said.generation
         if said is not None:
             said = said.model_copy(update={"request": message.request})
-            is_file = isinstance(said, SnapshotHeader)
-            queue.put(pack(said, answer.file or b"") if is_file else said)
+            if isinstance(said, SnapshotHeader):
+                self._put_file(pack(said, b""), answer.file or b"", message.request)
+            else:
+                queue.put(said)
         for frame in answer.frames:
             # New ones were heard as they were made.
             if frame.header.shown:
                 queue.put(frame)
+
+    def _put_file(self, header: bytes, file: bytes | bytearray, request: int | None) -> None:
+        queue = self._queue
+        try:
+            # What sends it has a copy of its own.
+            data = Counted(self._service.host.under_way, len(header) + len(file), weight=2)
+        except ServeError as error:
+            queue.is_file_waiting = False
+            queue.refuse(error, request)
+            return
+        data[: len(header)], data[len(header) :] = header, file
+        queue.put(data)
 
     def _hear(self, event: Event) -> None:
         """Be told by the model thread."""

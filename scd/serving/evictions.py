@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from scd.common.memory import OutOfMemory, readable
 from scd.common.runtime import return_freed_memory
+from scd.serving.admission import Counted
 from scd.serving.messages import Evicted, ServeError, Stopped
 from scd.serving.session import Session, as_guidance
 from scd.serving.sessions import UNKNOWN, Sessions
-from scd.serving.snapshot import Fingerprint, Parsed, parse, rebuild, write
+from scd.serving.snapshot import Fingerprint, Layout, Parsed, parse, parse_head, rebuild, write
 from scd.serving.store import SessionStore
 
 TELL_S = 60.0
@@ -57,11 +59,12 @@ class Evictions:
         sessions: Sessions,
         store: SessionStore | None,
         fingerprint: Fingerprint,
+        layout: Layout,
         hand_over: Callable[[Callable[[], None]], None],
     ) -> None:
         """Begin with none under way; no store: sessions stay in memory."""
         self.sessions, self.store = sessions, store
-        self._fingerprint, self._hand_over = fingerprint, hand_over
+        self._fingerprint, self._layout, self._hand_over = fingerprint, layout, hand_over
         self.num_evictions = self.num_restores = self.num_failed = self.num_lost = 0
         self._removed, self._num_told = Seldom(sessions.report, sessions.clock), 0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="scd-serve-store")
@@ -91,9 +94,10 @@ class Evictions:
         store = self.store
         return _known(False) if store is None else self._ask(lambda: store.discard(name))
 
-    def snapshot(self, session: Session) -> Future[bytes]:
+    def snapshot(self, session: Session) -> Future[bytearray]:
         image = self.sessions.image(session)
-        return self._ask(lambda: write(image, self._fingerprint))
+        make = partial(Counted, self.sessions.under_way)
+        return self._ask(lambda: write(image, self._fingerprint, make))
 
     def leave(self, name: str) -> Future[bool]:
         """Note that nobody will come back to a session on disk; say whether it was there."""
@@ -242,7 +246,8 @@ class Evictions:
             self._waking[name].append(retry)
             return
         self._waking[name] = [retry]
-        self._work(lambda: store.take(name), lambda done: self._wake(name, store, done))
+        make = partial(Counted, self.sessions.under_way)
+        self._work(lambda: store.take(name, make), lambda done: self._wake(name, store, done))
 
     def _wake(self, name: str, store: SessionStore, done: Future[Parsed]) -> None:
         error = done.exception()
@@ -262,12 +267,21 @@ class Evictions:
         answer: Future[Session] = Future()
 
         def read() -> Parsed:
-            parsed = parse(file)
-            self._fingerprint.refuse(parsed.fingerprint)
-            return parsed
+            self.check(file)
+            return parse(file)
 
         self._work(read, lambda done: self._restored(done, answer))
         return answer
+
+    def check(self, file: bytes | bytearray) -> None:
+        """Refuse a snapshot of which no session can be made, by its head alone; on any thread.
+
+        Raises:
+            ServeError: bad_snapshot.
+        """
+        fingerprint, record, head = parse_head(file)
+        self._fingerprint.refuse(fingerprint)
+        self._layout.check(record, head)
 
     def _restored(self, done: Future[Parsed], answer: Future[Session]) -> None:
         """Open a session that was read, if need be once another one has made room."""

@@ -19,9 +19,9 @@ from scd.models.build import build, num_parameters
 from scd.models.checkpoint import World
 from scd.models.config import SeparableConfig
 from scd.models.shipped import Clips
-from scd.serving.admission import HostConfig
+from scd.serving.admission import HostConfig, UnderWay
 from scd.serving.commands import Call
-from scd.serving.messages import Answer, Command, Sink, WorldInfo
+from scd.serving.messages import Answer, Command, ServeError, Sink, WorldInfo
 from scd.serving.metrics import HostOverview
 from scd.serving.scheduler import EngineLoop, RequestQueue
 
@@ -69,6 +69,8 @@ class Host:
         self.world, self.engine, self.config = world, engine, config or HostConfig()
         self.info = _world_info(world, engine, name, clips, about or About())
         self._clips, self._report = clips, report
+        self.under_way = UnderWay(0)
+        """Counts what comes and goes; has room from `start` on."""
         self._requests = RequestQueue(self.config.queue_commands)
         self._thread = Thread(target=self._live, name="scd-serve-model", daemon=True)
         self._ready: Future[None] = Future()
@@ -140,6 +142,16 @@ class Host:
         call = Call(message=message, name=session, sink=sink, upload=upload, file=file)
         return self._requests.put(call)
 
+    def check_snapshot(self, head: bytes | bytearray) -> None:
+        """Refuse a snapshot by its beginning, before the rest of it has come; from any thread.
+
+        Raises:
+            ServeError: bad_snapshot: no session of this world can be made of it; model_stopped.
+        """
+        if self._loop is None:
+            raise ServeError("model_stopped", "the host has not started", fatal=True)
+        self._loop.evictions.check(head)
+
     def call(self, do: Callable[[EngineLoop], Any]) -> Future[Any]:
         """Have something done on the model thread."""
         return self._requests.put(Call(message=do))
@@ -155,6 +167,7 @@ class Host:
                 self.info,
                 self._requests,
                 self._report,
+                self.under_way,
             )
             self._loop = loop
             self._ready.set_result(None)

@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ import torch
 from fastapi import APIRouter, FastAPI, Request, Response, WebSocket
 from PIL import Image
 from starlette.exceptions import HTTPException
+from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp
 
 from scd.data.clip import pixels_to_frames
 from scd.evaluation.media import write_video
 from scd.serving.access import Access
+from scd.serving.admission import Counted
 from scd.serving.codec import JpegEncoder
 from scd.serving.connection import serve_client
 from scd.serving.messages import (
@@ -36,6 +38,8 @@ from scd.serving.messages import (
 )
 from scd.serving.protocol import error_json, read_body, write
 from scd.serving.service import Service, answer, as_error
+from scd.serving.snapshot import bad
+from scd.serving.tensors import head_bytes
 
 PAGE = Path(__file__).resolve().parent / "web"
 """Folder of the page."""
@@ -187,7 +191,7 @@ class HttpApi:
         """Take a picture or a video: its id and number of frames."""
         uploads = self._service.uploads
         uploads.check_room()
-        data = await _body(request, self._service.limits.max_upload_bytes)
+        data = await self._file(request, self._service.limits.max_upload_bytes)
         identity, num_frames = await uploads.add(data)
         self._service.metrics.uploads.inc()
         return _json(json.dumps({"upload": identity, "frames": num_frames}), 201)
@@ -197,17 +201,22 @@ class HttpApi:
         picture = request.query_params.get("format", "jpeg")
         if picture not in ("jpeg", "png"):
             raise ServeError("bad_field", f"format: jpeg or png, got {picture[:20]!r}")
-        session, file = request.path_params.get("session", ""), b""
+        session = request.path_params.get("session", "")
+        file: bytes | bytearray = b""
         if kind is Restore:
-            file = await _body(request, self._service.limits.max_snapshot_bytes)
+            most, check = self._service.limits.max_snapshot_bytes, self._service.host.check_snapshot
+            file = await self._file(request, most, check)
             message: Command = Restore()
         else:
             message = read_body(kind, await _body(request, SMALL_BODY))
-        found = await answer(self._service.ask(message, session, file=file))
+        asked = self._service.ask(message, session, file=file)
+        # The host lets go of it once it is read.
+        del file
+        found = await answer(asked)
         if kind.status == 204:
             return Response(status_code=204)
         if found.file is not None:
-            return Response(found.file, kind.status, media_type="application/octet-stream")
+            return _sent(found.file, kind.status)
         assert found.message is not None, "messages without an answer have no route"
         if not found.frames:
             return _json(write(found.message), kind.status)
@@ -218,6 +227,25 @@ class HttpApi:
         )
         values = {"frames": packed, "state": found.message.model_dump(mode="json")}
         return _json(json.dumps(values), kind.status)
+
+    async def _file(
+        self, request: Request, max_bytes: int, check: Callable[[bytearray], None] | None = None
+    ) -> Counted:
+        """Read a file as it comes; `check` refuses it by its head, before the rest is there."""
+        under_way = self._service.host.under_way
+        data = Counted(under_way)
+        if (size := _announced(request)) <= max_bytes:
+            under_way.check(size)
+
+        async def put(part: bytes) -> None:
+            nonlocal check
+            data.add(part)
+            if check is not None and (size := _head_bytes(data)) and len(data) >= size:
+                await asyncio.to_thread(check, data[:size])
+                check = None
+
+        await _receive(request, max_bytes, put)
+        return data
 
     async def frame(self, request: Request) -> Response:
         text = request.path_params["index"]
@@ -255,20 +283,60 @@ def _json(body: str, status: int = 200) -> Response:
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+
+    async def put(part: bytes) -> None:
+        parts.append(part)
+
+    await _receive(request, max_bytes, put)
+    return b"".join(parts)
+
+
+async def _receive(
+    request: Request, max_bytes: int, put: Callable[[bytes], Awaitable[None]]
+) -> None:
+    """Pass a body on as it comes (ServeError: it is too large, or does not come in time)."""
     too_large = ServeError("too_large", f"at most {max_bytes} bytes are taken here")
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > max_bytes:
+    if _announced(request) > max_bytes:
         raise too_large
-    data = bytearray()
+    num_bytes = 0
     try:
         async with asyncio.timeout(BODY_S):
             async for part in request.stream():
-                data += part
-                if len(data) > max_bytes:
+                num_bytes += len(part)
+                if num_bytes > max_bytes:
                     raise too_large
+                await put(part)
     except TimeoutError:
         raise ServeError("too_late", f"the body did not come within {BODY_S:g} s") from None
-    return bytes(data)
+
+
+def _announced(request: Request) -> int:
+    """Return the bytes that a body is said to have; 0: nothing is said."""
+    length = request.headers.get("content-length", "0")
+    return int(length) if length.isdecimal() else 0
+
+
+def _head_bytes(data: bytearray) -> int | None:
+    try:
+        return head_bytes(data)
+    except ValueError as error:
+        raise bad(str(error)) from None
+
+
+PART_BYTES = 2**18
+"""Of a file, put on the way at once."""
+
+
+def _sent(data: bytes | bytearray, status: int) -> Response:
+    """Return an answer with a file, of which only a part at a time is copied."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        for begin in range(0, len(data), PART_BYTES):
+            yield bytes(data[begin : begin + PART_BYTES])
+
+    headers = {"content-length": str(len(data))}
+    return StreamingResponse(parts(), status, headers, "application/octet-stream")
 
 
 def _with_picture(frame: Frame, kind: str) -> dict[str, Any]:

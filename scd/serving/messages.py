@@ -581,7 +581,7 @@ class Answer:
     """For the client; None: it is not told."""
     frames: list[Frame] = field(default_factory=list)
     """That were made, or that are shown again."""
-    file: bytes | None = None
+    file: bytes | bytearray | None = None
     """A snapshot, whose header is the message."""
 
 

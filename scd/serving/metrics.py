@@ -40,6 +40,8 @@ class HostOverview:
     max_sessions: int = _number("Sessions that there may be in memory.")
     reserved_bytes: int = _number("Memory promised to sessions.")
     budget_bytes: int = _number("Memory that may be promised.")
+    under_way_bytes: int = _number("Memory of bodies, uploads and snapshots on their way.")
+    under_way_budget_bytes: int = _number("Memory that these may take.")
     num_commands: int = _number("Calls that wait for the model thread.")
     num_frames: int = _number("Frames made.", counter=True)
     num_dropped: int = _number("Frames made or begun for nothing.", counter=True)

@@ -14,14 +14,14 @@ from scd.common.memory import GIB, OutOfMemory, readable
 from scd.engine.interface import Engine
 from scd.models.checkpoint import World
 from scd.models.shipped import Clips
-from scd.serving.admission import HostConfig
+from scd.serving.admission import HostConfig, UnderWay
 from scd.serving.commands import Call, Commands
 from scd.serving.evictions import Evictions, Seldom, lacks_room
 from scd.serving.messages import Command, ServeError, WorldInfo
 from scd.serving.metrics import HostOverview
 from scd.serving.session import Session, as_action
 from scd.serving.sessions import Sessions
-from scd.serving.snapshot import fingerprint_of
+from scd.serving.snapshot import Layout, fingerprint_of
 from scd.serving.store import SessionStore, StoreLimits
 from scd.streaming.sessions import Finished, Streams
 from scd.streaming.sessions import Session as Stream
@@ -183,7 +183,7 @@ NAP_S = 0.5
 SWEEP_S = 1.0
 """Between two looks for idle sessions."""
 TRIM_BYTES = 16 * 2**20
-"""Of sessions that have gone, after which free memory is returned: that takes milliseconds."""
+"""Of sessions and files that have gone, after which memory is returned, which takes a while."""
 KEPT_GIB = 8.0
 """Of sessions on disk, unless told, and more is needed."""
 MOST_TRIES = 3
@@ -202,6 +202,7 @@ class EngineLoop:
         info: WorldInfo,
         requests: RequestQueue,
         report: Callable[[str], None],
+        under_way: UnderWay,
     ) -> None:
         """Allocate.
 
@@ -212,12 +213,13 @@ class EngineLoop:
         self.config, self._requests = config, requests
         fingerprint = fingerprint_of(world, engine)
         streams = Streams(world, engine, max_rows=config.max_rows)
-        self.sessions = Sessions(streams, config, time.monotonic, report)
+        self.sessions = Sessions(streams, config, time.monotonic, report, under_way)
         self.scheduler = Scheduler(self.sessions)
         store = None
         if config.evict_dir is not None:
             store = SessionStore(config.evict_dir, fingerprint, self._store_limits())
-        self.evictions = Evictions(self.sessions, store, fingerprint, requests.put_own)
+        layout = Layout.of((world, engine, streams.window), config.max_start_frames)
+        self.evictions = Evictions(self.sessions, store, fingerprint, layout, requests.put_own)
         self.commands = Commands(self.sessions, self.evictions, clips, info)
         self._refused = Seldom(report, time.monotonic)
         self._sweep_at = time.monotonic() + SWEEP_S
@@ -259,7 +261,7 @@ class EngineLoop:
 
     def _trim(self) -> None:
         """Return memory to the machine once much of it is free."""
-        num_freed = self.sessions.admission.num_freed
+        num_freed = self.sessions.admission.num_freed + self.sessions.under_way.num_freed
         if num_freed - self._num_trimmed >= TRIM_BYTES:
             self._num_trimmed = num_freed
             self.evictions.trim()
@@ -338,6 +340,8 @@ class EngineLoop:
             max_sessions=self.config.max_sessions,
             reserved_bytes=sessions.admission.reserved,
             budget_bytes=sessions.admission.budget,
+            under_way_bytes=sessions.under_way.held,
+            under_way_budget_bytes=sessions.under_way.budget,
             num_frames=self.scheduler.num_frames,
             num_dropped=sessions.num_dropped,
             num_faults=sessions.num_faults,

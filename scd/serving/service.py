@@ -61,7 +61,9 @@ class Service:
         """Is awaited before a session is asked for: brings it here if another server has it."""
         self.metrics = Metrics(host.overview)
         card = host.world.card
-        self.uploads = Uploads(card.height, card.width, card.fps, config.limits, shared)
+        self.uploads = Uploads(
+            card.height, card.width, card.fps, config.limits, shared, host.under_way
+        )
         self.limits = _limits(config)
         self.num_connections = 0
 

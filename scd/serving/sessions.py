@@ -16,8 +16,10 @@ from scd.serving.admission import (
     Admission,
     HostConfig,
     SessionBytes,
+    UnderWay,
     budget_bytes,
     fitting_history,
+    for_under_way,
     session_bytes,
 )
 from scd.serving.messages import Evicted, ServeError, Stopped
@@ -43,6 +45,7 @@ class Sessions:
         config: HostConfig,
         clock: Callable[[], float],
         report: Callable[[str], None],
+        under_way: UnderWay,
     ) -> None:
         """Begin with none.
 
@@ -51,6 +54,7 @@ class Sessions:
             config: limits.
             clock: seconds.
             report: told what a person should know.
+            under_way: gets its part of the memory.
 
         Raises:
             OutOfMemory: not even one session fits.
@@ -59,7 +63,9 @@ class Sessions:
         self.num_dropped = self.num_faults = 0
         self.playing: dict[str, Session] = {}
         self.stopped: dict[str, str] = {}
-        budget = budget_bytes(streams.engine, config.memory_gib, config.max_rows)
+        whole = budget_bytes(streams.engine, config.memory_gib, config.max_rows)
+        under_way.budget = for_under_way(whole, config.max_sessions)
+        self.under_way, budget = under_way, whole - under_way.budget
         self.admission = Admission(config.max_sessions, budget)
         self.reach, self.every = self._plan_history(budget)
 

@@ -7,15 +7,14 @@ a stream of this world and engine can have.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import ConfigDict
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from scd.common.config import differences, to_json
@@ -37,6 +36,7 @@ from scd.serving.messages import (
     State,
 )
 from scd.serving.session import History, KeptFrame, Start, as_action, as_guidance
+from scd.serving.tensors import Head, pack, read_head
 from scd.streaming.rollout import Rollout
 
 NUM_VALUES = 16
@@ -149,11 +149,7 @@ def tensors_of(rollout: Rollout, prefix: str) -> dict[str, Tensor]:
         tensors["sink_keys"] = cache.sink_keys
     if isinstance(state, SeparableState):
         tensors["newest"] = state.newest
-    # Copied, since a file holds no two tensors that share their memory.
-    return {
-        f"{prefix}.{name}": tensor.cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def fill(rollout: Rollout, record: CacheRecord, tensors: Mapping[str, Tensor], prefix: str) -> None:
@@ -281,11 +277,117 @@ class Parsed:
     record: SessionRecord
     """Its JSON."""
     tensors: Mapping[str, Tensor]
-    """Its tensors, all finite."""
+    """Its tensors, all finite; they lie in the bytes of the file."""
 
 
-def write(image: Image, fingerprint: Fingerprint) -> bytes:
-    """Turn a session into a file; may run beside the model thread, since an image is fixed."""
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What the tensors of a session of one world and engine are, as its head must say."""
+
+    dtype: torch.dtype
+    """Of all but the pictures."""
+    keys: tuple[int, int, int]
+    """Of a KV cache: layers, heads, and size of one."""
+    tokens: int
+    """Of a frame."""
+    window: int
+    """Frames of a full KV cache."""
+    num_sinks: int
+    """First frames whose keys are kept a second time."""
+    is_separable: bool
+    """Whether a stream keeps its newest frame, too."""
+    latent: tuple[int, ...]
+    """Shape of a frame as the model makes it."""
+    picture: tuple[int, ...]
+    """Shape of a given frame."""
+    max_start: int
+    """Given frames."""
+
+    @staticmethod
+    def of(place: Place, max_start: int) -> Layout:
+        """Look at a stream that has just begun."""
+        world, engine, window = place
+        rollout = Rollout(world, None, None, 0, window, engine)
+        _begin(rollout, 0 if engine.config.conditions.num_labels else None)
+        cache: KVCache = rollout.state.cache
+        layers, _, heads, _, head_dim = cache.keys.shape
+        return Layout(
+            dtype=engine.dtype,
+            keys=(layers, heads, head_dim),
+            tokens=cache.tokens_per_frame,
+            window=cache.config.window,
+            num_sinks=cache.config.num_sinks if cache.config.rebase_sinks else 0,
+            is_separable=isinstance(rollout.state, SeparableState),
+            latent=tuple(engine.shape.shape),
+            picture=(world.card.height, world.card.width, 3),
+            max_start=max_start,
+        )
+
+    def check(self, record: SessionRecord, head: Head) -> None:
+        """Refuse a file whose head names other tensors than a session of its numbers has.
+
+        Raises:
+            ServeError: bad_snapshot.
+        """
+        wanted = self._wanted(record)
+        found = {name: (entry.dtype, entry.shape) for name, entry in head.entries.items()}
+        start = found.pop("start", None)
+        if start is not None:
+            (dtype, shape), most = start, self.max_start
+            fits = shape[1:] == self.picture and 1 <= shape[0] <= most if shape else False
+            if dtype != torch.uint8 or not fits:
+                raise bad(
+                    f"start must be bytes of shape [t, *{self.picture}] with 1 to {most} frames, "
+                    f"got {dtype} of shape {shape}"
+                )
+        for name in wanted.keys() | found.keys():
+            if wanted.get(name) != found.get(name):
+                raise bad(f"{name[:80]} must be {_said(wanted, name)}, got {_said(found, name)}")
+
+    def _wanted(self, record: SessionRecord) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        streams = {"live": record.live}
+        streams |= {f"copy.{index}": copy for index, copy in enumerate(record.copies)}
+        batch = 2 if record.state.guidance.kind == "conditions" else 1
+        layers, heads, head_dim = self.keys
+        shapes: dict[str, tuple[int, ...]] = {}
+        for prefix, cache in streams.items():
+            if len(cache.slots) > self.window:
+                raise bad(f"{prefix} has {len(cache.slots)} frames, its window is {self.window}")
+            filled = len(cache.slots) * self.tokens
+            for name in ("keys", "values"):
+                shapes[f"{prefix}.{name}"] = (layers, batch, heads, filled, head_dim)
+            if cache.num_evicted and self.num_sinks:
+                sinks = self.num_sinks * self.tokens
+                shapes[f"{prefix}.sink_keys"] = (layers, batch, heads, sinks, head_dim)
+            if self.is_separable:
+                shapes[f"{prefix}.newest"] = (batch, min(cache.num_frames, 1), *self.latent)
+        if record.frames:
+            shapes["latents"] = (len(record.frames), *self.latent)
+        return {name: (self.dtype, shape) for name, shape in shapes.items()}
+
+
+def _said(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], name: str) -> str:
+    if name not in tensors:
+        return "absent"
+    dtype, shape = tensors[name]
+    return f"{dtype} of shape {shape}"
+
+
+def write(
+    image: Image, fingerprint: Fingerprint, make: Callable[[int], bytearray] = bytearray
+) -> bytearray:
+    """Turn a session into a file; may run beside the model thread, since an image is fixed.
+
+    Args:
+        image: of the session.
+        fingerprint: of its world and engine.
+        make: gives the bytes for the file.
+    """
+    return pack(*contents(image, fingerprint), make)
+
+
+def contents(image: Image, fingerprint: Fingerprint) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and texts of a session's file."""
     live, history, start = image.live, image.history, image.start
     tensors = tensors_of(live, "live")
     for index, copy in enumerate(history.copies):
@@ -293,7 +395,7 @@ def write(image: Image, fingerprint: Fingerprint) -> bytes:
     if history.kept:
         tensors["latents"] = torch.cat([frame.latent for frame in history.kept]).cpu()
     if start.frames is not None:
-        tensors["start"] = torch.from_numpy(start.frames.copy())
+        tensors["start"] = torch.from_numpy(np.require(start.frames, requirements="W"))
     record = SessionRecord(
         state=image.state.model_copy(update={"kept_from": history.kept_from}),
         start=start.message,
@@ -305,8 +407,23 @@ def write(image: Image, fingerprint: Fingerprint) -> bytes:
             for frame in history.kept
         ),
     )
-    header = {"session": record.model_dump_json(), "world": fingerprint.model_dump_json()}
-    return save(tensors, header)
+    texts = {"session": record.model_dump_json(), "world": fingerprint.model_dump_json()}
+    return tensors, texts
+
+
+def parse_head(data: bytes | bytearray) -> tuple[Fingerprint, SessionRecord, Head]:
+    """Read what stands before the tensors, which need not be there yet.
+
+    Raises:
+        ServeError: bad_snapshot: it is damaged, or no snapshot.
+    """
+    try:
+        head = read_head(data)
+        fingerprint = Fingerprint.model_validate_json(head.texts["world"])
+        record = SessionRecord.model_validate_json(head.texts["session"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise bad(f"this is no whole snapshot of a session: {str(error)[:200]}") from error
+    return fingerprint, record, head
 
 
 def parse(data: bytes | bytearray) -> Parsed:
@@ -315,23 +432,16 @@ def parse(data: bytes | bytearray) -> Parsed:
     Raises:
         ServeError: bad_snapshot: it is damaged, no snapshot, or has values that are not numbers.
     """
-    try:
-        tensors = load(bytes(data))
-        texts = read_header(data)
-        fingerprint = Fingerprint.model_validate_json(texts["world"])
-        record = SessionRecord.model_validate_json(texts["session"])
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise bad(f"this is no whole snapshot of a session: {str(error)[:200]}") from error
+    fingerprint, record, head = parse_head(data)
+    if len(data) != head.size:
+        raise bad(f"this is no whole snapshot: needed {head.size} bytes, got {len(data)}")
+    # What cannot be written to would be warned of.
+    held = data if isinstance(data, bytearray) else bytearray(data)
+    tensors = {name: entry.view(held) for name, entry in head.entries.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise bad(f"{name} must be finite, got NaN or infinity")
     return Parsed(fingerprint=fingerprint, record=record, tensors=tensors)
-
-
-def read_header(data: bytes | bytearray) -> dict[str, Any]:
-    """Return the texts of a safetensors header (ValueError, KeyError: it has none)."""
-    size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + size])["__metadata__"]
 
 
 def rebuild(parsed: Parsed, place: Place, reach: int, every: int) -> Image:
@@ -365,7 +475,7 @@ def rebuild(parsed: Parsed, place: Place, reach: int, every: int) -> Image:
         raise bad(f"the snapshot does not fit this world: {error}") from error
     start = Start(
         message=record.start,
-        frames=None if frames is None else frames.numpy(),
+        frames=None if frames is None else frames.numpy().copy(),
         actions=record.actions,
     )
     return Image(state=record.state, start=start, live=live, history=history)
@@ -380,6 +490,15 @@ def _stream(
     sampling = with_num_steps(world.sampling, state.steps)
     guidance = as_guidance(state.guidance)
     rollout = Rollout(world, sampling, guidance, state.seed, window, engine)
+    _begin(rollout, label)
+    rollout.num_given = state.num_given
+    fill(rollout, cache, parsed.tensors, prefix)
+    return rollout
+
+
+def _begin(rollout: Rollout, label: int | None) -> None:
+    """Begin a stream whose past is of no interest."""
+    world, engine = rollout.world, rollout.engine
     labels = None if label is None else torch.tensor([label])
     frames = actions = None
     if engine.needs_first_frame:
@@ -389,9 +508,6 @@ def _stream(
             actions = torch.tensor([[spec.idle_action]]) if spec.action_dim else None
             actions = torch.zeros(1, 1, dtype=torch.long) if actions is None else actions
     rollout.begin(frames, Conditions(actions=actions, labels=labels), can_reset=False)
-    rollout.num_given = state.num_given
-    fill(rollout, cache, parsed.tensors, prefix)
-    return rollout
 
 
 def _history(parsed: Parsed, live: Rollout, place: Place, reach: int, every: int) -> History:
@@ -403,9 +519,10 @@ def _history(parsed: Parsed, live: Rollout, place: Place, reach: int, every: int
         wanted = (len(record.frames), *live.engine.shape.shape)
         if latents is None or latents.shape != wanted or latents.dtype != live.engine.dtype:
             raise bad(f"{len(record.frames)} frames need latents of shape {wanted}")
-        latents = latents.to(live.engine.device)
+        # Copied, each by itself: the file is let go, and later the oldest frames.
+        device = live.engine.device
         kept = [
-            KeptFrame(latent=latent[None], **vars(frame))
+            KeptFrame(latent=latent[None].to(device, copy=True), **vars(frame))
             for latent, frame in zip(latents, record.frames, strict=True)
         ]
     counts = [copy.num_frames for copy in record.copies]

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,8 @@ from scd.common.files import TEMPORARY, file_aside, take_lock
 from scd.common.memory import readable
 from scd.serving.messages import ServeError
 from scd.serving.sessions import UNKNOWN
-from scd.serving.snapshot import Fingerprint, Image, Parsed, parse, write
+from scd.serving.snapshot import Fingerprint, Image, Parsed, contents, parse
+from scd.serving.tensors import file_bytes, save
 
 SUFFIX = ".session.safetensors"
 """Of the files."""
@@ -210,15 +211,16 @@ class SessionStore:
         Raises:
             OSError: the disk is full, or the like; what was there before is still there.
         """
-        name, data = image.state.session, write(image, self.fingerprint)
+        name, (tensors, texts) = image.state.session, contents(image, self.fingerprint)
+        size = file_bytes(tensors, texts)
         # All of it, since for a moment both are there.
-        self.expire(num_bytes=len(data))
-        if self.num_bytes + len(data) > self.limits.max_bytes:
+        self.expire(num_bytes=size)
+        if self.num_bytes + size > self.limits.max_bytes:
             most = readable(self.limits.max_bytes)
-            raise OSError(f"{readable(len(data))} more do not fit into the {most} for sessions")
-        with file_aside(self._path(name)) as aside:
-            aside.write_bytes(data)
-        self._written[name] = len(data)
+            raise OSError(f"{readable(size)} more do not fit into the {most} for sessions")
+        with file_aside(self._path(name)) as aside, aside.open("wb") as file:
+            save(tensors, texts, file.write)
+        self._written[name] = size
 
     def keep(self, name: str, left_s: float | None = None) -> None:
         """Move what was put, or taken, to the shared folder: it is in memory no more.
@@ -245,8 +247,12 @@ class SessionStore:
         self._kept[name] = replace(kept, since=since)
         return True
 
-    def take(self, name: str) -> Parsed:
+    def take(self, name: str, make: Callable[[int], bytearray] = bytearray) -> Parsed:
         """Read a session, which is in memory then; `keep` puts it back.
+
+        Args:
+            name: of it.
+            make: gives the bytes to read it into.
 
         Raises:
             ServeError: unknown_session: it is not here, or another host has taken it; bad_snapshot:
@@ -256,7 +262,7 @@ class SessionStore:
             raise ServeError("unknown_session", UNKNOWN)
         kept = self._kept[name]
         try:
-            parsed = parse(_read(kept.path))
+            parsed = parse(_read(kept.path, make))
             self.fingerprint.refuse(parsed.fingerprint)
             if parsed.record.state.session != name:
                 raise ServeError("bad_snapshot", "the file is that of another session")
@@ -293,9 +299,13 @@ class SessionStore:
         self.lock.close()
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, make: Callable[[int], bytearray]) -> bytearray:
     """Read a file; a link or a pipe that has taken its place meanwhile is an OSError."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
             raise FileNotFoundError(errno.ENOENT, "it is no file")
-        return file.read()
+        data = make(found.st_size)
+        if file.readinto(data) != len(data):
+            raise OSError(f"needed {len(data)} bytes, got fewer")
+        return data

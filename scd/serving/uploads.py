@@ -6,8 +6,11 @@ import asyncio
 import json
 import os
 import secrets
+import sys
 import time
+import weakref
 from asyncio.subprocess import DEVNULL, PIPE
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +18,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from scd.common.files import file_aside
+from scd.common.memory import readable
+from scd.serving.admission import UnderWay
 from scd.serving.decode import REFUSED, DecodeLimits, command
 from scd.serving.messages import ServeError
 from scd.serving.settings import ClientLimits
@@ -50,6 +55,7 @@ class Uploads:
         fps: float,
         limits: ClientLimits,
         shared: Path | None = None,
+        under_way: UnderWay | None = None,
     ) -> None:
         """Prepare for frames of one size and pace.
 
@@ -59,6 +65,8 @@ class Uploads:
             fps: of the frames.
             limits: of one server; where a folder is shared, each has them.
             shared: folder in which other servers find the uploads of this one, and this one theirs.
+            under_way: counts the frames that are kept, which may take half of it; None: nobody
+                does.
         """
         self._limits, self._shared = limits, shared
         self._decode = DecodeLimits(
@@ -71,6 +79,7 @@ class Uploads:
             cpu_s=max(1, round(limits.decoder_s)),
             parent=os.getpid(),
         )
+        self._under_way = under_way or UnderWay(sys.maxsize)
         self._kept: dict[str, Upload] = {}
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._num_inside = 0
@@ -93,7 +102,7 @@ class Uploads:
                 f"{self._limits.max_uploads} uploads are kept already: try again later",
             )
 
-    async def add(self, data: bytes) -> tuple[str, int]:
+    async def add(self, data: bytes | bytearray) -> tuple[str, int]:
         """Decode a picture or a video and keep its frames.
 
         Returns:
@@ -119,8 +128,23 @@ class Uploads:
         expires_s = time.monotonic() + self._limits.upload_kept_s
         if self._shared is not None:
             await asyncio.to_thread(self._share, self._shared, identity, frames)
-        self._kept[identity] = Upload(frames=frames, expires_s=expires_s)
+        self._keep(identity, frames, expires_s)
         return identity, len(frames)
+
+    def _keep(self, identity: str, frames: np.ndarray, expires_s: float) -> None:
+        """Keep frames, counted until nobody has them (ServeError: there is no room for them)."""
+        self._drop_expired()
+        most = self._under_way.budget // 2
+        kept = sum(one.frames.nbytes for one in self._kept.values())
+        if kept + frames.nbytes > most:
+            raise ServeError(
+                "too_many_uploads",
+                f"{readable(frames.nbytes)} of frames do not fit beside {readable(kept)} of "
+                f"{readable(most)} that are kept already: try again later",
+            )
+        self._under_way.take(frames.nbytes)
+        weakref.finalize(frames, self._under_way.give, frames.nbytes)
+        self._kept[identity] = Upload(frames=frames, expires_s=expires_s)
 
     def _share(self, folder: Path, identity: str, frames: np.ndarray) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,13 +175,13 @@ class Uploads:
             if path.stem == identity and left_s > 0:
                 frames = np.load(path, allow_pickle=False)
                 expires_s = time.monotonic() + left_s
-                self._kept[identity] = Upload(frames=frames, expires_s=expires_s)
+                self._keep(identity, frames, expires_s)
 
     def _drop_expired(self) -> None:
         now = time.monotonic()
         self._kept = {name: one for name, one in self._kept.items() if one.expires_s > now}
 
-    async def _decoded(self, data: bytes) -> np.ndarray:
+    async def _decoded(self, data: bytes | bytearray) -> np.ndarray:
         words = command(self._decode)
         process = await asyncio.create_subprocess_exec(
             *words, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
@@ -165,7 +189,9 @@ class Uploads:
         try:
             # Twice: the limit is of processor time, and others may use the processor too.
             async with asyncio.timeout(2 * self._limits.decoder_s + START_S):
-                pixels, _ = await process.communicate(data)
+                assert process.stdin is not None and process.stdout is not None
+                fed = _feed(process.stdin, data)
+                pixels, _, _ = await asyncio.gather(process.stdout.read(), fed, process.wait())
         except TimeoutError:
             raise self._too_slow() from None
         finally:
@@ -192,3 +218,17 @@ class Uploads:
             "too_slow_to_decode",
             f"decoding took longer than {self._limits.decoder_s:g} s: send something smaller",
         )
+
+
+PART_BYTES = 2**16
+"""Of an upload, put into the pipe to its decoder at once."""
+
+
+async def _feed(pipe: asyncio.StreamWriter, data: bytes | bytearray) -> None:
+    """Write a part at a time: what waits in the pipe would be a second copy."""
+    # A decoder that has ended reads no more.
+    with suppress(BrokenPipeError, ConnectionResetError):
+        for begin in range(0, len(data), PART_BYTES):
+            pipe.write(bytes(data[begin : begin + PART_BYTES]))
+            await pipe.drain()
+    pipe.close()

@@ -26,8 +26,9 @@ from scd.serving.messages import (
     State,
 )
 from scd.serving.session import History, KeptFrame, Start, as_action, as_guidance
-from scd.serving.snapshot import Image, fingerprint_of, parse, read_header, rebuild, write
+from scd.serving.snapshot import Image, fingerprint_of, parse, rebuild, write
 from scd.serving.store import SUFFIX, SessionStore, StoreLimits
+from scd.serving.tensors import read_head
 from scd.streaming.rollout import Rollout
 from tests.serving.test_serve_host import pictures
 from tests.tiny import tiny_dense, tiny_separable
@@ -112,7 +113,7 @@ def test_bfloat16_and_a_first_frame_that_is_needed():
 
 def rewritten(data, change):
     """The same file with its JSON and tensors changed."""
-    texts, tensors = read_header(data), load(data)
+    texts, tensors = read_head(data).texts, load(bytes(data))
     notes = {name: json.loads(text) for name, text in texts.items()}
     change(notes, tensors)
     return save(tensors, {name: json.dumps(note) for name, note in notes.items()})
@@ -140,7 +141,18 @@ def set_tensor(name, make):
     return change
 
 
+def without_copies(notes, tensors):
+    notes["session"]["copies"] = []
+    for name in [name for name in tensors if name.startswith("copy.")]:
+        del tensors[name]
+
+
 HOSTILE = {
+    "copies that nobody speaks of": set_note("session", "copies", value=[]),
+    "too many given frames": lambda notes, tensors: tensors.update(
+        start=torch.zeros(65, 4, 6, 3, dtype=torch.uint8)
+    ),
+    "a tensor of its own": lambda notes, tensors: tensors.update(more=torch.zeros(2)),
     "another engine": set_note("world", "engine", value="FastSeparable bfloat16"),
     "another model": set_note("world", "settings", value="{}"),
     "settings that are no JSON": set_note("world", "settings", value="[" * 100_000),
@@ -196,8 +208,8 @@ def test_hostile_files_are_refused_and_the_host_plays_on():
         equal(done(host.step(twin.session, 2)), [one.pixels for one in done(host.step(name, 2))])
         # A history whose copies are further apart than here is not taken over, the session is.
         for copies in (
-            set_note("session", "copies", value=[]),
-            set_note("session", "copies", 0, "num_frames", value=40),
+            without_copies,
+            set_note("session", "copies", 1, "num_frames", value=40),
         ):
             done(host.close(twin.session))
             twin = done(host.restore(rewritten(data, copies)))

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from inspect import signature
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, build_opener
 
 import av
@@ -33,6 +34,7 @@ from scd.models.checkpoint import World, save_world
 from scd.models.shipped import CLIPS_FILE
 from scd.serving import run
 from scd.serving.access import Bucket, Buckets
+from scd.serving.admission import Counted
 from scd.serving.client import Client, Refused
 from scd.serving.http_api import PAGE, read_page
 from scd.serving.messages import Create, ServeError, State
@@ -42,6 +44,7 @@ from scd.serving.service import answer, as_error
 from scd.serving.settings import ClientLimits, ServeConfig, is_loopback, read_token
 from scd.streaming.rollout import Rollout
 from tests.servers import Serving, serving, tiny_playable
+from tests.serving.test_serve_memory import uncollected
 from tests.tiny_host import until
 
 
@@ -171,6 +174,45 @@ def test_large_bodies_are_not_read_to_their_end():
             assert (status, answer["error"]["code"]) == (413, "too_large")
         statuses = [server.call("GET", "/v1/world")[0] for _ in range(40)]
         assert statuses[0] == 200 and statuses[-1] == 429
+
+
+def test_files_beyond_the_memory_for_them_are_refused_as_they_come():
+    with uncollected(), serving(memory_gib=0.1) as server:
+        under_way = server.service.host.under_way
+        session = server.call("POST", "/v1/sessions", {})[1]["session"]
+        server.call("POST", f"/v1/sessions/{session}/step", {"count": 3})
+        file = server.call("POST", f"/v1/sessions/{session}/snapshot")[1]
+        assert isinstance(file, bytes)
+        status, answer = server.call("POST", "/v1/sessions/restore", file)
+        assert status == 201 and answer["frame"] == 2
+        until(lambda: under_way.held == 0)
+        for budget, code in ((len(file) + 50, "overloaded"), (99, "too_large")):
+            under_way.budget = budget
+            with_others = Counted(under_way, 99)
+            status, answer = server.call("POST", "/v1/sessions/restore", file)
+            assert (status, answer["error"]["code"]) == (503 if code == "overloaded" else 413, code)
+            del with_others
+            until(lambda: under_way.held == 0)
+        # What is no snapshot is refused once its head has come, whatever is said to follow.
+        under_way.budget = 2**30
+        head = bytes(8) + bytes(100)
+        answered = early_answer(server, len(head) + 10**7, head)
+        assert b"400" in answered and b"bad_snapshot" in answered
+        until(lambda: under_way.held == 0)
+
+
+def early_answer(server: Serving, size: int, begin: bytes) -> bytes:
+    """Announce a snapshot of some bytes, send the first ones, and return what comes then."""
+    place = urlsplit(server.url)
+    assert place.hostname and place.port
+    with socket.create_connection((place.hostname, place.port), 30) as raw:
+        words = f"POST /v1/sessions/restore HTTP/1.1\r\nHost: {place.netloc}\r\n"
+        raw.sendall(f"{words}Content-Length: {size}\r\n\r\n".encode() + begin)
+        raw.settimeout(30)
+        answered = b""
+        while not answered.endswith(b"}}") and (part := raw.recv(65536)):
+            answered += part
+        return answered
 
 
 def test_other_origins_may_read_nothing_and_change_nothing(server: Serving):
