@@ -1,13 +1,17 @@
 """Key maps: from the names of actions, from words, in cards, and refused where they do not fit."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from gymnasium import spaces
 
+from scd import serving
 from scd.common.config import from_json, to_json
+from scd.data import keymap
 from scd.data.actions import conditions_of
 from scd.data.keymap import Binding, derive_key_map, read_key_map
 from scd.data.source import DataCard
@@ -134,3 +138,12 @@ def test_a_card_binds_only_what_its_actions_have(binding, told):
     with pytest.raises(ValueError, match="no actions steer this world"):
         DataCard(height=8, width=8, fps=1.0, conditions=ConditionSpec(), action_names=(),
                  key_map=key_map)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["RESERVED", "IDLE"])
+def test_the_page_has_the_same_words(name):
+    folder = Path(serving.__file__).parent / "web"
+    scripts = "".join((folder / one).read_text() for one in ("keymap.js", "parts.js"))
+    found = re.search(rf"const {name} = \[([^\]]*)\]", scripts)
+    assert found is not None
+    assert re.findall(r'"(\w+)"', found[1]) == list(getattr(keymap, name))

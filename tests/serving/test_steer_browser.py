@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
@@ -19,6 +20,7 @@ from gymnasium import spaces
 from scd.autoencoders.base import PixelAutoencoder
 from scd.autoencoders.config import PixelConfig
 from scd.data.actions import conditions_of
+from scd.data.keymap import Binding
 from scd.data.source import Source
 from scd.models.build import build
 from scd.models.checkpoint import World, save_world
@@ -53,22 +55,27 @@ navigator.getGamepads = () => [window.pad.connected ? window.pad : null, null, n
 """
 
 
+def save(config: SeparableConfig, toy: Source, folder: Path, spec: Any, **changes: Any) -> Path:
+    """Write a world whose actions are those of a spec."""
+    torch.manual_seed(0)
+    changes |= {"conditions": spec, "action_names": spec.action_names, "fps": 20.0}
+    world = World(
+        model=shaken(build(replace(config, conditions=spec))),
+        autoencoder=PixelAutoencoder(PixelConfig()),
+        card=replace(toy.card, **changes),
+        sampling=SamplingConfig(num_steps=2),
+        begins_from_nothing=True,
+    )
+    return save_world(world, folder)
+
+
 @pytest.fixture(scope="module")
 def address(
     separable_config: SeparableConfig, toy_source: Source, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """A world with keys, a mouse and a tool."""
-    torch.manual_seed(0)
-    card = replace(toy_source.card, conditions=SPEC, action_names=SPEC.action_names, fps=20.0)
-    world = World(
-        model=shaken(build(replace(separable_config, conditions=SPEC))),
-        autoencoder=PixelAutoencoder(PixelConfig()),
-        card=card,
-        sampling=SamplingConfig(num_steps=2),
-        begins_from_nothing=True,
-    )
-    run = save_world(world, tmp_path_factory.mktemp("steer") / "parts")
-    with scd_play(str(run)) as process:
+    folder = tmp_path_factory.mktemp("steer") / "parts"
+    with scd_play(str(save(separable_config, toy_source, folder, SPEC))) as process:
         yield address_of(process, "parts")
 
 
@@ -266,3 +273,41 @@ def test_on_a_phone_fingers_hold_keys_and_pull_the_picture(browser: Any, address
         assert size["width"] >= 40 and size["height"] >= 40
     player.context.close()
     assert player.faults == []
+
+
+def test_dials_and_the_map_that_a_card_carries(
+    separable_config: SeparableConfig, toy_source: Source, browser: Any, tmp_path: Path
+):
+    space = spaces.Dict(dials=spaces.MultiDiscrete([3, 20]), wheel=spaces.Box(0, 9, (1,), np.int32))
+    spec = conditions_of(space)
+    key_map = (
+        Binding(control="KeyQ", part="dials", entry=0, value=2.0),
+        Binding(control="KeyQ", part="dials", entry=1, value=11.0),
+        Binding(control="StickX", part="wheel", value=9.0),
+    )
+    run = save(separable_config, toy_source, tmp_path / "dials", spec, key_map=key_map)
+    with scd_play(str(run)) as process:
+        player = Steered(browser, address_of(process, "dials")).open()
+        page = player.page
+        # One key may do several things; those of a map from the names do nothing here.
+        page.keyboard.down("Digit1")
+        page.keyboard.down("KeyQ")
+        player.comes((2, 11, 0))
+        page.keyboard.up("KeyQ")
+        player.comes((0, 0, 0))
+        # The picture is a stick, for the mouse too; what counts comes in whole numbers.
+        box = page.locator("#view").bounding_box()
+        page.mouse.move(box["x"] + 90, box["y"] + 90)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 90 + 28, box["y"] + 90)
+        player.until(lambda: any(one in player.actions for one in [(0, 0, 4), (0, 0, 5)]), "a turn")
+        page.mouse.up()
+        player.comes((0, 0, 0))
+        # Kept, what a key on the page did stays until another one is pressed.
+        page.get_by_text("keep held").click()
+        page.locator("[data-part='dials'] .key", has_text="1").click()
+        player.comes((1, 0, 0))
+        page.locator("[data-part='dials'] input").fill("17")
+        player.comes((1, 17, 0))
+        player.context.close()
+        assert player.faults == []
