@@ -45,7 +45,7 @@ export class View {
     this.view.addEventListener("pointerdown", (event) => {
       if (this.steering.capture || event.button > 0 || this.isLocked || this.from) return;
       if (event.pointerType === "mouse" && this.looks) {
-        // Refused right after it was left, and where a frame may not: then the picture is a stick.
+        // Browsers refuse it for a moment after it was left: the next click asks again.
         Promise.resolve(this.view.requestPointerLock()).catch(() => {});
         return;
       }
