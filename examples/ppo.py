@@ -1,7 +1,7 @@
 """Train an agent inside a world: PPO of stable-baselines3 on frames that nobody ever recorded.
 
-    pip install stable-baselines3
-    python examples/ppo.py [WORLD] --steps 20000
+    pip install -c constraints.txt -e ".[rl]"
+    python examples/ppo.py [WORLD]
 
 All streams of the agent share the calls of the network. The reward is a function of the picture; by
 default it is how bright the picture is, so the agent learns to look where there is light.
@@ -26,7 +26,7 @@ try:
     from stable_baselines3 import PPO
     from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 except ImportError:
-    print("ppo.py: needs stable-baselines3: pip install stable-baselines3", file=sys.stderr)
+    print("ppo.py: needs stable-baselines3: pip install -e '.[rl]'", file=sys.stderr)
     raise SystemExit(2) from None
 
 
@@ -36,7 +36,7 @@ class PPOConfig:
 
     world: Annotated[str, tyro.conf.Positional] = ""
     """World or run folder with clips; empty: the world that comes with the package."""
-    steps: int = 20000
+    steps: int = 8192
     """Frames in which the agent learns, of all streams together."""
     envs: int = 16
     """Streams side by side."""

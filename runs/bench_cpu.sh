@@ -7,6 +7,8 @@ cd "$(dirname "$0")/.."
 source runs/start.sh
 out=${1:-docs/results}
 mkdir -p "$out"
+# Measured anew: `scd bench` overwrites no rows.
+rm -f "$out"/{bench,compare}_cpu*.jsonl
 common="--device cpu --frames 20 --seconds 8"
 
 # Everything over context and steps, both models fast; the plot is drawn from these.

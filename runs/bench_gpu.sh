@@ -7,6 +7,8 @@ cd "$(dirname "$0")/.."
 source runs/start.sh
 out=${1:-docs/results}
 mkdir -p "$out"
+# Measured anew: `scd bench` overwrites no rows.
+rm -f "$out"/{bench,compare}_gpu*.jsonl
 common="--device cuda --precision bf16 --frames 50 --seconds 20"
 
 # The paper's setting: 50 steps, 144 frames of context; alone, and in batches.

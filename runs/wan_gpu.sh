@@ -28,6 +28,7 @@ once() {
   local name=$1
   shift
   [ -e "$results/$name.done" ] && return
+  rm -f "$results/$name.jsonl"
   run "$@"
   touch "$results/$name.done"
 }

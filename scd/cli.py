@@ -23,41 +23,10 @@ from scd.common.config import refuse_non_finite
 from scd.common.launcher import first_speaks, is_first, rank, refuse_several
 from scd.common.names import known
 from scd.common.signals import Interrupted
-from scd.common.words import asks_for_help, first_is, run_first, split_name, value_of
+from scd.common.words import asks_for_help, name_among, split_name, to_front, value_of
+from scd.usage import USAGE
 
 Settings = TypeVar("Settings")
-
-USAGE = """usage: scd COMMAND ...
-
-  demo                      stream and steer the world that comes with the package (seconds);
-                            --train: train a small one and its dense twin, compare (minutes)
-  play [RUN]                a world in the browser, steered by keyboard, mouse or touch
-  record toy|doom|gym       record clips with actions; gym: any environment of Gymnasium
-  data check PATH           what there is of a collection of clips, and what is missing
-  data export lerobot       write clips as a LeRobot dataset
-  encode DATA               write the latents of clips once, for training
-  train-autoencoder         train the network between pixels and latents
-  train PRESET              train a model on clips
-  distill TEACHER           make a student of a few steps per frame from a trained model
-  serve [RUN]               a server of many streams: page, WebSocket, HTTP; without RUN of the
-                            world that comes with the package
-  sample RUN                stream frames from a trained model, or video of a prompt (--prompt)
-  vbench RUN                videos of many prompts, in VBench's folder layout
-  train-judge               train the inverse dynamics model that measures control (minutes)
-  evaluate RUN              measure a trained model on held-out clips
-  protocols                 named protocols for evaluate --protocol, with every setting
-  probe RUN                 what each layer of a trained model does, and where to split it
-  bench                     seconds, memory and share of the machine's limit per frame
-  bench compare             two configurations in turns, as a ratio with its spread
-  intervene skip|diagonal|recompose RUN
-                            change a trained dense model, finetune it and compare
-  convert reference FILE    turn a state dict of the paper's release, or of FAR, into ours
-  convert autoencoder FILE  turn weights of FAR's autoencoders into a folder for scd encode
-  convert wan               make a causal world of Wan2.1: separable, or dense
-  export diffusers RUN      turn a Wan world back into what diffusers loads
-
-`scd help COMMAND` and `scd COMMAND --help` explain every flag. `scd --version` prints the version;
-`scd --print-completion bash|zsh|fish` prints a script that completes commands and flags."""
 
 NO_READER = 141
 """Exit status when nobody reads the output any more: what a shell reports of SIGPIPE."""
@@ -199,10 +168,43 @@ def _with_source_flags(words: list[str]) -> list[str]:
     return words
 
 
-def _demo(words: list[str]) -> None:
-    from scd.demo.demo import DemoConfig, demo
+def _loose(kind: type, words: list[str], default: Any = None) -> list[str]:
+    """Return what is neither a flag of settings nor the value of one, in its order."""
+    import tyro
 
-    demo(_parse(DemoConfig, words, "demo"))
+    config = (tyro.conf.AvoidSubcommands,)
+    with first_speaks(errors=True):
+        return tyro.cli(kind, args=words, default=default, return_unknown_args=True, config=config)[
+            1
+        ]
+
+
+def _without_flag(flag: str, words: list[str], kind: type, default: Any = None) -> list[str]:
+    """Let the value of one flag stand without it: first, or anywhere among the other flags."""
+    if value_of(words, flag) is not None:
+        return words
+    words = to_front(words, lambda: name_among(_loose(kind, [flag, "?", *words], default)))
+    return [flag, *words] if words and not words[0].startswith("-") else words
+
+
+def _with_run(words: list[str], command: str, kind: type, default: Any = None) -> list[str]:
+    """Let the value of --run stand without the flag, and refuse a command without it."""
+    words = _without_flag("--run", words, kind, default)
+    if value_of(words, "--run") is None and not asks_for_help(words):
+        raise ValueError(
+            f"scd {command} needs a RUN first: the folder of a run or of a world; "
+            f"scd help {command} explains every flag"
+        )
+    return words
+
+
+def _demo(words: list[str]) -> None:
+    from scd.demo.settings import DemoConfig
+
+    config = _parse(DemoConfig, words, "demo")
+    from scd.demo.demo import demo
+
+    demo(config)
 
 
 def _record(words: list[str]) -> None:
@@ -214,21 +216,23 @@ def _record(words: list[str]) -> None:
         print(f"usage: scd record {{{','.join(kinds)}}} --out DIR ...; try scd record toy --help")
         return
     if name == "gym":
-        rest = first_is("--env", rest)
         # Frames are counted, and named by where they are from: no word can mean both.
         for place, word in enumerate(rest[:-1]):
             if word == "--frames" and rest[place + 1] in ("render", "observation"):
                 rest[place] = "--frames-from"
+        rest = _without_flag("--env", rest, kinds[name])
     record(_parse(kinds[name], rest, f"record {name}"))
 
 
 def _data(words: list[str]) -> None:
+    from scd.data.settings import CheckConfig
+
     name, rest = split_name(words, "data", "action", ["check", "export"])
     if name == "export":
         return _export_data(rest)
-    from scd.data.check import CheckConfig, check, readable, refusal
-
     config = _parse(CheckConfig, rest if name else ["--help"], "data check")
+    from scd.data.check import check, readable, refusal
+
     if config.preset:
         from scd.training.presets import PRESETS
 
@@ -249,14 +253,19 @@ def _export_data(words: list[str]) -> None:
 
 
 def _encode(words: list[str]) -> None:
-    from scd.preprocessing.encode import EncodeConfig, encode, readable
+    from scd.preprocessing.settings import EncodeConfig
 
-    print(readable(encode(_parse(EncodeConfig, first_is("--data", words), "encode"))))
+    config = _parse(EncodeConfig, _without_flag("--data", words, EncodeConfig), "encode")
+    from scd.preprocessing.encode import encode, readable
+
+    print(readable(encode(config)))
 
 
 def _train(words: list[str]) -> None:
     from scd.training.presets import PRESETS, TrainCommand
 
+    toy = TrainCommand(run=PRESETS["toy"])
+    words = to_front(words, lambda: name_among(_loose(TrainCommand, words, toy)))
     name, rest = split_name(words, "train", "preset", PRESETS)
     if name is None:
         print(f"scd train PRESET ...; presets: {', '.join(PRESETS)}. Flags, as of preset toy:\n")
@@ -267,27 +276,16 @@ def _train(words: list[str]) -> None:
 
         base = like_initial(base, initial)
     settings = _parse(TrainCommand, rest, f"train {name or 'PRESET'}", TrainCommand(run=base))
-    _train_as(settings, base, f"scd train {name}")
-
-
-def _train_as(settings: Any, base: Any, command: str) -> None:
-    """Train by settings that a command line gave, over a preset."""
-    from scd.training.fit import decides, fit_to_data, fit_window
+    from scd.training.fit import fitted
     from scd.training.plan import dry_run
 
-    config = fit_window(settings.run, base)
-    if decides(config):
-        try:
-            config = fit_to_data(settings.run, base)
-        except OSError:
-            if not settings.dry_run:
-                raise
+    config = fitted(settings.run, base, needs_data=not settings.dry_run)
     if settings.dry_run:
         dry_run(config)
         return
     if config.model.takes_text and not config.initial:
         raise ValueError(
-            f"{command} needs --initial RUN, a Wan world (scd convert wan), and --data "
+            f"scd train {name} needs --initial RUN, a Wan world (scd convert wan), and --data "
             "LATENTS (scd encode)"
         )
     _run_training(config)
@@ -307,6 +305,11 @@ def _help_of_both(kind: type, command: str, base: Any, note: str) -> None:
     _parse(type(base), ["--help"], command, base)
 
 
+def _teacher(kind: type[Settings], words: list[str], base: Any) -> Settings:
+    """Read a choice among the flags of the run that it makes."""
+    return _parse_known(kind, _loose(type(base), words, base), "distill")[0]
+
+
 def _distill(words: list[str]) -> None:
     if words[:1] == ["wan-dmd"]:
         _distill_wan(words[1:])
@@ -315,9 +318,10 @@ def _distill(words: list[str]) -> None:
     from scd.training.config import TrainConfig
     from scd.training.presets import DistillChoice
 
+    blank = TrainConfig(objective=ConsistencyConfig())
     if asks_for_help(words):
-        blank = TrainConfig(objective=ConsistencyConfig())
         _help_of_both(DistillChoice, "distill TEACHER", blank, "a teacher")
+    words = to_front(words, lambda: _teacher(DistillChoice, words, blank).teacher)
     choice, rest = _parse_known(DistillChoice, words, "distill")
 
     from scd.training.distillation import distillation
@@ -331,6 +335,7 @@ def _distill_wan(words: list[str]) -> None:
 
     if asks_for_help(words):
         _help_of_both(WanDmdChoice, "distill wan-dmd RUN", WAN_DMD, "a world")
+    words = to_front(words, lambda: _teacher(WanDmdChoice, words, WAN_DMD).run)
     choice, rest = _parse_known(WanDmdChoice, words, "distill wan-dmd")
 
     from scd.training.wan import wan_distillation, with_prompts
@@ -347,7 +352,8 @@ def _distill_wan(words: list[str]) -> None:
 def _sample(words: list[str]) -> None:
     from scd.sampling.settings import PromptSampleConfig, SampleConfig
 
-    words = run_first(words, "sample")
+    takes_text = value_of(words, "--prompt") is not None
+    words = _with_run(words, "sample", PromptSampleConfig if takes_text else SampleConfig)
     if asks_for_help(words):
         with suppress(SystemExit):
             _parse(SampleConfig, ["--help"], "sample RUN")
@@ -357,7 +363,7 @@ def _sample(words: list[str]) -> None:
     from scd.sampling.text_to_video import is_steered_by_text
 
     run = value_of(words, "--run")
-    if value_of(words, "--prompt") is not None or (run and is_steered_by_text(run)):
+    if takes_text or (run and is_steered_by_text(run)):
         result = sample_prompt(_parse(PromptSampleConfig, words, "sample"))
         print(f"{readable_speed(result)}\nsaved {result['settings']['out']}")
         return
@@ -372,7 +378,7 @@ def _sample(words: list[str]) -> None:
 def _vbench(words: list[str]) -> None:
     from scd.sampling.settings import VBenchConfig
 
-    config = _parse(VBenchConfig, run_first(words, "vbench"), "vbench")
+    config = _parse(VBenchConfig, _with_run(words, "vbench", VBenchConfig), "vbench")
 
     from scd.sampling.vbench import vbench
 
@@ -385,8 +391,9 @@ def _evaluate(words: list[str]) -> None:
     name = value_of(words, "--protocol")
     chosen = PROTOCOLS["custom" if name is None else known(name, "protocol", PROTOCOLS)]
     program = "evaluate" if name is None else f"evaluate --protocol {name}"
-    words = run_first(words, "evaluate")
-    config = _parse(EvaluateConfig, words, program, EvaluateConfig(protocol=chosen))
+    default = EvaluateConfig(protocol=chosen)
+    words = _with_run(words, "evaluate", EvaluateConfig, default)
+    config = _parse(EvaluateConfig, words, program, default)
 
     from scd.evaluation.evaluate import evaluate, readable
 
@@ -410,7 +417,7 @@ def _protocols(words: list[str]) -> None:
 def _play(words: list[str]) -> None:
     from scd.serving.settings import PlayConfig
 
-    config = _parse(PlayConfig, first_is("--run", words), "play")
+    config = _parse(PlayConfig, _without_flag("--run", words, PlayConfig), "play")
     from scd.serving.run import play
 
     play(config)
@@ -441,7 +448,7 @@ def _train_judge(words: list[str]) -> None:
 def _probe(words: list[str]) -> None:
     from scd.probing.settings import ProbeConfig
 
-    config = _parse(ProbeConfig, run_first(words, "probe"), "probe")
+    config = _parse(ProbeConfig, _with_run(words, "probe", ProbeConfig), "probe")
     from scd.probing.run import probe
 
     probe(config)
@@ -450,7 +457,7 @@ def _probe(words: list[str]) -> None:
 def _serve(words: list[str]) -> None:
     from scd.serving.settings import ServeConfig
 
-    config = _parse(ServeConfig, first_is("--run", words), "serve")
+    config = _parse(ServeConfig, _without_flag("--run", words, ServeConfig), "serve")
     if config.replicas is None:
         from scd.serving.run import serve
 
@@ -462,20 +469,22 @@ def _serve(words: list[str]) -> None:
 
 
 def _convert(words: list[str]) -> None:
+    from scd.convert.settings import ConvertAutoencoderConfig, ConvertWanConfig, ReferenceConfig
+
     name, rest = split_name(words, "convert", "layout", ["reference", "autoencoder", "wan"])
     if name == "autoencoder":
-        from scd.convert.reference import ConvertAutoencoderConfig, convert_autoencoder
+        rest = _without_flag("--file", rest, ConvertAutoencoderConfig)
+        chosen = _parse(ConvertAutoencoderConfig, rest, "convert autoencoder")
+        from scd.convert.reference import convert_autoencoder
 
-        chosen = _parse(ConvertAutoencoderConfig, first_is("--file", rest), "convert autoencoder")
         print(f"saved {convert_autoencoder(chosen)}")
         return
     if name == "wan":
-        from scd.convert.wan import ConvertWanConfig, convert_wan
+        wanted = _parse(ConvertWanConfig, rest, "convert wan")
+        from scd.convert.wan import convert_wan
 
-        print(f"saved {convert_wan(_parse(ConvertWanConfig, rest, 'convert wan'))}")
+        print(f"saved {convert_wan(wanted)}")
         return
-    from scd.convert.reference import ReferenceConfig, convert_reference
-
     if asks_for_help(rest):
         print("usage: scd convert reference STATE_DICT OUT ...")
         print("   or: scd convert autoencoder STATE_DICT --out DIR ...; try --help after it")
@@ -485,32 +494,41 @@ def _convert(words: list[str]) -> None:
     if len(paths) < 2:
         raise ValueError("scd convert reference needs a state dict and a folder to write")
     config = _parse(ReferenceConfig, rest[2:], "convert reference STATE_DICT OUT")
+    from scd.convert.reference import convert_reference
+
     print(f"saved {convert_reference(paths[0], paths[1], config)}")
 
 
 def _export(words: list[str]) -> None:
-    from scd.convert.export import ExportConfig, export_diffusers
+    from scd.convert.settings import ExportConfig
 
     name, rest = split_name(words, "export", "format", ["diffusers"])
     if name is None:
         print("usage: scd export diffusers RUN --out DIR")
         return
-    config = _parse(ExportConfig, run_first(rest, "export diffusers"), "export diffusers")
+    rest = _with_run(rest, "export diffusers", ExportConfig)
+    config = _parse(ExportConfig, rest, "export diffusers")
+    from scd.convert.export import export_diffusers
+
     for folder in export_diffusers(config.run, config.out):
         print(f"saved {folder}")
 
 
 def _bench(words: list[str]) -> None:
-    if words[:1] == ["compare"]:
-        from scd.bench.compare import CompareConfig, compare
+    from scd.bench.settings import BenchConfig, CompareConfig
 
-        compare(_parse(CompareConfig, words[1:], "bench compare"))
+    if words[:1] == ["compare"]:
+        comparison = _parse(CompareConfig, words[1:], "bench compare")
+        from scd.bench.compare import compare
+
+        compare(comparison)
         return
     if words and not words[0].startswith("-"):
         raise ValueError(f"scd bench takes flags, or compare first; got {words[0]!r}")
-    from scd.bench.measure import BenchConfig, bench
+    config = _parse(BenchConfig, words, "bench")
+    from scd.bench.measure import bench
 
-    bench(_parse(BenchConfig, words, "bench"))
+    bench(config)
 
 
 def _interventions() -> dict[str, type]:
@@ -527,7 +545,7 @@ def _intervene(words: list[str]) -> None:
         print("try scd intervene skip --help")
         return
     command = f"intervene {name}"
-    config = _parse(kinds[name], run_first(rest, command), command)
+    config = _parse(kinds[name], _with_run(rest, command, kinds[name]), command)
     from scd.probing.compare import intervene, markdown
 
     print(markdown(intervene(config)))

@@ -9,15 +9,18 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 
-from scd.bench.measure import BenchConfig
-from scd.convert.export import ExportConfig
-from scd.convert.reference import ConvertAutoencoderConfig, ReferenceConfig
-from scd.convert.wan import ConvertWanConfig
-from scd.data.check import CheckConfig
+from scd.bench.settings import BenchConfig
+from scd.convert.settings import (
+    ConvertAutoencoderConfig,
+    ConvertWanConfig,
+    ExportConfig,
+    ReferenceConfig,
+)
 from scd.data.record import recordings
-from scd.demo.demo import DemoConfig
+from scd.data.settings import CheckConfig
+from scd.demo.settings import DemoConfig
 from scd.evaluation.protocols import EvaluateConfig
-from scd.preprocessing.encode import EncodeConfig
+from scd.preprocessing.settings import EncodeConfig
 from scd.probing.interventions import DiagonalConfig, RecomposeConfig, SkipConfig
 from scd.probing.settings import ProbeConfig
 from scd.sampling.settings import SampleConfig, VBenchConfig

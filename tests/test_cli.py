@@ -201,6 +201,48 @@ def test_a_command_says_what_is_missing(line, message, capsys):
     assert "Traceback" not in errors and "zip" not in errors
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "serve --host 127.0.0.1 --port 0 {name}",
+        "play --no-browser --port 0 {name}",
+        "sample --context 4 {name} --frames 2",
+        "sample --out x {name}",
+        "sample --seed 3 --prompt birds {name}",
+        "evaluate --data toy:32 {name} --num-clips 4",
+        "probe --data {name} {name}",
+        "probe --data=toy:32 --num-clips 4 {name}",
+        "vbench --prompts x --out y {name}",
+        "encode --autoencoder pixels {name} --out y",
+        "distill --max-steps 3 --steps 2 {name}",
+        "distill wan-dmd --max-steps 3 --prompts x --teacher y {name}",
+        "intervene skip --layers 1-2 --full-steps 1 --out y {name}",
+        "export diffusers --out y {name}",
+        "convert autoencoder --out y {name}",
+        "data check --num-frames 3 {name}",
+        "train --max-steps 3 {name}",
+    ],
+)
+def test_what_needs_no_flag_may_stand_after_flags(line, tmp_path, monkeypatch, capsys):
+    """It is found there: the message is about what lies, or does not lie, under the name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").write_text("birds\n")
+    assert run(line.format(name="nowhere-at-all").split()) == 2
+    errors = capsys.readouterr().err
+    assert "nowhere-at-all" in errors and "needs a" not in errors and "nrecognized" not in errors
+
+
+def test_a_preset_may_stand_after_flags(capsys):
+    assert run("train --max-steps 3 --dry-run toy --batch-size 2".split()) == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert (config["max_steps"], config["batch_size"]) == (3, 2)
+    # A flag that there is not is named, whatever stands beside it.
+    assert run("serve --hots 3 doom".split()) == 2
+    assert "--hots" in capsys.readouterr().err
+    assert run("sample --context 4 doom --num-frames 2".split()) == 2
+    assert "--num-frames" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["play", "dom"], ["sample", "dom"]])
 def test_the_nearest_world_is_suggested(words, tmp_path, monkeypatch, capsys):
     (tmp_path / "doom-fine").mkdir()
@@ -249,7 +291,10 @@ def test_help_of_settings_and_wrong_presets_answer_without_torch():
     lines = (
         "train --help,train toy --help,train dom,train toy --stepz 3,train-autoencoder --help,"
         "train-judge --help,distill --help,distill wan-dmd --help,sample --help,vbench --help,"
-        "evaluate --help,evaluate --protocol toy-9-9,protocols,play --help,serve --help"
+        "evaluate --help,evaluate --protocol toy-9-9,protocols,play --help,serve --help,"
+        "demo --help,bench --help,bench compare --help,probe --help,intervene skip --help,"
+        "intervene recompose --help,convert --help,convert reference --help,convert wan --help,"
+        "convert autoencoder --help,export diffusers --help,data check --help,encode --help"
     )
     code = """
 import sys

@@ -97,6 +97,9 @@ class ImageAutoencoderConfig(LatentsConfig):
             raise ValueError("mean must be finite and std positive and finite")
 
 
+FAR_SCALE = 0.2889
+"""What FAR multiplies its latents by, for every collection."""
+
 DeepName = Literal["deep-8", "deep-16", "deep-32", "small-8", "small-16"]
 """Networks by name; the number is how many pixels, each way, a cell of the latents stands for."""
 

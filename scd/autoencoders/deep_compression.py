@@ -13,13 +13,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from scd.autoencoders.config import DeepName
+from scd.autoencoders.config import FAR_SCALE, DeepName
 
 LATENT_CHANNELS = 32
 """Channels of a latent frame of all of them."""
-
-FAR_SCALE = 0.2889
-"""What FAR multiplies its latents by, for every collection."""
 
 HEAD_DIM = 32
 """Width of an attention head; no weight tells it."""

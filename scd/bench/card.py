@@ -154,10 +154,15 @@ class RowFile:
         """Open the file, or none at all for an empty path.
 
         Raises:
+            FileExistsError: without `append`, it holds something.
             OSError: it cannot be written.
         """
         self._file: TextIO | None = None
         if path:
+            if not append and Path(path).is_file() and Path(path).stat().st_size:
+                raise FileExistsError(
+                    f"{path} holds other rows: keep them with --append, or name another file"
+                )
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file = Path(path).open("a" if append else "w", encoding="utf-8")
 

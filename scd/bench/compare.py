@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 
 from scd.bench.card import LimitsOfDevice, RowFile, card, print_card
 from scd.bench.case import Case, numbers, parse_case
+from scd.bench.settings import CompareConfig
 from scd.bench.streams import TimedStreams
 from scd.bench.timing import Effort, warm_up, whole_and_denoise
-from scd.common.config import Precision, Threads, at_least, check_threads, to_json
+from scd.common.config import Precision, to_json
 from scd.common.memory import check_free, out_of_memory_named, release
 from scd.common.runtime import choose_device, cpu_threads
-from scd.models.config import EngineKind, SeparableConfig
+from scd.models.config import SeparableConfig
 
 TIMED = (
     "A and B are built first, then take turns: some frames of A, as many of B, round after round; "
@@ -29,43 +29,6 @@ TIMED = (
     "seconds, without the autoencoder, give the fractions of the limit"
 )
 """What the numbers of a comparison mean."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareConfig:
-    """A comparison of two configurations for each context and number of steps."""
-
-    a: str
-    """The first, such as "model=scd-m engine=plain"; keys: model engine join precision context
-    steps batch guidance sessions."""
-    b: str
-    """The second, such as "model=scd-m engine=fast join=prefix"."""
-    context: str = "16"
-    """Frames of the full window, where a spec says nothing; a list compares at each."""
-    steps: str = ""
-    """Denoising steps per frame, likewise. Empty: as each trained world says, 10 for all else."""
-    batch: str = "1"
-    """Streams that are stepped together, likewise."""
-    precision: Precision = "fp32"
-    """Of weights, memory and products, where a spec says nothing."""
-    engine: EngineKind = "fast"
-    """What runs the models, where a spec says nothing."""
-    rounds: int = 7
-    """Times that A and B take turns."""
-    frames: int = 5
-    """Frames of each in a round."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    threads: Threads = "auto"
-    """CPU threads, the same for all that is timed. auto: one a core, or OMP_NUM_THREADS."""
-    json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """File of one JSON object per comparison. Empty: only the screen."""
-    append: bool = False
-    """Keep the comparisons that the file has."""
-
-    def __post_init__(self) -> None:
-        at_least(1, rounds=self.rounds, frames=self.frames)
-        check_threads(self.threads)
 
 
 def compare(config: CompareConfig) -> list[dict[str, Any]]:

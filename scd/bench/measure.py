@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
-import tyro
 
 from scd.bench.card import LimitsOfDevice, RowFile, card, print_card
 from scd.bench.case import Case, every_case, names, numbers
 from scd.bench.models import Subject, find_subject
+from scd.bench.settings import BenchConfig
 from scd.bench.streams import TimedStreams
 from scd.bench.timing import TIMED, Effort, time_case
-from scd.common.config import Threads, check_threads, to_json
+from scd.common.config import to_json
 from scd.common.memory import OutOfMemory, release
 from scd.common.runtime import choose_device, cpu_threads
 from scd.models.config import SeparableConfig
@@ -25,48 +25,6 @@ DEFAULT_CONTEXTS = "16,64,144,300"
 
 DEFAULT_STEPS = "1,4,10,50"
 """Denoising steps where none are asked for, of models that are not trained."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchConfig:
-    """Rows of measurements: all combinations of the lists, whose entries have commas between."""
-
-    model: str = "toy"
-    """Presets (scd train), wan-1.3b, wan-1.3b-dense (with a size: wan-1.3b@256x448), or folders of
-    runs or worlds."""
-    context: str = ""
-    """Frames of the full window. Empty: those of 16,64,144,300 that fit, or the window itself."""
-    steps: str = ""
-    """Denoising steps per frame. Empty: as each trained world says, 1,4,10,50 for all else."""
-    batch: str = "1"
-    """Streams that are stepped together."""
-    sessions: str = "1"
-    """Streams that are stepped independently, each at its own step; they share calls."""
-    guidance: str = "none"
-    """none, context_noise (separable models), conditions (models with actions, labels or text)."""
-    precision: str = "fp32"
-    """fp32, bf16: of weights, memory and products."""
-    engine: str = "plain,fast"
-    """plain: the model as it is written; fast: laid out for the machine (not for Wan models, which
-    have the plain one only)."""
-    join: str = ""
-    """Joins of separable models' decoders: token_concat, token_concat_projected, channel_concat,
-    add, prefix. Empty: each model's own."""
-    frames: int = 50
-    """Timed frames of each row."""
-    seconds: float = 30.0
-    """Seconds after which no further frame of a row is timed, once there are 3."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    threads: Threads = "auto"
-    """CPU threads, the same for all that is timed. auto: one a core, or OMP_NUM_THREADS."""
-    json: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """File of one JSON object per row, written row by row. Empty: only the screen."""
-    append: bool = False
-    """Keep the rows that the file has."""
-
-    def __post_init__(self) -> None:
-        check_threads(self.threads)
 
 
 def bench(config: BenchConfig) -> list[dict[str, Any]]:

@@ -6,11 +6,17 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from scd.common.files import read_json
 from scd.common.weights import places_in
@@ -146,6 +152,20 @@ def download(
             f"there is no folder {source}, and it is no name on the hub (owner/name) either"
         )
     try:
+        # Asked first, because the library's own first question waits for ever where a network
+        # swallows what is sent.
+        refusal = None
+        if not options.get("local_files_only"):
+            hub = HfApi(token=options.get("token"))
+            hub.model_info(source, revision=revision, timeout=CONTACT_S)
+    except HFValidationError as error:
+        raise FileNotFoundError(f"there is no folder {source}: {error}") from error
+    except Exception as error:
+        # Where there is no network the error is one of the library beneath, whatever that is.
+        refusal = error
+    if refusal is not None:
+        options["local_files_only"] = True
+    try:
         return Path(
             snapshot_download(
                 source,
@@ -155,14 +175,23 @@ def download(
                 **options,
             )
         )
-    except HFValidationError as error:
-        raise FileNotFoundError(f"there is no folder {source}: {error}") from error
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"there is no folder {source}, and the hub did not give it ({reason}); "
-            + OFFLINE.format(source=source)
+            f"there is no folder {source}, and the hub {_reason(refusal or error, source)}"
         ) from error
+
+
+def _reason(error: Exception, source: str) -> str:
+    """Say why the hub did not give something, and what helps."""
+    if isinstance(error, RevisionNotFoundError):
+        return f"has no such revision of {source}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"shows no {source} to this account: another name, or hf auth login if it is private"
+    return f"did not give it ({_in_a_line(error)}); {OFFLINE.format(source=source)}"
+
+
+def _in_a_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def upload(folder: Path, name: str, private: bool, token: str | None, message: str) -> str:
@@ -181,16 +210,17 @@ def upload(folder: Path, name: str, private: bool, token: str | None, message: s
     """
     hub = HfApi(token=token)
     try:
+        with suppress(HfHubHTTPError):
+            # Whatever it answers: it can be reached. Later questions have no time limit.
+            hub.model_info(name, timeout=CONTACT_S)
         made = hub.create_repo(name, private=private, exist_ok=True)
         hub.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message)
     except HFValidationError as error:
         raise ValueError(f"{name!r} is no name on the hub (owner/name): {error}") from error
     except Exception as error:
-        # Where there is no network the error is one of the library beneath, whatever that is.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"the hub did not take {name} ({reason}): it needs a network, and an account that may "
-            "write there (hf auth login)"
+            f"the hub did not take {name} ({_in_a_line(error)}): it needs a network, and an "
+            "account that may write there (hf auth login)"
         ) from error
     return str(made)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from scd.common.names import known
 
@@ -23,20 +23,26 @@ def split_name(
     raise ValueError(f"scd {command} needs a {what} first: {', '.join(choices)}")
 
 
-def first_is(flag: str, words: list[str]) -> list[str]:
-    """Let the value of one flag stand first, without the flag."""
-    return [flag, *words] if words and not words[0].startswith("-") else words
+def to_front(words: list[str], find: Callable[[], str | None]) -> list[str]:
+    """Move the word that `find` tells to the front if a flag stands there."""
+    if not words or not words[0].startswith("-") or asks_for_help(words):
+        return words
+    word, rest = find(), list(words)
+    if word is None:
+        return words
+    rest.remove(word)
+    return [word, *rest]
 
 
-def run_first(words: list[str], command: str, what: str = "RUN") -> list[str]:
-    """Let --run stand first, without the flag, and refuse a command without it."""
-    words = first_is("--run", words)
-    if value_of(words, "--run") is None and not asks_for_help(words):
-        raise ValueError(
-            f"scd {command} needs a {what} first: the folder of a run or of a world; "
-            f"scd help {command} explains every flag"
-        )
-    return words
+def name_among(loose: list[str]) -> str | None:
+    """Return the word that is most likely no value of a flag that nobody knows.
+
+    Args:
+        loose: words that settings do not know; they stay, and reading the settings names them.
+    """
+    pairs = zip(["", *loose], loose, strict=False)
+    words = [(before.startswith("-"), word) for before, word in pairs if not word.startswith("-")]
+    return min(words, key=lambda one: one[0])[1] if words else None
 
 
 def value_of(words: list[str], flag: str) -> str | None:

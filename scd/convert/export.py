@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,6 @@ from scd.models.weights import CONFIG_FILE, WEIGHTS_FILE, read_settings
 
 SPLIT_FILE = "scd.json"
 """Settings of a separable world, beside its two transformers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Which world is written where."""
-
-    run: str = ""
-    """World or run folder."""
-    out: str = ""
-    """Folder to write; it must not exist, or be empty."""
-
-    def __post_init__(self) -> None:
-        if not self.run or not self.out:
-            raise ValueError("scd export diffusers needs a run and --out")
 
 
 def export_diffusers(run: str | os.PathLike[str], out: str) -> list[Path]:

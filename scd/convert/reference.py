@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from scd.autoencoders.deep_compression import FAR_SCALE, settings_of
+from scd.autoencoders.deep_compression import settings_of
 from scd.autoencoders.diffusers import new_network, save_network
 from scd.common.files import refuse_used, written_aside
 from scd.common.weight_names import Renaming
 from scd.common.weights import check_fit, headers, read_state_dict
+from scd.convert.settings import ConvertAutoencoderConfig, ReferenceConfig
 from scd.data.spaces import ConditionSpec
 from scd.models.build import Diffuser, build
 from scd.models.config import (
     BlockConfig,
-    CacheConfig,
     DecoderConfig,
     DenseConfig,
     EncoderConfig,
@@ -66,28 +65,6 @@ _NAMES = {
         ("", "head.modulation"),
     )
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReferenceConfig:
-    """Settings that cannot be inferred from a state dict of the release or of FAR."""
-
-    channels: int = 32
-    """Channels of a latent frame."""
-    height: int = 8
-    """Rows of a latent frame."""
-    width: int = 8
-    """Columns of a latent frame."""
-    join: Literal["token_concat", "add"] = "token_concat"
-    """How the decoder is given the context, if no weight tells; the other joins are recognised."""
-    rotary_axes: tuple[int, int, int] | None = None
-    """Entries of a head for frame, row and column. None: a quarter and twice three eighths."""
-    distance_bias: float = 0.0
-    """Slope of the attention bias over frame distance."""
-    key: str = ""
-    """Name of the state dict inside the file, where it holds several. Empty: the averaged one."""
-    cache: CacheConfig = field(default_factory=lambda: CacheConfig(window=300, num_sinks=0))
-    """KV cache of a stream; the release keeps all frames."""
 
 
 def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -214,25 +191,6 @@ def convert_reference(source: str, out: str, config: ReferenceConfig) -> Path:
     model = read_reference(read_state_dict(source, config.key), config, source)
     model.save_pretrained(folder)
     return folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertAutoencoderConfig:
-    """One state dict of an autoencoder."""
-
-    file: str = ""
-    """State dict of FAR's deep-compression autoencoder: .safetensors, what torch.save wrote, the
-    index of several files, or a folder with one of these."""
-    out: str = ""
-    """Folder to write, as diffusers and `scd encode` read it; it must not exist, or be empty."""
-    scale: float = FAR_SCALE
-    """Factor that brings its latents to unit scale; FAR uses the same for every collection."""
-    key: str = ""
-    """Name of the state dict inside the file, where it holds several. Empty: the averaged one."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale < float("inf"):
-            raise ValueError(f"scale must be above 0, got {self.scale}")
 
 
 def convert_autoencoder(config: ConvertAutoencoderConfig) -> Path:

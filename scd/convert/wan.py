@@ -9,10 +9,9 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from scd.common.files import refuse_used, written_aside
 from scd.common.hub import find_part, read_part_config
 from scd.common.runtime import DTYPES
 from scd.common.weights import SHARD_BYTES, check_fit, write_shards
+from scd.convert.settings import ConvertWanConfig
 from scd.data.source import DataCard
 from scd.models.build import build
 from scd.models.checkpoint import write_world_settings
@@ -54,57 +54,6 @@ logger = logging.getLogger(__name__)
 _SWITCHES = ("encoder_noise", "lowest_time", "encoder_shift", "join", "context_time")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConvertWanConfig:
-    """Which weights become which world."""
-
-    model: str = ""
-    """Folder of diffusers, or its name on the hub; or a file with a state dict of a causal model,
-    as of CausVid and Self-Forcing."""
-    out: str = ""
-    """Folder of the world; it must not exist, or be empty."""
-    split: str = "25,5+5"
-    """First layers that become the encoder, then how many first and last ones become the decoder;
-    or a probe.json with a proposed split; or "dense": all layers, at every step."""
-    height: int = 480
-    """Rows of a frame, in pixels."""
-    width: int = 832
-    """Columns of a frame, in pixels."""
-    text_length: int = 512
-    """Tokens of an embedded text, those that fill it up included."""
-    dtype: Literal["source", "fp32", "bf16"] = "source"
-    """Type of the stored weights; source: as in the source."""
-    window: int = 21
-    """Latent frames in the KV cache."""
-    num_sinks: int = 0
-    """First latent frames that always stay in the KV cache; part of the window."""
-    frames_per_block: int = 1
-    """Latent frames that a dense model denoises together; 3 in chunk-wise causal checkpoints."""
-    num_steps: int = 50
-    """Denoising steps per frame of a source that was not distilled."""
-    encoder_noise: Literal["fresh", "same"] = "fresh"
-    """What the encoder reads for the frame to come: noise of its own, or the decoder's."""
-    lowest_time: float = 0.8
-    """Lowest time, before the shift, of the noisy frame that the encoder reads in training."""
-    encoder_shift: float = 5.0
-    """Timestep shift of these times towards noise; 1: none."""
-    join: Literal["input", "middle"] = "input"
-    """Where the decoder's context joins the noisy frame: before the first layer, or between the
-    first and the last ones."""
-    context_time: Literal["same", "clean"] = "same"
-    """Time by which the context is modulated: that of the noisy frame, or 0."""
-    copy_parts: bool = False
-    """Copy autoencoder, text encoder and tokenizer into the world; else store their path."""
-    key: str = ""
-    """Name of the state dict in a file; empty: the averaged weights if there are any."""
-    head_dim: int = 128
-    """Width of an attention head, which a state dict does not tell."""
-
-    def __post_init__(self) -> None:
-        if min(self.height, self.width, self.text_length, self.num_steps, self.head_dim) < 1:
-            raise ValueError("sizes, lengths and num_steps must be 1 or more")
-
-
 def convert_wan(config: ConvertWanConfig) -> Path:
     """Write a world of Wan's weights.
 
@@ -119,7 +68,7 @@ def convert_wan(config: ConvertWanConfig) -> Path:
         raise ValueError("scd convert wan needs --model and --out")
     folder = Path(config.out)
     refuse_used(folder)
-    split = read_split(config.split)
+    split = read_split(config.split, config.unrecommended)
     source = open_source(config.model, config.key, config.head_dim)
     model = model_config(config, source, split)
     autoencoder = _autoencoder(config, source)
@@ -150,11 +99,12 @@ def convert_wan(config: ConvertWanConfig) -> Path:
     return folder
 
 
-def read_split(split: str) -> tuple[int, int, int] | None:
+def read_split(split: str, unrecommended: bool = False) -> tuple[int, int, int] | None:
     """Return numbers of layers: the encoder's first, the decoder's first and its last; None: dense.
 
     Args:
         split: "25,5+5", a probe.json, or "dense".
+        unrecommended: take that of a probe that recommends none.
     """
     if split == "dense":
         return None
@@ -166,7 +116,7 @@ def read_split(split: str) -> tuple[int, int, int] | None:
             f'split must be like "25,5+5" (encoder, then first+last of the decoder), a probe.json, '
             f'or "dense", got {split!r}'
         )
-    encoder, decoder = proposed_layers(Path(split))
+    encoder, decoder = proposed_layers(Path(split), unrecommended)
     num_first = next(
         (place for place, layer in enumerate(decoder) if layer != place + 1), len(decoder)
     )

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -31,7 +31,7 @@ from scd.common.files import TEMPORARY, file_aside, read_json, write_file
 from scd.data.clip import Clip, check_actions
 from scd.data.prompts import fill_up
 from scd.data.source import DataCard, EmptySplit, Findings, Opening, Source, open_source
-from scd.data.spaces import Split
+from scd.data.spaces import Split, Stored
 
 INFO_FILE = "latents.json"
 """What a folder of latents says about itself."""
@@ -50,9 +50,6 @@ METADATA = "scd"
 
 PLACE = "source"
 """Field of an autoencoder's settings that only says where weights lie: equal ones are the same."""
-
-Stored = Literal["fp16", "bf16", "fp32"]
-"""Arithmetic in which latents are kept."""
 
 DTYPES: dict[str, torch.dtype] = runtime.DTYPES | {"fp16": torch.float16}
 """Types of tensors by name."""

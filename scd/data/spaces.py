@@ -17,6 +17,9 @@ MAX_NUMBER = 2**20
 OnError = Literal["stop", "skip"]
 """What becomes of a clip that cannot be read: an error, or another clip in its place."""
 
+Stored = Literal["fp16", "bf16", "fp32"]
+"""Arithmetic in which latents are kept."""
+
 PartSpace = Literal["Discrete", "MultiDiscrete", "MultiBinary", "Box"]
 """The four of Gymnasium's spaces that no other is part of."""
 

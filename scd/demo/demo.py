@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from scd.common.config import Threads, at_least, check_threads, to_json
+from scd.common.config import to_json
 from scd.common.files import refuse_used
 from scd.common.provenance import provenance, write_json, write_text
 from scd.common.runtime import choose_device, cpu_threads
@@ -23,6 +23,7 @@ from scd.data.source import open_source
 from scd.data.toy import ToyWorld
 from scd.demo.first_look import first_look
 from scd.demo.report import write_report
+from scd.demo.settings import HORIZONS, DemoConfig
 from scd.demo.side_by_side import (
     NUM_GIVEN,
     NUM_STREAMED,
@@ -35,10 +36,10 @@ from scd.demo.side_by_side import (
 from scd.engine.open import advised_threads
 from scd.evaluation.metrics import find_row
 from scd.evaluation.predict import TIMED, choose_windows, read_windows, summarize
-from scd.evaluation.protocols import Protocol
 from scd.evaluation.trial import Measurement, measure
 from scd.models.build import num_parameters
-from scd.models.checkpoint import World, last_step, load_progress, load_world, save_world
+from scd.models.checkpoint import World, last_step, load_world, save_world
+from scd.models.progress import load_progress
 from scd.models.shipped import shipped_world
 from scd.streaming.rollout import Timing
 from scd.training.fit import fit_to_data
@@ -50,51 +51,6 @@ MARKER = ".scd-demo"
 
 STREAMED = ("separable", "dense")
 """Models that are streamed, timed and whose memory is measured."""
-
-HORIZONS = (1, 4, 8)
-"""Predicted frames of the report."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """One demo."""
-
-    train: bool = False
-    """Train a small world and its dense twin here, in minutes, and compare them; without it the
-    world that comes with the package is streamed and steered, in seconds."""
-    quick: bool = False
-    """Train and measure a little only, to see that everything works: the numbers mean nothing."""
-    out: str = "demo"
-    """Folder for the report; a new one, or that of an earlier demo."""
-    seed: int = 0
-    """Seed of weights, data, noise and the choice of clips."""
-    steps: int | None = None
-    """Optimiser steps of the separable model; None: those of the preset, or 60 if quick."""
-
-    threads: Threads = "auto"
-    """CPU threads that compute. auto: what suits the size of the model; in training, as many as the
-    first steps are fastest with; at most OMP_NUM_THREADS."""
-
-    def __post_init__(self) -> None:
-        if not self.train and (self.quick or self.steps is not None):
-            raise ValueError("quick and steps have no effect without train: add --train")
-        check_threads(self.threads)
-        at_least(1, steps=self.steps)
-
-    @property
-    def num_steps(self) -> int:
-        return self.steps or (60 if self.quick else preset("toy").max_steps)
-
-    @property
-    def protocol(self) -> Protocol:
-        return Protocol(
-            context=8,
-            horizon=max(HORIZONS),
-            num_clips=16 if self.quick else 64,
-            batch_size=32,
-            seed=self.seed,
-            memory=False,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

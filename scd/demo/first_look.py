@@ -1,13 +1,13 @@
 """What `scd demo` shows without any training: the shipped world, streamed and steered.
 
-It begins with frames of a held-out clip and continues under the clip's own actions and, from the
+It begins with frames of a recorded clip and continues under the clip's own actions and, from the
 same frame on, under each action held down.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from scd.models.build import num_parameters
 from scd.models.checkpoint import World, load_world
 from scd.models.shipped import Clips, read_clips
 from scd.streaming.rollout import Rollout, Timing
+from scd.streaming.steering import shown_names
 
 NUM_GIVEN = 16
 """Frames of the clip that the streams are given: as many as the shipped world remembers."""
@@ -68,7 +69,7 @@ def first_look(run: Path, out: Path, seed: int, threads: Threads = "auto") -> di
     with cpu_threads(stream_threads(threads, world.model.config)):
         start = begin_stream(world, clips, seed)
         to_begin_s = time.perf_counter() - began
-        frames, timings = stream(start, clips, world.card.action_names)
+        frames, timings = stream(start, clips, shown_names(world.card))
     streamed = [timing for of_one in timings.values() for timing in of_one[NUM_WARM_UP:]]
     true = clips.pixels(0, NUM_GIVEN + len(frames["its own actions"]))
     length = min(len(made) for made in frames.values())
@@ -109,7 +110,7 @@ def begin_stream(world: World, clips: Clips, seed: int) -> Rollout:
 
 
 def stream(
-    start: Rollout, clips: Clips, action_names: tuple[str, ...]
+    start: Rollout, clips: Clips, action_names: Sequence[str]
 ) -> tuple[dict[str, Float[Tensor, "_ 3 h w"]], dict[str, list[Timing]]]:
     """Continue copies of one stream under the clip's actions and under each action held down."""
     own = clips.actions[0, NUM_GIVEN:]

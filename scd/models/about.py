@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scd.common.files import read_json, read_text
-from scd.models.checkpoint import load_progress, resolve
 from scd.models.names import CARD_FILE
+from scd.models.progress import PROGRESS_FILE, load_progress
 
 LONGEST = 120
 """Characters that are read of a title or a row; a card may hold any text."""
@@ -25,14 +25,12 @@ class About:
     "trained" of the card's table, or what the run folder says."""
 
 
-def read_about(path: str | Path) -> About:
-    """Read what a world, run or step folder says of itself.
+def read_about(folder: Path) -> About:
+    """Read what a world folder, or a step of a run, says of itself.
 
     Raises:
-        FileNotFoundError: no world is there.
         ValueError: the files of the run are damaged, or the card is no text.
     """
-    folder = resolve(path)
     title, trained = _read_card(folder / CARD_FILE)
     return About(title=title, trained=trained or _read_run(folder))
 
@@ -54,7 +52,7 @@ def _short(found: re.Match[str] | None) -> str:
 
 def _read_run(folder: Path) -> str:
     settings = folder.parent / "config.json"
-    if not (folder / "progress.json").is_file() or not settings.is_file():
+    if not (folder / PROGRESS_FILE).is_file() or not settings.is_file():
         return ""
     progress = load_progress(folder)
     values = read_json(settings)

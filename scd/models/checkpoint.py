@@ -33,18 +33,21 @@ from torch import Tensor
 
 from scd.autoencoders.build import Autoencoder, build_autoencoder
 from scd.autoencoders.config import AutoencoderConfig
-from scd.common.config import added, from_json, to_json
-from scd.common.files import read_json, write_file, written_aside
+from scd.common.config import from_json, to_json
+from scd.common.files import write_file, written_aside
 from scd.common.hub import upload
 from scd.common.names import did_you_mean, refuse_unknown
 from scd.common.places import named_by
+from scd.common.runtime import choose_device
 from scd.common.weights import SHARD_BYTES, is_file_of, is_stored, read_torch, write_shards
 from scd.data.source import DataCard
+from scd.models.about import read_about
 from scd.models.build import Diffuser, build, num_parameters
 from scd.models.clips import CLIPS_FILE, Clips, clips_in
 from scd.models.config import SamplingConfig
 from scd.models.kinds import ModelConfig
 from scd.models.names import CARD_FILE, WORLDS, find_world, shipped_names
+from scd.models.progress import PROGRESS_FILE, Progress
 from scd.models.weights import (
     CONFIG_FILE,
     FORMAT,
@@ -195,26 +198,9 @@ class World:
             num_clips=len(clips),
             num_clip_frames=clips.frames.shape[1],
             begins_from_nothing=self.begins_from_nothing,
+            trained="" if self.folder is None else read_about(self.folder).trained,
         )
         return card_text(name, facts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a run has come: with its config and seed, all that its random draws depend on."""
-
-    step: int
-    """Optimiser steps done; the next batch and the next draws follow from it."""
-    num_ema_updates: int
-    """Updates of the averaged weights, for the ramp of their decay."""
-    num_processes: int
-    """Processes that trained; another number continues on other batches."""
-    elapsed_s: float
-    """Seconds of training so far, over all parts of the run."""
-    num_threads: int = added(0)
-    """CPU threads that were found fastest. 0: none were looked for."""
-    measured_step_s: float = added(0.0)
-    """Seconds of a step with so many."""
 
 
 def save_world(world: World, folder: str | os.PathLike[str]) -> Path:
@@ -266,11 +252,12 @@ def load(
     Raises:
         FileNotFoundError: no such world, or the hub cannot be reached; says which there are.
         ValueError: the files are damaged, of another format, or do not fit together; or an argument
-            that there is not.
+            or a device that there is not.
     """
     refuse_unknown(unknown, load)
     wanted = choose_dtype(dtype, torch_dtype)
-    world = load_world(find_world(name, revision), weights, device, "auto" in (dtype, torch_dtype))
+    where = device if isinstance(device, torch.device) else choose_device(device)
+    world = load_world(find_world(name, revision), weights, where, "auto" in (dtype, torch_dtype))
     if wanted is not None:
         world.model.to(dtype=wanted)
     return world
@@ -303,6 +290,8 @@ def load_world(
         FileNotFoundError: no world is there.
         ValueError: the files are damaged, of another format, or do not fit together.
     """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights must be 'ema' or 'raw', got {weights!r}")
     for _ in range(NUM_READS):
         folder = resolve(path)
         before = _which(folder)
@@ -429,7 +418,7 @@ def save_step(
         guarded(lambda path: torch.save(optimizers, path), aside / "optimizer.pt")
         if auxiliary:
             guarded(lambda path: torch.save(auxiliary, path), aside / "auxiliary.pt")
-        (aside / "progress.json").write_text(
+        (aside / PROGRESS_FILE).write_text(
             json.dumps(to_json(progress), indent=2) + "\n", encoding="utf-8"
         )
     write_file(run / "last", folder.name)
@@ -472,16 +461,6 @@ def load_auxiliary(step_folder: Path) -> dict[str, Any]:
     """
     path = step_folder / "auxiliary.pt"
     return read_torch(path, STATE) if path.exists() else {}
-
-
-def load_progress(step_folder: Path) -> Progress:
-    """Read how far the run was at a checkpoint.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = step_folder / "progress.json"
-    return from_json(Progress, read_json(path), str(path))
 
 
 def write_world_settings(

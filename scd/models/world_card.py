@@ -27,6 +27,8 @@ class WorldFacts:
     num_clip_frames: int
     """Frames of each."""
     begins_from_nothing: bool
+    trained: str
+    """Steps, data and time; empty: nobody has said it."""
 
 
 def steering_of(card: DataCard) -> str:
@@ -65,7 +67,9 @@ def card_text(name: str, facts: WorldFacts) -> str:
         ("autoencoder", f"`{facts.autoencoder}`"),
         ("begins from", begins),
         ("clips to begin from", clips),
+        *([("trained", facts.trained)] if facts.trained else []),
     ]
+    trained = "in the row `trained` above" if facts.trained else "as a row `trained` of the table"
     tags = "\n".join(f"- {tag}" for tag in TAGS)
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)
     return f"""---
@@ -95,8 +99,8 @@ on the hub). The settings are in `config.json`.
 ## To be filled in
 
 A heading that says what it is; data and their licence; training (commands, hours, hardware), in
-short as a row `trained` of the table, both of which `scd play` shows; quality with its command;
-what it is not for; and `license:` at the top of this file.
+short {trained}, both of which `scd play` shows; quality with its
+command; what it is not for; and `license:` at the top of this file.
 """
 
 

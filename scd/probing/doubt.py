@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.probing.measurement import Entries, plain
-from scd.probing.settings import Plan
+from scd.probing.plan import Plan
 from scd.probing.subject import Task, losses, relative
 
 

@@ -18,13 +18,14 @@ from scd.data.source import open_source
 from scd.evaluation.predict import check_fit
 from scd.models.checkpoint import (
     World,
-    load_progress,
     load_world,
     resolve,
     save_world,
 )
+from scd.models.progress import load_progress
 from scd.models.weights import WEIGHTS_FILE
 from scd.objectives.config import DenoiseConfig
+from scd.probing.changes import change_world
 from scd.probing.interventions import Comparison, Intervention, RecomposeConfig
 from scd.training.config import TrainConfig
 from scd.training.plan import plan
@@ -81,7 +82,7 @@ def claim(intervention: Intervention, out: Path) -> Start:
     ):
         raise FileExistsError(f"{out} exists and holds no intervention: choose another out")
     start, world = read_start(intervention.comparison)
-    changed = intervention.change_world(world)
+    changed = change_world(intervention, world)
     source = open_source(start.base.data, "val", start.base.strict)
     check_fit(world, source.card, start.base.data)
     save_world(world, out / "untouched")

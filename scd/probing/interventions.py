@@ -1,41 +1,24 @@
-"""Changes to a trained dense model: layers skipped, layers made diagonal, or made separable.
+"""Settings of changes to a trained dense model: layers skipped, made diagonal, or made separable.
 
-Each changes the model's settings and keeps its weights. The changed model is trained and measured
-like any other (scd/probing/compare.py).
-Source: paper, figures 3 and 5, and (composition).
+What each does to a model is in scd/probing/changes.py. Source: paper, figures 3 and 5, and
+(composition).
 """
 
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import torch
 import tyro
-from torch import nn
 
 from scd.common.config import Threads, added, at_least, check_threads
 from scd.common.files import read_json
-from scd.models.checkpoint import World
-from scd.models.config import (
-    DecoderConfig,
-    EncoderConfig,
-    EngineKind,
-    Join,
-    SamplingConfig,
-    SeparableConfig,
-)
-from scd.models.dense import DenseDiffuser
-from scd.models.separable import SeparableDiffuser
-from scd.models.stack import skip_after
+from scd.models.config import EngineKind, Join
 
 Layers = tuple[int, ...]
 """Numbers of layers, from 1."""
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,30 +83,11 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Intervention(ABC):
+class Intervention:
     """One change of a dense model, and the comparison that it is put to."""
 
     comparison: Annotated[Comparison, tyro.conf.arg(name="")]
     """Start, finetuning and measurement."""
-
-    @abstractmethod
-    def change(self, model: DenseDiffuser, sampling: SamplingConfig) -> nn.Module:
-        """Return the changed model; the given one stays as it is.
-
-        Raises:
-            ValueError: the model was changed in this way before, or has not the layers or steps.
-            OSError: the split of a probe cannot be read.
-        """
-
-    def change_world(self, world: World) -> World:
-        """Return a world with the changed model; refuse a model that is not dense (ValueError)."""
-        if not isinstance(world.model, DenseDiffuser):
-            raise ValueError(
-                "an intervention needs a dense model, but this one is separable: it is split "
-                "already"
-            )
-        model: Any = self.change(world.model, world.sampling)
-        return replace(world, model=model.eval())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +106,6 @@ class SkipConfig(Intervention):
             raise ValueError(f'layers must be given as "4-8", got {self.layers!r}')
         return int(found[1]), int(found[2] or found[1])
 
-    def change(self, model: DenseDiffuser, sampling: SamplingConfig) -> nn.Module:
-        return skipping(model, self.span, self.full_steps, sampling)
-
 
 @dataclass(frozen=True, kw_only=True)
 class DiagonalConfig(Intervention):
@@ -152,9 +113,6 @@ class DiagonalConfig(Intervention):
 
     last: int
     """How many last layers."""
-
-    def change(self, model: DenseDiffuser, sampling: SamplingConfig) -> nn.Module:
-        return diagonal(model, self.last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +125,8 @@ class RecomposeConfig(Intervention):
     """How many first and last layers the decoder gets: "2+4"."""
     split: str = ""
     """A probe.json, for its recommended split in place of encoder and decoder."""
+    unrecommended: bool = False
+    """Take the split of a probe that recommends none, because its model predicts too little."""
     join: Join = "prefix"
     """How the decoder is given the context."""
     context_noise: float = 0.05
@@ -174,42 +134,6 @@ class RecomposeConfig(Intervention):
     scratch: bool = True
     """Train the same separable model from scratch too, with as many operations as the dense
     training and the finetuning took together."""
-
-    def change(self, model: DenseDiffuser, sampling: SamplingConfig) -> nn.Module:
-        return recompose(model, split_of(self, model.config.num_layers), self.join)
-
-
-def skipping(
-    model: DenseDiffuser, span: tuple[int, int], full_steps: int, sampling: SamplingConfig
-) -> DenseDiffuser:
-    """Copy a model so that it skips layers `span`, from 1, in all steps but the first ones."""
-    first, last = span
-    num_layers = model.config.num_layers
-    if model.config.skip is not None:
-        raise ValueError("this model skips layers already")
-    if not 1 <= first <= last <= num_layers or last - first + 1 == num_layers:
-        raise ValueError(
-            f"layers must lie in 1 .. {num_layers} and leave some, got {first} .. {last}"
-        )
-    if not 1 <= full_steps < sampling.num_steps:
-        raise ValueError(
-            f"full_steps must be 1 or more and fewer than the {sampling.num_steps} steps of a "
-            f"frame, got {full_steps}"
-        )
-    skip = skip_after(first - 1, last, full_steps, sampling)
-    return _copied(model, DenseDiffuser(replace(model.config, skip=skip)))
-
-
-def diagonal(model: DenseDiffuser, last: int) -> DenseDiffuser:
-    """Copy a model so that in its last layers a frame sees itself only."""
-    if model.config.num_diagonal:
-        raise ValueError(f"the last {model.config.num_diagonal} layers are diagonal already")
-    if not 1 <= last < model.config.num_layers:
-        raise ValueError(
-            f"last must lie in 1 .. {model.config.num_layers - 1}, so that a layer sees the past, "
-            f"got {last}"
-        )
-    return _copied(model, DenseDiffuser(replace(model.config, num_diagonal=last)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,48 +146,14 @@ class Split:
     """Layers in rising order; those of the encoder may be among them, as copies."""
 
 
-def recompose(model: DenseDiffuser, split: Split, join: Join) -> SeparableDiffuser:
-    """Make a separable model of a dense one's layers; those in both parts are copied.
-
-    Embeddings of frames, times and conditions go to both parts, the head to the decoder. The
-    modulation of the encoder's output starts as no change, the start frame as a grey frame.
-    """
-    config = model.config
-    if config.skip is not None or config.num_diagonal:
-        raise ValueError(
-            "a model that skips layers or has diagonal ones cannot be recomposed: take the run "
-            "that it came from"
-        )
-    separable = SeparableDiffuser(
-        SeparableConfig(
-            shape=config.shape,
-            block=config.block,
-            encoder=EncoderConfig(num_layers=len(split.encoder)),
-            decoder=DecoderConfig(num_layers=len(split.decoder), join=join, predict=config.predict),
-            conditions=config.conditions,
-            cache=config.cache,
-        )
-    )
-    encoder, decoder = separable.encoder, separable.decoder
-    for part, layers in ((encoder, split.encoder), (decoder, split.decoder)):
-        for name in ("embed_frame", "embed_time", "embed_conditions"):
-            _copied(getattr(model, name), getattr(part, name))
-        for block, layer in zip(part.blocks, layers, strict=True):
-            _copied(model.blocks[layer - 1], block)
-    _copied(model.head, decoder.head)
-    assert encoder.start is not None
-    with torch.no_grad():
-        grey = torch.zeros(1, 1, *config.shape.shape, dtype=encoder.start.dtype)
-        encoder.start.copy_(encoder.embed_frame(grey)[0, 0])
-    return separable
-
-
 def split_of(config: RecomposeConfig, num_layers: int) -> Split:
     """Read the split that is given as numbers or by a probe's result."""
     if bool(config.split) == bool(config.encoder or config.decoder):
         raise ValueError("a split is given by encoder and decoder, or by a probe.json, not by both")
+    if config.unrecommended and not config.split:
+        raise ValueError("unrecommended has no effect without the split of a probe")
     if config.split:
-        encoder, decoder = proposed_layers(Path(config.split))
+        encoder, decoder = proposed_layers(Path(config.split), config.unrecommended)
     else:
         found = re.fullmatch(r"(\d+)\+(\d+)", config.decoder.strip())
         if found is None:
@@ -284,19 +174,28 @@ def split_of(config: RecomposeConfig, num_layers: int) -> Split:
     return Split(encoder=tuple(range(1, encoder + 1)), decoder=decoder)
 
 
-def proposed_layers(path: Path) -> tuple[int, Layers]:
-    """Read the split that a probe recommends: depth of the encoder, layers of the decoder."""
+def proposed_layers(path: Path, unrecommended: bool = False) -> tuple[int, Layers]:
+    """Read the split that a probe recommends: depth of the encoder, layers of the decoder.
+
+    Raises:
+        ValueError: there is none, or, but for `unrecommended`, the probe warns of its own model.
+        OSError: it cannot be read.
+    """
     result: Any = read_json(path)
     try:
         split = result["proposed_split"]
-        encoder, decoder = split["encoder_layers"], split["decoder_layers"]
-        return int(encoder), tuple(int(layer) for layer in decoder)
-    except (KeyError, TypeError, ValueError) as error:
+        encoder, decoder = int(split["encoder_layers"]), split["decoder_layers"]
+        layers = tuple(int(layer) for layer in decoder)
+        # Probes before the warnings recommended every split.
+        is_recommended, warnings = split.get("is_recommended", True), result.get("warnings", [])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no proposed_split of encoder_layers and decoder_layers"
         ) from error
-
-
-def _copied(source: nn.Module, target: Module) -> Module:
-    target.load_state_dict(source.state_dict())
-    return target
+    if not is_recommended and not unrecommended:
+        reason = f": {warnings[0]}" if isinstance(warnings, list) and warnings else ""
+        raise ValueError(
+            f"{path} recommends no split{reason}. Probe a model that was trained longer, or take "
+            "the split all the same with --unrecommended"
+        )
+    return encoder, layers

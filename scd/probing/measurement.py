@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from scd.probing.settings import PACKAGE, Plan, measurement_names
+from scd.probing.plan import Plan
+from scd.probing.settings import PACKAGE, measurement_names
 from scd.probing.subject import Progress
 
 DIGITS = 6

@@ -36,15 +36,8 @@ from scd.models.weights import WEIGHTS_FILE
 from scd.probing.doubt import against_mean, warnings_of
 from scd.probing.measurement import Measurement, Parts, as_measured, find_measurements
 from scd.probing.models import SUBJECTS, subject_of
-from scd.probing.settings import (
-    MeasureConfig,
-    Plan,
-    ProbeConfig,
-    make_plan,
-    memory_needed,
-    open_clips,
-    plan_of,
-)
+from scd.probing.plan import Plan, make_plan, memory_needed, open_clips, plan_of
+from scd.probing.settings import MeasureConfig, ProbeConfig
 from scd.probing.subject import Subject
 from scd.streaming.finite import NotFinite
 

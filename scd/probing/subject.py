@@ -22,12 +22,10 @@ from scd.evaluation.image import Estimate, bootstrap
 from scd.models.cost import Sizes
 from scd.models.flow import interpolate, velocity_between
 from scd.probing.intercept import AttentionCall, Layer, attention_through
+from scd.probing.settings import MIN_PAST
 
 CONTEXT = -1
 """Distance of a key that stands for no frame: a token of a separable decoder's context."""
-
-MIN_PAST = 2
-"""Given frames before the one that is denoised: one would not show how far back attention goes."""
 
 Progress = Callable[[float], None]
 """Called from time to time with the share of a measurement that is done, 0 to 1."""

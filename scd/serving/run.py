@@ -152,7 +152,7 @@ def open_service(
     engine = open_engine(world.model, config.engine, precision, release=True)
     num_given = 0 if clips is None else clips.frames.shape[1]
     name = resolve(folder).name if not (folder / "last").is_file() else folder.name
-    limits, about = host_config(config, evict_dir, num_given), read_about(folder)
+    limits, about = host_config(config, evict_dir, num_given), read_about(resolve(folder))
     host = Host(world, engine, limits, LOG.warning, clips, name, about)
     return Service(host, config, token, shared)
 

@@ -174,6 +174,14 @@ def _each(actions: Tensor, card: DataCard, num_streams: int) -> Tensor:
     return actions.expand(num_streams, -1) if actions.ndim == 1 else actions
 
 
+def shown_names(card: DataCard) -> list[str]:
+    """Return the names of a world's actions as people see them: "do nothing" for the idle one."""
+    return [
+        "do nothing" if _plain(name) in IDLE else name.replace("_", " ")
+        for name in card.action_names
+    ]
+
+
 def _plain(name: str) -> str:
     return name.strip().lower().replace(" ", "_").replace("-", "_")
 

@@ -269,6 +269,26 @@ def decides(config: TrainConfig) -> bool:
     return config.model.shape.channels == 3 or is_latents(config.data)
 
 
+def fitted(config: TrainConfig, base: TrainConfig, needs_data: bool) -> TrainConfig:
+    """Return a run as it is trained, with what its data decides.
+
+    Args:
+        config: the run, of which some fields were chosen.
+        base: the run before.
+        needs_data: whether data that is not there is an error.
+
+    Raises:
+        FileNotFoundError, ValueError: as `fit_to_data`.
+    """
+    if decides(fit_window(config, base)):
+        try:
+            return fit_to_data(config, base)
+        except OSError:
+            if needs_data:
+                raise
+    return fit_window(config, base)
+
+
 def _fit_to_latents(config: TrainConfig, source: LatentSource) -> TrainConfig:
     info = source.info
     if config.model.takes_text and not info.card.conditions.has_text:

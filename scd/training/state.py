@@ -29,12 +29,11 @@ from scd.data.loader import Loader
 from scd.models.build import num_parameters
 from scd.models.checkpoint import (
     RAW_FILE,
-    Progress,
     load_auxiliary,
     load_optimizers,
-    load_progress,
     save_step,
 )
+from scd.models.progress import Progress, load_progress
 from scd.models.weights import WEIGHTS_FILE, load_weights
 from scd.objectives.denoise import Objective
 from scd.optim.config import OptimConfig

@@ -373,6 +373,17 @@ def test_a_row_file_is_open_before_it_is_needed(tmp_path):
     RowFile("", append=False).write({"a": 1})
 
 
+def test_rows_of_another_command_are_not_lost(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n")
+    with pytest.raises(FileExistsError, match="rows.jsonl holds other rows: keep them with --app"):
+        RowFile(str(path), append=False)
+    words = ["--steps", "1", "--frames", "1", "--device", "cpu", "--json", str(path)]
+    assert main(["bench", *words]) == 2
+    assert path.read_text() == "{}\n"
+    RowFile(str(path), append=True).close()
+
+
 @pytest.mark.parametrize("name", ["bench_cpu.sh", "bench_gpu.sh"])
 def test_the_scripts_ask_for_what_there_is(name, tmp_path):
     """Every command of a script, run by a stand-in that only writes down its words."""

@@ -48,21 +48,22 @@ def test_the_card_says_what_it_is_and_how_it_was_trained(tmp_path: Path):
     (folder / "README.md").write_text(f"words\n\n# {'long ' * 100}\n")
     assert len(read_about(folder).title) == LONGEST
     (folder / "README.md").write_bytes(b"\xff\xfe# no text")
-    with pytest.raises(ValueError, match=r"README\.md: is not text"):
+    with pytest.raises(ValueError, match=r"README\.md line 1: is no text in UTF-8"):
         read_about(folder)
 
 
 def test_a_run_says_steps_data_and_time_but_no_path(tmp_path: Path):
     run = run_folder(tmp_path / "run", str(tmp_path / "dunes-64"))
-    assert read_about(run).trained == "12,000 steps on dunes-64 in 65 min"
-    assert read_about(run / "step_012000") == read_about(run)
+    step = run / "step_012000"
+    assert read_about(step).trained == "12,000 steps on dunes-64 in 65 min"
     toy = run_folder(tmp_path / "toy", "toy:32", step=40, elapsed_s=9.4)
-    assert read_about(toy) == About(trained="40 steps on toy:32 in 9 s")
-    (toy / "step_012000" / "README.md").write_text(CARD)
-    assert read_about(toy).trained == "in a day on one GPU"
-    (run / "step_012000" / "progress.json").write_text("{}")
+    step_of_toy = toy / "step_012000"
+    assert read_about(step_of_toy) == About(trained="40 steps on toy:32 in 9 s")
+    (step_of_toy / "README.md").write_text(CARD)
+    assert read_about(step_of_toy).trained == "in a day on one GPU"
+    (step / "progress.json").write_text("{}")
     with pytest.raises(ValueError, match="missing fields"):
-        read_about(run)
+        read_about(step)
 
 
 def test_a_moved_step_has_no_run_to_ask(tmp_path: Path):

@@ -23,11 +23,9 @@ from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
 from scd.models.build import SeparableDiffuser, build
 from scd.models.checkpoint import (
-    Progress,
     World,
     last_step,
     load_optimizers,
-    load_progress,
     load_world,
     save_step,
     save_world,
@@ -41,6 +39,7 @@ from scd.models.config import (
     SamplingConfig,
     SeparableConfig,
 )
+from scd.models.progress import Progress, load_progress
 from scd.models.weights import WEIGHTS_FILE
 
 SPEC = ConditionSpec(num_actions=2)

@@ -1,7 +1,12 @@
 """Worlds by name, their clips, and what is written to pass them on."""
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +14,11 @@ from safetensors.torch import save_file
 
 import scd
 from scd.models import names, shipped
+from scd.models.about import read_about
 from scd.models.checkpoint import World, load_world, resolve, save_world
 from scd.models.clips import CLIPS_FILE, Clips
 from scd.models.names import WORLDS, find_world
+from tests.tiny_hub import TOKEN, running_hub
 
 
 def clips_of(world: World, num_frames: int = 5) -> Clips:
@@ -79,6 +86,24 @@ def test_what_is_no_name_is_refused(tmp_path, tiny_world):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="neither a world"):
         scd.load(tmp_path / "empty")
+    with pytest.raises(ValueError, match="device must be auto, cpu, .* got 'gpu'"):
+        scd.load("doom", device="gpu")
+
+
+def test_wrong_types_of_a_name_are_refused_where_types_are_not_checked():
+    code = """
+import scd
+for given in ({"name": None}, {"name": 3}, {"name": ["doom"]}, {"name": "doom", "weights": "last"}):
+    try:
+        scd.load(**given)
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *lines, last = done.stdout.splitlines()
+    assert [line.rpartition("got ")[2] for line in lines] == ["None", "3", "['doom']"]
+    assert all("such as 'doom'" in line for line in lines)
+    assert last == "weights must be 'ema' or 'raw', got 'last'"
 
 
 def test_an_installation_without_worlds_says_so(tmp_path, monkeypatch):
@@ -124,6 +149,24 @@ def test_a_world_is_passed_on_with_clips_and_a_card(tiny_world, tmp_path):
     assert (folder / "diary.txt").is_file()
 
 
+def test_the_card_of_a_run_says_how_it_was_trained(tiny_world, tmp_path):
+    step = save_world(tiny_world, tmp_path / "run" / "step_000040")
+    (tmp_path / "run" / "last").write_text(step.name)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"data": f"{tmp_path}/dunes-64"}))
+    progress = {"step": 12_000, "num_ema_updates": 1, "num_processes": 1, "elapsed_s": 3900.0}
+    (step / "progress.json").write_text(json.dumps(progress))
+    folder = scd.load(tmp_path / "run").save_pretrained(tmp_path / "mine")
+    text = (folder / "README.md").read_text()
+    assert "\n| trained | 12,000 steps on dunes-64 in 65 min |\n" in text
+    assert str(tmp_path) not in text
+    assert "in the row `trained` above" in text
+    # What was passed on says the same when it is passed on once more.
+    again = scd.load(folder).save_pretrained(tmp_path / "yours")
+    assert read_about(again).trained == "12,000 steps on dunes-64 in 65 min"
+    # One that was made here and now knows of no run.
+    assert "as a row `trained` of the table" in tiny_world.model_card("mine")
+
+
 def test_a_world_without_clips_says_so(tiny_world, tmp_path):
     folder = tiny_world.save_pretrained(tmp_path / "mine")
     assert not (folder / CLIPS_FILE).exists()
@@ -161,6 +204,96 @@ def test_the_code_of_a_card_runs(tiny_world, tmp_path, monkeypatch):
         exec(compile(code, "card", "exec"), {})
         assert (tmp_path / "stream.mp4").stat().st_size > 0
         (tmp_path / "stream.mp4").unlink()
+
+
+def on_hub(code: str, address: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run code whose hub is at an address, with a cache of its own."""
+    # The client reads all of these when it is imported. Large files go by LFS, not by chunks.
+    given = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    words = [sys.executable, "-c", code]
+    return subprocess.run(
+        words, env=environment | given, capture_output=True, text=True, timeout=120
+    )
+
+
+PUSH = """
+import scd
+world = scd.load({folder!r})
+print(world.push_to_hub({name!r}, token={token!r}))
+"""
+
+
+LOAD = """
+import scd
+for revision in (None, "main", {sha!r}):
+    world = scd.load("me/dunes", revision=revision)
+    print(world.folder.name, len(world.clips))
+for name, revision in (("me/dunes", "later"), ("me/moon", None)):
+    try:
+        scd.load(name, revision=revision)
+    except FileNotFoundError as error:
+        print(error)
+for name, token in (("me/moon", "hf_other"), ("them/moon", {token!r})):
+    try:
+        world.push_to_hub(name, token=token)
+    except OSError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("model_config", ["separable"], indirect=True)
+def test_what_is_pushed_is_loaded_again_from_the_hub(tiny_world, tmp_path):
+    tiny_world.clips = clips_of(tiny_world)
+    folder = str(tiny_world.save_pretrained(tmp_path / "mine"))
+    with running_hub() as hub:
+        push = PUSH.format(folder=folder, name="me/dunes", token=TOKEN)
+        pushed = on_hub(push, hub.address, tmp_path / "a")
+        assert pushed.returncode == 0, pushed.stderr
+        assert pushed.stdout.split() == [f"{hub.address}/me/dunes"]
+        files, sha = hub.files["me/dunes"], hub.sha("me/dunes")
+        assert sorted(files) == sorted(path.name for path in Path(folder).iterdir())
+        assert files["model.safetensors"] == (Path(folder) / "model.safetensors").read_bytes()
+        assert 'scd.load("me/dunes")' in files["README.md"].decode()
+        loaded = on_hub(LOAD.format(sha=sha, token=TOKEN), hub.address, tmp_path / "b")
+        assert loaded.returncode == 0, loaded.stderr
+        *found, later, moon, other, them = loaded.stdout.splitlines()
+        assert found == [f"{sha} 2"] * 3
+        assert "the hub has no such revision of me/dunes" in later
+        assert "the hub shows no me/moon to this account" in moon
+        assert "the hub did not take me/moon" in other and "the hub did not take them" in them
+        assert list(hub.files) == ["me/dunes"]
+        address = hub.address
+    # The hub is gone; what was loaded once is there still.
+    again = on_hub("import scd\nprint(scd.load('me/dunes').folder)", address, tmp_path / "b")
+    assert again.returncode == 0 and again.stdout.strip().endswith(sha)
+
+
+@pytest.mark.parametrize("model_config", ["separable"], indirect=True)
+def test_a_hub_that_never_answers_is_given_up_soon(tiny_world, tmp_path):
+    folder = str(save_world(tiny_world, tmp_path / "mine"))
+    code = """
+import time, scd
+from scd.common import hub
+hub.CONTACT_S = 0.5
+began = time.monotonic()
+try:
+    scd.load("nobody/nothing")
+except FileNotFoundError as error:
+    print(error)
+try:
+    scd.load({folder!r}).push_to_hub("me/dunes", token="hf_none")
+except OSError as error:
+    print(error)
+assert time.monotonic() - began < 20
+"""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = on_hub(code.format(folder=folder), address, tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    load, push = done.stdout.splitlines()
+    assert "no folder nobody/nothing, and the hub did not give it" in load and "copy it" in load
+    assert "the hub did not take me/dunes" in push and "it needs a network" in push
 
 
 def test_without_a_network_a_push_says_what_it_needs(tiny_world, monkeypatch):

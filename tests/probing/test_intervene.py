@@ -14,10 +14,12 @@ from scd.cli import main
 from scd.data.clip import Conditions, frames_to_pixels
 from scd.data.manifest import CARD_FILE, write_card, write_episode, write_manifest
 from scd.models.build import build
-from scd.models.checkpoint import World, load_progress, load_world, resolve, save_world
+from scd.models.checkpoint import World, load_world, resolve, save_world
 from scd.models.config import CacheConfig, Join, SamplingConfig
+from scd.models.progress import load_progress
 from scd.objectives.config import DenoiseConfig
 from scd.optim.config import OptimConfig
+from scd.probing.changes import change_world, diagonal, recompose, skipping
 from scd.probing.compare import intervene
 from scd.probing.intervention_models import finetuning, read_start, same_control
 from scd.probing.interventions import (
@@ -26,9 +28,6 @@ from scd.probing.interventions import (
     RecomposeConfig,
     SkipConfig,
     Split,
-    diagonal,
-    recompose,
-    skipping,
     split_of,
 )
 from scd.training.config import TrainConfig
@@ -201,6 +200,22 @@ def test_a_result_without_a_split_is_refused(tmp_path):
             split_of(RecomposeConfig(comparison=NOWHERE, split=str(path)), 12)
 
 
+def test_a_split_that_a_probe_does_not_recommend_is_taken_only_on_request(tmp_path):
+    path = tmp_path / "probe.json"
+    split = {"encoder_layers": 3, "decoder_layers": [1, 11, 12], "is_recommended": False}
+    result = {"proposed_split": split, "warnings": ["it predicts no better than the mean"]}
+    path.write_text(json.dumps(result))
+    config = RecomposeConfig(comparison=NOWHERE, split=str(path))
+    with pytest.raises(ValueError, match="no split: it predicts no better.*--unrecommended"):
+        split_of(config, 12)
+    taken = split_of(replace(config, unrecommended=True), 12)
+    assert (taken.encoder, taken.decoder) == ((1, 2, 3), (1, 11, 12))
+    path.write_text(json.dumps({"proposed_split": split | {"is_recommended": True}}))
+    assert split_of(config, 12) == taken
+    with pytest.raises(ValueError, match="unrecommended has no effect"):
+        split_of(RecomposeConfig(comparison=NOWHERE, encoder=1, unrecommended=True), 12)
+
+
 @pytest.mark.parametrize(
     ("span", "full_steps", "message"),
     [
@@ -256,7 +271,7 @@ def test_a_separable_model_is_split_already(separable_config, toy_source):
         RecomposeConfig(comparison=NOWHERE, encoder=1, decoder="0+1"),
     ):
         with pytest.raises(ValueError, match="is split already"):
-            intervention.change_world(world)
+            change_world(intervention, world)
 
 
 def weights(path) -> bytes:

@@ -12,8 +12,9 @@ from scd.evaluation.image import Estimate
 from scd.models.checkpoint import load_world
 from scd.probing.doubt import loss_of_mean, warnings_of
 from scd.probing.measurements import splits
+from scd.probing.plan import make_plan, open_clips
 from scd.probing.run import probe
-from scd.probing.settings import MeasureConfig, make_plan, open_clips
+from scd.probing.settings import MeasureConfig
 from scd.probing.subject import Subject, Task
 from tests.probing.test_probe_run import config_of
 from tests.probing.test_probe_run import dense as dense

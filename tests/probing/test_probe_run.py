@@ -17,8 +17,9 @@ from scd.models.build import build
 from scd.models.checkpoint import World, load_world, save_world
 from scd.models.config import BlockConfig, CacheConfig, DenseConfig, FrameShape, SamplingConfig
 from scd.probing.models import subject_of
+from scd.probing.plan import memory_needed, training_times
 from scd.probing.run import _settings, probe
-from scd.probing.settings import ProbeConfig, measurement_names, memory_needed, training_times
+from scd.probing.settings import ProbeConfig, measurement_names
 from tests.tiny import shaken
 
 NUM_LAYERS = 3
@@ -243,7 +244,7 @@ def test_the_command_reports_bad_input(dense, tmp_path, capsys):
 def test_memory_is_stated_and_missing_memory_refused(dense, tmp_path, monkeypatch):
     monkeypatch.setattr("scd.common.memory.free_bytes", lambda device: 2**20)
     # Told before any clip is read.
-    monkeypatch.setattr("scd.probing.settings.read_windows", None)
+    monkeypatch.setattr("scd.probing.plan.read_windows", None)
     with pytest.raises(ValueError, match="the probe needs .* MiB on cpu, 1.0 MiB are free"):
         probe(config_of(dense, tmp_path / "out"))
 

@@ -56,4 +56,4 @@ def test_an_agent_learns_inside_a_world():
 @pytest.mark.skipif(not WANTS_PPO, reason="stable-baselines3 is installed")
 def test_without_the_package_the_agent_says_what_to_install():
     done = run("examples/ppo.py")
-    assert done.returncode == 2 and "pip install stable-baselines3" in done.stderr
+    assert done.returncode == 2 and "pip install -e '.[rl]'" in done.stderr

@@ -1,5 +1,8 @@
 """Actions as people type them: by number, name, vector, keys and mouse; what cannot be is said."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
 from scd.streaming.environment import WorldEnv, WorldVectorEnv
 from scd.streaming.rollout import Rollout
-from scd.streaming.steering import as_actions, as_plan
+from scd.streaming.steering import IDLE, as_actions, as_plan, shown_names
 from tests.streaming.test_rollout import world_of
 from tests.tiny import COMPOSITE, tiny_separable
 
@@ -311,3 +314,15 @@ def test_keys_and_mouse_mean_entries_of_any_part():
 def test_actions_of_no_part_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         as_actions(given, PARTED, 2)
+
+
+def test_names_are_shown_as_the_page_shows_them():
+    assert shown_names(WALK) == ["do nothing", "forward", "turn left", "turn right"]
+    assert shown_names(card_of("No-Op", "noop", "turn_left")) == [
+        "No-Op",
+        "do nothing",
+        "turn left",
+    ]
+    script = Path("scd/serving/web/steering.js").read_text()
+    words = re.search(r"^const IDLE = \[(.*)\];$", script, re.M)
+    assert words and tuple(re.findall(r'"(\w+)"', words[1])) == IDLE

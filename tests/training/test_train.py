@@ -25,7 +25,7 @@ from scd.common.signals import Interrupted
 from scd.data.loader import Loader
 from scd.data.manifest import read_manifest, write_manifest
 from scd.data.source import open_source
-from scd.models.checkpoint import load_progress, load_world
+from scd.models.checkpoint import load_world
 from scd.models.config import (
     BlockConfig,
     CacheConfig,
@@ -35,6 +35,7 @@ from scd.models.config import (
     SamplingConfig,
     SeparableConfig,
 )
+from scd.models.progress import load_progress
 from scd.objectives.config import DenoiseConfig
 from scd.objectives.denoise import validation_loss
 from scd.optim.config import OptimConfig

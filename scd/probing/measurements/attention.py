@@ -25,6 +25,7 @@ from scd.evaluation.media import spread
 from scd.evaluation.plots import Ink, curve_panels, finish, legend
 from scd.models.config import SamplingConfig
 from scd.probing.measurement import Entries, Measurement, by_layer, plain
+from scd.probing.plan import Plan
 from scd.probing.plots import (
     BLUE,
     GREEN,
@@ -38,7 +39,6 @@ from scd.probing.plots import (
     name_layers,
     plot_tiles,
 )
-from scd.probing.settings import Plan
 from scd.probing.subject import CONTEXT, FrameAttention, Progress, Subject, Task, silent
 from scd.probing.trajectory import MAX_BLOCK_BYTES, denoise, step_times
 

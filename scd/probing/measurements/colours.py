@@ -19,8 +19,8 @@ from torch import Tensor
 from scd.evaluation import media
 from scd.evaluation.html import fragment, plot
 from scd.probing.measurement import Entries, Measurement, by_layer, plain
+from scd.probing.plan import Plan
 from scd.probing.plots import NUM_SHOWN, plot_tiles
-from scd.probing.settings import Plan
 from scd.probing.subject import Progress
 from scd.probing.trajectory import Features, layer_features
 

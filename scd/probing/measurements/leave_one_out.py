@@ -20,8 +20,8 @@ from scd.evaluation.html import fragment, plot
 from scd.evaluation.plots import Ink, curve_panels, finish, text_colour
 from scd.probing.intercept import without
 from scd.probing.measurement import Entries, Measurement, by_layer, plain
+from scd.probing.plan import Plan
 from scd.probing.plots import BLUE, name_layers, scale_percent
-from scd.probing.settings import Plan
 from scd.probing.subject import Progress, Subject, Task, losses, relative, silent
 
 SECTION = """

@@ -22,8 +22,8 @@ from scd.evaluation.plots import Ink, curve_panels, finish
 from scd.models.config import SamplingConfig
 from scd.probing.intercept import Call, held, recorded
 from scd.probing.measurement import Entries, Measurement, plain
+from scd.probing.plan import Plan
 from scd.probing.plots import draw_bar, draw_map
-from scd.probing.settings import Plan
 from scd.probing.subject import Progress, Subject, Task, losses, silent
 from scd.probing.trajectory import denoise, spread, spread_early, step_times
 

@@ -27,6 +27,7 @@ from scd.evaluation import media
 from scd.evaluation.html import fragment, plot
 from scd.evaluation.plots import Ink, colour_axes, curve_panels, finish, legend, text_colour
 from scd.probing.measurement import Entries, Measurement, by_layer
+from scd.probing.plan import Plan
 from scd.probing.plots import (
     BLUE,
     GREEN,
@@ -38,7 +39,6 @@ from scd.probing.plots import (
     draw_bar,
     name_layers,
 )
-from scd.probing.settings import Plan
 from scd.probing.subject import Progress
 from scd.probing.trajectory import Features, layer_features
 

@@ -19,8 +19,8 @@ from scd.common.config import from_json, to_json
 from scd.evaluation.html import fragment, plot
 from scd.evaluation.plots import Ink, curve_panels, finish, legend, text_colour
 from scd.probing.measurement import Entries, Measurement, Parts
+from scd.probing.plan import Plan
 from scd.probing.plots import BLUE, GREY, ORANGE, scale_percent
-from scd.probing.settings import Plan
 from scd.probing.splits import (
     Candidate,
     Speed,
