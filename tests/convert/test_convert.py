@@ -1,9 +1,12 @@
 """State dicts of the release and of FAR become folders that `from_pretrained` reads."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from scd.cli import main
 from scd.common.weights import read_state_dict
 from scd.convert.reference import ReferenceConfig, convert_reference, our_names
 from scd.models.dense import DenseDiffuser
@@ -88,3 +91,50 @@ def test_missing_and_misshapen_weights_are_named(tmp_path):
             ReferenceConfig(channels=5, height=4, width=4),
         )
     assert not (tmp_path / "out").exists()
+
+
+def _in_several(folder, state):
+    """Two files and the index that says which weight lies where."""
+    names = sorted(state)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in files.items():
+        save_file({name: state[name] for name in held}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    places = {name: file for file, held in files.items() for name in held}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return index
+
+
+def _saved(value, name):
+    def make(folder, state):
+        torch.save(value(state), folder / name)
+        return folder / name
+
+    return make
+
+
+def _under(prefix):
+    return lambda state: {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _saved(_under(""), "ema.pth"),
+        _saved(_under("module."), "module.pth"),
+        _saved(_under("_orig_mod."), "orig_mod.pth"),
+        _saved(_under("module._orig_mod."), "both.pth"),
+        _saved(lambda state: {"ema": state, "step": 7}, "dict.pth"),
+        _saved(lambda state: {"state_dict": _under("model.")(state), "epoch": 1}, "lightning.ckpt"),
+        _in_several,
+    ],
+    ids="ema module orig_mod both dict lightning index".split(),
+)
+def test_the_command_takes_names_and_files_as_training_leaves_them(tmp_path, make):
+    state = golden_state("", "t16_train_token_concat")
+    sizes = "--channels 8 --height 4 --width 4 --rotary-axes 4 6 6".split()
+    out = tmp_path / "ours"
+    assert main(["convert", "reference", str(make(tmp_path, state)), str(out), *sizes]) == 0
+    ours, wanted = SeparableDiffuser.from_pretrained(out).state_dict(), our_names(state)
+    assert wanted.keys() == ours.keys()
+    assert all(torch.equal(wanted[name], ours[name]) for name in wanted)
