@@ -296,6 +296,9 @@ class SessionStore:
     def end(self) -> None:
         """Leave; what was put and not kept is for other hosts. Nothing may be called afterwards."""
         self._empty(self._own)
+        self._written.clear()
+        self._kept = kept_files(self.folder)
+        self.expire()
         self.lock.close()
 
 
