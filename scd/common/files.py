@@ -43,13 +43,23 @@ def refuse_used(folder: Path, wanted: str = "") -> None:
         raise FileExistsError(f"{folder} exists and {what}: choose another one")
 
 
+def refuse_pipe(path: Path | str) -> None:
+    """Refuse a pipe, socket or device in the place of a file (ValueError): reading it might never
+    end. What is not there is left to who reads it."""
+    with suppress(OSError):
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ValueError(f"{path} is no file but a pipe, a socket or a device")
+
+
 def read_text(path: Path | str) -> str:
     """Read a text in UTF-8, without the mark that some editors put in front of it.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no text in UTF-8; names the line.
+        ValueError: it is no text in UTF-8; names the line; or no file.
     """
+    refuse_pipe(path)
     data = Path(path).read_bytes()
     try:
         return data.decode("utf-8-sig")

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from scd.common.config import differences, shown, to_json
-from scd.common.files import read_json
+from scd.common.files import read_json, refuse_pipe
 from scd.data.source import Source
 
 FORMAT = 1
@@ -51,12 +51,13 @@ def fingerprint(source: Source) -> dict[str, Any]:
 def _mark(part: Path | Tensor | str | int | None) -> str:
     if isinstance(part, Path):
         try:
+            refuse_pipe(part)
             with part.open("rb") as file:
                 size = part.stat().st_size
                 data = file.read(END_BYTES)
                 file.seek(max(size - END_BYTES, 0))
                 return _digest(f"{size} ".encode() + data + file.read(END_BYTES))
-        except OSError:
+        except (OSError, ValueError):
             return "unreadable"
     if isinstance(part, Tensor):
         data = part.detach().cpu().contiguous().numpy().tobytes()

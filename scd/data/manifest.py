@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from scd.common.config import added, at_least, from_json, to_json
-from scd.common.files import file_aside, parse_json, read_json, text_lines, write_file
+from scd.common.files import file_aside, parse_json, read_json, refuse_pipe, text_lines, write_file
 from scd.data.source import DataCard
 from scd.data.spaces import Split
 from scd.data.video import write_video
@@ -159,6 +159,7 @@ def read_actions(path: Path) -> np.ndarray:
 
 def read_array(path: Path, key: str) -> np.ndarray:
     """Read one array of an .npz file; ValueError: missing, damaged, or something else."""
+    refuse_pipe(path)
     try:
         with np.load(path) as arrays:
             return arrays[key]

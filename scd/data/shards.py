@@ -8,6 +8,7 @@ one whole number a frame is an id, several are keys (0 and 1) or choices, anythi
 from __future__ import annotations
 
 import logging
+import os
 import re
 from abc import abstractmethod
 from collections import Counter
@@ -205,6 +206,17 @@ class ShardSource(Source):
 
     def title(self, episode: int) -> str:
         return titled(*self.episodes[episode])
+
+    def identity(self, episode: int) -> tuple[str, dict[str, Any]]:
+        file, one = self.episodes[episode]
+        parts: dict[str, Any] = {"file": file, "label": one.label}
+        if self.spec.has_actions:
+            try:
+                parts["actions"] = self._led_to(episode, 0, np.asarray(self._frames[episode]))
+            except (ValueError, OSError):
+                parts["actions"] = "damaged"
+        place = os.path.relpath(file, self.path if self.path.is_dir() else self.path.parent)
+        return f"{place} {one.name}".strip(), parts
 
     def prompt(self, episode: int) -> str:
         """Return the text that stands beside the episode."""

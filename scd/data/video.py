@@ -25,7 +25,7 @@ from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 
-from scd.common.files import file_aside
+from scd.common.files import file_aside, refuse_pipe
 
 KEYFRAME_INTERVAL = 16
 # Reading from the middle decodes 7.5 frames in vain on average; keyframes of 64x64 game pictures
@@ -443,6 +443,7 @@ def _open(path: Video, format: str | None) -> InputContainer:
     if isinstance(path, PartOfFile):
         # FFmpeg's own protocol: as fast as a file, where calls back into Python are not.
         url = f"subfile,,start,{path.begin},end,{path.begin + path.size},,:{path.file}"
+    refuse_pipe(path.file if isinstance(path, PartOfFile) else path)
     return av.open(url, format=format)
 
 

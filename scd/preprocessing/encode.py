@@ -106,6 +106,9 @@ def encode(config: EncodeConfig) -> Encoded:
     jobs: list[tuple[Split, int]] = [
         (split, number) for split in encoding.sources for number in range(info.num_files(split))
     ]
+    if num_processes == 1:
+        # Others might be writing what all of them say about the folder.
+        remove_leftovers(out)
     mine = jobs[index::num_processes]
     todo = [job for job in mine if not is_whole(out, info, *job)]
     began, num_frames, left_out = time.perf_counter(), 0, 0

@@ -1,6 +1,7 @@
 """A run that is continued on other data than it began with says so; a damaged checkpoint is passed
 over by naming an older one."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from scd.cli import main
 from scd.common.runlog import read_log
 from scd.data.clip import frames_to_pixels
 from scd.data.fingerprint import fingerprint
+from scd.data.folder import FolderSource
 from scd.data.manifest import read_manifest, write_card, write_episode, write_manifest
 from scd.data.source import open_source
 from scd.data.toy import ToyWorld
@@ -141,6 +143,17 @@ def test_a_fingerprint_tells_what_lies_in_the_middle_of_actions(clips):
         if one != other
     ]
     assert differing == ["videos/e4.mp4"]
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.jsonl", "dataset.json", "actions/e1.npz", "videos/e1.mp4"]
+)
+def test_a_pipe_in_the_place_of_a_file_is_refused_by_name(clips, name):
+    """Nobody writes into it, so reading it would never end."""
+    (clips / name).unlink()
+    os.mkfifo(clips / name)
+    with pytest.raises(ValueError, match=f"{name} is no file but a pipe"):
+        FolderSource(clips, "train", strict=True)
 
 
 @pytest.mark.parametrize("damaged", ["raw.safetensors", "optimizer.pt", "gone"])
