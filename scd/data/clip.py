@@ -304,7 +304,8 @@ def pixels_to_frames(pixels: Frames) -> Float[Tensor, "*t 3 h w"]:
             f"pictures are 8-bit pixels [..., rows, columns, 3], got {given.dtype} "
             f"{list(given.shape)}"
         )
-    return given.movedim(-1, -3).float() / 127.5 - 1
+    # In place: these tensors are large and short-lived, and new memory costs as much as the sums.
+    return given.movedim(-1, -3).float().div_(127.5).sub_(1)
 
 
 def frames_to_pixels(frames: Float[Tensor, "*t 3 h w"]) -> UInt8[Tensor, "*t h w 3"]:
