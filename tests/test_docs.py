@@ -487,3 +487,18 @@ def test_flags_of_commands_that_are_not_run_exist(command: str):
     page = help_of(names[: 2 if takes_name else 1])
     for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
         assert re.search(rf"{flag}\b", page), f"{flag} is no flag of scd {' '.join(names)}"
+
+
+def test_what_the_page_of_reliability_runs_is_there():
+    """Its commands are tests of their own: each file is there, and each word of -k chooses some."""
+    text = (ROOT / "docs/reliability.md").read_text("utf-8")
+    shown = re.findall(r"`(pytest [^`]*)`", text)
+    assert len(shown) >= 15
+    for command in shown:
+        words = shlex.split(command)
+        sources = [(ROOT / name).read_text("utf-8") for name in words if name.startswith("tests/")]
+        for part in words[words.index("-k") + 1].split(" or ") if "-k" in words else ["test_"]:
+            assert any(re.search(rf"^def test_\w*{part}", one, re.M) for one in sources) or (
+                part == "test_" and sources
+            ), command
+    assert all((ROOT / name).is_file() for name in re.findall(r"(?<!/)\btools/\w+\.py", text))

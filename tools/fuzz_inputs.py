@@ -375,7 +375,7 @@ def say(url: str) -> bool:
     is_right = True
     lines = _lines("said.jsonl")
     address = url.replace("http", "ws") + "/v1/stream"
-    with connect(address, proxy=None, compression=None, close_timeout=1) as socket:
+    with connect(address, proxy=None, compression=None, close_timeout=1, max_size=None) as socket:
         try:
             for line in lines:
                 try:

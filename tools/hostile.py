@@ -38,7 +38,7 @@ from fuzz_mutations import mutate
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
-from scd.serving.client import Client
+from scd.serving.client import Client, Refused
 
 MEMORY_GIB = 0.25
 """What the servers are told that sessions may take."""
@@ -54,7 +54,7 @@ PATIENCE_S = 10.0
 
 TOKEN = "the-token-of-the-one-visitor"
 
-FULL = (b"too_many", b"no_room", b"busy", b"server_full")
+FULL = (b"too_many", b"no_room", b"overloaded")
 """Codes with which a server may say 503: it is full, which is no fault."""
 
 ORIGINS = (
@@ -206,9 +206,14 @@ def _put_wrongly(attack: Attack, pattern: str, put: Callable[[str], bool]) -> No
                 _, words = mutate(attack.random, Path(), names)
                 try:
                     put(attack.open.url)
+                    attack.statuses[200] += 1
+                except Refused as refused:
+                    # Others' sessions fill it, which is no fault; visitors have more patience.
+                    if refused.code != "too_many_sessions":
+                        raise Wrong(f"{refused}, after {words}") from refused
+                    attack.statuses[503] += 1
                 except Wrong as wrong:
                     raise Wrong(f"{wrong}, after {words}") from wrong
-                attack.statuses[200] += 1
             finally:
                 os.chdir(before)
 
@@ -220,9 +225,12 @@ def origins(attack: Attack) -> None:
         if number % 3 == 0:
             key = {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version": "13"}
             headers |= {"Connection": "Upgrade", "Upgrade": "websocket", **key}
-        path = "/v1/stream" if number % 3 == 0 else "/v1/world"
-        status = attack.note(attack.open.ask(request("GET", path, headers), 2.0))
-        if status in (101, 200):
+        asked = request("POST", "/v1/sessions", headers, b"{}")
+        if number % 3 == 0:
+            asked = request("GET", "/v1/stream", headers)
+        status = attack.note(attack.open.ask(asked, 2.0))
+        # Nothing but requests that change something: a browser hides the answers to others.
+        if status in (101, 201):
             raise Wrong(f"the origin {headers['Origin']!r:.80} was let in: {status}")
 
 
@@ -253,11 +261,11 @@ def abandoned(attack: Attack) -> None:
             continue
         address = f"ws://127.0.0.1:{attack.open.port}/v1/stream"
         with contextlib.suppress(WebSocketException, OSError):
-            end = connect(address, proxy=None, open_timeout=PATIENCE_S, close_timeout=1)
-            end.send('{"type":"hello","version":1}')
-            end.send(json.dumps({"type": "create", "seed": number}))
-            # Without a word, as when a machine goes to sleep.
-            end.socket.close()
+            with connect(address, proxy=None, open_timeout=PATIENCE_S, close_timeout=1) as end:
+                end.send('{"type":"hello","version":1}')
+                end.send(json.dumps({"type": "create", "seed": number}))
+                # Without a word, as when a machine goes to sleep.
+                end.socket.shutdown(socket.SHUT_RDWR)
 
 
 def oversized(attack: Attack) -> None:
@@ -412,8 +420,28 @@ class Watch:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, token: str | None = None) -> Iterator[Target]:
-    """Serve the world that comes with the package, in a process of its own."""
+def serving(place: Path, tokens: tuple[str | None, ...]) -> Iterator[list[Target]]:
+    """Serve the world that comes with the package, in a process of its own for each token."""
+    begun: list[tuple[subprocess.Popen[bytes], Path]] = []
+    try:
+        for number, token in enumerate(tokens):
+            begun.append(_started(place / str(number), token))
+        yield [
+            Target(url=_address(*one), process=psutil.Process(one[0].pid), log=one[1], token=token)
+            for one, token in zip(begun, tokens, strict=True)
+        ]
+        for process, _ in begun:
+            process.send_signal(signal.SIGTERM)
+        for process, log in begun:
+            if process.wait(60) != 128 + signal.SIGTERM:
+                raise RuntimeError(f"a server ended with {process.returncode}: {log.read_text()}")
+    finally:
+        for process, _ in begun:
+            process.kill()
+            process.wait()
+
+
+def _started(folder: Path, token: str | None) -> tuple[subprocess.Popen[bytes], Path]:
     folder.mkdir()
     words = [sys.executable, "-m", "scd", "serve", "--port", "0", "--device", "cpu"]
     words += ["--sessions", "4", "--memory-gib", str(MEMORY_GIB), "--evict-dir", str(folder / "s")]
@@ -422,15 +450,7 @@ def serving(folder: Path, token: str | None = None) -> Iterator[Target]:
     words += ["--token", token] if token else []
     log = folder / "log.txt"
     with log.open("wb") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        url = _address(process, log)
-        yield Target(url=url, process=psutil.Process(process.pid), log=log, token=token)
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-    finally:
-        process.kill()
-        process.wait()
+        return subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT), log
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:
@@ -488,7 +508,7 @@ def hostile(config: HostileConfig) -> dict[str, Any]:
     results, found = [], []
     place = Path(tempfile.mkdtemp(prefix="scd-hostile-"))
     try:
-        with serving(place / "open") as open, serving(place / "closed", TOKEN) as closed:
+        with serving(place, (None, TOKEN)) as (open, closed):
             visit(open), visit(closed)
             idle_gib = max(open.resident_gib, closed.resident_gib)
             limit_gib = idle_gib + TOLERATED * MEMORY_GIB + OWN_GIB
