@@ -59,7 +59,7 @@ def measure_little(monkeypatch):
         ("bench --threads 0", "threads must be auto, or 1 or more, got 0"),
         ("probe {folder}/run --data toy:32 --threads 0", "threads must be auto, or 1 or more"),
         (
-            "intervene skip --layers 1-2 --full-steps 1 {folder}/run --out {folder}/out --threads 0",
+            "intervene skip {folder}/run --layers 1 --full-steps 1 --out {folder}/out --threads 0",
             "threads must be auto, or 1",
         ),
         ("vbench {folder}/run --prompts p --out {folder}/out --threads 0", "threads must be auto"),
