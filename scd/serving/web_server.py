@@ -49,7 +49,8 @@ class PatientProtocol(H11Protocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._read_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:
+        # Of asyncio or of uvloop, whose transports are none of asyncio's by type.
         super().connection_made(transport)
         self._wait_for_head()
 
