@@ -246,8 +246,14 @@ class Evictions:
             self._waking[name].append(retry)
             return
         self._waking[name] = [retry]
-        make = partial(Counted, self.sessions.under_way)
-        self._work(lambda: store.take(name, make), lambda done: self._wake(name, store, done))
+        work = self._work
+        work(lambda: store.take(name, self._bytes_of), lambda done: self._wake(name, store, done))
+
+    def _bytes_of(self, size: int) -> bytearray:
+        """Return bytes to read a session's own file into: they are under way, but a file that is
+        larger than all that may be is read too, or its session would be locked out for ever."""
+        under_way = self.sessions.under_way
+        return Counted(under_way, size) if size <= under_way.budget else bytearray(size)
 
     def _wake(self, name: str, store: SessionStore, done: Future[Parsed]) -> None:
         error = done.exception()

@@ -287,6 +287,17 @@ def test_an_idle_session_is_evicted_and_comes_back_exactly(tmp_path):
         assert host.overview().num_evictions >= 3
 
 
+def test_a_session_comes_back_whatever_the_room_for_what_comes_and_goes(tmp_path):
+    world = make_world()
+    with hosting(world, evict_dir=tmp_path, idle_s=0.05) as host:
+        name = done(host.create(seed=6)).session
+        done(host.step(name, 2, count=4))
+        until(lambda: host.overview().num_evicted == 1)
+        host.under_way.budget = 8
+        assert done(host.look(name)).frame == 3
+        refused(host.snapshot(name), "too_large")
+
+
 def test_a_disk_that_is_full_loses_nothing(tmp_path, monkeypatch):
     world, said = make_world(), []
     with hosting(world, said=said, evict_dir=tmp_path, idle_s=0.02) as host:
