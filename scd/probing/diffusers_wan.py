@@ -16,6 +16,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from jaxtyping import Float
 from torch import Tensor
 
+from scd.common.config import MAX_SIZE
 from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
 from scd.models.config import CacheConfig, FrameShape
@@ -73,7 +74,7 @@ class WanSubject(WanDenseSubject):
                     block=block,
                     num_layers=config.num_layers,
                     conditions=ConditionSpec(text_length=len(text), text_dim=config.text_dim),
-                    cache=CacheConfig(window=2**20, num_sinks=0, rebase_sinks=False),
+                    cache=CacheConfig(window=MAX_SIZE, num_sinks=0, rebase_sinks=False),
                 )
             )
         model.load_state_dict(transformer.state_dict(), assign=True)

@@ -17,7 +17,6 @@ from scd.data.loader import Loader, UnreadableClip
 from scd.data.manifest import write_card, write_episode, write_manifest
 from scd.data.source import open_source
 from scd.data.toy import ToyWorld
-from scd.models.checkpoint import load_progress
 from scd.models.config import (
     BlockConfig,
     CacheConfig,
@@ -26,6 +25,7 @@ from scd.models.config import (
     SamplingConfig,
     SeparableConfig,
 )
+from scd.models.progress import load_progress
 from scd.optim.config import OptimConfig
 from scd.training.config import TrainConfig
 from scd.training.world import train
