@@ -73,7 +73,10 @@ def first_speaks(errors: bool = False) -> Iterator[None]:
             stack.enter_context(redirect_stdout(nowhere))
             if errors:
                 stack.enter_context(redirect_stderr(nowhere))
-            logging.getLogger("scd").setLevel(logging.ERROR)
+            logger = logging.getLogger("scd")
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+            stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
         yield
 

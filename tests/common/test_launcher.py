@@ -1,6 +1,8 @@
 """What a launcher's environment asks for is obeyed or refused, in one sentence."""
 
+import logging
 import os
+import warnings
 
 import pytest
 
@@ -124,6 +126,15 @@ def test_only_the_first_process_prints(monkeypatch, capsys):
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("scd: ") == 1
     assert printed.err.startswith("scd: process 1: scd protocols runs in one process")
+
+
+def test_what_is_logged_and_warned_of_is_as_before_after_a_silent_process(monkeypatch):
+    setenv(monkeypatch, "WORLD_SIZE=2 RANK=1")
+    logger = logging.getLogger("scd")
+    before = logger.level, list(warnings.filters)
+    with launcher.first_speaks():
+        assert not logger.isEnabledFor(logging.WARNING)
+    assert (logger.level, warnings.filters) == before
 
 
 def test_processes_of_mpirun_are_known(monkeypatch):
