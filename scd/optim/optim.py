@@ -168,7 +168,19 @@ def fitting_state(optimizer: Any, saved: Any) -> dict[str, Any]:
             _check_entry(f"{name} of weight {place}", value, weights[place])
     if len({frozenset(state) for state in states.values()}) > 1:
         raise ValueError("what is remembered differs from weight to weight")
+    # Weights are remembered by their places, which mean the same only in the same groups.
+    needed, got = _group_sizes(optimizer.param_groups), _group_sizes(saved.get("param_groups"))
+    if got != needed:
+        raise ValueError(f"needed parameter groups of {needed} weights, got {got}")
     return {"state": dict(states), "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def _group_sizes(groups: Any) -> list[int] | None:
+    """Return the number of weights of each parameter group; None: these are no groups."""
+    try:
+        return [len(group["params"]) for group in groups]
+    except (TypeError, KeyError, IndexError):
+        return None
 
 
 def _check_entry(name: str, value: Any, weight: Tensor) -> None:

@@ -242,6 +242,8 @@ def test_a_state_that_is_not_of_these_weights_is_refused_and_settings_are_those_
         ({0: {"exp_avg": "words"}}, "exp_avg of weight 0 must be a tensor or a number, got str"),
         ({0: {"step": torch.tensor(float("nan"))}}, "step of weight 0 must be finite"),
         ({0: {"step": torch.tensor(1.0)}}, "differs from weight to weight"),
+        ({**saved, "param_groups": []}, r"needed parameter groups of \[2\] weights, got \[\]"),
+        ({"state": saved["state"]}, "needed parameter groups of .* got None"),
     ):
         wrong = change
         if isinstance(change, dict) and "state" not in change:
