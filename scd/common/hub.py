@@ -177,17 +177,20 @@ def download(
         )
     except (HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
-            f"there is no folder {source}, and the hub {_reason(refusal or error, source)}"
+            f"there is no folder {source}, {_reason(refusal or error, source)}"
         ) from error
 
 
 def _reason(error: Exception, source: str) -> str:
     """Say why the hub did not give something, and what helps."""
     if isinstance(error, RevisionNotFoundError):
-        return f"has no such revision of {source}"
+        return f"and the hub has no such revision of {source}"
     if isinstance(error, RepositoryNotFoundError):
-        return f"shows no {source} to this account: another name, or hf auth login if it is private"
-    return f"did not give it ({_in_a_line(error)}); {OFFLINE.format(source=source)}"
+        return (
+            f"and the hub shows no {source} to this account: another name, or hf auth login if it "
+            "is private"
+        )
+    return f"and the hub did not give it ({_in_a_line(error)}); {OFFLINE.format(source=source)}"
 
 
 def _in_a_line(error: Exception) -> str:
