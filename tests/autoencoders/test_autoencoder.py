@@ -304,6 +304,7 @@ def test_a_repository_may_be_the_autoencoder_itself(tmp_path, monkeypatch):
         return str(copy)
 
     monkeypatch.setattr(diffusers_folder, "snapshot_download", snapshot)
+    monkeypatch.setattr(diffusers_folder.HfApi, "model_info", lambda *_, **__: None)
     assert open_autoencoder("owner/deep").encode(frames_of()).shape[2] == CHANNELS
     # Settings first: nobody waits for the weights of another kind of model.
     assert asked[0][:2] == ["vae/*", "config.json"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 import tyro
 
-from scd.autoencoders.base import PixelAutoencoder
-from scd.autoencoders.config import PixelConfig
+from scd.autoencoders.config import WanAutoencoderConfig
+from scd.autoencoders.wan import WanAutoencoder
 from scd.bench.card import Limits, LimitsOfDevice, RowFile, measure_limits
 from scd.bench.case import Case, numbers, parse_case
 from scd.bench.compare import CompareConfig, compare, pairs_of
@@ -29,6 +29,7 @@ from scd.models.checkpoint import World, save_world
 from scd.models.config import SamplingConfig
 from scd.models.cost import Load
 from tests.tiny_wan import tiny_wan, tiny_wan_separable
+from tests.tiny_wan_vae import tiny_vae
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -294,13 +295,14 @@ def test_wan_models_have_their_weights_and_any_size():
 
 
 def test_wan_worlds_are_timed(tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "vae")
     models = {"separable": tiny_wan_separable(), "dense": tiny_wan()}
     for name, model in models.items():
         card = DataCard(
             height=32, width=48, fps=16.0, conditions=model.config.conditions, action_names=()
         )
         sampling = SamplingConfig(num_steps=2)
-        autoencoder = PixelAutoencoder(PixelConfig())
+        autoencoder = WanAutoencoder(WanAutoencoderConfig(source=str(tmp_path)))
         world = World(model=model, autoencoder=autoencoder, card=card, sampling=sampling)
         save_world(world, tmp_path / name)
     folders = ",".join(str(tmp_path / name) for name in models)

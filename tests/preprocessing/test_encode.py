@@ -378,15 +378,7 @@ def test_changed_weights_of_the_same_name_are_noticed(videos, tmp_path):
 def test_published_latents_are_taken_over_at_unit_scale(tmp_path):
     root = write_minecraft_latents(tmp_path / "published", ".pt", side=32)
     data = f"minecraft:{root}?size=32&frames=20"
-    world = save_world(
-        World(
-            build(DenseConfig(shape=TINY_SHAPE, block=TINY_BLOCK, num_layers=1)),
-            PixelAutoencoder(PixelConfig(mean=0.1, std=0.3)),
-            open_source("toy:32", "train").card,
-            preset("toy").sampling,
-        ),
-        tmp_path / "world",
-    )
+    world = save_world(world_of("toy:32", PixelConfig(mean=0.1, std=0.3)), tmp_path / "world")
     given = {"autoencoder": str(world), "stored": "fp32"}
     encode(settings(data, tmp_path / "out", latent_scale=0.2889, **given))
     clip = LatentSource(tmp_path / "out", "train").read(1, 2, 9)

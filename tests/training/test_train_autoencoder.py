@@ -406,7 +406,7 @@ def test_other_and_damaged_trainings_are_refused(videos, tmp_path):
     more = replace(config, adversarial_steps=1)
     step = out / "step_000001"
     for name, message in (
-        ("optimizer.pt", "optimizer.pt is damaged"),
+        ("optimizer.pt", "optimizer.pt cannot be read as a state of training: it is damaged"),
         ("raw.safetensors", "raw.safetensors"),
         ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"),
         ("progress.json", "progress.json: is not JSON"),
