@@ -423,6 +423,8 @@ def _load_groups(groups: list[OptimisationGroup], checkpoint: Path) -> None:
     saved, main = load_auxiliary(checkpoint), load_optimizers(checkpoint)
     for group in groups:
         file = checkpoint / ("optimizer.pt" if group.name == MODEL else "auxiliary.pt")
+        if not file.exists():
+            raise ValueError(f"{checkpoint} lacks {file.name}, the state of {group.name}")
         try:
             if group.name == MODEL:
                 group.load_optimizers(main)
