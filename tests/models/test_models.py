@@ -507,6 +507,10 @@ def test_loading_refuses_what_does_not_fit(tmp_path):
 
 
 def test_patches_must_fit_the_frame():
-    with pytest.raises(ValueError, match="patch_size=8 for a 4x6 frame"):
-        type(SHAPE)(channels=3, height=4, width=6, patch_size=8)
+    """Where a model is built: settings alone are made before the data decides on the frame."""
+    shape = type(SHAPE)(channels=3, height=4, width=6, patch_size=8)
+    told = r"got patch_size=8 for the 4x6 frames of model\.shape, which \[1, 2\] divide"
+    for settings in (tiny_separable().config, tiny_dense().config):
+        with pytest.raises(ValueError, match=told):
+            build(replace(settings, shape=shape))
     assert ACTIONS.num_actions == 4

@@ -323,6 +323,6 @@ def test_names_are_shown_as_the_page_shows_them():
         "do nothing",
         "turn left",
     ]
-    script = Path("scd/serving/web/steering.js").read_text()
+    script = Path("scd/serving/web/parts.js").read_text()
     words = re.search(r"^const IDLE = \[(.*)\];$", script, re.M)
     assert words and tuple(re.findall(r'"(\w+)"', words[1])) == IDLE

@@ -237,17 +237,21 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     by_other = encode_with(world, clips, tmp_path / "other_text", text=str(other))
     message = refusal(words_of(by_other, world, out), capsys)
     assert "prompts that another text encoder embedded" in message
-    smaller = replace_shape(world, tmp_path / "smaller")
+    torn = replace_width(world, tmp_path / "torn", model=2)
+    message = refusal(words_of(latents, torn, out), capsys)
+    assert "frames of 32x32 have latents [16, 4, 4], the model works on [16, 4, 2]" in message
+    smaller = replace_width(world, tmp_path / "smaller", model=2, card=16)
     message = refusal(words_of(latents, smaller, out), capsys)
     assert "for another model" in message and "model.shape.width: 2, 4" in message
     assert not out.exists()
 
 
-def replace_shape(world: str, folder: Path) -> str:
-    """The same world, but for frames of half the width."""
+def replace_width(world: str, folder: Path, *, model: int, card: int = 32) -> str:
+    """The same world, but for latents and frames of another width."""
     shutil.copytree(world, folder)
     settings = json.loads((folder / "config.json").read_text())
-    settings["model"]["shape"]["width"] = 2
+    settings["model"]["shape"]["width"] = model
+    settings["card"]["width"] = card
     (folder / "config.json").write_text(json.dumps(settings))
     return str(folder)
 
@@ -256,7 +260,7 @@ def replace_shape(world: str, folder: Path) -> str:
     ("settings", "message"),
     [
         ({"shift": 0.0}, "shift must be positive"),
-        ({"num_draws": 0}, "num_draws 1 or more"),
+        ({"num_draws": 0}, "num_draws must be 1 or more, got 0"),
         ({"history_time": 0.001}, "at least the table's smallest entry"),
         ({"history_time": 1.5}, r"history_time must lie in \[0, 1\]"),
         ({"condition_dropout": 1.0}, "condition_dropout in"),
