@@ -162,11 +162,16 @@ def read_array(path: Path, key: str) -> np.ndarray:
     refuse_pipe(path)
     try:
         with np.load(path) as arrays:
-            return arrays[key]
+            found = arrays[key]
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such {key} file") from error
     except DAMAGED as error:
         raise ValueError(f"{path}: is no .npz file with the key {key!r} ({error})") from error
+    # A member whose first bytes are damaged comes as bytes, without a word.
+    if not isinstance(found, np.ndarray) or not found.ndim:
+        got = f"a single {found.dtype}" if isinstance(found, np.ndarray) else "no array"
+        raise ValueError(f"{path}: {key!r} must be an array with a row for each frame, got {got}")
+    return found
 
 
 def choose_splits(num_episodes: int, val_fraction: float, test_fraction: float) -> list[Split]:

@@ -172,6 +172,14 @@ def test_missing_or_foreign_action_files_are_refused(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="002.npz: no such actions file"):
         FolderSource(tmp_path, "train")
+    np.savez(path, actions=np.int64(3))
+    with pytest.raises(ValueError, match="002.npz: 'actions' must be an array .* a single int64"):
+        FolderSource(tmp_path, "train")
+    np.savez(path, actions=np.zeros(12, np.int64))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"\x93NUMPY", bytes(6)))
+    with pytest.raises(ValueError, match="002.npz: "):
+        FolderSource(tmp_path, "train")
 
 
 def test_every_damage_of_an_action_file_names_it(tmp_path):
