@@ -138,7 +138,9 @@ def test_keys_that_are_held_together_are_in_one_action(steered: Steered):
     steered.comes((1, 0, 0, 1, 1, 0, 0, 1))
     steered.shoot("steer-desktop")
     assert steered.text("status") == "live"
-    assert steered.page.locator("[data-part='keys'] .obeyed").count() == 3
+    # The picture comes after the message.
+    obeyed = steered.page.locator("[data-part='keys'] .obeyed")
+    steered.until(lambda: obeyed.count() == 3, "three keys that a frame obeyed")
     keyboard.up("KeyW")
     steered.comes((0, 0, 0, 1, 1, 0, 0, 1))
     # Whoever leaves the page holds nothing there.
