@@ -230,7 +230,16 @@ class SCDPipeline:
     def _encoded(self, image: Image.Image | Tensor) -> Tensor:
         card = self.parts.world.card
         if isinstance(image, Tensor):
-            frame = image * 2 - 1
+            shape, dtype = list(image.shape), str(image.dtype).removeprefix("torch.")
+            is_picture = image.ndim == 3 and shape[0] == 3 and image.is_floating_point()
+            # NaN is passed on by both.
+            low, high = (float(one) for one in image.aminmax()) if is_picture else (0.0, 0.0)
+            if not is_picture or not (-0.01 <= low and high <= 1.01):
+                raise ValueError(
+                    f"an image is a picture of PIL, or floats [3, rows, columns] in [0, 1], got "
+                    f"{dtype} {shape}" + (f" in {low:.4g} .. {high:.4g}" if is_picture else "")
+                )
+            frame = image.float() * 2 - 1
         else:
             pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy())
             frame = pixels_to_frames(pixels[None])[0]

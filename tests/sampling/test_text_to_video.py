@@ -307,6 +307,9 @@ def test_the_pipeline_takes_batches_embeddings_and_pictures(pipe, tmp_path):
     given = pipe("the cat", num_frames=5, image=image, output_type="pt").frames[0]
     tensor = torch.from_numpy(np.asarray(image) / 255).float().permute(2, 0, 1)
     again = pipe("the cat", num_frames=5, image=tensor, output_type="pt").frames[0]
+    for wrong in (tensor * 255, tensor * float("nan")):
+        with pytest.raises(ValueError, match=r"floats \[3, rows, columns\] in \[0, 1\], got "):
+            pipe("the cat", num_frames=5, image=wrong)
     torch.testing.assert_close(given, again, atol=1e-4, rtol=0)
     assert not torch.allclose(given[1:], two[0, 1:], atol=1e-3)
     guided = pipe("the cat", negative_prompt="the dog", guidance_scale=3.0, num_frames=5)
