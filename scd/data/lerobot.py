@@ -16,7 +16,6 @@ Source: the format as the package lerobot writes it, 0.3.3 (v2.1) and 0.4.4 (v3.
 from __future__ import annotations
 
 import io
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,14 +32,12 @@ from scd.data.clip import Clip, pixels_to_frames
 from scd.data.frame_rate import frames_at, is_same_rate, pool_actions
 from scd.data.lerobot_tables import ACTION, INFO_FILE, STATE, Dataset, Episode, Rows
 from scd.data.published import Header, read_headers
-from scd.data.source import DataCard, EmptySplit, Findings, Opening, PictureConfig, Source
+from scd.data.source import DataCard, Findings, Opening, PictureConfig, Source, leave_out
 from scd.data.spaces import ConditionSpec, Split
 from scd.data.video import index_frames, probe_video, read_frames, reduce_picture
 
 TOLERANCE = 0.1
 """Part of a frame's time by which a row and a picture may miss each other."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,21 +89,9 @@ class LeRobotSource(Source):
         parts = dataset.splits(len(episodes))
         chosen = [one for one, part in zip(episodes, parts, strict=True) if part == split]
         rows = dataset.rows([one.table for one in chosen], self._columns())
-        wrong = self._check(chosen, rows)
-        self.left_out = list(wrong.values())
-        if wrong and strict:
-            raise ValueError(next(iter(wrong.values())))
-        if wrong:
-            logger.warning(
-                "%s: left out %d of %d %s episodes, the first: %s",
-                *(name, len(wrong), len(chosen), split, next(iter(wrong.values()))),
-            )
-        self._episodes = [one for one in chosen if one.number not in wrong]
-        if not self._episodes:
-            why = f"; the first was left out because {next(iter(wrong.values()))}" if wrong else ""
-            raise (ValueError if wrong else EmptySplit)(
-                f"{name}: split {split!r} has no episodes{why}"
-            )
+        errors = self._check(chosen, rows)
+        self.left_out = leave_out(name, split, errors, strict)
+        self._episodes = [one for one, error in zip(chosen, errors, strict=True) if not error]
         self._rows = rows
         rated = [self._rated(one) for one in self._episodes]
         self._frames = [frames for frames, _ in rated]
@@ -123,7 +108,6 @@ class LeRobotSource(Source):
         path, config = cls.parse(data)
         try:
             dataset = Dataset(_local(path))
-            dataset.camera(config.camera)
             episodes = dataset.episodes(dataset.camera(config.camera))
         except (ValueError, OSError) as error:
             return Findings(missing=[str(error)])
@@ -153,7 +137,8 @@ class LeRobotSource(Source):
         return tasks[0]
 
     def _read(self, episode: int, start: int, num_frames: int) -> Clip:
-        one, rows = self._episodes[episode], self._rows[self._episodes[episode].number]
+        one = self._episodes[episode]
+        rows = self._rows[one.number]
         chosen = self._frames[episode][start : start + num_frames]
         if one.video is None:
             pixels = self._stored(one, chosen)
@@ -203,19 +188,16 @@ class LeRobotSource(Source):
             raise ValueError(f"{self.dataset.root} has no {STATE}: leave state=1 out")
         return [name for name in wanted if name in features]
 
-    def _check(self, chosen: Sequence[Episode], rows: Mapping[int, Rows]) -> dict[int, str]:
-        """Say by number which episodes cannot be used, and why."""
+    def _check(self, chosen: Sequence[Episode], rows: Mapping[int, Rows]) -> list[str]:
+        """Say why each episode cannot be used; empty: it can."""
         videos = sorted({one.video for one in chosen if one.video is not None})
         name = f"{self.kind}:{self.dataset.root.absolute()}"
         headers = read_headers(name, [(video,) for video in videos], _look)
         by_video = dict(zip(videos, headers, strict=True))
-        wrong = {}
-        for one in chosen:
-            header = by_video.get(one.video) if one.video else None
-            error = self._error(one, rows.get(one.number), header)
-            if error:
-                wrong[one.number] = error
-        return wrong
+        return [
+            self._error(one, rows.get(one.number), by_video.get(one.video) if one.video else None)
+            for one in chosen
+        ]
 
     def _error(self, one: Episode, rows: Rows | None, header: Header | None) -> str:
         fps, where = self.dataset.fps, f"{one.table}, episode {one.number}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from rich.progress import track
 
 from scd.common.files import file_aside, read_json
 from scd.common.runtime import cache_folder
-from scd.data.source import DataCard, EmptySplit, Opening, Source
+from scd.data.source import DataCard, Opening, Source, leave_out
 from scd.data.spaces import Split
 
 WORKERS = 8
@@ -36,8 +35,6 @@ Files = tuple[Path, ...]
 
 Looked = TypeVar("Looked", bound=Any)
 """What is found out about files."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,23 +82,11 @@ class PublishedSource(Source):
         chosen = self._find(split)
         store = f"{name} {self.config}" if self.header_depends_on_settings else name
         headers = read_headers(store, chosen, self._look)
-        wrong = [header.error for header in headers if header.error]
-        self.left_out = wrong
-        if wrong and strict:
-            raise ValueError(wrong[0])
-        if wrong:
-            logger.warning(
-                "%s: left out %d of %d %s episodes, the first: %s",
-                *(name, len(wrong), len(chosen), split, wrong[0]),
-            )
+        errors = [header.error for header in headers]
+        self.left_out = leave_out(name, split, errors, strict)
         kept = [pair for pair in zip(chosen, headers, strict=True) if not pair[1].error]
         self.episodes = [files for files, _ in kept]
         self.headers = [header for _, header in kept]
-        if not self.episodes:
-            why = f"; the first was left out because {wrong[0]}" if wrong else ""
-            raise (ValueError if wrong else EmptySplit)(
-                f"{name}: split {split!r} has no episodes{why}"
-            )
         super().__init__(name, split, self._card(), [self._length(one) for one in self.headers])
 
     @classmethod

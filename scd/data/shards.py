@@ -7,7 +7,6 @@ one whole number a frame is an id, several are keys (0 and 1) or choices, anythi
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from abc import abstractmethod
@@ -27,19 +26,17 @@ from scd.data.published import read_headers
 from scd.data.source import (
     SPLITS,
     DataCard,
-    EmptySplit,
     Findings,
     Opening,
     PictureConfig,
     Source,
+    leave_out,
     split_of,
 )
 from scd.data.spaces import ActionPart, ConditionSpec, Split
 
 Rows = Literal["taken-at-frame", "led-to-frame"]
 """Which frame an action stands beside: the one that it was taken at, or the one that it led to."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,21 +116,8 @@ class ShardSource(Source):
         parts = _splits(path, [file for file, _ in everything])
         chosen = [one for one, part in zip(everything, parts, strict=True) if part == split]
         errors = [self._error(file, one, shape, fps) for file, one in chosen]
-        wrong = [error for error in errors if error]
-        self.left_out = wrong
-        if wrong and strict:
-            raise ValueError(wrong[0])
-        if wrong:
-            logger.warning(
-                "%s: left out %d of %d %s episodes, the first: %s",
-                *(name, len(wrong), len(chosen), split, wrong[0]),
-            )
+        self.left_out = leave_out(name, split, errors, strict)
         self.episodes = [one for one, error in zip(chosen, errors, strict=True) if not error]
-        if not self.episodes:
-            why = f"; the first was left out because {wrong[0]}" if wrong else ""
-            raise (ValueError if wrong else EmptySplit)(
-                f"{name}: split {split!r} has no episodes{why}"
-            )
         wanted = self.config.fps or fps
         self._frames = [
             frames_at(one.num_frames, one.fps or fps, wanted) for _, one in self.episodes

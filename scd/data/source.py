@@ -9,6 +9,7 @@ says by which names it goes (`kind`, `recognises`), opens a split (`open`), and 
 from __future__ import annotations
 
 import importlib
+import logging
 import pkgutil
 import sys
 import typing
@@ -45,6 +46,8 @@ SPLITS: dict[str, Split] = {
 """Splits by the names that people give them."""
 
 Kind = TypeVar("Kind")
+
+logger = logging.getLogger(__name__)
 
 
 class EmptySplit(ValueError):
@@ -278,6 +281,33 @@ def find_kinds(base: type[Kind]) -> dict[str, type[Kind]]:
             if isinstance(value, type) and issubclass(value, base) and vars(value).get("kind"):
                 found[vars(value)["kind"]] = value
     return found
+
+
+def leave_out(name: str, split: Split, errors: Sequence[str], strict: bool) -> list[str]:
+    """Warn of the episodes of a split that cannot be used, and return why, one by one.
+
+    Args:
+        name: of the collection.
+        split: which part of it.
+        errors: why each episode cannot be used; empty: it can.
+        strict: stop at the first one.
+
+    Raises:
+        EmptySplit: the split has no episodes.
+        ValueError: none of them can be used, or under `strict` one cannot.
+    """
+    wrong = [error for error in errors if error]
+    if wrong and strict:
+        raise ValueError(wrong[0])
+    if wrong:
+        logger.warning(
+            "%s: left out %d of %d %s episodes, the first: %s",
+            *(name, len(wrong), len(errors), split, wrong[0]),
+        )
+    if len(wrong) == len(errors):
+        why = f"; the first was left out because {wrong[0]}" if wrong else ""
+        raise (ValueError if wrong else EmptySplit)(f"{name}: split {split!r} has no episodes{why}")
+    return wrong
 
 
 def flags_to_name(words: Sequence[str]) -> list[str]:
