@@ -1,4 +1,5 @@
-// The WebSocket to the server: messages out, answers and frames in, and again after a loss.
+// All that the page asks of a server: over a WebSocket messages out, answers and frames in, and
+// again after a loss; files over HTTP. `scd export web` puts a model in the page in its place.
 // Protocol: docs/serving.md. Events: welcome, state, frame, stopped, evicted, problem, status.
 
 const VERSION = 1;
@@ -91,6 +92,48 @@ export class Connection extends EventTarget {
     });
   }
 
+  /** Send a picture or video to begin from; returns {upload, frames}. */
+  async upload(file) {
+    const headers = { "Content-Type": "application/octet-stream" };
+    const answer = await this._fetch("v1/uploads", { method: "POST", body: file, headers });
+    return answer.json();
+  }
+
+  /** The picture of a frame as a file. */
+  async picture(session, frame) {
+    return (await this._fetch(`${addressOf(session)}/frames/${frame}`)).blob();
+  }
+
+  /** The stream as MP4, as far back as the server keeps it; null: it cannot be had. */
+  async video(session) {
+    const answer = await this._fetch(`${addressOf(session)}/video`).catch(() => null);
+    return answer?.blob() ?? null;
+  }
+
+  /** Delete a session that is not played; one that is gone already is fine. */
+  async remove(session) {
+    await this._fetch(addressOf(session), { method: "DELETE" }, 404);
+  }
+
+  /** Say that the page of a session is left. */
+  leave(session) {
+    navigator.sendBeacon(`${addressOf(session)}/leave`);
+  }
+
+  /** Milliseconds of a small question to the server and its answer. */
+  async roundTrip() {
+    const begun = performance.now();
+    await this._fetch("health", { cache: "no-store" });
+    return performance.now() - begun;
+  }
+
+  async _fetch(address, settings = {}, fine = 200) {
+    const token = this.token ? { Authorization: `Bearer ${this.token}` } : {};
+    const answer = await fetch(address, { ...settings, headers: { ...settings.headers, ...token } });
+    if (!answer.ok && answer.status !== fine) throw await refusal(answer);
+    return answer;
+  }
+
   _read(data) {
     if (typeof data !== "string") {
       const length = new DataView(data).getUint32(0, true);
@@ -151,11 +194,16 @@ export class Connection extends EventTarget {
   }
 }
 
-/** Milliseconds of a small question to the server and its answer. */
-export async function roundTrip(headers) {
-  const begun = performance.now();
-  await fetch("health", { cache: "no-store", headers });
-  return performance.now() - begun;
+/** What an HTTP answer says went wrong. */
+async function refusal(answer) {
+  const body = await answer.json().catch(() => null);
+  const error = body?.error ?? body;
+  const text = error?.message ?? `the server answered ${answer.status}`;
+  return new Refused(error?.code ?? String(answer.status), text);
+}
+
+function addressOf(session) {
+  return `v1/sessions/${encodeURIComponent(session)}`;
 }
 
 /** The token of the address, kept for this tab and no longer shown; null: none. */

@@ -1,7 +1,6 @@
 // The settings of a stream and what it begins from: controls -> what the player asks for.
 
 import { element } from "./steering.js";
-import { refusal } from "./player.js";
 
 const PACES = [5, 10, 15, 20, 30, 60];
 const SET_EVERY_MS = 120;
@@ -9,9 +8,8 @@ const SET_EVERY_MS = 120;
 const byId = (name) => document.getElementById(name);
 
 export class Controls {
-  constructor(player, headers, say) {
+  constructor(player, say) {
     this.player = player;
-    this.headers = headers;
     this.say = say;
     this.pending = {};
     this.timer = 0;
@@ -80,13 +78,7 @@ export class Controls {
     }
     this.say(`Sending ${file.name}`);
     try {
-      const answer = await fetch("v1/uploads", {
-        method: "POST",
-        body: file,
-        headers: { "Content-Type": "application/octet-stream", ...this.headers },
-      });
-      if (!answer.ok) throw await refusal(answer);
-      const { upload, frames } = await answer.json();
+      const { upload, frames } = await this.player.connection.upload(file);
       if ((await this.begin({ start: "upload", upload })) !== null)
         this.say(`Begun from ${file.name}${frames > 1 ? `, ${frames} frames` : ""}.`);
     } catch (error) {

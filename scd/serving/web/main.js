@@ -1,7 +1,7 @@
 // The page: parts joined, keys, and what is shown of the state.
 
 import { Controls } from "./controls.js";
-import { readToken, roundTrip } from "./connection.js";
+import { readToken } from "./connection.js";
 import { Gamepads, View } from "./devices.js";
 import { KeyMap } from "./keymap.js";
 import { KeyPanel } from "./keypanel.js";
@@ -20,7 +20,6 @@ const HINTED = 8; // keys that the hint has room for
 const SMALL = 128; // pixels of a frame's shorter side below which it is smoothed
 
 const token = readToken();
-const headers = token ? { Authorization: `Bearer ${token}` } : {};
 const address = new URL("v1/stream", document.baseURI.replace(/^http/, "ws")).href.split("#")[0];
 
 const pictures = new Pictures((...of) => stage.push(...of), pictureFailed);
@@ -28,17 +27,17 @@ const player = new Player(address, token, pictures);
 const stage = new Stage(byId("view"), byId("ambient"), byId("room"), drawn);
 const meters = new Meters(byId("chart"), byId("meters"));
 const recorder = new Recorder(byId("view"), byId("record"), byId("recording"), say, () =>
-  player.fetchVideo(headers),
+  player.fetchVideo(),
 );
 const steering = new Steering(byId("pad"), hold, pressed, isWaiting);
 const view = new View(byId("view"), byId("stick"), steering, refresh);
 const panel = new KeyPanel(byId("binds"), byId("binds-reset"), byId("mouse-speed"), steering, showKeys);
 new Gamepads(steering, say);
-const controls = new Controls(player, headers, say);
+const controls = new Controls(player, say);
 const timeline = new Timeline(byId("strip"), byId("strip-canvas"), byId("takes"), {
   look,
   choose: (take) => player.choose(take),
-  remove: (take) => player.remove(take, headers),
+  remove: (take) => player.remove(take),
   describe: (at, last) => {
     const action = player.take?.frames.get(at)?.action ?? null;
     return `frame ${at} of ${last}${action === null ? "" : `, ${actionText(steering.parts, action)}`}`;
@@ -168,7 +167,7 @@ async function look(frame) {
     `Frame ${frame} of ${last}. Continued from here, ${rest}; a fork keeps them.`;
   showFrame(frame);
   refresh();
-  const blob = await player.fetchFrame(frame, headers);
+  const blob = await player.fetchFrame(frame);
   if (looked === frame && blob !== null) stage.showOld(frame, blob);
 }
 
@@ -224,7 +223,7 @@ function veilText(link, take) {
       ? "The server does not answer. Trying again; your stream is kept."
       : "The connection was lost. Connecting to the same stream again.";
   if (player.isBusy) return "The server still holds the connection that was lost. A moment.";
-  if (link.name === "connecting") return "Connecting to the server";
+  if (link.name === "connecting") return link.reason || "Connecting to the server";
   if (take === null && player.world?.needs_start && !player.world.clips)
     return "This world begins from a picture: choose one of yours.";
   return take === null ? "No stream yet: begin one." : null;
@@ -445,7 +444,7 @@ setInterval(() => {
 
 setInterval(async () => {
   if (document.hidden || player.link.name !== "live") return;
-  meters.network = await roundTrip(headers).catch(() => null);
+  meters.network = await player.connection.roundTrip().catch(() => null);
 }, 2000);
 
 if (window.matchMedia("(max-width: 60rem)").matches)

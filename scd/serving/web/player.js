@@ -219,11 +219,9 @@ export class Player extends EventTarget {
   }
 
   /** Delete a take that is not played. */
-  async remove(take, headers) {
+  async remove(take) {
     try {
-      const address = `v1/sessions/${encodeURIComponent(take.id)}`;
-      const answer = await fetch(address, { method: "DELETE", headers });
-      if (!answer.ok && answer.status !== 404) throw await refusal(answer);
+      await this.connection.remove(take.id);
       this._drop(take.id);
       this.dispatchEvent(new Event("take"));
     } catch (error) {
@@ -233,18 +231,15 @@ export class Player extends EventTarget {
 
   /** Say that this page is left, which may also be that it is loaded anew: then it attaches again. */
   leave() {
-    for (const { id } of this.takes) navigator.sendBeacon(`v1/sessions/${encodeURIComponent(id)}/leave`);
+    for (const { id } of this.takes) this.connection.leave(id);
   }
 
   /** Ask for the picture of a frame that was made before this page was there; null: known. */
-  async fetchFrame(frame, headers) {
+  async fetchFrame(frame) {
     const { take } = this;
     if (take.frames.get(frame)?.blob) return null;
-    const address = `v1/sessions/${encodeURIComponent(take.id)}/frames/${frame}`;
     try {
-      const answer = await fetch(address, { headers });
-      if (!answer.ok) throw await refusal(answer);
-      const blob = await answer.blob();
+      const blob = await this.connection.picture(take.id, frame);
       take.frames.set(frame, { action: null, steps: 0, ...take.frames.get(frame), blob });
       return blob;
     } catch (error) {
@@ -254,11 +249,8 @@ export class Player extends EventTarget {
   }
 
   /** Ask for the stream as MP4, as far back as the server keeps it; null: it cannot be had. */
-  async fetchVideo(headers) {
-    if (this.take === null) return null;
-    const address = `v1/sessions/${encodeURIComponent(this.take.id)}/video`;
-    const answer = await fetch(address, { headers }).catch(() => null);
-    return answer?.ok ? answer.blob() : null;
+  async fetchVideo() {
+    return this.take === null ? null : this.connection.video(this.take.id);
   }
 
   acknowledge(header) {
@@ -292,14 +284,6 @@ const ADVICE = {
   too_many_sessions: "The server has no room for another take: delete one, or wait a little.",
   session_busy: "Somebody else plays this stream: it can be seen in one place at a time.",
 };
-
-/** What an HTTP answer says went wrong. */
-export async function refusal(answer) {
-  const body = await answer.json().catch(() => null);
-  const error = body?.error ?? body;
-  const text = error?.message ?? `the server answered ${answer.status}`;
-  return new Refused(error?.code ?? String(answer.status), text);
-}
 
 function sentence(text) {
   const whole = text.charAt(0).toUpperCase() + text.slice(1);
