@@ -21,7 +21,7 @@ from scd.models.base import State
 from scd.models.config import DenseConfig, Solver
 from scd.models.dense import DenseDiffuser
 from scd.models.embed import from_patches, to_patches
-from scd.models.flow import guided_velocity, solve
+from scd.models.flow import guided, solve
 from scd.models.kv_cache import KVCache
 
 
@@ -109,22 +109,25 @@ class FastDense(Engine):
         modulations = self.stack.modulations.at(times[:-1], context.conditions)
         step = {time: index for index, time in enumerate(times)}
 
-        def velocity_at(patches: Tensor, time: float) -> Tensor:
-            return self._velocity(context, patches, modulations[step[time]], time)
+        def predicted_at(patches: Tensor, time: float) -> Tensor:
+            return self._predicted(context, patches, modulations[step[time]], time)
 
         patches = to_patches(noise.float(), self.shape.patch_size)
         new = None if step_noise is None else to_patches(step_noise.float(), self.shape.patch_size)
-        patches = solve(guided_velocity(velocity_at, scale), patches, times, solver, new)
+        field, predicts = guided(predicted_at, scale), self.head.predict
+        patches = solve(field, patches, times, solver, new, predicts)
         return from_patches(patches, self.shape).to(self.dtype)
 
     @torch.no_grad()
     def velocity(self, context: FastDenseContext, noisy: Tensor, time: Tensor) -> Tensor:
         modulation = self.stack.modulations.of_each(time, context.conditions)
         patches = to_patches(noisy.float(), self.shape.patch_size)
-        velocity = self._velocity(context, patches, modulation, time.float()[:, None, None])
+        each = time.float()[:, None, None]
+        predicted = self._predicted(context, patches, modulation, each)
+        velocity = self.head.velocity(predicted, patches, each)
         return from_patches(velocity, self.shape).to(noisy.dtype)
 
-    def _velocity(
+    def _predicted(
         self, context: FastDenseContext, patches: Tensor, modulation: Tensor, time: float | Tensor
     ) -> Tensor:
         parts, stack = split(modulation), self.stack
@@ -135,7 +138,7 @@ class FastDense(Engine):
                 continue
             after = stack.run_layer(layer, x, parts, context.rotary, read)
             x = after if skipped is False else torch.where(skipped, x, after)
-        return self.head(x, parts, patches, time)
+        return self.head(x, parts)
 
     def _skipped(self, layer: int, time: float | Tensor) -> bool | Tensor:
         """Tell whether frames skip a layer: all, none, or which [f 1 1]."""

@@ -382,26 +382,22 @@ class FastEmbedder:
 
 
 class FastHead:
-    """Tokens to the velocity of noisy frames."""
+    """Tokens to what the model predicts of noisy frames: their velocity, or the clean frames."""
 
     def __init__(self, head: FrameHead, rows: int, free: bool) -> None:
         self.project, self.predict = PackedLinear.of(head.project, rows=rows), head.predict
         if free:
             release(head.project)
 
-    def __call__(
-        self, x: Tensor, modulation: Parts, patches: Tensor, time: float | Tensor
-    ) -> Tensor:
-        """Map tokens [f n d] to velocities [f n p], float32.
+    def __call__(self, x: Tensor, modulation: Parts) -> Tensor:
+        """Map tokens [f n d] after the last block to predictions [f n p], float32.
 
-        Args:
-            x: tokens after the last block.
-            modulation: whose last two parts are those of the norm: 1 + scale, shift.
-            patches: the noisy frames.
-            time: of all frames, or of each, [f 1 1].
+        The last two parts of the modulation are those of the norm: 1 + scale, shift.
         """
-        output = self.project(modulate(x, modulation[-1], modulation[-2])).float()
+        return self.project(modulate(x, modulation[-1], modulation[-2])).float()
+
+    def velocity(self, predicted: Tensor, patches: Tensor, time: Tensor) -> Tensor:
+        """Turn a prediction for noisy frames [f n p], at times [f 1 1], into their velocity."""
         if self.predict == "velocity":
-            return output
-        floor = time.clamp(SMALLEST_TIME) if isinstance(time, Tensor) else max(time, SMALLEST_TIME)
-        return (patches - output) / floor
+            return predicted
+        return (patches - predicted) / time.clamp(SMALLEST_TIME)

@@ -13,7 +13,7 @@ from scd.data.clip import Conditions
 from scd.engine.interface import Engine
 from scd.models.build import Diffuser
 from scd.models.config import Solver
-from scd.models.flow import guided_velocity, solve
+from scd.models.flow import guided, solve
 
 
 class PlainEngine(Engine):
@@ -66,7 +66,7 @@ class PlainEngine(Engine):
             noise.to(self.dtype),
             None if step_noise is None else step_noise.to(self.dtype),
         )
-        return solve(guided_velocity(velocity_at, scale), noise, times, solver, step_noise)
+        return solve(guided(velocity_at, scale), noise, times, solver, step_noise)
 
     @torch.no_grad()
     def velocity(self, context: Any, noisy: Tensor, time: Tensor) -> Tensor:

@@ -17,14 +17,13 @@ from scd.data.clip import Conditions
 from scd.engine.graph import LoopGraphs, can_compile, compiled
 from scd.engine.interface import Engine
 from scd.engine.layers import FastHead, PackedLinear, Parts, modulate, release, split
-from scd.engine.modulation import Schedule, kept_for
 from scd.engine.stack import FastStack
 from scd.models.block import layer_norm
 from scd.models.config import Solver
 from scd.models.decoder import FrameDecoder
 from scd.models.embed import from_patches, to_patches
 from scd.models.encoder import CausalEncoder
-from scd.models.flow import guided_velocity, solve
+from scd.models.flow import guided, solve
 from scd.models.kv_cache import KVCache
 from scd.models.separable import SeparableDiffuser, SeparableState
 
@@ -191,13 +190,16 @@ class FastDecoder(FastStack):
     def velocity(
         self, rows: DecoderRows, patches: Tensor, modulation: Tensor, time: Tensor
     ) -> Tensor:
-        """Return the velocity of noisy frames, as patches.
+        """Return the velocity of noisy frames, as patches; as `predicted`, at times [f 1 1]."""
+        return self.head.velocity(self.predicted(rows, patches, modulation), patches, time)
+
+    def predicted(self, rows: DecoderRows, patches: Tensor, modulation: Tensor) -> Tensor:
+        """Return what the model predicts of noisy frames, as patches.
 
         Args:
             rows: contexts of the first f rows belong to the f frames.
             patches: noisy frames [f n p], float32.
             modulation: at the times and conditions of the frames, [r parts d] for 1 or f.
-            time: of all frames [1 1 1], or of each [f 1 1].
         """
         num_frames, num_tokens = patches.shape[0], self.shape.num_tokens
         parts = split(modulation)
@@ -218,7 +220,7 @@ class FastDecoder(FastStack):
             alone = self.joint and layer == len(self.blocks) - 1
             of_queries = self.rotary_alone if alone else None
             x = self.run_layer(layer, x, parts, self.rotary_joint, read, of_queries)
-        return self.head(x, parts, patches, time)
+        return self.head(x, parts)
 
     def _joined(self, context: Tensor, x: Tensor) -> Tensor:
         if self.joint:
@@ -269,10 +271,9 @@ class FastSeparable(Engine):
             self.decoder = FastDecoder(model.decoder, free)
         self._rows = DecoderRows(self.decoder, 0)
         self._graphs = LoopGraphs(report) if self.device.type == "cuda" else None
-        self._step = self.decoder.velocity
+        self._step = self.decoder.predicted
         if can_compile(self.device) if compile_step is None else compile_step:
-            self._step = compiled(self.decoder.velocity)
-        self._times: dict[Schedule, Tensor] = {}
+            self._step = compiled(self.decoder.predicted)
 
     @torch.no_grad()
     def begin(
@@ -350,14 +351,13 @@ class FastSeparable(Engine):
         rows = self._put(context)
         modulations = self.decoder.modulations.at(times[:-1], context.conditions)
         step = {time: index for index, time in enumerate(times)}
-        tensors = self._as_tensors(tuple(times))
+        predicts = self.decoder.head.predict
 
         def loop(patches: Tensor, modulations: Tensor, new: Tensor) -> Tensor:
-            def velocity_at(patches: Tensor, time: float) -> Tensor:
-                index = step[time]
-                return self._step(rows, patches, modulations[index], tensors[index])
+            def predicted_at(patches: Tensor, time: float) -> Tensor:
+                return self._step(rows, patches, modulations[step[time]])
 
-            return solve(guided_velocity(velocity_at, scale), patches, times, solver, new)
+            return solve(guided(predicted_at, scale), patches, times, solver, new, predicts)
 
         step_noise = noise.new_empty(0, *noise.shape) if step_noise is None else step_noise
         patches, new = (
@@ -369,17 +369,6 @@ class FastSeparable(Engine):
             key = (context.tokens.shape[0], tuple(times), solver, scale)
             patches = self._graphs.run(key, loop, patches, modulations, new)
         return from_patches(patches, self.shape).to(self.dtype)
-
-    def _as_tensors(self, times: Schedule) -> Tensor:
-        """Return times as [times 1 1 1]: a step would be compiled anew for every number.
-
-        They are kept, because making them would wait for the GPU at every frame.
-        """
-
-        def make() -> Tensor:
-            return torch.tensor(times, device=self.device)[:, None, None, None]
-
-        return kept_for(times, self._times, make)
 
     @torch.no_grad()
     def velocity(self, context: FastContext, noisy: Tensor, time: Tensor) -> Tensor:

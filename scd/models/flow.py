@@ -6,6 +6,7 @@ noise - clean. Source: paper (objective, sampling, distillation).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scd.models.config import SamplingConfig, Solver
+from scd.models.config import Prediction, SamplingConfig, Solver
 
 CLEAN_TIME = -1 / 1000
 """Time code of a frame that is known to be clean; just below every time that can be drawn.
@@ -167,16 +168,17 @@ def check_step_noise(step_noise: Tensor | None, times: Sequence[float], solver: 
 
 
 def solve(
-    velocity_at: Callable[[Tensor, float], Tensor],
+    predicted_at: Callable[[Tensor, float], Tensor],
     noise: Float[Tensor, "..."],
     times: Sequence[float],
     solver: Solver = "euler",
     step_noise: Float[Tensor, "..."] | None = None,
+    predicts: Prediction = "velocity",
 ) -> Float[Tensor, "..."]:
     """Lead frames from noise to clean ones by a velocity field.
 
     Args:
-        velocity_at: network; takes noisy frames and a time in [0, 1].
+        predicted_at: network; takes noisy frames and a time in [0, 1].
         noise: standard normal frames.
         times: descending times, the first that of `noise`.
         solver: Euler is of order 1, Heun of order 2 (its last step to time 0 is an Euler step,
@@ -184,6 +186,7 @@ def solve(
             the clean estimate at once and, but for the last, back to the next time with noise of
             its own. Source: Self-Forcing (rollout).
         step_noise: of "renoise": standard normal, one like `noise` for each step but the last.
+        predicts: what the network returns.
 
     Raises:
         ValueError: another number of step noises than needed.
@@ -192,18 +195,33 @@ def solve(
     frames = start = noise
     before: Tensor | None = None
     for call in evaluations(times, solver):
-        velocity = velocity_at(frames, times[call.index])
-        frames = (start if call.keep == 1 else call.keep * start) + call.gain * velocity
-        if call.gain_before:
-            assert before is not None
-            frames = frames + call.gain_before * before
+        predicted = predicted_at(frames, times[call.index])
+        # Of many frames each pass over memory counts: no velocity where none is needed, and a
+        # weight is part of its sum.
+        if predicts == "clean" and solver != "heun":
+            frames = _towards(predicted, start, times[call.index], call)
+        else:
+            if predicts == "clean":
+                predicted = (frames - predicted) / max(times[call.index], SMALLEST_TIME)
+            kept = start if call.keep == 1 else call.keep * start
+            frames = torch.add(kept, predicted, alpha=call.gain)
+            if call.gain_before:
+                assert before is not None
+                frames = frames.add_(before, alpha=call.gain_before)
+            before = predicted
         if call.step_noise:
             assert step_noise is not None
-            frames = frames + call.step_noise * step_noise[call.index]
-        before = velocity
+            frames = frames.add_(step_noise[call.index], alpha=call.step_noise)
         if call.ends_step:
             start = frames
     return frames
+
+
+def _towards(clean: Tensor, start: Tensor, time: float, call: Evaluation) -> Tensor:
+    """Do a step from `start` whose velocity is (start - clean) / time without the velocity."""
+    part = -call.gain / (call.keep * max(time, SMALLEST_TIME))
+    moved = clean if math.isclose(part, 1) else torch.lerp(start, clean, part)
+    return moved if call.keep == 1 else call.keep * moved
 
 
 def guide(
@@ -211,24 +229,26 @@ def guide(
     conditional: Float[Tensor, "..."],
     scale: float | Float[Tensor, "..."],
 ) -> Float[Tensor, "..."]:
-    """Push a velocity away from the unconditional one; scale 1 returns the conditional one."""
+    """Push a prediction away from the unconditional one; scale 1 returns the conditional one."""
     return unconditional + scale * (conditional - unconditional)
 
 
-def guided_velocity(
-    velocity_at: Callable[[Tensor, float], Tensor], scale: float | None
+def guided(
+    predicted_at: Callable[[Tensor, float], Tensor], scale: float | None
 ) -> Callable[[Tensor, float], Tensor]:
     """Return the guided field of a network that sees [unconditional ; conditional] frames.
 
+    A clean frame is linear in the velocity, so either prediction can be guided.
+
     Args:
-        velocity_at: network; takes noisy frames [2b ...] and a time in [0, 1].
+        predicted_at: network; takes noisy frames [2b ...] and a time in [0, 1].
         scale: of the guidance; None: none, the network sees the b frames as they are.
     """
     if scale is None:
-        return velocity_at
+        return predicted_at
 
     def field(noisy: Tensor, time: float) -> Tensor:
-        unconditional, conditional = velocity_at(torch.cat([noisy, noisy]), time).chunk(2)
+        unconditional, conditional = predicted_at(torch.cat([noisy, noisy]), time).chunk(2)
         return guide(unconditional, conditional, scale)
 
     return field

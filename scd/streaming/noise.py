@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -45,16 +45,14 @@ def frame_noises(
         use: what it is for.
         shape: of a frame of the whole batch, which is streams times seeds: [b c h w].
     """
-    size = _size_of_one(shape, seeds)
-    return _together(lambda seed, frame: frame_noise(seed, frame, use, size), seeds, frames, 0)
+    return _drawn(seeds, frames, f"noise of a {use}", 1, shape)[0]
 
 
 def step_noises(
     seeds: Sequence[int], frames: Sequence[int], number: int, shape: tuple[int, ...]
 ) -> Tensor:
     """Draw `step_noise` of all that a step makes, [number b ...]; as frame_noises."""
-    size = _size_of_one(shape, seeds)
-    return _together(lambda seed, frame: step_noise(seed, frame, number, size), seeds, frames, 1)
+    return _drawn(seeds, frames, "noise of a step", number, shape)
 
 
 def future_seeds(
@@ -83,19 +81,26 @@ def future_seeds(
     return tuple(as_whole(seed, "a seed") for seed in given)
 
 
-def _size_of_one(shape: tuple[int, ...], seeds: Sequence[int]) -> tuple[int, ...]:
-    return shape[0] // len(seeds), *shape[1:]
-
-
-def _together(
-    draw: Callable[[int, int], Tensor], seeds: Sequence[int], frames: Sequence[int], batch_axis: int
+def _drawn(
+    seeds: Sequence[int], frames: Sequence[int], purpose: str, number: int, shape: tuple[int, ...]
 ) -> Tensor:
-    behind = batch_axis + 1
-    drawn = []
-    for frame in frames:
-        each = [draw(seed, frame) for seed in seeds]
-        # The futures of a stream stand in a row.
-        drawn.append(
-            each[0] if len(each) == 1 else torch.stack(each, behind).flatten(batch_axis, behind)
-        )
-    return drawn[0] if len(drawn) == 1 else torch.stack(drawn, behind)
+    """Draw in place, each seed and frame by a generator of its own."""
+    size = (shape[0] // len(seeds), *shape[1:])
+    drawn = torch.empty(len(seeds), len(frames), number, *size)
+
+    for seed, of_seed in zip(seeds, drawn, strict=True):
+        for frame, target in zip(frames, of_seed, strict=True):
+            _fill(target, make_generator(seed, purpose, frame))
+    # The futures of a stream stand in a row.
+    together = drawn.permute(2, 3, 0, 1, *range(4, drawn.ndim)).flatten(1, 2)
+    return together.squeeze(2) if len(frames) == 1 else together
+
+
+def _fill(target: Tensor, generator: torch.Generator) -> None:
+    """Draw tensors [number ...] one after another."""
+    if target[0].numel() % 16:
+        for one in target:
+            one.normal_(generator=generator)
+    else:
+        # PyTorch draws 16 numbers at a time: all at once are the same, and take one call.
+        target.normal_(generator=generator)

@@ -14,7 +14,7 @@ from scd.models.flow import (
     draw_times,
     evaluations,
     guide,
-    guided_velocity,
+    guided,
     interpolate,
     num_step_noises,
     schedule,
@@ -95,7 +95,7 @@ def test_renoising_mixes_each_clean_estimate_with_fresh_noise(scale):
         counted.append(time)
         return (noisy * (1 + time)).sin()
 
-    velocity = guided_velocity(field, scale)
+    velocity = guided(field, scale)
     noisy = noise
     for index, time in enumerate(times[:-1]):
         estimate = noisy - time * velocity(noisy, time)

@@ -15,7 +15,7 @@ from scd.models.attention import (
 )
 from scd.models.config import CacheConfig, SamplingConfig
 from scd.models.embed import time_sinusoids
-from scd.models.flow import guided_velocity, schedule, solve
+from scd.models.flow import guided, schedule, solve
 from scd.objectives.denoise import velocity_loss
 from tests.reference import cases, grid_of, load_case, load_tables
 
@@ -103,7 +103,7 @@ def test_training_forward(name):
 def test_generation(name):
     golden = Golden(name)
     model, data, case = golden.model, golden.data, golden.case
-    guided = case["guidance_scale"] > 1
+    is_guided = case["guidance_scale"] > 1
     given = data["context_sequence"] * 2 - 1 if case["context_frames"] else None
     num_given = case["context_frames"]
     frame_times = schedule(
@@ -111,10 +111,10 @@ def test_generation(name):
     )
     close(frame_times.float(), data["sigmas"])
     conditions = golden.conditions()
-    batch = data["init_latents"].shape[0] * (1 + guided)
-    if guided:
+    batch = data["init_latents"].shape[0] * (1 + is_guided)
+    if is_guided:
         conditions = conditions.with_null_branch()
-    begin = given if given is None or not guided else torch.cat([given, given])
+    begin = given if given is None or not is_guided else torch.cat([given, given])
     state = model.begin(begin, conditions.frames(0, num_given), batch)
     finished = []
     for index in range(case["rollout"]):
@@ -127,7 +127,7 @@ def test_generation(name):
             outputs.append(model.velocity(context, noisy, times))
             return outputs[-1]
 
-        field = guided_velocity(velocity, case["guidance_scale"] if guided else None)
+        field = guided(velocity, case["guidance_scale"] if is_guided else None)
         latent = solve(field, data["init_latents"][:, index], frame_times.tolist())
         for step, output in enumerate(outputs):
             close(output, data["model_out"][index, step])
@@ -137,7 +137,7 @@ def test_generation(name):
             cached = case["call_log"]["cached_tokens_after_each_call"]
             tokens = state.cache.num_frames * model.shape.num_tokens
             assert tokens == cached[index * case["num_inference_steps"]]
-        model.observe(state, torch.cat([latent, latent]) if guided else latent, now)
+        model.observe(state, torch.cat([latent, latent]) if is_guided else latent, now)
     samples = torch.stack(finished, dim=1)
     if given is not None:
         samples = torch.cat([given, samples], dim=1)

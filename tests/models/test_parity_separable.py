@@ -12,7 +12,7 @@ from scd.data.clip import Conditions
 from scd.models.attention import FrameCausal, dense_mask, frame_positions, rotary_table, rotate
 from scd.models.config import CacheConfig, SamplingConfig
 from scd.models.embed import time_sinusoids
-from scd.models.flow import guided_velocity, schedule, solve
+from scd.models.flow import guided, schedule, solve
 from scd.objectives.denoise import velocity_loss
 from tests.reference import cases, grid_of, load_case, load_tables
 
@@ -208,7 +208,7 @@ def stream(golden, kind):
             outputs.append(model.velocity(context, noisy, times))
             return outputs[-1]
 
-        field = guided_velocity(velocity, None if kind == "none" else scale)
+        field = guided(velocity, None if kind == "none" else scale)
         latent = solve(field, data["init_latents"][:, index], frame_times.tolist())
         for step, output in enumerate(outputs):
             close(output, data["model_out"][index, step])

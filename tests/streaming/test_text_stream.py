@@ -5,7 +5,7 @@ import torch
 
 from scd.data.clip import Conditions
 from scd.models.config import Guidance
-from scd.models.flow import guided_velocity, schedule, solve
+from scd.models.flow import guided, schedule, solve
 from scd.streaming.noise import frame_noise, step_noise
 from scd.streaming.rollout import Rollout
 from tests.tiny_text_world import FOUR_STEPS, KINDS, text_world
@@ -79,7 +79,7 @@ def plain(world, text, num=NUM, scale=1.0, null=None, given=None, switches=None)
             each = noisy.new_full((len(noisy),), time, dtype=torch.float64)
             return model.velocity(context, noisy, each)
 
-        field = guided_velocity(at, None if scale == 1 else scale)
+        field = guided(at, None if scale == 1 else scale)
         fresh = step_noise(3, frame, 3, shape)
         latents.append(solve(field, noise, times, "renoise", fresh))
         model.observe(state, doubled(latents[-1]), now)
