@@ -17,6 +17,7 @@ from torch.nn import functional
 from scd.common.runtime import return_freed_memory
 from scd.models.attention import Rotary
 from scd.models.block import LAYER_NORM_EPS, Block
+from scd.models.config import Prediction
 from scd.models.embed import FrameHead, TokenEmbedder
 from scd.models.flow import SMALLEST_TIME
 
@@ -385,7 +386,8 @@ class FastHead:
     """Tokens to what the model predicts of noisy frames: their velocity, or the clean frames."""
 
     def __init__(self, head: FrameHead, rows: int, free: bool) -> None:
-        self.project, self.predict = PackedLinear.of(head.project, rows=rows), head.predict
+        self.project = PackedLinear.of(head.project, rows=rows)
+        self.predict: Prediction = head.predict
         if free:
             release(head.project)
 

@@ -192,7 +192,8 @@ class FrameHead(nn.Module):
 
     def __init__(self, shape: FrameShape, width: int, predict: Prediction) -> None:
         super().__init__()
-        self.shape, self.predict = shape, predict
+        self.shape = shape
+        self.predict: Prediction = predict
         self.modulation = Modulation(width, 2)
         self.project = nn.Linear(width, shape.token_dim)
 
