@@ -148,7 +148,7 @@ def describe_hardware() -> dict[str, str | int]:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "cpu": _cpu_model(),
-        "num_cores": _num_cores(),
+        "num_cores": num_cores(),
         "num_threads": torch.get_num_threads(),
         "gpus": ", ".join(gpus) or "none",
         "platform": platform.platform(),
@@ -157,7 +157,8 @@ def describe_hardware() -> dict[str, str | int]:
     }
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Return how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

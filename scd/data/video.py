@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -22,9 +24,10 @@ from av.container import InputContainer
 from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image
 
+from scd.common.cores import Cores
 from scd.common.files import file_aside, refuse_pipe
 
 KEYFRAME_INTERVAL = 16
@@ -44,6 +47,10 @@ RECALLED = 16384
 KEPT, KEPT_PIXELS = 4, 640 * 480
 """Files that a thread keeps open, whose index need not be read again, and the largest frames of
 these: each has a decoder with its pictures."""
+
+SMALLEST_PART, MOST_PARTS = 4, 8
+"""Frames that another thread decodes of a clip, at least, since to hand them over takes as long as
+one; and threads of a clip, each of which keeps files open."""
 
 SEQUENTIAL = ("avi", "mpegts", "mpeg", "mpegvideo", "h264", "hevc")
 # Formats whose times are those of storage, not of display, or that have none.
@@ -96,6 +103,8 @@ class FrameIndex:
     not ascend in the decoder's order, so frames are counted from the beginning."""
     unit_s: float
     """Seconds of that unit."""
+    is_keyframe: Bool[np.ndarray, " all_frames"] | None
+    """From which frames one may decode; None: the file cannot be believed."""
     stamp: tuple[int, int]
     """Bytes of the file and its time of change, which tell whether it is still the same."""
 
@@ -104,14 +113,36 @@ class FrameIndex:
     ) -> Int64[np.ndarray, " t"] | None:
         """Return the numbers of the frames that are shown at these times; None: there is none at
         one of them."""
-        if self.times is None:
+        times = self.times
+        if times is None:
             return None
-        shown = self.times * self.unit_s
-        after = np.searchsorted(shown, seconds).clip(1, max(1, len(shown) - 1))
+        sought = seconds / self.unit_s
+        after = np.searchsorted(times, sought).clip(1, max(1, len(times) - 1))
         before = after - 1
-        after = after.clip(max=len(shown) - 1)
-        numbers = np.where(seconds - shown[before] < shown[after] - seconds, before, after)
-        return numbers if (np.abs(shown[numbers] - seconds) <= tolerance_s).all() else None
+        after = after.clip(max=len(times) - 1)
+        numbers = np.where(sought - times[before] < times[after] - sought, before, after)
+        off = np.abs(times[numbers] - sought)
+        return numbers if (off <= tolerance_s / self.unit_s).all() else None
+
+    def parts(self, wanted: list[int], most: int) -> list[list[int]]:
+        """Cut frames that are wanted, ascending, into up to so many parts whose decoding takes
+        about as long: at keyframes, since a decoder begins there."""
+        if most < 2 or self.is_keyframe is None or len(wanted) < 2 * SMALLEST_PART:
+            return [wanted]
+        first, last = wanted[0], wanted[-1]
+        before = np.flatnonzero(self.is_keyframe[: first + 1])
+        begin = int(before[-1]) if len(before) else 0
+        keys = first + 1 + np.flatnonzero(self.is_keyframe[first + 1 : last + 1])
+        cuts = [0]
+        most = min(most, len(wanted) // SMALLEST_PART)
+        for part in range(1, most):
+            if not len(keys):
+                break
+            even = begin + (last + 1 - begin) * part / most
+            cut = bisect_left(wanted, int(keys[np.abs(keys - even).argmin()]))
+            if min(cut - cuts[-1], len(wanted) - cut) >= SMALLEST_PART:
+                cuts.append(cut)
+        return [wanted[a:b] for a, b in pairwise([*cuts, len(wanted)])]
 
 
 def write_video(
@@ -254,9 +285,11 @@ def _index(path: str | PartOfFile, size: int, changed: int) -> FrameIndex:
         if not times:
             raise ValueError(f"{path}: no frame of it can be decoded")
         if None in times or (np.diff(np.array(times, np.int64)) <= 0).any():
-            return FrameIndex(len(times), format, None, unit_s, (size, changed))
-    ascending = np.sort(np.array(times, np.int64))
-    return FrameIndex(len(times), format, ascending, unit_s, (size, changed))
+            return FrameIndex(len(times), format, None, unit_s, None, (size, changed))
+    shown = np.array(times, np.int64)
+    order = np.argsort(shown)
+    keys = np.array([key for _, key, _ in found], bool)[order] if believed else None
+    return FrameIndex(len(times), format, shown[order], unit_s, keys, (size, changed))
 
 
 def read_video(
@@ -288,26 +321,57 @@ def read_frames(
             f"{path}: frames {min(numbers, default=0)} .. {max(numbers, default=-1)} were asked "
             f"for, but it has frames 0 .. {index.num_frames - 1}"
         )
+    with _cores.take(min(MOST_PARTS, len(wanted) // SMALLEST_PART)) as number:
+        parts = index.parts(wanted, number)
+        name = f"{path}: frames {wanted[0]} .. {wanted[-1]}"
+        read = _cores.run([partial(_read, path, index, part, size, name) for part in parts])
+    pixels = np.concatenate(read) if len(read) > 1 else read[0]
+    return pixels if len(wanted) == len(numbers) else pixels[np.searchsorted(wanted, numbers)]
+
+
+def _read(
+    path: Video, index: FrameIndex, wanted: list[int], size: tuple[int, int] | None, name: str
+) -> UInt8[np.ndarray, "t h w 3"]:
+    """Decode frames in this thread; `name` is what cannot be decoded if they cannot."""
     times, why = index.times, ""
     # A seek may land after its target: then the file is decoded from its beginning.
     for begin in (None,) if times is None else (int(times[wanted[0]]), None):
         opened = _opened(path, index.format) if begin is None else _kept_open(path, index)
         with opened as (container, stream):
-            if begin is not None:
+            if begin is None:
+                frames = container.decode(stream)
+            else:
                 container.seek(begin, stream=stream)
-            chosen = _choose(container.decode(stream), wanted, times)
+                frames = _decoded_until(container, stream, index, wanted[-1])
             try:
-                pixels = _decode(chosen, len(wanted), path, size)
+                pixels = _decode(_choose(frames, wanted, times), len(wanted), path, size)
             except FFmpegError as error:
                 pixels, why = None, f" ({error.strerror})"
-        if pixels is None:
-            # Who knows in which state a decoder is that gave up.
-            _thread.files.clear()
-        else:
-            if len(wanted) == len(numbers):
-                return pixels
-            return pixels[np.searchsorted(wanted, numbers)]
-    raise ValueError(f"{path}: frames {wanted[0]} .. {wanted[-1]} cannot be decoded{why}")
+        if pixels is not None:
+            return pixels
+        # Who knows in which state a decoder is that gave up.
+        _thread.files.clear()
+    raise ValueError(f"{name} cannot be decoded{why}")
+
+
+def _decoded_until(
+    container: InputContainer, stream: av.VideoStream, index: FrameIndex, last: int
+) -> Iterator[av.VideoFrame]:
+    """Decode from where a container is; what shows up to frame `last` is all that the decoder gets,
+    which would otherwise hold frames back until it has seen more of them."""
+    assert index.times is not None
+    end, needed, sent = int(index.times[last]), -1, 0
+    for packet in container.demux(stream):
+        yield from packet.decode()
+        if packet.pts is None:
+            # The end of the file, which has made the decoder give everything.
+            return
+        if needed < 0:
+            needed = last + 1 - int(np.searchsorted(index.times, packet.pts))
+        sent += packet.pts <= end
+        if sent == needed:
+            break
+    yield from stream.codec_context.decode(None)
 
 
 def upright(
@@ -352,27 +416,30 @@ def _choose(
 
 
 def reduce_picture(
-    picture: UInt8[np.ndarray, "h w 3"], size: tuple[int, int] | None
+    picture: UInt8[np.ndarray, "h w c"], size: tuple[int, int] | None
 ) -> UInt8[np.ndarray, "h2 w2 3"]:
     """Reduce a picture, by the mean of the pixels that become one, until it just covers a size, and
     cut out its middle; without a size return it as it is.
 
     Args:
-        picture: 8-bit RGB.
+        picture: 8-bit RGB; a fourth value of each pixel is left out, and saves two copies.
         size: rows and columns that are wanted.
     """
     if size is None or picture.shape[:2] == size:
-        return picture
+        return picture[..., :3]
     height, width = picture.shape[:2]
     scale = max(size[0] / height, size[1] / width)
     rows, columns = max(size[0], round(height * scale)), max(size[1], round(width * scale))
     top, left = (rows - size[0]) // 2, (columns - size[1]) // 2
-    image = Image.fromarray(picture)
+    if picture.shape[2] == 4:
+        image = Image.frombuffer("RGBX", (width, height), picture, "raw", "RGBX", 0, 1)
+    else:
+        image = Image.fromarray(picture)
     if height % rows == width % columns == 0:
         reduced = image.reduce((width // columns, height // rows))
     else:
         reduced = image.resize((columns, rows), Image.Resampling.BOX)
-    return np.asarray(reduced)[top : top + size[0], left : left + size[1]]
+    return np.asarray(reduced)[top : top + size[0], left : left + size[1], :3]
 
 
 def _decode(
@@ -392,7 +459,8 @@ def _decode(
         elif now != stored:
             raise ValueError(f"{path}: its frames change size, from {stored} to {now}")
         # Starting threads takes longer than turning a small frame into RGB.
-        whole = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        form = "rgb24" if size is None else "rgba"
+        whole = reformatter.reformat(frame, format=form, threads=1).to_ndarray()
         picture = reduce_picture(whole, size)
         if pixels is None:
             pixels = np.empty((num_frames, *picture.shape), np.uint8)
@@ -436,6 +504,8 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+_cores = Cores()
 
 
 def _open(path: Video, format: str | None) -> InputContainer:

@@ -250,7 +250,7 @@ def test_other_versions_and_folders_are_refused(tmp_path):
 
 def test_a_picture_is_reduced_to_means_and_its_middle_kept():
     picture = np.arange(48 * 64 * 3, dtype=np.uint32).reshape(48, 64, 3).astype(np.uint8)
-    assert reduce_picture(picture, None) is picture
+    assert np.shares_memory(reduce_picture(picture, None), picture)
     means = picture.reshape(24, 2, 32, 2, 3).mean((1, 3))
     assert np.abs(reduce_picture(picture, (24, 24)) - means[:, 4:28]).max() <= 0.5
     assert reduce_picture(picture, (48, 10)).shape == (48, 10, 3)

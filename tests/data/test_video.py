@@ -11,9 +11,20 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 
+from scd.common.cores import Cores
+from scd.data import video
 from scd.data.clip import frames_to_pixels
 from scd.data.toy import ToyWorld
-from scd.data.video import KEPT, index_frames, probe_video, read_frames, read_video, write_video
+from scd.data.video import (
+    KEPT,
+    FrameIndex,
+    index_frames,
+    probe_video,
+    read_frames,
+    read_video,
+    reduce_picture,
+    write_video,
+)
 
 
 @pytest.fixture(scope="module")
@@ -338,3 +349,53 @@ def test_files_that_are_kept_open_give_the_frames_of_fresh_ones(tmp_path):
     with pytest.raises(ValueError, match="cannot be"):
         read_video(path)
     assert (read_video(path, 0, 5) == files[path][::-1][:5]).all()
+
+
+@pytest.mark.parametrize("codec", ["h264", "libsvtav1", "mpeg4"])
+def test_clips_read_by_several_threads_are_those_of_one(tmp_path, monkeypatch, codec):
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as target:
+        options = {"g": "7", "bf": "2"} if codec != "libsvtav1" else {"g": "7", "preset": "12"}
+        stream = target.add_stream(codec, rate=10, options=options)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+        noise = np.random.default_rng(0).integers(0, 255, (45, 64, 64, 3), np.uint8)
+        for picture in noise:
+            target.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        target.mux(stream.encode(None))
+    index = index_frames(path)
+    with av.open(str(path)) as container:
+        plain = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        container.seek(0)
+        keys = [frame.key_frame for frame in container.decode(video=0)]
+    assert index.is_keyframe is not None and index.is_keyframe.tolist() == keys
+    assert sum(keys) > 4
+    shares = {}
+    for number in (1, 2, 3):
+        cores = Cores(number)
+        monkeypatch.setattr(video, "_cores", cores)
+        shares[number] = len(index.parts(list(range(45)), number))
+        for start in range(0, 30):
+            np.testing.assert_array_equal(read_video(path, start, 15), plain[start : start + 15])
+        some = [2, 2, 5, 9, 20, 21, 30, 30, 31, 40, 44]
+        np.testing.assert_array_equal(read_frames(path, some), plain[some])
+        np.testing.assert_array_equal(
+            read_frames(path, some, (16, 16)),
+            np.stack([reduce_picture(plain[at], (16, 16)) for at in some]),
+        )
+    assert shares == {1: 1, 2: 2, 3: 3}
+
+
+def test_parts_begin_at_keyframes_and_take_about_as_long(tmp_path):
+    keys = np.zeros(100, bool)
+    keys[::10] = True
+    index = FrameIndex(100, "mp4", np.arange(100), 0.1, keys, (0, 0))
+    wanted = list(range(25, 65))
+    # The decoder begins at 20: 45 frames, in the middle of which 42.5 lies.
+    assert [part[0] for part in index.parts(wanted, 2)] == [25, 40]
+    assert sum(index.parts(wanted, 5), []) == wanted
+    assert all(part[0] in (25, *range(0, 100, 10)) for part in index.parts(wanted, 5))
+    assert index.parts(wanted, 1) == [wanted]
+    assert index.parts(wanted[:7], 4) == [wanted[:7]]
+    assert index.parts(list(range(21, 29)), 2) == [list(range(21, 29))]
+    spread = list(range(3, 100, 6))
+    assert [part[0] for part in index.parts(spread, 2)] == [3, 51]
