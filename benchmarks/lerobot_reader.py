@@ -124,10 +124,14 @@ def main(kind: str, form: str, root: str, num_frames: str, size: str, backend: s
             assert callable(reader)
             places, out = asked
             began = time.perf_counter()
-            clips = [reader(*place) for place in places]
+            kept = []
+            for place in places:
+                clip = reader(*place)
+                if out:
+                    kept.append(clip)
             seconds = time.perf_counter() - began
             if out:
-                read = torch.stack(clips).float()
+                read = torch.stack(kept).float()
                 np.save(Path(out), ((read + 1) * 127.5 if kind == "scd" else read * 255).numpy())
         print(json.dumps(seconds), flush=True)
 

@@ -103,8 +103,14 @@ class Reader:
         raise ValueError(f"{READER.name} ended with status {self._process.wait()}")
 
     def close(self) -> None:
-        self._process.terminate()
-        self._process.wait()
+        assert self._process.stdin is not None
+        # Processes of its own end with it if it ends by itself.
+        self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def compare(config: LeRobotReadingConfig) -> dict[str, Any]:

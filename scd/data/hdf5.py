@@ -27,9 +27,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from scd.data.reduce import reduce_pictures
 from scd.data.shards import Found, Shard, ShardConfig, ShardSource, look_at_actions
 from scd.data.spaces import ActionPart, ConditionSpec
-from scd.data.video import reduce_picture
 
 EXTRA = 'HDF5 files need h5py: pip install -c constraints.txt -e ".[hdf5]"'
 """What to do where the package is missing."""
@@ -158,9 +158,7 @@ class Hdf5Source(ShardSource):
             pixels = np.moveaxis(pixels, -3, -1)
         if config.bgr:
             pixels = pixels[..., ::-1]
-        if config.shape is None:
-            return np.ascontiguousarray(pixels)
-        return np.stack([reduce_picture(np.ascontiguousarray(one), config.shape) for one in pixels])
+        return reduce_pictures(np.ascontiguousarray(pixels), config.shape)
 
     def _rows(self, file: Path, one: Found, start: int, stop: int) -> np.ndarray:
         key = _filled(self.config.resolved.actions_key, one.name)

@@ -32,9 +32,10 @@ from scd.data.clip import Clip, pixels_to_frames
 from scd.data.frame_rate import frames_at, is_same_rate, pool_actions
 from scd.data.lerobot_tables import ACTION, INFO_FILE, STATE, Dataset, Episode, Rows
 from scd.data.published import Header, read_headers
+from scd.data.reduce import reduce_pictures
 from scd.data.source import DataCard, Findings, Opening, PictureConfig, Source, leave_out
 from scd.data.spaces import ConditionSpec, Split
-from scd.data.video import index_frames, probe_video, read_frames, reduce_picture
+from scd.data.video import index_frames, probe_video, read_frames
 
 TOLERANCE = 0.1
 """Part of a frame's time by which a row and a picture may miss each other."""
@@ -168,8 +169,8 @@ class LeRobotSource(Source):
         pictures = []
         for number in chosen - chosen[0]:
             image = Image.open(io.BytesIO(files[number])).convert("RGB")
-            pictures.append(reduce_picture(np.asarray(image), self.config.shape))
-        return np.stack(pictures)
+            pictures.append(reduce_pictures(np.asarray(image)[None], self.config.shape))
+        return np.concatenate(pictures)
 
     def _rated(self, one: Episode) -> tuple[np.ndarray, torch.Tensor | None]:
         """Return the numbers of the frames to use of an episode, and the actions that led there."""

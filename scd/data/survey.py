@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from scd.common.files import file_aside
 from scd.data.actions import parts_of
 from scd.data.clip import Clip, frames_to_pixels
+from scd.data.reduce import reduce_pictures
 from scd.data.source import DataCard, Source
 from scd.data.spaces import ActionPart
-from scd.data.video import reduce_picture
 
 CLIP_FRAMES = 48
 """Frames of a clip of the sample, at most."""
@@ -183,7 +183,7 @@ def _row(card: DataCard, one: Sampled) -> UInt8[np.ndarray, "h w 3"]:
         pictures = pictures.repeat(scale, axis=1).repeat(scale, axis=2)
     elif width > PICTURE:
         size = (max(1, round(height * PICTURE / width)), PICTURE)
-        pictures = np.stack([reduce_picture(picture, size) for picture in pictures])
+        pictures = reduce_pictures(pictures, size)
     high, wide = pictures.shape[1:3]
     text = [action_in_words(card, one.clip, first + at) for at in range(len(pictures))]
     lines = max(map(len, text))

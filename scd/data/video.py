@@ -25,10 +25,10 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from jaxtyping import Bool, Float, Int64, UInt8
-from PIL import Image
 
 from scd.common.cores import Cores
 from scd.common.files import file_aside, refuse_pipe
+from scd.data.reduce import TOGETHER, reduce_pictures
 
 KEYFRAME_INTERVAL = 16
 # Reading from the middle decodes 7.5 frames in vain on average; keyframes of 64x64 game pictures
@@ -313,7 +313,7 @@ def read_frames(
     path: Video, numbers: Sequence[int], size: tuple[int, int] | None = None
 ) -> UInt8[np.ndarray, "t h w 3"]:
     """Decode the frames of these numbers, which ascend and may come several times, as `read_video`
-    does; with a size, reduced to these rows and columns by `reduce_picture`."""
+    does; with a size, reduced to these rows and columns by `reduce_pictures`."""
     index = index_frames(path)
     wanted = sorted(set(numbers))
     if not wanted or wanted[0] < 0 or wanted[-1] >= index.num_frames:
@@ -415,33 +415,6 @@ def _choose(
             return
 
 
-def reduce_picture(
-    picture: UInt8[np.ndarray, "h w c"], size: tuple[int, int] | None
-) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Reduce a picture, by the mean of the pixels that become one, until it just covers a size, and
-    cut out its middle; without a size return it as it is.
-
-    Args:
-        picture: 8-bit RGB; a fourth value of each pixel is left out, and saves two copies.
-        size: rows and columns that are wanted.
-    """
-    if size is None or picture.shape[:2] == size:
-        return picture[..., :3]
-    height, width = picture.shape[:2]
-    scale = max(size[0] / height, size[1] / width)
-    rows, columns = max(size[0], round(height * scale)), max(size[1], round(width * scale))
-    top, left = (rows - size[0]) // 2, (columns - size[1]) // 2
-    if picture.shape[2] == 4:
-        image = Image.frombuffer("RGBX", (width, height), picture, "raw", "RGBX", 0, 1)
-    else:
-        image = Image.fromarray(picture)
-    if height % rows == width % columns == 0:
-        reduced = image.reduce((width // columns, height // rows))
-    else:
-        reduced = image.resize((columns, rows), Image.Resampling.BOX)
-    return np.asarray(reduced)[top : top + size[0], left : left + size[1], :3]
-
-
 def _decode(
     frames: Iterable[av.VideoFrame], num_frames: int, path: Video, size: tuple[int, int] | None
 ) -> np.ndarray | None:
@@ -449,23 +422,26 @@ def _decode(
     pixels: np.ndarray | None = None
     rotation = found = 0
     stored = ""
-    reformatter = VideoReformatter()
+    reformatter, held = VideoReformatter(), list[np.ndarray]()
+    form, together = ("rgb24", 1) if size is None else ("rgba", TOGETHER)
     for frame in frames:
         now = f"{frame.height} x {frame.width}"
-        if pixels is None:
+        if not stored:
             stored, rotation = now, frame.rotation
             if size is not None and round(rotation / 90) % 2:
                 size = size[1], size[0]
         elif now != stored:
             raise ValueError(f"{path}: its frames change size, from {stored} to {now}")
         # Starting threads takes longer than turning a small frame into RGB.
-        form = "rgb24" if size is None else "rgba"
-        whole = reformatter.reformat(frame, format=form, threads=1).to_ndarray()
-        picture = reduce_picture(whole, size)
+        held.append(reformatter.reformat(frame, format=form, threads=1).to_ndarray())
+        if len(held) < together and found + len(held) < num_frames:
+            continue
+        some = reduce_pictures(held[0][None] if len(held) == 1 else np.stack(held), size)
         if pixels is None:
-            pixels = np.empty((num_frames, *picture.shape), np.uint8)
-        pixels[found] = picture
-        found += 1
+            pixels = np.empty((num_frames, *some.shape[1:]), np.uint8)
+        pixels[found : found + len(some)] = some
+        found += len(some)
+        held.clear()
     if pixels is None or found < num_frames:
         return None
     return np.ascontiguousarray(upright(pixels, rotation))

@@ -20,7 +20,7 @@ from scd.data.lerobot import LeRobotConfig, LeRobotSource
 from scd.data.lerobot_export import ExportConfig, export_lerobot
 from scd.data.lerobot_tables import Dataset
 from scd.data.source import EmptySplit, open_source, split_of
-from scd.data.video import index_frames, reduce_picture
+from scd.data.video import index_frames
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -246,11 +246,3 @@ def test_other_versions_and_folders_are_refused(tmp_path):
         LeRobotSource(root, "train", LeRobotConfig(camera="top"))
     with pytest.raises(ValueError, match="size must be as 64 or 48x64"):
         LeRobotConfig(size="64*64")
-
-
-def test_a_picture_is_reduced_to_means_and_its_middle_kept():
-    picture = np.arange(48 * 64 * 3, dtype=np.uint32).reshape(48, 64, 3).astype(np.uint8)
-    assert np.shares_memory(reduce_picture(picture, None), picture)
-    means = picture.reshape(24, 2, 32, 2, 3).mean((1, 3))
-    assert np.abs(reduce_picture(picture, (24, 24)) - means[:, 4:28]).max() <= 0.5
-    assert reduce_picture(picture, (48, 10)).shape == (48, 10, 3)

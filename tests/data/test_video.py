@@ -14,6 +14,7 @@ from av.stream import Disposition
 from scd.common.cores import Cores
 from scd.data import video
 from scd.data.clip import frames_to_pixels
+from scd.data.reduce import reduce_pictures
 from scd.data.toy import ToyWorld
 from scd.data.video import (
     KEPT,
@@ -22,7 +23,6 @@ from scd.data.video import (
     probe_video,
     read_frames,
     read_video,
-    reduce_picture,
     write_video,
 )
 
@@ -380,7 +380,7 @@ def test_clips_read_by_several_threads_are_those_of_one(tmp_path, monkeypatch, c
         np.testing.assert_array_equal(read_frames(path, some), plain[some])
         np.testing.assert_array_equal(
             read_frames(path, some, (16, 16)),
-            np.stack([reduce_picture(plain[at], (16, 16)) for at in some]),
+            reduce_pictures(plain[some], (16, 16)),
         )
     assert shares == {1: 1, 2: 2, 3: 3}
 
