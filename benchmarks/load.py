@@ -5,19 +5,25 @@
 starts `scd serve RUN` on a free port of this machine and lets clients join, play, stall, reset,
 leave, come back, disconnect without closing, upload pictures, fetch snapshots and restore them.
 Every frame is compared with that of a local rollout, so a frame of another session would be
-noticed. Resident memory is compared with what
-was promised: to sessions, and to what is under way. Then one client plays alone, then all at
-once: are their shares equal, and how many more frames do they get together?
-Exit status 1 if a check fails.
+noticed. Resident memory is compared with what was promised: to sessions, and to what is under way.
+`--kills N` kills the server N times, with signal 9, and starts it again: clients come back to their
+sessions, which must go on from a copy that is no older than the server says. Then one client plays
+alone, then all at once: are their shares equal, and how many more frames do they get together?
+
+Time counts while this process runs: where all of it is stopped for a while, as a laptop that is
+shut or a machine that is lent to another, that time is left out, and what clients meet right after
+it is counted apart. Exit status 1 if a check fails.
 """
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import random
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -25,19 +31,18 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import psutil
 import torch
 import tyro
 from PIL import Image
-from started import started
+from started import start, stop
 
 from scd.common.config import to_json
 from scd.common.provenance import provenance, write_json
@@ -55,6 +60,23 @@ JPEG_ERROR = 6.0
 """Levels of 255 by which a picture of quality 95 is off on average, at most; frames of two seeds
 differ by more, which is checked before."""
 
+BACKUP_S, LOST_S = 2.0, 8.0
+"""Between two copies of a session where the server is killed, and how old the newest copy may be:
+the server looks once a second, and a busy one is late."""
+
+WARM_S = 300.0
+"""After which memory is flat, or a third of a shorter time: before, libraries are loaded and pools
+grow."""
+
+PATIENCE_S = 30.0
+"""Within which everybody has a session, also while the server starts again."""
+
+STILL_S = 3.0
+"""Between two looks at the clock beyond which this process stood still: each second it looks."""
+
+LEFT = (SessionEnded, OSError, http.client.HTTPException)
+"""What a client meets whose server is gone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
@@ -66,6 +88,8 @@ class LoadConfig:
     """Clients at once."""
     duration_s: float = 60.0
     """Of their coming and going."""
+    kills: int = 0
+    """Of the server, spread over the first third of that time; memory is that of its last life."""
     fair_s: float = 15.0
     """Of one playing alone afterwards, and of all at once."""
     frames: int = 24
@@ -82,6 +106,35 @@ class LoadConfig:
             raise ValueError("needed 1 .. 64 clients, 1 or more seeds and 2 or more frames")
         if not 0 < self.duration_s <= 86400:
             raise ValueError(f"duration_s must lie in 0 .. 86400, got {self.duration_s}")
+        if not 0 <= self.kills <= 100:
+            raise ValueError(f"kills must lie in 0 .. 100, got {self.kills}")
+
+
+class Clock:
+    """Seconds for which this process has run."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._looked_at = time.monotonic()
+        self.still_s, self._woke_at = 0.0, float("-inf")
+
+    def __call__(self) -> float:
+        """Look at it, which every thread does at least once a second in all."""
+        with self._lock:
+            now = time.monotonic()
+            passed, self._looked_at = now - self._looked_at, now
+            if passed > STILL_S:
+                self.still_s += passed
+                self._woke_at = now
+            return now - self.still_s
+
+    def just_woke(self) -> bool:
+        """Whether this process stood still a moment ago."""
+        self()
+        return time.monotonic() - self._woke_at < PATIENCE_S
+
+
+NOW = Clock()
 
 
 @dataclass
@@ -92,6 +145,12 @@ class Tally:
     """Of what they did and met."""
     faults: list[str] = field(default_factory=list)
     """What should not have been."""
+    still: list[str] = field(default_factory=list)
+    """The same, right after this process had stood still."""
+    waited_s: float = 0.0
+    """Of the client that waited longest for a session."""
+    lost: list[int] = field(default_factory=list)
+    """Frames that each session lost when its server was killed."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Of both."""
 
@@ -102,8 +161,16 @@ class Tally:
 
     def fault(self, what: str) -> None:
         """Note what should not have been."""
+        kept = self.still if NOW.just_woke() else self.faults
         with self.lock:
-            self.faults.append(what)
+            kept.append(what)
+
+    def waited(self, seconds: float) -> None:
+        """Note how long a client waited for a session."""
+        with self.lock:
+            self.waited_s = max(self.waited_s, seconds)
+        if seconds > PATIENCE_S:
+            self.fault(f"a client waited {seconds:.1f} s for a session")
 
 
 def references(config: LoadConfig) -> list[np.ndarray]:
@@ -129,20 +196,84 @@ def references(config: LoadConfig) -> list[np.ndarray]:
     return kept
 
 
+class Server:
+    """A server on a port of this machine, which may be killed and started again."""
+
+    def __init__(self, config: LoadConfig, folder: str) -> None:
+        """Start it; sessions lie in `folder`."""
+        words = ["serve", config.run, "--evict-dir", folder, "--idle-s", "20"]
+        words += ["--sessions", str(2 * config.clients), "--max-fps", "1000"]
+        words += ["--limits.max-connections", str(4 * config.clients + 8)]
+        words += ["--backup-s", str(BACKUP_S)] if config.kills else []
+        self._words = words
+        self.killed_at: list[float] = []
+        """By the clock, one for each kill."""
+        self.is_up = threading.Event()
+        self._start(0)
+
+    def _start(self, port: int) -> None:
+        self._process, self.url = start([*self._words, "--port", str(port)])
+        self.process = psutil.Process(self._process.pid)
+        self.begun, self.bare = NOW(), self.process.memory_info().rss
+        self.is_up.set()
+
+    def kill(self) -> None:
+        """Kill it and start it again at the same place."""
+        self.is_up.clear()
+        self.killed_at.append(NOW())
+        with self._process as process:
+            process.kill()
+        self._start(int(self.url.rstrip("/").rpartition(":")[2]))
+
+    def waited_for(self) -> bool:
+        """Wait until it is up; return whether it is."""
+        until = NOW() + 4 * PATIENCE_S
+        while not self.is_up.wait(0.5) and NOW() < until:
+            pass
+        return self.is_up.is_set()
+
+    def stop(self) -> None:
+        """End it."""
+        with suppress(subprocess.TimeoutExpired):
+            stop(self._process)
+
+
+@dataclass
+class Played:
+    """What a guest has seen of its session."""
+
+    name: str
+    since: float
+    """When it was begun, or begun anew."""
+    seeds: set[int]
+    """Of its stream, and of that before."""
+    seen: list[tuple[float, int]] = field(default_factory=list)
+    """When which frame came, since it was begun or changed last."""
+
+
 class Guest:
     """One client after the other, in a thread of its own."""
 
     def __init__(
-        self, config: LoadConfig, url: str, wanted: list[np.ndarray], tally: Tally, number: int
+        self,
+        config: LoadConfig,
+        server: Server,
+        wanted: list[np.ndarray],
+        tally: Tally,
+        number: int,
     ):
         """Prepare."""
-        self.config, self.url, self.wanted, self.tally = config, url, wanted, tally
+        self.config, self.server, self.wanted, self.tally = config, server, wanted, tally
+        self.url = server.url
         self.random = random.Random(f"{config.seed} {number}")
         self.last = -1
+        self.played: Played | None = None
+        self.came_at: float | None = None
 
     def visit(self, until: float) -> None:
         """Come and go until the time is over."""
-        while time.monotonic() < until:
+        while NOW() < until and self.server.waited_for():
+            lives, self.came_at = len(self.server.killed_at), self.came_at or NOW()
             try:
                 self.once()
             except Refused as error:
@@ -150,9 +281,48 @@ class Guest:
                 if error.code != "too_many_sessions":
                     self.tally.fault(f"refused: {error.code}: {error}")
                 time.sleep(self.random.uniform(0.1, 0.5))
-            except (SessionEnded, ConnectionError, TimeoutError) as error:
-                self.tally.fault(f"{type(error).__name__}: {error}")
-                time.sleep(0.5)
+            except LEFT as error:
+                if lives == len(self.server.killed_at):
+                    self.tally.fault(f"{type(error).__name__}: {error}")
+                    time.sleep(0.5)
+                    continue
+                self.tally.add("cut off")
+                self.recover()
+
+    def has_session(self) -> None:
+        """Note that this guest waits no more."""
+        if self.came_at is not None:
+            self.tally.waited(NOW() - self.came_at)
+        self.came_at = None
+
+    def recover(self) -> None:
+        """Come back to the session after the server was killed, and play on."""
+        played, self.played = self.played, None
+        killed_at = self.server.killed_at[-1]
+        if played is None or not self.server.waited_for():
+            return
+        try:
+            with Client(self.url, quality=95) as client:
+                state = client.attach(played.name)
+                self.has_session()
+                due = [frame for when, frame in played.seen if when < killed_at - LOST_S]
+                newest = played.seen[-1][1] if played.seen else -1
+                if state.seed not in played.seeds or state.frame < max(due, default=-1):
+                    self.tally.fault(f"{played} came back as {state}")
+                self.tally.lost.append(max(0, newest - state.frame))
+                self.last = state.frame
+                client.run()
+                if state.frame < self.config.frames - 1:
+                    self.watch(client, state.seed, goes_on=True)
+                client.close()
+        except Refused as error:
+            is_young = played.since > killed_at - LOST_S
+            if error.code != "unknown_session" or not is_young:
+                self.tally.fault(f"{played} is lost: {error.code}: {error}")
+            self.tally.add("lost young ones")
+        except LEFT as error:
+            if killed_at == self.server.killed_at[-1]:
+                self.tally.fault(f"coming back: {type(error).__name__}: {error}")
 
     def once(self) -> None:
         """Join, play, do something, and leave in some way."""
@@ -160,7 +330,8 @@ class Guest:
         with Client(self.url, codec=codec, quality=95) as client:
             self.tally.add("joined")
             seed = self.random.randrange(self.config.seeds)
-            client.create(seed=seed)
+            self.played = Played(client.create(seed=seed).session, NOW(), {seed})
+            self.has_session()
             self.begin(client, seed)
             self.watch(client, seed)
             deed = self.random.choice(
@@ -168,14 +339,16 @@ class Guest:
             )
             self.tally.add(deed)
             if deed == "reset":
-                seed = self.random.randrange(self.config.seeds)
+                before, seed = seed, self.random.randrange(self.config.seeds)
                 client.pause()
+                self.played = Played(self.played.name, NOW(), {before, seed})
                 client.reset(seed=seed)
                 self.begin(client, seed)
                 self.watch(client, seed)
             elif deed == "rewind":
                 client.pause()
                 assert client.state is not None
+                self.played.seen.clear()
                 self.last = client.rewind(self.random.randrange(client.state.frame + 1)).frame
                 client.run()
                 self.watch(client, seed, goes_on=True)
@@ -189,7 +362,9 @@ class Guest:
                 return
             elif deed == "kill":
                 die(client)
+                self.played = None
                 return
+            self.played = None
             client.close()
 
     def copy(self, client: Client) -> None:
@@ -240,6 +415,7 @@ class Guest:
                     time.sleep(0.1)
             again.run()
             self.watch(again, seed, goes_on=True)
+            self.played = None
             again.close()
 
     def watch(self, client: Client, seed: int, goes_on: bool = False) -> None:
@@ -254,6 +430,8 @@ class Guest:
                 if received.header.frame != last + 1:
                     self.tally.fault(f"frame {received.header.frame} came after {last}")
                 self.last = last = received.header.frame
+                if self.played is not None:
+                    self.played.seen.append((NOW(), last))
                 number -= 1
             if number <= 0 or last >= self.config.frames - 1:
                 return
@@ -304,17 +482,6 @@ def play_fairly(config: LoadConfig, url: str, clients: int) -> list[int]:
     return counts
 
 
-@contextmanager
-def server(config: LoadConfig) -> Iterator[tuple[str, psutil.Process]]:
-    """Run a server on a free port of this machine."""
-    with tempfile.TemporaryDirectory(prefix="scd-load-") as folder:
-        sessions = ["--sessions", str(2 * config.clients), "--evict-dir", folder, "--idle-s", "20"]
-        limits = ["--limits.max-connections", str(4 * config.clients + 8), "--max-fps", "1000"]
-        words = ["serve", config.run, "--port", "0", *sessions, *limits]
-        with started(words) as (url, pid):
-            yield url, psutil.Process(pid)
-
-
 def ask(method: str, url: str, body: bytes | None = None) -> bytes:
     """Make a request of the server, without a proxy (HTTPError: it is refused)."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -335,47 +502,101 @@ def promised(metrics: dict[str, float]) -> float:
     return metrics["scd_reserved_bytes"] + metrics["scd_under_way_bytes"]
 
 
+class Look(NamedTuple):
+    """At a server that runs."""
+
+    life: int
+    """How often it had been killed before."""
+    since_s: float
+    """Since it was started."""
+    size: int
+    """Bytes that are resident."""
+    promised: float
+    """Bytes."""
+    faults: float
+    """Of the server, since it was started."""
+
+
+def look(server: Server) -> Look | None:
+    """Look at a server; None: it is killed at this moment."""
+    life = len(server.killed_at)
+    try:
+        metrics, size = metrics_of(server.url), server.process.memory_info().rss
+    except (*LEFT, psutil.Error):
+        if server.is_up.is_set() and life == len(server.killed_at):
+            raise
+        return None
+    since_s, faults = NOW() - server.begun, metrics["scd_faults_total"]
+    return Look(life, since_s, size, promised(metrics), faults)
+
+
+def come_and_go(
+    config: LoadConfig, server: Server, wanted: list[np.ndarray], tally: Tally
+) -> list[Look]:
+    """Let clients come and go for the time that is asked for; look at the server each second."""
+    begin = NOW()
+    until = begin + config.duration_s
+    kills = [
+        begin + config.duration_s / 3 * (one + 1) / config.kills for one in range(config.kills)
+    ]
+    guests = [
+        threading.Thread(target=Guest(config, server, wanted, tally, one).visit, args=(until,))
+        for one in range(config.clients)
+    ]
+    for guest in guests:
+        guest.start()
+    looks = []
+    while any(guest.is_alive() for guest in guests):
+        if kills and NOW() >= kills[0]:
+            kills.pop(0)
+            server.kill()
+        if (found := look(server)) is not None:
+            looks.append(found)
+        time.sleep(1.0)
+    return looks
+
+
 def load(config: LoadConfig) -> dict[str, Any]:
     """Make the load and return what was seen."""
-    wanted = references(config)
-    tally = Tally()
-    memory: list[tuple[float, int, float]] = []
-    with server(config) as (url, process):
-        bare = process.memory_info().rss
-        begin = time.monotonic()
-        until = begin + config.duration_s
-        guests = [
-            threading.Thread(target=Guest(config, url, wanted, tally, one).visit, args=(until,))
-            for one in range(config.clients)
-        ]
-        for guest in guests:
-            guest.start()
-        while any(guest.is_alive() for guest in guests):
-            size = process.memory_info().rss
-            memory.append((time.monotonic() - begin, size, promised(metrics_of(url))))
-            time.sleep(1.0)
-        (alone,) = play_fairly(config, url, 1)
-        counts = play_fairly(config, url, config.clients)
-        health, metrics = json.loads(ask("GET", f"{url}health")), metrics_of(url)
-    # The first third warms up: libraries, pools, and sessions that have not been there yet.
-    later = [size for when, size, _ in memory if when >= config.duration_s / 3]
-    most_promised = max(count for when, _, count in memory if when >= config.duration_s / 3)
-    third = max(1, len(later) // 3)
-    growth = median(later[-third:]) / median(later[:third]) - 1
+    wanted, tally = references(config), Tally()
+    with tempfile.TemporaryDirectory(prefix="scd-load-") as folder:
+        server = Server(config, folder)
+        try:
+            looks = come_and_go(config, server, wanted, tally)
+            (alone,) = play_fairly(config, server.url, 1)
+            counts = play_fairly(config, server.url, config.clients)
+            health, metrics = json.loads(ask("GET", f"{server.url}health")), metrics_of(server.url)
+        finally:
+            server.stop()
+    faults = {one.life: one.faults for one in looks}
+    faults[len(server.killed_at)] = metrics["scd_faults_total"]
+    lived = [one for one in looks if one.life == len(server.killed_at)]
+    if not lived:
+        raise ValueError("needed a longer duration-s: the last start took as long as was left")
+    warm_s = min(WARM_S, lived[-1].since_s / 3)
+    later = [one for one in lived if one.since_s >= warm_s]
+    third, most_promised = max(1, len(later) // 3), max(one.promised for one in later)
+    ends = [median(one.size for one in part) for part in (later[:third], later[-third:])]
     return {
         "settings": to_json(config),
         "counts": dict(sorted(tally.counts.items())),
         "faults": tally.faults[:20],
         "num_faults": len(tally.faults),
+        "stood_still_s": round(NOW.still_s, 1),
+        "faults_after_standing_still": tally.still[:20],
+        "waited_most_s": round(tally.waited_s, 2),
+        "lost_frames": sorted(tally.lost)[-10:],
+        "came_back": len(tally.lost),
         "healthy": health["ok"],
-        "server_faults": metrics["scd_faults_total"],
+        "server_faults": sum(faults.values()),
         "evictions": metrics["scd_evictions_total"],
         "restores": metrics["scd_restores_total"],
-        "memory_growth": growth,
-        "memory_mib": round(later[-1] / 2**20, 1),
-        "bare_mib": round(bare / 2**20, 1),
+        "memory_over_s": round(later[-1].since_s - later[0].since_s, 1),
+        "memory_growth": ends[1] / ends[0] - 1,
+        "memory_mib": round(later[-1].size / 2**20, 1),
+        "bare_mib": round(server.bare / 2**20, 1),
         "most_promised_mib": round(most_promised / 2**20, 1),
-        "over_promise": (max(later) - bare) / most_promised,
+        "over_promise": (max(one.size for one in later) - server.bare) / most_promised,
         "fair_frames": counts,
         "fair_frames_per_s": sum(counts) / config.fair_s,
         "alone_frames_per_s": alone / config.fair_s,

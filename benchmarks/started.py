@@ -8,6 +8,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
+def start(words: Sequence[str]) -> tuple[subprocess.Popen[str], str]:
+    """Run `scd WORDS...`; return its process, and the address that it prints first.
+
+    Raises:
+        ValueError: it printed none.
+    """
+    command = [sys.executable, "-m", "scd", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if "http://" not in line:
+        stop(process)
+        raise ValueError(f"scd {words[0]} did not start")
+    return process, line[line.index("http://") :].split()[0]
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a command and wait for its end."""
+    with process:
+        process.terminate()
+        process.wait(60)
+
+
 @contextmanager
 def started(words: Sequence[str]) -> Iterator[tuple[str, int]]:
     """Run `scd WORDS...` for the time of a with block.
@@ -18,14 +41,8 @@ def started(words: Sequence[str]) -> Iterator[tuple[str, int]]:
     Raises:
         ValueError: it printed none.
     """
-    command = [sys.executable, "-m", "scd", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        try:
-            if "http://" not in line:
-                raise ValueError(f"scd {words[0]} did not start")
-            yield line[line.index("http://") :].split()[0], process.pid
-        finally:
-            process.terminate()
-            process.wait(60)
+    process, url = start(words)
+    try:
+        yield url, process.pid
+    finally:
+        stop(process)

@@ -26,8 +26,12 @@ NUM_SHOWN = 3
 """Episodes that a message names."""
 
 
-def fingerprint(source: Source) -> dict[str, Any]:
+def fingerprint(source: Source, prompts: bool = False) -> dict[str, Any]:
     """Return what tells the episodes of a source from others, as JSON; the same wherever they lie.
+
+    Args:
+        source: of the episodes.
+        prompts: whether their prompts count (ValueError: one has none).
 
     Returns:
         The card; and of each episode, in order, its name and marks: its length, and what
@@ -44,6 +48,8 @@ def fingerprint(source: Source) -> dict[str, Any]:
             marks[what] = mark or _mark(part)
             if isinstance(part, Path):
                 known[part] = marks[what]
+        if prompts:
+            marks["prompt"] = _mark(source.prompt(episode))
         episodes.append([name, marks])
     return {"format": FORMAT, "card": to_json(source.card), "episodes": episodes}
 

@@ -3,6 +3,7 @@
     latents.json                          what was encoded, by which autoencoder, how long it is
     train-00003-of-00013.safetensors      latents, actions, labels and texts of some episodes
     null_text.safetensors                 what stands in for a hidden text, if there are texts
+    data-train.json                       what tells the episodes that are encoded from others
 
 Every file is written aside and renamed, so one that is there is whole; only a copy can be cut off,
 and is refused. `scd encode` writes such a folder (scd/preprocessing/encode.py): `begin`,
@@ -38,6 +39,9 @@ INFO_FILE = "latents.json"
 
 NULL_TEXT_FILE = "null_text.safetensors"
 """The embedded empty prompt."""
+
+DATA_FILE = "data-{}.json"
+"""Of each split, the fingerprint of its episodes (scd/data/fingerprint.py)."""
 
 FORMAT = 1
 """Version of the layout."""
@@ -365,7 +369,7 @@ def begin(out: Path, info: LatentsInfo) -> None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: needed a folder to write")
     # Another process may be about to say the same.
-    ours = (INFO_FILE, NULL_TEXT_FILE, TEMPORARY, "train-", "val-", "test-")
+    ours = (INFO_FILE, NULL_TEXT_FILE, TEMPORARY, "train-", "val-", "test-", DATA_FILE[:5])
     if out.exists() and not all(
         any(entry.name.startswith(name) for name in ours) for entry in out.iterdir()
     ):

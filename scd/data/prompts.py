@@ -123,8 +123,12 @@ class PromptSource(Source):
         return self._no_frames.numel()
 
     def identity(self, episode: int) -> tuple[str, dict[str, Any]]:
-        parts = {"text": self.path / self.info.files[episode]}
-        return self.info.prompts[episode], parts
+        info = self.info
+        parts = {
+            "text": self.path / info.files[episode],
+            "negative": self.path / info.negative_file,
+        }
+        return info.prompts[episode], parts
 
     def _read(self, episode: int, start: int, num_frames: int) -> Clip:
         return Clip(

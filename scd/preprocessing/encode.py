@@ -6,6 +6,7 @@ there and whole is left alone, so the same command continues what was interrupte
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import deque
@@ -32,12 +33,15 @@ from scd.autoencoders.config import PixelConfig
 from scd.autoencoders.diffusers import ImageAutoencoder, with_statistics
 from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_cache
 from scd.common.config import to_json
-from scd.common.files import remove_leftovers
+from scd.common.files import remove_leftovers, write_file
 from scd.common.processes import Processes
 from scd.common.threads import ThreadChoice
 from scd.data.clip import Clip
+from scd.data.fingerprint import changes, read_fingerprint
+from scd.data.fingerprint import fingerprint as data_fingerprint
 from scd.data.frame_rate import check_rate
 from scd.data.latents import (
+    DATA_FILE,
     FORMAT,
     PLACE,
     EncodedEpisode,
@@ -91,16 +95,21 @@ def encode(config: EncodeConfig) -> Encoded:
     Raises:
         FileNotFoundError: no such data, autoencoder or text encoder.
         FileExistsError: the folder holds another encoding, or something else.
-        ValueError: data that this autoencoder cannot encode, an episode without a prompt, latents
-            that are not finite, or no episodes.
+        ValueError: data that this autoencoder cannot encode, or that has changed since the folder
+            was begun, an episode without a prompt, latents that are not finite, or no episodes.
         OSError: the folder cannot be written.
     """
     processes = Processes(config.device, config.precision)
     index, num_processes = processes.share(config.shard)
     out, encoding = Path(config.out), Encoding(config, processes)
     info = encoding.info
+    marks: dict[Split, Any] = {one: encoding.fingerprint(one) for one in encoding.sources}
     with processes.one_by_one():
+        # First: other pictures have other statistics too, and this says why.
+        check_data(config, marks)
         begin(out, info)
+        for split, mark in marks.items():
+            write_file(out / DATA_FILE.format(split), json.dumps(mark))
         if encoding.null_text is not None:
             write_null_text(out, info, encoding.null_text)
     jobs: list[tuple[Split, int]] = [
@@ -138,6 +147,18 @@ def encode(config: EncodeConfig) -> Encoded:
         left_out=left_out,
         seconds=seconds,
     )
+
+
+def check_data(config: EncodeConfig, marks: Mapping[Split, Any]) -> None:
+    """Refuse to go on with other episodes than a folder was begun with (ValueError)."""
+    for split, mark in marks.items():
+        path = Path(config.out) / DATA_FILE.format(split)
+        # Folders of an earlier scd have none.
+        if path.is_file() and (found := changes(read_fingerprint(path), mark)):
+            raise ValueError(
+                f"{config.data} is not the data that {config.out} was begun with ({split}): "
+                f"{'; '.join(found)}. Another --out encodes it as it is now"
+            )
 
 
 def readable(encoded: Encoded) -> str:
@@ -218,6 +239,10 @@ class Encoding:
             val=lengths.get("val", ()),
             test=lengths.get("test", ()),
         )
+
+    def fingerprint(self, split: Split) -> dict[str, Any]:
+        """Return what tells the episodes of a split from others, with what is encoded of them."""
+        return data_fingerprint(self.sources[split], prompts=self.embedder is not None)
 
     def episodes(self, split: Split, number: int) -> list[EncodedEpisode | None]:
         """Return the episodes of one file, encoded; None: one that is left out."""

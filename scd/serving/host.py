@@ -122,6 +122,10 @@ class Host:
             num_commands=len(requests),
         )
 
+    def playing(self) -> tuple[str, ...]:
+        """Name the sessions in memory now, without waiting for the model thread."""
+        return () if self._loop is None else tuple(self._loop.sessions.playing)
+
     def ask(
         self,
         message: Command,

@@ -37,7 +37,7 @@ from scd.serving.messages import (
     State,
 )
 from scd.serving.protocol import error_json, read_body, write
-from scd.serving.service import Service, answer, as_error
+from scd.serving.service import Service, answer, as_error, health_of
 from scd.serving.snapshot import bad
 from scd.serving.tensors import head_bytes
 
@@ -109,9 +109,6 @@ def _refused(error: ServeError) -> Response:
     return Response(body, status, media_type="application/json")
 
 
-BODY_S = 60.0
-"""Seconds within which a body must have come."""
-
 SMALL_BODY = 65536
 """Bytes of a body that is JSON."""
 
@@ -165,20 +162,8 @@ class HttpApi:
 
     async def health(self, request: Request) -> Response:
         """Say with a status whether the server can be used, and what it does."""
-        reason = self._service.fault()
-        all = self._service.host.overview()
-        values = {
-            "ok": not reason,
-            "reason": reason,
-            "sessions": all.num_sessions,
-            "max_sessions": all.max_sessions,
-            "attached": all.num_attached,
-            "on_disk": all.num_evicted,
-            "max_on_disk": all.max_evicted,
-            "disk_bytes": all.evicted_bytes,
-            "max_disk_bytes": all.max_evicted_bytes,
-        }
-        return _json(json.dumps(values), 503 if reason else 200)
+        said = health_of(self._service)
+        return _json(json.dumps(said), 200 if said["ok"] else 503)
 
     async def metrics(self, request: Request) -> Response:
         kind = "text/plain; version=0.0.4; charset=utf-8"
@@ -295,20 +280,19 @@ async def _body(request: Request, max_bytes: int) -> bytes:
 async def _receive(
     request: Request, max_bytes: int, put: Callable[[bytes], Awaitable[None]]
 ) -> None:
-    """Pass a body on as it comes (ServeError: it is too large, or does not come in time)."""
+    """Pass a body on as it comes (ServeError: it is too large).
+
+    How long that may take is up to `Access`, behind which this stands, or the router does.
+    """
     too_large = ServeError("too_large", f"at most {max_bytes} bytes are taken here")
     if _announced(request) > max_bytes:
         raise too_large
     num_bytes = 0
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for part in request.stream():
-                num_bytes += len(part)
-                if num_bytes > max_bytes:
-                    raise too_large
-                await put(part)
-    except TimeoutError:
-        raise ServeError("too_late", f"the body did not come within {BODY_S:g} s") from None
+    async for part in request.stream():
+        num_bytes += len(part)
+        if num_bytes > max_bytes:
+            raise too_large
+        await put(part)
 
 
 def _announced(request: Request) -> int:

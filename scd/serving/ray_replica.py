@@ -13,6 +13,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from scd.serving.http_api import make_inner_app
 from scd.serving.messages import ServeError
 from scd.serving.run import STOP_S, Server, open_service, uvicorn_config
-from scd.serving.service import answer
+from scd.serving.service import answer, health_of
 from scd.serving.settings import ServeConfig
 from scd.serving.store import OWN, SUFFIX
 
@@ -54,6 +55,8 @@ class Report:
     """Where it answers this process, which shows the secret."""
     sessions: tuple[str, ...]
     """In its memory."""
+    health: Mapping[str, Any]
+    """What its own /health says."""
 
 
 class Replica:
@@ -90,9 +93,9 @@ class Replica:
         self._peers: Any = None
 
     async def report(self) -> dict[str, Any]:
-        playing = self._service.host.call(lambda loop: tuple(loop.sessions.playing))
-        sessions = await answer(playing)
-        return asdict(Report(name=self._name, url=self._url, sessions=sessions))
+        # Without waiting for the model thread, which may be the one that has a fault.
+        sessions, health = self._service.host.playing(), health_of(self._service)
+        return asdict(Report(name=self._name, url=self._url, sessions=sessions, health=health))
 
     async def release(self, session: str) -> str:
         """Put a session on disk for another replica; say what came of it."""

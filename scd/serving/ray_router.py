@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Any
 
 from fastapi import Request, Response, WebSocket
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
@@ -41,7 +42,7 @@ from scd.serving.protocol import (
     write,
 )
 from scd.serving.ray_replica import LEASE_S, SECRET, Report
-from scd.serving.service import LOG, check_token
+from scd.serving.service import LOG, as_error, check_token
 from scd.serving.settings import ServeConfig
 
 SESSION = re.compile(r"/v1/sessions/([A-Za-z0-9_-]{1,64})(?:/.*)?")
@@ -51,6 +52,10 @@ POLL_S = 0.5
 """Seconds between two looks at the replicas."""
 
 ENDED = "a replica has ended: attach the session again"
+
+OF_ONE = ("sessions", "max_sessions", "attached")
+SHARED = ("on_disk", "max_on_disk", "disk_bytes", "max_disk_bytes")
+"""Numbers of a replica's health: those that it has for itself, and those that all have together."""
 
 PASSING = frozenset(
     ("connection", "keep-alive", "transfer-encoding", "upgrade", "te", "date", "authorization")
@@ -120,12 +125,18 @@ class ReplicaRegistry:
     def freest(self) -> Report:
         """Return the replica with fewest clients, and of these the one with fewest sessions.
 
+        One that says of itself that it cannot be used is taken where there is no other: it tells
+        clients why.
+
         Raises:
             ServeError: there is none.
         """
         if not self._running:
             raise ServeError("model_stopped", "no replica is there: try again", fatal=True)
-        return min(self.running, key=lambda one: (self._num_clients[one.name], len(one.sessions)))
+        able = [one for one in self.running if one.health["ok"]]
+        return min(
+            able or self.running, key=lambda one: (self._num_clients[one.name], len(one.sessions))
+        )
 
     async def owner(self, session: str) -> Report | None:
         """Return the replica that plays a session, as far as is known after a look."""
@@ -220,6 +231,17 @@ class Router:
 
         headers = {name: text for name, text in request.headers.items() if name not in PASSING}
         has_body = "content-length" in headers or "transfer-encoding" in request.headers
+        broken_off: list[ServeError] = []
+
+        async def sent() -> AsyncIterator[bytes]:
+            try:
+                async for part in request.stream():
+                    yield part
+            except (ServeError, ClientDisconnect) as error:
+                # Else it would be told as a fault of the connection to the replica.
+                broken_off.append(as_error(error))
+                raise
+
         url = replica.url + request.scope["raw_path"].decode("latin-1")
         if request.url.query:
             url += f"?{request.url.query}"
@@ -228,13 +250,15 @@ class Router:
                 request.method,
                 URL(url, encoded=True),
                 headers=headers | self._headers,
-                data=request.stream() if has_body else None,
+                data=sent() if has_body else None,
                 allow_redirects=False,
             )
         except aiohttp.ClientConnectorError as error:
             self._registry.lost(replica)
             raise Unreachable from error
         except aiohttp.ClientError as error:
+            if broken_off:
+                raise broken_off[0] from error
             raise ServeError("model_stopped", f"{ENDED} ({type(error).__name__})") from error
         if answer.status == 503 and answer.headers.get(SECRET) == "leaving":
             answer.release()
@@ -252,15 +276,19 @@ class Router:
         return StreamingResponse(body(), answer.status, kept)
 
     def _health(self) -> Response:
-        running = self._registry.running
+        told = [one.health for one in self._registry.running]
+        able = [one for one in told if one["ok"]]
+        reasons = [one["reason"] for one in told if not one["ok"]]
         values = {
-            "ok": bool(running),
-            "reason": "" if running else "no replica is there",
-            "sessions": sum(len(one.sessions) for one in running),
-            "replicas": len(running),
+            "ok": bool(able),
+            "reason": "" if able else "; ".join(reasons) or "no replica is there",
+            "replicas": len(told),
+            "failing": len(reasons),
         }
-        status = 200 if running else 503
-        return Response(json.dumps(values), status, media_type="application/json")
+        values |= {name: sum(one[name] for one in told) for name in OF_ONE}
+        # Of a folder that they share, in which one may not have seen yet what another has put.
+        values |= {name: max((one[name] for one in told), default=0) for name in SHARED}
+        return Response(json.dumps(values), 200 if able else 503, media_type="application/json")
 
     async def _metrics(self) -> bytes:
         async def ask(replica: Report) -> tuple[str, str]:

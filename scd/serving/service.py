@@ -119,6 +119,22 @@ class Service:
         return self.host.ask(message, session, sink, upload, file)
 
 
+def health_of(service: Service) -> dict[str, Any]:
+    """Return what /health says: whether a server can be used, and how full it is."""
+    reason, all = service.fault(), service.host.overview()
+    return {
+        "ok": not reason,
+        "reason": reason,
+        "sessions": all.num_sessions,
+        "max_sessions": all.max_sessions,
+        "attached": all.num_attached,
+        "on_disk": all.num_evicted,
+        "max_on_disk": all.max_evicted,
+        "disk_bytes": all.evicted_bytes,
+        "max_disk_bytes": all.max_evicted_bytes,
+    }
+
+
 def check_token(wanted: str | None, shown: str | None) -> None:
     """Refuse who shows another token than the one that is wanted (ServeError unauthorised)."""
     if wanted is None or secrets.compare_digest((shown or "").encode(), wanted.encode()):

@@ -7,6 +7,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -138,6 +139,40 @@ def test_an_interrupted_encoding_goes_on(videos, latents, tmp_path, monkeypatch)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     again = encode(settings(videos, out))
     assert (again.files_written, again.files_found, again.frames) == (0, 5, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("video", r"\(train\): changed: videos/\S+ \(video\)"),
+        ("actions", r"\(train\): changed: videos/\S+ \(actions\)"),
+        ("order", r"\(train\): its episodes are in another order"),
+        ("rate", r"\(train\): its card \(fps: "),
+    ],
+)
+def test_other_videos_than_it_was_begun_with_are_refused(videos, tmp_path, change, words):
+    folder, out = shutil.copytree(videos, tmp_path / "videos"), tmp_path / "out"
+    encode(settings(str(folder), out))
+    before = files(out)
+    # As if it had been interrupted; what is whole is not encoded again, and would not be noticed.
+    (out / "train-00001-of-00003.safetensors").unlink()
+    one, other, *_ = train = [one for one in read_manifest(folder) if one.split == "train"]
+    data = str(folder)
+    if change == "video":
+        shutil.copy(folder / other.video, folder / one.video)
+    elif change == "actions":
+        np.savez(folder / one.actions, actions=np.roll(np.load(folder / one.actions)["actions"], 1))
+    elif change == "order":
+        others = [one for one in read_manifest(folder) if one.split != "train"]
+        write_manifest(folder, train[::-1] + others)
+    else:
+        data += "?fps=20"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"not the data that .* was begun with {words}"):
+            encode(settings(data, out))
+    # The same videos, as they were and at another place.
+    assert encode(settings(videos, out)).files_written == 1
+    assert files(out) == before
 
 
 @pytest.mark.parametrize("how", ["cut off", "header only", "other bytes", "of another encoding"])

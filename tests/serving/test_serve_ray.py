@@ -36,10 +36,11 @@ from scd.serving.settings import ServeConfig
 from scd.serving.store import SUFFIX
 from tests.servers import tiny_playable
 from tests.serving.test_serve import alone
+from tests.serving.test_serve_slow import dripping, took_s
 
 TOKEN = "a token of this test"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
-BACKUP_S = 0.3
+BACKUP_S, BODY_S = 0.3, 3.0
 START_S = 300.0
 """Of a machine that does other things too."""
 
@@ -59,6 +60,7 @@ class Replicas:
         words = ["serve", str(run), "--port", "0", "--evict-dir", str(self.kept)]
         words += ["--token-file", str(folder / "token"), "--backup-s", str(BACKUP_S)]
         words += ["--memory-gib", "0.5", "--limits.messages-per-s", "2000", *flags]
+        words += ["--limits.body-s", str(BODY_S), "--limits.head-s", "2"]
         program = f"import sys; {before}; from scd.cli import main; sys.exit(main({words!r}))"
         with (folder / "errors").open("w") as self.errors:
             self.process = subprocess.Popen(
@@ -133,8 +135,17 @@ def test_sessions_are_spread_and_each_has_its_own_frames(server: Replicas):
         names.append(state.session)
         client.step(1, count=3)
     assert sorted(server.metric("scd_attached").values()) == [2, 2]
+    # The router hears of them, and of the first copies on disk, a moment later.
+    wait_for(lambda: server.call("GET", "/health", headers={})[1]["attached"] == 4)
+    wait_for(lambda: server.call("GET", "/health", headers={})[1]["disk_bytes"] > 0)
     status, health = server.call("GET", "/health", headers={})
-    assert (status, health["ok"], health["replicas"]) == (200, True, 2)
+    assert (status, health["ok"], health["reason"]) == (200, True, "")
+    assert (health["replicas"], health["failing"], health["sessions"]) == (2, 0, 4)
+    # Of each replica, or of the folder that both share.
+    alone_has = ServeConfig()
+    assert health["max_sessions"] == 2 * alone_has.sessions
+    assert health["max_on_disk"] == alone_has.kept_sessions
+    assert health["disk_bytes"] < health["max_disk_bytes"]
     for seed, (name, client) in enumerate(zip(names, clients, strict=True)):
         # A request finds the replica that plays the session, whose client hears the frames too.
         equal(server.step(name, 2, count=2), alone([1] * 3 + [2] * 2, seed=seed)[3:])
@@ -222,6 +233,23 @@ def test_strangers_and_mistakes_are_answered_as_by_one_server(server: Replicas):
     with pytest.raises(ConnectionError, match="no scd server"):
         Client(server.url + "/elsewhere", token=TOKEN)
     assert b"<html" in server.call("GET", "/", headers={})[1].lower()
+
+
+@needs_ray
+@pytest.mark.parametrize("path", ["/v1/sessions", "/v1/uploads", "/v1/sessions/restore"])
+def test_a_body_that_comes_byte_by_byte_ends_in_time_with_a_reason(server: Replicas, path: str):
+    port = int(server.url.rpartition(":")[2])
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as slow:
+        slow.sendall(f"{head}Content-Length: 5000\r\n\r\n".encode())
+        with dripping(slow, b"@" + bytes(7) + b" " * 500):
+            assert server.call("GET", "/health", headers={})[0] == 200
+            seconds, said = took_s(slow)
+    assert said.startswith(b"HTTP/1.1 408") and b"did not come within 3 s" in said
+    assert BODY_S - 0.5 < seconds < 4 * BODY_S
+    # The replica that it was for goes on.
+    assert [server.call("GET", "/v1/world")[0] for _ in range(4)] == [200] * 4
+    assert server.call("GET", "/health", headers={})[1]["failing"] == 0
 
 
 @needs_ray

@@ -41,6 +41,7 @@ def test_a_few_of_each_keep_nobody_from_playing(tmp_path):
         (b"HTTP/1.1 500 Internal Server Error\r\n\r\nInternal Server Error", True),
         (b'HTTP/1.1 503 Service Unavailable\r\n\r\n{"error":{"code":"unavailable"}}', True),
         (b'HTTP/1.1 503 Service Unavailable\r\n\r\n{"error":{"code":"too_many_sessions"}}', False),
+        (b'HTTP/1.1 503 Service Unavailable\r\n\r\n{"error":{"code":"overloaded"}}', False),
         (b"HTTP/1.1 404 Not Found\r\n\r\n", False),
         (b"", False),
     ],
