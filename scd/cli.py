@@ -8,6 +8,7 @@ full GPU, 130 or 143 interrupted by SIGINT or SIGTERM, 141 when who read the out
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import sys
@@ -201,7 +202,7 @@ def _with_run(words: list[str], command: str, kind: type, default: Any = None) -
 def _demo(words: list[str]) -> None:
     from scd.demo.settings import DemoConfig
 
-    config = _parse(DemoConfig, words, "demo")
+    config = _parse(DemoConfig, _without_flag("--world", words, DemoConfig), "demo")
     from scd.demo.demo import demo
 
     demo(config)
@@ -414,6 +415,18 @@ def _protocols(words: list[str]) -> None:
     print(listing())
 
 
+def _worlds(words: list[str]) -> None:
+    if asks_for_help(words):
+        print("usage: scd worlds [--json]\n\nLists the worlds that come with the package.")
+        return
+    if words not in ([], ["--json"]):
+        raise ValueError(f"scd worlds takes --json or nothing, got {' '.join(words)}")
+    from scd.models.shelf import as_json, listing, shipped_worlds
+
+    worlds = shipped_worlds()
+    print(json.dumps(as_json(worlds), indent=2) if words else listing(worlds))
+
+
 def _play(words: list[str]) -> None:
     from scd.serving.settings import PlayConfig
 
@@ -563,6 +576,7 @@ def _print_completion(words: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": _demo,
+    "worlds": _worlds,
     "play": _play,
     "record": _record,
     "data": _data,

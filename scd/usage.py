@@ -2,8 +2,9 @@
 
 USAGE = """usage: scd COMMAND ...
 
-  demo                      stream and steer the world that comes with the package (seconds);
+  demo [WORLD]              stream and steer a world that comes with the package (seconds);
                             --train: train a small one and its dense twin, compare (minutes)
+  worlds                    the worlds that come with the package, with sizes and pictures
   play [RUN]                a world in the browser, steered by keyboard, mouse or touch
   record toy|doom|gym       record clips with actions; gym: any environment of Gymnasium
   data check PATH           what there is of a collection of clips, and what is missing

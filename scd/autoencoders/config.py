@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from scd.common.config import MAX_SIZE, within
@@ -19,6 +20,10 @@ class LatentsConfig:
 
     def placeless(self) -> Any:
         """Return the settings without where the weights lie, if they may lie anywhere."""
+        return self
+
+    def beside(self, folder: Path) -> Any:
+        """Return the settings with the weights of a world's folder, if they lie in it."""
         return self
 
 
@@ -74,7 +79,7 @@ class ImageAutoencoderConfig(LatentsConfig):
     """Where an image autoencoder lies, and the shape and scale of its latents."""
 
     source: str
-    """Folder as diffusers writes it, or its name on the hub."""
+    """Folder as diffusers writes it, or its name on the hub. Empty: it lies in the world's vae/."""
     network: ImageKind
     """Class of diffusers."""
     channels: int
@@ -95,6 +100,10 @@ class ImageAutoencoderConfig(LatentsConfig):
             )
         if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
             raise ValueError("mean must be finite and std positive and finite")
+
+    def beside(self, folder: Path) -> ImageAutoencoderConfig:
+        """Return the settings with the weights of a world's folder, if they lie in it."""
+        return replace(self, source=str(folder)) if (folder / "vae").is_dir() else self
 
 
 FAR_SCALE = 0.2889

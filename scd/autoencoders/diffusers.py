@@ -4,7 +4,8 @@ Every frame by itself. Latents are brought to unit scale, channel by channel, by
 deviation that belong to the settings: those that come with the weights, or those measured on data.
 A folder that `scd train-autoencoder` or `scd convert autoencoder` wrote is one of these too.
 
-Needs diffusers, which the extra `wan` brings: pip install -e ".[wan]".
+Needs diffusers, which the extra `wan` brings: pip install -e ".[wan]". A network of convolutions
+alone is run without it (`scd.autoencoders.residual`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from scd.autoencoders.base import NetworkAutoencoder
 from scd.autoencoders.config import ImageAutoencoderConfig, ImageKind
+from scd.autoencoders.residual import ResidualAutoencoder, is_residual
 from scd.common.config import MAX_SIZE, Precision, shown
 from scd.common.files import read_json
 from scd.common.hub import CONFIG_FILE, class_of, find_part, read_part_config
@@ -87,7 +89,11 @@ class ImageAutoencoder(NetworkAutoencoder):
         return self._in_parts(raw, lambda part: network.decode(part).sample).clamp(-1, 1)
 
     def computes(self) -> tuple[str, dict[str, Tensor]]:
-        return settings_that_matter(self.network), self.network.state_dict()
+        network = self.network
+        if isinstance(network, ResidualAutoencoder):
+            # What may be left out of the settings is what diffusers has as its defaults.
+            _, network = load_network(self.config.source)
+        return settings_that_matter(network), network.state_dict()
 
     def _in_parts(
         self, tensor: Float[Tensor, "b t c h w"], call: Callable[[Tensor], Tensor]
@@ -97,7 +103,11 @@ class ImageAutoencoder(NetworkAutoencoder):
         return made.unflatten(0, tensor.shape[:2])
 
     def _read(self) -> nn.Module:
-        kind, network = load_network(self.config.source)
+        if not self.config.source:
+            raise FileNotFoundError(
+                "the settings name no folder of the autoencoder: needed its vae/ beside the weights"
+            )
+        kind, network = load_network(self.config.source, light=True)
         if kind != self.config.network:
             raise ValueError(
                 f"{self.config.source} holds an {kind}, needed the {self.config.network} "
@@ -155,9 +165,14 @@ def find_network(
 
 
 def load_network(
-    source: str | os.PathLike[str], classes: tuple[ImageKind, ...] = KINDS
+    source: str | os.PathLike[str], classes: tuple[ImageKind, ...] = KINDS, light: bool = False
 ) -> tuple[ImageKind, Any]:
     """Read a network of one of these classes: its class's name and itself.
+
+    Args:
+        source: as `find_network` takes it.
+        classes: that will do.
+        light: take a network of our own that computes the same, without diffusers, if there is one.
 
     Raises:
         FileNotFoundError: it is not there, or the hub cannot be reached.
@@ -166,6 +181,8 @@ def load_network(
     folder = find_network(source, classes)
     name = class_of(folder)
     kind: ImageKind = next(one for one in classes if one == name)
+    if light and kind == "AutoencoderDC" and is_residual(read_part_config(folder)):
+        return kind, read_network(ResidualAutoencoder, folder)
     return kind, read_network(_class(kind), folder)
 
 

@@ -38,7 +38,7 @@ from scd.evaluation.metrics import find_row
 from scd.evaluation.predict import TIMED, choose_windows, read_windows, summarize
 from scd.evaluation.trial import Measurement, measure
 from scd.models.build import num_parameters
-from scd.models.checkpoint import World, last_step, load_world, save_world
+from scd.models.checkpoint import World, last_step, load_world, resolve, save_world
 from scd.models.progress import load_progress
 from scd.models.shipped import shipped_world
 from scd.streaming.rollout import Timing
@@ -68,12 +68,13 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
     Raises:
         FileExistsError: the folder holds something else than an earlier demo.
-        FileNotFoundError: without train: this installation has no shipped world.
+        FileNotFoundError: without train: there is no such world, or no shipped one.
+        ValueError: the world carries no clips to begin from.
         KeyboardInterrupt: it was interrupted; the training is saved.
     """
     out = Path(config.out)
     # A missing world is noticed before a folder is made.
-    world = None if config.train else shipped_world()
+    world = None if config.train else resolve(config.world or shipped_world())
     claim_folder(out)
     if world is None:
         return train_and_compare(config, out)

@@ -16,6 +16,9 @@ HORIZONS = (1, 4, 8)
 class DemoConfig:
     """One demo."""
 
+    world: str = ""
+    """World that is streamed: the name of a shipped one (scd worlds), a folder or a run with clips;
+    empty: the best one that comes with the package."""
     train: bool = False
     """Train a small world and its dense twin here, in minutes, and compare them; without it the
     world that comes with the package is streamed and steered, in seconds."""
@@ -35,6 +38,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if not self.train and (self.quick or self.steps is not None):
             raise ValueError("quick and steps have no effect without train: add --train")
+        if self.train and self.world:
+            raise ValueError(f"a demo trains its own worlds: {self.world!r} has no effect on train")
         check_threads(self.threads)
         at_least(1, steps=self.steps)
 

@@ -330,7 +330,7 @@ def _read_world(
         model.float()
     return World(
         model=model.to(device).eval(),
-        autoencoder=build_autoencoder(parts["autoencoder"], device),
+        autoencoder=build_autoencoder(parts["autoencoder"].beside(folder), device),
         card=parts["card"],
         sampling=parts["sampling"],
         begins_from_nothing=parts[FROM_NOTHING],

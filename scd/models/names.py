@@ -17,18 +17,22 @@ from scd.models.weights import CONFIG_FILE, WEIGHTS_FILE
 WORLDS = Path(__file__).resolve().parent.parent / "worlds"
 """Folder of the worlds that come with the package."""
 
+BEST = ("cars", "doom")
+"""Shipped worlds that are most worth seeing, the best first; others follow by their names."""
+
 CARD_FILE = "README.md"
 """Says what a world is, beside its weights; the hub shows it."""
 
-ON_THE_HUB = (CONFIG_FILE, "model*.safetensors*", CLIPS_FILE, CARD_FILE, "vae/*")
+ON_THE_HUB = (CONFIG_FILE, "model*.safetensors*", CLIPS_FILE, CARD_FILE, "preview.webp", "vae/*")
 """What is downloaded of a world; states of training are not."""
 
 
 def shipped_names() -> list[str]:
-    """Return the names of the worlds that come with this installation."""
+    """Return the names of the worlds that come with this installation, the best first."""
     if not WORLDS.is_dir():
         return []
-    return sorted(path.name for path in WORLDS.iterdir() if is_stored(path / WEIGHTS_FILE))
+    names = sorted(path.name for path in WORLDS.iterdir() if is_stored(path / WEIGHTS_FILE))
+    return sorted(names, key=lambda name: BEST.index(name) if name in BEST else len(BEST))
 
 
 def find_world(name: str | os.PathLike[str], revision: str | None = None) -> Path:

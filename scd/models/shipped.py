@@ -1,36 +1,38 @@
 """The world that comes with the package, and worlds that carry clips to start from.
 
 A shipped folder holds, besides `config.json` and `model.safetensors` in bfloat16,
-`clips.safetensors`: held-out clips to begin a stream from, since a world alone has no data.
+`clips.safetensors`: held-out clips to begin a stream from, since a world alone has no data. Where
+latents are not pixels, their autoencoder is in `vae/`, in bfloat16 too.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save_file
 
+from scd.autoencoders.diffusers import WEIGHTS_FILE as NETWORK_FILE
+from scd.autoencoders.diffusers import ImageAutoencoder, find_network
 from scd.common.files import written_aside
 from scd.data.clip import Batch, frames_to_pixels
 from scd.models.checkpoint import load_world, read_world_parts, resolve, save_world
 from scd.models.clips import CLIPS_FILE, Clips, clips_in
-from scd.models.names import WORLDS
-
-SHIPPED = WORLDS / "doom"
-"""Folder of the world that comes with the package."""
+from scd.models.names import WORLDS, shipped_names
+from scd.models.weights import CONFIG_FILE
 
 
 def shipped_world() -> Path:
-    """Return the folder of the world that comes with the package.
+    """Return the folder of the best world that comes with the package.
 
     Raises:
         FileNotFoundError: this installation has none.
     """
-    if not (SHIPPED / "model.safetensors").is_file():
-        raise FileNotFoundError(f"this installation has no shipped world at {SHIPPED}: name a RUN")
-    return SHIPPED
+    if not (names := shipped_names()):
+        raise FileNotFoundError(f"this installation has no shipped world in {WORLDS}: name a RUN")
+    return WORLDS / names[0]
 
 
 def parts_beside(run: str) -> str:
@@ -77,8 +79,21 @@ def ship(run: str | os.PathLike[str], clips: Batch, folder: str | os.PathLike[st
         )
     pixels = frames_to_pixels(clips.frames).movedim(-1, -3)
     with written_aside(Path(folder)) as aside:
-        light = replace(world, model=world.model.bfloat16())
-        save_world(light, aside)
+        autoencoder = world.autoencoder
+        if isinstance(autoencoder, ImageAutoencoder):
+            autoencoder = ImageAutoencoder(replace(autoencoder.config, source=""))
+        save_world(replace(world, model=world.model.bfloat16(), autoencoder=autoencoder), aside)
+        if isinstance(world.autoencoder, ImageAutoencoder):
+            _write_network(world.autoencoder, aside / "vae")
         tensors = {"frames": pixels.contiguous(), "actions": actions.long().contiguous()}
         save_file(tensors, aside / CLIPS_FILE)
     return Path(folder)
+
+
+def _write_network(autoencoder: ImageAutoencoder, place: Path) -> None:
+    """Write the network of an autoencoder of pictures, in bfloat16, as diffusers reads it."""
+    place.mkdir()
+    shutil.copyfile(find_network(autoencoder.config.source) / CONFIG_FILE, place / CONFIG_FILE)
+    weights = autoencoder.network.state_dict()
+    light = {name: weight.bfloat16().contiguous() for name, weight in weights.items()}
+    save_file(light, place / NETWORK_FILE)

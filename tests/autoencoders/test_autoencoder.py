@@ -34,6 +34,7 @@ from scd.autoencoders.diffusers import (
     save_network,
     with_statistics,
 )
+from scd.autoencoders.residual import ResidualAutoencoder, is_residual
 from scd.autoencoders.wan import WanAutoencoder
 from scd.cli import main
 from scd.common import hub as diffusers_folder
@@ -123,6 +124,54 @@ def test_latents_and_frames_are_those_of_the_network(kind, tmp_path):
     torch.testing.assert_close(other.encode(frames_of()), latents)
     half = open_autoencoder(str(tmp_path), precision="bf16").encode(frames_of())
     assert half.dtype == torch.float32 and 0 < (half - latents).abs().max() < 0.2
+
+
+def small_deep(**changes):
+    """The smallest network of convolutions alone, with cells of 4 pixels."""
+    sides = [
+        [Stage(16, 0, "rms_norm"), Stage(16, num_blocks, "rms_norm"), Stage(32, 1, "rms_norm")]
+        for num_blocks in (1, 2)
+    ]
+    return settings_from(*sides, scale=0.5, latent_channels=CHANNELS) | changes
+
+
+@pytest.mark.parametrize("name", ["tiny", "small-16"])
+@torch.no_grad()
+def test_networks_of_convolutions_are_run_without_diffusers(name, tmp_path):
+    torch.manual_seed(0)
+    network = new_network(small_deep() if name == "tiny" else deep_settings(name)).eval()
+    for weight in network.parameters():
+        weight.add_(0.05 * torch.randn_like(weight))
+    save_network(network, tmp_path / "vae")
+    _, own = load_network(tmp_path, light=True)
+    assert isinstance(own, ResidualAutoencoder)
+    frames = frames_of(size=32)
+    raw, again = plain(network, frames)
+    latents = own.encode(frames.flatten(0, 1)).latent
+    torch.testing.assert_close(latents, raw.flatten(0, 1), rtol=2e-5, atol=2e-5)
+    made = own.decode(raw.flatten(0, 1)).sample.clamp(-1, 1)
+    torch.testing.assert_close(made, again.flatten(0, 1), rtol=2e-5, atol=2e-5)
+    _, theirs = load_network(tmp_path)
+    assert isinstance(theirs, AutoencoderDC)
+    config = open_image_autoencoder(tmp_path).config
+    assert fingerprint(ImageAutoencoder(config)) == fingerprint(ImageAutoencoder(config, theirs))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder_block_types": ["ResBlock", "ResBlock", "EfficientViTBlock"]},
+        {"decoder_norm_types": ["batch_norm"] * 3},
+        {"decoder_act_fns": ["relu"] * 3},
+        {"encoder_out_shortcut": False},
+        {"upsample_block_type": "interpolate"},
+        {"decoder_layers_per_block": [1, 1, 1]},
+        {"encoder_block_out_channels": [16, 16, 24]},
+        {"encoder_block_out_channels": "wide"},
+    ],
+)
+def test_other_networks_are_left_to_diffusers(changes):
+    assert is_residual(small_deep()) and not is_residual(small_deep(**changes))
 
 
 def test_the_scale_of_each_channel_is_given_or_measured(tmp_path):

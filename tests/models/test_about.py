@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from scd.models.about import LONGEST, About, duration, read_about
-from scd.models.shipped import SHIPPED
+from scd.models.names import WORLDS
 from scd.models.weights import WEIGHTS_FILE
 
 CARD = """---
@@ -74,7 +74,7 @@ def test_a_moved_step_has_no_run_to_ask(tmp_path: Path):
 
 @pytest.mark.parametrize("world", ["doom", "doom-teacher"])
 def test_the_worlds_of_the_package_say_both(world: str):
-    about = read_about(SHIPPED.parent / world)
+    about = read_about(WORLDS / world)
     assert "Doom" in about.title
     assert about.trained.startswith("in 2.") and about.trained.endswith("one core of a CPU")
 

@@ -1,22 +1,31 @@
 """Worlds that are passed on with clips, and the first look that scd demo gives at one."""
 
+import io
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from scd.autoencoders.base import PixelAutoencoder
 from scd.autoencoders.config import PixelConfig
+from scd.autoencoders.deep_compression import deep_settings
+from scd.autoencoders.diffusers import new_network, open_image_autoencoder, save_network
+from scd.cli import main
 from scd.data.clip import Batch, Conditions
 from scd.demo import demo, first_look
 from scd.evaluation.predict import choose_windows, read_windows
-from scd.models import shipped
+from scd.models import shelf, shipped
 from scd.models.build import build
 from scd.models.checkpoint import World, load_world, save_world
-from scd.models.config import SamplingConfig
+from scd.models.config import FrameShape, SamplingConfig
+from scd.models.names import WORLDS, shipped_names
 
 
 @pytest.fixture
@@ -53,6 +62,44 @@ def test_a_shipped_world_comes_back_with_its_clips(world, toy_source, tmp_path):
     assert shipped.read_clips(run) is None
     with pytest.raises(FileExistsError, match="there already"):
         shipped.ship(run, batch, folder)
+
+
+WITHOUT_DIFFUSERS = """
+import sys
+sys.modules["diffusers"] = None
+import scd
+world = scd.load(sys.argv[1])
+rollout = scd.Rollout(world)
+rollout.begin(world.clips[0])
+assert rollout.step(1).shape == (1, 3, 32, 32)
+"""
+
+
+def test_a_world_of_latents_is_shipped_with_its_autoencoder(separable_config, toy_source, tmp_path):
+    torch.manual_seed(0)
+    save_network(new_network(deep_settings("small-16")), tmp_path / "autoencoder")
+    autoencoder = open_image_autoencoder(tmp_path / "autoencoder")
+    shape = FrameShape(channels=32, height=2, width=2, patch_size=1)
+    world = World(
+        model=build(replace(separable_config, shape=shape)).eval(),
+        autoencoder=autoencoder,
+        card=toy_source.card,
+        sampling=SamplingConfig(num_steps=2),
+    )
+    batch = clips_of(toy_source, 5)
+    made = shipped.ship(save_world(world, tmp_path / "run"), batch, tmp_path / "shipped")
+    shutil.rmtree(tmp_path / "autoencoder")
+    moved = made.rename(tmp_path / "moved")
+    again = load_world(moved)
+    assert str(tmp_path) not in (moved / "config.json").read_text()
+    latents = autoencoder.encode(batch.frames)
+    # Weights of 8 bits of mantissa.
+    assert (again.autoencoder.encode(batch.frames) - latents).std() < 0.05 * latents.std()
+    words = [sys.executable, "-c", WITHOUT_DIFFUSERS, str(moved)]
+    subprocess.run(words, check=True)
+    shutil.rmtree(moved / "vae")
+    with pytest.raises(FileNotFoundError, match="needed its vae/ beside the weights"):
+        load_world(moved).autoencoder.load()
 
 
 def test_what_cannot_be_shipped_is_refused_before_anything_is_written(world, toy_source, tmp_path):
@@ -134,6 +181,8 @@ def test_demo_says_what_needs_training():
         demo.DemoConfig(quick=True)
     with pytest.raises(ValueError, match="add --train"):
         demo.DemoConfig(steps=3)
+    with pytest.raises(ValueError, match="'doom' has no effect on train"):
+        demo.DemoConfig(world="doom", train=True)
 
 
 def test_the_example_ships_a_run(world, tmp_path):
@@ -145,11 +194,52 @@ def test_the_example_ships_a_run(world, tmp_path):
     assert clips is not None and clips.frames.shape[:2] == (2, 18)
 
 
-@pytest.mark.skipif(not shipped.SHIPPED.is_dir(), reason="no world is shipped yet")
-def test_the_shipped_world_is_small_and_complete():
-    folder = shipped.shipped_world()
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 32 * 2**20
-    world, clips = load_world(folder), shipped.read_clips(folder)
+@pytest.mark.parametrize("name", shipped_names())
+def test_the_shipped_worlds_are_small_and_complete(name):
+    one = shelf.read_shipped(WORLDS / name)
+    assert one.megabytes <= (32 if name.startswith("doom") else 16) and one.title
+    world, clips = load_world(WORLDS / name), shipped.read_clips(WORLDS / name)
     assert world.card.height == world.card.width == 64
     assert clips is not None and clips.frames.shape[1] > first_look.NUM_GIVEN
-    assert (folder / "README.md").is_file()
+    assert (WORLDS / name / "README.md").is_file()
+
+
+def test_the_worlds_of_the_package_are_listed_the_best_first(capsys):
+    assert main(["worlds", "--json"]) == 0
+    worlds = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in worlds] == shipped_names()
+    doom = next(one for one in worlds if one["name"] == "doom")
+    assert doom["title"] == "A small separable world of Doom"
+    assert doom["actions"] == ["none", "forward", "left", "right"]
+    size = sum(path.stat().st_size for path in Path(doom["folder"]).rglob("*") if path.is_file())
+    assert doom["megabytes"] == round(size / 1e6, 1) and doom["num_steps"] == 4
+    assert all(one["picture"] == "" or Path(one["picture"]).is_file() for one in worlds)
+    assert main(["worlds"]) == 0
+    said = capsys.readouterr().out
+    assert all(one["name"] in said and f"{one['megabytes']:.1f} MB" in said for one in worlds)
+    assert main(["worlds", "--all"]) == 2
+    assert "takes --json or nothing, got --all" in capsys.readouterr().err
+
+
+def test_a_moving_picture_is_the_file_or_a_clip(world, toy_source, tmp_path):
+    batch = clips_of(toy_source, 5)
+    folder = shipped.ship(save_world(world, tmp_path / "run"), batch, tmp_path / "shipped")
+    with Image.open(io.BytesIO(shelf.moving_picture(folder, 10.0))) as picture:
+        assert picture.size == (32, 32) and picture.n_frames == 5
+    (folder / shelf.PICTURE_FILE).write_bytes(b"of its own")
+    assert shelf.moving_picture(folder, 10.0) == b"of its own"
+    assert shelf.read_shipped(folder).picture == str(folder / shelf.PICTURE_FILE)
+    assert shelf.moving_picture(tmp_path / "run", 10.0) is None
+
+
+def test_a_demo_is_of_the_world_that_is_named(world, toy_source, tmp_path, capsys):
+    batch = clips_of(toy_source, first_look.NUM_GIVEN + 3)
+    folder = shipped.ship(save_world(world, tmp_path / "run"), batch, tmp_path / "mine")
+    assert main(["demo", str(folder), "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["world"] == "mine" and report["frames_per_second"] > 0
+    assert report["first_frame_s"] > report["seconds_to_first_frame"] > 0
+    capsys.readouterr()
+    assert main(["demo", "dom", "--out", str(tmp_path / "none")]) == 2
+    assert "did you mean 'doom'?" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

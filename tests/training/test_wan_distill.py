@@ -400,9 +400,10 @@ def test_bad_input_is_refused_before_weights_are_read(
 
 
 def test_a_world_of_actions_is_no_student(wan, prompts, capsys):
-    from scd.models.shipped import SHIPPED
+    from scd.models.names import WORLDS
 
-    words = ["distill", "wan-dmd", str(SHIPPED), "--teacher", str(wan), "--prompts", prompts]
+    doom = str(WORLDS / "doom")
+    words = ["distill", "wan-dmd", doom, "--teacher", str(wan), "--prompts", prompts]
     assert main(words) == 2
     assert "is not a Wan world" in capsys.readouterr().err
 
