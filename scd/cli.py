@@ -324,7 +324,6 @@ def _distill(words: list[str]) -> None:
         _help_of_both(DistillChoice, "distill TEACHER", blank, "a teacher")
     words = to_front(words, lambda: _teacher(DistillChoice, words, blank).teacher)
     choice, rest = _parse_known(DistillChoice, words, "distill")
-
     from scd.training.distillation import distillation
 
     _run_training(_parse(TrainConfig, rest, f"distill {choice.teacher}", distillation(choice)))
@@ -338,7 +337,6 @@ def _distill_wan(words: list[str]) -> None:
         _help_of_both(WanDmdChoice, "distill wan-dmd RUN", WAN_DMD, "a world")
     words = to_front(words, lambda: _teacher(WanDmdChoice, words, WAN_DMD).run)
     choice, rest = _parse_known(WanDmdChoice, words, "distill wan-dmd")
-
     from scd.training.wan import wan_distillation, with_prompts
 
     base = wan_distillation(choice)
@@ -380,7 +378,6 @@ def _vbench(words: list[str]) -> None:
     from scd.sampling.settings import VBenchConfig
 
     config = _parse(VBenchConfig, _with_run(words, "vbench", VBenchConfig), "vbench")
-
     from scd.sampling.vbench import vbench
 
     print(f"rendered {vbench(config)} videos into {config.out}")
@@ -395,7 +392,6 @@ def _evaluate(words: list[str]) -> None:
     default = EvaluateConfig(protocol=chosen)
     words = _with_run(words, "evaluate", EvaluateConfig, default)
     config = _parse(EvaluateConfig, words, program, default)
-
     from scd.evaluation.evaluate import evaluate, readable
 
     result = evaluate(config)
@@ -427,6 +423,16 @@ def _worlds(words: list[str]) -> None:
     print(json.dumps(as_json(worlds), indent=2) if words else listing(worlds))
 
 
+def _weights(words: list[str]) -> None:
+    from scd.evaluation.protocols import WeightsConfig
+
+    name, rest = split_name(words, "weights", "name", ["i3d", "list"])
+    config = _parse(WeightsConfig, rest, f"weights {name or 'i3d'}")
+    from scd.evaluation.fetch import weights
+
+    print(weights(name or "i3d", config))
+
+
 def _play(words: list[str]) -> None:
     from scd.serving.settings import PlayConfig
 
@@ -440,7 +446,6 @@ def _train_autoencoder(words: list[str]) -> None:
     from scd.training.config import TrainAutoencoderConfig
 
     config = _parse(TrainAutoencoderConfig, words, "train-autoencoder")
-
     from scd.training.autoencoder import readable, train_autoencoder
 
     print(readable(train_autoencoder(config)))
@@ -451,7 +456,6 @@ def _train_judge(words: list[str]) -> None:
     from scd.training.config import TrainInverseDynamicsConfig
 
     config = _parse(TrainInverseDynamicsConfig, words, "train-judge")
-
     from scd.training.inverse_dynamics import readable, train_inverse_dynamics
 
     print(readable(train_inverse_dynamics(config).held_out))
@@ -544,14 +548,10 @@ def _bench(words: list[str]) -> None:
     bench(config)
 
 
-def _interventions() -> dict[str, type]:
+def _intervene(words: list[str]) -> None:
     from scd.probing.interventions import DiagonalConfig, RecomposeConfig, SkipConfig
 
-    return {"skip": SkipConfig, "diagonal": DiagonalConfig, "recompose": RecomposeConfig}
-
-
-def _intervene(words: list[str]) -> None:
-    kinds = _interventions()
+    kinds = {"skip": SkipConfig, "diagonal": DiagonalConfig, "recompose": RecomposeConfig}
     name, rest = split_name(words, "intervene", "kind", kinds)
     if name is None:
         print(f"usage: scd intervene {{{','.join(kinds)}}} RUN --out DIR ...")
@@ -590,6 +590,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train-judge": _train_judge,
     "evaluate": _evaluate,
     "protocols": _protocols,
+    "weights": _weights,
     "probe": _probe,
     "bench": _bench,
     "intervene": _intervene,

@@ -19,7 +19,7 @@ from scd.convert.settings import (
 from scd.data.record import recordings
 from scd.data.settings import CheckConfig
 from scd.demo.settings import DemoConfig
-from scd.evaluation.protocols import EvaluateConfig
+from scd.evaluation.protocols import EvaluateConfig, WeightsConfig
 from scd.preprocessing.settings import EncodeConfig
 from scd.probing.interventions import DiagonalConfig, RecomposeConfig, SkipConfig
 from scd.probing.settings import ProbeConfig
@@ -68,6 +68,7 @@ def settings_of_commands() -> dict[str, Any]:
         "train-judge": TrainInverseDynamicsConfig,
         "evaluate": EvaluateConfig,
         "protocols": lambda: None,
+        "weights": {"i3d": WeightsConfig, "list": lambda: None},
         "probe": ProbeConfig,
         "bench": BenchConfig,
         "intervene": {"skip": SkipConfig, "diagonal": DiagonalConfig, "recompose": RecomposeConfig},

@@ -20,6 +20,7 @@ USAGE = """usage: scd COMMAND ...
   train-judge               train the inverse dynamics model that measures control (minutes)
   evaluate RUN              measure a trained model on held-out clips
   protocols                 named protocols for evaluate --protocol, with every setting
+  weights i3d|list          fetch the network of FVD by pip, once; list what metrics need
   probe RUN                 what each layer of a trained model does, and where to split it
   bench                     seconds, memory and share of the machine's limit per frame
   bench compare             two configurations in turns, as a ratio with its spread

@@ -105,6 +105,7 @@ SMALL = {
         "--num-frames 1 --num-validation-clips 2 --device cpu"
     ),
     "scd train-judge": "--steps 2 --batch-size 2 --num-frames 2 --width 16 --device cpu",
+    "scd weights list": "",
     "scd vbench": "--seeds 1 --seconds 0.3 --precision fp32 --device cpu",
 }
 """Beginning of a command, the longest that fits -> flags that make it small."""
@@ -133,6 +134,10 @@ ELSEWHERE = {
     "scd data export lerobot": "tests/data/test_lerobot.py",
     'scd train doom-play --data "lerobot:PATH?size=64"': "the same",
     "scd record gym": "needs Box2D: tests/data/test_gym.py records other environments",
+    "scd weights i3d": "asks a registry: tests/evaluation/test_i3d.py",
+    "scd evaluate runs/out/doom-32 --data data/doom-32 --fvd": (
+        "needs published weights: tests/evaluation/test_i3d.py"
+    ),
     "scd demo": ".ci/run does it with the README's line",
     "scd intervene": "takes a minute each: tests/probing/test_intervene.py runs them smaller",
     "scd serve runs/out/doom-64 --replicas": "starts Ray: tests/serving/test_serve_ray.py",

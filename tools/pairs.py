@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from scipy.stats import t
+
 from scd.common.provenance import command, write_json
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -23,7 +25,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 METRICS = ("psnr_gain", "psnr", "ssim", "lpips", "fvd")
 """What is compared, as far as it was measured."""
 
-QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
+QUANTILES = {num: float(t.ppf(0.975, num - 1)) for num in range(2, 31)}
 """Of Student's distribution at 97.5 %, by number of seeds."""
 
 

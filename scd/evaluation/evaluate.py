@@ -26,13 +26,20 @@ from scd.common.files import file_aside, read_json, take_lock
 from scd.common.places import free_place, in_our_words, listed
 from scd.common.processes import Processes
 from scd.common.provenance import provenance, write_json
-from scd.common.published_weights import ALEXNET, LPIPS_HEADS, check_weights, shipped_heads
+from scd.common.published_weights import (
+    ALEXNET,
+    I3D_PACKAGE,
+    LPIPS_HEADS,
+    check_weights,
+    shipped_heads,
+)
 from scd.common.runtime import refuse_mps
 from scd.common.threads import ThreadChoice
 from scd.common.weights import digest_of
 from scd.data.source import open_source
 from scd.engine.open import LARGE_PRODUCT, largest_product
-from scd.evaluation.fvd import KNOWN, Fvd, load_i3d
+from scd.evaluation.fvd import KNOWN, Fvd, I3d, cached_i3d, load_i3d
+from scd.evaluation.i3d import CONTENT_SHA256, cached_weights
 from scd.evaluation.inverse_dynamics import (
     ReadActions,
     TrainedInverseDynamics,
@@ -201,12 +208,11 @@ def open_metrics(
                 f"--{name} has no effect: protocol {protocol.name} does not measure {metric}; "
                 f"--{metric} makes it do so"
             )
-        if wanted and not given:
-            known = ALEXNET if metric == "lpips" else KNOWN[protocol.i3d_kind]
-            raise ValueError(
-                f"protocol {protocol.name} measures {metric}: needed {known.described()}. Give its "
-                f"path by --{name}, or leave {metric} out by --no-{metric}, which the result says"
-            )
+    if protocol.lpips and not config.alexnet:
+        raise ValueError(
+            f"protocol {protocol.name} measures lpips: needed {ALEXNET.described()}. Give its path "
+            "by --alexnet, or leave lpips out by --no-lpips, which the result says"
+        )
     lpips = None
     if protocol.lpips:
         heads = config.lpips_heads or shipped_heads()
@@ -215,10 +221,25 @@ def open_metrics(
         lpips = load_lpips(config.alexnet, heads, device)
     metrics = [AgainstTruth(protocol, lpips, device), Drift(protocol)]
     if protocol.fvd:
-        known = KNOWN[protocol.i3d_kind]
-        hashes["i3d"] = check_weights(config.i3d, known, config.i3d_sha256)
-        metrics.append(Fvd(protocol, load_i3d(config.i3d, protocol.i3d_kind, device)))
+        network, digest = (None, "") if protocol.without_fvd else open_i3d(config, device)
+        hashes |= {"i3d": digest} if network else {}
+        metrics.append(Fvd(protocol, network))
     return metrics, hashes
+
+
+def open_i3d(config: EvaluateConfig, device: torch.device) -> tuple[I3d, str]:
+    """Return the network of FVD, of a file or else of the cache, and the hash of its weights."""
+    protocol = config.protocol
+    if config.i3d:
+        digest = check_weights(config.i3d, KNOWN[protocol.i3d_kind], config.i3d_sha256)
+        return load_i3d(config.i3d, protocol.i3d_kind, device), digest
+    if not cached_weights().exists():
+        raise ValueError(
+            f"protocol {protocol.name} measures fvd: needed {I3D_PACKAGE.described()}. Run "
+            "scd weights i3d, or give a TorchScript file by --i3d, or leave fvd out by --no-fvd, "
+            "which the result says"
+        )
+    return cached_i3d(protocol.i3d_kind, device), CONTENT_SHA256
 
 
 def _place(config: EvaluateConfig, about: Mapping[str, Any]) -> Path:

