@@ -6,8 +6,9 @@
 #
 # small: DoomMaze at 32x32 with the doom-32 presets, 1,200 steps of 4 clips, about an hour and a half
 # on one CPU core. doom: DoomMaze at 128x128 in pixels, one GPU. paper: TECO-Minecraft in MINECRAFT,
-# encoded by AUTOENCODER, SCD-M and its dense twin on 8 GPUs as in the paper; LPIPS and FVD need
-# ALEXNET and I3D, files of published weights, and I3D_SHA256. In the environment: SEEDS, STEPS.
+# encoded by AUTOENCODER, SCD-M and its dense twin on 8 GPUs as in the paper; LPIPS needs
+# ALEXNET, a file of published weights; FVD what `scd weights i3d` fetches, or I3D and I3D_SHA256, a
+# TorchScript file. In the environment: SEEDS, STEPS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/start.sh

@@ -8,13 +8,18 @@ trap 'exit 143' TERM
 run() { "$@" & wait "$!"; }
 
 # weights_of PROTOCOL: the flags for the published weights that a protocol measures with, in `needed`.
-# ALEXNET, I3D and I3D_SHA256 of the environment name them.
+# ALEXNET of the environment names one; FVD takes what `scd weights i3d` fetches, or the TorchScript
+# file that I3D and I3D_SHA256 name.
 weights_of() {
   needed=()
   case $1 in
   teco-144-156* | ucf101-mcvd-*) needed+=(--alexnet "${ALEXNET:?file of AlexNet weights}") ;;&
   teco-36-264* | ucf101-*)
-    needed+=(--i3d "${I3D:?file of I3D weights}" --i3d-sha256 "${I3D_SHA256:?its SHA-256}")
+    if [ -n "${I3D:-}" ]; then
+      needed+=(--i3d "$I3D" --i3d-sha256 "${I3D_SHA256:?its SHA-256}")
+    else
+      run scd weights i3d
+    fi
     ;;
   esac
 }

@@ -6,8 +6,9 @@
 #
 # small: the toy world, which has actions where UCF-101 has none; 640 steps, about half an hour on
 # one CPU core. paper: UCF-101 in UCF, encoded by AUTOENCODER; SCD-B and its dense twin on 8 GPUs, 100
-# futures of each clip; LPIPS and FVD need ALEXNET and I3D, files of published weights, and
-# I3D_SHA256. In the environment: SEEDS, STEPS.
+# futures of each clip; LPIPS needs ALEXNET, a file of published weights; FVD what
+# `scd weights i3d` fetches, or I3D and I3D_SHA256, a TorchScript file. In the environment: SEEDS,
+# STEPS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/start.sh

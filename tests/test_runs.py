@@ -109,7 +109,7 @@ def test_paper_forms_give_each_protocol_the_weights_that_it_measures_with(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("name", "missing"), [("minecraft.sh", "I3D"), ("ablations.sh", "ALEXNET")]
+    ("name", "missing"), [("minecraft.sh", "I3D_SHA256"), ("ablations.sh", "ALEXNET")]
 )
 def test_missing_weights_are_noticed_before_anything_is_trained(tmp_path, name, missing):
     given = PAPER[name] | WEIGHTS | {missing: ""}

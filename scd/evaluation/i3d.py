@@ -190,7 +190,11 @@ def network_of(arrays: Mapping[str, np.ndarray]) -> I3dNetwork:
     kernel, bias = (torch.from_numpy(arrays[f"{last}/{part}"]) for part in ("kernel", "bias"))
     state |= _parameters("logits", (_as_here(kernel), bias))
     network.load_state_dict(state)
-    return network.requires_grad_(False).eval().to(memory_format=torch.channels_last_3d)
+    for one in network.parameters():
+        if one.ndim == 5:
+            # As the clips lie; else every convolution would lay its weights out anew.
+            one.data = one.data.contiguous(memory_format=torch.channels_last_3d)
+    return network.requires_grad_(False).eval()
 
 
 def _parameters(name: str, both: Sequence[Tensor]) -> dict[str, Tensor]:

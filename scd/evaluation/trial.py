@@ -213,7 +213,7 @@ class Trial:
 
 
 def through_h264(
-    predicted: Float[Tensor, "t 3 h w"], true: Float[Tensor, "t 3 h w"]
+    predicted: Float[Tensor, "t 3 h w"], true: Float[Tensor, "t 3 h w"], crf: int = H264_CRF
 ) -> tuple[Float[Tensor, "t 3 h w"], Float[Tensor, "t 3 h w"]]:
     """Return frames in [-1, 1] as they come back from a file in H.264, as published evaluations do.
 
@@ -228,15 +228,15 @@ def through_h264(
             f"side by side in H.264, frames need sides that are multiples of {H264_MULTIPLE}, "
             f"got {both.shape[-2]}x{both.shape[-1]}"
         )
-    pixels = _decoded(_encoded(frames_to_pixels(both).cpu().numpy()))
+    pixels = _decoded(_encoded(frames_to_pixels(both).cpu().numpy(), crf))
     found = pixels_to_frames(torch.from_numpy(pixels)).to(predicted.device)
     return found[..., :width], found[..., width:]
 
 
-def _encoded(pixels: np.ndarray) -> bytes:
+def _encoded(pixels: np.ndarray, crf: int) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        options = {"crf": str(H264_CRF), "x264-params": H264_PLAIN}
+        options = {"crf": str(crf), "x264-params": H264_PLAIN}
         stream = container.add_stream("libx264", rate=H264_FPS, options=options)
         assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = pixels.shape[1:3]

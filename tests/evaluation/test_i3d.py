@@ -118,13 +118,14 @@ def test_one_module_is_its_branches_one_by_one(drawn, network):
 def test_scaling_of_the_original_code_starts_at_corners():
     ramp = torch.arange(8.0)[None, None, None, None].expand(1, 1, 3, 8, 8).contiguous()
     found = fvd.at_side(ramp, "original")[0, 0, 0, 0]
-    expected = (torch.arange(224) * 8 / 224).clamp(max=7)
+    place = torch.arange(224) * 8 / 224
+    expected = place.clamp(max=7)
     torch.testing.assert_close(found, expected)
     across = fvd.at_side(ramp.mT.contiguous(), "original")[0, 0, 0, :, 0]
     torch.testing.assert_close(across, expected)
     centres = fvd.at_side(ramp, "tf-hub")[0, 0, 0, 0]
     # The middle of a new pixel is 1/56 of an old one behind its corner, that of an old one 1/2.
-    torch.testing.assert_close(centres[14:-14], expected[14:-14] + 1 / 56 - 1 / 2)
+    torch.testing.assert_close(centres[14:-14], place[14:-14] + 1 / 56 - 1 / 2)
     assert torch.equal(centres, fvd.at_side(ramp, "stylegan-v")[0, 0, 0, 0])
 
 

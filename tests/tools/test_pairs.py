@@ -42,7 +42,7 @@ def test_what_cannot_be_compared_is_refused():
     lonely = {key: one for key, one in EVALUATIONS.items() if key != ("b", "1")}
     with pytest.raises(ValueError, match=r"without a partner \['1'\]"):
         pairs.compare(("a", "b"), lonely)
-    with pytest.raises(ValueError, match="2 to 9 seeds"):
+    with pytest.raises(ValueError, match="2 to 30 seeds"):
         pairs.compare(("a", "b"), {key: EVALUATIONS[key] for key in (("a", "0"), ("b", "0"))})
     other = copy.deepcopy(EVALUATIONS)
     other["a", "1"]["settings"]["data"] = "toy:64"

@@ -1,0 +1,256 @@
+"""Drift of long streams: what is left after hundreds of frames, for memories of several sizes.
+
+    python tools/long_streams.py RUN DATA --out FILE.json [--caches 16/1 8/1 16/0] [--fvd] ...
+
+streams RUN, steered by the recorded actions of DATA, for 1,000 frames, once for each WINDOW/SINKS
+of its KV cache and each `--observe-every`: a true frame is put in every so many frames, 0 never.
+Each part of 100 frames is compared with the true frames: sharpness and contrast, with `--judge`
+action accuracy and the Frechet distance of its features, with `--fvd` FVD of clips of 16 frames
+(scd weights i3d). Recordings are played one after another; where one ends the next begins, which a
+stream learns only by being shown. FILE.png is the plot.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from jaxtyping import Float
+from torch import Tensor
+
+from scd.common.config import at_least
+from scd.common.provenance import provenance, write_json
+from scd.common.runtime import make_generator
+from scd.data.clip import Conditions
+from scd.data.source import Source, open_source
+from scd.data.spaces import Split
+from scd.evaluation.frechet import frechet_of_sets
+from scd.evaluation.fvd import I3d, cached_i3d
+from scd.evaluation.image import Estimate, bootstrap
+from scd.evaluation.inverse_dynamics import TrainedInverseDynamics, load_inverse_dynamics, pairs
+from scd.evaluation.metrics import drift_estimates, drift_statistics, row_of
+from scd.evaluation.plots import plot_metrics
+from scd.evaluation.predict import check_fit
+from scd.models.checkpoint import World, load_world
+from scd.models.flow import with_num_steps
+from scd.streaming.rollout import Rollout
+
+FVD_FRAMES = 16
+"""Frames of the clips of FVD."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamsConfig:
+    """One set of long streams."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """World, or folder of a run."""
+    data: Annotated[str, tyro.conf.Positional]
+    """Recordings that steer the streams, as for scd evaluate."""
+    out: str
+    """The result, a .json file."""
+    split: Split = "val"
+    """Part of the data."""
+    frames: int = 1000
+    """Frames of each stream."""
+    part: int = 100
+    """Frames that are measured together."""
+    streams: int = 4
+    """Streams side by side, of other recordings."""
+    context: int = 8
+    """True frames at the beginning."""
+    caches: tuple[str, ...] = ()
+    """WINDOW/SINKS of the KV cache, in frames; none: as the world was trained."""
+    observe_every: tuple[int, ...] = (0,)
+    """Put in a true frame every so many frames; 0: never."""
+    judge: str = ""
+    """Inverse dynamics model of the same data (scd train-judge)."""
+    fvd: bool = False
+    """Measure FVD of clips of 16 frames of each part; half a second of a core each."""
+    num_steps: int | None = None
+    """Denoising steps per frame; None: as the checkpoint says."""
+    seed: int = 0
+    """Of the noise and of the choice of recordings."""
+
+    def __post_init__(self) -> None:
+        at_least(1, frames=self.frames, part=self.part, streams=self.streams, context=self.context)
+        if not self.out.endswith(".json"):
+            raise ValueError(f"out must be a .json file, got {self.out}")
+        for cache in self.caches:
+            if not re.fullmatch(r"\d+/\d+", cache):
+                raise ValueError(f"caches must be WINDOW/SINKS, such as 16/1, got {cache!r}")
+        if min(self.observe_every, default=0) < 0:
+            raise ValueError(f"observe_every must be 0 or more, got {self.observe_every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """What happened: recordings one after another."""
+
+    frames: Float[Tensor, "b t 3 h w"]
+    conditions: Conditions
+
+
+def recorded(source: Source, num_streams: int, num_frames: int, seed: int) -> Recorded:
+    """Read as many frames for each stream, its recordings drawn one after another."""
+    generator = make_generator(seed, "recordings")
+    frames, actions = [], []
+    for _ in range(num_streams):
+        clips, length = [], 0
+        while length < num_frames:
+            episode = int(torch.randint(source.num_episodes, (), generator=generator))
+            taken = min(source.num_frames(episode), num_frames - length)
+            clips.append(source.read(episode, 0, taken))
+            length += taken
+        frames.append(torch.cat([clip.frames for clip in clips]))
+        steering = [clip.actions for clip in clips if clip.actions is not None]
+        actions.append(torch.cat(steering) if steering else None)
+    known = [one for one in actions if one is not None]
+    conditions = Conditions(actions=torch.stack(known) if known else None)
+    return Recorded(frames=torch.stack(frames), conditions=conditions)
+
+
+def with_cache(world: World, cache: str) -> World:
+    """Give a world a KV cache of WINDOW/SINKS; empty: leave it."""
+    if cache:
+        window, sinks = map(int, cache.split("/"))
+        model = world.model
+        changed = replace(model.config.cache, window=window, num_sinks=sinks)
+        model.config = replace(model.config, cache=changed)
+    return world
+
+
+def streamed(
+    world: World, true: Recorded, config: StreamsConfig, every: int
+) -> Float[Tensor, "b m 3 h w"]:
+    """Stream as long as was recorded, and return what came out after the context."""
+    rollout = Rollout(
+        world, with_num_steps(world.sampling, config.num_steps), seed=config.seed, engine="fast"
+    )
+    first = true.conditions.frames(0, config.context)
+    rollout.begin(true.frames[:, : config.context], first)
+    actions, made = true.conditions.actions, []
+    for index in range(config.context, true.frames.shape[1]):
+        now = None if actions is None else actions[:, index]
+        if every and (index - config.context + 1) % every == 0:
+            # What the stream would have made is measured; what it goes on from is the true frame.
+            made.append(rollout.fork().step(now).cpu())
+            rollout.observe(true.frames[:, index], now)
+        else:
+            made.append(rollout.step(now).cpu())
+    return torch.stack(made, dim=1)
+
+
+def measured(
+    made: Tensor,
+    true: Tensor,
+    before: Tensor,
+    actions: Tensor | None,
+    judge: TrainedInverseDynamics | None,
+    i3d: I3d | None,
+) -> dict[str, Estimate]:
+    """Return the metrics of one part of all streams; `before` is the frame before it."""
+    found = drift_estimates(drift_statistics(made), drift_statistics(true))
+    del found["brightness"]
+    if judge is not None and actions is not None:
+        network = judge.network
+        one, other = pairs(torch.cat([before[:, None], made], 1))
+        ours = network.features(one, other)
+        errors = network.errors(ours, actions.flatten(0, 1)).unflatten(0, made.shape[:2])
+        name = "control" if judge.card.conditions.num_actions else "control_error"
+        right = errors if name == "control_error" else 1 - errors.float()
+        found[name] = bootstrap(right.float().mean(1))
+        theirs = network.features(*pairs(true))
+        found["frechet_own"] = _without_interval(frechet_of_sets(ours, theirs))
+    if i3d is not None and made.shape[1] >= FVD_FRAMES:
+        sides = [
+            i3d.features(
+                side[:, : side.shape[1] // FVD_FRAMES * FVD_FRAMES].reshape(
+                    -1, FVD_FRAMES, *side.shape[2:]
+                )
+            )
+            for side in (made, true)
+        ]
+        found["fvd"] = _without_interval(frechet_of_sets(*sides))
+    return found
+
+
+def _without_interval(value: Tensor) -> Estimate:
+    number = value.item()
+    return Estimate(mean=number, ci_low=number, ci_high=number)
+
+
+@torch.no_grad()
+def long_streams(config: StreamsConfig) -> dict[str, Any]:
+    """Stream with every memory and every repair, and measure the parts."""
+    source = open_source(config.data, config.split)
+    check_fit(load_world(config.run), source.card, config.data)
+    true = recorded(source, config.streams, config.context + config.frames, config.seed)
+    judge = load_inverse_dynamics(config.judge) if config.judge else None
+    if judge is not None:
+        judge.check_fit(source.card, config.data)
+    i3d = cached_i3d("tf-hub", torch.device("cpu")) if config.fvd else None
+    rows: list[dict[str, Any]] = []
+    for cache in config.caches or ("",):
+        for every in config.observe_every:
+            world = with_cache(load_world(config.run), cache)
+            made = streamed(world, true, config, every)
+            now = world.model.config.cache
+            name = f"window {now.window}, sinks {now.num_sinks}"
+            name += f", observe every {every}" if every else ""
+            rows += rows_of(made, true, config, name, judge, i3d)
+            print(f"{name}: {made.shape[1]} frames", flush=True)
+    return {"rows": rows} | provenance()
+
+
+def rows_of(
+    made: Tensor,
+    true: Recorded,
+    config: StreamsConfig,
+    name: str,
+    judge: TrainedInverseDynamics | None,
+    i3d: I3d | None,
+) -> list[dict[str, Any]]:
+    """Return the rows of one set of streams, at the last frame of each part."""
+    whole = torch.cat([true.frames[:, : config.context], made], dim=1)
+    actions, rows = true.conditions.actions, []
+    for first in range(config.context, whole.shape[1], config.part):
+        part = slice(first, first + config.part)
+        of_part = None if actions is None else actions[:, part]
+        found = measured(
+            whole[:, part], true.frames[:, part], whole[:, first - 1], of_part, judge, i3d
+        )
+        last = min(first + config.part, whole.shape[1]) - config.context
+        rows += [row_of(metric, one, name) | {"horizon": last} for metric, one in found.items()]
+    return rows
+
+
+def write(config: StreamsConfig, result: Mapping[str, Any]) -> None:
+    """Write the result and its plot."""
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(result, out)
+    metrics = list(dict.fromkeys(row["metric"] for row in result["rows"]))
+    plot_metrics(result["rows"], metrics, out.with_suffix(".png"))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Stream and measure; return the exit status."""
+    try:
+        config = tyro.cli(StreamsConfig, args=arguments)
+        write(config, long_streams(config))
+    except (ValueError, OSError) as error:
+        print(f"long_streams.py: {error}", file=sys.stderr)
+        return 2
+    print(f"saved {config.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
