@@ -68,6 +68,7 @@ def settings_of_commands() -> dict[str, Any]:
         "train-judge": TrainInverseDynamicsConfig,
         "evaluate": EvaluateConfig,
         "protocols": lambda: None,
+        "worlds": lambda: None,
         "weights": {"i3d": WeightsConfig, "list": lambda: None},
         "probe": ProbeConfig,
         "bench": BenchConfig,
