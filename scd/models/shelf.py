@@ -12,7 +12,7 @@ from PIL import Image
 from scd.common.config import to_json
 from scd.models.about import read_about
 from scd.models.checkpoint import read_world_parts
-from scd.models.clips import Clips, clips_in
+from scd.models.clips import clips_in
 from scd.models.names import WORLDS, shipped_names
 
 PICTURE_FILE = "preview.webp"
@@ -100,7 +100,7 @@ def as_json(worlds: list[ShippedWorld]) -> list[dict[str, object]]:
     return [{k: v for k, v in to_json(one).items() if k != "kind"} for one in worlds]
 
 
-def moving_picture(folder: Path, fps: float) -> bytes | None:
+def moving_picture(folder: Path) -> bytes | None:
     """Return a world's moving picture as WebP: its file, or a clip that it carries; None: neither.
 
     Raises:
@@ -109,8 +109,8 @@ def moving_picture(folder: Path, fps: float) -> bytes | None:
     path = folder / PICTURE_FILE
     if path.is_file():
         return path.read_bytes()
-    clips: Clips | None = clips_in(folder, read_world_parts(folder)["card"])
-    return None if clips is None else animated(clips.frames[0], fps)
+    clips = clips_in(folder, read_world_parts(folder)["card"])
+    return None if clips is None else animated(clips.frames[0], clips.fps)
 
 
 def animated(frames: torch.Tensor, fps: float) -> bytes:

@@ -40,6 +40,7 @@ from scd.serving.protocol import error_json, read_body, write
 from scd.serving.service import Service, answer, as_error, health_of
 from scd.serving.snapshot import bad
 from scd.serving.tensors import head_bytes
+from scd.serving.worlds import Choice, picture
 
 PAGE = Path(__file__).resolve().parent / "web"
 """Folder of the page."""
@@ -126,6 +127,9 @@ def make_router(service: Service) -> APIRouter:
         "GET /health": api.health,
         "GET /metrics": api.metrics,
         "GET /v1/world": api.world,
+        "GET /v1/worlds": api.worlds,
+        "GET /v1/worlds/{name}/picture": api.world_picture,
+        "POST /v1/worlds/{name}": api.choose_world,
         "POST /v1/uploads": api.upload,
         "GET /v1/sessions/{session}/frames/{index}": api.frame,
         "GET /v1/sessions/{session}/video": api.video,
@@ -171,6 +175,29 @@ class HttpApi:
 
     async def world(self, request: Request) -> Response:
         return _json(write(self._service.welcome()))
+
+    async def worlds(self, request: Request) -> Response:
+        """Say which worlds a player may choose from; none where one is served to many."""
+        choice = self._service.choice
+        none = {"worlds": [], "current": self._service.host.info.name, "asked": True}
+        return _json(json.dumps(none if choice is None else choice.listing()))
+
+    async def world_picture(self, request: Request) -> Response:
+        """Send a world's moving picture."""
+        self._chooses()
+        made = await asyncio.to_thread(picture, request.path_params["name"])
+        return Response(made, media_type="image/webp")
+
+    async def choose_world(self, request: Request) -> Response:
+        """Have another world opened in place of this one, once this is answered."""
+        self._chooses().choose(request.path_params["name"])
+        return _json("{}", 202)
+
+    def _chooses(self) -> Choice:
+        choice = self._service.choice
+        if choice is None:
+            raise ServeError("unknown_path", "this server has one world: scd play has a choice")
+        return choice
 
     async def upload(self, request: Request) -> Response:
         """Take a picture or a video: its id and number of frames."""

@@ -50,6 +50,7 @@ STATUS = {
     "forbidden_origin": 403,
     "unknown_session": 404,
     "unknown_upload": 404,
+    "unknown_world": 404,
     "unknown_path": 404,
     "session_busy": 409,
     "superseded": 409,

@@ -15,6 +15,7 @@ import time
 import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from scd.serving.service import LOG, Service
 from scd.serving.settings import PlayConfig, ServeConfig, read_token
 from scd.serving.store import abandoned, kept_files, locked_folder, remove_old
 from scd.serving.web_server import WAITING, Patience, PatientProtocol
+from scd.serving.worlds import Choice
 
 KEPT = "scd-sessions-"
 """How temporary folders of sessions begin."""
@@ -110,7 +112,7 @@ def run_server(
     service: Service, listener: socket.socket, on_ready: Callable[[str], None] = say
 ) -> None:
     """Serve a service whose host has started until a signal comes (Interrupted)."""
-    run_app(service.config, make_app(service), listener, on_ready)
+    run_app(service.config, make_app(service), listener, on_ready, service.choice)
 
 
 def run_app(
@@ -118,9 +120,12 @@ def run_app(
     app: ASGIApp,
     listener: socket.socket,
     on_ready: Callable[[str], None] = say,
+    choice: Choice | None = None,
 ) -> None:
-    """Let an application answer until a signal comes (Interrupted)."""
+    """Let an application answer until a signal comes (Interrupted), or another world is chosen."""
     server = Server(uvicorn_config(config, app), lambda: on_ready(address(config, listener)))
+    if choice is not None:
+        choice.stop = partial(setattr, server, "should_exit", True)
     server.run(sockets=[listener])
     if server.signal is not None:
         raise Interrupted(server.signal.name, f"stopped by {server.signal.name}")
@@ -339,7 +344,8 @@ WATCH_S = 0.02
 
 
 def play(config: PlayConfig, say: Callable[[str], None] | None = None) -> None:
-    """Serve a world on this machine and show its page, until SIGINT or SIGTERM.
+    """Serve a world on this machine and show its page, until SIGINT or SIGTERM; where the player
+    chooses another one, that in its place, at the same address.
 
     Args:
         config: what, where, and whether a browser opens.
@@ -352,9 +358,26 @@ def play(config: PlayConfig, say: Callable[[str], None] | None = None) -> None:
     """
     say = say or Console(soft_wrap=True, highlight=False).print
     served = config.served()
-    with listening(served) as listener, kept_in(served) as folder:
+    with listening(served) as listener:
+        chosen = _play_one(config, served, listener, say, bool(config.run))
+        while chosen:
+            served = replace(served, run=chosen, data="")
+            chosen = _play_one(replace(config, browser=False), served, listener, say, True)
+
+
+def _play_one(
+    config: PlayConfig,
+    served: ServeConfig,
+    listener: socket.socket,
+    say: Callable[[str], None],
+    asked: bool,
+) -> str:
+    """Serve one world; return the name of the one that was chosen to come next."""
+    over = threading.Event()
+    # The web server closes the socket that it is given.
+    with kept_in(served) as folder, listener.dup() as own:
         service = open_service(served, folder)
-        over = threading.Event()
+        service.choice = Choice(service.host.info.name, asked)
 
         def ready(address: str) -> None:
             say(f"{service.host.info.name}: play at {address}  (Ctrl-C ends it)")
@@ -366,9 +389,10 @@ def play(config: PlayConfig, say: Callable[[str], None] | None = None) -> None:
 
         with playing(service):
             try:
-                run_server(service, listener, ready)
+                run_server(service, own, ready)
             finally:
                 over.set()
+        return service.choice.chosen
 
 
 def show(address: str, say: Callable[[str], None]) -> bool:

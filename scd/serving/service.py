@@ -29,6 +29,7 @@ from scd.serving.metrics import Metrics
 from scd.serving.protocol import VERSION
 from scd.serving.settings import ServeConfig
 from scd.serving.uploads import Uploads
+from scd.serving.worlds import Choice
 
 Result = TypeVar("Result")
 
@@ -65,6 +66,8 @@ class Service:
             card.height, card.width, card.fps, config.limits, shared, host.under_way
         )
         self.limits = _limits(config)
+        self.choice: Choice | None = None
+        """Worlds that the player may choose from; None: there is nothing to choose."""
         self.num_connections = 0
 
     def welcome(self, request: int | None = None) -> Welcome:

@@ -25,6 +25,7 @@ from scd.data.source import Source
 from scd.models.build import build, num_parameters
 from scd.models.checkpoint import World, save_world
 from scd.models.config import SamplingConfig, SeparableConfig
+from scd.models.names import shipped_names
 from tests.browser import DESKTOP, PHONE, in_a_browser
 from tests.servers import serving
 from tests.tiny import shaken
@@ -218,7 +219,7 @@ def test_the_page_says_what_the_world_is_and_its_own_keys(player: Player, tiny_w
 
 
 def test_the_world_of_the_package_has_three_keys_a_card_and_smooth_pixels(browser: Any):
-    with scd_play() as process:
+    with scd_play("doom") as process:
         player = Player(browser, address_of(process, "doom")).open()
         assert player.text("facts") == (
             "A small separable world of Doom · 64 × 64 pixels · 4.8 M parameters · 4 steps a frame"
@@ -241,6 +242,28 @@ def test_the_world_of_the_package_has_three_keys_a_card_and_smooth_pixels(browse
         assert (player.frame, player.text("obeyed")) == (begun + 1, "forward")
         player.context.close()
         assert player.faults == []
+
+
+def test_a_player_who_names_no_world_chooses_one_by_its_moving_picture(browser: Any):
+    best, other = shipped_names()[0], shipped_names()[-1]
+    with scd_play() as process:
+        player = Player(browser, address_of(process, best)).open()
+        page = player.page
+        entries = page.locator("#worlds-list .world")
+        player.until(lambda: entries.count() == len(shipped_names()), "the start screen")
+        assert page.locator("#worlds").is_visible()
+        assert page.locator("[aria-current]").get_attribute("data-world") == best
+        wide = "() => [...document.querySelectorAll('.world img')].every((one) => one.naturalWidth)"
+        player.until(lambda: page.evaluate(wide), "the pictures")
+        page.locator(f"[data-world={other}]").click()
+        player.until(lambda: player.text("world") == other and player.frame > 0, "the other world")
+        assert not page.locator("#worlds").is_visible()
+        page.locator("#worlds-open").click()
+        assert page.locator("[aria-current]").get_attribute("data-world") == other
+        # At the same address, and nothing else can be opened there.
+        refused = page.request.post(f"{player.address}v1/worlds/none")
+        assert refused.status == 404 and "there are " in refused.json()["error"]["message"]
+        player.context.close()
 
 
 def test_a_world_of_vectors_hints_at_the_pairs_of_keys_that_move_them(

@@ -110,6 +110,26 @@ export class Connection extends EventTarget {
     return answer?.blob() ?? null;
   }
 
+  /** The worlds that can be chosen: {worlds, current, asked}. */
+  async worlds() {
+    return (await this._fetch("v1/worlds")).json();
+  }
+
+  /** A world's moving picture as a file. */
+  async worldPicture(name) {
+    return (await this._fetch(`v1/worlds/${encodeURIComponent(name)}/picture`)).blob();
+  }
+
+  /** Have the server open another world in place of this one. */
+  async openWorld(name) {
+    await this._fetch(`v1/worlds/${encodeURIComponent(name)}`, { method: "POST" });
+  }
+
+  /** Name of the world that is served now. */
+  async worldName() {
+    return (await (await this._fetch("v1/world", { cache: "no-store" })).json()).world.name;
+  }
+
   /** Delete a session that is not played; one that is gone already is fine. */
   async remove(session) {
     await this._fetch(addressOf(session), { method: "DELETE" }, 404);

@@ -13,6 +13,7 @@ import { Recorder, recordingKind } from "./recorder.js";
 import { Stage } from "./stage.js";
 import { Steering, element } from "./steering.js";
 import { Timeline } from "./timeline.js";
+import { Worlds } from "./worlds.js";
 
 const byId = (name) => document.getElementById(name);
 const LONGEST_TAP_MS = 400;
@@ -33,6 +34,7 @@ const steering = new Steering(byId("pad"), hold, pressed, isWaiting);
 const view = new View(byId("view"), byId("stick"), steering, refresh);
 const panel = new KeyPanel(byId("binds"), byId("binds-reset"), byId("mouse-speed"), steering, showKeys);
 new Gamepads(steering, say);
+const worlds = new Worlds(byId("worlds"), byId("worlds-list"), byId("worlds-open"), player, say);
 const controls = new Controls(player, say);
 const timeline = new Timeline(byId("strip"), byId("strip-canvas"), byId("takes"), {
   look,
@@ -365,6 +367,7 @@ player.addEventListener("world", async () => {
   byId("keys-card").hidden = world.actions.length === 0;
   byId("steer").hidden = world.actions.length === 0;
   controls.show();
+  worlds.offer();
   const why = await whyNoH264(player.codecs, player.h264);
   byId("codec").disabled = why !== null;
   byId("codec-note").hidden = why === null;
@@ -417,6 +420,7 @@ byId("to-now").onclick = toNow;
 byId("retry").onclick = () => player.open();
 byId("help-open").onclick = () => byId("help").showModal();
 byId("help-close").onclick = () => byId("help").close();
+byId("worlds-close").onclick = () => byId("worlds").close();
 byId("keep").onchange = () => {
   steering.keeps = byId("keep").checked;
   if (!steering.keeps) steering.release();

@@ -229,6 +229,12 @@ export class Player extends EventTarget {
     }
   }
 
+  /** Forget the sessions of this tab: the next page begins its own. */
+  forget() {
+    sessionStorage.removeItem(REMEMBERED);
+    this.takes = [];
+  }
+
   /** Say that this page is left, which may also be that it is loaded anew: then it attaches again. */
   leave() {
     for (const { id } of this.takes) this.connection.leave(id);
