@@ -13,17 +13,22 @@ import numpy as np
 import torch
 
 from scd.common.config import to_json
+from scd.common.weights import digest_of
 from scd.engine.interface import Engine
 from scd.models.about import About
 from scd.models.build import build, num_parameters
 from scd.models.checkpoint import World
 from scd.models.config import SeparableConfig
 from scd.models.shipped import Clips
+from scd.models.weights import WEIGHTS_FILE
 from scd.serving.admission import HostConfig, UnderWay
 from scd.serving.commands import Call
 from scd.serving.messages import Answer, Command, ServeError, Sink, WorldInfo
 from scd.serving.metrics import HostOverview
 from scd.serving.scheduler import EngineLoop, RequestQueue
+
+MOST_DIGESTED = 100_000_000
+"""Parameters of a model whose file is read whole for its digest."""
 
 
 class Host:
@@ -213,11 +218,14 @@ def _world_info(
     # Of a model without weights: those of this one may have been freed for the engine's.
     with torch.device("meta"):
         parameters = num_parameters(build(engine.config))
+    weights = None if world.folder is None else world.folder / WEIGHTS_FILE
+    is_read = weights is not None and weights.is_file() and parameters < MOST_DIGESTED
     return WorldInfo(
         name=name,
         title=about.title,
         trained=about.trained,
         parameters=parameters,
+        weights=digest_of(weights, "blake2b") if weights is not None and is_read else "",
         height=card.height,
         width=card.width,
         pixel_art=card.pixel_art,

@@ -370,6 +370,8 @@ class WorldInfo(Message):
     """How, in words that go on after "trained"; empty: nobody has said it."""
     parameters: int
     """Of its model."""
+    weights: str
+    """Digest of their file, by which a link to a moment knows them; empty: none, or a large one."""
     height: int
     """Rows of a frame."""
     width: int

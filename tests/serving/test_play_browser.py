@@ -375,6 +375,35 @@ def test_other_actions_lead_elsewhere_and_forks_keep_both(player: Player):
     player.until(lambda: page.locator("#takes").is_hidden(), "one take")
 
 
+def test_a_moment_is_made_again_from_its_link(browser: Any, address: str):
+    player = Player(browser, address).open()
+    page = player.page
+    player.pause()
+    page.locator("#view").focus()
+    for key in ("KeyW", "KeyD", "KeyD", "KeyS"):
+        player.press(key)
+    frame, picture = player.frame, player.picture
+    page.keyboard.press("KeyL")
+    player.until(lambda: "#moment=" in page.url, "the link")
+    link = page.url
+    player.context.close()
+    # Another player, who has none of the frames.
+    other = Player(browser, link)
+    other.page.goto(link)
+    other.until(lambda: other.frame == frame and other.text("status") == "paused", "the moment")
+    other.until(lambda: other.picture == picture, "its picture")
+    assert "frames are made again as they were" in other.text("words")
+    other.context.close()
+    place = link.index("#moment=") + 40
+    changed = link[:place] + ("A" if link[place] != "A" else "B") + link[place + 1 :]
+    for bad in (changed, link[:-30], link + "x"):
+        third = Player(browser, bad)
+        third.page.goto(bad)
+        third.until(lambda one=third: "link" in one.text("words"), "a refusal")
+        assert "changed" in third.text("words") and "#moment" not in third.page.url
+        third.context.close()
+
+
 def test_a_recording_is_a_video(player: Player, tmp_path: Path):
     page = player.page
     page.locator("#record").click()

@@ -6,6 +6,7 @@ import { Gamepads, View } from "./devices.js";
 import { KeyMap } from "./keymap.js";
 import { KeyPanel } from "./keypanel.js";
 import { Meters } from "./meters.js";
+import { fromLink, momentOf, replay, toLink } from "./moments.js";
 import { Pictures, whyNoH264 } from "./pictures.js";
 import { actionText, colourOf, lanesOf, partsOf, shownName, wordsOf } from "./parts.js";
 import { Player } from "./player.js";
@@ -192,6 +193,35 @@ async function fork() {
     say(`Take ${player.take.number}, forked at frame ${answer.frame}. The other one waits below.`);
 }
 
+/** Put the moment into the address of the page, and that where it can be pasted from. */
+async function share() {
+  if (player.take === null) return;
+  if (player.wantsRun) await player.pause();
+  const { moment, why } = momentOf(player.world, player.take);
+  if (!moment) {
+    say(`This stream has no link: ${why}`, "bad");
+    return;
+  }
+  history.replaceState(null, "", `#${await toLink(moment)}`);
+  const copied = await navigator.clipboard?.writeText(location.href).then(() => true, () => false);
+  say(copied ? "The link to this moment is copied." : "The address of this page is the link to this moment.");
+}
+
+/** Make the moment of the address again, if it holds one. */
+async function open() {
+  const link = /^#moment=(.*)$/.exec(location.hash)?.[1];
+  if (!link || player.take === null) return;
+  try {
+    const moment = await fromLink(link);
+    await replay(player, moment);
+    say(`${moment.actions.length} frames are made again as they were. Run goes on from here.`);
+  } catch (error) {
+    history.replaceState(null, "", location.pathname);
+    say(error.message, "bad");
+    if (!player.wantsRun) await player.run();
+  }
+}
+
 // --- what is shown ------------------------------------------------------------------------------
 
 function refresh() {
@@ -211,7 +241,7 @@ function refresh() {
   byId("veil").firstElementChild.textContent = text ?? "";
   byId("retry").hidden = link.name === "live" || link.name === "connecting";
   byId("looking").hidden = looked === null || text !== null;
-  for (const name of ["run", "back", "step", "restart", "fork", "record"])
+  for (const name of ["run", "back", "step", "restart", "fork", "record", "share"])
     byId(name).disabled = take === null || link.name !== "live";
   showHint();
   if (take !== null) controls.follow(take.state);
@@ -346,6 +376,8 @@ player.addEventListener("take", () => {
   if (player.take) showFrame(player.newest);
   refresh();
 });
+player.addEventListener("take", () => player.take && open(), { once: true });
+window.addEventListener("hashchange", open);
 player.addEventListener("words", ({ detail }) => say(detail.text, detail.kind));
 player.addEventListener("world", async () => {
   const { world } = player;
@@ -379,7 +411,7 @@ player.addEventListener("world", async () => {
 const KEYS = {
   Space: toggleRun, KeyP: toggleRun, Comma: () => step(-1), Period: () => step(1), KeyF: fork, KeyV: () => recorder.toggle(),
   KeyR: () => player.take && player.ask({ type: "restart" }), Escape: () => looked !== null && toNow(),
-  Enter: () => looked !== null && goOn(),
+  Enter: () => looked !== null && goOn(), KeyL: share,
 };
 
 function isTyping(target, code) {
@@ -411,6 +443,7 @@ byId("step").onclick = () => step(1);
 byId("restart").onclick = KEYS.KeyR;
 byId("fork").onclick = fork;
 byId("fork-here").onclick = fork;
+byId("share").onclick = share;
 byId("record").onclick = () => recorder.toggle();
 byId("go-on").onclick = async () => {
   await goOn();

@@ -161,6 +161,10 @@ export class Player extends EventTarget {
     const old = this.take;
     if (old !== null) this.pictures.clear();
     const answer = await this.ask({ type: old === null ? "create" : "reset", ...beginning });
+    if (answer !== null) {
+      const { seed, steps, guidance } = answer;
+      this.take.begun = { ...beginning, seed, steps, guidance };
+    }
     if (answer !== null && this.wantsRun) await this.run();
     return answer;
   }

@@ -11,6 +11,7 @@ export class Take {
     this.parent = parent;
     this.forkedAt = forkedAt;
     this.frames = new Map();
+    this.begun = null; // what it was begun with; null: this page did not begin it
     this.update(state);
   }
 
@@ -18,6 +19,10 @@ export class Take {
    *  common with this one (`keeps`), or nothing. */
   update(state, keeps = false) {
     const began = this.state && state.generation !== this.state.generation;
+    // From its beginning on a take is told by its actions only while all else stays as it was.
+    const how = JSON.stringify([state.seed, state.steps, state.guidance]);
+    this.changed = this.state && !(began && !keeps) ? this.changed || how !== this.how : false;
+    this.how = how;
     this.state = state;
     this.newest = state.frame;
     if (began) this.cut(keeps ? state.frame : -1);
@@ -46,6 +51,8 @@ export class Take {
   /** A take of a fork, with all that was seen until then. */
   fork(state, number) {
     const copy = new Take(state, number, this.reach, this, state.frame);
+    copy.begun = this.begun;
+    copy.changed = this.changed || copy.how !== this.how;
     for (const [index, seen] of this.frames) if (index <= state.frame) copy.frames.set(index, seen);
     return copy;
   }
