@@ -518,17 +518,29 @@ def _convert(words: list[str]) -> None:
 
 def _export(words: list[str]) -> None:
     from scd.convert.settings import ExportConfig
+    from scd.export.settings import OnnxConfig, WebConfig
 
-    name, rest = split_name(words, "export", "format", ["diffusers"])
+    kinds = {"diffusers": ExportConfig, "onnx": OnnxConfig, "web": WebConfig}
+    name, rest = split_name(words, "export", "format", kinds)
     if name is None:
-        print("usage: scd export diffusers RUN --out DIR")
+        print(f"usage: scd export {{{','.join(kinds)}}} RUN --out DIR ...")
         return
-    rest = _with_run(rest, "export diffusers", ExportConfig)
-    config = _parse(ExportConfig, rest, "export diffusers")
-    from scd.convert.export import export_diffusers
+    kind = kinds[name]
+    config = _parse(kind, _with_run(rest, f"export {name}", kind), f"export {name}")
+    if isinstance(config, ExportConfig):
+        from scd.convert.export import export_diffusers
 
-    for folder in export_diffusers(config.run, config.out):
-        print(f"saved {folder}")
+        for folder in export_diffusers(config.run, config.out):
+            print(f"saved {folder}")
+        return
+    if isinstance(config, WebConfig):
+        from scd.export.run import export_and_serve
+
+        export_and_serve(config)
+        return
+    from scd.export.onnx_world import export_onnx, readable
+
+    print(f"{readable(export_onnx(config))}; saved {config.out}")
 
 
 def _bench(words: list[str]) -> None:

@@ -20,6 +20,7 @@ from scd.data.record import recordings
 from scd.data.settings import CheckConfig
 from scd.demo.settings import DemoConfig
 from scd.evaluation.protocols import EvaluateConfig, WeightsConfig
+from scd.export.settings import OnnxConfig, WebConfig
 from scd.preprocessing.settings import EncodeConfig
 from scd.probing.interventions import DiagonalConfig, RecomposeConfig, SkipConfig
 from scd.probing.settings import ProbeConfig
@@ -78,7 +79,7 @@ def settings_of_commands() -> dict[str, Any]:
             "autoencoder": ConvertAutoencoderConfig,
             "wan": ConvertWanConfig,
         },
-        "export": _after_word("diffusers", ExportConfig),
+        "export": {"diffusers": ExportConfig, "onnx": OnnxConfig, "web": WebConfig},
     }
 
 

@@ -30,6 +30,8 @@ USAGE = """usage: scd COMMAND ...
   convert autoencoder FILE  turn weights of FAR's autoencoders into a folder for scd encode
   convert wan               make a causal world of Wan2.1: separable, or dense
   export diffusers RUN      turn a Wan world back into what diffusers loads
+  export onnx RUN           graphs of a world for ONNX Runtime
+  export web RUN            a site that plays a world in its visitors' browsers, without a server
 
 `scd help COMMAND` and `scd COMMAND --help` explain every flag. `scd --version` prints the version;
 `scd --print-completion bash|zsh|fish` prints a script that completes commands and flags."""

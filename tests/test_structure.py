@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ROOMS = (
     "common data autoencoders models preprocessing optim engine objectives streaming evaluation "
-    "training sampling serving bench probing demo convert"
+    "training sampling serving bench probing demo convert export"
 ).split()
 """The only allowed direction of imports: a room imports from itself and from rooms before it.
 docs/architecture.md and the README's tree show the same list."""
@@ -56,6 +56,9 @@ OPTIONAL_PACKAGES = {
     "ray": {"serving.ray_app", "serving.ray_replica"},
     "aiohttp": {"serving.ray_router"},
     "yarl": {"serving.ray_router"},
+    "onnx": {"export.onnx_files"},
+    "onnxscript": {"export.onnx_files"},
+    "onnxruntime": {"export.onnx_engine"},
 }
 """Packages that an install may lack, or that are slow to load -> the modules that may import them,
 inside functions too."""

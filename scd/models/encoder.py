@@ -98,9 +98,9 @@ class CausalEncoder(Stack):
         visible = None
         if num_rows > 1:
             visible = FrameCausal(num_frames=num_rows, tokens_per_frame=self.shape.num_tokens)
-        embedding = self._embedding(x, conditions.frames(self.first_row + 1, None))
+        embedding = self.embedding(x, conditions.frames(self.first_row + 1, None))
         rows = range(self.first_row, self.first_row + num_rows)
-        return self._finished(self.run_masked(x, embedding, rows, visible), embedding)
+        return self.finished(self.run_masked(x, embedding, rows, visible), embedding)
 
     def extend(
         self,
@@ -122,11 +122,11 @@ class CausalEncoder(Stack):
         x = self._rows(clean, with_start=first_row == -1)
         rows = list(range(first_row, first_row + x.shape[1]))
         cache.make_room()
-        embedding = self._embedding(x, upcoming)
+        embedding = self.embedding(x, upcoming)
         x = self.run_cached(cache, x, embedding, self.rotary(rows), rows)
         if keep:
             cache.advance(rows)
-        return self._finished(x, embedding)
+        return self.finished(x, embedding)
 
     def _rows(self, clean: Tensor, with_start: bool) -> Float[Tensor, "b t n d"]:
         tokens = self.embed_frame(clean)
@@ -136,11 +136,13 @@ class CausalEncoder(Stack):
             tokens = torch.cat([start, tokens], dim=1)
         return tokens
 
-    def _embedding(self, x: Tensor, upcoming: Conditions) -> Tensor:
+    def embedding(self, x: Float[Tensor, "b t n d"], upcoming: Conditions) -> Tensor:
+        """Embed what modulates rows of tokens: the time of clean frames, the action after each."""
         time = x.new_full(x.shape[:2], CLEAN_TIME, dtype=torch.float32)
         return steered(self.embed_time(time), self.embed_conditions(upcoming))
 
-    def _finished(self, x: Tensor, embedding: Tensor) -> Context:
+    def finished(self, x: Float[Tensor, "b t n d"], embedding: Tensor) -> Context:
+        """Turn the last block's tokens into contexts."""
         x = layer_norm(x)
         if self.output_modulation is None:
             return Context(tokens=x, norm_scale=torch.ones_like(x[:, :, :1]))

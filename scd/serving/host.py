@@ -72,7 +72,7 @@ class Host:
                 f"got {clips.frames.shape[-2]}x{clips.frames.shape[-1]}"
             )
         self.world, self.engine, self.config = world, engine, config or HostConfig()
-        self.info = _world_info(world, engine, name, clips, about or About())
+        self.info = world_info(world, engine, name, clips, about)
         self._clips, self._report = clips, report
         self.under_way = UnderWay(0)
         """Counts what comes and goes; has room from `start` on."""
@@ -205,9 +205,19 @@ class Host:
             self._requests.refuse_all(reason)
 
 
-def _world_info(
-    world: World, engine: Engine, name: str, clips: Clips | None, about: About
+def world_info(
+    world: World, engine: Engine, name: str, clips: Clips | None, about: About | None
 ) -> WorldInfo:
+    """Say what is played.
+
+    Args:
+        world: whose card and sampling they are.
+        engine: what runs its model.
+        name: of the world.
+        clips: to begin from; None: there are none.
+        about: what its card says; None: nothing.
+    """
+    about = about or About()
     card, spec = world.card, world.card.conditions
     is_separable = isinstance(engine.config, SeparableConfig)
     kinds = ["none"]

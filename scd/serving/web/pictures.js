@@ -43,7 +43,7 @@ export class Pictures {
 
   _picture(header, payload, arrived) {
     const era = this.era;
-    const blob = new Blob([payload], { type: "image/jpeg" });
+    const blob = new Blob([payload], { type: `image/${header.codec}` });
     const decoding = createImageBitmap(blob);
     decoding.catch(() => {});
     this.tail = this.tail.then(async () => {

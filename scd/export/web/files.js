@@ -1,0 +1,49 @@
+// The files of a site: fetched in pieces, joined, and held against the hashes that the export wrote.
+
+/** Fetch files by name; `told(bytes, all)` hears how far it is. Returns their bytes by name. */
+export async function fetchFiles(listed, names, told) {
+  const all = names.reduce((sum, name) => sum + listed[name].bytes, 0);
+  let come = 0;
+  const joined = await Promise.all(names.map(async (name) => {
+    const { bytes, pieces } = listed[name];
+    const whole = new Uint8Array(bytes);
+    let place = 0;
+    await Promise.all(pieces.map((piece) => {
+      const from = place;
+      place += piece.bytes;
+      return fetchPiece(piece, whole.subarray(from, place), (length) => {
+        come += length;
+        told(come, all);
+      });
+    }));
+    return [name, whole];
+  }));
+  return Object.fromEntries(joined);
+}
+
+async function fetchPiece({ file, bytes, sha256 }, into, told) {
+  const answer = await fetch(new URL(file, import.meta.url)).catch(() => null);
+  if (!answer?.ok)
+    throw new Error(`${file} did not arrive (${answer?.status ?? "no connection"}). Reload the page.`);
+  const reader = answer.body.getReader();
+  let place = 0;
+  for (;;) {
+    const { done, value } = await reader.read().catch(() => {
+      throw new Error(`${file} broke off after ${place} of ${bytes} bytes. Reload the page.`);
+    });
+    if (done) break;
+    if (place + value.length <= bytes) into.set(value, place);
+    place += value.length;
+    told(value.length);
+  }
+  if (place !== bytes || (await hashOf(into)) !== sha256)
+    throw new Error(
+      `${file} is not the file of this world: it needs ${bytes} bytes of another hash, ${place} came. ` +
+      "Reload the page, and upload all files of the site again if that does not help.");
+}
+
+/** SHA-256 in hexadecimal; browsers have it on https and localhost alone. */
+async function hashOf(bytes) {
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}

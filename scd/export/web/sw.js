@@ -1,0 +1,46 @@
+// Keeps the files of this version of the site for play without a network, and adds the headers that
+// let pages share memory between threads, where the host cannot send them.
+
+const VERSION = "VERSION_OF_SITE";
+const NAME = `scd ${new URL("./", self.location).pathname} `;
+
+self.addEventListener("install", () => self.skipWaiting());
+
+self.addEventListener("activate", (event) => {
+  event.waitUntil((async () => {
+    for (const key of await caches.keys())
+      if (key.startsWith(NAME) && key !== NAME + VERSION) await caches.delete(key);
+    await self.clients.claim();
+  })());
+});
+
+self.addEventListener("fetch", (event) => {
+  const { request } = event;
+  if (request.method !== "GET" || new URL(request.url).origin !== self.location.origin) return;
+  event.respondWith(answer(request));
+});
+
+async function answer(request) {
+  const cache = await caches.open(NAME + VERSION);
+  // What names the version comes from the host if it can; all else belongs to the version.
+  const asks = request.mode === "navigate" || new URL(request.url).pathname.endsWith("/world.json");
+  const kept = await cache.match(request, { ignoreSearch: true });
+  if (kept && !asks) return kept;
+  try {
+    const come = isolating(await fetch(request, request.mode === "navigate" ? {} : { cache: "no-cache" }));
+    if (come.ok) await cache.put(request, come.clone());
+    return come;
+  } catch (error) {
+    if (kept) return kept;
+    throw error;
+  }
+}
+
+function isolating(answer) {
+  if (answer.status === 0 || answer.status === 304) return answer;
+  const headers = new Headers(answer.headers);
+  headers.set("Cross-Origin-Opener-Policy", "same-origin");
+  headers.set("Cross-Origin-Embedder-Policy", "require-corp");
+  headers.set("Cross-Origin-Resource-Policy", "same-origin");
+  return new Response(answer.body, { status: answer.status, statusText: answer.statusText, headers });
+}
