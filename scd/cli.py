@@ -517,30 +517,19 @@ def _convert(words: list[str]) -> None:
 
 
 def _export(words: list[str]) -> None:
-    from scd.convert.settings import ExportConfig
-    from scd.export.settings import OnnxConfig, WebConfig
+    from scd.export.settings import FORMATS
 
-    kinds = {"diffusers": ExportConfig, "onnx": OnnxConfig, "web": WebConfig}
-    name, rest = split_name(words, "export", "format", kinds)
+    name, rest = split_name(words, "export", "format", FORMATS)
     if name is None:
-        print(f"usage: scd export {{{','.join(kinds)}}} RUN --out DIR ...")
+        print(f"usage: scd export {{{','.join(FORMATS)}}} RUN --out DIR ...")
         return
-    kind = kinds[name]
-    config = _parse(kind, _with_run(rest, f"export {name}", kind), f"export {name}")
-    if isinstance(config, ExportConfig):
-        from scd.convert.export import export_diffusers
-
-        for folder in export_diffusers(config.run, config.out):
-            print(f"saved {folder}")
-        return
-    if isinstance(config, WebConfig):
-        from scd.export.run import export_and_serve
-
-        export_and_serve(config)
-        return
-    from scd.export.onnx_world import export_onnx, readable
-
-    print(f"{readable(export_onnx(config))}; saved {config.out}")
+    kind, command = FORMATS[name], f"export {name}"
+    config = _parse(kind, _with_run(rest, command, kind), command)
+    if name == "diffusers":
+        from scd.convert.export import export
+    else:
+        from scd.export.run import export
+    export(config)
 
 
 def _bench(words: list[str]) -> None:

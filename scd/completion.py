@@ -13,14 +13,13 @@ from scd.bench.settings import BenchConfig
 from scd.convert.settings import (
     ConvertAutoencoderConfig,
     ConvertWanConfig,
-    ExportConfig,
     ReferenceConfig,
 )
 from scd.data.record import recordings
 from scd.data.settings import CheckConfig
 from scd.demo.settings import DemoConfig
 from scd.evaluation.protocols import EvaluateConfig, WeightsConfig
-from scd.export.settings import OnnxConfig, WebConfig
+from scd.export.settings import FORMATS
 from scd.preprocessing.settings import EncodeConfig
 from scd.probing.interventions import DiagonalConfig, RecomposeConfig, SkipConfig
 from scd.probing.settings import ProbeConfig
@@ -79,7 +78,7 @@ def settings_of_commands() -> dict[str, Any]:
             "autoencoder": ConvertAutoencoderConfig,
             "wan": ConvertWanConfig,
         },
-        "export": {"diffusers": ExportConfig, "onnx": OnnxConfig, "web": WebConfig},
+        "export": FORMATS,
     }
 
 

@@ -19,6 +19,7 @@ from scd.common.config import from_json, to_json
 from scd.common.files import refuse_used, written_aside
 from scd.common.hub import find_part
 from scd.common.weights import Weights, write_shards
+from scd.convert.settings import ExportConfig
 from scd.models.checkpoint import resolve
 from scd.models.kinds import ModelConfig
 from scd.models.shipped import parts_beside
@@ -28,6 +29,12 @@ from scd.models.weights import CONFIG_FILE, WEIGHTS_FILE, read_settings
 
 SPLIT_FILE = "scd.json"
 """Settings of a separable world, beside its two transformers."""
+
+
+def export(config: ExportConfig) -> None:
+    """Write the transformers of a Wan world and say where; see `export_diffusers`."""
+    for folder in export_diffusers(config.run, config.out):
+        print(f"saved {folder}")
 
 
 def export_diffusers(run: str | os.PathLike[str], out: str) -> list[Path]:

@@ -95,7 +95,8 @@ class Graphs:
             key: given[key] if key in given else np.zeros(kind["shape"], dtype=bool)
             for key, kind in about["inputs"].items()
         }
-        return dict(zip(about["outputs"], self._sessions[name].run(None, inputs), strict=True))
+        outputs: Any = self._sessions[name].run(None, inputs)
+        return dict(zip(about["outputs"], outputs, strict=True))
 
     def begin(
         self, clean: Tensor | None, conditions: Conditions, batch: int, window: int | None

@@ -100,7 +100,7 @@ class WeightsFile:
     """Collects the tensors of graphs; equal ones stand in the file once."""
 
     def __init__(self, kind: WeightType) -> None:
-        self.kind = kind
+        self.kind: WeightType = kind
         self.data = bytearray()
         self._offsets: dict[tuple[bytes, int], int] = {}
 

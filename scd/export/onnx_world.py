@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import scd
+from scd import __version__
 from scd.common.config import to_json
 from scd.common.files import refuse_used, written_aside
 from scd.export.graphs import graphs_of, prepared_names
@@ -81,7 +81,7 @@ def write_onnx(world: World, name: str, weights: WeightType, folder: Path) -> di
         graphs[part] = {**described(data, f"{part}.onnx"), **interface(proto)}
     description = {
         "format": FORMAT,
-        "scd": scd.__version__,
+        "scd": __version__,
         "name": name,
         "opset": OPSET,
         "weights": file.write(folder),

@@ -1,9 +1,11 @@
-"""Settings of `scd export onnx` and `scd export web`."""
+"""Settings of `scd export`, by format."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from scd.convert.settings import ExportConfig
 
 WeightType = Literal["auto", "fp16", "fp32"]
 """How weights are stored; all arithmetic is in float32."""
@@ -46,3 +48,7 @@ class WebConfig:
             raise ValueError("scd export web needs a run and --out")
         if self.serve is not None and not 0 <= self.serve < 2**16:
             raise ValueError(f"serve must be a port, 0 .. 65535, got {self.serve}")
+
+
+FORMATS: dict[str, type] = {"diffusers": ExportConfig, "onnx": OnnxConfig, "web": WebConfig}
+"""Settings of each format by name."""

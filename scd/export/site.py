@@ -195,7 +195,7 @@ def _sizes(folder: Path) -> dict[str, int]:
     }
 
 
-def readable(site: dict[str, Any]) -> str:
+def readable_site(site: dict[str, Any]) -> str:
     """Say in words what was written, and how long it takes to come."""
     weights = site["model"]["weights"]
     whole, compressed = site["bytes"] / 1e6, site["compressed"] / 1e6
