@@ -521,8 +521,7 @@ def _export(words: list[str]) -> None:
 
     name, rest = split_name(words, "export", "format", FORMATS)
     if name is None:
-        print(f"usage: scd export {{{','.join(FORMATS)}}} RUN --out DIR ...")
-        return
+        return print(f"usage: scd export {{{','.join(FORMATS)}}} RUN --out DIR ...")
     kind, command = FORMATS[name], f"export {name}"
     config = _parse(kind, _with_run(rest, command, kind), command)
     if name == "diffusers":

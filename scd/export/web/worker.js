@@ -8,7 +8,6 @@ const REACH = 2048; // frames that can be gone back
 const EVERY = 64; // frames from one copy of a stream to the next
 const QUEUE_FRAMES = 3; // frames that may be on their way to the screen
 const MAX_SESSIONS = 8;
-const NUM_GIVEN = 16; // frames of a clip from which a stream begins
 
 class Refused extends Error {
   constructor(code, message) {
@@ -361,12 +360,11 @@ async function started(message) {
     if (!clips || clip >= clips.count)
       throw new Refused("unknown_clip", `This world has ${clips?.count ?? 0} clips, number ${clip} was asked for.`);
     const { frames: length, size, pixels } = clips;
-    const number = Math.min(length, NUM_GIVEN);
-    for (let frame = 0; frame < number; frame += 1) {
+    for (let frame = 0; frame < length; frame += 1) {
       const from = (clip * length + frame) * size;
       given.pixels.push(pixels.subarray(from, from + size));
     }
-    given.actions = clips.actions[clip].slice(0, number);
+    given.actions = clips.actions[clip];
   } else if (start === "upload") {
     const pixels = uploads.get(upload);
     if (!pixels) throw new Refused("unknown_upload", "The picture is gone: choose it again.");
