@@ -5,7 +5,7 @@ A space is a `Discrete`, `Box`, `MultiBinary` or `MultiDiscrete`, or a `Dict` or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -94,26 +94,44 @@ def flat(spec: ConditionSpec, action: Any) -> Int[np.ndarray, ""] | Float[np.nda
 
 def unflat(spec: ConditionSpec, values: np.ndarray | Sequence[float] | int) -> Any:
     """Turn an id or a vector of actions back into an action of the space, which contains it."""
-    if spec.num_actions:
-        return _valued(parts_of(spec)[0], np.asarray(values).reshape(1))
-    parts = parts_of(spec)
-    vector = np.asarray(values, np.float32)
-    ends = np.cumsum([part.size for part in parts])[:-1]
-    valued = zip(parts, np.split(vector, ends), strict=True)
-    return _grown({part.name: _valued(part, entries) for part, entries in valued}, dict, tuple)
+    return _grown(dict(_by_name(spec, values, _valued)), dict, tuple)
 
 
 def by_part(spec: ConditionSpec, values: Sequence[float] | int) -> Any:
     """Return an action as JSON says it: numbers, lists and objects by the names of parts."""
+    plain = _by_name(spec, values, lambda part, entries: _valued(part, entries).tolist())
+    return _grown(dict(plain), dict, list)
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(entry) for key, entry in value.items()}
-        if isinstance(value, tuple):
-            return [plain(entry) for entry in value]
-        return np.asarray(value).tolist()
 
-    return plain(unflat(spec, values))
+def in_names(spec: ConditionSpec, values: Sequence[float] | int) -> Any:
+    """Return an action as `by_part` does, but keys and choices that have names by these: those of
+    the keys that are held, that of the choice. `flat` takes it back."""
+
+    def leaf(part: ActionPart, entries: np.ndarray) -> Any:
+        if part.names and part.space == "MultiBinary":
+            held = zip(part.names, entries, strict=True)
+            return [name for name, is_held in held if is_held > 0.5]
+        if part.names and part.space == "Discrete":
+            return part.names[round(float(entries[0]))]
+        return _valued(part, entries).tolist()
+
+    return _grown(dict(_by_name(spec, values, leaf)), dict, list)
+
+
+def _by_name(
+    spec: ConditionSpec,
+    values: np.ndarray | Sequence[float] | int,
+    leaf: Callable[..., Any],
+) -> Iterator[tuple[str, Any]]:
+    """Yield the name of each part, and what a function makes of its entries."""
+    parts = parts_of(spec)
+    if spec.num_actions:
+        yield parts[0].name, leaf(parts[0], np.asarray(values).reshape(1))
+        return
+    ends = np.cumsum([part.size for part in parts])[:-1]
+    vector = np.asarray(values, np.float32)
+    for part, entries in zip(parts, np.split(vector, ends), strict=True):
+        yield part.name, leaf(part, entries)
 
 
 def parts_of(spec: ConditionSpec) -> tuple[ActionPart, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from scd.common.config import at_least, from_json, to_json
 from scd.common.files import read_json, written_aside
 from scd.common.provenance import write_json
+from scd.data.actions import parts_of
 from scd.data.source import DataCard
-from scd.data.spaces import ConditionSpec
+from scd.data.spaces import ActionPart, ConditionSpec
 from scd.evaluation.frechet import frechet_estimate
 from scd.evaluation.image import bootstrap
 from scd.evaluation.metrics import Found, Metric, Numbers, Seen
@@ -120,7 +121,8 @@ class InverseDynamics(nn.Module):
         rows, columns = size[-1]
         self.project = nn.Linear(2 * channels * rows * columns, config.feature_dim)
         spec, dim = config.conditions, config.feature_dim
-        self.action = nn.Linear(dim, spec.num_actions or spec.action_dim)
+        self.parts = parts_of(spec)
+        self.action = nn.Linear(dim, sum(map(num_outputs, self.parts)))
         self.distortion = nn.Linear(dim, NUM_DISTORTIONS)
         self.register_buffer("feature_mean", torch.zeros(dim))
         self.register_buffer("feature_deviation", torch.ones(dim))
@@ -139,7 +141,8 @@ class InverseDynamics(nn.Module):
     def readings(
         self, features: Float[Tensor, "f d"]
     ) -> tuple[Float[Tensor, "f actions"], Float[Tensor, "f 2"]]:
-        """Return logits of the action, or standardised continuous actions; blur and noise."""
+        """Return what is read of the action's parts, one after the other (logits of choices and
+        keys, standardised values of a box); blur and noise."""
         hidden = F.gelu(features)
         return self.action(hidden), self.distortion(hidden)
 
@@ -151,39 +154,83 @@ class InverseDynamics(nn.Module):
         return (raw - self.feature_mean) / self.feature_deviation
 
     def errors(
-        self,
-        features: Float[Tensor, "f d"],
-        actions: Int[Tensor, " f"] | Float[Tensor, "f a"],
-    ) -> Float[Tensor, " f"]:
-        """Return how wrong each action is read, from what `features` gave.
+        self, features: Float[Tensor, "f d"], actions: Num[Tensor, "f ..."]
+    ) -> Float[Tensor, "f parts"]:
+        """Return how wrong each part of each action is read, from what `features` gave.
 
         Returns:
-            Discrete actions: 0 where it is read right, 1 elsewhere. Continuous ones: the squared
-            error over the variance of the training actions, mean of the entries; 1 is what reading
-            nothing but their mean gives.
+            Choices and keys: the share that is read wrong, of a single choice 0 or 1. A box: the
+            squared error over the variance of the training actions, mean of the entries; 1 is what
+            reading nothing but their mean gives. An action without parts is one.
         """
         read, _ = self.readings(features * self.feature_deviation + self.feature_mean)
-        if self.config.conditions.num_actions:
-            return (read.argmax(-1) != actions).float()
-        return (read - self.standard_actions(actions)).square().mean(-1)
+        return torch.stack([error_of(*one) for one in self.by_part(read, actions)], dim=1)
 
-    def standard_actions(self, actions: Float[Tensor, "f a"]) -> Float[Tensor, "f a"]:
-        """Return continuous actions in units of their deviation in training."""
-        return (actions - self.action_mean) / self.action_deviation
+    def losses(
+        self, read: Float[Tensor, "f outputs"], actions: Num[Tensor, "f ..."]
+    ) -> Float[Tensor, " parts"]:
+        """Return the loss of each part of what `readings` gave."""
+        return torch.stack([loss_of(*one) for one in self.by_part(read, actions)])
+
+    def by_part(
+        self, read: Float[Tensor, "f outputs"], actions: Num[Tensor, "f ..."]
+    ) -> Iterator[tuple[ActionPart, Float[Tensor, "f o"], Num[Tensor, "f e"]]]:
+        """Yield each part, what is read of it, and its true entries, of a box standardised."""
+        if self.config.conditions.num_actions:
+            entries = actions[:, None]
+        else:
+            entries = (actions - self.action_mean) / self.action_deviation
+        sizes = [part.size for part in self.parts]
+        outputs = read.split([num_outputs(part) for part in self.parts], dim=1)
+        yield from zip(self.parts, outputs, entries.split(sizes, dim=1), strict=True)
 
     @torch.no_grad()
     def standardise(
         self, features: Float[Tensor, "f d"] | None, actions: Float[Tensor, "f a"] | None
     ) -> None:
-        """Keep mean and deviation of real frames' raw features, or of continuous actions."""
+        """Keep mean and deviation of real frames' raw features, or of the boxes of actions."""
         # A feature that never moves, as may be in a tiny network, stays as it is.
         for name, values in (("feature", features), ("action", actions)):
             if values is not None:
-                deviation = values.std(0, correction=0)
-                getattr(self, f"{name}_mean").copy_(values.mean(0))
+                mean, deviation = values.mean(0), values.std(0, correction=0)
+                if name == "action":
+                    counts = [part.space != "Box" for part in self.parts for _ in range(part.size)]
+                    mean[counts], deviation[counts] = 0, 1
+                getattr(self, f"{name}_mean").copy_(mean)
                 getattr(self, f"{name}_deviation").copy_(
                     torch.where(deviation > 0, deviation, torch.ones_like(deviation))
                 )
+
+
+def num_outputs(part: ActionPart) -> int:
+    """Return how many numbers a part is read from: one for each choice, key or value."""
+    return sum(part.choices) or part.size
+
+
+def loss_of(
+    part: ActionPart, read: Float[Tensor, "f o"], true: Num[Tensor, "f e"]
+) -> Float[Tensor, ""]:
+    """Return cross entropy of choices, binary cross entropy of keys, or squared error of a box;
+    mean of the entries."""
+    if part.choices:
+        logits = read.split(list(part.choices), dim=1)
+        each = [F.cross_entropy(one, true[:, at].long()) for at, one in enumerate(logits)]
+        return torch.stack(each).mean()
+    if part.space == "MultiBinary":
+        return F.binary_cross_entropy_with_logits(read, true)
+    return F.mse_loss(read, true)
+
+
+def error_of(
+    part: ActionPart, read: Float[Tensor, "f o"], true: Num[Tensor, "f e"]
+) -> Float[Tensor, " f"]:
+    """Return the share of choices or keys that are read wrong, or the squared error of a box."""
+    if part.choices:
+        chosen = [logits.argmax(-1) for logits in read.split(list(part.choices), dim=1)]
+        return (torch.stack(chosen, dim=1) != true).float().mean(1)
+    if part.space == "MultiBinary":
+        return ((read > 0) != (true > 0.5)).float().mean(1)
+    return (read - true).square().mean(1)
 
 
 def cost_volume(
@@ -287,10 +334,12 @@ class ReadActions(Metric):
     """Actions that are read back from frames, and the Frechet distance of the features.
 
     Action accuracy (`control` in results) is the share of frames from which the action that was
-    given is read back; for continuous actions `control_error`, as `InverseDynamics.errors`. Its
-    baselines: `model`; `shuffled_actions`, against the actions that were given, those of the other
-    clip; `truth`, real frames, the ceiling; and `unsteered`, real frames against the actions of
-    another clip, what a perfect model that does not listen would get.
+    given is read back; for continuous actions `control_error`, as `InverseDynamics.errors`. Where
+    an action has parts, each has a row of its own (`control/keys`, `control_error/mouse`), and the
+    row without a name is their mean. Baselines: `model`; `shuffled_actions`, against the actions
+    that were given, those of the other clip; `truth`, real frames, the ceiling; and `unsteered`,
+    real frames against the actions of another clip, what a perfect model that does not listen would
+    get.
 
     The distance (`frechet_own`) is that between predicted and true pairs of frames.
     """
@@ -300,7 +349,14 @@ class ReadActions(Metric):
     def __init__(self, protocol: Protocol, reader: TrainedInverseDynamics) -> None:
         super().__init__(protocol)
         self.reader = reader
-        self.discrete = bool(reader.card.conditions.num_actions)
+        spec = reader.card.conditions
+        kinds = ["control_error" if one.space == "Box" else "control" for one in parts_of(spec)]
+        self.rows: dict[str, list[int]] = {}
+        """Places of the parts that each row is the mean of, by the row's name."""
+        for place, (kind, part) in enumerate(zip(kinds, parts_of(spec), strict=True)):
+            self.rows.setdefault(kind, []).append(place)
+            if spec.is_composite and part.name:
+                self.rows[f"{kind}/{part.name}"] = [place]
 
     @property
     def num_clips_needed(self) -> int:
@@ -330,19 +386,21 @@ class ReadActions(Metric):
         return network.features(*pairs(whole)).unflatten(0, frames.shape[:2])
 
     def estimates(self, found: Numbers) -> Found:
-        """Yield accuracy for each frame, and a distance for each part of the horizon."""
+        """Yield accuracy for each frame, and a distance for each quarter of the horizon."""
         seed = self.protocol.seed
-        metric = "control" if self.discrete else "control_error"
         for baseline, numbers in found.items():
             if "error" in numbers:
                 errors = numbers["error"].mean(1)
-                values = 1 - errors if self.discrete else errors
-                for horizon, frames in self.horizons():
-                    yield horizon, metric, baseline, bootstrap(values[:, frames].mean(1), seed=seed)
+                for metric, places in self.rows.items():
+                    values = errors[..., places].mean(-1)
+                    values = values if metric.startswith("control_error") else 1 - values
+                    for horizon, frames in self.horizons():
+                        estimate = bootstrap(values[:, frames].mean(1), seed=seed)
+                        yield horizon, metric, baseline, estimate
         true = found["truth"]["features"]
         if len(true) < self.num_clips_needed:
             return
-        parts = [(part.stop, part) for part in parts_of(self.protocol.horizon)]
+        parts = [(part.stop, part) for part in quarters_of(self.protocol.horizon)]
         for baseline, numbers in found.items():
             if "features" in numbers and baseline != "truth":
                 for horizon, frames in [*parts, (None, slice(None))]:
@@ -359,10 +417,10 @@ class ReadActions(Metric):
         }
 
     def by_clip(self, found: Numbers) -> dict[str, Float[Tensor, "b trajectories"]]:
-        return {"action_error": found["model"]["error"].double().mean(2)}
+        return {"action_error": found["model"]["error"].double().mean((2, 3))}
 
 
-def parts_of(horizon: int) -> list[slice]:
+def quarters_of(horizon: int) -> list[slice]:
     """Cut a horizon into quarters, or into single frames if it is shorter than four."""
     number = min(NUM_PARTS, horizon)
     ends = [horizon * part // number for part in range(number + 1)]

@@ -487,6 +487,8 @@ class FrameHeader(Message):
     """Its index in the session."""
     action: ActionValue | None
     """That led to it; none: the world has none, or the frame was given."""
+    parts: JsonValue = None
+    """The same by part, where an action has parts: held keys and choices by their names."""
     sequence: Count
     """That came with the action; 0: none did."""
     steps: Count

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from scd.data.actions import in_names
 from scd.data.clip import frames_to_pixels
 from scd.models.config import Guidance
 from scd.serving.messages import (
@@ -359,11 +360,13 @@ class Session:
 
     def frame(self, index: int, kept: KeptFrame, pixels: np.ndarray, **more: Any) -> Frame:
         """Return a frame as a client is told of it; `more`: further fields of its header."""
+        spec, action = self.rollout.world.card.conditions, kept.action if kept.steps else None
         header = FrameHeader(
             session=self.name,
             generation=self.generation,
             frame=index,
-            action=kept.action if kept.steps else None,
+            action=action,
+            parts=in_names(spec, action) if action is not None and spec.is_composite else None,
             sequence=kept.sequence,
             steps=kept.steps,
             width=pixels.shape[1],

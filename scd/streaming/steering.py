@@ -7,6 +7,7 @@ or keys held and the mouse, where the names of the world's actions say what they
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from scd.data.actions import by_part, flat
 from scd.data.given import as_ids
 from scd.data.keymap import DIRECTIONS, IDLE
 from scd.data.source import DataCard
+from scd.data.spaces import ConditionSpec
 
 Action = Tensor | np.ndarray | np.generic | int | float | str | Sequence[Any] | Mapping[str, Any]
 """Of all streams or of each: an id, a name, a vector, several of them; what the world's space has,
@@ -137,6 +139,12 @@ def _by_part(action: Action, card: DataCard) -> Tensor | None:
     in_order = all(top.startswith("[") for top in tops)
     if isinstance(action, tuple) and in_order and len(action) == len(tops):
         return torch.from_numpy(flat(spec, action))
+    if in_order and len(tops) > 1 and isinstance(action, list) and not _are_vectors(action, spec):
+        # As JSON has a tuple; of several streams one does not fit, but each of its entries does.
+        with suppress(ValueError):
+            return torch.from_numpy(flat(spec, action))
+        if any(isinstance(one, list) for one in action):
+            return torch.from_numpy(np.stack([flat(spec, one) for one in action]))
     if isinstance(action, Sequence) and not isinstance(action, str):
         if any(isinstance(one, Mapping | tuple) for one in action):
             return torch.from_numpy(np.stack([flat(spec, one) for one in action]))
@@ -144,6 +152,16 @@ def _by_part(action: Action, card: DataCard) -> Tensor | None:
         if not action or any(isinstance(one, str) for one in action):
             return torch.from_numpy(flat(spec, action))
     return None
+
+
+def _are_vectors(action: Sequence[Any], spec: ConditionSpec) -> bool:
+    """Whether a list is a vector of actions, or one of vectors, and not one of parts."""
+    several = (Sequence, np.ndarray)
+    rows = action if all(isinstance(one, several) for one in action) else [action]
+    return all(
+        len(row) == spec.action_dim and not any(isinstance(one, several) for one in row)
+        for row in rows
+    )
 
 
 def _of_type(actions: Tensor, card: DataCard) -> Tensor:

@@ -20,11 +20,13 @@ from scd.common.runtime import derive_seed
 from scd.data.clip import Batch
 from scd.data.loader import Loader
 from scd.data.source import Source, open_source
+from scd.data.spaces import ActionPart
 from scd.evaluation.image import bootstrap
 from scd.evaluation.inverse_dynamics import (
     InverseDynamics,
     InverseDynamicsConfig,
     TrainedInverseDynamics,
+    error_of,
     load_inverse_dynamics,
     pairs,
     save_inverse_dynamics,
@@ -154,15 +156,16 @@ class InverseDynamicsObjective(Objective):
         features = model.raw_features(*pairs(frames))
         read, distortion = model.readings(features)
         actions = pair_actions(batch)
-        if model.config.conditions.num_actions:
-            of_actions = F.cross_entropy(read, actions)
-            right = (read.argmax(-1) == actions).float().mean()
-        else:
-            of_actions = F.mse_loss(read, model.standard_actions(actions))
-            right = 1 - of_actions.detach()
+        # Each part is learnt as it would be alone.
+        of_parts = model.losses(read, actions)
+        of_actions = of_parts.sum()
+        errors = [error_of(*one).mean() for one in model.by_part(read.detach(), actions)]
         of_distortions = F.mse_loss(distortion, rearrange(levels[:, 1:], "b t two -> (b t) two"))
-        logs = {"actions": of_actions.detach(), "distortions": of_distortions.detach()}
-        return of_actions + of_distortions, {"right": right} | logs
+        logs = {"right": 1 - torch.stack(errors).mean(), "actions": of_actions.detach()}
+        if len(model.parts) > 1:
+            names = (f"actions/{part.name}" for part in model.parts)
+            logs |= dict(zip(names, of_parts.detach(), strict=True))
+        return of_actions + of_distortions, logs | {"distortions": of_distortions.detach()}
 
 
 def distort(
@@ -192,7 +195,7 @@ def pair_actions(batch: Batch) -> Tensor:
 
 
 def _standardise_actions(network: InverseDynamics, loader: Loader) -> None:
-    if network.config.conditions.action_dim:
+    if any(part.space == "Box" for part in network.parts):
         batches = [loader.batch(index) for index in range(NUM_STANDARD)]
         actions = torch.cat([pair_actions(batch) for batch in batches])
         network.standardise(None, actions)
@@ -213,8 +216,9 @@ def measure_held_out(
     """Measure how well a model reads the actions of real clips that it has not seen.
 
     Returns:
-        Discrete actions: accuracy with its interval over clips, and the share of the most frequent
-        action, which is what guessing gives. Continuous ones: error, as `InverseDynamics.errors`.
+        Of choices and keys: accuracy with its interval over clips, and the share of the most
+        frequent one, which is what guessing gives. Of boxes: error, as `InverseDynamics.errors`.
+        Where an action has several parts, these by their names.
     """
     num_clips = min(MAX_HELD_OUT, count_windows(source, num_frames))
     windows = choose_windows(source, num_clips, num_frames, seed)
@@ -226,20 +230,38 @@ def measure_held_out(
         of_pairs = network.errors(features, actions)
         errors.append(of_pairs.unflatten(0, (len(batch.frames), -1)).mean(1).cpu())
         seen.append(actions.cpu())
-    of_clips, clips = torch.cat(errors), {"clips": num_clips, "pairs": num_clips * (num_frames - 1)}
-    if network.config.conditions.num_actions:
-        estimate = bootstrap(1 - of_clips, seed=seed)
-        counts = torch.cat(seen).bincount(minlength=network.config.conditions.num_actions)
-        most = (counts.max() / counts.sum()).item()
-        return {"accuracy": to_json(estimate), "most_frequent": most} | clips
-    return {"error": to_json(bootstrap(of_clips, seed=seed))} | clips
+    of_clips, first, found = torch.cat(errors), 0, {}
+    entries = torch.cat(seen).unflatten(0, (-1, 1)).flatten(1)
+    for at, part in enumerate(network.parts):
+        own, first = entries[:, first : first + part.size], first + part.size
+        found[part.name] = _measured(part, of_clips[:, at], own, seed)
+    clips = {"clips": num_clips, "pairs": num_clips * (num_frames - 1)}
+    return ({"parts": found} if len(found) > 1 else found[network.parts[0].name]) | clips
+
+
+def _measured(part: ActionPart, errors: Tensor, entries: Tensor, seed: int) -> dict[str, Any]:
+    """Return how well a part is read, of its errors by clip and its true entries."""
+    if part.space == "Box":
+        return {"error": to_json(bootstrap(errors, seed=seed))}
+    counts = [one.long().bincount() for one in entries.unbind(1)]
+    most = [(one.max() / one.sum()).item() for one in counts]
+    estimate = to_json(bootstrap(1 - errors, seed=seed))
+    return {"accuracy": estimate, "most_frequent": sum(most) / len(most)}
 
 
 def readable(held_out: Mapping[str, Any]) -> str:
-    """Say in one line for people how well a model reads."""
-    name = "accuracy" if "accuracy" in held_out else "error"
-    value = held_out[name]
-    line = f"held-out {name} {value['mean']:.3f} [{value['ci_low']:.3f}, {value['ci_high']:.3f}]"
-    if "most_frequent" in held_out:
-        line += f", always the most frequent action: {held_out['most_frequent']:.3f}"
-    return f"{line}; {held_out['clips']} clips, {held_out['pairs']} pairs"
+    """Say for people how well a model reads, in a line for each part of an action."""
+    parts = held_out.get("parts", {"": held_out})
+    lines = [_line(name, values) for name, values in parts.items()]
+    lines[-1] += f"; {held_out['clips']} clips, {held_out['pairs']} pairs"
+    return "\n".join(lines)
+
+
+def _line(part: str, values: Mapping[str, Any]) -> str:
+    name = "accuracy" if "accuracy" in values else "error"
+    value, of = values[name], f" of {part}" if part else ""
+    line = f"held-out {name}{of} {value['mean']:.3f}"
+    line += f" [{value['ci_low']:.3f}, {value['ci_high']:.3f}]"
+    if "most_frequent" in values:
+        line += f", always the most frequent action: {values['most_frequent']:.3f}"
+    return line

@@ -8,7 +8,7 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
 
 from scd.common.config import from_json, to_json
-from scd.data.actions import by_part, conditions_of, flat, named, space_of, unflat
+from scd.data.actions import by_part, conditions_of, flat, in_names, named, space_of, unflat
 from scd.data.clip import check_actions
 from scd.data.spaces import ActionPart, ConditionSpec
 from tests.tiny import COMPOSITE, PARTS
@@ -53,6 +53,19 @@ def test_a_space_and_its_actions_come_back(space):
     if not spec.num_actions:
         assert again.contains(unflat(spec, spec.idle_action))
         assert len(values) == spec.action_dim
+
+
+def test_an_action_is_said_by_the_names_of_its_keys_and_choices():
+    vector = [1.0, 0.0, 0.0, 1.0, 0.5, -0.25, 2.0, 1.0, 1.0]
+    said = {"keys": ["w", "d"], "mouse": [0.5, -0.25], "pad": [[2, 1], 0]}
+    assert in_names(COMPOSITE, vector) == said
+    assert flat(COMPOSITE, said).tolist() == vector
+    assert in_names(COMPOSITE, COMPOSITE.idle_action)["keys"] == []
+    names = {"weapon": ("fist", "bow", "axe")}
+    choice = conditions_of(Dict(weapon=Discrete(3), keys=MultiBinary(2)), names)
+    assert in_names(choice, [2.0, 0.0, 1.0]) == {"keys": [0, 1], "weapon": "axe"}
+    assert in_names(conditions_of(Tuple([Discrete(2), Box(-1, 1, (2,))])), [1.0, 0.5, 0.0]) == [
+        1, [0.5, 0]]  # fmt: skip
 
 
 def test_plain_spaces_are_as_they_were():

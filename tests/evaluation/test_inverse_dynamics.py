@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from scd.cli import main
+from scd.data.actions import conditions_of
 from scd.data.clip import Batch, Clip, Conditions
 from scd.data.source import DataCard, Source
 from scd.data.spaces import ConditionSpec
@@ -19,9 +22,10 @@ from scd.evaluation.inverse_dynamics import (
     ReadActions,
     TrainedInverseDynamics,
     cost_volume,
+    error_of,
     load_inverse_dynamics,
     pairs,
-    parts_of,
+    quarters_of,
     save_inverse_dynamics,
 )
 from scd.evaluation.metrics import (
@@ -120,7 +124,7 @@ def test_continuous_actions_are_read_by_regression(tmp_path, monkeypatch):
     features = network.features(*pairs(Slides().read(0, 0, 12).frames[None]))
     mean = network.action_mean.expand(11, 1)
     read, _ = network.readings(features * network.feature_deviation + network.feature_mean)
-    assert torch.allclose(network.errors(features, mean), read[:, 0].square(), atol=1e-5)
+    assert torch.allclose(network.errors(features, mean), read.square(), atol=1e-5)
     assert network.action_mean.item() == pytest.approx(100, abs=1)
     assert network.action_deviation.item() == pytest.approx(5 * math.sqrt(2 / 3), rel=0.1)
 
@@ -367,7 +371,7 @@ def test_estimate_is_the_distance_of_all_frames_and_its_interval_narrows():
     ("horizon", "ends"), [(1, [1]), (3, [1, 2, 3]), (8, [2, 4, 6, 8]), (9, [2, 4, 6, 9])]
 )
 def test_quarters_of_a_horizon(horizon, ends):
-    parts = parts_of(horizon)
+    parts = quarters_of(horizon)
     assert [part.stop for part in parts] == ends
     assert [part.start for part in parts] == [0, *ends[:-1]]
 
@@ -377,3 +381,112 @@ def test_command_line(folder, tmp_path, capsys):
     assert main(["train-judge", "--data", folder, "--out", str(tmp_path / "j"), *flags]) == 2
     assert "split 'train' has no readable episodes" in capsys.readouterr().err
     assert not (tmp_path / "j").exists()
+
+
+class Parted(Stripes):
+    """The same, told by keys (left, right), a mode that nothing shows, and how far, times 5."""
+
+    space = Dict(
+        {
+            "keys": MultiBinary(2),
+            "mode": Discrete(3),
+            "way": Box(-10.0, 10.0, (1,)),
+        }
+    )
+    card = replace(
+        Stripes.card,
+        conditions=conditions_of(space, {"keys": ("left", "right")}),
+        action_names=("left", "right", "mode", "way_0"),
+    )
+
+    def _read(self, episode, start, num_frames):
+        clip = super()._read(episode, start, num_frames)
+        way = clip.actions - 1
+        mode = torch.randint(3, (12,), generator=generator(1000 + episode))
+        mode = mode[start : start + num_frames]
+        vector = torch.stack([way < 0, way > 0, mode, 5 * way], dim=1).float()
+        return replace(clip, actions=vector)
+
+
+def test_every_part_of_an_action_is_read_for_itself(tmp_path, monkeypatch):
+    judge = trained(Parted(), tmp_path, monkeypatch, steps=150)
+    parts = judge.held_out["parts"]
+    assert list(parts) == ["keys", "mode", "way"]
+    assert parts["keys"]["accuracy"]["mean"] > parts["keys"]["most_frequent"] + 0.1
+    # Nothing of the mode can be seen.
+    assert parts["mode"]["accuracy"]["mean"] < 0.5
+    assert parts["way"]["error"]["mean"] < 0.4
+    said = training.readable(judge.held_out).splitlines()
+    assert [line.partition(" [")[0].split()[1:4:2] for line in said] == [
+        ["accuracy", "keys"], ["accuracy", "mode"], ["error", "way"]]  # fmt: skip
+    # Keys and choices stay as they are; values are in units of their spread.
+    network = judge.network
+    assert network.action_mean[:3].tolist() == [0, 0, 0]
+    assert network.action_deviation[:3].tolist() == [1, 1, 1]
+    assert network.action_deviation[3].item() == pytest.approx(5 * math.sqrt(2 / 3), rel=0.1)
+    # By hand: 2 keys, 3 choices, 1 value.
+    clip = Parted().read(0, 0, 12)
+    features = network.features(*pairs(clip.frames[None]))
+    read, _ = network.readings(features * network.feature_deviation + network.feature_mean)
+    actions = clip.actions[1:]
+    value = (actions[:, 3] - network.action_mean[3]) / network.action_deviation[3]
+    by_hand = torch.stack(
+        [
+            ((read[:, :2] > 0).float() - actions[:, :2]).abs().mean(1),
+            (read[:, 2:5].argmax(1) != actions[:, 2]).float(),
+            (read[:, 5] - value).square(),
+        ],
+        dim=1,
+    )
+    assert torch.allclose(network.errors(features, actions), by_hand, atol=1e-5)
+    losses = network.losses(read, actions)
+    assert losses[0] == binary_cross_entropy_with_logits(read[:, :2], actions[:, :2])
+    assert losses[1] == cross_entropy(read[:, 2:5], actions[:, 2].long())
+    assert losses[2].item() == pytest.approx(by_hand[:, 2].mean().item(), rel=1e-5)
+
+
+def test_an_evaluation_has_rows_for_every_part():
+    judge = untrained(Parted.card)
+    clips = Batch.of([Parted().read(episode, 0, 6) for episode in range(12)])
+    seen = Seen(
+        predicted=clips.frames,
+        true=clips.frames,
+        context=1,
+        steering=clips.conditions.frames(1, None),
+        shuffled=False,
+        is_first=True,
+    )
+    metric = ReadActions(Protocol(horizon=5), judge)
+    measured = {
+        name: {key: value[:, None] for key, value in numbers.items()}
+        for name, numbers in metric.measure(seen).items()
+    }
+    rows = {
+        (kind, horizon): one.mean
+        for horizon, kind, name, one in metric.estimates(measured)
+        if name == "model" and kind.startswith("control")
+    }
+    names = {"control", "control/keys", "control/mode", "control_error", "control_error/way"}
+    assert set(rows) == {(name, horizon) for name in names for horizon in (1, 2, 3, 4, 5, None)}
+    errors = judge.network.errors(
+        judge.network.features(*pairs(clips.frames)), clips.conditions.actions[:, 1:].flatten(0, 1)
+    ).mean(0)
+    assert rows["control/keys", None] == pytest.approx(1 - errors[0].item())
+    assert rows["control/mode", None] == pytest.approx(1 - errors[1].item())
+    assert rows["control_error/way", None] == pytest.approx(errors[2].item())
+    assert rows["control", None] == pytest.approx(1 - errors[:2].mean().item())
+    assert rows["control_error", None] == rows["control_error/way", None]
+    assert metric.by_clip(measured)["action_error"].shape == (12, 1)
+
+
+def test_choices_in_several_entries_are_read_each_by_its_own():
+    spec = conditions_of(MultiDiscrete([2, 3]))
+    judge = InverseDynamics(InverseDynamicsConfig(conditions=spec, width=16), 8, 8)
+    read = torch.tensor([[9.0, 0, 0, 9, 0], [0, 9, 9, 0, 0]])
+    actions = torch.tensor([[0.0, 1], [1, 2]])
+    ((part, outputs, entries),) = judge.by_part(read, actions)
+    assert error_of(part, outputs, entries).tolist() == [0, 0.5]
+    assert judge.losses(read, actions).item() == pytest.approx(
+        (cross_entropy(read[:, :2], actions[:, 0].long())
+        + cross_entropy(read[:, 2:], actions[:, 1].long())).item() / 2
+    )  # fmt: skip

@@ -40,6 +40,7 @@ def test_frames_say_the_parts_that_led_to_them_in_whatever_form_they_were_given(
             client.create(seed=3) if client.state is None else client.reset(seed=3)
             (frame,) = client.step(given)
             assert frame.header.action == VECTOR
+            assert frame.header.parts == GIVEN[0]
             pixels.append(frame.pixels)
         assert all((one == pixels[0]).all() for one in pixels)
         # What the space draws is an action; a held one leads to the frames that come.
@@ -78,6 +79,7 @@ def test_parts_of_a_world_without_any_are_refused():
         client.create()
         with pytest.raises(Refused, match="is a number from 0 to 3, got parts"):
             client.step({"keys": ["w"]})
+        assert client.step(1)[0].header.parts is None
 
 
 def test_a_world_tells_its_key_map_over_both_ways():

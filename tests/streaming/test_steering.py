@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, MultiBinary
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
-from scd.data.actions import conditions_of
+from scd.data.actions import by_part, conditions_of
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
 from scd.streaming.environment import WorldEnv, WorldVectorEnv
@@ -300,6 +300,30 @@ def test_keys_and_mouse_mean_entries_of_any_part():
     one = conditions_of(MultiBinary(2))
     card = DataCard(height=4, width=6, fps=10.0, conditions=one, action_names=("a", "b"))
     assert as_actions([1, 0], card, 3).tolist() == [[1, 0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("space", "one", "vector"),
+    [
+        (Tuple([MultiBinary(2), Discrete(3)]), [[1, 0], 2], [1, 0, 2]),
+        (Tuple([MultiBinary(2), MultiBinary(2)]), [[1, 0], [0, 1]], [1, 0, 0, 1]),
+        (Tuple([Box(-1, 1, (1,)), Box(-1, 1, (1,))]), [[0.5], [-1]], [0.5, -1]),
+        (Tuple([Tuple([MultiBinary(2), Discrete(3)]), MultiDiscrete([2, 3])]),
+         [[[1, 0], 2], [1, 2]], [1, 0, 2, 1, 2]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_parts_by_place_may_be_lists_as_json_has_them(space, one, vector):
+    spec = conditions_of(space)
+    card = DataCard(height=4, width=6, fps=10.0, conditions=spec, action_names=spec.action_names)
+    for given in (one, tuple(one), vector, [*one[:-1], np.array(one[-1])]):
+        assert as_actions(given, card, 2).tolist() == [vector, vector]
+    other = [0.0] * len(vector)
+    idle = by_part(spec, other)
+    assert as_actions([one, idle], card, 2).tolist() == [vector, other]
+    assert as_actions([vector, other], card, 2).tolist() == [vector, other]
+    with pytest.raises(ValueError):
+        as_actions([*one, 0], card, 2)
 
 
 @pytest.mark.parametrize(
