@@ -45,11 +45,11 @@ done
 # All passes of the network over a latent frame, with operations and bytes by formula beside.
 # shellcheck disable=SC2086
 once bench scd bench --model "$out/separable,$out/dense" --context "$contexts" --steps 2,4 \
-  --engine plain --precision "$precision" --device "$device" $rounds --json "$results/bench.jsonl"
+  --engine plain,fast --precision "$precision" --device "$device" $rounds --json "$results/bench.jsonl"
 # In turns, so that whatever else the machine does meets both.
 # shellcheck disable=SC2086
-once compare scd bench compare --a "model=$out/dense engine=plain" \
-  --b "model=$out/separable engine=plain" --context "$window" --steps 4 --rounds 3 --frames 5 \
+once compare scd bench compare --a "model=$out/dense engine=fast" \
+  --b "model=$out/separable engine=fast" --context "$window" --steps 4 --rounds 3 --frames 5 \
   --precision "$precision" --device "$device" --json "$results/compare.jsonl"
 
 # Five seconds of video: first frame, denoise-only, and end to end by decoder.

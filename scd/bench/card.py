@@ -12,9 +12,9 @@ from typing import Any, TextIO
 import torch
 
 from scd import __version__
-from scd.common.config import Precision
+from scd.common.config import StreamPrecision
 from scd.common.provenance import hardware_line, provenance
-from scd.common.runtime import DTYPES, describe_hardware, synchronize
+from scd.common.runtime import STREAM_DTYPES, describe_hardware, synchronize
 
 ON_THE_CARD = ("hardware", "versions", "timed", "command", "limits")
 """What all rows have in common and the screen shows once."""
@@ -33,7 +33,7 @@ COPY_BYTES = {"cpu": 2**28, "mps": 2**28, "cuda": 2**30}
 class Limits:
     """The best rates that a device reached, at one precision."""
 
-    precision: Precision
+    precision: StreamPrecision
     """Of the matrix products."""
     matmul_flops_per_s: float
     """Operations per second of a large square product, the best of several."""
@@ -45,7 +45,7 @@ class Limits:
         return max(flops / self.matmul_flops_per_s, num_bytes / self.copy_bytes_per_s)
 
 
-def measure_limits(device: torch.device, precision: Precision, seconds: float) -> Limits:
+def measure_limits(device: torch.device, precision: StreamPrecision, seconds: float) -> Limits:
     """Measure a device.
 
     Args:
@@ -54,8 +54,7 @@ def measure_limits(device: torch.device, precision: Precision, seconds: float) -
         seconds: that each of the measurements takes, about.
     """
     flops_per_s = max(
-        _matmul_rate(device, DTYPES[precision], size, seconds / 2)
-        for size in MATMUL_SIZES[device.type]
+        _matmul_rate(device, precision, size, seconds / 2) for size in MATMUL_SIZES[device.type]
     )
     return Limits(
         precision=precision,
@@ -64,7 +63,13 @@ def measure_limits(device: torch.device, precision: Precision, seconds: float) -
     )
 
 
-def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float) -> float:
+def _matmul_rate(
+    device: torch.device, precision: StreamPrecision, size: int, seconds: float
+) -> float:
+    if precision == "int8":
+        whole = torch.randint(-127, 128, (size, size), dtype=torch.int8, device=device)
+        return 2 * size**3 / _best_s(lambda: torch.ops.aten._int_mm(whole, whole), device, seconds)
+    dtype = STREAM_DTYPES[precision]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     result = torch.empty(size, size, device=device, dtype=dtype)
     return 2 * size**3 / _best_s(lambda: torch.mm(left, right, out=result), device, seconds)
@@ -98,9 +103,9 @@ class LimitsOfDevice:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._measured: dict[Precision, Limits] = {}
+        self._measured: dict[StreamPrecision, Limits] = {}
 
-    def at(self, precision: Precision) -> Limits:
+    def at(self, precision: StreamPrecision) -> Limits:
         """Return the limits at a precision."""
         if precision not in self._measured:
             self._measured[precision] = measure_limits(self.device, precision, LIMIT_SECONDS)
@@ -128,7 +133,7 @@ def card(device: torch.device, timed: str) -> dict[str, Any]:
 
 
 def print_card(
-    card: Mapping[str, Any], limits: LimitsOfDevice, precisions: list[Precision]
+    card: Mapping[str, Any], limits: LimitsOfDevice, precisions: list[StreamPrecision]
 ) -> None:
     """Print the card for people, and the limits that it measures for it."""
     versions = ", ".join(f"{name} {version}" for name, version in card["versions"].items())

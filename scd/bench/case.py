@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from scd.bench.models import Subject, find_subject
-from scd.common.config import Precision, at_least
-from scd.common.runtime import DTYPES
+from scd.common.config import StreamPrecision, at_least
+from scd.common.runtime import STREAM_DTYPES
 from scd.models.build import frame_cost
 from scd.models.config import EngineKind, GuidanceKind, Join, SamplingConfig
 from scd.models.cost import FrameCost, Load
@@ -36,7 +36,7 @@ class Case:
     """Streams that are stepped independently of each other, each at its own step."""
     guidance: GuidanceKind = "none"
     """Branch that frames are pushed away from."""
-    precision: Precision = "fp32"
+    precision: StreamPrecision = "fp32"
     """Of weights, memory and products."""
 
     def __post_init__(self) -> None:
@@ -94,8 +94,11 @@ class Case:
                 f"context {self.context} leaves no room beside the first frames that "
                 f"{self.model} always remembers, {config.cache.num_sinks}"
             )
-        if self.engine == "fast" and not config.has_fast_engine:
-            raise ValueError(f"{self.model} has no fast engine yet: engine must be plain")
+        if self.precision == "int8" and (self.engine != "fast" or not config.takes_text):
+            raise ValueError(
+                f"precision int8 is for the fast engine of Wan models, not for {self.model} by the "
+                f"{self.engine} engine"
+            )
         if self.sessions > 1 and self.batch > 1:
             raise ValueError(
                 f"several sessions have one stream each: got sessions={self.sessions} and "
@@ -118,7 +121,7 @@ class Case:
             batch=self.batch * self.sessions,
             branches=1 if self.guidance == "none" else 2,
             memories=2 if self.guidance == "conditions" else 1,
-            bytes_per_value=DTYPES[self.precision].itemsize,
+            bytes_per_value=STREAM_DTYPES[self.precision].itemsize,
         )
         return frame_cost(self.subject.config, load)
 
@@ -127,7 +130,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "engine": get_args(EngineKind),
     "join": get_args(Join),
     "guidance": get_args(GuidanceKind),
-    "precision": get_args(Precision),
+    "precision": get_args(StreamPrecision),
 }
 """Values of the fields of a case that are one of some words."""
 

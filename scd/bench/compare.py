@@ -15,9 +15,9 @@ from scd.bench.case import Case, numbers, parse_case
 from scd.bench.settings import CompareConfig
 from scd.bench.streams import TimedStreams
 from scd.bench.timing import Effort, warm_up, whole_and_denoise
-from scd.common.config import Precision, to_json
+from scd.common.config import StreamPrecision, to_json
 from scd.common.memory import check_free, out_of_memory_named, release
-from scd.common.runtime import choose_device, cpu_threads
+from scd.common.runtime import choose_device, choose_stream_precision, cpu_threads
 from scd.models.config import SeparableConfig
 
 TIMED = (
@@ -49,9 +49,11 @@ def _compare(config: CompareConfig) -> list[dict[str, Any]]:
     results = []
     try:
         limits, common = LimitsOfDevice(device), card(device, TIMED)
-        precisions: list[Precision] = [case.precision for pair in pairs for case in pair]
+        precisions: list[StreamPrecision] = [case.precision for pair in pairs for case in pair]
         precisions = list(dict.fromkeys(precisions))
         print_card(common, limits, precisions)
+        for precision in precisions:
+            choose_stream_precision(precision, device)
         for a, b in pairs:
             result = {
                 **compare_pair(a, b, device, limits, config.rounds, config.frames),

@@ -17,7 +17,7 @@ from scd.bench.streams import TimedStreams
 from scd.bench.timing import TIMED, Effort, time_case
 from scd.common.config import to_json
 from scd.common.memory import OutOfMemory, release
-from scd.common.runtime import choose_device, cpu_threads
+from scd.common.runtime import choose_device, choose_stream_precision, cpu_threads
 from scd.models.config import SeparableConfig
 
 DEFAULT_CONTEXTS = "16,64,144,300"
@@ -43,6 +43,8 @@ def _bench(config: BenchConfig) -> list[dict[str, Any]]:
     device = choose_device(config.device)
     effort = Effort(frames=config.frames, seconds=config.seconds)
     cases = cases_of(config)
+    for case in cases:
+        choose_stream_precision(case.precision, device)
     file = RowFile(config.json, config.append)
     rows, refused = [], []
     try:
@@ -96,7 +98,7 @@ def cases_of(config: BenchConfig) -> list[Case]:
                 "context": _contexts(config.context, subjects[model].config.cache.window),
                 "steps": _steps(config.steps, subjects[model]),
                 "join": joins if joins and model in separable else [None],
-                "engine": _engines(config.engine, subjects[model]),
+                "engine": names("engine", config.engine),
             }
         )
     return cases
@@ -106,11 +108,6 @@ def _contexts(text: str, window: int) -> Sequence[int]:
     if text:
         return numbers("context", text)
     return [c for c in numbers("context", DEFAULT_CONTEXTS) if c <= window] or [window]
-
-
-def _engines(text: str, subject: Subject) -> Sequence[str]:
-    default = not subject.config.has_fast_engine and text == BenchConfig.engine
-    return ["plain"] if default else names("engine", text)
 
 
 def _steps(text: str, subject: Subject) -> Sequence[int]:

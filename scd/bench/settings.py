@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from scd.common.config import Precision, Threads, at_least, check_threads
+from scd.common.config import StreamPrecision, Threads, at_least, check_threads
 from scd.models.config import EngineKind
 
 
@@ -29,10 +29,10 @@ class BenchConfig:
     guidance: str = "none"
     """none, context_noise (separable models), conditions (models with actions, labels or text)."""
     precision: str = "fp32"
-    """fp32, bf16: of weights, memory and products."""
+    """fp32, bf16: of weights, memory and products; int8: of the weights and products of the blocks
+    of Wan models, whose rest is bf16."""
     engine: str = "plain,fast"
-    """plain: the model as it is written; fast: laid out for the machine (not for Wan models, which
-    have the plain one only)."""
+    """plain: the model as it is written; fast: laid out for the machine."""
     join: str = ""
     """Joins of separable models' decoders: token_concat, token_concat_projected, channel_concat,
     add, prefix. Empty: each model's own."""
@@ -68,7 +68,7 @@ class CompareConfig:
     """Denoising steps per frame, likewise. Empty: as each trained world says, 10 for all else."""
     batch: str = "1"
     """Streams that are stepped together, likewise."""
-    precision: Precision = "fp32"
+    precision: StreamPrecision = "fp32"
     """Of weights, memory and products, where a spec says nothing."""
     engine: EngineKind = "fast"
     """What runs the models, where a spec says nothing."""

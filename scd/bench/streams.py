@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.bench.case import Case
-from scd.common.runtime import DTYPES, make_generator, synchronize
+from scd.common.runtime import STREAM_DTYPES, make_generator, synchronize
 from scd.data.clip import Conditions
 from scd.engine.interface import Engine
 from scd.engine.open import open_engine
@@ -31,7 +31,7 @@ class Timed:
     def __init__(self, case: Case, device: torch.device) -> None:
         """Build the engine; `cold_start_s` says how long that took, the weights being there."""
         self.case, self.device = case, device
-        self.world = case.subject.load(device, DTYPES[case.precision])
+        self.world = case.subject.load(device, STREAM_DTYPES[case.precision])
         self.world.sampling = case.sampling
         synchronize(device)
         began = time.perf_counter()

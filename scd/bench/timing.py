@@ -34,8 +34,9 @@ TIMED = (
     "latencies, and with one session seconds per frame; "
     "cold_start_s builds the engine from weights in memory; first_frame_s is from nothing to the "
     "first pixels right after that, compilation included, first_frame_warm_s the same once all is "
-    "warm; peak_memory_bytes is the growth while building and running; flops, bytes and memory "
-    "needed are by formula, of all streams; fraction_of_limit = max(flops / measured product "
+    "warm; peak_memory_bytes is the growth while building and running, resident_memory_bytes what "
+    "of it stays while frames are made; flops, bytes and memory needed are by formula, of all "
+    "streams; fraction_of_limit = max(flops / measured product "
     "rate, bytes / measured copy bandwidth) / seconds without the autoencoder"
 )
 """What the numbers of a row mean."""
@@ -99,7 +100,7 @@ def _measure(streams: TimedStreams, effort: Effort, peak: PeakMemory) -> dict[st
     warm_up(streams)
     parts = time_parts(streams, effort)
     whole, denoise = whole_and_denoise(streams, effort, parts)
-    peak_bytes = peak.bytes()
+    peak_bytes, resident_bytes = peak.bytes(), peak.held()
     return {
         "seconds_per_frame_median": median(whole),
         "p90_s": quantile(whole, 0.90),
@@ -117,6 +118,7 @@ def _measure(streams: TimedStreams, effort: Effort, peak: PeakMemory) -> dict[st
         "first_frame_s": first_s,
         "first_frame_warm_s": _first_frame_s(streams),
         "peak_memory_bytes": peak_bytes,
+        "resident_memory_bytes": resident_bytes,
     }
 
 
@@ -130,7 +132,7 @@ def _measure_sessions(sessions: TimedSessions, effort: Effort, peak: PeakMemory)
     # On a GPU waiting between the parts would keep the host from running ahead.
     is_cpu = sessions.device.type == "cpu"
     whole = timed if is_cpu else sessions.play(num_frames, effort.seconds)
-    peak_bytes = peak.bytes()
+    peak_bytes, resident_bytes = peak.bytes(), peak.held()
     part_s = {part: sum(spent) / len(timed.latencies) for part, spent in timed.parts.items()}
     frame_s = whole.seconds / len(whole.latencies)
     return {
@@ -150,6 +152,7 @@ def _measure_sessions(sessions: TimedSessions, effort: Effort, peak: PeakMemory)
         "first_frame_s": first_s,
         "first_frame_warm_s": sessions.first_frame(),
         "peak_memory_bytes": peak_bytes,
+        "resident_memory_bytes": resident_bytes,
     }
 
 

@@ -17,6 +17,13 @@ stay 32 bit either way; a stream in bf16 keeps weights and memory in bfloat16 to
 PrecisionChoice = Literal["auto", "fp32", "bf16"]
 """A precision, or auto: bf16 where the device has instructions for it, else fp32."""
 
+StreamPrecision = Literal["fp32", "bf16", "int8"]
+"""Arithmetic of a stream: a precision, or int8: the weights of the blocks of a Wan model in 8 bits
+and products of whole numbers, all else in bfloat16."""
+
+StreamPrecisionChoice = Literal["auto", "fp32", "bf16", "int8"]
+"""The same, or auto: bf16 where the device has instructions for it, else fp32."""
+
 Threads = int | Literal["auto"]
 """CPU threads: a number, or one that is chosen by what is measured."""
 

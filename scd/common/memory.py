@@ -158,6 +158,13 @@ class PeakMemory:
         self._peak = max(self._peak, now - self._before)
         return self._peak
 
+    def held(self) -> int:
+        """Return what is held now, beyond what was held before; less than at the peak."""
+        release()
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device) - self._before
+        return psutil.Process().memory_info().rss - self._before
+
 
 def readable(num_bytes: int) -> str:
     """Return a size for people."""

@@ -14,8 +14,21 @@ from typing import cast, get_args
 
 import torch
 
-from scd.common.config import Precision, PrecisionChoice, Threads
+from scd.common.config import (
+    Precision,
+    PrecisionChoice,
+    StreamPrecision,
+    StreamPrecisionChoice,
+    Threads,
+)
 from scd.common.files import text_lines
+
+STREAM_DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.bfloat16,
+}
+"""Type of what is not in 8 bits, at each precision of a stream."""
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Type of a stream's weights and memory at each precision."""
@@ -80,6 +93,29 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     if name != "auto":
         return cast(Precision, name)
     return "bf16" if has_fast_bf16(device) else "fp32"
+
+
+INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni")
+"""Instructions of CPUs that multiply whole numbers of 8 bits and add in 32."""
+
+
+def choose_stream_precision(name: str, device: torch.device) -> StreamPrecision:
+    """Return the named precision of a stream; int8 where the device can, else as for training.
+
+    Raises:
+        ValueError: no such precision, or one that the device lacks.
+    """
+    if name != "int8":
+        if name not in (known := get_args(StreamPrecisionChoice)):
+            raise ValueError(f"precision must be one of {list(known)}, got {name!r}")
+        return choose_precision(name, device)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        raise ValueError(
+            f"precision int8 needs a CPU with VNNI and oneDNN, the device is {device}: give bf16"
+        )
+    if not any(flag in cpu_flags() for flag in INT8_INSTRUCTIONS):
+        raise ValueError("precision int8 needs a CPU with VNNI, this one has none: give bf16")
+    return "int8"
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -7,16 +7,21 @@ import copy
 import torch
 
 from scd.common.config import Threads
-from scd.common.runtime import DTYPES, choose_precision
+from scd.common.runtime import STREAM_DTYPES, choose_stream_precision
 from scd.engine.dense import FastDense
+from scd.engine.int8 import Int8Linear
 from scd.engine.interface import Engine
+from scd.engine.layers import PackedLinear
 from scd.engine.plain import PlainEngine
 from scd.engine.separable import FastSeparable
+from scd.engine.wan import FastWanDense, FastWanSeparable
+from scd.engine.wan_stack import Maps
 from scd.models.build import Diffuser
 from scd.models.config import ENGINES
-from scd.models.dense import DenseDiffuser
 from scd.models.kinds import ModelConfig
 from scd.models.separable import SeparableDiffuser
+from scd.models.wan.dense import WanDiffuser
+from scd.models.wan.separable import WanSeparableDiffuser
 
 SMALL_PRODUCT = 2**26
 """Operations of a frame's largest product up to which a second CPU thread gains nothing, and loses
@@ -57,18 +62,23 @@ def open_engine(
     Args:
         model: its weights.
         kind: "plain" runs the model as it is written; "fast" lays its weights out for the machine.
-        precision: of weights, KV cache and products; auto: what the device has instructions for.
+        precision: of weights, KV cache and products; auto: what the device has instructions for;
+            int8: weights of the blocks and their products in 8 bits, the rest in bfloat16.
         release: let the engine take the weights over, so that they exist once; the model itself
             cannot be used afterwards. False: its weights stay as they are. Either way it is put in
             eval mode.
 
     Raises:
-        ValueError: no such kind of engine, none for this kind of model, or no such precision.
+        ValueError: no such kind of engine or precision, or one that the model or the device lacks.
     """
     if kind not in ENGINES:
         raise ValueError(f"engine must be one of {list(ENGINES)}, got {kind!r}")
     device = next(model.parameters()).device
-    dtype = DTYPES[choose_precision(precision, device)]
+    chosen = choose_stream_precision(precision, device)
+    if chosen == "int8" and (kind != "fast" or not model.config.takes_text):
+        raise ValueError("precision int8 is for the fast engine of Wan models: give bf16")
+    dtype = STREAM_DTYPES[chosen]
+    maps: Maps = Int8Linear if chosen == "int8" else PackedLinear
     changes = next(model.parameters()).dtype != dtype
     mine = release or changes
     if changes:
@@ -77,6 +87,8 @@ def open_engine(
         return PlainEngine(model)
     if isinstance(model, SeparableDiffuser):
         return FastSeparable(model, free=mine)
-    if not isinstance(model, DenseDiffuser):
-        raise ValueError("there is no fast engine for Wan models yet: engine must be 'plain'")
+    if isinstance(model, WanSeparableDiffuser):
+        return FastWanSeparable(model, free=mine, maps=maps)
+    if isinstance(model, WanDiffuser):
+        return FastWanDense(model, free=mine, maps=maps)
     return FastDense(model, free=mine)

@@ -12,8 +12,8 @@ from torch import Tensor
 from scd.common.config import at_least
 from scd.common.runtime import finest
 from scd.engine.interface import Engine
-from scd.engine.separable import DecoderRows, FastSeparable, side_by_side
-from scd.models.config import SeparableConfig, Solver
+from scd.engine.rows import RowEngine
+from scd.models.config import Solver
 from scd.models.embed import from_patches, to_patches
 from scd.models.flow import Evaluation, check_step_noise, evaluations, guide
 
@@ -81,7 +81,7 @@ Owner = tuple[PoolFrame, int]
 class FramePool:
     """Rows of frames on their way from noise; `advance` makes the next call of the network for all.
 
-    With the fast separable engine that is one call for all frames together: its decoder sees a
+    With a fast separable engine that is one call for all frames together: its decoder sees a
     frame and its context, no past. Every other engine reads a stream's past in each call, so each
     frame has a call of its own: the same frames, later.
 
@@ -97,7 +97,7 @@ class FramePool:
         """
         at_least(1, max_rows=max_rows)
         self.engine, self.max_rows = engine, max_rows
-        shared = isinstance(engine, FastSeparable)
+        shared = isinstance(engine, RowEngine)
         self._calls = _SharedCalls(engine, max_rows) if shared else _SingleCalls(engine)
         size = (max_rows, engine.shape.num_tokens, engine.shape.token_dim)
         # Between calls frames are float32, as in the fast engines' own loop.
@@ -218,23 +218,20 @@ def _step_noise_of(frame: PoolFrame) -> Tensor:
 
 
 class _SharedCalls:
-    """One call of the fast decoder for all frames."""
+    """One call of the network for all frames."""
 
-    def __init__(self, engine: FastSeparable, max_rows: int) -> None:
-        self.decoder = engine.decoder
-        self.rows = DecoderRows(engine.decoder, max_rows)
+    def __init__(self, engine: RowEngine, max_rows: int) -> None:
+        self.engine = engine
+        self.rows = engine.new_rows(max_rows)
 
     @property
     def num_bytes(self) -> int:
         return self.rows.num_bytes
 
     def put(self, frames: Sequence[PoolFrame], start: int) -> None:
-        contexts = [frame.context for frame in frames]
-        tokens = torch.cat([context.tokens for context in contexts])
-        conditions = side_by_side([context.conditions for context in contexts])
-        self.decoder.put(self.rows, start, tokens, conditions)
-        for frame, context in zip(frames, contexts, strict=True):
-            frame.modulations = self.decoder.modulations.at(frame.times[:-1], context.conditions)
+        self.engine.put(self.rows, start, [frame.context for frame in frames])
+        for frame in frames:
+            frame.modulations = self.engine.modulations_at(frame.times[:-1], frame.context)
             frame.context = None
 
     def move(self, source: int, target: int) -> None:
@@ -244,7 +241,7 @@ class _SharedCalls:
         modulation = torch.stack([_modulation(*owner) for owner in owners])
         times = [frame.time for frame, _ in owners]
         time = torch.tensor(times, device=patches.device)[:, None, None]
-        return self.decoder.velocity(self.rows, patches, modulation, time)
+        return self.engine.decoder.velocity(self.rows, patches, modulation, time)
 
 
 def _modulation(frame: PoolFrame, branch: int) -> Tensor:
@@ -281,15 +278,14 @@ class _SingleCalls:
 def pool_bytes(engine: Engine, max_rows: int) -> int:
     """Return the memory of the rows of a pool: frames, and contexts where calls are shared.
 
-    A frame is held 3 times in float32. A context is its tokens, n * d; or with the join "prefix"
-    keys and values of both halves in each layer, 4 * layers * n * d. Each frame under way adds its
+    A frame is held 3 times in float32. A context is its tokens, n * d; with the join "prefix" keys
+    and values of both halves in each layer, 4 * layers * n * d; of a Wan model with l tokens of
+    text in each layer besides, 2 * layers * l * d. Each frame under way adds its
     modulations, steps * parts * d, and the noise of its steps, if they need any, which are not
     counted: the steps are not known here.
     """
-    shape, config = engine.shape, engine.config
+    shape = engine.shape
     held = 3 * 4 * shape.num_tokens * shape.token_dim
-    if isinstance(engine, FastSeparable) and isinstance(config, SeparableConfig):
-        decoder = config.decoder
-        copies = 4 * decoder.num_layers if decoder.join == "prefix" else 1
-        held += copies * shape.num_tokens * config.block.width * engine.dtype.itemsize
+    if isinstance(engine, RowEngine):
+        held += engine.row_bytes
     return max_rows * held

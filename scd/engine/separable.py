@@ -14,16 +14,13 @@ import torch
 from torch import Tensor
 
 from scd.data.clip import Conditions
-from scd.engine.graph import LoopGraphs, can_compile, compiled
-from scd.engine.interface import Engine
 from scd.engine.layers import FastHead, PackedLinear, Parts, modulate, release, split
+from scd.engine.rows import RowEngine
 from scd.engine.stack import FastStack
 from scd.models.block import layer_norm
-from scd.models.config import Solver
+from scd.models.config import SeparableConfig
 from scd.models.decoder import FrameDecoder
-from scd.models.embed import from_patches, to_patches
 from scd.models.encoder import CausalEncoder
-from scd.models.flow import guided, solve
 from scd.models.kv_cache import KVCache
 from scd.models.separable import SeparableDiffuser, SeparableState
 
@@ -241,9 +238,15 @@ class FastContext:
     conditions: Conditions
     """Of the frames."""
 
+    @property
+    def num_frames(self) -> int:
+        return self.tokens.shape[0]
 
-class FastSeparable(Engine):
+
+class FastSeparable(RowEngine):
     """Encoder once per frame, then all steps of the decoder in place."""
+
+    config: SeparableConfig
 
     def __init__(
         self,
@@ -269,11 +272,7 @@ class FastSeparable(Engine):
         with torch.no_grad():
             self.encoder = FastEncoder(model.encoder, free)
             self.decoder = FastDecoder(model.decoder, free)
-        self._rows = DecoderRows(self.decoder, 0)
-        self._graphs = LoopGraphs(report) if self.device.type == "cuda" else None
-        self._step = self.decoder.predicted
-        if can_compile(self.device) if compile_step is None else compile_step:
-            self._step = compiled(self.decoder.predicted)
+        self.prepare(compile_step, report)
 
     @torch.no_grad()
     def begin(
@@ -338,60 +337,31 @@ class FastSeparable(Engine):
         )
 
     @torch.no_grad()
-    def denoise(
-        self,
-        context: FastContext,
-        noise: Tensor,
-        times: Sequence[float],
-        solver: Solver = "euler",
-        scale: float | None = None,
-        step_noise: Tensor | None = None,
-    ) -> Tensor:
-        """Turn noise into frames; see interface.Engine. Between steps frames are float32."""
-        rows = self._put(context)
-        modulations = self.decoder.modulations.at(times[:-1], context.conditions)
-        step = {time: index for index, time in enumerate(times)}
-        predicts = self.decoder.head.predict
-
-        def loop(patches: Tensor, modulations: Tensor, new: Tensor) -> Tensor:
-            def predicted_at(patches: Tensor, time: float) -> Tensor:
-                return self._step(rows, patches, modulations[step[time]])
-
-            return solve(guided(predicted_at, scale), patches, times, solver, new, predicts)
-
-        step_noise = noise.new_empty(0, *noise.shape) if step_noise is None else step_noise
-        patches, new = (
-            to_patches(one.float(), self.shape.patch_size) for one in (noise, step_noise)
-        )
-        if self._graphs is None:
-            patches = loop(patches, modulations, new)
-        else:
-            key = (context.tokens.shape[0], tuple(times), solver, scale)
-            patches = self._graphs.run(key, loop, patches, modulations, new)
-        return from_patches(patches, self.shape).to(self.dtype)
-
-    @torch.no_grad()
-    def velocity(self, context: FastContext, noisy: Tensor, time: Tensor) -> Tensor:
-        rows = self._put(context)
-        modulation = self.decoder.modulations.of_each(time, context.conditions)
-        patches = to_patches(noisy.float(), self.shape.patch_size)
-        velocity = self.decoder.velocity(rows, patches, modulation, time.float()[:, None, None])
-        return from_patches(velocity, self.shape).to(noisy.dtype)
-
-    @torch.no_grad()
     def observe(self, state: SeparableState, clean: Tensor, conditions: Conditions) -> None:
         if state.encoded_for is not conditions:
             self.context(state, conditions)
         state.keep(clean)
 
-    def _put(self, context: FastContext) -> DecoderRows:
-        num_frames = context.tokens.shape[0]
-        if self._rows.capacity < num_frames:
-            self._rows = DecoderRows(self.decoder, num_frames)
-            if self._graphs is not None:
-                self._graphs.clear()
-        self.decoder.put(self._rows, 0, context.tokens, context.conditions)
-        return self._rows
+    def new_rows(self, capacity: int) -> DecoderRows:
+        return DecoderRows(self.decoder, capacity)
+
+    @property
+    def row_bytes(self) -> int:
+        decoder = self.config.decoder
+        copies = 4 * decoder.num_layers if decoder.join == "prefix" else 1
+        return copies * self.shape.num_tokens * self.config.block.width * self.dtype.itemsize
+
+    def put(self, rows: DecoderRows, start: int, contexts: Sequence[FastContext]) -> None:
+        tokens = _together([context.tokens for context in contexts])
+        conditions = [context.conditions for context in contexts]
+        joined = conditions[0] if len(conditions) == 1 else side_by_side(conditions)
+        self.decoder.put(rows, start, tokens, joined)
+
+    def modulations_at(self, times: Sequence[float], context: FastContext) -> Tensor:
+        return self.decoder.modulations.at(times, context.conditions)
+
+    def modulations_of_each(self, time: Tensor, context: FastContext) -> Tensor:
+        return self.decoder.modulations.of_each(time, context.conditions)
 
 
 def side_by_side(conditions: Sequence[Conditions]) -> Conditions:

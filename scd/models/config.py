@@ -284,8 +284,6 @@ class DiffuserConfig:
     takes_text = False
     """Whether it makes video from a text: trained from published weights, on latent frames that
     stand for several frames of video."""
-    has_fast_engine = True
-    """Whether `scd.engine` lays its weights out for the machine."""
     keeps_stored_type = False
     """Whether loaded weights stay in the type in which they are stored, not float32."""
     recomputes_streams = False

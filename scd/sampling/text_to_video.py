@@ -19,7 +19,7 @@ from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_ca
 from scd.autoencoders.tiny import open_tiny_decoder
 from scd.autoencoders.wan import WanAutoencoder
 from scd.common.config import to_json
-from scd.common.runtime import choose_device, choose_precision
+from scd.common.runtime import choose_device, choose_stream_precision
 from scd.common.timing import Timing
 from scd.data.clip import Conditions, pixels_to_frames
 from scd.data.video import read_video
@@ -219,7 +219,7 @@ def is_steered_by_text(run: str) -> bool:
 
 def settled(config: VideoConfig) -> VideoConfig:
     """Return settings whose precision is decided, as its device has instructions."""
-    precision = choose_precision(config.precision, choose_device(config.device))
+    precision = choose_stream_precision(config.precision, choose_device(config.device))
     return replace(config, precision=precision)
 
 

@@ -12,7 +12,6 @@ from scd.autoencoders.config import PixelConfig
 from scd.data.clip import Conditions
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
-from scd.engine.open import open_engine
 from scd.engine.plain import PlainEngine
 from scd.models.base import Augmentation
 from scd.models.block import with_keys_values
@@ -420,8 +419,6 @@ def test_what_does_not_fit_is_refused(model):
         rollout.begin(None)
     with pytest.raises(ValueError, match=r"\[streams, 8, 32\]"):
         rollout.begin(None, Conditions(text=torch.zeros(1, 7, 32)))
-    with pytest.raises(ValueError, match="no fast engine"):
-        open_engine(model, "fast")
     if isinstance(model, WanSeparableDiffuser):
         with pytest.raises(ValueError, match="reads noise"):
             model.context(model.begin(None, conditions, 2), conditions)

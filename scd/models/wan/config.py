@@ -88,7 +88,6 @@ class _VideoConfig(DiffuserConfig):
     """What both kinds of Wan models share, with the sizes of Wan2.1 1.3B."""
 
     takes_text = keeps_stored_type = recomputes_streams = True
-    has_fast_engine = False
 
     shape: FrameShape = field(default_factory=_wan_shape)
     """Latent frames and their tokens; 60x104 latent cells are 480x832 pixels."""

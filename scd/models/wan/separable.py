@@ -194,7 +194,7 @@ class WanSeparableDiffuser(CausalDiffuser):
             self.encoder.text_keys_values(text_of(conditions, batch)),
         )
         if augment is not None and augment.context_noise > 0:
-            tokens = _corrupted(tokens, augment.context_noise, augment.noise_like(tokens))
+            tokens = corrupted(tokens, augment.context_noise, augment.noise_like(tokens))
         return rearrange(tokens, "(b r) m n d -> b r m n d", r=num_draws)
 
     def _encoder_times(self, noise: Tensor, augment: Augmentation | None) -> Tensor:
@@ -254,7 +254,7 @@ class WanSeparableDiffuser(CausalDiffuser):
         self, context: WanFrameContext, strength: float, noise: Float[Tensor, "b 1 n d"]
     ) -> WanFrameContext:
         """Return a context of twice the batch: with corrupted context first, then as it was."""
-        noisy = _corrupted(context.tokens, strength, noise[:, 0])
+        noisy = corrupted(context.tokens, strength, noise[:, 0])
         return WanFrameContext(
             tokens=torch.cat([noisy, context.tokens]),
             text=[(k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1)) for k, v in context.text or ()],
@@ -305,7 +305,7 @@ def _drawn(frames: Tensor, augment: Augmentation | None) -> Tensor:
     return (augment or Augmentation(generator=generator)).noise_like(frames)
 
 
-def _corrupted(tokens: Tensor, strength: float, noise: Tensor) -> Tensor:
+def corrupted(tokens: Tensor, strength: float, noise: Tensor) -> Tensor:
     """Add noise to context tokens; they come from no norm, so it has the scale of each token."""
     return tokens + strength * noise * tokens.std(dim=-1, keepdim=True)
 

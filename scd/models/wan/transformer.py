@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -30,6 +31,15 @@ KeysValues = tuple[Float[Tensor, "b k s e"], Float[Tensor, "b k s e"]]
 
 TextKeysValues = tuple[Float[Tensor, "b k l e"], Float[Tensor, "b k l e"]]
 """Keys and values of a text in one layer."""
+
+
+@runtime_checkable
+class ReadsText(Protocol):
+    """A stack of layers that look at a text."""
+
+    def text_keys_values(self, text: Tensor) -> list[TextKeysValues]:
+        """Return keys and values of an embedded text [b l c] in every layer."""
+        ...
 
 
 class WanAttention(nn.Module):
@@ -334,9 +344,7 @@ class WanState(State):
         return twin
 
 
-def text_in(
-    state: WanState, conditions: Conditions, *parts: WanTransformer
-) -> list[TextKeysValues]:
+def text_in(state: WanState, conditions: Conditions, *parts: ReadsText) -> list[TextKeysValues]:
     """Return keys and values of a text in all layers of some parts, kept while it is the same.
 
     Raises:

@@ -1,0 +1,93 @@
+"""Linear maps with weights of 8 bits, multiplied as whole numbers: CPUs with VNNI.
+
+Weights have one scale per output channel and are laid out once. What is multiplied is quantised at
+every call, with one scale and zero point for each frame: so a frame does not depend on which others
+share a call. Sums are exact, in 32 bits; scales, bias and GELU are applied inside the product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scd.engine.layers import Activation
+
+LEVELS = 255
+"""Steps of what is multiplied: unsigned, because oneDNN has no fast product of signed 8-bit numbers
+on AVX512-VNNI, see findings/onednn_int8_signed.sh."""
+
+LARGEST_WEIGHT = 127
+
+
+class Int8Linear:
+    """activation(x W^T + b), without gradients; the result has the type of x."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, rows: int, activation: Activation = "none"
+    ) -> None:
+        """Round the weights and lay them out.
+
+        Args:
+            weight: [out in].
+            bias: [out].
+            rows: rows that a call will have; a hint for the layout, any number works.
+            activation: "gelu" is the tanh approximation.
+        """
+        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+        rounded, self.scale = rounded_by_channel(weight)
+        self.packed = torch.ops.onednn.qlinear_prepack(rounded, [rows, self.in_features])
+        self.zero_points = torch.zeros(self.out_features, dtype=torch.int32)
+        self.bias, self.activation = bias.float(), activation
+        self._fused = ("gelu", [], "tanh") if activation == "gelu" else ("none", [], "")
+
+    @staticmethod
+    def stacked(
+        *pairs: tuple[Tensor, Tensor], rows: int, activation: Activation = "none"
+    ) -> Int8Linear:
+        """Stack weights [out in] and biases [out] on top of each other."""
+        weight = torch.cat([weight.detach() for weight, _ in pairs])
+        bias = torch.cat([bias.detach() for _, bias in pairs])
+        return Int8Linear(weight, bias, rows, activation)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map tokens [f s in] of frames to [f s out]."""
+        frames = [self._product(frame) for frame in x.unbind(0)]
+        return frames[0][None] if len(frames) == 1 else torch.stack(frames)
+
+    def _product(self, x: Tensor) -> Tensor:
+        levels, scale, zero = quantised(x)
+        return torch.ops.onednn.qlinear_pointwise(
+            levels,
+            scale,
+            zero,
+            self.packed,
+            self.scale,
+            self.zero_points,
+            self.bias,
+            1.0,
+            0,
+            x.dtype,
+            *self._fused,
+        )
+
+
+def rounded_by_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights [out in] as whole numbers of -127 .. 127, and the scale of each output."""
+    exact = weight.detach().float()
+    # A channel of zeros would divide by nothing.
+    scale = (exact.abs().amax(dim=1) / LARGEST_WEIGHT).clamp_min(torch.finfo(torch.float32).tiny)
+    return (exact / scale[:, None]).round_().to(torch.int8), scale
+
+
+def quantised(x: Tensor) -> tuple[Tensor, float, int]:
+    """Return x as whole numbers of 0 .. 255, their scale and zero point: x = scale * (n - zero).
+
+    The range is that of x with 0 in it, so that 0 stays 0.
+    """
+    low, high = (float(end) for end in torch.aminmax(x))
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / LEVELS or 1.0
+    zero = round(-low / scale)
+    # By the type's own cut towards 0: half a level is added, and nothing lies below it.
+    levels = x.to(torch.float32, copy=True).mul_(1 / scale).add_(zero + 0.5).clamp_(0, LEVELS + 0.5)
+    return levels.to(torch.uint8), scale, zero
