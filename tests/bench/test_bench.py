@@ -307,8 +307,10 @@ def test_wan_worlds_are_timed(tmp_path):
         save_world(world, tmp_path / name)
     folders = ",".join(str(tmp_path / name) for name in models)
     rows = bench(BenchConfig(model=folders, guidance="none,conditions", frames=2, device="cpu"))
-    assert [row["context"] for row in rows] == [8] * 4
-    for row, alone in zip(rows[1::2], rows[::2], strict=True):
+    assert [row["context"] for row in rows] == [8] * 8
+    assert [row["engine"] for row in rows] == ["plain", "fast"] * 4
+    plain = rows[::2]
+    for row, alone in zip(plain[1::2], plain[::2], strict=True):
         assert row["flops_per_frame"] == 2 * alone["flops_per_frame"]
         assert row["seconds_per_frame_median"] > 0
 
