@@ -2,9 +2,9 @@
 
     python benchmarks/wan_layers.py wan-1.3b@256x448 --context 9 --rounds 3 --out FILE
 
-builds each with a few layers of the encoder and of the decoder and random weights, on one thread, so
-that all fit into memory side by side and other work on the machine counts little: what is read is
-the processor's time of this process. The time of a layer times the layers of the model gives the
+builds each with a few layers of the encoder and of the decoder and random weights, on one thread,
+so that all fit into memory side by side and other work on the machine counts little: what is read
+is the processor's time of this process. The time of a layer times the layers of the model gives the
 frame; embedders and head, small, are counted as often.
 """
 
