@@ -288,6 +288,9 @@ class Guest:
                     continue
                 self.tally.add("cut off")
                 self.recover()
+            except Exception as error:
+                self.tally.fault(f"unforeseen: {type(error).__name__}: {error}")
+                time.sleep(0.5)
 
     def has_session(self) -> None:
         """Note that this guest waits no more."""

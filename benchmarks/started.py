@@ -17,10 +17,14 @@ def start(words: Sequence[str]) -> tuple[subprocess.Popen[str], str]:
     command = [sys.executable, "-m", "scd", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    line = process.stdout.readline()
-    if "http://" not in line:
+    try:
+        line = process.stdout.readline()
+        if "http://" not in line:
+            raise ValueError(f"scd {words[0]} did not start")
+    except BaseException:
+        # Of a signal too: nobody else knows of the process yet.
         stop(process)
-        raise ValueError(f"scd {words[0]} did not start")
+        raise
     return process, line[line.index("http://") :].split()[0]
 
 

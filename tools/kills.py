@@ -6,7 +6,8 @@ A command is run once as it is, which counts its operations: files opened for wr
 renamed, exchanged and removed. Then, once for each of them, a process is killed right before the
 operation, and the same command is run again: it must not refuse, must make to the bit what the
 uninterrupted one made, and must leave nothing half written. A world that is being saved over
-another one must also be whole between the kill and the second run. Exit status 1: something failed.
+another one must also be whole between the kill and the second run; of sessions that leave memory
+none may be gone that was said to be on disk. Exit status 1: something failed.
 
 Measured with --every 2 (save, encode, record) and --every 4 (train): 60 kills of 146 operations,
 0 refusals, 0 losses, 0 other results (AMD EPYC, 2 CPU threads, torch 2.13.0+cpu, commit 2a6be41).
@@ -32,14 +33,20 @@ import torch
 import tyro
 
 from scd.cli import main as scd
-from scd.common.files import TEMPORARY
+from scd.common.files import TEMPORARY, remove_leftovers, write_file
+from scd.engine.open import open_engine
 from scd.models.checkpoint import load_world, save_world
+from scd.serving.admission import HostConfig
+from scd.serving.host import Host
+from scd.serving.messages import Close, Create, Leave, Look, Show, State, Step
+from scd.serving.store import OWN
 
 MODULES = ("training.world", "training.presets", "training.distillation", "preprocessing.encode",
            "data.record", "data.toy", "sampling.sample")  # fmt: skip
 """What the commands load, loaded once for all."""
 
-OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "ctypes.dlsym")
+OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime",
+              "ctypes.dlsym")  # fmt: skip
 """Audit events that are counted, beside files opened for writing; the last one comes before two
 folders are exchanged."""
 
@@ -70,6 +77,75 @@ def is_whole() -> bool:
     return True
 
 
+NUM_SESSIONS, FRAMES, WAIT_S = 2, (1, 2, 4), 120.0
+"""Sessions that leave memory and come back, at which lengths they leave it, and what none takes."""
+
+
+class Sessions:
+    """A host on the folder `kept`, and the notes of its clients in `book`: what they may rely on.
+
+    A note is one line, which says that a session with a seed and so many frames is on disk.
+    """
+
+    def __init__(self) -> None:
+        world = load_world("world")
+        config = HostConfig(memory_gib=0.5, evict_dir=Path("kept"), idle_s=1e4)
+        self.host = Host(world, open_engine(world.model, "fast"), config, report=print)
+        self.book = os.open("book", os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        lines = os.read(self.book, 2**20).decode().splitlines()
+        # The last one of a seed stands.
+        self.notes = {
+            int(seed): (name, int(length)) for seed, name, length in map(str.split, lines)
+        }
+        self.host.start()
+
+    def ask(self, message: Any, name: str = "") -> Any:
+        """Have a message obeyed."""
+        return self.host.ask(message, name).result(WAIT_S)
+
+    def leave_memory(self, name: str) -> None:
+        """Put a session on disk."""
+        until = time.monotonic() + WAIT_S
+        while not self.host.call(lambda loop: loop.evictions.release(name)).result(WAIT_S):
+            if time.monotonic() > until:
+                raise RuntimeError("a session stays in memory")
+
+    def play(self, seed: int, length: int) -> None:
+        """Play a session to a length, put it on disk, and note that it is there."""
+        name, noted = self.notes.get(seed, ("", 0))
+        state = self.ask(Look() if name else Create(seed=seed), name).message
+        assert isinstance(state, State)
+        if state.seed != seed or state.frame + 1 < noted:
+            raise RuntimeError(f"{noted} frames of seed {seed} were on disk, there is {state}")
+        for frame in range(state.frame + 1, length):
+            self.ask(Step(action=(seed + frame) % 2), state.session)
+        self.leave_memory(state.session)
+        length = max(length, state.frame + 1)
+        os.write(self.book, f"{seed} {state.session} {length}\n".encode())
+        self.notes[seed] = state.session, length
+
+
+def evict() -> int:
+    """Play sessions that leave memory and come back, and keep all of their frames."""
+    sessions = Sessions()
+    for length in FRAMES:
+        for seed in range(NUM_SESSIONS):
+            sessions.play(seed, length)
+    # One whose page is left, and which is deleted.
+    gone = sessions.ask(Create(seed=NUM_SESSIONS)).message.session
+    sessions.leave_memory(gone)
+    sessions.ask(Leave(), gone)
+    sessions.ask(Close(), gone)
+    Path("made").mkdir(exist_ok=True)
+    remove_leftovers(Path("made"))
+    for seed, (name, _) in sessions.notes.items():
+        shown = sessions.ask(Show(frame=0, count=FRAMES[-1]), name).frames
+        digests = [hashlib.sha256(one.pixels.tobytes()).hexdigest() for one in shown]
+        write_file(Path(f"made/{seed}.txt"), "\n".join(digests))
+    # Those that are in memory now are written.
+    return sessions.host.stop(WAIT_S) or 0
+
+
 def command(words: str) -> Callable[[], int]:
     return lambda: scd(words.split())
 
@@ -83,6 +159,9 @@ class Case:
     """Patterns of what it makes, which must be the same to the bit."""
     between: Callable[[], bool] = lambda: True
     """What must hold after the kill."""
+    stays: str = TEMPORARY * 2
+    """How names of half written things begin that the next command leaves alone for an hour, since
+    another process might be at them."""
 
 
 STEPS = ("run/last", "run/step_*/*.safetensors", "run/step_*/config.json", "run/step_*/*.pt")
@@ -103,6 +182,7 @@ CASES: dict[str, Case] = {
         results=("made/videos/*", "made/actions/*", "made/*.json*"),
     ),
     "save": Case(run=lambda: save(1), results=("world/*",), between=is_whole),
+    "evict": Case(run=evict, results=("made/*",), stays=f"{TEMPORARY}{OWN}"),
 }
 
 
@@ -115,7 +195,7 @@ class KillsConfig:
     every: int = 1
     """Every so many operations one is tried."""
     out: str = ""
-    """Folder for kills.json. Empty: nothing is kept."""
+    """Folder for a file of each case, from which the same command goes on; empty: none."""
 
 
 def in_child(work: Callable[[], Any], folder: Path, kill_at: int = 0) -> tuple[int, int]:
@@ -213,7 +293,11 @@ def try_place(inputs: Path, place: Path, case: Case, at: int, wanted: dict[str, 
     other = sorted(set(wanted.items()) - set(results_of(place, case).items()))
     if other:
         return f"other results: {other[:3]}"
-    left = [str(path.relative_to(place)) for path in place.rglob(f"{TEMPORARY}*")]
+    left = [
+        str(path.relative_to(place))
+        for path in place.rglob(f"{TEMPORARY}*")
+        if not path.name.startswith(case.stays)
+    ]
     return f"left behind: {left[:3]}" if left else ""
 
 
@@ -222,23 +306,36 @@ def _said(place: Path) -> str:
     return lines[-1] if lines else ""
 
 
-def try_case(name: str, every: int, folder: Path) -> dict[str, Any]:
-    """Kill a case at its operations and return what came of it."""
+def try_case(name: str, every: int, folder: Path, kept: Path | None) -> dict[str, Any]:
+    """Kill a case at its operations and return what came of it.
+
+    Args:
+        name: of the case.
+        every: so many operations one is tried.
+        folder: with the inputs.
+        kept: file of what was found before, and is found now; None: there is none.
+    """
     case, place, began = CASES[name], folder / name, time.monotonic()
     shutil.copytree(folder / "inputs", place)
     status, number = in_child(case.run, place)
     if status or not number:
         raise RuntimeError(f"{name} ended with status {status}: {_said(place)}")
-    wanted, failed = results_of(place, case), []
-    places = range(1, number + 1, every)
-    for at in places:
+    wanted = results_of(place, case)
+    found: dict[str, Any] = {"operations": number, "killed": [], "failed": []}
+    if kept is not None and kept.is_file():
+        before = json.loads(kept.read_text("utf-8"))
+        found = before if before["operations"] == number else found
+    for at in sorted({*range(1, number + 1, every)} - {*found["killed"]}):
         why = try_place(folder / "inputs", place, case, at, wanted)
+        found["killed"].append(at)
         if why:
-            failed.append({"operation": at, "why": why})
+            found["failed"].append({"operation": at, "why": why})
             print(f"{name} killed at operation {at} of {number}: {why}", flush=True)
-    seconds = round(time.monotonic() - began, 1)
-    print(f"{name}: {number} operations, killed at {len(places)}, {seconds} s", flush=True)
-    return {"operations": number, "killed": len(places), "failed": failed, "seconds": seconds}
+        if kept is not None:
+            write_file(kept, json.dumps(found))
+    seconds, killed = time.monotonic() - began, len(found["killed"])
+    print(f"{name}: {number} operations, killed at {killed}, {seconds:.1f} s", flush=True)
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -251,12 +348,17 @@ def main(arguments: Sequence[str]) -> int:
         folder = Path(place).resolve()
         (folder / "inputs").mkdir()
         make_inputs(folder / "inputs")
-        found = {name: try_case(name, config.every, folder) for name in config.cases}
-    print(json.dumps(found, indent=2))
-    if config.out:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        (Path(config.out) / "kills.json").write_text(json.dumps(found, indent=2) + "\n")
-    return int(any(one["failed"] for one in found.values()))
+        kept = Path(config.out).absolute() if config.out else None
+        if kept is not None:
+            kept.mkdir(parents=True, exist_ok=True)
+        found = [
+            try_case(name, config.every, folder, kept and kept / f"{name}.json")
+            for name in config.cases
+        ]
+    killed, failed = sum(len(one["killed"]) for one in found), [one["failed"] for one in found]
+    operations = sum(one["operations"] for one in found)
+    print(f"killed at {killed} of {operations} operations, {sum(map(len, failed))} failed")
+    return int(any(failed))
 
 
 if __name__ == "__main__":

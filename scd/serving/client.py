@@ -13,7 +13,7 @@ from typing import Any, SupportsIndex, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError, to_json
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.sync.client import connect
 
 from scd.serving.codec import Decoder
@@ -104,7 +104,7 @@ class Client:
             self._socket = connect(
                 address, max_size=MAX_BYTES, compression=None, ssl=tls, proxy=None
             )
-        except (OSError, InvalidStatus, TimeoutError) as error:
+        except (OSError, InvalidHandshake, TimeoutError) as error:
             raise ConnectionError(f"no scd server answers at {url}: {error}") from error
         self._timeout_s = timeout_s
         self._frames: deque[Frame] = deque()

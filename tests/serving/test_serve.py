@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -582,6 +583,20 @@ def test_a_dense_world_without_actions_is_played():
 def test_nobody_is_there(unused_port: int = 9):
     with pytest.raises(ConnectionError, match="no scd server answers"):
         Client(f"ws://127.0.0.1:{unused_port}")
+
+
+def test_a_server_that_dies_within_the_handshake_is_not_there():
+    def die() -> None:
+        end, _ = listener.accept()
+        end.recv(65536)
+        end.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=die)
+        thread.start()
+        with pytest.raises(ConnectionError, match="no scd server answers.*valid HTTP response"):
+            Client(f"ws://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join()
 
 
 def test_frames_are_counted(server: Serving):

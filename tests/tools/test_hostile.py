@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_few_of_each_keep_nobody_from_playing(tmp_path):
-    words = [sys.executable, "tools/hostile.py", "--count", "6", "--seconds", "0.5"]
+    words = [sys.executable, "tools/hostile.py", "--count", "3", "--seconds", "0.4"]
     done = subprocess.run(
         [*words, "--out", str(tmp_path / "found.json")],
         cwd=ROOT,
