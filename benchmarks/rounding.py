@@ -9,6 +9,8 @@ An error is the root mean square of the difference over that of the float32 valu
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -130,9 +132,14 @@ def measure(config: RoundingConfig) -> dict[str, Any]:
     return errors
 
 
-def main() -> None:
-    config = tyro.cli(RoundingConfig)
-    errors = measure(config)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure; return the exit status."""
+    config = tyro.cli(RoundingConfig, args=arguments, description=__doc__)
+    try:
+        errors = measure(config)
+    except (ValueError, OSError) as error:
+        print(f"rounding.py: {error}", file=sys.stderr)
+        return 2
     for part in ("encoder", "decoder"):
         for layer, each in enumerate(zip(*(errors[one][part] for one in PRECISIONS), strict=True)):
             print(f"{part} {layer + 1:2}  " + "  ".join(f"{one:.4f}" for one in each))
@@ -141,7 +148,8 @@ def main() -> None:
     if config.out:
         result = {"config": to_json(config), "errors": errors}
         write_json({**result, **provenance()}, Path(config.out))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

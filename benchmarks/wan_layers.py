@@ -10,7 +10,9 @@ frame; embedders and head, small, are counted as often.
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -126,9 +128,14 @@ def measure(config: LayersConfig) -> dict[str, Any]:
     return {"seconds": seconds, "ratios": ratios}
 
 
-def main() -> None:
-    config = tyro.cli(LayersConfig)
-    result = measure(config)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure; return the exit status."""
+    config = tyro.cli(LayersConfig, args=arguments, description=__doc__)
+    try:
+        result = measure(config)
+    except (ValueError, OSError) as error:
+        print(f"wan_layers.py: {error}", file=sys.stderr)
+        return 2
     for run in config.runs:
         parts = ", ".join(f"{name} {value:.2f}" for name, value in result["seconds"][run].items())
         ratios = result["ratios"][run]
@@ -136,7 +143,8 @@ def main() -> None:
         print(f"{run}: {parts}; {config.runs[0]} takes {spread} times as long")
     if config.out:
         write_json({"config": to_json(config), **result, **provenance()}, Path(config.out))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Benchmarks of Wan models by engine and precision, on a tiny one."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import rounding, wan_layers
+from scd.autoencoders.config import WanAutoencoderConfig
+from scd.autoencoders.wan import WanAutoencoder
+from scd.data.source import DataCard
+from scd.models.checkpoint import World, save_world
+from scd.models.config import SamplingConfig
+from tests.engine.test_int8 import can
+from tests.tiny_wan import TEXT, tiny_wan, tiny_wan_separable
+from tests.tiny_wan_vae import tiny_vae
+
+
+def world(model, folder):
+    card = DataCard(height=32, width=48, fps=16.0, conditions=TEXT, action_names=())
+    place = Path(folder).parent / "parts"
+    if not place.exists():
+        tiny_vae().save_pretrained(place / "vae")
+    autoencoder = WanAutoencoder(WanAutoencoderConfig(source=str(place)))
+    sampling = SamplingConfig(num_steps=2)
+    made = World(model=model, autoencoder=autoencoder, card=card, sampling=sampling)
+    return str(save_world(made, folder))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return world(tiny_wan_separable(), tmp_path_factory.mktemp("worlds") / "separable")
+
+
+@can
+def test_layers_are_timed_in_turns_and_counted_up(folder):
+    config = wan_layers.LayersConfig(model=folder, context=3, steps=2, rounds=2)
+    result = wan_layers.measure(config)
+    assert list(result["seconds"]) == ["plain:bf16", "fast:bf16", "fast:int8"]
+    for run, parts in result["seconds"].items():
+        assert min(parts.values()) > 0 and len(result["ratios"][run]) == 2
+    assert result["ratios"]["plain:bf16"] == [1.0, 1.0]
+
+
+@can
+def test_errors_of_every_layer_grow_with_coarser_numbers(folder):
+    errors = rounding.measure(rounding.RoundingConfig(model=folder, context=3, steps=2))
+    for precision in rounding.PRECISIONS:
+        found = errors[precision]
+        assert len(found["encoder"]) == 4 and len(found["decoder"]) == 3
+        every = [*found["encoder"], *found["decoder"], found["velocity"], found["frame"]]
+        assert 0 < min(every) and max(every) < 0.2
+    assert errors["bf16"]["velocity"] < errors["int8"]["velocity"]
+
+
+def test_other_models_are_refused(tmp_path, capsys):
+    dense = world(tiny_wan(2), tmp_path / "dense")
+    for script in (wan_layers, rounding):
+        for model in (dense, "toy"):
+            assert script.main([model]) == 2
+            assert "needed a separable Wan model, got" in capsys.readouterr().err
