@@ -1,4 +1,4 @@
-"""Processor seconds of a frame of a large separable Wan model, by engine and precision, in turns.
+"""Processor seconds of a frame of a large Wan model, by engine and precision, in turns.
 
     python benchmarks/wan_layers.py wan-1.3b@256x448 --context 9 --rounds 3 --out FILE
 
@@ -28,8 +28,9 @@ from scd.common.provenance import provenance, write_json
 from scd.common.runtime import make_generator
 from scd.data.clip import Conditions
 from scd.engine.open import open_engine
-from scd.models.flow import schedule, with_num_steps
-from scd.models.wan.config import WanSeparableConfig
+from scd.models.config import SamplingConfig
+from scd.models.flow import schedule
+from scd.models.wan.config import WanConfig, WanSeparableConfig
 
 NUM_LAYERS = 3
 """Of the encoder and of the decoder that are timed."""
@@ -40,7 +41,9 @@ class LayersConfig:
     """A measurement."""
 
     model: Annotated[str, tyro.conf.Positional] = "wan-1.3b@256x448"
-    """A separable Wan model, as `scd bench --model` takes it."""
+    """A Wan model, as `scd bench --model` takes it."""
+    against: str = ""
+    """Another one, that runs in the same ways beside it; empty: none."""
     runs: tuple[str, ...] = ("plain:bf16", "fast:bf16", "fast:int8")
     """Engines and precisions; all are compared with the first."""
     context: int = 9
@@ -59,14 +62,18 @@ class LayersConfig:
 class Timed:
     """A stream of one engine, whose window is full."""
 
-    def __init__(self, config: WanSeparableConfig, run: str, context: int) -> None:
+    def __init__(self, config: WanConfig | WanSeparableConfig, run: str, context: int) -> None:
         kind, _, precision = run.partition(":")
-        small = replace(
-            config,
-            encoder=replace(config.encoder, num_layers=NUM_LAYERS),
-            decoder=replace(config.decoder, num_first=1, num_last=NUM_LAYERS - 1),
-        )
-        self.layers, self.decoder_layers = config.encoder.num_layers, config.decoder.num_layers
+        if isinstance(config, WanSeparableConfig):
+            self.layers, self.decoder_layers = config.encoder.num_layers, config.decoder.num_layers
+            small = replace(
+                config,
+                encoder=replace(config.encoder, num_layers=NUM_LAYERS),
+                decoder=replace(config.decoder, num_first=1, num_last=NUM_LAYERS - 1),
+            )
+        else:
+            self.layers = self.decoder_layers = config.num_layers
+            small = replace(config, num_layers=NUM_LAYERS)
         model = random_model(small, torch.device("cpu"), torch.bfloat16)
         self.engine = open_engine(model, kind, precision, release=True)
         generator, spec = make_generator(0, "layers"), config.conditions
@@ -100,18 +107,23 @@ def measure(config: LayersConfig) -> dict[str, Any]:
     """Return the seconds of each run, and how many times as long the first one takes.
 
     Raises:
-        ValueError: not a separable Wan model, or an engine or precision that it does not have.
+        ValueError: not a Wan model, or an engine or precision that it does not have.
     """
-    subject = find_subject(config.model)
-    if not isinstance(subject.config, WanSeparableConfig):
-        raise ValueError(f"needed a separable Wan model, got {config.model}")
-    times = schedule(with_num_steps(subject.sampling, config.steps)).tolist()
+    times = schedule(SamplingConfig(num_steps=config.steps)).tolist()
     torch.set_num_threads(1)
-    timed = {run: Timed(subject.config, run, config.context) for run in config.runs}
-    frames: dict[str, list[dict[str, float]]] = {run: [] for run in config.runs}
+    timed = {}
+    for model in [config.model, *([config.against] if config.against else [])]:
+        found = find_subject(model).config
+        if not isinstance(found, WanConfig | WanSeparableConfig):
+            raise ValueError(f"needed a Wan model, got {model}")
+        for run in config.runs:
+            name = run if model == config.model else f"{model}:{run}"
+            timed[name] = Timed(found, run, config.context)
+    runs = list(timed)
+    frames: dict[str, list[dict[str, float]]] = {run: [] for run in runs}
     for number in range(config.rounds + 1):
         # Whatever the first one meets is shared.
-        for run in config.runs if number % 2 == 0 else reversed(config.runs):
+        for run in runs if number % 2 == 0 else reversed(runs):
             spent = timed[run].frame(times)
             if number:
                 frames[run].append(spent)
@@ -120,9 +132,7 @@ def measure(config: LayersConfig) -> dict[str, Any]:
         for run, each in frames.items()
     }
     ratios = {
-        run: [
-            a["frame_s"] / b["frame_s"] for a, b in zip(frames[config.runs[0]], each, strict=True)
-        ]
+        run: [a["frame_s"] / b["frame_s"] for a, b in zip(frames[runs[0]], each, strict=True)]
         for run, each in frames.items()
     }
     return {"seconds": seconds, "ratios": ratios}
@@ -136,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"wan_layers.py: {error}", file=sys.stderr)
         return 2
-    for run in config.runs:
+    for run in result["seconds"]:
         parts = ", ".join(f"{name} {value:.2f}" for name, value in result["seconds"][run].items())
         ratios = result["ratios"][run]
         spread = f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
