@@ -133,6 +133,8 @@ def test_a_command_writes_what_the_world_is(tmp_path: Path, capsys: pytest.Captu
     assert "5 graphs" in capsys.readouterr().out
     about = json.loads((out / DESCRIPTION).read_text("utf-8"))
     assert about["name"] == "tiny-world" and about["card"]["action_names"][1] == "entry 1"
+    # The exporter writes where each node was traced: paths of whoever exports.
+    assert not any(b".py" in path.read_bytes() for path in out.glob("*.onnx"))
     assert about["graphs"]["encoder"]["inputs"]["bias"] == {"type": "float", "shape": [WINDOW + 1]}
     calls = about["schedules"]["2"]["calls"]
     assert [call["step_noise"] for call in calls] == [0.5, 0.0]
