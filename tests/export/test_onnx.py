@@ -6,16 +6,22 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
+import onnxruntime
 import pytest
 import torch
 
 from scd.autoencoders.base import PixelAutoencoder
-from scd.autoencoders.config import PixelConfig
+from scd.autoencoders.config import ImageAutoencoderConfig, PixelConfig
+from scd.autoencoders.deep_compression import deep_settings
+from scd.autoencoders.diffusers import ImageAutoencoder
 from scd.cli import main
 from scd.data.clip import Conditions
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
+from scd.export.graphs import Decode, Encode, Graph
 from scd.export.onnx_engine import OnnxEngine
+from scd.export.onnx_files import traced
 from scd.export.onnx_world import DESCRIPTION, write_onnx
 from scd.models.checkpoint import World, save_world
 from scd.models.config import CacheConfig, Guidance, SamplingConfig
@@ -160,3 +166,21 @@ def test_weights_beyond_float16_are_refused(tmp_path: Path):
         world.model.encoder.blocks[0].mlp[0].weight[0, 0] = 1e6
     with pytest.raises(ValueError, match="1e\\+06, float16 ends at 65504.*--weights fp32"):
         exported(world, tmp_path / "out", "fp16")
+
+
+@pytest.mark.slow
+def test_the_networks_of_an_autoencoder_are_exported():
+    network = diffusers.AutoencoderDC(**deep_settings("small-8"))
+    scale = {"mean": (0.1,) * 32, "std": (2.0,) * 32}
+    config = ImageAutoencoderConfig(
+        source="", network="AutoencoderDC", channels=32, cell_size=8, **scale
+    )
+    autoencoder = ImageAutoencoder(config, network)
+    generator = torch.Generator().manual_seed(1)
+    for kind, shape in ((Decode, (1, 32, 8, 8)), (Encode, (1, 3, 64, 64))):
+        module, given = kind(autoencoder), torch.rand(shape, generator=generator) * 2 - 1
+        proto = traced(Graph(module=module, inputs={"given": given}, outputs=("made",)))
+        session = onnxruntime.InferenceSession(proto.SerializeToString())
+        (made,) = session.run(None, {"given": given.numpy()})
+        with torch.no_grad():
+            assert torch.allclose(torch.from_numpy(made), module(given), atol=1e-4)

@@ -29,6 +29,9 @@ pytestmark = in_a_browser
 WAIT_MS = 120_000
 """For what takes a second or two on an idle machine."""
 
+FIRST = 48
+"""Frame that is made first: a clip of the world has as many."""
+
 PIXELS = """() => {
   const view = document.getElementById("view");
   const { data } = view.getContext("2d").getImageData(0, 0, view.width, view.height);
@@ -62,7 +65,7 @@ def opened(context: Any, address: str) -> Any:
     page = context.new_page()
     page.set_default_timeout(WAIT_MS)
     page.goto(address)
-    page.wait_for_function("() => window.scd?.frame > 15")
+    page.wait_for_function("() => window.scd?.frame > 48")
     page.keyboard.press("KeyP")
     page.wait_for_function("() => document.getElementById('status').innerText === 'paused'")
     return page
@@ -89,26 +92,26 @@ def test_a_site_plays_the_frames_of_the_plain_engine(site: Path, browser: Any):
         assert page.evaluate("() => scd.backend").startswith("wasm-")
         assert "WebAssembly" in page.evaluate("() => document.getElementById('made-by').innerText")
         page.keyboard.press("KeyR")
-        page.wait_for_function("() => document.getElementById('frame').innerText === '15'")
+        page.wait_for_function("() => document.getElementById('frame').innerText === '47'")
         rollout.begin(world.clips[0])
         seen, worst = {}, 0
         for number in range(64):
             key, action = [("KeyW", 1), ("KeyA", 2), ("KeyD", 3)][number // 6 % 3]
             frame = pressed(page, key)
-            seen[16 + number] = frame
+            seen[FIRST + number] = frame
             (wanted,) = frames_to_pixels(rollout.step(torch.tensor([action])))
             worst = max(worst, int(np.abs(frame.astype(int) - wanted.numpy()).max()))
         assert worst <= 2
         # Looked back at, and gone on from: the very frames again.
         for _ in range(9):
             page.keyboard.press("Comma")
-        page.wait_for_function("() => document.getElementById('frame').innerText === '70'")
+        page.wait_for_function("() => document.getElementById('frame').innerText === '102'")
         page.keyboard.press("Enter")
         page.wait_for_function("() => document.getElementById('looking').hidden")
-        assert (picture(page) == seen[70]).all()
-        for number in range(71 - 16, 64):
+        assert (picture(page) == seen[102]).all()
+        for number in range(103 - FIRST, 64):
             key = ["KeyW", "KeyA", "KeyD"][number // 6 % 3]
-            assert (pressed(page, key) == seen[16 + number]).all(), number
+            assert (pressed(page, key) == seen[FIRST + number]).all(), number
         context.close()
 
 
@@ -118,7 +121,7 @@ def test_a_site_plays_without_a_network_and_takes_pictures(site: Path, browser: 
         page = opened(context, address)
         context.set_offline(True)
         page.reload()
-        page.wait_for_function("() => window.scd?.frame > 17")
+        page.wait_for_function("() => window.scd?.frame > 48")
         assert page.evaluate("() => window.crossOriginIsolated")
         image = io.BytesIO()
         Image.new("RGB", (200, 100), (90, 60, 30)).save(image, "PNG")
