@@ -27,7 +27,8 @@ from scd.data.clip import Conditions
 from scd.engine.open import open_engine
 from scd.models.checkpoint import load_world
 from scd.models.config import EngineKind
-from scd.models.shipped import read_clips, shipped_world
+from scd.models.names import find_world
+from scd.models.shipped import read_clips
 from scd.streaming.rollout import Rollout
 
 
@@ -36,7 +37,7 @@ class PlanningConfig:
     """One comparison."""
 
     run: Annotated[str, tyro.conf.Positional] = ""
-    """World or run folder with clips; empty: the world that comes with the package."""
+    """World or run folder with clips; empty: the shipped world of Doom."""
     futures: int = 64
     """Of one state."""
     frames: int = 8
@@ -72,7 +73,7 @@ def begun(config: PlanningConfig, device: torch.device) -> Rollout:
         ValueError: the world has no clips, or is not steered by actions by id.
         OSError: there is no such world.
     """
-    folder = config.run or shipped_world()
+    folder = find_world(config.run or "doom")
     world, clips = load_world(folder, device=device), read_clips(folder)
     if clips is None or not world.card.conditions.num_actions:
         raise ValueError(f"{folder}: needed a world with clips, steered by actions by id")

@@ -26,7 +26,8 @@ from scd.common.runtime import make_generator
 from scd.data.clip import Conditions
 from scd.engine.open import open_engine
 from scd.models.checkpoint import load_world
-from scd.models.shipped import read_clips, shipped_world
+from scd.models.names import find_world
+from scd.models.shipped import read_clips
 from scd.streaming.rollout import Rollout
 
 
@@ -35,7 +36,7 @@ class PlanningConfig:
     """One target, two planners."""
 
     world: Annotated[str, tyro.conf.Positional] = ""
-    """World or run folder with clips; empty: the world that comes with the package."""
+    """World or run folder with clips; empty: the shipped world of Doom."""
     clip: int = 3
     """Which clip the stream begins from."""
     given: int = 12
@@ -82,7 +83,7 @@ def pose(config: PlanningConfig) -> Problem:
         ValueError: the world has no clips, no such clip, none so long, or no such actions.
         OSError: there is no such world.
     """
-    folder = config.world or shipped_world()
+    folder = find_world(config.world or "doom")
     world, clips = load_world(folder), read_clips(folder)
     if clips is None or not world.card.conditions.num_actions:
         raise ValueError(f"{folder}: needed a world with clips, steered by actions by id")

@@ -19,7 +19,8 @@ import tyro
 
 from scd.common.config import at_least
 from scd.models.checkpoint import load_world
-from scd.models.shipped import read_clips, shipped_world
+from scd.models.names import find_world
+from scd.models.shipped import read_clips
 from scd.streaming.environment import WorldVectorEnv
 
 try:
@@ -35,7 +36,7 @@ class PPOConfig:
     """One agent."""
 
     world: Annotated[str, tyro.conf.Positional] = ""
-    """World or run folder with clips; empty: the world that comes with the package."""
+    """World or run folder with clips; empty: the shipped world of Doom."""
     steps: int = 8192
     """Frames in which the agent learns, of all streams together."""
     envs: int = 16
@@ -126,7 +127,7 @@ def main() -> int:
     """Train and compare; return the exit status."""
     try:
         config = tyro.cli(PPOConfig, description=__doc__)
-        folder = config.world or shipped_world()
+        folder = find_world(config.world or "doom")
         environment = WorldVectorEnv(
             load_world(folder),
             config.envs,

@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from scd.common.files import file_aside
 from scd.data.clip import Conditions, frames_to_pixels
 from scd.models.checkpoint import load_world
-from scd.models.shipped import read_clips, shipped_world
+from scd.models.names import find_world
+from scd.models.shipped import read_clips
 from scd.streaming.rollout import Rollout
 
 KEYS = {"left": ((0, 1), 180), "forward": ((1, 0), 90), "right": ((2, 1), 0)}
@@ -40,8 +41,8 @@ PAPER, INK, LIT, UNLIT = (24, 24, 27), (228, 228, 231), (250, 176, 5), (63, 63, 
 class PictureConfig:
     """A stream, and how it is shown."""
 
-    run: Annotated[str, tyro.conf.Positional] = ""
-    """World with clips; empty: the one that comes with the package."""
+    run: Annotated[str, tyro.conf.Positional] = "doom"
+    """World with clips."""
     clip: int = 1
     """Clip to begin with."""
     given: int = 6
@@ -83,7 +84,7 @@ def streamed(config: PictureConfig) -> tuple[list[Image.Image], list[str], float
     Raises:
         ValueError: the world has no such clip, or not the actions to play.
     """
-    folder = config.run or shipped_world()
+    folder = find_world(config.run)
     world, clips = load_world(folder), read_clips(folder)
     if clips is None or config.clip >= len(clips.frames):
         raise ValueError(f"{folder} has no clip {config.clip} to begin with")

@@ -20,6 +20,7 @@ from scd.common.files import written_aside
 from scd.data.clip import Batch, frames_to_pixels
 from scd.models.checkpoint import load_world, read_world_parts, resolve, save_world
 from scd.models.clips import CLIPS_FILE, Clips, clips_in
+from scd.models.config import SamplingConfig
 from scd.models.names import WORLDS, shipped_names
 from scd.models.weights import CONFIG_FILE
 
@@ -53,13 +54,19 @@ def read_clips(folder: str | os.PathLike[str]) -> Clips | None:
     return clips_in(place, read_world_parts(place)["card"])
 
 
-def ship(run: str | os.PathLike[str], clips: Batch, folder: str | os.PathLike[str]) -> Path:
+def ship(
+    run: str | os.PathLike[str],
+    clips: Batch,
+    folder: str | os.PathLike[str],
+    sampling: SamplingConfig | None = None,
+) -> Path:
     """Write the averaged weights of a run in bfloat16, and clips, as a folder to pass on.
 
     Args:
         run: world, run or step folder.
         clips: frames [b t 3 h w] in [-1, 1] with the id of the action of each.
         folder: where to; a new one.
+        sampling: how its frames are denoised from now on; None: as the run says.
 
     Raises:
         FileExistsError: the folder is there.
@@ -82,7 +89,8 @@ def ship(run: str | os.PathLike[str], clips: Batch, folder: str | os.PathLike[st
         autoencoder = world.autoencoder
         if isinstance(autoencoder, ImageAutoencoder):
             autoencoder = ImageAutoencoder(replace(autoencoder.config, source=""))
-        save_world(replace(world, model=world.model.bfloat16(), autoencoder=autoencoder), aside)
+        light = replace(world, model=world.model.bfloat16(), autoencoder=autoencoder)
+        save_world(replace(light, sampling=sampling or world.sampling), aside)
         if isinstance(world.autoencoder, ImageAutoencoder):
             _write_network(world.autoencoder, aside / "vae")
         tensors = {"frames": pixels.contiguous(), "actions": actions.long().contiguous()}
