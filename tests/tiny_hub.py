@@ -9,10 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 TOKEN = "hf_of_the_test"
@@ -26,7 +30,7 @@ LARGE = (".safetensors",)
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by name: the files of each, and its commits."""
+    """Repositories by name (of data: `datasets/OWNER/NAME`): the files of each, and its commits."""
 
     daemon_threads = True
 
@@ -57,6 +61,17 @@ def running_hub() -> Iterator[Hub]:
         hub.shutdown()
         hub.server_close()
         thread.join()
+
+
+def on_hub(code: str, address: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run code whose hub is at an address, with a cache of its own."""
+    # The client reads all of these when it is imported. Large files go by LFS, not by chunks.
+    given = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    words = [sys.executable, "-c", code]
+    return subprocess.run(
+        words, env=environment | given, capture_output=True, text=True, timeout=120
+    )
 
 
 class Call(BaseHTTPRequestHandler):
@@ -151,8 +166,9 @@ class Call(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub, words = self.server, self.path.partition("?")[0].strip("/").split("/")
-        is_api = words[0] == "api"
-        name = "/".join(words[2:4] if is_api else words[:2])
+        is_api, is_data = words[0] == "api", "datasets" in words[:2]
+        words = words[2:] if is_api else words[is_data:]
+        name = ("datasets/" if is_data else "") + "/".join(words[:2])
         if name not in hub.files:
             refusal = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
             return self._json({"error": "Repository not found"}, 404, **refusal)
@@ -161,7 +177,7 @@ class Call(BaseHTTPRequestHandler):
             body = files["/".join(words[4:])]
             etag = f'"{hashlib.sha256(body).hexdigest()}"'
             return self._bytes(body, ETag=etag, X_Repo_Commit=sha)
-        rest = words[4:]
+        rest = words[2:]
         if rest[:1] == ["revision"] and rest[1] not in ("main", sha):
             return self._json({"error": "?"}, 404, **{"X-Error-Code": "RevisionNotFound"})
         if rest[:1] == ["tree"]:

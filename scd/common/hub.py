@@ -157,7 +157,8 @@ def download(
         refusal = None
         if not options.get("local_files_only"):
             hub = HfApi(token=options.get("token"))
-            hub.model_info(source, revision=revision, timeout=CONTACT_S)
+            kind = options.get("repo_type")
+            hub.repo_info(source, repo_type=kind, revision=revision, timeout=CONTACT_S)
     except HFValidationError as error:
         raise FileNotFoundError(f"there is no folder {source}: {error}") from error
     except Exception as error:

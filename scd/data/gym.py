@@ -141,8 +141,9 @@ def _close_players() -> None:
         recording.close()
 
 
-MAX_WAITING = 16
-# Pictures that wait to be scaled: more would only take memory, as the environment is ahead of them.
+TOGETHER, MAX_WAITING = 16, 4
+# Pictures that are handed over to be scaled at once, since each handing over stops the environment
+# for a while, and how many such lots wait: more would only take memory.
 
 
 class Sticky:
@@ -223,7 +224,7 @@ class Player:
         warmup = int(generator.integers(least, most)) if least < most else least
         space.seed(int(generator.integers(2**31)))
         choose = self._chooser(generator)
-        pictures, actions, rewards = [], [], []
+        lots, waiting, actions, rewards = [], [], [], []
         terminated = truncated = False
         for step in range(-warmup, settings.frames):
             action, reward = choose(observation), 0.0
@@ -234,18 +235,21 @@ class Player:
                     break
             if step >= 0:
                 # Copied: some environments draw into one array again and again.
-                picture = np.array(self._picture(observation), order="C")
-                pictures.append(self._scaler.submit(self._scaled, picture))
-                if len(pictures) > MAX_WAITING:
-                    pictures[-MAX_WAITING].result()
+                waiting.append(np.array(self._picture(observation), order="C"))
+                if len(waiting) == TOGETHER:
+                    lots.append(self._scaler.submit(self._scaled, waiting))
+                    waiting = []
+                    if len(lots) > MAX_WAITING:
+                        lots[-MAX_WAITING].result()
                 actions.append(action)
                 rewards.append(reward)
             if terminated or truncated:
                 break
-        if not pictures:
+        if not actions:
             return None
+        last = self._scaled(waiting)
         return Played(
-            pixels=np.stack([picture.result() for picture in pictures]),
+            pixels=np.stack([picture for lot in lots for picture in lot.result()] + last),
             actions=np.stack([flat(self.card.conditions, action) for action in actions]),
             rewards=tuple(rewards),
             terminated=bool(terminated),
@@ -296,12 +300,12 @@ class Player:
             return self._shape[0], self._shape[1]
         return asked[0], asked[-1]
 
-    def _scaled(self, picture: np.ndarray) -> np.ndarray:
+    def _scaled(self, pictures: list[np.ndarray]) -> list[np.ndarray]:
         height, width = self.card.height, self.card.width
-        if picture.shape[:2] == (height, width):
-            return picture
-        image = Image.fromarray(picture).resize((width, height), Image.Resampling.BOX)
-        return np.asarray(image)
+        if self._shape[:2] == (height, width):
+            return pictures
+        images = (Image.fromarray(picture) for picture in pictures)
+        return [np.asarray(one.resize((width, height), Image.Resampling.BOX)) for one in images]
 
     def _fps(self) -> float:
         fps = self._settings.fps or fps_of(self._env) / self._settings.frame_skip

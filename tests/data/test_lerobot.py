@@ -21,6 +21,7 @@ from scd.data.lerobot_export import ExportConfig, export_lerobot
 from scd.data.lerobot_tables import Dataset
 from scd.data.source import EmptySplit, open_source, split_of
 from scd.data.video import index_frames
+from tests.tiny_hub import on_hub, running_hub
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -246,3 +247,35 @@ def test_other_versions_and_folders_are_refused(tmp_path):
         LeRobotSource(root, "train", LeRobotConfig(camera="top"))
     with pytest.raises(ValueError, match="size must be as 64 or 48x64"):
         LeRobotConfig(size="64*64")
+
+
+FROM_HUB = """
+from scd.data.source import open_source
+source = open_source("lerobot:{name}?camera=top", "train")
+clip = source.read(0, 0, 4)
+print(source.num_episodes, clip.frames.double().sum().item(), clip.actions.tolist())
+"""
+
+
+def test_a_dataset_is_downloaded_from_the_hub_once(tmp_path):
+    root = WRITTEN / "v30_h264"
+    files = [path for path in root.rglob("*") if path.is_file()]
+    with running_hub() as hub:
+        for name in ("datasets/me/robot", "me/world"):
+            hub.files[name] = {str(one.relative_to(root)): one.read_bytes() for one in files}
+            hub.files[name]["checkpoints/large.bin"] = b"not asked for"
+            hub.commits[name] = ["recorded"]
+        address = hub.address
+        read = on_hub(FROM_HUB.format(name="me/robot"), address, tmp_path)
+        assert read.returncode == 0, read.stderr
+        # A model of that name is no dataset.
+        refused = on_hub(FROM_HUB.format(name="me/world"), address, tmp_path)
+        assert "the hub shows no me/world to this account" in refused.stderr
+    clip = (source := open_source(f"lerobot:{root}?camera=top", "train")).read(0, 0, 4)
+    assert clip.actions is not None
+    local = (source.num_episodes, clip.frames.double().sum().item(), clip.actions.tolist())
+    assert read.stdout.split() == " ".join(map(str, local)).split()
+    assert not list(tmp_path.rglob("large.bin"))
+    # The hub is gone; what was downloaded is there still.
+    again = on_hub(FROM_HUB.format(name="me/robot"), address, tmp_path)
+    assert again.returncode == 0 and again.stdout == read.stdout

@@ -1,7 +1,6 @@
 """Worlds by name, their clips, and what is written to pass them on."""
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -18,7 +17,7 @@ from scd.models.about import read_about
 from scd.models.checkpoint import World, load_world, resolve, save_world
 from scd.models.clips import CLIPS_FILE, Clips
 from scd.models.names import WORLDS, find_world
-from tests.tiny_hub import TOKEN, running_hub
+from tests.tiny_hub import TOKEN, on_hub, running_hub
 
 
 def clips_of(world: World, num_frames: int = 5) -> Clips:
@@ -206,17 +205,6 @@ def test_the_code_of_a_card_runs(tiny_world, tmp_path, monkeypatch):
         exec(compile(code, "card", "exec"), {})
         assert (tmp_path / "stream.mp4").stat().st_size > 0
         (tmp_path / "stream.mp4").unlink()
-
-
-def on_hub(code: str, address: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """Run code whose hub is at an address, with a cache of its own."""
-    # The client reads all of these when it is imported. Large files go by LFS, not by chunks.
-    given = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    words = [sys.executable, "-c", code]
-    return subprocess.run(
-        words, env=environment | given, capture_output=True, text=True, timeout=120
-    )
 
 
 PUSH = """
