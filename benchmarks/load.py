@@ -283,7 +283,8 @@ class Guest:
                 time.sleep(self.random.uniform(0.1, 0.5))
             except LEFT as error:
                 if lives == len(self.server.killed_at):
-                    self.tally.fault(f"{type(error).__name__}: {error}")
+                    said = error.read()[:200] if isinstance(error, urllib.error.HTTPError) else ""
+                    self.tally.fault(f"{type(error).__name__}: {error} {said}")
                     time.sleep(0.5)
                     continue
                 self.tally.add("cut off")
@@ -314,7 +315,8 @@ class Guest:
                     self.tally.fault(f"{played} came back as {state}")
                 self.tally.lost.append(max(0, newest - state.frame))
                 self.last = state.frame
-                client.run()
+                # It may have been killed before it heard of the action.
+                self.begin(client, state.seed)
                 if state.frame < self.config.frames - 1:
                     self.watch(client, state.seed, goes_on=True)
                 client.close()

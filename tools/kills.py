@@ -9,8 +9,8 @@ uninterrupted one made, and must leave nothing half written. A world that is bei
 another one must also be whole between the kill and the second run; of sessions that leave memory
 none may be gone that was said to be on disk. Exit status 1: something failed.
 
-Measured with --every 2 (save, encode, record) and --every 4 (train): 60 kills of 146 operations,
-0 refusals, 0 losses, 0 other results (AMD EPYC, 2 CPU threads, torch 2.13.0+cpu, commit 2a6be41).
+Measured at all of them: 320 kills of 320 operations, 0 refusals, 0 losses, 0 other results (AMD
+EPYC, 2 CPU threads, torch 2.13.0+cpu, commit fb9517d).
 """
 
 from __future__ import annotations

@@ -149,6 +149,9 @@ def _answered(handler: Handler, service: Service) -> Handler:
             if "session" in request.path_params:
                 await service.reach(request.path_params["session"])
             return await handler(request)
+        except asyncio.CancelledError:
+            # By the web server, which ends; a trace of it would look like a fault.
+            return _refused(ServeError("model_stopped", "the server is stopping", fatal=True))
         except Exception as error:
             said = as_error(error)
             service.metrics.errors.labels(said.code).inc()

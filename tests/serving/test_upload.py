@@ -7,6 +7,7 @@ import resource
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from dataclasses import replace
@@ -27,6 +28,8 @@ from scd.serving.messages import ServeError
 from scd.serving.settings import ClientLimits
 from scd.serving.uploads import Uploads
 from tests.data.test_video import numbered, numbers, write_as
+from tests.servers import serving
+from tests.tiny_host import until
 
 LIMITS = DecodeLimits(
     height=16, width=16, fps=10.0, max_frames=8, max_pixels=200 * 200, max_s=5.0, cpu_s=20
@@ -205,6 +208,23 @@ def test_refusals_of_the_decoder_arrive():
     assert code_of(uploads().add(b"nothing")) == "not_media"
     assert code_of(uploads(max_upload_pixels=100).add(picture())) == "too_many_pixels"
     assert code_of(uploads(max_upload_bytes=10).add(picture())) == "too_large"
+
+
+def test_a_server_that_ends_while_it_decodes_says_so_without_a_trace(monkeypatch, caplog):
+    wait = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(kept_uploads, "command", lambda limits: wait)
+    answers = []
+    with serving() as server, caplog.at_level("ERROR"):
+        asked = threading.Thread(
+            target=lambda: answers.append(server.call("POST", "/v1/uploads", picture()))
+        )
+        asked.start()
+        until(lambda: psutil.Process().children())
+    asked.join(60)
+    ((status, said),) = answers
+    assert (status, said["error"]["code"]) == (503, "model_stopped")
+    assert not [one for one in caplog.records if one.exc_info]
+    until(lambda: not psutil.Process().children())
 
 
 def test_a_decoder_that_takes_too_long_is_killed(monkeypatch: pytest.MonkeyPatch):
