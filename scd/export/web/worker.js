@@ -112,9 +112,9 @@ class Session {
     };
   }
 
-  add(latent, steps) {
-    const { action, sequence } = this;
-    this.frames.push({ latent, action, sequence, steps });
+  /** Keep the frame that the stream has just got: its latent, action, sequence and steps. */
+  add(frame) {
+    this.frames.push(frame);
     if (this.stream.numFrames - this.copies.at(-1).numFrames >= EVERY) this.copies.push(this.stream.fork());
     while (this.copies.length > 1 && this.copies[1].numFrames - 1 <= this.index - REACH) this.copies.shift();
     const surplus = this.frames.length - (REACH + EVERY);
@@ -169,10 +169,8 @@ class Session {
     const began = performance.now();
     const pixels = await model.pixels(latent);
     const autoencoder = performance.now() - began;
-    const held = [this.action, this.sequence];
-    [this.action, this.sequence] = [action, sequence];
-    this.add(latent, steps);
-    [this.action, this.sequence] = held;
+    // Another action may be held by now.
+    this.add({ latent, action, sequence, steps });
     this.heard = this.index;
     await send(this, this.index, pixels, { encoder_ms: encoder, decoder_ms: decoder, autoencoder_ms: autoencoder });
   }
