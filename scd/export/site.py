@@ -38,6 +38,9 @@ OWN = Path(__file__).resolve().parent / "web"
 PIECE_BYTES = 20 * 2**20
 """Of the files of a site at most: some hosts take 25 MB."""
 
+SHELL = (".html", ".css", ".js", ".svg")
+"""Endings of the files of the page itself."""
+
 CLIPS = "clips.bin"
 """Pixels of the clips that a world carries."""
 
@@ -172,9 +175,16 @@ def _finish_page(folder: Path) -> None:
         digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
     worker = folder / "sw.js"
     text = worker.read_text("utf-8")
-    assert "VERSION_OF_SITE" in text
-    version = digest.hexdigest()[:16]
-    worker.write_text(text.replace("VERSION_OF_SITE", version), encoding="utf-8")
+    page_files = ["./", *(file.name for file in sorted(folder.iterdir()) if file.suffix in SHELL)]
+    page_files.remove(worker.name)
+    filled = {
+        "VERSION_OF_SITE": digest.hexdigest()[:16],
+        '["FILES_OF_PAGE"]': json.dumps(page_files),
+    }
+    for blank, value in filled.items():
+        assert blank in text
+        text = text.replace(blank, value)
+    worker.write_text(text, encoding="utf-8")
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -212,6 +212,8 @@ async function isolated() {
   try {
     await navigator.serviceWorker.register(new URL("sw.js", import.meta.url));
     await navigator.serviceWorker.ready;
+    // Only what comes through it is kept.
+    if (!navigator.serviceWorker.controller) await controlled();
   } catch {
     return true; // a private window, say: no threads, and nothing is kept
   }
@@ -221,4 +223,12 @@ async function isolated() {
     return false;
   }
   return true;
+}
+
+/** Wait until the service worker has taken this page over, or for three seconds. */
+function controlled() {
+  return new Promise((resolve) => {
+    navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true });
+    setTimeout(resolve, 3000);
+  });
 }

@@ -36,10 +36,18 @@ async function fetchPiece({ file, bytes, sha256 }, into, told) {
     place += value.length;
     told(value.length);
   }
-  if (place !== bytes || (await hashOf(into)) !== sha256)
+  if (place !== bytes || (await hashOf(into)) !== sha256) {
+    await forget(file);
     throw new Error(
       `${file} is not the file of this world: it needs ${bytes} bytes of another hash, ${place} came. ` +
       "Reload the page, and upload all files of the site again if that does not help.");
+  }
+}
+
+/** Let the service worker ask for a file again. */
+async function forget(file) {
+  for (const key of await caches.keys())
+    await (await caches.open(key)).delete(new URL(file, import.meta.url), { ignoreSearch: true });
 }
 
 /** SHA-256 in hexadecimal; browsers have it on https and localhost alone. */

@@ -2,9 +2,20 @@
 // let pages share memory between threads, where the host cannot send them.
 
 const VERSION = "VERSION_OF_SITE";
+const PAGE = ["FILES_OF_PAGE"]; // what the page loads before this worker is there
 const NAME = `scd ${new URL("./", self.location).pathname} `;
 
-self.addEventListener("install", () => self.skipWaiting());
+self.addEventListener("install", (event) => {
+  event.waitUntil((async () => {
+    const cache = await caches.open(NAME + VERSION);
+    await Promise.all(PAGE.map(async (file) => {
+      const come = isolating(await fetch(file, { cache: "no-cache" }));
+      if (!come.ok) throw new Error(`${file} did not arrive (${come.status})`);
+      await cache.put(file, come);
+    }));
+    await self.skipWaiting();
+  })());
+});
 
 self.addEventListener("activate", (event) => {
   event.waitUntil((async () => {
