@@ -576,7 +576,7 @@ def load(config: LoadConfig) -> dict[str, Any]:
     faults = {one.life: one.faults for one in looks}
     faults[len(server.killed_at)] = metrics["scd_faults_total"]
     lived = [one for one in looks if one.life == len(server.killed_at)]
-    if not lived:
+    if not lived or not any(one.promised for one in lived[len(lived) // 3 :]):
         raise ValueError("needed a longer duration-s: the last start took as long as was left")
     warm_s = min(WARM_S, lived[-1].since_s / 3)
     later = [one for one in lived if one.since_s >= warm_s]
