@@ -34,8 +34,8 @@ START_S = 120.0
 class BrowserConfig:
     """A measurement."""
 
-    run: Annotated[str, tyro.conf.Positional] = ""
-    """World, run or step folder; empty: the shipped world."""
+    run: Annotated[str, tyro.conf.Positional] = "cars"
+    """World, run or step folder."""
     seconds: float = 30.0
     """Of playing, after as many of warming up as `warm_up`."""
     warm_up: float = 5.0
@@ -103,7 +103,7 @@ def measure(config: BrowserConfig) -> dict[str, Any]:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         begin = time.perf_counter()
-        words = ["play", *([config.run] if config.run else []), "--no-browser", "--port", "0"]
+        words = ["play", config.run, "--no-browser", "--port", "0"]
         with started(words) as (address, _):
             listening_s = time.perf_counter() - begin
             page.goto(address)
