@@ -17,7 +17,8 @@ from scd.data.clip import Batch, Conditions, frames_to_pixels
 from scd.data.source import open_source
 from scd.evaluation.predict import choose_windows, count_windows, read_windows
 from scd.models.checkpoint import load_world
-from scd.models.shelf import PICTURE_FILE, animated
+from scd.models.names import PICTURE_FILE
+from scd.models.shelf import animated
 from scd.models.shipped import ship
 from scd.streaming.rollout import Rollout
 
@@ -56,6 +57,8 @@ def main(config: ShipConfig) -> None:
     source = open_source(config.data, "test")
     length = max(config.frames, GIVEN + config.shown)
     num_choices = min(8 * config.clips, count_windows(source, length))
+    if not num_choices:
+        raise ValueError(f"{config.data}: no episode kept for tests has {length} frames")
     windows = choose_windows(source, num_choices, length, config.seed)
     batch = read_windows(source, windows, length)
     best = batch.frames.std(dim=(-2, -1)).mean(dim=(1, 2)).argsort(descending=True)[: config.clips]

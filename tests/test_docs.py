@@ -76,7 +76,7 @@ SMALL = {
     "chmod": "",
     "python -c": "",
     "python examples/clips_from_videos.py": "",
-    "python examples/ship_world.py": "--clips 1 --frames 16",
+    "python examples/ship_world.py": "--clips 1 --frames 16 --shown 8",
     "scd bench": "--context 2 --frames 2 --device cpu",
     "scd bench compare": "--context 2 --steps 1 --rounds 1 --frames 1 --device cpu",
     "scd convert autoencoder": "",
@@ -489,7 +489,7 @@ def test_flags_of_commands_that_are_not_run_exist(command: str):
     # Flags of a kind of clips belong into the name of the clips.
     words = flags_to_name(shlex.split(command)[1:])
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    takes_name = names[0] in ("train", "convert", "intervene", "record")
+    takes_name = names[0] in ("train", "convert", "intervene", "record", "export")
     takes_name = takes_name or names[:2] == ["distill", "wan-dmd"]
     page = help_of(names[: 2 if takes_name else 1])
     for flag in (word.partition("=")[0] for word in words if word.startswith("--")):

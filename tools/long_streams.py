@@ -162,10 +162,11 @@ def measured(
         network = judge.network
         one, other = pairs(torch.cat([before[:, None], made], 1))
         ours = network.features(one, other)
-        errors = network.errors(ours, actions.flatten(0, 1)).unflatten(0, made.shape[:2])
+        of_parts = network.errors(ours, actions.flatten(0, 1))
+        errors = of_parts.mean(1).unflatten(0, made.shape[:2])
         name = "control" if judge.card.conditions.num_actions else "control_error"
-        right = errors if name == "control_error" else 1 - errors.float()
-        found[name] = bootstrap(right.float().mean(1))
+        right = errors if name == "control_error" else 1 - errors
+        found[name] = bootstrap(right.mean(1))
         theirs = network.features(*pairs(true))
         found["frechet_own"] = _without_interval(frechet_of_sets(ours, theirs))
     if i3d is not None and made.shape[1] >= FVD_FRAMES:

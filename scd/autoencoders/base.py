@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +43,15 @@ class Autoencoder(ABC):
     @abstractmethod
     def decode(self, latents: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t2 3 h2 w2"]:
         """Turn latents into frames in [-1, 1]; values outside are clipped."""
+
+    def carried(self, folder: Path, dtype: torch.dtype | None = None) -> Autoencoder:
+        """Write what a world's folder must hold of it, and return it as it is from there.
+
+        Args:
+            folder: is there; nothing is written where the settings say all.
+            dtype: of the weights; None: as they are.
+        """
+        return self
 
     def stream_decoder(self) -> StreamDecoder:
         """Return what decodes the latents of streams, one latent frame after another."""

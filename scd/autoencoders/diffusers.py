@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import replace
@@ -21,6 +22,7 @@ from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scd.autoencoders.base import NetworkAutoencoder
@@ -114,6 +116,20 @@ class ImageAutoencoder(NetworkAutoencoder):
                 "that the settings name"
             )
         return network
+
+    def carried(self, folder: Path, dtype: torch.dtype | None = None) -> ImageAutoencoder:
+        """Write the network into `vae/`, as diffusers reads it; see base.Autoencoder."""
+        place = folder / "vae"
+        place.mkdir()
+        shutil.copyfile(find_network(self.config.source) / CONFIG_FILE, place / CONFIG_FILE)
+        weights = self.network.state_dict().items()
+        save_file(
+            {name: weight.to(dtype=dtype).contiguous() for name, weight in weights},
+            place / WEIGHTS_FILE,
+        )
+        twin = copy(self)
+        twin.config = replace(self.config, source="")
+        return twin
 
     def _shape_of(self, network: Any) -> tuple[int, int]:
         return shape_of(self.config.network, network)

@@ -22,7 +22,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +46,7 @@ from scd.models.build import Diffuser, build, num_parameters
 from scd.models.clips import CLIPS_FILE, Clips, clips_in
 from scd.models.config import SamplingConfig
 from scd.models.kinds import ModelConfig
-from scd.models.names import CARD_FILE, WORLDS, find_world, shipped_names
+from scd.models.names import CARD_FILE, PICTURE_FILE, WORLDS, find_world, shipped_names
 from scd.models.progress import PROGRESS_FILE, Progress
 from scd.models.weights import (
     CONFIG_FILE,
@@ -136,7 +136,8 @@ class World:
     def save_pretrained(self, folder: str | os.PathLike[str], name: str = "") -> Path:
         """Write a folder to pass on: settings, weights, clips and a model card.
 
-        A card (README.md) that is there already stays as it is.
+        A card (README.md) that is there already stays as it is. An autoencoder of pictures goes
+        along, in `vae/`.
 
         Args:
             folder: a new one, or one that holds a world and nothing else, which is replaced.
@@ -147,11 +148,12 @@ class World:
             OSError: it could not be written; what was there is still there.
         """
         folder = Path(folder)
-        _refuse_others(folder, {CONFIG_FILE, CLIPS_FILE, CARD_FILE})
+        _refuse_others(folder, {CONFIG_FILE, CLIPS_FILE, CARD_FILE, PICTURE_FILE, "vae"})
         clips, card = self.clips, folder / CARD_FILE
         text = card.read_text("utf-8") if card.is_file() else self.model_card(name or folder.name)
         with written_aside(folder) as aside:
-            write_world(self, self.model.state_dict(), aside)
+            whole = replace(self, autoencoder=self.autoencoder.carried(aside))
+            write_world(whole, self.model.state_dict(), aside)
             if len(clips):
                 tensors = {"frames": clips.frames, "actions": clips.actions}
                 _write_tensors(tensors, aside / CLIPS_FILE)

@@ -23,7 +23,10 @@ BEST = ("cars", "doom")
 CARD_FILE = "README.md"
 """Says what a world is, beside its weights; the hub shows it."""
 
-ON_THE_HUB = (CONFIG_FILE, "model*.safetensors*", CLIPS_FILE, CARD_FILE, "preview.webp", "vae/*")
+PICTURE_FILE = "preview.webp"
+"""Moving picture of a world, made by itself, beside its weights."""
+
+ON_THE_HUB = (CONFIG_FILE, "model*.safetensors*", CLIPS_FILE, CARD_FILE, PICTURE_FILE, "vae/*")
 """What is downloaded of a world; states of training are not."""
 
 

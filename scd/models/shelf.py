@@ -13,10 +13,7 @@ from scd.common.config import to_json
 from scd.models.about import read_about
 from scd.models.checkpoint import read_world_parts
 from scd.models.clips import clips_in
-from scd.models.names import WORLDS, shipped_names
-
-PICTURE_FILE = "preview.webp"
-"""Moving picture of a world, made by itself, beside its weights."""
+from scd.models.names import PICTURE_FILE, WORLDS, shipped_names
 
 LOOPS = 0
 """Of a moving picture: for ever."""

@@ -8,21 +8,18 @@ latents are not pixels, their autoencoder is in `vae/`, in bfloat16 too.
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
-from scd.autoencoders.diffusers import WEIGHTS_FILE as NETWORK_FILE
-from scd.autoencoders.diffusers import ImageAutoencoder, find_network
 from scd.common.files import written_aside
 from scd.data.clip import Batch, frames_to_pixels
-from scd.models.checkpoint import load_world, read_world_parts, resolve, save_world
+from scd.models.checkpoint import load_world, read_world_parts, resolve, write_world
 from scd.models.clips import CLIPS_FILE, Clips, clips_in
 from scd.models.config import SamplingConfig
 from scd.models.names import WORLDS, shipped_names
-from scd.models.weights import CONFIG_FILE
 
 
 def shipped_world() -> Path:
@@ -86,22 +83,13 @@ def ship(
         )
     pixels = frames_to_pixels(clips.frames).movedim(-1, -3)
     with written_aside(Path(folder)) as aside:
-        autoencoder = world.autoencoder
-        if isinstance(autoencoder, ImageAutoencoder):
-            autoencoder = ImageAutoencoder(replace(autoencoder.config, source=""))
-        light = replace(world, model=world.model.bfloat16(), autoencoder=autoencoder)
-        save_world(replace(light, sampling=sampling or world.sampling), aside)
-        if isinstance(world.autoencoder, ImageAutoencoder):
-            _write_network(world.autoencoder, aside / "vae")
+        light = replace(
+            world,
+            model=world.model.bfloat16(),
+            sampling=sampling or world.sampling,
+            autoencoder=world.autoencoder.carried(aside, torch.bfloat16),
+        )
+        write_world(light, light.model.state_dict(), aside)
         tensors = {"frames": pixels.contiguous(), "actions": actions.long().contiguous()}
         save_file(tensors, aside / CLIPS_FILE)
     return Path(folder)
-
-
-def _write_network(autoencoder: ImageAutoencoder, place: Path) -> None:
-    """Write the network of an autoencoder of pictures, in bfloat16, as diffusers reads it."""
-    place.mkdir()
-    shutil.copyfile(find_network(autoencoder.config.source) / CONFIG_FILE, place / CONFIG_FILE)
-    weights = autoencoder.network.state_dict()
-    light = {name: weight.bfloat16().contiguous() for name, weight in weights.items()}
-    save_file(light, place / NETWORK_FILE)

@@ -21,7 +21,7 @@ from scd.cli import main
 from scd.data.clip import Batch, Conditions
 from scd.demo import demo, first_look
 from scd.evaluation.predict import choose_windows, read_windows
-from scd.models import shelf, shipped
+from scd.models import names, shelf, shipped
 from scd.models.build import build
 from scd.models.checkpoint import World, load_world, save_world
 from scd.models.config import FrameShape, SamplingConfig
@@ -88,11 +88,13 @@ def test_a_world_of_latents_is_shipped_with_its_autoencoder(separable_config, to
     )
     batch = clips_of(toy_source, 5)
     made = shipped.ship(save_world(world, tmp_path / "run"), batch, tmp_path / "shipped")
+    saved = world.save_pretrained(tmp_path / "saved")
     shutil.rmtree(tmp_path / "autoencoder")
     moved = made.rename(tmp_path / "moved")
     again = load_world(moved)
     assert str(tmp_path) not in (moved / "config.json").read_text()
     latents = autoencoder.encode(batch.frames)
+    assert torch.equal(load_world(saved).autoencoder.encode(batch.frames), latents)
     # Weights of 8 bits of mantissa.
     assert (again.autoencoder.encode(batch.frames) - latents).std() < 0.05 * latents.std()
     words = [sys.executable, "-c", WITHOUT_DIFFUSERS, str(moved)]
@@ -228,9 +230,9 @@ def test_a_moving_picture_is_the_file_or_a_clip(world, toy_source, tmp_path):
     assert made is not None
     with Image.open(io.BytesIO(made)) as picture:
         assert picture.size == (32, 32) and getattr(picture, "n_frames", 1) == 5
-    (folder / shelf.PICTURE_FILE).write_bytes(b"of its own")
+    (folder / names.PICTURE_FILE).write_bytes(b"of its own")
     assert shelf.moving_picture(folder) == b"of its own"
-    assert shelf.read_shipped(folder).picture == str(folder / shelf.PICTURE_FILE)
+    assert shelf.read_shipped(folder).picture == str(folder / names.PICTURE_FILE)
     assert shelf.moving_picture(tmp_path / "run") is None
 
 
