@@ -1,6 +1,6 @@
 """The moving picture of README.md: a world being played, with the keys that are held.
 
-    python tools/moving_picture.py [RUN] [--out docs/images/doom-played.webp]
+    python tools/moving_picture.py [RUN] [--out docs/images/cars-played.webp]
 
 Every frame after the given ones is made by the model, from the frames before it and the key that
 is lit. One take, begun with a clip of the world; nothing is picked out or drawn over the frames.
@@ -24,10 +24,13 @@ from scd.models.names import find_world
 from scd.models.shipped import read_clips
 from scd.streaming.rollout import Rollout
 
-KEYS = {"left": ((0, 1), 180), "forward": ((1, 0), 90), "right": ((2, 1), 0)}
-"""Action -> column and row of its key, and the direction of its arrow in degrees."""
+KEYS = {"left": ((0, 1), 180), "up": ((1, 0), 90), "right": ((2, 1), 0), "down": ((1, 1), 270)}
+"""Key -> its column and row, and the direction of its arrow in degrees."""
 
-PLAY = "right*8 left*10 right*6 forward*8 left*6 forward*6 right*5 forward*6 left*5 none*4"
+HELD = {"forward": "up", "gas": "up", "brake": "down"}
+"""Action -> its key, where that has another name."""
+
+PLAY = "gas*12 left*4 gas*7 right*3 gas*9 right*2 gas*8 left*3 gas*10 brake*6 nothing*4"
 """What is held, and for how many frames."""
 
 KEY, GAP = 44, 6
@@ -41,7 +44,7 @@ PAPER, INK, LIT, UNLIT = (24, 24, 27), (228, 228, 231), (250, 176, 5), (63, 63, 
 class PictureConfig:
     """A stream, and how it is shown."""
 
-    run: Annotated[str, tyro.conf.Positional] = "doom"
+    run: Annotated[str, tyro.conf.Positional] = "cars"
     """World with clips."""
     clip: int = 1
     """Clip to begin with."""
@@ -55,7 +58,7 @@ class PictureConfig:
     """Rows of the enlarged frames: 64x64 pixels are drawn as squares of five."""
     quality: int = 70
     """Of the WebP, 0 to 100."""
-    out: Path = Path("docs/images/doom-played.webp")
+    out: Path = Path("docs/images/cars-played.webp")
     """The picture."""
 
 
@@ -109,7 +112,7 @@ def drawn(frame: Image.Image, label: str, number: int, height: int) -> Image.Ima
     left, top = width + 2 * GAP, height // 2 - KEY
     for name, ((column, row), degrees) in KEYS.items():
         x, y = left + column * (KEY + GAP), top + row * (KEY + GAP)
-        draw.rounded_rectangle((x, y, x + KEY, y + KEY), 8, LIT if name == label else UNLIT)
+        draw.rounded_rectangle((x, y, x + KEY, y + KEY), 8, LIT if name == HELD.get(label, label) else UNLIT)
         centre = (x + KEY // 2, y + KEY // 2)
         draw.regular_polygon((*centre, KEY // 4), 3, rotation=degrees - 90, fill=INK)
     large, small = ImageFont.load_default(18), ImageFont.load_default(13)

@@ -69,9 +69,11 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     Raises:
         FileExistsError: the folder holds something else than an earlier demo.
         FileNotFoundError: without train: there is no such world, or no shipped one.
-        ValueError: the world carries no clips to begin from.
+        ValueError: the world carries no clips to begin from, or is one of training.
         KeyboardInterrupt: it was interrupted; the training is saved.
     """
+    if config.train and config.world:
+        raise ValueError(f"a demo trains its own worlds: {config.world!r} has no effect on train")
     out = Path(config.out)
     # A missing world is noticed before a folder is made.
     world = None if config.train else resolve(config.world or shipped_world())

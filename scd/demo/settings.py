@@ -38,8 +38,6 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if not self.train and (self.quick or self.steps is not None):
             raise ValueError("quick and steps have no effect without train: add --train")
-        if self.train and self.world:
-            raise ValueError(f"a demo trains its own worlds: {self.world!r} has no effect on train")
         check_threads(self.threads)
         at_least(1, steps=self.steps)
 
