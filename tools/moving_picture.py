@@ -112,7 +112,8 @@ def drawn(frame: Image.Image, label: str, number: int, height: int) -> Image.Ima
     left, top = width + 2 * GAP, height // 2 - KEY
     for name, ((column, row), degrees) in KEYS.items():
         x, y = left + column * (KEY + GAP), top + row * (KEY + GAP)
-        draw.rounded_rectangle((x, y, x + KEY, y + KEY), 8, LIT if name == HELD.get(label, label) else UNLIT)
+        lit = name == HELD.get(label, label)
+        draw.rounded_rectangle((x, y, x + KEY, y + KEY), 8, LIT if lit else UNLIT)
         centre = (x + KEY // 2, y + KEY // 2)
         draw.regular_polygon((*centre, KEY // 4), 3, rotation=degrees - 90, fill=INK)
     large, small = ImageFont.load_default(18), ImageFont.load_default(13)

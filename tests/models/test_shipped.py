@@ -184,7 +184,7 @@ def test_demo_says_what_needs_training():
     with pytest.raises(ValueError, match="add --train"):
         demo.DemoConfig(steps=3)
     with pytest.raises(ValueError, match="'doom' has no effect on train"):
-        demo.DemoConfig(world="doom", train=True)
+        demo.demo(demo.DemoConfig(world="doom", train=True))
 
 
 def test_the_example_ships_a_run(world, tmp_path):
