@@ -304,16 +304,8 @@ def pixels_to_frames(pixels: Frames) -> Float[Tensor, "*t 3 h w"]:
             f"pictures are 8-bit pixels [..., rows, columns, 3], got {given.dtype} "
             f"{list(given.shape)}"
         )
-    moved = given.movedim(-1, -3)
     # In place: these tensors are large and short-lived, and new memory costs as much as the sums.
-    if moved.device.type != "cpu":
-        return moved.float().div_(127.5).sub_(1)
-    # In this thread alone: those of PyTorch keep their cores busy for a while afterwards, which
-    # others want who decode pictures.
-    values = moved.numpy().astype(np.float32)
-    values /= np.float32(127.5)
-    values -= np.float32(1)
-    return torch.from_numpy(values)
+    return given.movedim(-1, -3).float().div_(127.5).sub_(1)
 
 
 def frames_to_pixels(frames: Float[Tensor, "*t 3 h w"]) -> UInt8[Tensor, "*t h w 3"]:
