@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,9 +90,6 @@ class FastDense(Engine):
             bias=self.stack.distance_bias(state.next_position, state.cache),
             conditions=conditions,
         )
-
-    def with_noisy_branch(self, context: Any, strength: float, noise: Tensor) -> Any:
-        raise ValueError("guidance by context noise needs a separable model")
 
     @torch.no_grad()
     def denoise(

@@ -68,12 +68,13 @@ class Engine(ABC):
         """
         return [self.context(*each) for each in zip(states, conditions, noises, strict=True)]
 
-    @abstractmethod
     def with_noisy_branch(self, context: Any, strength: float, noise: Tensor) -> Any:
         """Return a context of twice the batch: corrupted by noise [b n d] first, then as it was.
 
-        Only a separable model has a context to corrupt.
+        Raises:
+            ValueError: the model is not separable, so it has no context to corrupt.
         """
+        raise ValueError("guidance by context noise needs a separable model")
 
     @abstractmethod
     def denoise(

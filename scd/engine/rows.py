@@ -13,11 +13,17 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from scd.data.clip import Conditions
 from scd.engine.graph import LoopGraphs, can_compile, compiled
 from scd.engine.interface import Engine
 from scd.models.config import Solver
 from scd.models.embed import from_patches, to_patches
 from scd.models.flow import guided, solve
+
+
+def together(batches: Sequence[Tensor]) -> Tensor:
+    """Join batches of streams; one alone is not copied."""
+    return batches[0] if len(batches) == 1 else torch.cat(list(batches))
 
 
 @runtime_checkable
@@ -76,6 +82,9 @@ class RowEngine(Engine):
     @abstractmethod
     def modulations_of_each(self, time: Tensor, context: Any) -> Tensor:
         """Return the modulations of its frames, each at its time [f]: [f parts d]."""
+
+    def context(self, state: Any, conditions: Conditions, noise: Tensor | None = None) -> Any:
+        return self.contexts([state], [conditions], [noise])[0]
 
     @torch.no_grad()
     def denoise(

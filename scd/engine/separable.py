@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scd.data.clip import Conditions
 from scd.engine.layers import FastHead, PackedLinear, Parts, modulate, release, split
-from scd.engine.rows import RowEngine
+from scd.engine.rows import RowEngine, together
 from scd.engine.stack import FastStack
 from scd.models.block import layer_norm
 from scd.models.config import SeparableConfig
@@ -57,9 +57,9 @@ class FastEncoder(FastStack):
         """
         sizes = [len(frames) for frames in clean]
         if len({frames.shape[1] for frames in clean}) == 1:
-            x = self._rows(_together(clean))
+            x = self._rows(together(clean))
         else:
-            x = _together([self._rows(frames) for frames in clean])
+            x = together([self._rows(frames) for frames in clean])
         for cache in caches:
             cache.make_room()
         parts = self.clean_parts(upcoming)
@@ -94,10 +94,6 @@ class FastEncoder(FastStack):
         if not self.modulates_output:
             return layer_norm(x), torch.ones_like(x[:1, :1])
         return modulate(x, parts[-1], parts[-2]), parts[-2].view(-1, 1, parts[-2].shape[-1])
-
-
-def _together(batches: Sequence[Tensor]) -> Tensor:
-    return batches[0] if len(batches) == 1 else torch.cat(list(batches))
 
 
 class DecoderRows:
@@ -299,12 +295,6 @@ class FastSeparable(RowEngine):
         return SeparableState(cache=cache, newest=clean[:, max(row, 0) :], next_position=row)
 
     @torch.no_grad()
-    def context(
-        self, state: SeparableState, conditions: Conditions, noise: Tensor | None = None
-    ) -> FastContext:
-        return self.contexts([state], [conditions], [noise])[0]
-
-    @torch.no_grad()
     def contexts(
         self,
         states: Sequence[SeparableState],
@@ -352,7 +342,7 @@ class FastSeparable(RowEngine):
         return copies * self.shape.num_tokens * self.config.block.width * self.dtype.itemsize
 
     def put(self, rows: DecoderRows, start: int, contexts: Sequence[FastContext]) -> None:
-        tokens = _together([context.tokens for context in contexts])
+        tokens = together([context.tokens for context in contexts])
         conditions = [context.conditions for context in contexts]
         joined = conditions[0] if len(conditions) == 1 else side_by_side(conditions)
         self.decoder.put(rows, start, tokens, joined)

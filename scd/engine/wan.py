@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from scd.data.clip import Conditions
 from scd.engine.interface import Engine
 from scd.engine.layers import PackedLinear, Parts, split
-from scd.engine.rows import RowEngine
+from scd.engine.rows import RowEngine, together
 from scd.engine.wan_stack import FastWanHead, FastWanStack, Maps, ReadText, WanRotary, part_of
 from scd.models.config import Solver
 from scd.models.embed import from_patches, to_patches
@@ -65,7 +64,7 @@ class FastWanEncoder(FastWanStack):
 
         def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             split_up = [part.split(sizes) for part in (q, k, v)]
-            return _together(
+            return together(
                 [
                     self.attend(q, *cache.write(layer, k, v))
                     for cache, q, k, v in zip(caches, *split_up, strict=True)
@@ -74,7 +73,7 @@ class FastWanEncoder(FastWanStack):
 
         def read_text(layer: int, q: Tensor) -> Tensor:
             each = zip(q.split(sizes), texts, strict=True)
-            return _together([self.attend(q, *text[layer]) for q, text in each])
+            return together([self.attend(q, *text[layer]) for q, text in each])
 
         last = len(self.blocks) - 1
         for layer in range(last + 1 - only_cache):
@@ -84,10 +83,6 @@ class FastWanEncoder(FastWanStack):
             for cache, *new in zip(caches, k, v, strict=True):
                 cache.write(last, *new)
         return list(x.split(sizes))
-
-
-def _together(batches: Sequence[Tensor]) -> Tensor:
-    return batches[0] if len(batches) == 1 else torch.cat(list(batches))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,12 +259,6 @@ class FastWanSeparable(RowEngine):
         return state
 
     @torch.no_grad()
-    def context(
-        self, state: WanState, conditions: Conditions, noise: Tensor | None = None
-    ) -> FastWanContext:
-        return self.contexts([state], [conditions], [noise])[0]
-
-    @torch.no_grad()
     def contexts(
         self,
         states: Sequence[WanState],
@@ -408,9 +397,6 @@ class FastWanDense(Engine):
             rotary=self.stack.rotary([range(first, first + self.config.frames_per_block)]),
             text=text_in(state, conditions, self.stack),
         )
-
-    def with_noisy_branch(self, context: Any, strength: float, noise: Tensor) -> Any:
-        raise ValueError("guidance by context noise needs a separable model")
 
     @torch.no_grad()
     def denoise(

@@ -275,11 +275,8 @@ def test_too_few_clips_for_a_distance_are_said(run, folder, tmp_path, toy_source
     assert "control         unsteered" in evaluate.readable(result)
 
 
-def test_the_truth_has_no_distance_and_ideal_drift():
-    torch.manual_seed(0)
-    judge = untrained(Stripes.card)
-    clips = Batch.of([Stripes().read(episode, 0, 6) for episode in range(12)])
-    true = clips.frames[:, 1:]
+def measured_on_the_truth(judge, clips):
+    """Return the metric, and what it measures where a model predicts what happened."""
     seen = Seen(
         predicted=clips.frames,
         true=clips.frames,
@@ -293,6 +290,15 @@ def test_the_truth_has_no_distance_and_ideal_drift():
         name: {key: value[:, None] for key, value in numbers.items()}
         for name, numbers in metric.measure(seen).items()
     }
+    return metric, measured
+
+
+def test_the_truth_has_no_distance_and_ideal_drift():
+    torch.manual_seed(0)
+    judge = untrained(Stripes.card)
+    clips = Batch.of([Stripes().read(episode, 0, 6) for episode in range(12)])
+    true = clips.frames[:, 1:]
+    metric, measured = measured_on_the_truth(judge, clips)
     rows = metric.estimates(measured)
     found = [(name, one) for _, kind, name, one in rows if kind == "frechet_own"]
     assert [name for name, _ in found] == ["model"] * 5 + ["repeat_last"] * 5
@@ -448,19 +454,7 @@ def test_every_part_of_an_action_is_read_for_itself(tmp_path, monkeypatch):
 def test_an_evaluation_has_rows_for_every_part():
     judge = untrained(Parted.card)
     clips = Batch.of([Parted().read(episode, 0, 6) for episode in range(12)])
-    seen = Seen(
-        predicted=clips.frames,
-        true=clips.frames,
-        context=1,
-        steering=clips.conditions.frames(1, None),
-        shuffled=False,
-        is_first=True,
-    )
-    metric = ReadActions(Protocol(horizon=5), judge)
-    measured = {
-        name: {key: value[:, None] for key, value in numbers.items()}
-        for name, numbers in metric.measure(seen).items()
-    }
+    metric, measured = measured_on_the_truth(judge, clips)
     rows = {
         (kind, horizon): one.mean
         for horizon, kind, name, one in metric.estimates(measured)
