@@ -6,13 +6,13 @@ import asyncio
 import json
 import os
 import secrets
+import subprocess
 import sys
 import time
 import weakref
-from asyncio.subprocess import DEVNULL, PIPE
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import numpy as np
 from jaxtyping import UInt8
@@ -182,22 +182,20 @@ class Uploads:
         self._kept = {name: one for name, one in self._kept.items() if one.expires_s > now}
 
     async def _decoded(self, data: bytes | bytearray) -> np.ndarray:
+        # Twice: the limit is of processor time, and others may use the processor too.
+        limit_s = 2 * self._limits.decoder_s + START_S
         words = command(self._decode)
-        process = await asyncio.create_subprocess_exec(
-            *words, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
-        )
-        try:
-            # Twice: the limit is of processor time, and others may use the processor too.
-            async with asyncio.timeout(2 * self._limits.decoder_s + START_S):
-                assert process.stdin is not None and process.stdout is not None
-                fed = _feed(process.stdin, data)
-                pixels, _, _ = await asyncio.gather(process.stdout.read(), fed, process.wait())
-        except TimeoutError:
-            raise self._too_slow() from None
-        finally:
-            if process.returncode is None:
+        with subprocess.Popen(words, stdin=PIPE, stdout=PIPE, stderr=DEVNULL) as process:
+            # A thread waits for it, rather than the event loop: the loop may end first, and would
+            # leave the pipes open.
+            talk = asyncio.ensure_future(asyncio.to_thread(process.communicate, data, limit_s))
+            try:
+                pixels, _ = await asyncio.shield(talk)
+            except subprocess.TimeoutExpired:
+                raise self._too_slow() from None
+            finally:
                 process.kill()
-                await process.wait()
+                await asyncio.wait([talk])
         return self._checked(process.returncode, pixels)
 
     def _checked(self, status: int | None, output: bytes) -> np.ndarray:
@@ -218,17 +216,3 @@ class Uploads:
             "too_slow_to_decode",
             f"decoding took longer than {self._limits.decoder_s:g} s: send something smaller",
         )
-
-
-PART_BYTES = 2**16
-"""Of an upload, put into the pipe to its decoder at once."""
-
-
-async def _feed(pipe: asyncio.StreamWriter, data: bytes | bytearray) -> None:
-    """Write a part at a time: what waits in the pipe would be a second copy."""
-    # A decoder that has ended reads no more.
-    with suppress(BrokenPipeError, ConnectionResetError):
-        for begin in range(0, len(data), PART_BYTES):
-            pipe.write(bytes(data[begin : begin + PART_BYTES]))
-            await pipe.drain()
-    pipe.close()
