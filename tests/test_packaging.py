@@ -57,6 +57,16 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+def test_a_tag_of_this_commit_names_its_version():
+    git = run("git", "-C", ROOT, "tag", "--points-at", "HEAD", "v*")
+    tags = git.stdout.split()
+    if git.returncode or not tags:
+        pytest.skip("no release: no tag v* points at this commit, or git is not here")
+    assert tags == [f"v{scd.__version__}"]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"\n## {scd.__version__}" in changes, "no heading names this version"
+
+
 def test_both_distributions_pass_the_check_of_an_index(built):
     names = sorted(path.name for path in built.iterdir())
     assert names == [f"{STEM}-py3-none-any.whl", f"{STEM}.tar.gz"]
