@@ -20,7 +20,7 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from load import NOW, Guest, LoadConfig, Server, Tally, references
+from guests import NOW, Guest, LoadConfig, Server, Tally, references
 
 from scd.common.provenance import provenance, write_json
 from scd.serving.client import Client
