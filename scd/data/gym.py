@@ -82,6 +82,8 @@ class GymRecording(Recording):
     fps: float = 0.0
     """Frames per second at which the episodes are meant to be watched; 0: as the environment
     says."""
+    pixel_art: bool = False
+    """Frames are drawn in hard-edged pixels, which a player should not smooth."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,6 +114,8 @@ class GymRecording(Recording):
     @property
     def decisive(self) -> dict[str, Any]:
         settings = super().decisive
+        # It changes the card alone, which is compared besides.
+        del settings["pixel_art"]
         if self.policy not in RULES:
             content = Path(self.policy.rpartition(":")[0]).read_bytes()
             settings["policy_digest"] = hashlib.blake2b(content, digest_size=16).hexdigest()
@@ -195,6 +199,7 @@ class Player:
                 conditions=spec,
                 action_names=names,
                 key_map=read_key_map(settings.keys, spec, names),
+                pixel_art=settings.pixel_art,
             )
         except BaseException:
             self._env.close()

@@ -249,3 +249,27 @@ def test_real_environments(tmp_path, name, make, frames_from, fps, action):
     other.close()
     _, second, _ = list(episodes_of(folder))[1]
     np.testing.assert_array_equal(played.pixels, second)
+
+
+@needs_gym
+def test_a_crafter_of_chosen_actions_whose_player_keeps_items(tmp_path):
+    make = ("size=(36,36)", "area=(16,16)", "actions=('do','place_stone')", "items={'stone':9}")
+    given = settings(
+        tmp_path / "a", "CrafterNoReward-v1", episodes=1, frames=40, make=make, register=(),
+        frames_from="observation", crop=(0, 0, 28, 36), pixel_art=True, names=("dig", "place"),
+    )  # fmt: skip
+    card = read_card(record(given))
+    assert card.pixel_art and card.action_names == ("dig", "place")
+    _, pictures, actions = next(episodes_of(tmp_path / "a"))
+    # Chosen actions are the game's own, and in the game as it is nobody has a stone to put down.
+    ids = [(5, 7)[action] for action in actions.tolist()]
+    plain, _ = played_by_hand(
+        "CrafterNoReward-v1", 0, ids, (36, 36), True, size=(36, 36), area=(16, 16)
+    )
+    plain = plain[:, :28]  # below is what the player has
+    first = ids.index(7)
+    np.testing.assert_array_equal(pictures[:first], plain[:first])
+    assert np.abs(pictures[first:].astype(int) - plain[first:]).max() > 30
+    for wrong in ("actions=('do','fly')", "items={'gold':1}"):
+        with pytest.raises(ValueError, match=r"Crafter's (actions|items) are .*; got (fly|gold)"):
+            record(dataclasses.replace(given, out=str(tmp_path / "b"), make=(wrong,)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -59,6 +61,12 @@ def scd_play(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.wait()
+
+
+def canvas_of(page: Any, name: str) -> Image.Image:
+    """Return what a canvas of the page holds."""
+    read = "(name) => document.getElementById(name).toDataURL('image/png').split(',')[1]"
+    return Image.open(io.BytesIO(base64.b64decode(page.evaluate(read, name)))).convert("RGB")
 
 
 def address_of(process: subprocess.Popen[str], name: str) -> str:
@@ -209,8 +217,10 @@ def test_the_page_says_what_the_world_is_and_its_own_keys(player: Player, tiny_w
     # Pixel art keeps its edges, unless the player wants them smooth.
     rendering = "() => document.getElementById('view').style.imageRendering"
     assert page.evaluate(rendering) == "pixelated"
+    assert page.locator("#large").is_hidden()
     page.get_by_text("smooth pixels").click()
     assert page.evaluate(rendering) == "auto"
+    assert page.locator("#large").is_visible()
     idle = page.locator(".others .key")
     assert idle.inner_text().startswith("do nothing")
     assert idle.get_attribute("aria-label") == "do nothing, key 1"
@@ -233,6 +243,14 @@ def test_the_world_of_the_package_has_three_keys_a_card_and_smooth_pixels(browse
         rendering = "() => document.getElementById('view').style.imageRendering"
         assert player.page.evaluate(rendering) == "auto"
         player.pause()
+        # Few pixels are enlarged as Pillow would, both while they stream and afterwards.
+        frame, shown = canvas_of(player.page, "view"), canvas_of(player.page, "large")
+        assert frame.size == (64, 64) and shown.width == shown.height == 256
+        error = {
+            way: np.abs(np.float32(frame.resize(shown.size, way)) - np.float32(shown)).mean()
+            for way in (Image.Resampling.LANCZOS, Image.Resampling.BILINEAR)
+        }
+        assert error[Image.Resampling.LANCZOS] < 0.5 < error[Image.Resampling.BILINEAR], error
         assert player.hints == ["Paused: a key makes one frame, space runs"]
         player.page.locator("#view").focus()
         # No action of this world goes back: the key does nothing.

@@ -28,7 +28,7 @@ const pictures = new Pictures((...of) => stage.push(...of), pictureFailed);
 const player = new Player(address, token, pictures);
 const stage = new Stage(byId("view"), byId("ambient"), byId("room"), drawn);
 const meters = new Meters(byId("chart"), byId("meters"));
-const recorder = new Recorder(byId("view"), byId("record"), byId("recording"), say, () =>
+const recorder = new Recorder(stage, byId("record"), byId("recording"), say, () =>
   player.fetchVideo(),
 );
 const steering = new Steering(byId("pad"), hold, pressed, isWaiting);
@@ -323,7 +323,7 @@ function countText(count) {
 // Few pixels enlarged are blocks, unless they are smoothed; pixel art is meant to be blocks.
 function setSmooth(on) {
   byId("smooth").checked = on;
-  stage.smooth = recorder.smooth = on;
+  stage.smooth = on;
   stage.fit();
 }
 

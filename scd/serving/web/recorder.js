@@ -19,15 +19,14 @@ export function recordingKind() {
 }
 
 export class Recorder {
-  /** `button` starts and stops, `chip` shows the seconds, `say` tells what became of it.
-   *  `fetchVideo` asks the server for the stream as MP4. */
-  constructor(view, button, chip, say, fetchVideo) {
-    Object.assign(this, { view, button, chip, say, fetchVideo });
+  /** `stage` shows the picture, `button` starts and stops, `chip` shows the seconds, `say` tells what
+   *  became of it. `fetchVideo` asks the server for the stream as MP4. */
+  constructor(stage, button, chip, say, fetchVideo) {
+    Object.assign(this, { stage, button, chip, say, fetchVideo });
     this.name = "world";
     this.canvas = document.createElement("canvas");
     this.recorder = null;
     this.num = 0;
-    this.smooth = false;
   }
 
   get isOn() {
@@ -69,14 +68,14 @@ export class Recorder {
   start() {
     const type = supported(MP4) ?? supported(WEBM);
     if (type === null) throw new Error("this browser cannot record a canvas");
-    const { width, height } = this.view;
+    const { width, height } = this.stage.view;
     let factor = Math.max(1, Math.ceil(SHORT_SIDE / Math.min(width, height)));
     // H.264 wants even sides.
     if ((width * factor) % 2 || (height * factor) % 2) factor += 1;
     this.canvas.width = width * factor;
     this.canvas.height = height * factor;
     this.context = this.canvas.getContext("2d", { alpha: false });
-    this.context.imageSmoothingEnabled = this.smooth;
+    this.context.imageSmoothingEnabled = this.stage.smooth;
     this.num = 0;
     this.chunks = [];
     const stream = this.canvas.captureStream();
@@ -87,10 +86,10 @@ export class Recorder {
     this.add();
   }
 
-  /** Record what the view shows now. */
+  /** Record what is shown now. */
   add() {
     if (this.recorder === null) return;
-    this.context.drawImage(this.view, 0, 0, this.canvas.width, this.canvas.height);
+    this.context.drawImage(this.stage.shown, 0, 0, this.canvas.width, this.canvas.height);
     this.num += 1;
   }
 

@@ -1,5 +1,7 @@
 // The picture: drawn when the screen is, crisp at whole multiples of its size.
 
+import { Enlarger, factorOf } from "./enlarge.js";
+
 export class Stage {
   /** `drawn(header, arrived, blob, time)` is told of every live frame, when it is on the screen. */
   constructor(view, ambient, frame, drawn) {
@@ -9,6 +11,14 @@ export class Stage {
     this.drawn = drawn;
     this.context = view.getContext("2d", { alpha: false });
     this.glow = ambient.getContext("2d", { alpha: false });
+    // The same picture enlarged, over the view, which stays as the frames are.
+    this.large = document.createElement("canvas");
+    this.large.id = "large";
+    this.large.hidden = true;
+    view.after(this.large);
+    this.largeContext = this.large.getContext("2d", { alpha: false });
+    this.small = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+    this.enlarger = null;
     this.queue = [];
     this.asked = 0;
     this.preview = null;
@@ -34,10 +44,41 @@ export class Stage {
     const room = Math.min(this.frame.clientWidth / width, this.frame.clientHeight / height);
     const exact = room * ratio;
     this.scale = (exact >= 1 ? Math.floor(exact + 1e-6) : exact) / ratio;
-    this.view.style.width = `${width * this.scale}px`;
-    this.view.style.height = `${height * this.scale}px`;
+    for (const { style } of [this.view, this.large]) {
+      style.width = `${width * this.scale}px`;
+      style.height = `${height * this.scale}px`;
+    }
     const soft = this.smooth || exact < 1;
     this.view.style.imageRendering = soft ? "auto" : "pixelated";
+    this._choose(this.smooth ? factorOf(width, height, this.scale * ratio) : 1);
+  }
+
+  /** Enlarge frames by a factor from now on, before the browser does the rest; 1: not at all. */
+  _choose(factor) {
+    const { width, height } = this.view;
+    const { enlarger } = this;
+    this.large.hidden = factor === 1;
+    if (factor === 1) this.enlarger = null;
+    else if (enlarger?.width !== width || enlarger.height !== height || enlarger.factor !== factor) {
+      this.enlarger = new Enlarger(width, height, factor);
+      this.small.canvas.width = width;
+      this.small.canvas.height = height;
+      this.large.width = width * factor;
+      this.large.height = height * factor;
+      this._enlarge(this.view);
+    }
+  }
+
+  _enlarge(picture) {
+    if (this.enlarger === null) return;
+    const { width, height } = this.view;
+    this.small.drawImage(picture, 0, 0, width, height, 0, 0, width, height);
+    this.largeContext.putImageData(this.enlarger.enlarge(this.small.getImageData(0, 0, width, height).data), 0, 0);
+  }
+
+  /** What the player sees: the enlarged picture, where there is one. */
+  get shown() {
+    return this.enlarger === null ? this.view : this.large;
   }
 
   /** Draw a picture with the next frame of the screen; it is closed then. */
@@ -67,6 +108,7 @@ export class Stage {
     // An H.264 picture may have one row or column more than the frame.
     this.painted += 1;
     this.context.drawImage(picture, 0, 0, width, height, 0, 0, this.view.width, this.view.height);
+    this._enlarge(width === this.view.width && height === this.view.height ? picture : this.view);
     this.glow.drawImage(this.view, 0, 0, this.ambient.width, this.ambient.height);
   }
 
@@ -95,6 +137,7 @@ export class Stage {
     this.painted += 1;
     this.context.fillStyle = "#15171b";
     this.context.fillRect(0, 0, this.view.width, this.view.height);
+    this._enlarge(this.view);
     this.glow.fillStyle = "#15171b";
     this.glow.fillRect(0, 0, this.ambient.width, this.ambient.height);
   }
