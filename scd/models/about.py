@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scd.common.files import read_json, read_text
@@ -16,13 +16,16 @@ LONGEST = 120
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """Two lines of text, each empty where nobody has said it."""
+    """Lines of text, each empty where nobody has said it."""
 
     title: str = ""
     """What it is: the first heading of its card."""
     trained: str = ""
     """How, in words that go on after "trained", such as "4,000 steps on doom-64 in 65 min": the row
     "trained" of the card's table, or what the run folder says."""
+    goal: str = ""
+    """What a player may try, and what the game paid for it: the row "goal" of the card's table. No
+    world predicts a score."""
 
 
 def read_about(folder: Path) -> About:
@@ -31,19 +34,22 @@ def read_about(folder: Path) -> About:
     Raises:
         ValueError: the files of the run are damaged, or the card is no text.
     """
-    title, trained = _read_card(folder / CARD_FILE)
-    return About(title=title, trained=trained or _read_run(folder))
+    card = _read_card(folder / CARD_FILE)
+    return card if card.trained else replace(card, trained=_read_run(folder))
 
 
-def _read_card(path: Path) -> tuple[str, str]:
+def _read_card(path: Path) -> About:
     if not path.is_file():
-        return "", ""
+        return About()
     text = read_text(path)
     # Metadata between dashes stands first in cards of a hub, and may hold comments.
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     title = re.search(r"^# +(\S.*)$", text, flags=re.MULTILINE)
-    row = re.search(r"^\| *trained *\| *([^|]*\S) *\|", text, flags=re.MULTILINE)
-    return _short(title), _short(row)
+    rows = {
+        name: _short(re.search(rf"^\| *{name} *\| *([^|]*\S) *\|", text, flags=re.MULTILINE))
+        for name in ("trained", "goal")
+    }
+    return About(title=_short(title), **rows)
 
 
 def _short(found: re.Match[str] | None) -> str:

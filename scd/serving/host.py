@@ -234,6 +234,7 @@ def world_info(
         name=name,
         title=about.title,
         trained=about.trained,
+        goal=about.goal,
         parameters=parameters,
         weights=digest_of(weights, "blake2b") if weights is not None and is_read else "",
         height=card.height,

@@ -368,6 +368,8 @@ class WorldInfo(Message):
     """What it is, by its card; empty: it has none."""
     trained: str
     """How, in words that go on after "trained"; empty: nobody has said it."""
+    goal: str
+    """What a player may try, by its card; empty: nothing. Nothing is scored."""
     parameters: int
     """Of its model."""
     weights: str

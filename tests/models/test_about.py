@@ -45,6 +45,8 @@ def test_the_card_says_what_it_is_and_how_it_was_trained(tmp_path: Path):
     assert read_about(folder) == About()
     (folder / "README.md").write_text(CARD)
     assert read_about(folder) == About(title="A world of dunes", trained="in a day on one GPU")
+    (folder / "README.md").write_text(CARD + "| goal | find the oasis |\n")
+    assert read_about(folder).goal == "find the oasis"
     (folder / "README.md").write_text(f"words\n\n# {'long ' * 100}\n")
     assert len(read_about(folder).title) == LONGEST
     (folder / "README.md").write_bytes(b"\xff\xfe# no text")

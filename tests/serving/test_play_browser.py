@@ -84,6 +84,7 @@ def command(
 ) -> Iterator[subprocess.Popen[str]]:
     """`scd play` with the tiny world; its address is in `address`."""
     run = save_world(tiny_world, tmp_path_factory.mktemp("play") / "tiny-world")
+    (run / "README.md").write_text("| goal | keep to the right |\n")
     with scd_play(str(run), "--data", "toy:32") as process:
         yield process
 
@@ -213,6 +214,7 @@ def test_the_page_says_what_the_world_is_and_its_own_keys(player: Player, tiny_w
     page.keyboard.press("?")
     assert page.locator("#help-keys dd").all_inner_texts() == ["up", "left", "down", "right"]
     assert player.text("world-facts") == line
+    assert player.text("goal") == "Goal: keep to the right."
     page.locator("#help-close").click()
     # Pixel art keeps its edges, unless the player wants them smooth.
     rendering = "() => document.getElementById('view').style.imageRendering"

@@ -386,6 +386,8 @@ player.addEventListener("world", async () => {
   byId("world").textContent = world.name;
   byId("facts").textContent = byId("facts").title = worldLine(world);
   byId("world-facts").textContent = worldLine(world);
+  byId("goal").hidden = !world.goal;
+  byId("goal").textContent = world.goal ? `Goal: ${world.goal}.` : "";
   byId("about").textContent = `Recordings: ${recordingKind().words}.`;
   stage.setSize(world.width, world.height);
   timeline.aspect = world.width / world.height;
