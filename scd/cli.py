@@ -312,39 +312,28 @@ def _teacher(kind: type[Settings], words: list[str], base: Any) -> Settings:
 
 
 def _distill(words: list[str]) -> None:
-    if words[:1] == ["wan-dmd"]:
-        _distill_wan(words[1:])
-        return
-    from scd.objectives.config import ConsistencyConfig
     from scd.training.config import TrainConfig
-    from scd.training.presets import DistillChoice
+    from scd.training.presets import DISTILLATIONS
 
-    blank = TrainConfig(objective=ConsistencyConfig())
+    name = words[0] if words[:1] and words[0] in DISTILLATIONS else ""
+    kind, blank, first, note = DISTILLATIONS[name]
+    command, words = f"distill {name}".strip(), words[bool(name) :]
     if asks_for_help(words):
-        _help_of_both(DistillChoice, "distill TEACHER", blank, "a teacher")
-    words = to_front(words, lambda: _teacher(DistillChoice, words, blank).teacher)
-    choice, rest = _parse_known(DistillChoice, words, "distill")
+        _help_of_both(kind, f"{command} {first.upper()}", blank, note)
+    words = to_front(words, lambda: getattr(_teacher(kind, words, blank), first))
+    choice: Any
+    choice, rest = _parse_known(kind, words, command)
     from scd.training.distillation import distillation
 
-    _run_training(_parse(TrainConfig, rest, f"distill {choice.teacher}", distillation(choice)))
+    config = distillation(choice)
+    config = _parse(TrainConfig, rest, f"{command} {getattr(choice, first)}", config)
+    if name == "wan-dmd":
+        from scd.training.wan import with_prompts
 
-
-def _distill_wan(words: list[str]) -> None:
-    from scd.training.config import TrainConfig
-    from scd.training.presets import WAN_DMD, WanDmdChoice
-
-    if asks_for_help(words):
-        _help_of_both(WanDmdChoice, "distill wan-dmd RUN", WAN_DMD, "a world")
-    words = to_front(words, lambda: _teacher(WanDmdChoice, words, WAN_DMD).run)
-    choice, rest = _parse_known(WanDmdChoice, words, "distill wan-dmd")
-    from scd.training.wan import wan_distillation, with_prompts
-
-    base = wan_distillation(choice)
-    config = _parse(TrainConfig, rest, f"distill wan-dmd {choice.run}", base)
-    config, info = with_prompts(choice, config)
-    if choice.only_embed:
-        print(f"{len(info.prompts)} prompts in {config.data}")
-        return
+        config, info = with_prompts(choice, config)
+        if choice.only_embed:
+            print(f"{len(info.prompts)} prompts in {config.data}")
+            return
     _run_training(config)
 
 

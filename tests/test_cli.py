@@ -218,6 +218,7 @@ def test_a_command_says_what_is_missing(line, message, capsys):
         "encode --autoencoder pixels {name} --out y",
         "distill --max-steps 3 --steps 2 {name}",
         "distill wan-dmd --max-steps 3 --prompts x --teacher y {name}",
+        "distill wan-consistency --max-steps 3 --data x --steps 1000 500 {name}",
         "intervene skip --layers 1-2 --full-steps 1 --out y {name}",
         "export diffusers --out y {name}",
         "export onnx --out y --weights fp16 {name}",
@@ -294,6 +295,7 @@ def test_help_of_settings_and_wrong_presets_answer_without_torch():
     lines = (
         "train --help,train toy --help,train dom,train toy --stepz 3,train-autoencoder --help,"
         "train-judge --help,distill --help,distill wan-dmd --help,sample --help,vbench --help,"
+        "distill wan-consistency --help,"
         "evaluate --help,evaluate --protocol toy-9-9,protocols,play --help,serve --help,"
         "demo --help,bench --help,bench compare --help,probe --help,intervene skip --help,"
         "intervene recompose --help,convert --help,convert reference --help,convert wan --help,"

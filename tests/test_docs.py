@@ -143,6 +143,9 @@ ELSEWHERE = {
     "scd demo": ".ci/run does it with the README's line",
     "scd intervene": "takes a minute each: tests/probing/test_intervene.py runs them smaller",
     "scd serve runs/out/doom-64 --replicas": "starts Ray: tests/serving/test_serve_ray.py",
+    "scd distill wan-consistency": (
+        "takes a minute: tests/training/test_wan_consistency.py runs it smaller"
+    ),
     "scd distill wan-dmd": "takes a minute: tests/training/test_wan_end_to_end.py runs it smaller",
     "scd evaluate runs/out/scd-m --data minecraft:data/minecraft": (
         "needs published weights of LPIPS and FVD: tests/evaluation"
@@ -490,7 +493,7 @@ def test_flags_of_commands_that_are_not_run_exist(command: str):
     words = flags_to_name(shlex.split(command)[1:])
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     takes_name = names[0] in ("train", "convert", "intervene", "record", "export")
-    takes_name = takes_name or names[:2] == ["distill", "wan-dmd"]
+    takes_name = takes_name or names[:2] in (["distill", "wan-dmd"], ["distill", "wan-consistency"])
     page = help_of(names[: 2 if takes_name else 1])
     for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
         assert re.search(rf"{flag}\b", page), f"{flag} is no flag of scd {' '.join(names)}"

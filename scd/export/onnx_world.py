@@ -118,6 +118,11 @@ def readable(description: dict[str, Any]) -> str:
 
 def schedules(sampling: SamplingConfig) -> dict[str, Any]:
     """Say, by number of steps, at which times a frame is denoised and what becomes of each call."""
+    if sampling.first_times:
+        raise ValueError(
+            "exported graphs denoise all frames alike: this world's first frame has times of its "
+            f"own, {list(sampling.first_times)}"
+        )
     described = {}
     for number in range(1, max(MOST_STEPS, 2 * sampling.num_steps) + 1):
         chosen = with_num_steps(sampling, number)

@@ -137,10 +137,15 @@ class CausalDiffuser(nn.Module, Pretrained):
         conditions: Conditions,
         num_noisy: int,
         num_draws: int = 1,
+        noise: Float[Tensor, "b r2 m c h w"] | None = None,
     ) -> Field:
         """Return `forward` as a function of noisy frames and times, for many steps on one history.
 
         Where there is an encoder it runs once, here; else each call runs all of the model.
+
+        Args:
+            noise: what an encoder reads that reads noise, for one draw or for all r; None: as in
+                `forward` without `augment`.
         """
 
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:

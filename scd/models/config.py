@@ -36,6 +36,9 @@ class SamplingConfig:
     times: tuple[float, ...] = added(())
     """Of the schedule "listed": where each step begins, descending from 1; the last one ends at 0.
     Empty elsewhere."""
+    first_times: tuple[float, ...] = added(())
+    """Likewise of the first frame, or block, of a stream that begins from nothing, whatever the
+    schedule of the others: more steps than theirs, since no past helps it. Empty: as the others."""
 
     def __post_init__(self) -> None:
         within(1, MAX_STEPS, num_steps=self.num_steps)
@@ -44,23 +47,29 @@ class SamplingConfig:
         if self.schedule != "shifted" and self.shift != 1:
             raise ValueError(f"shift={self.shift} has no effect on schedule={self.schedule!r}")
         if self.schedule == "listed":
-            self._check_times()
+            _check_times("times", self.times)
+            if len(self.times) != self.num_steps:
+                raise ValueError(
+                    f"schedule 'listed' has {len(self.times)} times, one for each step: num_steps "
+                    f"must be {len(self.times)}, got {self.num_steps}"
+                )
         elif self.times:
             raise ValueError(f"times={self.times} have no effect on schedule={self.schedule!r}")
+        if self.first_times:
+            _check_times("first_times", self.first_times)
+            if len(self.first_times) <= self.num_steps:
+                raise ValueError(
+                    f"first_times must be more than the {self.num_steps} steps of other frames, "
+                    f"got {len(self.first_times)}"
+                )
 
-    def _check_times(self) -> None:
-        times = self.times
-        descend = all(later < earlier for earlier, later in pairwise(times))
-        if not times or times[0] != 1 or not descend or times[-1] <= 0:
-            raise ValueError(
-                "times must begin with 1, descend from each to the next and stay above 0, got "
-                f"{times}"
-            )
-        if len(times) != self.num_steps:
-            raise ValueError(
-                f"schedule 'listed' has {len(times)} times, one for each step: num_steps must be "
-                f"{len(times)}, got {self.num_steps}"
-            )
+
+def _check_times(name: str, times: tuple[float, ...]) -> None:
+    descend = all(later < earlier for earlier, later in pairwise(times))
+    if not times or times[0] != 1 or not descend or times[-1] <= 0:
+        raise ValueError(
+            f"{name} must begin with 1, descend from each to the next and stay above 0, got {times}"
+        )
 
 
 Prediction = Literal["velocity", "clean"]

@@ -78,6 +78,13 @@ def draw_times(
     return torch.sigmoid(mean + std * normal).clamp(1e-4, 1 - 1e-4)
 
 
+def first_schedule(sampling: SamplingConfig) -> Float[Tensor, " steps"]:
+    """Return the times of the first frame of a stream that begins from nothing, as `schedule`."""
+    if not sampling.first_times:
+        return schedule(sampling)
+    return torch.tensor([*sampling.first_times, 0.0], dtype=torch.float64)
+
+
 def schedule(sampling: SamplingConfig) -> Float[Tensor, " steps"]:
     """Return the num_steps + 1 descending times of a sampling run, from 1 to 0, as float64.
 
@@ -98,10 +105,13 @@ def schedule(sampling: SamplingConfig) -> Float[Tensor, " steps"]:
 def with_num_steps(sampling: SamplingConfig, num_steps: int | None) -> SamplingConfig:
     """Return the same with another number of steps; None: with as many as it has.
 
-    Of listed times others are taken in between: with half as many steps every other one.
+    Of listed times others are taken in between: with half as many steps every other one. A first
+    frame keeps its own times where they are still more.
     """
     if num_steps is None:
         return sampling
+    if len(sampling.first_times) <= num_steps:
+        sampling = replace(sampling, first_times=())
     if sampling.schedule != "listed" or num_steps < 1:
         return replace(sampling, num_steps=num_steps)
     ends = [*sampling.times, 0.0]

@@ -119,6 +119,7 @@ class SeparableDiffuser(CausalDiffuser):
         conditions: Conditions,
         num_noisy: int,
         num_draws: int = 1,
+        noise: Float[Tensor, "b r2 m c h w"] | None = None,
     ) -> Field:
         """Return `forward` as a function of noisy frames and times; the encoder runs once, here."""
         prepared = self._prepared(clean, conditions, num_noisy, None).repeat(num_draws)

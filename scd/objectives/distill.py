@@ -11,24 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from scd.data.clip import Batch, Conditions
 from scd.models.base import Augmentation
 from scd.models.build import Diffuser
-from scd.models.config import SamplingConfig
+from scd.models.config import EncoderNoise, SamplingConfig
 from scd.models.embed import Field
 from scd.models.flow import clean_from_velocity, guide, interpolate, schedule
 from scd.objectives.config import ConsistencyConfig, RegressionConfig
 from scd.objectives.denoise import Logs, Network, Objective, noisy_history
 
-Path = Callable[[Tensor, Conditions, int, int], Field]
+Path = Callable[[Tensor, Conditions, int, int, Tensor | None], Field]
 """A model's `field`, called with clean frames, their conditions, the number of noisy frames and of
-draws: many steps on one history."""
+draws, and what an encoder reads that needs noise of its own: many steps on one history."""
 
 Autocast = Callable[..., AbstractContextManager[None]]
 """Makes a context in which networks run at the run's precision."""
@@ -50,11 +51,18 @@ class Draw:
     """Clean."""
     noise: Float[Tensor, "b r m c h w"]
     place: Int[Tensor, "b r m"]
-    """Index of each frame's time in the grid."""
+    """Index of each frame's time in the grid; one for all frames of a block."""
     history: Float[Tensor, "b t c h w"]
     """Frames before, perhaps noisy."""
     conditions: Conditions
     """Of all t frames, perhaps hidden here and there."""
+    encoder_noise: Float[Tensor, "b r2 m c h w"] | None = None
+    """What an encoder reads in the place of the frames; None: nothing of its own."""
+
+    def seen_by(self, network: Network, noisy: Tensor, time: Tensor) -> Tensor:
+        """Return the velocity that a network gives noisy frames, after this history."""
+        extra = {} if self.encoder_noise is None else {"noise": self.encoder_noise}
+        return network(self.history, noisy, time, self.conditions, **extra)
 
 
 def draw(
@@ -63,23 +71,33 @@ def draw(
     config: ConsistencyConfig | RegressionConfig,
     generator: torch.Generator,
     needs_first_frame: bool,
+    frames_per_block: int = 1,
+    encoder_noise: EncoderNoise = "none",
 ) -> Draw:
-    """Draw places on a grid, noise, corrupted history and hidden conditions for some clips."""
-    clean = batch.frames
+    """Draw places on a grid, noise, corrupted history and hidden conditions for some clips, and
+    what an encoder of that kind reads."""
+    clean, size = batch.frames, frames_per_block
     if clean.shape[1] <= needs_first_frame:
         raise ValueError(f"needed clips of 2 or more frames, got {clean.shape[1]}")
+    if clean.shape[1] % size:
+        raise ValueError(f"needed whole blocks of {size} frames, got {clean.shape[1]}")
     augment = Augmentation(generator=generator, condition_dropout=config.condition_dropout)
     frames = clean[:, None, int(needs_first_frame) :].expand(-1, config.num_draws, *[-1] * 4)
-    place = torch.randint(
-        num_places, frames.shape[:3], generator=generator, device=generator.device
-    )
-    return Draw(
+    blocks = (*frames.shape[:2], frames.shape[2] // size)
+    place = torch.randint(num_places, blocks, generator=generator, device=generator.device)
+    noise = augment.noise_like(frames)
+    drawn = Draw(
         frames=frames,
-        noise=augment.noise_like(frames),
-        place=place.to(clean.device),
+        noise=noise,
+        place=repeat(place.to(clean.device), "b r blocks -> b r (blocks size)", size=size),
         history=noisy_history(clean, config.history_noise, augment),
         conditions=augment.drop(batch.conditions),
+        encoder_noise=noise if encoder_noise == "same" else None,
     )
+    if encoder_noise == "fresh":
+        # One pass of the encoder serves all draws.
+        return replace(drawn, encoder_noise=augment.noise_like(frames[:, :1]))
+    return drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +113,11 @@ class Consistency(Objective):
     the path has ended."""
     needs_first_frame: bool = False
     """Whether the model cannot denoise a first frame, which is then only given."""
+    frames_per_block: int = 1
+    """Frames that are denoised together and share their time."""
+    encoder_noise: EncoderNoise = "none"
+    """What noise the student's encoder reads; teacher and target read the same, since the path from
+    noise to frame depends on it."""
 
     def loss(
         self, model: Network, batch: Batch, generator: torch.Generator
@@ -102,21 +125,34 @@ class Consistency(Objective):
         """Return the loss of clips of latents."""
         config = self.config
         grid = torch.tensor(grid_of(config), device=batch.frames.device)
-        drawn = draw(batch, config.num_grid_steps, config, generator, self.needs_first_frame)
+        drawn = draw(
+            batch,
+            config.num_grid_steps,
+            config,
+            generator,
+            self.needs_first_frame,
+            self.frames_per_block,
+            self.encoder_noise,
+        )
         time = grid[drawn.place]
         noisy = interpolate(drawn.frames, drawn.noise, time)
-        velocity = model(drawn.history, noisy, time, drawn.conditions)
-        estimate = clean_from_velocity(noisy, velocity, time)
+        estimate = clean_from_velocity(noisy, drawn.seen_by(model, noisy, time), time)
         with torch.no_grad():
             moved, now = noisy, time
-            follow = self.teacher(drawn.history, drawn.conditions, noisy.shape[2], config.num_draws)
+            follow = self.teacher(
+                drawn.history,
+                drawn.conditions,
+                noisy.shape[2],
+                config.num_draws,
+                drawn.encoder_noise,
+            )
             for step in range(1, config.num_teacher_steps + 1):
                 after = grid[(drawn.place + step).clamp(max=config.num_grid_steps)]
                 moved = moved + (after - now)[..., None, None, None] * follow(moved, now)
                 now = after
             if config.num_teacher_steps < config.num_grid_steps:
                 # At time 0 the estimate is the frame itself, whatever the network says.
-                velocity = self.target(drawn.history, moved, now, drawn.conditions)
+                velocity = drawn.seen_by(self.target, moved, now)
                 moved = clean_from_velocity(moved, velocity, now)
         loss = pseudo_huber(estimate, moved, config.huber)
         return loss, {"loss": loss.detach(), "spread": spread(estimate.detach(), drawn.frames)}
@@ -173,10 +209,16 @@ def guided_path(path: Path, scale: float) -> Path:
     if scale == 1:
         return path
 
-    def begin(history: Tensor, conditions: Conditions, num_noisy: int, num_draws: int) -> Field:
-        both = path(
-            torch.cat([history, history]), conditions.with_null_branch(), num_noisy, num_draws
-        )
+    def begin(
+        history: Tensor,
+        conditions: Conditions,
+        num_noisy: int,
+        num_draws: int,
+        noise: Tensor | None,
+    ) -> Field:
+        twice = torch.cat([history, history])
+        noise = None if noise is None else torch.cat([noise, noise])
+        both = path(twice, conditions.with_null_branch(), num_noisy, num_draws, noise)
 
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:
             twice = both(torch.cat([noisy, noisy]), torch.cat([time, time]))
@@ -209,9 +251,9 @@ def running(network: Network, autocast: Autocast) -> Network:
     must not serve a later call with gradient.
     """
 
-    def run(*inputs: Tensor | Conditions) -> Tensor:
+    def run(*inputs: Tensor | Conditions, **more: Tensor) -> Tensor:
         with autocast():
-            return network(*inputs).float()
+            return network(*inputs, **more).float()
 
     return run
 
@@ -219,9 +261,15 @@ def running(network: Network, autocast: Autocast) -> Network:
 def path_of(model: Diffuser, autocast: Autocast) -> Path:
     """Return a model's `field` at the run's precision."""
 
-    def begin(history: Tensor, conditions: Conditions, num_noisy: int, num_draws: int) -> Field:
+    def begin(
+        history: Tensor,
+        conditions: Conditions,
+        num_noisy: int,
+        num_draws: int,
+        noise: Tensor | None,
+    ) -> Field:
         with autocast():
-            field = model.field(history, conditions, num_noisy, num_draws)
+            field = model.field(history, conditions, num_noisy, num_draws, noise)
         return running(field, autocast)
 
     return begin

@@ -52,6 +52,8 @@ class Matching(Objective):
     """Guided if need be, at the run's precision."""
     times: list[float]
     """Of the student's steps."""
+    first_times: list[float]
+    """Of its first frame, or block, where it begins from nothing."""
     num_frames: int
     """Frames of a clip, given and generated."""
     num_scored: int
@@ -61,10 +63,14 @@ class Matching(Objective):
     autocast: Autocast
     exit_step: int = 0
     """Index of the time at which the frames of the next rollout are finished."""
+    first_exit: int = 0
+    """Likewise of its first frame, among the times of that one."""
 
     def share(self, generator: torch.Generator) -> None:
-        """Draw the step at which all processes leave the loop."""
-        self.exit_step = draw_exit(len(self.times), generator)
+        """Draw the steps at which all processes leave the loop."""
+        self.exit_step = self.first_exit = draw_exit(len(self.times), generator)
+        if self.first_times != self.times:
+            self.first_exit = draw_exit(len(self.first_times), generator)
 
     def roll(
         self,
@@ -88,6 +94,7 @@ class Matching(Objective):
                 self.exit_step,
                 generator,
                 num_with_gradient,
+                self.first_times[: self.first_exit + 1],
             )
 
         rolled, real = (
@@ -150,27 +157,31 @@ def self_forced(
     exit_step: int,
     generator: torch.Generator,
     num_with_gradient: int | None = None,
+    first_times: Sequence[float] = (),
 ) -> Float[Tensor, "b t2 c h w"]:
     """Roll a student out after given frames.
 
     Args:
         model: student; its own window holds for the memory, whatever the length of the rollout.
-        given: clean first frames, 0 or more.
+        given: clean first frames, 0 or more; whole blocks, where it denoises several together.
         conditions: of all frames, given and generated.
-        num_generated: frames to generate, 1 or more.
+        num_generated: frames to generate, 1 or more; whole blocks likewise.
         times: of the student's steps, descending, all above 0.
         exit_step: index of the time at which each frame is finished.
         generator: of all noise.
-        num_with_gradient: how many of the last frames carry gradient; None: all, 0: none.
+        num_with_gradient: how many of the last frames carry gradient; None: all, 0: none. A block
+            carries it if any of its frames does.
+        first_times: of the steps of the first frame or block, up to the one at which it is
+            finished, where nothing is given; empty: as of the others.
 
     Returns:
         The generated frames. Nothing of a frame's gradient reaches the frames before.
     """
-    num_given = given.shape[1]
+    num_given, size = given.shape[1], model.config.frames_per_block
     if num_with_gradient is None:
         num_with_gradient = num_generated
     first_with_gradient = num_given + num_generated - num_with_gradient
-    shape = (given.shape[0], *given.shape[2:])
+    shape = (given.shape[0], *([size] if size > 1 else []), *given.shape[2:])
 
     def noise() -> Tensor:
         drawn = torch.randn(shape, generator=generator, device=generator.device)
@@ -180,28 +191,30 @@ def self_forced(
         past = conditions.frames(0, num_given)
         state: Any = model.begin(given if num_given else None, past, given.shape[0])
     generated = []
-    for index in range(num_given, num_given + num_generated):
-        now = conditions.frames(index, index + 1)
-        carries = torch.is_grad_enabled() and index >= first_with_gradient
-        if carries and index == first_with_gradient:
+    for index in range(num_given, num_given + num_generated, size):
+        now = conditions.frames(index, index + size)
+        carries = torch.is_grad_enabled() and index + size > first_with_gradient
+        if carries and index <= first_with_gradient:
             _forget_copies()
+        steps = first_times if first_times and index == 0 else times[: exit_step + 1]
         noisy = noise()
         with torch.set_grad_enabled(carries):
             context: Any = _context(model, state, now, noisy, noise)
         clean = noisy
-        for step in range(exit_step + 1):
-            exits = step == exit_step
+        for step, moment in enumerate(steps):
+            exits = step == len(steps) - 1
             if carries and exits and step > 0:
                 _forget_copies()
             with torch.set_grad_enabled(carries and exits):
-                time = noisy.new_full(shape[:1], times[step])
-                clean = clean_from_velocity(noisy, model.velocity(context, noisy, time), time)
+                time = noisy.new_full(shape[:1], moment)
+                velocity = model.velocity(context, noisy, time)
+                clean = clean_from_velocity(noisy, velocity, time.view(-1, *[1] * (size > 1)))
             if not exits:
-                noisy = (1 - times[step + 1]) * clean + times[step + 1] * noise()
+                noisy = (1 - steps[step + 1]) * clean + steps[step + 1] * noise()
         with torch.no_grad():
             model.observe(state, clean.detach(), now)
-        generated.append(clean)
-    return torch.stack(generated, dim=1)
+        generated.append(clean if size > 1 else clean[:, None])
+    return torch.cat(generated, dim=1)
 
 
 def _context(

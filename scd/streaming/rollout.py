@@ -24,7 +24,7 @@ from scd.engine.open import open_engine
 from scd.engine.plain import PlainEngine
 from scd.models.checkpoint import World, as_world
 from scd.models.config import Guidance, SamplingConfig
-from scd.models.flow import num_step_noises, schedule, with_num_steps
+from scd.models.flow import first_schedule, num_step_noises, schedule, with_num_steps
 from scd.streaming.conditions import StreamConditions
 from scd.streaming.finite import refuse_not_finite
 from scd.streaming.noise import NoiseUse, frame_noises, future_seeds, step_noises
@@ -136,8 +136,8 @@ class Rollout:
         self._use(sampling)
 
     def _use(self, sampling: SamplingConfig) -> None:
-        self._sampling = sampling
-        self._times = schedule(sampling).tolist()
+        self._sampling, self._times = sampling, schedule(sampling).tolist()
+        self._first_times = first_schedule(sampling).tolist()
 
     @property
     def num_steps(self) -> int:
@@ -152,8 +152,8 @@ class Rollout:
 
     @property
     def times(self) -> list[float]:
-        """Times of the steps, descending from 1 to 0."""
-        return self._times
+        """Times of the steps of the next frame, descending from 1 to 0."""
+        return self._times if self._state is None or self.num_frames else self._first_times
 
     @property
     def guidance_scale(self) -> float | None:

@@ -8,16 +8,28 @@ from scd.models.checkpoint import read_world_parts, resolve
 from scd.models.config import SamplingConfig
 from scd.objectives.config import ConsistencyConfig, MatchConfig, ObjectiveConfig, RegressionConfig
 from scd.training.config import TrainConfig
-from scd.training.presets import CLIPS, MUON, ROLLOUTS, DistillChoice
+from scd.training.presets import (
+    CLIPS,
+    MUON,
+    ROLLOUTS,
+    DistillChoice,
+    WanConsistencyChoice,
+    WanDmdChoice,
+)
+from scd.training.wan import wan_consistency, wan_distillation
 
 
-def distillation(choice: DistillChoice) -> TrainConfig:
+def distillation(choice: DistillChoice | WanConsistencyChoice | WanDmdChoice) -> TrainConfig:
     """Return the run that a choice means: an ordinary run, whose every field may be changed.
 
     Raises:
         FileNotFoundError: there is no teacher, or nothing to start from.
-        ValueError: a folder is damaged.
+        ValueError: a folder is damaged, or what is needed is not named.
     """
+    if isinstance(choice, WanConsistencyChoice):
+        return wan_consistency(choice)
+    if isinstance(choice, WanDmdChoice):
+        return wan_distillation(choice)
     start = choice.initial or choice.teacher
     world = read_world_parts(resolve(start))
     run = TrainConfig(

@@ -83,9 +83,10 @@ def check_rollout(config: TrainConfig) -> None:
     """Refuse rollouts that a Wan student cannot do (ValueError); its settings tell."""
     model = config.model
     size = model.frames_per_block
-    if size != 1:
+    if config.num_frames % size:
         raise ValueError(
-            f"rollouts with gradient go frame by frame: frames_per_block must be 1, got {size}"
+            f"num_frames must be whole blocks of the student's {size} frames, got "
+            f"{config.num_frames}"
         )
     window = model.cache.window
     recomputes = model.recomputes_streams and config.gradient_checkpointing
@@ -138,7 +139,7 @@ def open_training(
     if isinstance(source, LatentSource):
         _check_autoencoder(config, source, autoencoder or build_autoencoder(config.autoencoder))
         _check_text_encoder(config, source)
-    elif isinstance(config.objective, TeacherForcingConfig):
+    elif config.model.takes_text:
         raise ValueError(
             f"{config.data} holds no latents: write them first (scd encode {config.data} "
             "--autoencoder RUN --text-encoder RUN --out LATENTS), and name those"

@@ -22,8 +22,9 @@ from scd.models.config import (
     SeparableConfig,
 )
 from scd.models.kinds import ModelConfig
-from scd.models.wan.config import FEW_STEPS, SHIFT, WanSeparableConfig
+from scd.models.wan.config import SHIFT, WanSeparableConfig
 from scd.objectives.config import (
+    ConsistencyConfig,
     DenoiseConfig,
     MatchConfig,
     TeacherForcingConfig,
@@ -317,6 +318,36 @@ WAN_OPTIM = OptimConfig(
 )
 """How the student's weights move."""
 
+WAN_CONSISTENCY = TrainConfig(
+    max_steps=3000,
+    batch_size=1,
+    num_frames=21,
+    num_accumulation=8,
+    precision="auto",
+    gradient_checkpointing=True,
+    ema_decay=0.99,
+    validate_every=0,
+    sample_every=500,
+    save_every=500,
+    num_validation_clips=1,
+    model=WanSeparableConfig(),
+    objective=ConsistencyConfig(
+        guidance=3.0,
+        num_grid_steps=48,
+        grid_shift=SHIFT,
+        num_teacher_steps=1,
+        target="average",
+        huber=0.0,
+        num_draws=1,
+        history_noise=0.0,
+        condition_dropout=0.0,
+        min_spread=0.1,
+    ),
+    optim=WAN_OPTIM,
+)
+"""The causal start of a student of few steps: Causal-Forcing's numbers. One step of the teacher on
+a grid of 48, target the student's average, 3,000 steps or more of 8 clips to a card."""
+
 WAN_DMD = TrainConfig(
     max_steps=120,
     batch_size=1,
@@ -348,23 +379,49 @@ are its 64."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanDmdChoice:
+class WanSteps:
+    """Steps of a student of Wan."""
+
+    steps: tuple[int, ...] = ()
+    """Denoising steps of the student on Wan's scale of 1000, descending from 1000, before the
+    shift: 1000 750 500 250 are four, 1000 500 two, 1000 is one. Empty: those of what it starts
+    from, or four of a model that was not distilled."""
+    first_steps: tuple[int, ...] = ()
+    """Likewise of the first frame, or block, of a video that begins from nothing, more than of the
+    others: 1000 750 500 250 beside one or two. Empty: as the others, or with `steps` empty as what
+    it starts from."""
+    shift: float = SHIFT
+    """Bend of the steps towards noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConsistencyChoice(WanSteps):
+    """What a causal start of Wan is made from, before any of its fields is changed."""
+
+    teacher: tyro.conf.Positional[str]
+    """Causal Wan model of many steps to learn from, whose denoising path is followed: a run of
+    `scd train wan-tf`, separable or dense, frame by frame or in blocks as the student."""
+    data: str = ""
+    """Latents with embedded prompts, as `scd encode` writes them."""
+    initial: str = ""
+    """World or run that the student starts from, and whose model it is; empty: the teacher."""
+    preset: Literal["wan"] = "wan"
+    """Sizes of clips, batches and steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanDmdChoice(WanSteps):
     """What a distillation of Wan is made from, before any of its fields is changed."""
 
     run: tyro.conf.Positional[str]
-    """World or run of a Wan model that the student starts from: of `scd train wan-tf`, or as
-    `scd convert wan` wrote it."""
+    """World or run of a Wan model that the student starts from: of `scd distill wan-consistency`,
+    which is best, of `scd train wan-tf`, or as `scd convert wan` wrote it."""
     prompts: str = ""
     """Text file with a prompt in each line, or a folder in which they were embedded before."""
     teacher: str = ""
     """Bidirectional Wan to learn from: a folder of diffusers, its name on the hub, or a dense world
     of `scd convert wan --split dense`, which is then run without its causal mask. It may be larger
     than the student."""
-    steps: tuple[int, ...] = FEW_STEPS
-    """Denoising steps of the student on Wan's scale of 1000, descending from 1000, before the
-    shift."""
-    shift: float = SHIFT
-    """Bend of the steps towards noise."""
     embedded: str = ""
     """Folder in which the embedded prompts of a file are kept. Empty: the run folder's name with
     "-prompts"."""
@@ -381,3 +438,12 @@ class WanDmdChoice:
     """Embed the prompts and stop: to be done once, before several processes train."""
     preset: Literal["wan"] = "wan"
     """Sizes of clips, batches and steps."""
+
+
+DISTILLATIONS: dict[str, tuple[type, TrainConfig, str, str]] = {
+    "": (DistillChoice, TrainConfig(objective=ConsistencyConfig()), "teacher", "a teacher"),
+    "wan-consistency": (WanConsistencyChoice, WAN_CONSISTENCY, "teacher", "a teacher"),
+    "wan-dmd": (WanDmdChoice, WAN_DMD, "run", "a world"),
+}
+"""By the word after `scd distill`, if any: the choice, a run as it makes them, the name of what
+comes first in the choice, and what that is."""

@@ -1,8 +1,9 @@
-"""Stage two of Wan: a causal student of few steps, matched to the bidirectional model on prompts.
+"""Stage two of Wan: a causal student of few steps.
 
-The recipe is Self-Forcing's, on the one loop: rollouts from nothing, scored as whole clips by the
-published model, guided, and by a critic that follows the student. Source: paper
-(distillation), Self-Forcing.
+Its start is Causal-Forcing's: consistency along the path of the causal teacher itself, on recorded
+latents. Then Self-Forcing's recipe: rollouts from nothing on prompts, scored as whole clips by the
+published model, guided, and by a critic that follows the student. Both are runs of the one loop.
+Source: paper (distillation), Self-Forcing, Causal-Forcing.
 """
 
 from __future__ import annotations
@@ -16,13 +17,20 @@ from scd.common.launcher import num_started
 from scd.data.prompts import PromptsInfo, is_prompts, read_prompts_info
 from scd.models.checkpoint import resolve
 from scd.models.config import SamplingConfig
-from scd.models.wan.config import NUM_TIMES
+from scd.models.flow import schedule
+from scd.models.wan.config import FEW_STEPS, NUM_TIMES
 from scd.models.wan.timesteps import warped_times
 from scd.objectives.config import MatchConfig
 from scd.preprocessing.prompts import embed_prompts
 from scd.training.config import TrainConfig
 from scd.training.fit import check_rollout, like_initial
-from scd.training.presets import WAN_DMD, WanDmdChoice
+from scd.training.presets import (
+    WAN_CONSISTENCY,
+    WAN_DMD,
+    WanConsistencyChoice,
+    WanDmdChoice,
+    WanSteps,
+)
 from scd.training.teacher import find_bidirectional
 
 
@@ -36,26 +44,59 @@ def wan_distillation(choice: WanDmdChoice) -> TrainConfig:
     for name in ("prompts", "teacher"):
         if not getattr(choice, name):
             raise ValueError(f"scd distill wan-dmd RUN needs --{name}")
-    steps = choice.steps
-    descend = all(later < earlier for earlier, later in pairwise(steps))
-    if not steps or steps[0] != NUM_TIMES or not descend or steps[-1] < 1 or choice.shift <= 0:
+    return _of_teacher(like_initial(WAN_DMD, choice.run), choice, choice.teacher, "wan-dmd")
+
+
+def wan_consistency(choice: WanConsistencyChoice) -> TrainConfig:
+    """Return the run that a choice means: an ordinary run, whose every field may be changed.
+
+    Raises:
+        FileNotFoundError: there is no teacher, or nothing to start from.
+        ValueError: no data is named, or the world is not of Wan.
+    """
+    if not choice.data:
         raise ValueError(
-            f"steps must descend from {NUM_TIMES} and stay above 0, and shift be above 0, got "
-            f"{list(steps)} and {choice.shift}"
+            "scd distill wan-consistency TEACHER needs --data LATENTS, with prompts (scd encode)"
         )
-    times = warped_times(steps, choice.shift)
-    run = replace(
-        like_initial(WAN_DMD, choice.run),
-        out=f"runs/out/wan-dmd-{len(times)}",
-        sampling=SamplingConfig(
-            num_steps=len(times), schedule="listed", times=times, solver="renoise"
-        ),
-    )
-    teacher = choice.teacher
+    run = like_initial(WAN_CONSISTENCY, choice.initial or choice.teacher)
+    return replace(_of_teacher(run, choice, choice.teacher, "wan-consistency"), data=choice.data)
+
+
+def _of_teacher(run: TrainConfig, choice: WanSteps, teacher: str, name: str) -> TrainConfig:
+    """Return a run with its student's steps and its teacher."""
+    sampling = _few_steps(choice, run.sampling)
     if (Path(teacher) / "last").is_file():
         # One step of a run, so that the teacher stays the same when its own training goes on.
         teacher = str(resolve(teacher))
-    return replace(run, objective=replace(run.objective, teacher=teacher))
+    return replace(
+        run,
+        out=f"runs/out/{name}-{sampling.num_steps}",
+        sampling=sampling,
+        objective=replace(run.objective, teacher=teacher),
+    )
+
+
+def _few_steps(choice: WanSteps, start: SamplingConfig) -> SamplingConfig:
+    """Return the student's steps; `start` are those of the world that it starts from."""
+    if not choice.steps and start.solver == "renoise":
+        times, first = tuple(schedule(start).tolist()[:-1]), start.first_times
+    else:
+        times, first = _warped("steps", choice.steps or FEW_STEPS, choice.shift), ()
+    if choice.first_steps:
+        first = _warped("first_steps", choice.first_steps, choice.shift)
+    return SamplingConfig(
+        num_steps=len(times), schedule="listed", times=times, solver="renoise", first_times=first
+    )
+
+
+def _warped(name: str, steps: tuple[int, ...], shift: float) -> tuple[float, ...]:
+    descend = all(later < earlier for earlier, later in pairwise(steps))
+    if steps[0] != NUM_TIMES or not descend or steps[-1] < 1 or shift <= 0:
+        raise ValueError(
+            f"{name} must descend from {NUM_TIMES} and stay above 0, and shift be above 0, got "
+            f"{list(steps)} and {shift}"
+        )
+    return warped_times(steps, shift)
 
 
 def check_fit(config: TrainConfig) -> None:

@@ -20,7 +20,7 @@ from scd.data.source import Source
 from scd.engine.open import LARGE_PRODUCT, largest_product
 from scd.models.build import Diffuser, build
 from scd.models.checkpoint import World, write_world
-from scd.models.flow import schedule
+from scd.models.flow import first_schedule, schedule
 from scd.objectives.config import (
     ConsistencyConfig,
     DenoiseConfig,
@@ -193,9 +193,15 @@ def build_groups(
     if isinstance(objective, MatchConfig):
         return _matching_groups(config, objective, model, accelerator)
     teacher = load_teacher(config, objective.teacher, device)
+    size = model.config.frames_per_block
+    if teacher.config.frames_per_block != size:
+        raise ValueError(
+            f"the teacher {objective.teacher} denoises blocks of {teacher.config.frames_per_block} "
+            f"frames: a student on its path does the same, got model.frames_per_block={size}"
+        )
 
-    def averaged(*inputs: Tensor | Conditions) -> Tensor:
-        return functional_call(model, ema.state_dict(), inputs)
+    def averaged(*inputs: Tensor | Conditions, **more: Tensor) -> Tensor:
+        return functional_call(model, ema.state_dict(), inputs, more)
 
     target = averaged if objective.target == "average" else model
     consistency = Consistency(
@@ -203,6 +209,8 @@ def build_groups(
         teacher=guided_path(path_of(teacher, accelerator.autocast), objective.guidance),
         target=running(target, accelerator.autocast),
         needs_first_frame=model.needs_first_frame,
+        frames_per_block=size,
+        encoder_noise=model.encoder_noise,
     )
     return [_group(config, model, consistency, min_spread=objective.min_spread)]
 
@@ -254,6 +262,7 @@ def _matching_groups(
         "critic": critic,
         "teacher": guided(running(teacher, accelerator.autocast), objective.guidance),
         "times": schedule(config.sampling).tolist()[:-1],
+        "first_times": first_schedule(config.sampling).tolist()[:-1],
         "num_frames": config.num_frames,
         "num_scored": objective.num_scored(config.num_frames, window),
         "window": window,

@@ -148,7 +148,7 @@ def test_guidance_pushes_away_from_hidden_conditions():
     expected = guide(model(clean, noisy, time, hidden), model(clean, noisy, time, conditions), 3.0)
     found = guided(model, 3.0)(clean, noisy, time, conditions)
     torch.testing.assert_close(found, expected)
-    path = guided_path(model.field, 3.0)(clean, conditions, 5, 2)
+    path = guided_path(model.field, 3.0)(clean, conditions, 5, 2, None)
     torch.testing.assert_close(path(noisy, time), expected)
     assert guided(model, 1.0) is model
 

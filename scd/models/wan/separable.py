@@ -142,15 +142,17 @@ class WanSeparableDiffuser(CausalDiffuser):
         conditions: Conditions,
         num_noisy: int,
         num_draws: int = 1,
+        noise: Float[Tensor, "b r2 m c h w"] | None = None,
     ) -> Field:
         """Return `forward` as a function of noisy frames and times, for many steps on one history.
 
         The encoder runs once, here, unless it is to read the noise within those frames.
         """
         context = None
-        if self.encoder_noise == "fresh":
-            frames = clean[:, None, -num_noisy:]
-            context = self._contexts(clean, _drawn(frames, None), conditions, None, None)
+        if noise is None and self.encoder_noise == "fresh":
+            noise = _drawn(clean[:, None, -num_noisy:], None)
+        if noise is not None:
+            context = self._contexts(clean, noise, conditions, None, None)
 
         def velocity(noisy: Tensor, time: Tensor) -> Tensor:
             assert noisy.shape[1:3] == (num_draws, num_noisy)
