@@ -1,6 +1,7 @@
 """Tiny Wan models: ours, diffusers' own class, and a folder as diffusers writes it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,12 +28,16 @@ CACHE = CacheConfig(window=8, num_sinks=0, rebase_sinks=False)
 NUM_LAYERS = 6
 
 
-def tiny_wan(num_layers=NUM_LAYERS, cache=CACHE, **settings):
+STEERED = replace(TEXT, num_actions=3, actions_per_frame=4)
+"""A text, and an action of each frame of video that a latent frame stands for."""
+
+
+def tiny_wan(num_layers=NUM_LAYERS, cache=CACHE, conditions=TEXT, **settings):
     config = WanConfig(
         shape=SHAPE,
         block=BLOCK,
         num_layers=num_layers,
-        conditions=TEXT,
+        conditions=conditions,
         cache=cache,
         **settings,
     )
@@ -40,13 +45,13 @@ def tiny_wan(num_layers=NUM_LAYERS, cache=CACHE, **settings):
     return shaken(build(config))
 
 
-def tiny_wan_separable(encoder=None, decoder=None, cache=CACHE):
+def tiny_wan_separable(encoder=None, decoder=None, cache=CACHE, conditions=TEXT):
     config = WanSeparableConfig(
         shape=SHAPE,
         block=BLOCK,
         encoder=encoder or WanEncoderConfig(num_layers=4),
         decoder=decoder or WanDecoderConfig(num_first=2, num_last=1),
-        conditions=TEXT,
+        conditions=conditions,
         cache=cache,
     )
     torch.manual_seed(0)

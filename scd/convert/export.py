@@ -54,6 +54,11 @@ def export_diffusers(run: str | os.PathLike[str], out: str) -> list[Path]:
     config = from_json(ModelConfig, settings["model"], f"{folder / CONFIG_FILE}: model")
     if not config.takes_text:
         raise ValueError(f"{run} is no Wan world but {type(config).__name__}: nothing to export")
+    if config.conditions.has_actions:
+        raise ValueError(
+            f"{run} is steered by actions, whose weights diffusers' WanTransformer3DModel has "
+            "no place: scd push, or a copy of the folder, hands it on"
+        )
     if config.is_separable:
         num_layers = {part: getattr(config, part).num_layers for part in ("encoder", "decoder")}
     else:

@@ -93,6 +93,9 @@ class ConvertWanConfig:
     """Time by which the context is modulated: that of the noisy frame, or 0."""
     copy_parts: bool = False
     """Copy autoencoder, text encoder and tokenizer into the world; else store their path."""
+    actions: str = ""
+    """Actions that steer the world besides its text: clips or their latents, or a world, as whose
+    they are; or how many there are to choose from. Empty: none."""
     key: str = ""
     """Name of the state dict in a file; empty: the averaged weights if there are any."""
     head_dim: int = 128

@@ -9,6 +9,8 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,17 @@ import torch
 from torch import Tensor
 
 from scd.autoencoders.build import WAN
-from scd.autoencoders.config import WanAutoencoderConfig
+from scd.autoencoders.config import FRAMES_PER_LATENT, WanAutoencoderConfig
 from scd.autoencoders.wan import wan_shape_of
 from scd.common.files import refuse_used, written_aside
 from scd.common.hub import find_part, read_part_config
-from scd.common.runtime import DTYPES
+from scd.common.runtime import DTYPES, derive_seed
 from scd.common.weights import SHARD_BYTES, check_fit, write_shards
 from scd.convert.settings import ConvertWanConfig
-from scd.data.source import DataCard
+from scd.data.source import DataCard, open_source
+from scd.data.spaces import ConditionSpec
 from scd.models.build import build
-from scd.models.checkpoint import write_world_settings
+from scd.models.checkpoint import read_world_parts, resolve, write_world_settings
 from scd.models.config import CacheConfig, FrameShape, SamplingConfig
 from scd.models.kinds import ModelConfig
 from scd.models.wan.config import (
@@ -38,8 +41,10 @@ from scd.models.wan.config import (
     WanSeparableConfig,
 )
 from scd.models.wan.separable import places_of
-from scd.models.wan.source import PARTS, WanSource, open_source
+from scd.models.wan.source import PARTS, WanSource
+from scd.models.wan.source import open_source as open_weights
 from scd.models.wan.timesteps import warped_times
+from scd.models.wan.transformer import WanActions
 from scd.models.weights import CONFIG_FILE, WEIGHTS_FILE
 from scd.probing.interventions import proposed_layers
 
@@ -48,6 +53,9 @@ FPS = 16.0
 
 CELL_SIZE = 8
 """Pixels, each way, of a latent cell of Wan2.1."""
+
+LIKE_ACTIONS = "condition_embedder.time_proj.weight"
+"""Weight in whose type those of actions are stored."""
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +77,18 @@ def convert_wan(config: ConvertWanConfig) -> Path:
     folder = Path(config.out)
     refuse_used(folder)
     split = read_split(config.split, config.unrecommended)
-    source = open_source(config.model, config.key, config.head_dim)
-    model = model_config(config, source, split)
+    source = open_weights(config.model, config.key, config.head_dim)
+    actions = read_actions(config.actions)
+    model = model_config(config, source, split, None if actions is None else actions.conditions)
     autoencoder = _autoencoder(config, source)
     card = DataCard(
         height=config.height,
         width=config.width,
-        fps=FPS,
+        fps=FPS if actions is None else actions.fps,
         conditions=model.conditions,
-        action_names=(),
+        action_names=() if actions is None else actions.action_names,
+        pixel_art=actions is not None and actions.pixel_art,
+        key_map=() if actions is None else actions.key_map,
     )
     _check(source, model)
     with source.weights as weights, written_aside(folder) as aside:
@@ -91,12 +102,59 @@ def convert_wan(config: ConvertWanConfig) -> Path:
                     tensor = weights.get(theirs)
                     tensor = tensor if dtype is None else tensor.to(dtype)
                     yield from ((place, tensor) for place in places)
+                    if name == LIKE_ACTIONS:
+                        yield from _first_weights(model, tensor.dtype)
 
         write_shards(tensors(), aside, WEIGHTS_FILE.removesuffix(".safetensors"), SHARD_BYTES)
         if config.copy_parts and source.folder is not None:
             for part in PARTS:
                 shutil.copytree(find_part(config.model, part), aside / part)
     return folder
+
+
+def read_actions(actions: str) -> DataCard | None:
+    """Return a card with the actions that `--actions` names; None: there are none.
+
+    Args:
+        actions: clips, latents or a world; or a number of actions to choose from.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: what it names has no actions.
+    """
+    if not actions:
+        return None
+    if actions.isdecimal():
+        spec = ConditionSpec(num_actions=int(actions))
+        names = tuple(f"action {number}" for number in range(spec.num_actions))
+        card = DataCard(height=1, width=1, fps=FPS, conditions=spec, action_names=names)
+    else:
+        card = _card_of(actions)
+    if not card.conditions.has_actions:
+        raise ValueError(
+            f"{actions} has no actions: --actions names clips, latents or a world that has, or how "
+            "many there are to choose from"
+        )
+    return replace(card, conditions=card.conditions.of_actions)
+
+
+def _card_of(place: str) -> DataCard:
+    with suppress(FileNotFoundError):
+        return read_world_parts(resolve(place))["card"]
+    return open_source(place, "train", latents=True).card
+
+
+def _first_weights(model: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of actions, which Wan does not have: the same in all parts, always the
+    same, and without effect until they are trained."""
+    if not model.conditions.has_actions:
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(0, "weights of actions"))
+        weights = WanActions(model.conditions, model.block.width).state_dict()
+    for part in ("encoder.", "decoder.") if model.is_separable else ("",):
+        for name, weight in weights.items():
+            yield f"{part}condition_embedder.action_embedder.{name}", weight.to(dtype).clone()
 
 
 def read_split(split: str, unrecommended: bool = False) -> tuple[int, int, int] | None:
@@ -127,9 +185,12 @@ def read_split(split: str, unrecommended: bool = False) -> tuple[int, int, int] 
 
 
 def model_config(
-    config: ConvertWanConfig, source: WanSource, split: tuple[int, int, int] | None
+    config: ConvertWanConfig,
+    source: WanSource,
+    split: tuple[int, int, int] | None,
+    actions: ConditionSpec | None = None,
 ) -> WanConfig | WanSeparableConfig:
-    """Return the settings of the model that the weights become."""
+    """Return the settings of the model that the weights become, and actions besides."""
     cell = _cell_size(source)
     step = cell * source.patch_size
     if config.height % step or config.width % step:
@@ -146,7 +207,7 @@ def model_config(
     shared: Any = dict(
         shape=shape,
         block=source.block,
-        conditions=source.conditions(config.text_length),
+        conditions=_conditions(config, source, actions),
         cache=CacheConfig(window=config.window, num_sinks=config.num_sinks, rebase_sinks=False),
     )
     if split is None:
@@ -176,6 +237,21 @@ def model_config(
             context_time=config.context_time,
         ),
         **shared,
+    )
+
+
+def _conditions(
+    config: ConvertWanConfig, source: WanSource, actions: ConditionSpec | None
+) -> ConditionSpec:
+    """Return the text that steers a world, and the actions of its latent frames."""
+    spec = source.conditions(config.text_length)
+    if actions is None:
+        return spec
+    return replace(
+        actions,
+        text_length=spec.text_length,
+        text_dim=spec.text_dim,
+        actions_per_frame=FRAMES_PER_LATENT,
     )
 
 
@@ -232,7 +308,7 @@ def _check(source: WanSource, model: ModelConfig) -> None:
     whole = WanConfig(
         shape=model.shape,
         block=source.block,
-        conditions=model.conditions,
+        conditions=source.conditions(model.conditions.text_length),
         cache=model.cache,
         num_layers=source.num_layers,
     )

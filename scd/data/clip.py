@@ -34,6 +34,12 @@ def check_conditions(
         raise ValueError("actions were given, but this model was built without actions")
     if actions is not None:
         check_actions(spec, actions)
+        several = spec.actions_per_frame
+        if several > 1 and (actions.ndim != 2 + spec.action_axes or actions.shape[2] != several):
+            raise ValueError(
+                f"a latent frame has {several} actions, of each frame of video that it stands for, "
+                f"got actions of shape {list(actions.shape)}"
+            )
         if num_frames is not None and actions.shape[1] < num_frames:
             raise ValueError(
                 f"{num_frames} frames need {num_frames} actions, got {actions.shape[1]}"
@@ -81,6 +87,38 @@ def check_actions(spec: ConditionSpec, actions: Tensor) -> None:
             _check_entries(spec, actions)
 
 
+def by_latent(
+    spec: ConditionSpec, actions: Integer[Tensor, "..."] | Float[Tensor, "..."]
+) -> Integer[Tensor, "..."] | Float[Tensor, "..."]:
+    """Put the actions of frames of video together to those of latent frames.
+
+    The first latent frame stands for one frame of video, whose action is repeated; what is too
+    little for a latent frame at the end is left out.
+
+    Args:
+        spec: how many actions a latent frame has; 1: they stay as they are.
+        actions: of frames of video in a row, [t] or [t a], or of several clips.
+    """
+    num = spec.actions_per_frame
+    if num == 1:
+        return actions
+    axis = actions.ndim - 1 - bool(spec.action_dim)
+    first, rest = actions.narrow(axis, 0, 1), actions.narrow(axis, 1, actions.shape[axis] - 1)
+    rest = rest.narrow(axis, 0, rest.shape[axis] // num * num)
+    whole = torch.cat([first.repeat_interleave(num, axis), rest], axis)
+    return whole.unflatten(axis, (-1, num))
+
+
+def held(
+    spec: ConditionSpec, actions: Integer[Tensor, "b ..."] | Float[Tensor, "b ..."]
+) -> Integer[Tensor, "b ..."] | Float[Tensor, "b ..."]:
+    """Hold the action of each stream for all frames of video that a latent frame stands for; what
+    has several actions already stays as it is."""
+    if spec.actions_per_frame == 1 or actions.ndim == 1 + spec.action_axes:
+        return actions
+    return actions[:, None].expand(-1, spec.actions_per_frame, *actions.shape[1:])
+
+
 @lru_cache
 def _limits(spec: ConditionSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Return of each entry of a vector of actions its least and greatest value, and whether it
@@ -120,8 +158,9 @@ class Conditions:
     Ids of any integer type become int64 (ValueError: truth values).
     """
 
-    actions: Integer[Tensor, "b t"] | Float[Tensor, "b t a"] | None = None
-    """Action i led from frame i-1 to frame i: ids, or vectors."""
+    actions: Integer[Tensor, "b t ..."] | Float[Tensor, "b t ... a"] | None = None
+    """Action i led from frame i-1 to frame i: ids, or vectors; of a latent frame that stands for
+    several frames of video, those of each."""
     labels: Integer[Tensor, " b"] | None = None
     null_actions: Bool[Tensor, "b t"] | None = None
     """Frames whose action is hidden; None: of no frame."""
@@ -222,8 +261,8 @@ class Clip:
 
     frames: Float[Tensor, "t c h w"]
     """Pixels in [-1, 1], three channels; or latents of unit scale, where `encoded`."""
-    actions: Integer[Tensor, " t"] | Float[Tensor, "t a"] | None = None
-    """Action i led from frame i-1 to frame i."""
+    actions: Integer[Tensor, "t ..."] | Float[Tensor, "t ... a"] | None = None
+    """Action i led from frame i-1 to frame i; as of `Conditions`."""
     label: int | None = None
     encoded: bool = False
     """Whether the frames are what an autoencoder made of them."""

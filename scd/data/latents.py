@@ -290,7 +290,7 @@ class LatentSource(Source):
         if spec.has_actions != (actions is not None):
             raise ValueError("actions are there, or are missing, against what latents.json says")
         if actions is not None:
-            if actions.ndim != (1 if spec.num_actions else 2):
+            if actions.ndim != 1 + spec.action_axes:
                 raise ValueError(f"actions have the shape {list(actions.shape)}")
             check_actions(spec, actions)
         if label not in (range(spec.num_labels) if spec.num_labels else (None,)):
@@ -345,8 +345,8 @@ class EncodedEpisode:
 
     latents: Float[Tensor, "t c h w"]
     """Of unit scale."""
-    actions: Int[Tensor, " t"] | Float[Tensor, "t a"] | None
-    """Action i led from latent frame i-1 to latent frame i."""
+    actions: Int[Tensor, "t ..."] | Float[Tensor, "t ... a"] | None
+    """Action i led from latent frame i-1 to latent frame i; as of `scd.data.clip.Conditions`."""
     label: int | None
     text: Float[Tensor, "l d"] | None
     """Embedded text, without what fills it up."""

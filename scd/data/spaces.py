@@ -6,7 +6,7 @@ Gymnasium's own spaces are made of it, and it of them, by `scd/data/actions.py`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from scd.common.config import added, within
@@ -119,6 +119,9 @@ class ConditionSpec:
     action_parts: tuple[ActionPart, ...] = added(())
     """What an action consists of, in the order of the entries of its vector. Empty: `num_actions`
     or `action_dim` say all."""
+    actions_per_frame: int = added(1)
+    """Actions of each frame: of a latent frame, those of the frames of video that it stands for.
+    The first one stands for one frame, whose action counts as often."""
 
     def __post_init__(self) -> None:
         within(
@@ -130,6 +133,12 @@ class ConditionSpec:
             text_length=self.text_length,
             text_dim=self.text_dim,
         )
+        within(1, MAX_NUMBER, actions_per_frame=self.actions_per_frame)
+        if self.actions_per_frame > 1 and not self.has_actions:
+            raise ValueError(
+                f"there are no actions, of which actions_per_frame={self.actions_per_frame} would "
+                "say how many a frame has"
+            )
         if bool(self.text_length) != bool(self.text_dim):
             raise ValueError(
                 "a text needs both a length and a dimension: "
@@ -188,6 +197,17 @@ class ConditionSpec:
     @property
     def has_actions(self) -> bool:
         return bool(self.num_actions or self.action_dim)
+
+    @property
+    def action_axes(self) -> int:
+        """Axes of the actions of one frame: of its actions, where it has several, and of a
+        vector."""
+        return (self.actions_per_frame > 1) + bool(self.action_dim)
+
+    @property
+    def of_actions(self) -> ConditionSpec:
+        """The actions of a frame of video, and nothing else that steers."""
+        return replace(self, num_labels=0, text_length=0, text_dim=0, actions_per_frame=1)
 
     @property
     def has_text(self) -> bool:

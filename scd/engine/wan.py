@@ -36,6 +36,7 @@ class FastWanEncoder(FastWanStack):
         time: float,
         places: Sequence[int],
         texts: Sequence[list[TextKeysValues]],
+        conditions: Sequence[Conditions],
         only_cache: bool = False,
     ) -> list[Tensor]:
         """Write a frame of each stream into its cache, without keeping it.
@@ -49,6 +50,7 @@ class FastWanEncoder(FastWanStack):
             time: of all frames.
             places: frame position of each.
             texts: keys and values in all layers, of each.
+            conditions: with the actions of the frame, of each.
             only_cache: nobody reads what is returned: of the last layer there are only keys and
                 values.
 
@@ -60,7 +62,9 @@ class FastWanEncoder(FastWanStack):
             cache.make_room()
         x = self.tokens(frames[0] if len(frames) == 1 else torch.cat(list(frames)))
         rows = [[place] for place, size in zip(places, sizes, strict=True) for _ in range(size)]
-        parts, rotary = self.parts_at(time), self.rotary(rows)
+        steering = [self.steering(each) for each in conditions]
+        given = [each for each in steering if each is not None]
+        parts, rotary = self.parts_at(time, together(given) if given else None), self.rotary(rows)
 
         def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             split_up = [part.split(sizes) for part in (q, k, v)]
@@ -93,6 +97,8 @@ class FastWanContext:
     """What the encoder knows of the frames, [f n d]."""
     texts: tuple[tuple[TextCache, int], ...]
     """Of each frame: the texts of its streams, and which of them is its own."""
+    steering: Tensor | None = None
+    """The decoder's embedded actions of the frames, [f 1 d]; None: no actions steer the model."""
 
     @property
     def num_frames(self) -> int:
@@ -113,14 +119,21 @@ class WanRows:
         size = (len(decoder.blocks), capacity, block.num_heads, length, block.head_dim)
         self.keys, self.values = torch.empty(size, **like), torch.empty(size, **like)
         self.texts: list[tuple[TextCache, int] | None] = [None] * capacity
+        # At time 0 the context has a modulation of its own, which the actions change too.
+        steered = decoder.is_steered and decoder.clean_context
+        self.steering = torch.empty(capacity, 1, block.width, **like) if steered else None
 
     @property
     def num_bytes(self) -> int:
         tensors = (self.tokens, self.keys, self.values)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def put(self, row: int, tokens: Tensor, text: TextCache, index: int) -> None:
+    def put(
+        self, row: int, tokens: Tensor, text: TextCache, index: int, steering: Tensor | None
+    ) -> None:
         self.tokens[row] = tokens
+        if self.steering is not None and steering is not None:
+            self.steering[row] = steering
         held = self.texts[row]
         if held is not None and held[0] is text and held[1] == index:
             return
@@ -133,6 +146,8 @@ class WanRows:
         self.keys[:, target] = self.keys[:, source]
         self.values[:, target] = self.values[:, source]
         self.texts[target] = self.texts[source]
+        if self.steering is not None:
+            self.steering[target] = self.steering[source]
 
 
 class FastWanDecoder(FastWanStack):
@@ -162,6 +177,7 @@ class FastWanDecoder(FastWanStack):
         config = decoder.config
         self.join = config.num_first if config.join == "middle" else 0
         self.clean_context = config.context_time == "clean"
+        self.is_steered = self.modulations.embedder.action_embedder is not None
         # Within one frame only differences of positions matter, so every frame is frame 0.
         self.rotary_alone = self.rotary([[0]])
         self.rotary_joint = self.rotary_alone.repeated(2)
@@ -175,7 +191,7 @@ class FastWanDecoder(FastWanStack):
         num_frames = patches.shape[0]
         parts = joint = split(modulation)
         if self.clean_context:
-            joint = self._with_clean(modulation)
+            joint = self._with_clean(rows, modulation)
 
         def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return self.attend(q, k, v)
@@ -204,9 +220,10 @@ class FastWanDecoder(FastWanStack):
         x, read = x[:, -self.shape.num_tokens :], self.attend(q, k, v)
         return block.finish(x, read, part_of(parts, layer), lambda q: read_text(layer, q))
 
-    def _with_clean(self, modulation: Tensor) -> Parts:
+    def _with_clean(self, rows: WanRows, modulation: Tensor) -> Parts:
         """Return parts [r 2 1 d]: of the context's half at time 0, then of the noisy half."""
-        clean = self.modulations.at((0.0,))[0].expand_as(modulation)
+        steering = None if rows.steering is None else rows.steering[: len(modulation)]
+        clean = self.modulations_at((0.0,), steering)[0].expand_as(modulation)
         return torch.stack([clean, modulation], dim=2)[:, :, :, None].unbind(1)
 
 
@@ -254,8 +271,8 @@ class FastWanSeparable(RowEngine):
         batch = batch if clean is None else clean.shape[0]
         cache = self.encoder.new_cache(self.config.cache.with_window(window), batch)
         state = WanState(cache=cache, next_position=0)
-        for frame in () if clean is None else clean.unbind(1):
-            self.observe(state, frame, conditions)
+        for place, frame in enumerate(() if clean is None else clean.unbind(1)):
+            self.observe(state, frame, conditions.frames(place, place + 1))
         return state
 
     @torch.no_grad()
@@ -270,8 +287,12 @@ class FastWanSeparable(RowEngine):
             raise ValueError("the encoder of a separable Wan model reads noise: none was given")
         found = self._encode(states, given, 1.0, conditions)
         return [
-            FastWanContext(tokens=tokens, texts=_each_text(state.text, len(tokens)))
-            for state, tokens in zip(states, found, strict=True)
+            FastWanContext(
+                tokens=tokens,
+                texts=_each_text(state.text, len(tokens)),
+                steering=self.decoder.steering(condition),
+            )
+            for state, tokens, condition in zip(states, found, conditions, strict=True)
         ]
 
     def _encode(
@@ -289,6 +310,7 @@ class FastWanSeparable(RowEngine):
             time,
             [state.next_position for state in states],
             [text_in(state, condition, self.encoder, self.decoder) for state, condition in each],
+            conditions,
             only_cache,
         )
 
@@ -298,7 +320,8 @@ class FastWanSeparable(RowEngine):
     ) -> FastWanContext:
         noisy = corrupted(context.tokens, strength, noise.to(self.dtype))
         tokens = torch.cat([noisy, context.tokens])
-        return FastWanContext(tokens=tokens, texts=context.texts * 2)
+        steering = None if context.steering is None else context.steering.repeat(2, 1, 1)
+        return FastWanContext(tokens=tokens, texts=context.texts * 2, steering=steering)
 
     def new_rows(self, capacity: int) -> WanRows:
         return WanRows(self.decoder, capacity)
@@ -311,15 +334,17 @@ class FastWanSeparable(RowEngine):
     def put(self, rows: WanRows, start: int, contexts: Sequence[FastWanContext]) -> None:
         row = start
         for context in contexts:
-            for tokens, text in zip(context.tokens, context.texts, strict=True):
-                rows.put(row, tokens, *text)
+            for place, (tokens, text) in enumerate(zip(context.tokens, context.texts, strict=True)):
+                steering = None if context.steering is None else context.steering[place]
+                rows.put(row, tokens, *text, steering)
                 row += 1
 
     def modulations_at(self, times: Sequence[float], context: FastWanContext) -> Tensor:
-        return self.decoder.modulations.at(times)
+        return self.decoder.modulations_at(times, context.steering)
 
     def modulations_of_each(self, time: Tensor, context: FastWanContext) -> Tensor:
-        return self.decoder.modulations.of_each(time)
+        steering = None if context.steering is None else context.steering[:, 0]
+        return self.decoder.modulations.of_each(time, steering)
 
     @torch.no_grad()
     def observe(self, state: WanState, clean: Tensor, conditions: Conditions) -> None:
@@ -343,6 +368,9 @@ class FastWanDenseContext:
     """Positions of the tokens."""
     text: list[TextKeysValues]
     """In each layer."""
+    steering: Tensor | None
+    """Embedded actions of the frame [b 1 d], or of each of its block; None: no actions steer the
+    model."""
 
 
 class FastWanDense(Engine):
@@ -383,7 +411,8 @@ class FastWanDense(Engine):
         state = WanState(cache=cache, next_position=0)
         for start in range(0, num_given, size):
             assert clean is not None
-            self.observe(state, clean[:, start : start + size], conditions)
+            stop = start + size
+            self.observe(state, clean[:, start:stop], conditions.frames(start, stop))
         return state
 
     @torch.no_grad()
@@ -396,6 +425,7 @@ class FastWanDense(Engine):
             cache=state.cache,
             rotary=self.stack.rotary([range(first, first + self.config.frames_per_block)]),
             text=text_in(state, conditions, self.stack),
+            steering=self.stack.steering(conditions),
         )
 
     @torch.no_grad()
@@ -409,7 +439,7 @@ class FastWanDense(Engine):
         step_noise: Tensor | None = None,
     ) -> Tensor:
         """Turn noise into frames; see interface.Engine. Between steps frames are float32."""
-        modulations = self.stack.modulations.at(times[:-1])
+        modulations = self.stack.modulations_at(times[:-1], context.steering)
         step = {time: index for index, time in enumerate(times)}
 
         def velocity_at(patches: Tensor, time: float) -> Tensor:
@@ -424,7 +454,11 @@ class FastWanDense(Engine):
 
     @torch.no_grad()
     def velocity(self, context: FastWanDenseContext, noisy: Tensor, time: Tensor) -> Tensor:
-        modulation = self.stack.modulations.of_each(time)
+        steering, per_stream = context.steering, 1
+        if steering is not None:
+            per_stream = steering.shape[1]
+            steering = steering.flatten(0, 1)
+        modulation = self.stack.modulations.of_each(time.repeat_interleave(per_stream), steering)
         velocity = self._velocity(context, self._patches(noisy), modulation)
         return self._frames(velocity, noisy).to(noisy.dtype)
 
@@ -443,7 +477,8 @@ class FastWanDense(Engine):
     def _velocity(
         self, context: FastWanDenseContext, patches: Tensor, modulation: Tensor
     ) -> Tensor:
-        parts, x = split(modulation), self.stack.embed(patches)
+        parts = self.stack.parts_of(modulation, context.steering)
+        x = self.stack.embed(patches)
         x = self._run(context, x, parts, range(len(self.stack.blocks)))
         return self.head(x, parts)
 
@@ -465,7 +500,8 @@ class FastWanDense(Engine):
         """Make frames part of the past: one pass over them writes the KV cache."""
         size, first = self.config.frames_per_block, state.next_position
         context, stack = self.context(state, conditions), self.stack
-        parts, x = stack.parts_at(0.0), stack.embed(self._patches(clean))
+        parts = stack.parts_at(0.0, context.steering)
+        x = stack.embed(self._patches(clean))
         last = len(stack.blocks) - 1
         x = self._run(context, x, parts, range(last))
         state.cache.write(last, *stack.keys_values(last, x, parts, context.rotary))

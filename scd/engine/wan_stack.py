@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scd.common.runtime import finest
+from scd.data.clip import Conditions
 from scd.engine.int8 import Int8Linear
 from scd.engine.layers import (
     PARTS,
@@ -106,7 +107,7 @@ def _by_halves_rows(layer: nn.Linear, head_dim: int) -> tuple[Tensor, Tensor]:
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Normalise tokens [f s d], multiply by `scale`, add `shift`.
 
-    Each is [d] or [f 1 d]; or [f 2 1 d], where the tokens are two halves of their own modulation.
+    Each is [d] or [f 1 d]; or [f m 1 d], where the tokens are m parts of their own modulation.
     """
     if shift.dim() == 1:
         # One modulation for all tokens is what a norm's own weights are for: one pass over x.
@@ -114,18 +115,18 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     normed = functional.layer_norm(x, x.shape[-1:], eps=eps)
     if shift.dim() == 3:
         return torch.addcmul(shift, normed, scale)
-    return torch.addcmul(shift, _halves(normed), scale).flatten(1, 2)
+    return torch.addcmul(shift, _in_parts(normed, scale), scale).flatten(1, 2)
 
 
 def _gated(x: Tensor, gate: Tensor, change: Tensor) -> Tensor:
     """Return x + gate * change; a gate as in `_modulate`."""
     if gate.dim() == 4:
-        return torch.addcmul(_halves(x), gate, _halves(change)).flatten(1, 2)
+        return torch.addcmul(_in_parts(x, gate), gate, _in_parts(change, gate)).flatten(1, 2)
     return torch.addcmul(x, gate, change)
 
 
-def _halves(x: Tensor) -> Tensor:
-    return x.unflatten(1, (2, -1))
+def _in_parts(x: Tensor, modulation: Tensor) -> Tensor:
+    return x.unflatten(1, (modulation.shape[1], -1))
 
 
 class FastWanBlock:
@@ -271,21 +272,34 @@ class WanModulations:
     def num_bytes(self) -> int:
         return sum(table.numel() * table.element_size() for table in self._kept.values())
 
-    def at(self, times: Sequence[float]) -> Tensor:
-        """Return the modulations at each time, [times 1 parts d]."""
+    def at(self, times: Sequence[float], steering: Tensor | None = None) -> Tensor:
+        """Return the modulations at each time, [times r parts d].
+
+        Args:
+            times: of the steps.
+            steering: embedded actions of f frames [f d], for which nothing is kept; None: none.
+
+        Returns:
+            r is 1, or f with actions.
+        """
         schedule = tuple(times)
 
         def make() -> Tensor:
             # In float64: the embedding shows the rounding of a float32 time.
             device = self.tables.device
             time = torch.tensor(schedule, dtype=finest(device), device=device)
-            return self.of_each(time)[:, None]
+            if steering is None:
+                return self.of_each(time)[:, None]
+            num = len(steering)
+            each = self.of_each(time.repeat_interleave(num), steering.repeat(len(time), 1))
+            return each.unflatten(0, (-1, num))
 
-        return kept_for(schedule, self._kept, make)
+        return kept_for(schedule, self._kept, make) if steering is None else make()
 
-    def of_each(self, time: Tensor) -> Tensor:
+    def of_each(self, time: Tensor, steering: Tensor | None = None) -> Tensor:
         """Return the modulation of frames at any times [f], [f parts d]: nothing is kept."""
-        embedding, modulation = (part[:, 0] for part in self.embedder.times(time[:, None]))
+        added = None if steering is None else steering[:, None]
+        embedding, modulation = (part[:, 0] for part in self.embedder.times(time[:, None], added))
         blocks = self.tables + modulation.float()[:, None]
         blocks[:, :, 1::3] += 1
         parts = [blocks.flatten(1, 2)]
@@ -369,8 +383,25 @@ class FastWanStack:
         words = self.embed_text(text.to(self.dtype))
         return [block.text_keys_values(words) for block in self.blocks]
 
-    def parts_at(self, time: float) -> Parts:
-        return split(self.modulations.at((time,))[0])
+    def steering(self, conditions: Conditions) -> Tensor | None:
+        """Embed the actions of frames, [f m d]; None: no actions steer the model."""
+        return self.modulations.embedder.steering(conditions)
+
+    def parts_at(self, time: float, steering: Tensor | None = None) -> Parts:
+        """Return the modulation of frames at a time; `steering` as by `steering`."""
+        return self.parts_of(self.modulations_at((time,), steering)[0], steering)
+
+    def modulations_at(self, times: Sequence[float], steering: Tensor | None) -> Tensor:
+        """Return the modulations at each time, [times r parts d]; r is 1 or f * m."""
+        return self.modulations.at(times, None if steering is None else steering.flatten(0, 1))
+
+    @staticmethod
+    def parts_of(modulation: Tensor, steering: Tensor | None) -> Parts:
+        """Cut modulations [r parts d] of frames that are steered so into parts."""
+        if steering is None or steering.shape[1] == 1:
+            return split(modulation)
+        by_frame = modulation.unflatten(0, steering.shape[:2])
+        return by_frame[:, :, :, None].unbind(2)
 
     def run_layer(
         self,

@@ -307,6 +307,13 @@ class DiffuserConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     """KV cache of a stream: how much of the past it keeps."""
 
+    def __post_init__(self) -> None:
+        if self.conditions.actions_per_frame > 1 and not self.takes_text:
+            raise ValueError(
+                "a latent frame that stands for several frames of video has several actions, which "
+                f"only Wan models read, got actions_per_frame={self.conditions.actions_per_frame}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SeparableConfig(DiffuserConfig):
@@ -338,6 +345,7 @@ class DenseConfig(DiffuserConfig):
     """Last layers in which a frame sees itself only; nothing is cached for them."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         within(1, MAX_LAYERS, num_layers=self.num_layers)
         if not 0 <= self.num_diagonal < self.num_layers:
             raise ValueError(

@@ -188,15 +188,19 @@ class Sizes:
 
     @property
     def time_parameters(self) -> int:
-        width, spec = self.block.width, self.conditions
-        rows = 2 * TimeEmbedder.NUM_SINUSOIDS + 1 + width + 1
-        rows += spec.num_actions + 1 if spec.num_actions else 0
+        width = self.block.width
+        return (2 * TimeEmbedder.NUM_SINUSOIDS + 1 + width + 1 + self.condition_rows) * width
+
+    @property
+    def condition_rows(self) -> int:
+        """Vectors among the parameters that embed actions and labels."""
+        spec = self.conditions
+        rows = spec.num_actions + 1 if spec.num_actions else 0
         if spec.is_composite:
             rows += sum((sum(part.choices) or part.size + 1) + 1 for part in spec.action_parts)
         elif spec.action_dim:
             rows += spec.action_dim + 2
-        rows += spec.num_labels + 1 if spec.num_labels else 0
-        return rows * width
+        return rows + (spec.num_labels + 1 if spec.num_labels else 0)
 
     @property
     def head_parameters(self) -> int:

@@ -36,7 +36,7 @@ from scd.common.config import to_json
 from scd.common.files import remove_leftovers, write_file
 from scd.common.processes import Processes
 from scd.common.threads import ThreadChoice
-from scd.data.clip import Clip
+from scd.data.clip import Clip, by_latent
 from scd.data.fingerprint import changes, read_fingerprint
 from scd.data.fingerprint import fingerprint as data_fingerprint
 from scd.data.frame_rate import check_rate
@@ -207,10 +207,8 @@ class Encoding:
         card = next(iter(self.sources.values())).card
         factor = autoencoder.config.frames_per_latent
         if factor > 1 and card.conditions.has_actions:
-            raise ValueError(
-                f"{config.autoencoder} makes one latent frame of {factor} frames, but "
-                f"{config.data} has an action for each: there is no one action of a latent frame"
-            )
+            several = replace(card.conditions, actions_per_frame=factor)
+            card = replace(card, conditions=several)
         if self.null_text is not None:
             text_dim = self.null_text.shape[-1]
             conditions = replace(card.conditions, text_length=config.text_length, text_dim=text_dim)
@@ -257,12 +255,15 @@ class Encoding:
             encoded.append(
                 EncodedEpisode(
                     latents=latents[: self.info.lengths(split)[episode]],
-                    actions=clip.actions,
+                    actions=self._actions(clip),
                     label=clip.label,
                     text=text,
                 )
             )
         return encoded
+
+    def _actions(self, clip: Clip) -> Tensor | None:
+        return None if clip.actions is None else by_latent(self.info.card.conditions, clip.actions)
 
     @torch.no_grad()
     def _latents(self, clip: Clip, where: str) -> Float[Tensor, "t c h w"]:

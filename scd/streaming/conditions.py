@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from scd.data.clip import Conditions, check_conditions
+from scd.data.clip import Conditions, check_conditions, held
 from scd.data.source import DataCard
 from scd.engine.interface import Engine
 from scd.streaming.steering import Action, as_actions
@@ -47,7 +47,8 @@ class StreamConditions:
             ValueError: labels or texts that do not fit, or are missing.
         """
         spec, device, dtype = engine.config.conditions, engine.device, engine.dtype
-        check_conditions(replace(spec, num_actions=0, action_dim=0, action_parts=()), lasting)
+        alone = {"num_actions": 0, "action_dim": 0, "action_parts": (), "actions_per_frame": 1}
+        check_conditions(replace(spec, **alone), lasting)
         text, null_text = lasting.text, lasting.null_text if is_hidden_too else None
         for name, value in (("labels", lasting.labels), ("texts", text), ("texts", null_text)):
             if value is not None and value.shape[0] != batch:
@@ -88,7 +89,9 @@ class StreamConditions:
         actions = as_actions(given, self.card, self.batch)
         if actions is None and not spec.has_actions:
             return self._unsteered
-        conditions = replace(self.lasting, actions=None if actions is None else actions[:, None])
+        if actions is not None:
+            actions = held(spec, actions)[:, None]
+        conditions = replace(self.lasting, actions=actions)
         check_conditions(spec, conditions, 1)
         if actions is not None and actions.shape[0] != self.batch:
             raise ValueError(f"{self.batch} streams need as many actions, got {actions.shape[0]}")

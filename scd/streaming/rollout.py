@@ -221,8 +221,8 @@ class Rollout:
             if given.shape[1] == 0:
                 raise ValueError("given first frames must be 1 or more; None begins from nothing")
             batch = given.shape[0]
-            check_conditions(self.engine.config.conditions, conditions, given.shape[1])
             latents = self._encode(given) if latents is None else self._checked(latents)
+            check_conditions(self.engine.config.conditions, conditions, latents.shape[1])
         self._steering = StreamConditions.of(
             self.engine,
             self.world.card,

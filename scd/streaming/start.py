@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from scd.data.clip import Batch, Clip, Conditions
+from scd.data.clip import Batch, Clip, Conditions, by_latent
 from scd.data.given import Frames, as_frames
 from scd.data.source import DataCard
 from scd.models.checkpoint import World
@@ -38,6 +38,8 @@ def given_frames(
 ) -> tuple[Tensor | None, Conditions, Tensor | None]:
     """Return given frames, what led to them, and latents in their place.
 
+    Actions of frames of video are put together to those of latent frames, where a world has such.
+
     Args:
         given: frames or clips; None: none.
         conditions: beside frames; of clips their own.
@@ -48,6 +50,16 @@ def given_frames(
         ValueError: frames of another kind or size, conditions or latents beside clips, or clips
             that cannot stand side by side.
     """
+    frames, conditions, latents = _given(given, conditions, latents, card)
+    actions, spec = conditions.actions, card.conditions
+    if actions is not None and actions.ndim == 2 + bool(spec.action_dim):
+        conditions = replace(conditions, actions=by_latent(spec, actions))
+    return frames, conditions, latents
+
+
+def _given(
+    given: Given | None, conditions: Conditions | None, latents: Tensor | None, card: DataCard
+) -> tuple[Tensor | None, Conditions, Tensor | None]:
     size = card.height, card.width
     if given is None:
         return None, conditions or Conditions(), latents

@@ -42,7 +42,7 @@ def as_actions(action: Action | None, card: DataCard, num_streams: int) -> Tenso
     size, is checked with the model's other conditions.
 
     Args:
-        action: as `step` takes it; None: none.
+        action: as `step` takes it, or of a latent frame its actions [b k] or [b k a]; None: none.
         card: names of the actions.
         num_streams: b.
 
@@ -55,6 +55,9 @@ def as_actions(action: Action | None, card: DataCard, num_streams: int) -> Tenso
             return action
         raise ValueError("this world is steered by no actions: type step()")
     if isinstance(action, Tensor):
+        if spec.actions_per_frame > 1 and action.ndim == 1 + spec.action_axes:
+            # Of each stream the actions of all frames of video that a latent frame stands for.
+            return _of_type(action, card)
         return _each(_of_type(action, card), card, num_streams)
     if spec.is_composite and (parted := _by_part(action, card)) is not None:
         return _each(parted, card, num_streams)

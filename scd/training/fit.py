@@ -297,6 +297,8 @@ def _fit_to_latents(config: TrainConfig, source: LatentSource) -> TrainConfig:
             f"{config.data} holds latents without prompts, but a text steers a Wan model: "
             "write them with scd encode --text-encoder"
         )
+    if config.initial and config.model.takes_text:
+        _check_actions(config, info.card)
     channels, height, width = info.shape
     shape = replace(config.model.shape, channels=channels, height=height, width=width)
     model = replace(config.model, shape=shape, conditions=info.card.conditions)
@@ -306,6 +308,27 @@ def _fit_to_latents(config: TrainConfig, source: LatentSource) -> TrainConfig:
         # The same settings elsewhere: weights are compared where they are opened.
         autoencoder = config.autoencoder
     return replace(config, model=model, autoencoder=autoencoder)
+
+
+def _check_actions(config: TrainConfig, card: DataCard) -> None:
+    """Refuse data of other actions than those of the Wan world that is trained (ValueError)."""
+    ours, theirs = config.model.conditions, card.conditions
+    if theirs.has_actions and not ours.has_actions:
+        raise ValueError(
+            f"{config.data} has actions, and {config.initial} is steered by a text alone: scd "
+            f"convert wan --actions {config.data} writes a world that they steer too"
+        )
+    if ours.has_actions and not theirs.has_actions:
+        raise ValueError(
+            f"{config.initial} is steered by actions, and {config.data} has none beside its "
+            "prompts: needed latents of clips with actions (scd encode)"
+        )
+    different = differences(to_json(theirs.of_actions), to_json(ours.of_actions))
+    if different:
+        raise ValueError(
+            f"{config.data} has other actions than {config.initial} (its setting, then the "
+            f"world's): {'; '.join(different[:2])}"
+        )
 
 
 def _fit_to_frames(config: TrainConfig, source: Source) -> TrainConfig:

@@ -157,9 +157,9 @@ def _draw_video(world: World, batch: Batch, path: Path | None, num_frames: int) 
     world.autoencoder.load()
     rollout = Rollout(world, seed=0)
     rollout.begin(None, Conditions(text=text), can_reset=False)
-    latents = []
-    for _ in range(0, num_frames, rollout.block_size):
-        made = rollout.step_latents()
+    latents, actions = [], batch.conditions.actions
+    for place in range(0, num_frames, rollout.block_size):
+        made = rollout.step_latents(None if actions is None else actions[:1, place])
         latents.append(made[:, None] if made.ndim == 4 else made)
     if path is None:
         return

@@ -431,7 +431,7 @@ def test_what_does_not_fit_is_refused(model):
 
 
 def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="embedded text alone"):
+    with pytest.raises(ValueError, match="steered by an embedded text, and by actions"):
         WanConfig(shape=SHAPE, block=BLOCK, conditions=ConditionSpec(num_actions=2))
     with pytest.raises(ValueError, match="whole blocks"):
         WanConfig(conditions=TEXT, frames_per_block=4, cache=CacheConfig(window=6, num_sinks=0))

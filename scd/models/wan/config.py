@@ -94,14 +94,17 @@ class _VideoConfig(DiffuserConfig):
     block: WanBlockConfig = field(default_factory=WanBlockConfig)
     """Transformer blocks."""
     conditions: ConditionSpec = field(default_factory=_wan_conditions)
-    """The embedded text that steers a clip."""
+    """The embedded text that steers a clip, and actions of its latent frames, if there are any."""
     cache: CacheConfig = field(default_factory=_wan_cache)
     """KV cache of a stream: how much of the past it keeps; 21 latent frames are 81 of video."""
 
     def __post_init__(self) -> None:
         conditions = self.conditions
-        if not conditions.has_text or conditions.has_actions or conditions.num_labels:
-            raise ValueError(f"a Wan model is steered by an embedded text alone, got {conditions}")
+        if not conditions.has_text or conditions.num_labels:
+            raise ValueError(
+                "a Wan model is steered by an embedded text, and by actions if it has any, got "
+                f"{conditions}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from scd.models.cost import FrameCost, Load, Sizes
 from scd.models.wan.config import WanConfig, WanSeparableConfig
+from scd.models.wan.transformer import ACTION_WIDTH
 
 
 class WanSizes(Sizes):
@@ -33,8 +34,16 @@ class WanSizes(Sizes):
 
     @property
     def time_flops(self) -> int:
-        """Operations of embedding a time, and of the modulation that all blocks share."""
-        return 2 * self.block.freq_dim * self.block.width + self.linear(1, 7)
+        """Operations of embedding a time, of pooling actions that are looked up, and of the
+        modulation that all blocks share."""
+        pool = 2 * self._pooled * self.block.width + self.linear(1, 1) if self._pooled else 0
+        return 2 * self.block.freq_dim * self.block.width + self.linear(1, 7) + pool
+
+    @property
+    def _pooled(self) -> int:
+        """Values that the embedded actions of a latent frame have; 0: there are none."""
+        spec = self.conditions
+        return ACTION_WIDTH * spec.actions_per_frame if spec.has_actions else 0
 
     @property
     def text_size(self) -> int:
@@ -61,7 +70,10 @@ class WanSizes(Sizes):
     @property
     def time_parameters(self) -> int:
         width = self.block.width
-        return (self.block.freq_dim + 1) * width + 7 * (width + 1) * width
+        actions = 0
+        if self._pooled:
+            actions = self.condition_rows * ACTION_WIDTH + (self._pooled + width + 2) * width
+        return (self.block.freq_dim + 1) * width + 7 * (width + 1) * width + actions
 
     @property
     def text_parameters(self) -> int:

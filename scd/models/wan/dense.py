@@ -29,8 +29,13 @@ class WanDiffuser(WanTransformer, DenseBase):
         self.config = config
         self.num_local_frames = config.num_local_frames
 
-    def embeddings(self, time: Float[Tensor, "b t"], steering: None) -> tuple[Tensor, Tensor]:
-        return self.condition_embedder.times(time)
+    def steering(self, conditions: Conditions) -> Float[Tensor, "b t d"] | None:
+        return self.condition_embedder.steering(conditions)
+
+    def embeddings(
+        self, time: Float[Tensor, "b t"], steering: Float[Tensor, "#b #t d"] | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.condition_embedder.times(time, steering)
 
     def velocities(
         self,
@@ -54,7 +59,7 @@ class WanDiffuser(WanTransformer, DenseBase):
         conditions: Conditions,
     ) -> Float[Tensor, "b t c h w"]:
         """Return the velocity of noisy frames that all see each other: Wan as it is published."""
-        embedding, modulation = self.condition_embedder.times(time)
+        embedding, modulation = self.embeddings(time, self.steering(conditions))
         text, frames = self.text_of(conditions, noisy.shape[0]), range(noisy.shape[1])
         x = self.run_masked(self.tokens(noisy), modulation, frames, None, text)
         return self.head(x, embedding)

@@ -47,6 +47,7 @@ class WanFrameDecoder(WanTransformer):
         text: Text,
         noisy: Float[Tensor, "f c h w"],
         time: Float[Tensor, " f"],
+        steering: Float[Tensor, "f 1 d"] | None = None,
     ) -> Float[Tensor, "f c h w"]:
         """Return the velocity of noisy frames, each by itself.
 
@@ -55,8 +56,9 @@ class WanFrameDecoder(WanTransformer):
             text: of each frame, or of fewer rows which as many frames in a row share.
             noisy: latent frames at `time`.
             time: 0 clean to 1 noise.
+            steering: embedded actions of each frame; None: no actions steer this model.
         """
-        embedding, modulation = self.condition_embedder.times(time[:, None])
+        embedding, modulation = self.condition_embedder.times(time[:, None], steering)
         # Within one frame only differences of positions matter, so every frame is frame 0.
         rotary = self.rotary([0])
         x = self.tokens(noisy[:, None])
@@ -65,17 +67,19 @@ class WanFrameDecoder(WanTransformer):
             if layer == join:
                 # Context and noise have the same places, and stand as two frames side by side.
                 x = torch.cat([context[:, None].to(x.dtype), x], dim=1)
-                modulation = torch.cat([self._of_context(modulation, time), modulation], dim=1)
+                modulation = torch.cat(
+                    [self._of_context(modulation, time, steering), modulation], dim=1
+                )
                 rotary = rotary[0].repeat(2, 1), rotary[1].repeat(2, 1)
             last = layer == len(self.blocks) - 1
             # Nobody reads the context's half after the last block.
             x = self.run_block(block, x, modulation, rotary, attend, words, 1 if last else None)
         return self.head(x, embedding)[:, 0]
 
-    def _of_context(self, modulation: Tensor, time: Tensor) -> Tensor:
+    def _of_context(self, modulation: Tensor, time: Tensor, steering: Tensor | None) -> Tensor:
         if self.config.context_time == "same":
             return modulation
-        return self.condition_embedder.times(torch.zeros_like(time)[:, None])[1]
+        return self.condition_embedder.times(torch.zeros_like(time)[:, None], steering)[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,8 @@ class WanFrameContext:
     """What the encoder knows of the frame."""
     text: Text
     """The decoder's keys and values of the text in each layer."""
+    steering: Float[Tensor, "b 1 d"] | None = None
+    """The decoder's embedded actions of the frame; None: no actions steer this model."""
 
 
 class WanSeparableDiffuser(CausalDiffuser):
@@ -187,12 +193,13 @@ class WanSeparableDiffuser(CausalDiffuser):
         frames = interpolate(clean[:, None, -num_noisy:].expand_as(noise), noise, time)
         if clean_time is None:
             clean_time = torch.zeros(clean.shape[:2], device=clean.device)
-        times = self.encoder.condition_embedder.times
+        embed, num_past = self.encoder.condition_embedder, clean.shape[1] - 1
+        before, now = conditions.frames(0, num_past), _last(conditions, clean.shape[1], num_noisy)
         tokens = self.encoder.run_teacher_forced(
             self.encoder.tokens(clean[:, :-1]),
-            times(clean_time[:, :-1])[1],
+            embed.times(clean_time[:, :-1], embed.steering(before))[1],
             self.encoder.tokens(frames.flatten(0, 1)),
-            times(time.flatten(0, 1))[1],
+            embed.times(time.flatten(0, 1), _of_draws(embed.steering(now), num_draws))[1],
             self.encoder.text_keys_values(text_of(conditions, batch)),
         )
         if augment is not None and augment.context_noise > 0:
@@ -212,11 +219,17 @@ class WanSeparableDiffuser(CausalDiffuser):
         self, context: Tensor, conditions: Conditions, noisy: Tensor, time: Tensor
     ) -> Tensor:
         batch, num_draws, num_noisy = noisy.shape[:3]
+        steering = self.decoder.condition_embedder.steering(conditions)
+        if steering is not None:
+            steering = _of_draws(steering[:, -num_noisy:], num_draws)
+            assert steering is not None
+            steering = steering.flatten(0, 1)[:, None]
         velocity = self.decoder.denoise(
             rearrange(context.expand(-1, num_draws, -1, -1, -1), "b r m n d -> (b r m) n d"),
             self.decoder.text_keys_values(text_of(conditions, batch)),
             rearrange(noisy, "b r m c h w -> (b r m) c h w"),
             rearrange(time, "b r m -> (b r m)"),
+            steering,
         )
         return rearrange(velocity, "(b r m) c h w -> b r m c h w", r=num_draws, m=num_noisy)
 
@@ -229,8 +242,8 @@ class WanSeparableDiffuser(CausalDiffuser):
     ) -> WanState:
         batch = batch if clean is None else clean.shape[0]
         state = WanState(cache=self.stream_cache(batch, window), next_position=0)
-        for frame in () if clean is None else clean.unbind(1):
-            self.observe(state, frame, conditions)
+        for place, frame in enumerate(() if clean is None else clean.unbind(1)):
+            self.observe(state, frame, conditions.frames(place, place + 1))
         return state
 
     def context(
@@ -250,7 +263,11 @@ class WanSeparableDiffuser(CausalDiffuser):
             raise ValueError("the encoder of a separable Wan model reads noise: none was given")
         tokens = self._encode(state, noise, 1.0, conditions)
         text = text_in(state, conditions, self.encoder, self.decoder)
-        return WanFrameContext(tokens=tokens[:, 0], text=text[len(self.encoder.blocks) :])
+        return WanFrameContext(
+            tokens=tokens[:, 0],
+            text=text[len(self.encoder.blocks) :],
+            steering=self.decoder.condition_embedder.steering(conditions),
+        )
 
     def with_noisy_branch(
         self, context: WanFrameContext, strength: float, noise: Float[Tensor, "b 1 n d"]
@@ -260,6 +277,7 @@ class WanSeparableDiffuser(CausalDiffuser):
         return WanFrameContext(
             tokens=torch.cat([noisy, context.tokens]),
             text=[(k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1)) for k, v in context.text or ()],
+            steering=None if context.steering is None else context.steering.repeat(2, 1, 1),
         )
 
     def velocity(
@@ -269,7 +287,7 @@ class WanSeparableDiffuser(CausalDiffuser):
         time: Float[Tensor, " b"],
     ) -> Float[Tensor, "b c h w"]:
         """Run the decoder once: the velocity of each stream's noisy frame."""
-        return self.decoder.denoise(context.tokens, context.text, noisy, time)
+        return self.decoder.denoise(context.tokens, context.text, noisy, time, context.steering)
 
     def observe(
         self, state: WanState, clean: Float[Tensor, "b c h w"], conditions: Conditions
@@ -289,16 +307,27 @@ class WanSeparableDiffuser(CausalDiffuser):
     ) -> Tensor:
         state.cache.make_room()
         encoder, place = self.encoder, [state.next_position]
+        embed = encoder.condition_embedder
         times = torch.full((frames.shape[0], 1), time, device=frames.device)
         return encoder.run_cached(
             state.cache,
             encoder.tokens(frames[:, None]),
-            encoder.condition_embedder.times(times)[1],
+            embed.times(times, embed.steering(conditions))[1],
             encoder.rotary(place),
             place,
             text_in(state, conditions, encoder, self.decoder),
             only_cache=only_cache,
         )
+
+
+def _last(conditions: Conditions, num_frames: int, num: int) -> Conditions:
+    """Return the conditions of the last frames of a clip."""
+    return conditions.frames(num_frames - num, num_frames)
+
+
+def _of_draws(steering: Tensor | None, num_draws: int) -> Tensor | None:
+    """Repeat embedded actions [b m d] for each draw of a clip's frames, [b * r m d]."""
+    return None if steering is None else steering.repeat_interleave(num_draws, 0)
 
 
 def _drawn(frames: Tensor, augment: Augmentation | None) -> Tensor:

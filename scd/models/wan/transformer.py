@@ -6,7 +6,7 @@ Names as in diffusers' WanTransformer3DModel. Source: paper (composition, teache
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -22,7 +22,7 @@ from scd.models.attention import Rotary, attend, join_heads, rotate, split_heads
 from scd.models.base import State
 from scd.models.block import Attend
 from scd.models.config import FrameShape
-from scd.models.embed import to_patches
+from scd.models.embed import ConditionEmbedder, steered, to_patches
 from scd.models.stack import Stack
 from scd.models.wan.config import WanBlockConfig
 
@@ -207,24 +207,81 @@ def _tanh_gelu(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
-class WanEmbedder(nn.Module):
-    """Times and text to vectors; `time_proj` makes the modulation that all blocks share."""
+ACTION_WIDTH = 64
+"""Entries into which an action of a frame of video is embedded before those of a latent frame are
+pooled."""
 
-    def __init__(self, block: WanBlockConfig, text_dim: int) -> None:
+
+class WanActions(nn.Module):
+    """Actions of a latent frame to what is added to its embedded time (ours; not in Wan).
+
+    Each of its frames of video has an action, which is embedded as small models do it; two linear
+    maps pool them. The last one starts at zero: the model then makes the video of its text alone.
+    """
+
+    def __init__(self, spec: ConditionSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed = ConditionEmbedder(spec.of_actions, ACTION_WIDTH)
+        self.pool = TwoMaps(spec.actions_per_frame * ACTION_WIDTH, width, functional.silu)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Set the initial weights of what Wan does not have."""
+        for name, weight in self.embed.named_parameters():
+            if "null" in name:
+                nn.init.normal_(weight, std=0.02)
+        nn.init.zeros_(self.pool.linear_2.weight)
+        nn.init.zeros_(self.pool.linear_2.bias)
+
+    def forward(self, conditions: Conditions) -> Float[Tensor, "b t d"]:
+        """Embed the actions of latent frames (ValueError: there are none)."""
+        if conditions.actions is None:
+            raise ValueError("this model is steered by actions, but none were given")
+        num, per_frame = conditions.actions.shape[1], self.spec.actions_per_frame
+        flat = conditions
+        if per_frame > 1:
+            # What is hidden is hidden of all actions of a latent frame.
+            flat = replace(
+                conditions,
+                actions=conditions.actions.flatten(1, 2),
+                **{
+                    name: mask.repeat_interleave(per_frame, 1)
+                    for name in ("null_actions", "null_parts")
+                    if (mask := getattr(conditions, name)) is not None
+                },
+            )
+        embedded = self.embed(flat)
+        assert embedded is not None
+        grouped = embedded.unflatten(1, (num, per_frame)).flatten(2)
+        return self.pool(grouped.to(self.pool.linear_1.weight.dtype))
+
+
+class WanEmbedder(nn.Module):
+    """Times, text and actions to vectors; `time_proj` makes the modulation that blocks share."""
+
+    def __init__(self, block: WanBlockConfig, conditions: ConditionSpec) -> None:
         super().__init__()
         self.time_embedder = TwoMaps(block.freq_dim, block.width, functional.silu)
         self.time_proj = nn.Linear(block.width, 6 * block.width)
-        self.text_embedder = TwoMaps(text_dim, block.width, _tanh_gelu)
+        self.text_embedder = TwoMaps(conditions.text_dim, block.width, _tanh_gelu)
+        self.action_embedder = (
+            WanActions(conditions, block.width) if conditions.has_actions else None
+        )
         self.num_sinusoids = block.freq_dim // 2
 
+    def steering(self, conditions: Conditions) -> Float[Tensor, "b t d"] | None:
+        """Embed the actions of frames; None: no actions steer this model."""
+        return None if self.action_embedder is None else self.action_embedder(conditions)
+
     def times(
-        self, time: Float[Tensor, "b t"]
+        self, time: Float[Tensor, "b t"], steering: Float[Tensor, "#b #t d"] | None = None
     ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b t 6 d"]]:
-        """Embed times: for the head, and for the blocks."""
+        """Embed times, and what steers their frames: for the head, and for the blocks."""
         # diffusers may keep this part, norms and tables in more digits than the rest.
         sinusoids = time_sinusoids(time, self.num_sinusoids)
         embedding = self.time_embedder(sinusoids.to(self.time_embedder.linear_1.weight.dtype))
-        embedding = embedding.to(self.time_proj.weight.dtype)
+        embedding = steered(embedding.to(self.time_proj.weight.dtype), steering)
         modulation = self.time_proj(functional.silu(embedding))
         return embedding, rearrange(modulation, "b t (parts d) -> b t parts d", parts=6)
 
@@ -257,7 +314,7 @@ class WanTransformer(Stack):
         Stack.__init__(self, shape, block)
         patch = (1, shape.patch_size, shape.patch_size)
         self.patch_embedding = nn.Conv3d(shape.channels, block.width, patch, patch)
-        self.condition_embedder = WanEmbedder(block, conditions.text_dim)
+        self.condition_embedder = WanEmbedder(block, conditions)
         self.blocks = nn.ModuleList(WanBlock(block) for _ in range(num_layers))
         if has_head:
             self.proj_out = nn.Linear(block.width, shape.token_dim)

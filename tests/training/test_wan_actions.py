@@ -1,0 +1,104 @@
+"""Wan worlds that actions steer: converted, encoded, trained and streamed by the commands alone."""
+
+import pytest
+import torch
+
+from scd.cli import main
+from scd.common.runlog import read_log
+from scd.data.clip import Conditions
+from scd.data.latents import LatentSource
+from scd.data.source import open_source
+from scd.models.checkpoint import load_world
+from scd.streaming.rollout import Rollout
+from tests.tiny_wan_run import encode_with, words_of, write_clips, write_world
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Clips with actions and prompts, a world that both steer, and the clips' latents."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        clips = write_clips(folder / "clips", num_actions=3)
+        _, world = write_world(folder / "steered", "--actions", clips)
+        yield clips, world, encode_with(world, clips, folder / "latents")
+
+
+@pytest.fixture(scope="module")
+def run(made, tmp_path_factory):
+    _, world, latents = made
+    out = tmp_path_factory.mktemp("run") / "run"
+    changes = "--validate-every", "4", "--sample-every", "4"
+    assert main(words_of(latents, world, out, *changes)) == 0
+    return out
+
+
+def test_latents_have_the_actions_of_all_their_frames(made):
+    clips, world, latents = made
+    stored, videos = LatentSource(latents, "train"), open_source(clips, "train")
+    spec = stored.card.conditions
+    assert spec == load_world(world).card.conditions
+    assert (spec.num_actions, spec.actions_per_frame, spec.text_length) == (3, 4, 16)
+    assert stored.card.action_names == ("a", "b", "c")
+    shown, clip = videos.read(1, 0, 17).actions, stored.read(1, 0, 5)
+    assert clip.actions[0].tolist() == [int(shown[0])] * 4
+    assert torch.equal(clip.actions[1:].flatten(), shown[1:])
+    assert torch.equal(stored.read(1, 2, 3).actions, clip.actions[2:])
+
+
+def test_training_moves_the_weights_of_actions(made, run):
+    _, world, _ = made
+    events = list(read_log(run))
+    (validation,) = [event for event in events if event["event"] == "validation"]
+    assert "action_gap" in validation and validation["loss"] > 0
+    before, after = load_world(world).model, load_world(run).model
+    for part in ("encoder", "decoder"):
+        first, last = (
+            getattr(model, part).condition_embedder.action_embedder for model in (before, after)
+        )
+        assert not first.pool.linear_2.weight.any() and last.pool.linear_2.weight.any()
+    assert list((run / "samples").iterdir())
+
+
+def test_the_trained_world_streams_by_action_and_text(made, run):
+    clips, _, latents = made
+    world = load_world(run)
+    text = LatentSource(latents, "val").read(0, 0, 1).text[None]
+    clip = open_source(clips, "val").read(0, 0, 9)
+    rollout = Rollout(world, engine="fast")
+    shown = rollout.begin(clip, Conditions(text=text))
+    assert shown.shape[1] == 9 and rollout.num_frames == 3
+    held = rollout.step_video("b")
+    assert held.shape == (1, 4, 3, 32, 32)
+    rollout.reset()
+    assert torch.equal(rollout.step_video(torch.tensor([[1, 1, 1, 1]])), held)
+    rollout.reset()
+    other = rollout.step_video(torch.tensor([[1, 1, 1, 2]]))
+    assert not torch.equal(other, held)
+    with pytest.raises(ValueError, match="action ids must lie in 0 .. 2"):
+        rollout.step_video(3)
+    with pytest.raises(ValueError, match="steered by actions, but none were given"):
+        rollout.step_video()
+
+
+def test_data_of_other_conditions_is_refused(made, run, tmp_path, capsys):
+    clips, world, latents = made
+    out = tmp_path / "out"
+
+    def refused(data, initial, *needed):
+        assert main(words_of(data, initial, out)) == 2
+        said = capsys.readouterr().err
+        assert all(word in said for word in needed), said
+        assert not out.exists()
+
+    _, plain = write_world(tmp_path / "text")
+    refused(latents, plain, "has actions", "is steered by a text alone", "--actions")
+    bare = encode_with(world, write_clips(tmp_path / "bare"), tmp_path / "bare-latents")
+    refused(bare, world, "is steered by actions", "has none beside its prompts")
+    mute = write_clips(tmp_path / "mute", num_actions=3, prompts=False)
+    mute = encode_with(world, mute, tmp_path / "mute-latents", text="")
+    refused(mute, world, "holds latents without prompts")
+    five = encode_with(world, write_clips(tmp_path / "five", 5), tmp_path / "five-latents")
+    refused(five, world, "has other actions than", "num_actions: 5", "3")
+    assert main(["export", "diffusers", str(run), "--out", str(tmp_path / "exported")]) == 2
+    assert "steered by actions, whose weights" in capsys.readouterr().err
