@@ -12,9 +12,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from einops import rearrange
 
 from scd.common.files import refuse_used, written_aside
@@ -41,14 +43,20 @@ PIECE_BYTES = 20 * 2**20
 SHELL = (".html", ".css", ".js", ".svg")
 """Endings of the files of the page itself."""
 
+VERSION = "VERSION_OF_SITE"
+"""Where the version of a site stands in its files: a hash of all of them."""
+
 CLIPS = "clips.bin"
-"""Pixels of the clips that a world carries."""
+"""The clips that a world carries: latents, or pixels where these are fewer bytes."""
 
 SMALLEST_NOISE = 16
 """Values of a latent frame: torch draws fewer in another way, which the page does not know."""
 
 SPEED = 50e6 / 8
 """Bytes per second of the connection for which a time is told: 50 Mbit/s."""
+
+START_S = 2.0
+"""Seconds from the last byte to the first frame of a shipped world, on two threads of a CPU."""
 
 
 def export_web(config: WebConfig) -> dict[str, Any]:
@@ -64,7 +72,7 @@ def export_web(config: WebConfig) -> dict[str, Any]:
         refuse_used(target)
     world = load(config.run)
     refuse_others(world, config.run)
-    size = world.model.shape.channels * world.model.shape.height * world.model.shape.width
+    size = prod(world.model.shape.shape)
     if size < SMALLEST_NOISE:
         raise ValueError(f"a site needs latent frames of {SMALLEST_NOISE} values, got {size}")
     with runtime_folder(config.ort) as runtime, written_aside(target) as aside:
@@ -126,18 +134,25 @@ def _write(world: World, config: WebConfig, runtime: Path, folder: Path) -> dict
 
 
 def _write_clips(world: World, path: Path) -> dict[str, Any] | None:
-    """Write the pixels of a world's clips; say what they are. None: it carries none."""
+    """Write a world's clips; say what they are. None: it carries none."""
     clips = world.clips
     if not len(clips):
         return None
     frames = rearrange(clips.frames.numpy(), "n t c h w -> n t h w c")
-    path.write_bytes(frames.tobytes())
+    kind, written = "pixels", frames
+    if frames[0, 0].nbytes > 4 * prod(world.model.shape.shape):
+        # So the page need not encode them, which takes as long as to load a model.
+        with torch.no_grad():
+            latents = [world.autoencoder.encode(clip.frames[None])[0] for clip in clips]
+        kind, written = "latents", torch.stack(latents).float().numpy()
+    path.write_bytes(written.tobytes())
     count, length = frames.shape[:2]
     return {
         "file": path.name,
+        "kind": kind,
         "count": count,
         "frames": length,
-        "size": int(frames[0, 0].size),
+        "size": int(written[0, 0].nbytes),
         "actions": clips.actions.tolist(),
     }
 
@@ -164,27 +179,35 @@ def _cut(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _finish_page(folder: Path) -> None:
-    """Let the page say how it must be opened, and the service worker know this version of it."""
+    """Let the page begin its model early, and it and the service worker know this version."""
     index = folder / "index.html"
     page = index.read_text("utf-8")
     assert "</head>" in page
-    script = '<script src="opened.js" defer></script>\n</head>'
-    index.write_text(page.replace("</head>", script), encoding="utf-8")
+    scripts = [file.name for file in sorted(PAGE.glob("*.js"))]
+    head = [
+        f'<meta name="version" content="{VERSION}">',
+        '<script src="opened.js"></script>',
+        # Else each is asked for when the one before it has been read.
+        *(f'<link rel="modulepreload" href="{name}">' for name in scripts),
+        "</head>",
+    ]
+    index.write_text(page.replace("</head>", "\n".join(head)), encoding="utf-8")
     digest = hashlib.sha256()
     for file in _files(folder):
         digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
-    worker = folder / "sw.js"
-    text = worker.read_text("utf-8")
     page_files = ["./", *(file.name for file in sorted(folder.iterdir()) if file.suffix in SHELL)]
-    page_files.remove(worker.name)
-    filled = {
-        "VERSION_OF_SITE": digest.hexdigest()[:16],
-        '["FILES_OF_PAGE"]': json.dumps(page_files),
-    }
-    for blank, value in filled.items():
+    page_files.remove("sw.js")
+    blanks = [
+        *(
+            (name, VERSION, digest.hexdigest()[:16])
+            for name in (index.name, "connection.js", "sw.js")
+        ),
+        ("sw.js", '["FILES_OF_PAGE"]', json.dumps(page_files)),
+    ]
+    for name, blank, value in blanks:
+        text = (folder / name).read_text("utf-8")
         assert blank in text
-        text = text.replace(blank, value)
-    worker.write_text(text, encoding="utf-8")
+        (folder / name).write_text(text.replace(blank, value), encoding="utf-8")
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -211,6 +234,7 @@ def readable_site(site: dict[str, Any]) -> str:
     whole, compressed = site["bytes"] / 1e6, site["compressed"] / 1e6
     return (
         f"{site['world']['name']}: weights of {weights['bytes'] / 1e6:.1f} MB ({weights['type']}); "
-        f"a player fetches {whole:.1f} MB, {compressed:.1f} MB from a host that compresses, which "
-        f"take {site['compressed'] / SPEED:.1f} s at 50 Mbit/s, once"
+        f"a player fetches {whole:.1f} MB once, {compressed:.1f} MB from a host that compresses; "
+        f"the first frame comes after about {site['compressed'] / SPEED + START_S:.0f} s at "
+        "50 Mbit/s"
     )

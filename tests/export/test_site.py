@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,11 @@ from PIL import Image
 
 import scd
 from scd.data.clip import frames_to_pixels
-from scd.export.serve_site import site_server
 from scd.export.settings import WebConfig
 from scd.export.site import export_web
 from scd.streaming.rollout import Rollout
-from tests.browser import DESKTOP, in_a_browser
+from tests.browser import CHROMIUM, DESKTOP, in_a_browser
+from tests.export.sites import served
 
 pytestmark = in_a_browser
 
@@ -40,24 +37,10 @@ PIXELS = """() => {
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("npm") is None:
-        pytest.skip("needs npm, which fetches onnxruntime-web")
+def site(runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site") / "doom"
-    export_web(WebConfig(run="doom", out=str(folder)))
+    export_web(WebConfig(run="doom", out=str(folder), ort=str(runtime)))
     return folder
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    server = site_server(folder, 0)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://localhost:{server.server_address[1]}/"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def opened(context: Any, address: str) -> Any:
@@ -158,4 +141,79 @@ def test_a_file_of_another_hash_is_told(site: Path, browser: Any, tmp_path: Path
         page.wait_for_function(
             "() => document.getElementById('veil').innerText.includes('did not arrive (404)')"
         )
+        context.close()
+
+
+def veil(page: Any, text: str) -> None:
+    """Wait until the page says why nothing is played."""
+    page.wait_for_function(
+        "(text) => document.getElementById('veil').innerText.includes(text)", arg=text
+    )
+
+
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        ("WebAssembly.validate = () => false", "no WebAssembly with SIMD"),
+        ("delete window.WebAssembly", "no WebAssembly with SIMD"),
+        ("delete window.Worker", "no workers that draw"),
+        ("delete window.OffscreenCanvas", "no workers that draw"),
+    ],
+)
+def test_a_browser_that_lacks_something_is_told(without: str, said: str, site: Path, browser: Any):
+    with served(site) as address:
+        context = browser.new_context(viewport=DESKTOP)
+        page = context.new_page()
+        page.set_default_timeout(WAIT_MS)
+        faults: list[str] = []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        # Once as it is: the second time all is kept, and the model begins before the page.
+        page.goto(address)
+        page.wait_for_function("() => window.scd?.frame > 48")
+        page.add_init_script(without)
+        page.reload()
+        veil(page, f"This browser has {said}")
+        assert page.locator("#retry").is_visible()
+        assert faults == []
+        context.close()
+
+
+def test_where_a_site_must_be_opened_is_told(site: Path, browser: Any):
+    page = browser.new_page()
+    page.goto((site / "index.html").as_uri())
+    veil(page, "python -m http.server 8000")
+    page.close()
+    # A name that is not this machine's, on http.
+    words = ["--no-sandbox", "--host-resolver-rules=MAP site.test 127.0.0.1"]
+    other = browser.browser_type.launch(executable_path=CHROMIUM, args=words)
+    with served(site) as address:
+        page = other.new_page()
+        page.goto(address.replace("localhost", "site.test"))
+        veil(page, "on https and on localhost alone")
+    other.close()
+
+
+def test_a_site_that_was_replaced_is_played_anew(
+    site: Path, runtime: Path, browser: Any, tmp_path: Path
+):
+    """Whoever was there before gets the new version, and keeps what both of them have."""
+    folder = shutil.copytree(site, tmp_path / "site")
+    with served(folder) as address:
+        context = browser.new_context(viewport=DESKTOP)
+        page = opened(context, address)
+        export_web(WebConfig(run="doom-teacher", out=str(folder), ort=str(runtime)))
+        page.goto(address)
+        page.wait_for_function(
+            "() => window.scd?.frame > 0"
+            " && document.getElementById('world').innerText === 'doom-teacher'"
+        )
+        kept = page.evaluate(
+            """async () => {
+              const files = (await caches.keys()).find((key) => key.endsWith(" files"));
+              return (await (await caches.open(files)).keys()).map((one) => one.url);
+            }"""
+        )
+        listed = json.loads((folder / "world.json").read_text("utf-8"))["files"]
+        hashes = {piece["sha256"] for file in listed.values() for piece in file["pieces"]}
+        assert kept and {url.split("sha256=")[1] for url in kept} <= hashes
         context.close()

@@ -55,6 +55,19 @@ navigator.getGamepads = () => [window.pad.connected ? window.pad : null, null, n
 """
 
 
+WATCHED = """
+window.heard = [];
+window.Worker = class extends window.Worker {
+  constructor(...given) {
+    super(...given);
+    this.addEventListener("message", ({ data }) =>
+      data.type === "frame" && window.heard.push(data.header.action));
+  }
+};
+"""
+"""Where a worker of the page makes the frames (`scd export web`), what it says of them."""
+
+
 def save(config: SeparableConfig, toy: Source, folder: Path, spec: Any, **changes: Any) -> Path:
     """Write a world whose actions are those of a spec."""
     torch.manual_seed(0)
@@ -84,12 +97,13 @@ def rounded(action: tuple[float, ...]) -> tuple[float, ...]:
 
 
 class Steered(Player):
-    """A page, and the actions that the server's frames say they obey."""
+    """A page, and the actions that frames say they obey, of a server or of a site's worker."""
 
     def __init__(self, browser: Any, address: str, **settings: Any) -> None:
         super().__init__(browser, address, **settings)
         self.actions: list[tuple[float, ...]] = []
         self.page.on("websocket", lambda socket: socket.on("framereceived", self._heard))
+        self.page.add_init_script(WATCHED)
 
     def _heard(self, data: Any) -> None:
         if isinstance(data, bytes):
@@ -99,10 +113,13 @@ class Steered(Player):
     def comes(self, action: tuple[float, ...]) -> None:
         """Wait for a frame that says that it obeys an action, on the wire and on the page."""
         self.actions.clear()
-        self.until(
-            lambda: action in [rounded(one) for one in self.actions],
-            f"a frame of {action}",
-        )
+        self.page.evaluate("() => { window.heard = [] }")
+
+        def has_come() -> bool:
+            told = self.page.evaluate("() => window.heard")
+            return action in [rounded(one or IDLE) for one in (*self.actions, *told)]
+
+        self.until(has_come, f"a frame of {action}")
 
     def kept(self) -> Any:
         return json.loads(

@@ -13,7 +13,8 @@ export class Refused extends Error {
 export class Lost extends Error {}
 
 const RATE_MS = 2000; // over which frames per second are counted
-const SEEN = "scd isolated";
+const LOADED_ANEW = "scd loaded anew";
+const VERSION = "VERSION_OF_SITE";
 
 export class Connection extends EventTarget {
   constructor() {
@@ -25,6 +26,9 @@ export class Connection extends EventTarget {
     this.drawn = [];
     this.frame = -1;
     document.body.classList.add("local");
+    // Of a video browsers do not give all frames.
+    document.getElementById("from-file").textContent = "your picture";
+    document.getElementById("file").accept = "image/*";
     window.scd = this._shown();
   }
 
@@ -56,15 +60,14 @@ export class Connection extends EventTarget {
 
   _start() {
     this.worker?.terminate();
-    this.worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
+    this.worker = window.scdWorker ?? new Worker(new URL("worker.js", import.meta.url), { type: "module" });
+    window.scdWorker = null;
     this.worker.onmessage = ({ data }) => this._read(data);
     this.worker.onerror = (event) => {
       event.preventDefault();
       this._failed(`The model's worker could not start: ${event.message || "its script did not arrive"}.`);
     };
-    const asked = new URLSearchParams(location.search);
-    const [backend, threads] = [asked.get("backend"), Number(asked.get("threads"))];
-    this.ask({ type: "open", backend, threads }).then(
+    this.ask({ type: "open", search: location.search }).then(
       (welcome) => {
         window.scd.backend = welcome.backend;
         const place = document.getElementById("made-by");
@@ -209,16 +212,24 @@ function checkBrowser() {
 /** Let the service worker add the headers that threads need; false: the page is loading anew. */
 async function isolated() {
   if (!("serviceWorker" in navigator)) return true;
+  // The page itself comes from the host; this script may be the one that is kept of a version before.
+  const { content: version } = document.querySelector("meta[name=version]");
+  const isOld = version !== VERSION;
   try {
-    await navigator.serviceWorker.register(new URL("sw.js", import.meta.url));
+    const registered = await navigator.serviceWorker.register(new URL("sw.js", import.meta.url));
     await navigator.serviceWorker.ready;
     // Only what comes through it is kept.
-    if (!navigator.serviceWorker.controller) await controlled();
+    if (isOld || !navigator.serviceWorker.controller) {
+      const taken = controlled();
+      if (isOld) await registered.update();
+      await taken;
+    }
   } catch {
     return true; // a private window, say: no threads, and nothing is kept
   }
-  if (!window.crossOriginIsolated && !sessionStorage.getItem(SEEN)) {
-    sessionStorage.setItem(SEEN, "yes");
+  // Once for each version, since it may not help.
+  if ((isOld || !window.crossOriginIsolated) && sessionStorage.getItem(LOADED_ANEW) !== version) {
+    sessionStorage.setItem(LOADED_ANEW, version);
     location.reload();
     return false;
   }

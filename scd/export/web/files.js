@@ -18,11 +18,15 @@ export async function fetchFiles(listed, names, told) {
     }));
     return [name, whole];
   }));
+  forgetOthers(listed).catch(() => {});
   return Object.fromEntries(joined);
 }
 
-async function fetchPiece({ file, bytes, sha256 }, into, told) {
-  const answer = await fetch(new URL(file, import.meta.url)).catch(() => null);
+const addressOf = ({ file, sha256 }) => new URL(`${file}?sha256=${sha256}`, import.meta.url).href;
+
+async function fetchPiece(piece, into, told) {
+  const { file, bytes, sha256 } = piece;
+  const answer = await fetch(addressOf(piece)).catch(() => null);
   if (!answer?.ok)
     throw new Error(`${file} did not arrive (${answer?.status ?? "no connection"}). Reload the page.`);
   const reader = answer.body.getReader();
@@ -37,17 +41,26 @@ async function fetchPiece({ file, bytes, sha256 }, into, told) {
     told(value.length);
   }
   if (place !== bytes || (await hashOf(into)) !== sha256) {
-    await forget(file);
+    await forget((address) => address === addressOf(piece));
     throw new Error(
       `${file} is not the file of this world: it needs ${bytes} bytes of another hash, ${place} came. ` +
       "Reload the page, and upload all files of the site again if that does not help.");
   }
 }
 
-/** Let the service worker ask for a file again. */
-async function forget(file) {
-  for (const key of await caches.keys())
-    await (await caches.open(key)).delete(new URL(file, import.meta.url), { ignoreSearch: true });
+/** Let the service worker drop the files of versions before this one. */
+async function forgetOthers(listed) {
+  const known = new Set(Object.values(listed).flatMap(({ pieces }) => pieces.map(addressOf)));
+  const here = new URL("./", import.meta.url).href;
+  await forget((address) => address.startsWith(here) && address.includes("?sha256=") && !known.has(address));
+}
+
+/** Drop kept files by their addresses. */
+async function forget(chosen) {
+  for (const key of await caches.keys()) {
+    const cache = await caches.open(key);
+    for (const request of await cache.keys()) if (chosen(request.url)) await cache.delete(request);
+  }
 }
 
 /** SHA-256 in hexadecimal; browsers have it on https and localhost alone. */

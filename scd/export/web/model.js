@@ -23,6 +23,8 @@ export class Model {
         logSeverityLevel: 3,
       });
     const { shape, block, cache, encoder } = config;
+    const { num_actions: ids, action_dim: entries } = config.conditions;
+    model.idle = ids ? 0 : entries ? about.idle_action : null; // the action that does nothing
     model.latentSize = shape.channels * shape.height * shape.width;
     model.rows = shape.height / shape.patch_size;
     model.columns = shape.width / shape.patch_size;
@@ -105,6 +107,17 @@ export class Model {
       for (let at = 0; at < size; at += 1)
         frame[colour * size + at] = pixels[stride * at + colour] / 127.5 - 1;
     return (await this.run("encode", { frame })).latent;
+  }
+
+  /** Latents of a clip's frames, which stand in the clips' file, or are made of the pixels there. */
+  async clip({ kind, frames, size, data }, number) {
+    const latents = [];
+    for (let frame = number * frames; frame < (number + 1) * frames; frame += 1) {
+      const [from, to] = [frame * size, (frame + 1) * size];
+      const stored = kind === "latents" ? new Float32Array(data.slice(from, to).buffer) : null;
+      latents.push(stored ?? (await this.latent(data.subarray(from, to))));
+    }
+    return latents;
   }
 }
 

@@ -4,6 +4,7 @@
 const VERSION = "VERSION_OF_SITE";
 const PAGE = ["FILES_OF_PAGE"]; // what the page loads before this worker is there
 const NAME = `scd ${new URL("./", self.location).pathname} `;
+const HASHED = `${NAME}files`; // whose addresses hold their hashes, so that no version changes them
 
 self.addEventListener("install", (event) => {
   event.waitUntil((async () => {
@@ -20,7 +21,7 @@ self.addEventListener("install", (event) => {
 self.addEventListener("activate", (event) => {
   event.waitUntil((async () => {
     for (const key of await caches.keys())
-      if (key.startsWith(NAME) && key !== NAME + VERSION) await caches.delete(key);
+      if (key.startsWith(NAME) && key !== NAME + VERSION && key !== HASHED) await caches.delete(key);
     await self.clients.claim();
   })());
 });
@@ -32,10 +33,12 @@ self.addEventListener("fetch", (event) => {
 });
 
 async function answer(request) {
-  const cache = await caches.open(NAME + VERSION);
+  const { pathname, searchParams } = new URL(request.url);
+  const hashed = searchParams.has("sha256");
+  const cache = await caches.open(hashed ? HASHED : NAME + VERSION);
   // What names the version comes from the host if it can; all else belongs to the version.
-  const asks = request.mode === "navigate" || new URL(request.url).pathname.endsWith("/world.json");
-  const kept = await cache.match(request, { ignoreSearch: true });
+  const asks = request.mode === "navigate" || pathname.endsWith("/world.json");
+  const kept = await cache.match(request, { ignoreSearch: !hashed });
   if (kept && !asks) return kept;
   try {
     const come = isolating(await fetch(request, request.mode === "navigate" ? {} : { cache: "no-cache" }));

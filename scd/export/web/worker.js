@@ -2,19 +2,10 @@
 // makes frames between them. Sessions live as long as the page.
 
 import { fetchFiles } from "./files.js";
-import { Model, Stream } from "./model.js";
+import { Model } from "./model.js";
+import { Refused, Session } from "./session.js";
 
-const REACH = 2048; // frames that can be gone back
-const EVERY = 64; // frames from one copy of a stream to the next
-const QUEUE_FRAMES = 3; // frames that may be on their way to the screen
 const MAX_SESSIONS = 8;
-
-class Refused extends Error {
-  constructor(code, message) {
-    super(message);
-    this.code = code;
-  }
-}
 
 let site = null; // world.json
 let model = null;
@@ -27,26 +18,34 @@ const uploads = new Map();
 
 // --- opening ------------------------------------------------------------------------------------
 
-async function open({ backend, threads: wanted }) {
+let loading = null;
+
+/** Load the world, once, as the address of the page asks. */
+function load({ search }) {
+  loading ??= loaded(new URLSearchParams(search));
+  return loading;
+}
+
+async function loaded(asked) {
   const answer = await fetch(new URL("world.json", import.meta.url), { cache: "no-cache" });
   if (!answer.ok) throw new Error(`world.json did not arrive (${answer.status}). Reload the page.`);
   site = await answer.json();
   // Only where it is asked for: with onnxruntime-web 1.30 it does not take weights in bfloat16.
-  const gpu = backend === "webgpu" ? await navigator.gpu?.requestAdapter().catch(() => null) : null;
+  const gpu = asked.get("backend") === "webgpu" ? await navigator.gpu?.requestAdapter().catch(() => null) : null;
   const runtime = site.runtimes[gpu ? "webgpu" : "wasm"];
   const names = [...site.model_files, ...(site.clips ? [site.clips.file] : []), runtime.wasm];
   const files = await fetchFiles(site.files, names, (come, all) =>
     postMessage({ type: "progress", text: `Loading the world: ${mb(come)} of ${mb(all)} MB` }));
   postMessage({ type: "progress", text: "Starting the model" });
   const ort = await import(new URL(runtime.script, import.meta.url).href);
-  const most = Math.min(4, navigator.hardwareConcurrency || 1, wanted || Infinity);
+  const most = Math.min(4, navigator.hardwareConcurrency || 1, Number(asked.get("threads")) || Infinity);
   const threads = self.crossOriginIsolated ? most : 1;
   ort.env.wasm.numThreads = threads;
   ort.env.wasm.wasmBinary = files[runtime.wasm].buffer;
   ort.env.wasm.wasmPaths = { mjs: new URL(runtime.loader, import.meta.url).href };
   ort.env.logLevel = "error";
   model = await Model.open(ort, site.model, files, [gpu ? "webgpu" : "wasm"]);
-  clips = site.clips ? { ...site.clips, pixels: files[site.clips.file] } : null;
+  clips = site.clips ? { ...site.clips, data: files[site.clips.file] } : null;
   const words = threads === 1 ? "one thread" : `${threads} threads`;
   loop();
   return {
@@ -60,118 +59,14 @@ const mb = (bytes) => (bytes / 1e6).toFixed(1);
 
 // --- sessions -----------------------------------------------------------------------------------
 
-class Session {
-  constructor(start) {
-    this.id = crypto.randomUUID();
-    this.start = start;
-    this.generation = 0;
-    this.running = false;
-    this.fps = null;
-    this.action = site.world.actions.length ? idle() : null;
-    this.sequence = 0;
-    this.due = 0;
-  }
+const stateOf = (session) => ({ ...session.state(), attached: session === current });
 
-  /** Begin anew, as the start says. */
-  async begin() {
-    const { seed = 0, steps, guidance, label, pixels, actions } = this.start;
-    const how = { seed, steps: steps ?? site.world.default_steps, guidance: guidance ?? { kind: "none" }, label };
-    this.stream = new Stream(model, how);
-    const latents = [];
-    for (const picture of pixels) latents.push(await model.latent(picture));
-    await this.stream.begin(latents, actions);
-    this.first = 0;
-    this.frames = latents.map((latent, at) => ({ latent, action: actions[at], sequence: 0, steps: 0 }));
-    this.given = latents.length;
-    this.copies = [this.stream.fork()];
-    this.heard = this.acknowledged = this.index;
-  }
-
-  get index() {
-    return this.stream.numFrames - 1;
-  }
-
-  get oldest() {
-    return this.copies[0].numFrames - 1;
-  }
-
-  state() {
-    const { stream } = this;
-    return {
-      type: "state", session: this.id, generation: this.generation, frame: this.index,
-      num_given: this.given, running: this.running, attached: this === current, fps: this.fps,
-      action: this.action, sequence: this.sequence, steps: stream.steps,
-      guidance: { scale: 1, context_noise: 0.05, parts: [], ...stream.guidance }, seed: stream.seed,
-      history_from: this.oldest, kept_from: this.first,
-    };
-  }
-
-  /** Keep the frame that the stream has just got: its latent, action, sequence and steps. */
-  add(frame) {
-    this.frames.push(frame);
-    if (this.stream.numFrames - this.copies.at(-1).numFrames >= EVERY) this.copies.push(this.stream.fork());
-    while (this.copies.length > 1 && this.copies[1].numFrames - 1 <= this.index - REACH) this.copies.shift();
-    const surplus = this.frames.length - (REACH + EVERY);
-    if (surplus > 0) {
-      this.frames.splice(0, surplus);
-      this.first += surplus;
-    }
-  }
-
-  kept(frame) {
-    if (frame < this.first || frame > this.index)
-      throw new Refused("out_of_history", `Frames ${this.first} to ${this.index} are kept, frame ${frame} was asked for.`);
-    return this.frames[frame - this.first];
-  }
-
-  /** The stream as it was when a frame was the newest: a copy, shown the frames since. */
-  async at(frame) {
-    if (frame < this.oldest || frame > this.index)
-      throw new Refused("out_of_history", `Frames ${this.oldest} to ${this.index} can be gone back to, frame ${frame} was asked for.`);
-    const { seed, steps, guidance } = this.stream;
-    const copy = this.copies.findLast((one) => one.numFrames <= frame + 1);
-    const stream = Object.assign(copy.fork(), { seed, steps, guidance });
-    while (stream.numFrames <= frame) {
-      const { latent, action } = this.kept(stream.numFrames);
-      await stream.observe(latent, action);
-    }
-    return stream;
-  }
-
-  /** What is kept up to a frame. */
-  upto(frame) {
-    return {
-      first: this.first, frames: this.frames.slice(0, frame + 1 - this.first),
-      copies: this.copies.filter((one) => one.numFrames <= frame + 1),
-    };
-  }
-
-  /** Go on from another newest frame, which nobody has to acknowledge. */
-  restarted() {
-    this.generation += 1;
-    this.heard = this.acknowledged = this.index;
-  }
-
-  canBegin() {
-    return this.running && this.heard - this.acknowledged < QUEUE_FRAMES;
-  }
-
-  async make() {
-    const { stream, action, sequence } = this;
-    const { steps } = stream;
-    const { latent, encoder, decoder } = await stream.step(action);
-    const began = performance.now();
-    const pixels = await model.pixels(latent);
-    const autoencoder = performance.now() - began;
-    // Another action may be held by now.
-    this.add({ latent, action, sequence, steps });
-    this.heard = this.index;
-    await send(this, this.index, pixels, { encoder_ms: encoder, decoder_ms: decoder, autoencoder_ms: autoencoder });
-  }
-}
-
-function idle() {
-  return site.world.action_dim ? site.model.idle_action : 0;
+/** Make the next frame of a session and send it. */
+async function make(session) {
+  const times = await session.make();
+  const began = performance.now();
+  const pixels = await model.pixels(session.stream.newest);
+  await send(session, session.index, pixels, { ...times, autoencoder_ms: performance.now() - began });
 }
 
 async function send(session, frame, pixels, more) {
@@ -211,16 +106,16 @@ function played() {
 async function moved(session) {
   current = session;
   // The page must know of a new session before it sees its frames.
-  postMessage(session.state());
+  postMessage(stateOf(session));
   await showNewest(session);
-  return session.state();
+  return stateOf(session);
 }
 
 const COMMANDS = {
   async create(message) {
     if (sessions.size >= MAX_SESSIONS)
       throw new Refused("too_many_takes", `There are ${MAX_SESSIONS} takes, which is all that this page keeps: delete one.`);
-    const session = new Session(await started(message));
+    const session = new Session(model, await started(message));
     await session.begin();
     sessions.set(session.id, session);
     return moved(session);
@@ -251,18 +146,18 @@ const COMMANDS = {
   },
   async run({ fps }) {
     Object.assign(played(), { running: true, fps: fps ?? null });
-    return current.state();
+    return stateOf(current);
   },
   async pause() {
     played().running = false;
-    return current.state();
+    return stateOf(current);
   },
   async step({ action, count = 1 }) {
     const session = played();
     session.running = false;
     if (action !== null && action !== undefined) Object.assign(session, { action: flat(action), sequence: 0 });
-    for (let made = 0; made < count; made += 1) await session.make();
-    return session.state();
+    for (let made = 0; made < count; made += 1) await make(session);
+    return stateOf(session);
   },
   async set({ steps, guidance, seed }) {
     const { stream } = played();
@@ -272,13 +167,11 @@ const COMMANDS = {
     if (steps) stream.steps = checkedSteps(steps);
     if (guidance) stream.guidance = guidance;
     if (seed !== undefined && seed !== null) stream.seed = seed;
-    return current.state();
+    return stateOf(current);
   },
   async rewind({ frame }) {
     const session = played();
-    session.stream = await session.at(frame);
-    Object.assign(session, session.upto(frame));
-    session.restarted();
+    await session.rewind(frame);
     return moved(session);
   },
   async fork({ frame, seed }) {
@@ -287,14 +180,14 @@ const COMMANDS = {
     const session = played();
     const index = frame ?? session.index;
     const { start, given, action } = session;
-    const twin = Object.assign(new Session(start), { given, action, ...session.upto(index) });
+    const twin = Object.assign(new Session(model, start), { given, action, ...session.upto(index) });
     twin.stream = await session.at(index);
     if (seed !== undefined && seed !== null) twin.stream.seed = seed;
     twin.heard = twin.acknowledged = twin.index;
     session.running = false;
     sessions.set(twin.id, twin);
     current = twin;
-    const state = { ...twin.state(), forked_from: session.id };
+    const state = { ...stateOf(twin), forked_from: session.id };
     postMessage(state);
     await showNewest(twin);
     return state;
@@ -343,24 +236,20 @@ function checkedSteps(steps) {
   return steps;
 }
 
-/** What a stream begins with: pixels of given frames and what led to them. */
+/** What a stream begins with: latents of given frames and what led to them. */
 async function started(message) {
   const { start = "nothing", clip = 0, upload } = message;
   if (message.steps) checkedSteps(message.steps);
-  const given = { ...message, pixels: [], actions: [] };
+  const given = { ...message, latents: [], actions: [] };
   if (start === "clip") {
     if (!clips || clip >= clips.count)
       throw new Refused("unknown_clip", `This world has ${clips?.count ?? 0} clips, number ${clip} was asked for.`);
-    const { frames: length, size, pixels } = clips;
-    for (let frame = 0; frame < length; frame += 1) {
-      const from = (clip * length + frame) * size;
-      given.pixels.push(pixels.subarray(from, from + size));
-    }
+    given.latents = await model.clip(clips, clip);
     given.actions = clips.actions[clip];
   } else if (start === "upload") {
     const pixels = uploads.get(upload);
     if (!pixels) throw new Refused("unknown_upload", "The picture is gone: choose it again.");
-    Object.assign(given, { pixels: [pixels], actions: [message.action ?? idle()] });
+    Object.assign(given, { latents: [await model.latent(pixels)], actions: [message.action ?? model.idle] });
   } else if (site.world.needs_start) {
     throw new Refused("bad_field", "This world cannot begin from nothing: choose a clip or a picture.");
   }
@@ -401,7 +290,7 @@ async function loop() {
       const began = performance.now();
       session.due = session.fps ? Math.max(session.due + 1000 / session.fps, began) : 0;
       try {
-        await session.make();
+        await make(session);
       } catch (error) {
         session.running = false;
         sessions.delete(session.id);
@@ -419,8 +308,12 @@ onmessage = async ({ data }) => {
     wake();
     return;
   }
+  if (type === "load") {
+    load(data).catch(() => {}); // who asks by "open" is told
+    return;
+  }
   try {
-    const answer = type === "open" ? await open(data) : await exclusive(() => COMMANDS[type](data));
+    const answer = type === "open" ? await load(data) : await exclusive(() => COMMANDS[type](data));
     postMessage({ ...answer, request });
   } catch (error) {
     postMessage({ type: "error", request, code: error.code ?? "fault", message: error.message });
