@@ -13,8 +13,11 @@ function supported(kinds) {
 /** How this browser would record: {kind, words}. */
 export function recordingKind() {
   if (supported(MP4)) return { kind: "mp4", words: "MP4, by this browser" };
-  if (supported(WEBM))
-    return { kind: "webm", words: "this browser makes no MP4, so the server does, of the whole stream" };
+  if (supported(WEBM)) {
+    const words = document.body.classList.contains("local")
+      ? "WebM: this browser makes no MP4" : "this browser makes no MP4, so the server does, of the whole stream";
+    return { kind: "webm", words };
+  }
   return { kind: null, words: "this browser cannot record" };
 }
 
