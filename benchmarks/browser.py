@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import tyro
 from playwright.sync_api import Page, sync_playwright
 from started import started
@@ -42,6 +43,8 @@ class BrowserConfig:
     """Seconds that are played before."""
     fps: int = 0
     """Frames per second that the page asks for, one of its choices; 0: as many as there are."""
+    hard_pixels: bool = False
+    """Switch smooth pixels off: what does enlarging them cost?"""
     presses_per_s: float = 3.0
     """Keys that go down per second, on average."""
     seed: int = 0
@@ -81,6 +84,23 @@ def take_picture(page: Page, path: Path) -> None:
     page.keyboard.up(KEYS[-1])
 
 
+def browser_processes() -> list[psutil.Process]:
+    """Return the processes of the browser that this one started."""
+    children = psutil.Process().children(recursive=True)
+    return [one for one in children if "chrom" in one.name()]
+
+
+def busy_s(processes: list[psutil.Process]) -> float:
+    """Return the seconds that processors have spent on some processes."""
+    return sum(sum(one.cpu_times()[:2]) for one in processes)
+
+
+def memory_mb(number: int) -> float:
+    """Return the most memory that a process has held, in millions of bytes; by Linux alone."""
+    lines = Path(f"/proc/{number}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e6
+
+
 def meter(page: Page, name: str) -> float:
     """Return a number of the page's panel."""
     return float(page.locator(f"[data-number='{name}']").first.inner_text())
@@ -104,7 +124,7 @@ def measure(config: BrowserConfig) -> dict[str, Any]:
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         begin = time.perf_counter()
         words = ["play", config.run, "--no-browser", "--port", "0"]
-        with started(words) as (address, _):
+        with started(words) as (address, number):
             listening_s = time.perf_counter() - begin
             page.goto(address)
             while frame_of(page) < 1:
@@ -113,20 +133,26 @@ def measure(config: BrowserConfig) -> dict[str, Any]:
                 page.wait_for_timeout(10)
             first_frame_s = time.perf_counter() - begin
             page.locator("#speed").select_option(str(config.fps or ""))
+            if config.hard_pixels:
+                page.get_by_text("smooth pixels").click()
             page.locator("#view").focus()
             press(page, config, draw, config.warm_up)
+            busy = busy_s(browser_processes())
             frames, since = frame_of(page), time.perf_counter()
             press(page, config, draw, config.seconds)
             played = time.perf_counter() - since
+            num = frame_of(page) - frames
             result = {
                 "listening_s": listening_s,
                 "first_frame_s": first_frame_s,
-                "frames_per_s": (frame_of(page) - frames) / played,
+                "frames_per_s": num / played,
                 "action_to_frame_p50_ms": meter(page, "p50"),
                 "action_to_frame_p99_ms": meter(page, "p99"),
                 "encoder_ms": meter(page, "encoder"),
                 "decoder_ms": meter(page, "decoder"),
                 "browser_ms": meter(page, "browser"),
+                "browser_busy_ms_per_frame": 1000 * (busy_s(browser_processes()) - busy) / num,
+                "server_memory_mb": memory_mb(number),
                 "steps": meter(page, "steps"),
             }
             if config.picture:

@@ -11,6 +11,7 @@ with the world's first clip: a picture of LiveFrame's own scenes shows nothing t
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,6 +40,11 @@ TOKENS = {
 
 IDLE = ("nothing", "none", "noop")
 """Names of the action that does nothing."""
+
+
+FASTEST = 60
+"""Frames per second at most, as a screen shows them: a stream that is over sooner than it could be
+seen has no real time to be judged by."""
 
 
 class ShippedWorld:
@@ -79,12 +85,15 @@ class ShippedWorld:
         self.rollout = scd.Rollout(self.world, seed=seed, engine=self.engine)
         self.rollout.begin(self.world.clips[0])
         self.index = 0
+        self.due = time.perf_counter()
 
     def step(self, actions: Sequence[str]) -> Iterator[NativeFrame]:
         """Make the next frame; of several keys the first one that means something counts."""
         if self.rollout is None:
             raise WorldBackendError("step before reset")
         idle = self.ids["0"]
+        time.sleep(max(0.0, self.due - time.perf_counter()))
+        self.due = max(self.due, time.perf_counter()) + 1 / FASTEST
         held = next((self.ids[one] for one in actions if self.ids[one] != idle), idle)
         with cpu_threads(stream_threads("auto", self.world.model.config)):
             frame = self.rollout.step(torch.tensor([held]))
