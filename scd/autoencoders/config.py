@@ -102,8 +102,16 @@ class ImageAutoencoderConfig(LatentsConfig):
             raise ValueError("mean must be finite and std positive and finite")
 
     def beside(self, folder: Path) -> ImageAutoencoderConfig:
-        """Return the settings with the weights of a world's folder, if they lie in it."""
-        return replace(self, source=str(folder)) if (folder / "vae").is_dir() else self
+        """Return the settings with the weights of a world's folder, if they lie in it
+        (FileNotFoundError: they belong there, and do not)."""
+        if (folder / "vae").is_dir():
+            return replace(self, source=str(folder))
+        if not self.source:
+            raise FileNotFoundError(
+                f"{folder} lacks vae/, the autoencoder of its latents: copy it from where the "
+                "world is from"
+            )
+        return self
 
 
 FAR_SCALE = 0.2889

@@ -100,7 +100,11 @@ def test_a_world_of_latents_is_shipped_with_its_autoencoder(separable_config, to
     words = [sys.executable, "-c", WITHOUT_DIFFUSERS, str(moved)]
     subprocess.run(words, check=True)
     shutil.rmtree(moved / "vae")
-    with pytest.raises(FileNotFoundError, match="needed its vae/ beside the weights"):
+    with pytest.raises(FileNotFoundError, match="moved lacks vae/, the autoencoder of its latents"):
+        load_world(moved)
+    # One of as many numbers a cell, and of another build.
+    save_network(new_network(deep_settings("small-8")), moved)
+    with pytest.raises(ValueError, match="moved"):
         load_world(moved).autoencoder.load()
 
 
