@@ -22,6 +22,7 @@ from playwright.sync_api import Page, sync_playwright
 from started import started
 
 from scd.common.config import to_json
+from scd.common.files import text_lines
 from scd.common.provenance import provenance, write_json
 
 KEYS = ("ArrowUp", "ArrowLeft", "ArrowRight")
@@ -97,7 +98,7 @@ def busy_s(processes: list[psutil.Process]) -> float:
 
 def memory_mb(number: int) -> float:
     """Return the most memory that a process has held, in millions of bytes; by Linux alone."""
-    lines = Path(f"/proc/{number}/status").read_text().splitlines()
+    lines = text_lines(Path(f"/proc/{number}/status"))
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e6
 
 

@@ -205,7 +205,7 @@ def test_the_shipped_worlds_are_small_and_complete(name):
     one = shelf.read_shipped(WORLDS / name)
     assert one.megabytes * 1e6 <= (32 if name.startswith("doom") else 16) * 2**20 and one.title
     world, clips = load_world(WORLDS / name), shipped.read_clips(WORLDS / name)
-    assert world.card.height == world.card.width == 64
+    assert min(world.card.height, world.card.width) >= 64
     assert clips is not None and clips.frames.shape[1] > first_look.NUM_GIVEN
     assert (WORLDS / name / "README.md").is_file()
 
