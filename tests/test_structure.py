@@ -52,6 +52,7 @@ OPTIONAL_PACKAGES = {
     },
     "transformers": {"autoencoders.text_encoder"},
     "ftfy": {"autoencoders.text_encoder"},
+    "peft": {"models.lora"},
     "torchao": {"optim.states"},
     "ray": {"serving.ray_app", "serving.ray_replica"},
     "aiohttp": {"serving.ray_router"},

@@ -96,6 +96,9 @@ class ConvertWanConfig:
     actions: str = ""
     """Actions that steer the world besides its text: clips or their latents, or a world, as whose
     they are; or how many there are to choose from. Empty: none."""
+    lora: str = ""
+    """File of LoRA that is merged into the weights, or a folder that has one, as diffusers writes
+    it. Empty: none."""
     key: str = ""
     """Name of the state dict in a file; empty: the averaged weights if there are any."""
     head_dim: int = 128

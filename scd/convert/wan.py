@@ -32,6 +32,7 @@ from scd.models.build import build
 from scd.models.checkpoint import read_world_parts, resolve, write_world_settings
 from scd.models.config import CacheConfig, FrameShape, SamplingConfig
 from scd.models.kinds import ModelConfig
+from scd.models.lora import LoraFile
 from scd.models.wan.config import (
     FEW_STEPS,
     SHIFT,
@@ -91,6 +92,9 @@ def convert_wan(config: ConvertWanConfig) -> Path:
         key_map=() if actions is None else actions.key_map,
     )
     _check(source, model)
+    lora = LoraFile.read(config.lora) if config.lora else None
+    if lora is not None:
+        lora.check(source.block, source.num_layers, source.names, config.model)
     with source.weights as weights, written_aside(folder) as aside:
         write_world_settings(aside, model, autoencoder, card, _sampling(config, source))
         dtype = DTYPES.get(config.dtype)
@@ -100,6 +104,7 @@ def convert_wan(config: ConvertWanConfig) -> Path:
                 places = _places(name, source, model)
                 if places:
                     tensor = weights.get(theirs)
+                    tensor = tensor if lora is None else lora.added_to(name, tensor)
                     tensor = tensor if dtype is None else tensor.to(dtype)
                     yield from ((place, tensor) for place in places)
                     if name == LIKE_ACTIONS:

@@ -192,6 +192,10 @@ class MatchConfig:
     critic_model: str = added("")
     """View "bidirectional": world of a dense Wan model, or folder of diffusers, that the critic
     begins as; empty: the teacher's. A smaller one saves memory."""
+    critic_lora: int = added(0)
+    """View "bidirectional", method "dmd": rank of low-rank additions (LoRA) that are the critic: it
+    shares the teacher's weights, of which there is one copy then. Needs peft. 0: a critic of its
+    own weights, all of which move."""
     method: Literal["dmd", "sid", "gan"] = "dmd"
     """How the student is pushed: by the difference of the scores, a constant (distribution
     matching); by score identity, with gradient through both networks; or by a discriminator on the
@@ -262,8 +266,14 @@ class MatchConfig:
                     "num_given_frames=0 and method 'dmd' or 'sid', got "
                     f"{', '.join(map(repr, found))} and {self.method!r}"
                 )
-        elif self.critic_model:
-            raise ValueError("critic_model has no effect on view='causal'")
+        elif self.critic_model or self.critic_lora:
+            raise ValueError("critic_model, critic_lora have no effect on view='causal'")
+        within(0, MAX_SIZE, critic_lora=self.critic_lora)
+        if self.critic_lora and (self.method != "dmd" or self.critic_model):
+            raise ValueError(
+                "critic_lora shares the teacher's weights: it needs method 'dmd' and no "
+                f"critic_model, got {self.method!r} and {self.critic_model!r}"
+            )
         if self.method == "gan" and self.guidance != 1:
             raise ValueError(f"guidance={self.guidance} has no effect on method='gan'")
         if self.method != "sid" and self.alpha != 1:

@@ -278,8 +278,11 @@ def path_of(model: Diffuser, autocast: Autocast) -> Path:
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
     """Let gradient pass through a network but not into its weights, for a with block."""
-    network.requires_grad_(False)
+    moving = [weight for weight in network.parameters() if weight.requires_grad]
+    for weight in moving:
+        weight.requires_grad_(False)
     try:
         yield
     finally:
-        network.requires_grad_(True)
+        for weight in moving:
+            weight.requires_grad_(True)

@@ -142,6 +142,10 @@ class TrainConfig(RunConfig):
     initial: str = added("")
     """World, run or step folder whose (averaged) weights the run starts from, instead of random
     ones. Its model must have the same settings, but for memory and skipped or diagonal layers."""
+    lora: int = added(0)
+    """Rank of low-rank additions (LoRA) to the linear maps of a Wan model's blocks, which move in
+    the place of its weights. Each checkpoint is a world with the additions in its weights, and has
+    them by themselves in lora/, as diffusers reads them. Needs peft. 0: all weights move."""
     max_steps: int = 1000
     """Optimiser steps of the whole run; the learning rate's decay ends there."""
     batch_size: int = 2
@@ -180,6 +184,9 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         self.check_least(1, "max_steps")
         within(1, MAX_SIZE, num_accumulation=self.num_accumulation)
+        within(0, MAX_SIZE, lora=self.lora)
+        if self.lora and (self.shard_weights or not self.model.takes_text):
+            raise ValueError("lora is for Wan models, and goes without shard_weights")
         self.check_least(0, "sample_every")
         if not self.validation_times or not all(0 < time <= 1 for time in self.validation_times):
             raise ValueError(f"validation_times must lie in (0, 1], got {self.validation_times}")

@@ -15,7 +15,8 @@ from scd.common.config import to_json
 from scd.common.launcher import fsdp_version, num_started
 from scd.data.clip import Batch, Conditions
 from scd.models.attention import forget
-from scd.models.build import build, num_parameters
+from scd.models.build import Diffuser, build, num_parameters
+from scd.models.lora import add_lora
 from scd.objectives.config import DenoiseConfig, TeacherForcingConfig
 from scd.optim.config import OptimConfig
 from scd.optim.optim import ParameterGroup, parameter_groups
@@ -83,7 +84,7 @@ def plan(config: TrainConfig, num_processes: int = 1) -> Plan:
     """Work a run out without data or training: its objective runs on shapes, not on numbers."""
     activations, flops = count_micro_batch(config)
     with torch.device("meta"):
-        model = build(config.model)
+        model = _built(config)
     num_total = num_parameters(model)
     num_encoder = sum(parameter.numel() for parameter in model.encoder_parameters())
     groups = parameter_groups(model, model.encoder_parameters(), config.optim)
@@ -95,11 +96,12 @@ def plan(config: TrainConfig, num_processes: int = 1) -> Plan:
     )
     parts = GIB * (num_processes if config.shard_weights else 1)
     weights = 4 * num_total / parts
+    moving = 4 * sum(one.numel() for one in model.parameters() if one.requires_grad) / parts
     sizes = {
         "weights_gib": weights,
-        "gradients_gib": weights,
+        "gradients_gib": moving,
         "optimizer_gib": 0.0 if offloaded else state / parts,
-        "average_gib": weights,
+        "average_gib": moving,
         "activations_gib": activations / GIB,
     }
     num_batches = config.num_accumulation * num_processes
@@ -178,7 +180,7 @@ def count_micro_batch(config: TrainConfig) -> tuple[int, int]:
     forget()
     try:
         with FakeTensorMode():
-            model = build(config.model)
+            model = _built(config)
             model.gradient_checkpointing = config.gradient_checkpointing
             weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
             shape = (config.batch_size, config.num_frames)
@@ -196,6 +198,13 @@ def count_micro_batch(config: TrainConfig) -> tuple[int, int]:
     finally:
         # Masks without numbers must not be taken for real ones later.
         forget()
+
+
+def _built(config: TrainConfig) -> Diffuser:
+    model = build(config.model)
+    if config.lora:
+        add_lora(model, config.lora, seed=0)
+    return model
 
 
 def _empty_conditions(config: TrainConfig) -> Conditions:

@@ -150,9 +150,9 @@ class OptimisationGroup:
 class Task(ABC):
     """What a run trains: its parts, what becomes of a batch, how it is looked at, what is saved.
 
-    The trainer knows nothing else of it. Order of the calls: `begin` (a new run), `shard`,
-    `make_groups`; then for each step `begin_step` and `prepare`, and `write` and `look` as they
-    fall due.
+    The trainer knows nothing else of it. Order of the calls: `begin` (a new run) or
+    `restore`, `shard`, `make_groups`; then for each step `begin_step` and `prepare`, and `write`
+    and `look` as they fall due.
     """
 
     config: RunConfig
@@ -176,6 +176,10 @@ class Task(ABC):
 
     def begin(self) -> None:  # noqa: B027
         """Give the model of a new run its first weights, if they are not those of the seed."""
+
+    def restore(self, checkpoint: Path) -> None:
+        """Give the model the averaged weights of a checkpoint, to go on."""
+        load_weights(self.model, checkpoint / self.weights_file)
 
     def shard(self) -> None:
         """Cut the model's weights up among the processes."""
@@ -329,7 +333,7 @@ def start_run(
     else:
         with older_named(checkpoint.parent, checkpoint):
             progress = load_progress(checkpoint)
-            load_weights(task.model, checkpoint / task.weights_file)
+            task.restore(checkpoint)
     task.model.to(accelerator.device)
     if task.sharded:
         task.shard()

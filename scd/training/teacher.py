@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from scd.data.clip import Conditions
 from scd.models.base import CausalDiffuser
 from scd.models.build import Diffuser
 from scd.models.checkpoint import load_world, read_world_parts, resolve
+from scd.models.lora import add_lora, without_lora
 from scd.models.wan.config import WanConfig
 from scd.models.wan.dense import WanDiffuser
 from scd.models.wan.source import WanSource, open_source
@@ -146,6 +147,33 @@ def bidirectional_critic(
     critic = load_bidirectional(config, path, device, torch.float32).requires_grad_(True)
     critic.model.gradient_checkpointing = _recomputes(config, settings)
     return critic
+
+
+class LowRankCritic(Bidirectional):
+    """A critic that is a teacher with low-rank additions, which alone move and are kept."""
+
+    def __init__(self, teacher: Bidirectional, rank: int, seed: int) -> None:
+        """Give a teacher additions; it stays itself as `teacher`."""
+        super().__init__(teacher.model)
+        add_lora(self.model, rank, seed)
+
+    @torch.no_grad()
+    def teacher(self, *inputs: Any) -> Tensor:
+        """Return the velocity without the additions."""
+        with without_lora(self.model):
+            return self(*inputs)
+
+    def state_dict(self, *args: Any, **more: Any) -> Any:
+        """Return the additions."""
+        moving = {name for name, weight in self.named_parameters() if weight.requires_grad}
+        state = super().state_dict(*args, **more)
+        return {name: value for name, value in state.items() if name in moving}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **more: Any) -> Any:
+        """Take up additions (ValueError: they are others)."""
+        if state_dict.keys() != self.state_dict().keys():
+            raise ValueError("the critic's low-rank additions are others")
+        return super().load_state_dict(state_dict, strict=False)
 
 
 def causal_critic(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,15 @@ from torch.func import functional_call
 from scd.autoencoders.build import build_autoencoder, latents_of
 from scd.common.launcher import fsdp_version
 from scd.common.runtime import derive_seed
+from scd.common.weights import Weights
 from scd.data.clip import Batch, Conditions
 from scd.data.source import Source
 from scd.engine.open import LARGE_PRODUCT, largest_product
 from scd.models.build import Diffuser, build
-from scd.models.checkpoint import World, write_world
+from scd.models.checkpoint import RAW_FILE, World, write_world
 from scd.models.flow import first_schedule, schedule
+from scd.models.lora import LORA_FOLDER, LoraBase, add_lora, load_lora, merged, write_lora
+from scd.models.weights import load_weights
 from scd.objectives.config import (
     ConsistencyConfig,
     DenoiseConfig,
@@ -28,7 +32,7 @@ from scd.objectives.config import (
     RegressionConfig,
     TeacherForcingConfig,
 )
-from scd.objectives.denoise import Denoise, Objective, TeacherForcing
+from scd.objectives.denoise import Denoise, Network, Objective, TeacherForcing
 from scd.objectives.distill import Consistency, Regression, guided, guided_path, path_of, running
 from scd.objectives.self_forcing import CriticMatching, DDPWrapper, StudentMatching
 from scd.optim.optim import EMA
@@ -45,6 +49,7 @@ from scd.training.sharding import is_sharded, shard
 from scd.training.state import OptimisationGroup, Run, Task
 from scd.training.teacher import (
     Bidirectional,
+    LowRankCritic,
     bidirectional_critic,
     causal_critic,
     encoder_parameters,
@@ -52,6 +57,12 @@ from scd.training.teacher import (
     load_teacher,
 )
 from scd.training.trainer import is_due, train_task
+
+BF16_GRID = 16
+"""Steps of a grid from which on one step changes about as much as bfloat16, of 8 binary digits,
+rounds in a network's estimate. That it matters at 48: Causal-Forcing, question 58; CausVid, 19."""
+
+logger = logging.getLogger(__name__)
 
 
 class WorldTask(Task):
@@ -87,6 +98,32 @@ class WorldTask(Task):
         """Take over the weights of `config.initial`."""
         if self.config.initial:
             load_initial(self.model, self.config)
+        if self.config.lora:
+            add_lora(self.model, self.config.lora, derive_seed(self.config.seed, "additions"))
+
+    def restore(self, checkpoint: Path) -> None:
+        """Give the model the averaged weights of a checkpoint, to go on."""
+        if not self.config.lora:
+            super().restore(checkpoint)
+            return
+        add_lora(self.model, self.config.lora, seed=0)
+        load_weights(self.model, checkpoint / RAW_FILE)
+        load_lora(self.model, self._bases(), checkpoint / LORA_FOLDER)
+        moving = {name for name, one in self.model.named_parameters() if one.requires_grad}
+        with Weights(checkpoint / self.weights_file) as weights:
+            # What moves and is no addition lies in the world under its own name.
+            state = {name: weights.get(name) for name in weights.names() if name in moving}
+        self.model.load_state_dict(state, strict=False)
+
+    def _bases(self) -> dict[str, LoraBase]:
+        """Describe what additions are added to, by the part of the model."""
+        config: Any = self.config.model
+        sides = ("encoder", "decoder") if config.is_separable else ("",)
+        parts = zip(sides, self.model.parts, strict=True)
+        return {
+            side: LoraBase.of(config.block, len(part.blocks), part.state_dict())
+            for side, part in parts
+        }
 
     def shard(self) -> None:
         """Cut the model's weights up."""
@@ -99,8 +136,12 @@ class WorldTask(Task):
         return build_groups(self.config, self.model, ema, self.accelerator)
 
     def facts(self) -> dict[str, Any]:
-        """Tell whether the weights are cut up."""
-        return {"sharded": self.sharded}
+        """Tell whether the weights are cut up, and how many move if not all do."""
+        facts: dict[str, Any] = {"sharded": self.sharded}
+        if self.config.lora:
+            moving = (one.numel() for one in self.model.parameters() if one.requires_grad)
+            facts["moving_parameters"] = sum(moving)
+        return facts
 
     def prepare(self, batch: Batch) -> Batch:
         """Encode a batch, unless latents were stored."""
@@ -142,6 +183,9 @@ class WorldTask(Task):
 
     def write(self, run: Run, folder: Path, averaged: Mapping[str, Tensor]) -> None:
         """Write a world of the averaged weights."""
+        if self.config.lora:
+            write_lora(averaged, self._bases(), folder / LORA_FOLDER)
+            averaged = merged(averaged)
         write_world(self.world, averaged, folder)
 
 
@@ -204,6 +248,13 @@ def build_groups(
         return functional_call(model, ema.state_dict(), inputs, more)
 
     target = averaged if objective.target == "average" else model
+    if config.precision == "bf16" and objective.num_grid_steps > BF16_GRID:
+        logger.warning(
+            "products in bf16 round what a short step of the teacher changes (a grid of %d steps): "
+            "others saw consistency and matching stay unfinished in it. Weights, averages and "
+            "gradients are float32 here; --precision fp32 makes the products so, too",
+            objective.num_grid_steps,
+        )
     consistency = Consistency(
         config=objective,
         teacher=guided_path(path_of(teacher, accelerator.autocast), objective.guidance),
@@ -251,7 +302,12 @@ def _matching_groups(
     if model.needs_first_frame and objective.num_given_frames == 0:
         raise ValueError("this model must be given a first frame: num_given_frames is 0")
     check_rollout(config)
-    if isinstance(teacher, Bidirectional):
+    network: Network = teacher
+    if isinstance(teacher, Bidirectional) and objective.critic_lora:
+        seed = derive_seed(config.seed, "additions of the critic")
+        window, critic = teacher.window, LowRankCritic(teacher, objective.critic_lora, seed)
+        network = critic.teacher
+    elif isinstance(teacher, Bidirectional):
         window, critic = teacher.window, bidirectional_critic(config, objective, device)
     else:
         window = teacher.config.cache.window
@@ -260,7 +316,7 @@ def _matching_groups(
         "config": objective,
         "student": model,
         "critic": critic,
-        "teacher": guided(running(teacher, accelerator.autocast), objective.guidance),
+        "teacher": guided(running(network, accelerator.autocast), objective.guidance),
         "times": schedule(config.sampling).tolist()[:-1],
         "first_times": first_schedule(config.sampling).tolist()[:-1],
         "num_frames": config.num_frames,
