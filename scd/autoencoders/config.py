@@ -69,6 +69,10 @@ class WanAutoencoderConfig(LatentsConfig):
         """Return the settings without the folder: weights are compared where they are opened."""
         return replace(self, source="")
 
+    def beside(self, folder: Path) -> WanAutoencoderConfig:
+        """Return the settings with the weights of a world's folder, if they lie in it."""
+        return replace(self, source=str(folder)) if (folder / "vae").is_dir() else self
+
 
 ImageKind = Literal["AutoencoderDC", "AutoencoderKL", "AutoencoderTiny"]
 """Classes of diffusers."""

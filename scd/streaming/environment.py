@@ -7,8 +7,9 @@ whether it was the last, and episodes are cut off after a number of frames.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -34,6 +35,7 @@ from scd.streaming.rollout import Rollout
 from scd.streaming.sessions import Session, Streams
 from scd.streaming.start import NUM_GIVEN
 from scd.streaming.steering import Action, as_actions
+from scd.streaming.texts import WorldTexts
 
 Frame = np.ndarray
 """Pixels [h, w, 3], uint8."""
@@ -50,16 +52,25 @@ def worthless(frame: Frame, action: Any) -> tuple[float, bool]:
     return 0.0, False
 
 
+MAX_PROMPT = 2000
+"""Characters of a prompt that is an action; the text encoder takes a number of tokens."""
+
+
 def spaces(card: DataCard) -> tuple[gym.spaces.Box, gym.Space]:
-    """Return the spaces of a world's frames and of its actions.
+    """Return the spaces of a world's frames and of its actions; of a world that a text alone
+    steers, an action is a prompt.
 
     Raises:
-        ValueError: the world has no actions, or needs labels.
+        ValueError: the world has neither actions nor a text, or needs labels.
     """
     spec: ConditionSpec = card.conditions
-    if not spec.has_actions or spec.num_labels:
-        raise ValueError("an environment needs a world that is steered by actions alone")
-    return gym.spaces.Box(0, 255, (card.height, card.width, 3), np.uint8), space_of(spec)
+    if not (spec.has_actions or spec.has_text) or spec.num_labels:
+        raise ValueError("an environment needs a world that is steered by actions or by a text")
+    frames = gym.spaces.Box(0, 255, (card.height, card.width, 3), np.uint8)
+    if spec.has_actions:
+        return frames, space_of(spec)
+    # What is typed; other characters are taken too.
+    return frames, gym.spaces.Text(MAX_PROMPT, min_length=0, charset=string.printable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +96,8 @@ class Start:
             clips = world.clips
         if num_given is None:
             num_given = NUM_GIVEN if clips is None else min(NUM_GIVEN, clips.frames.shape[1])
+            # Of video whole latent frames are given.
+            num_given -= (num_given - 1) % world.autoencoder.config.frames_per_latent
         return Start(clips=clips, num_given=num_given)
 
     def __post_init__(self) -> None:
@@ -132,7 +145,15 @@ def pixels(frame: Tensor) -> Frame:
 
 
 class WorldEnv(gym.Env[Frame, Any]):
-    """One stream of a world as an environment: `reset`, then `step` with an action per frame."""
+    """One stream of a world as an environment: `reset`, then `step` with an action per frame.
+
+    Where a latent frame stands for several frames of video, a step makes all of them: the last one
+    is observed, and all are in what `step` tells besides, as "frames" [t h w 3].
+
+    A text that steers the world is its prompt, which `change_prompt` and the option "prompt" of
+    `reset` change. Where a text alone steers it, an action is the prompt from that step on; an
+    empty one leaves it as it is.
+    """
 
     def __init__(
         self,
@@ -143,11 +164,12 @@ class WorldEnv(gym.Env[Frame, Any]):
         clips: Clips | None = None,
         num_given: int | None = None,
         render_mode: str | None = None,
+        prompt: str = "",
     ) -> None:
         """Wrap a world.
 
         Args:
-            world: steered by actions alone; or its name, as `scd.load` takes it.
+            world: steered by actions, a text, or both; or its name, as `scd.load` takes it.
             judge: reward and end of a frame.
             max_frames: frames after which an episode is cut off (truncated).
             num_steps: denoising steps per frame; None: as the checkpoint says.
@@ -155,9 +177,11 @@ class WorldEnv(gym.Env[Frame, Any]):
                 where it has none or was taught to begin so.
             num_given: frames of a clip that the stream is given; None: 16, or all it has.
             render_mode: "rgb_array" or None.
+            prompt: of a world that a text steers; empty: `reset` is told.
 
         Raises:
-            ValueError: a world without actions, max_frames below 1, or num_given that no clip has.
+            ValueError: a world that neither actions nor a text steer, a prompt that none needs or
+                that is too long, max_frames below 1, or num_given that no clip has.
             OSError: no world of this name.
         """
         world = as_world(world)
@@ -169,41 +193,98 @@ class WorldEnv(gym.Env[Frame, Any]):
         self._rollout = Rollout(world, engine=open_engine(world.model, "fast"))
         if num_steps is not None:
             self._rollout.num_steps = num_steps
+        self._texts = WorldTexts(world) if world.card.conditions.has_text else None
+        self.prompt = prompt
+        """In words; empty: none yet."""
+        if prompt:
+            self._embedded(prompt)
         self._frame: Frame | None = None
         self._count = 0
+
+    def _embedded(self, prompt: str) -> Tensor:
+        if self._texts is None:
+            raise ValueError("this world is not steered by a text: it takes no prompt")
+        return self._texts.embed(prompt)
+
+    def change_prompt(self, prompt: str, recompute: bool = False) -> None:
+        """Steer by another text from the next step on.
+
+        Args:
+            prompt: in words.
+            recompute: as of `Rollout.change_text`.
+
+        Raises:
+            ValueError: before `reset`, no text steers this world, or a prompt that is empty or too
+                long.
+        """
+        text = self._embedded(prompt)
+        self._rollout.change_text(text, recompute=recompute)
+        self.prompt = prompt
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Frame, dict[str, Any]]:
-        """Begin an episode; the same seed begins the same one."""
+        """Begin an episode; the same seed begins the same one.
+
+        Args:
+            seed: of the starts from here on; None: as they come.
+            options: "prompt" of a world that a text steers; none: as before.
+
+        Raises:
+            ValueError: a text steers the world and there is no prompt, or it is too long.
+        """
         super().reset(seed=seed)
-        rollout, self._count = self._rollout, 0
+        rollout, spec = self._rollout, self._rollout.world.card.conditions
+        prompt, text = (options or {}).get("prompt", self.prompt), None
+        if spec.has_text and not prompt:
+            raise ValueError('a text steers this world: WorldEnv(..., prompt="a red car")')
+        if prompt:
+            text, self.prompt = self._embedded(prompt), prompt
+        self._count = 0
         rollout.seed, frames, conditions = self._start.draw(self.np_random)
         given = None if frames is None else frames[None]
+        conditions = replace(conditions or Conditions(), text=text)
         rollout.begin(given, conditions, can_reset=False, from_nothing=True)
         if frames is None:
-            first = rollout.step(nothing(rollout.world.card.conditions)[None])[0]
+            idle = nothing(spec)[None] if spec.has_actions else None
+            first = rollout.step_video(idle)[0, -1]
         else:
             first = frames[-1]
         self._frame = pixels(first)
         return self._frame.copy(), {}
 
     def step(self, action: Any) -> tuple[Frame, float, bool, bool, dict[str, Any]]:
-        """Take an action; return frame, reward, whether it ended, whether it was cut off, and {}.
+        """Take an action; return frame, reward, whether it ended, whether it was cut off, and
+        "frames" where a step makes several.
 
         Args:
-            action: as `Rollout.step` of one stream takes it.
+            action: as `Rollout.step` of one stream takes it; a prompt, where a text alone steers.
 
         Raises:
             ValueError: before `reset`, or an action outside the space.
         """
         if self._frame is None:
             raise ValueError("reset the environment first")
-        spec = self._rollout.world.card.conditions
-        self._frame = pixels(self._rollout.step(as_given(action, self.action_space, spec))[0])
+        frames = self._made(action)
+        self._frame = pixels(frames[-1])
         self._count += 1
         reward, ended = self.judge(self._frame, action)
-        return self._frame.copy(), float(reward), bool(ended), self._count >= self.max_frames, {}
+        told: dict[str, Any] = {}
+        if self._rollout.world.autoencoder.config.frames_per_latent > 1:
+            told["frames"] = frames_to_pixels(frames.cpu()).numpy()
+        cut = self._count >= self.max_frames
+        return self._frame.copy(), float(reward), bool(ended), cut, told
+
+    def _made(self, action: Any) -> Tensor:
+        """Return the frames [t 3 h w] that an action leads to."""
+        spec = self._rollout.world.card.conditions
+        if spec.has_actions:
+            return self._rollout.step_video(as_given(action, self.action_space, spec))[0]
+        if not isinstance(action, str):
+            raise ValueError(f"an action of this world is its prompt, or an empty one: {action!r}")
+        if action:
+            self.change_prompt(action)
+        return self._rollout.step_video()[0]
 
     def render(self) -> Frame | None:  # type: ignore[override]
         """Return the newest frame with render_mode "rgb_array", else None."""
@@ -256,6 +337,8 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             ValueError: as WorldEnv, or num_envs below 1.
         """
         world = as_world(world)
+        if world.card.conditions.has_text:
+            raise ValueError("a text steers this world: WorldEnv, one stream, takes its prompt")
         number = as_whole(num_envs, "num_envs", 1)
         self.num_envs, self.judge, self.max_frames = number, judge, as_length(max_frames, None)
         self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_fps": world.card.fps}

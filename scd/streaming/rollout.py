@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -26,24 +25,12 @@ from scd.models.checkpoint import World, as_world
 from scd.models.config import Guidance, SamplingConfig
 from scd.models.flow import first_schedule, num_step_noises, schedule, with_num_steps
 from scd.streaming.conditions import StreamConditions
+from scd.streaming.draft import Draft, draft_all
 from scd.streaming.finite import refuse_not_finite
 from scd.streaming.noise import NoiseUse, frame_noises, future_seeds, step_noises
+from scd.streaming.past import Past, past_of, together, with_frame
 from scd.streaming.start import Given, given_frames, own_start
 from scd.streaming.steering import Action, Plan, as_plan
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draft:
-    """The next frame of each stream, all of its causal work done and none of its denoising."""
-
-    context: Any
-    """Of the engine; of twice the batch with guidance."""
-    noise: Tensor
-    """Where denoising starts, [b c h w]; of a block [b frames c h w]."""
-    step_noise: Tensor | None
-    """Noise of the steps, [steps *noise]; None: they need none."""
-    conditions: Conditions
-    """Of the frame."""
 
 
 class Rollout:
@@ -108,6 +95,7 @@ class Rollout:
         self._state: Any = None
         self._steering: StreamConditions | None = None
         self._start: Rollout | None = None
+        self._past: Past = ()
         self._is_future = False
 
     @property
@@ -236,6 +224,7 @@ class Rollout:
         seen = None if latents is None else self._twice(latents)
         past = self._steering.of_given(conditions)
         self._state = self.engine.begin(seen, past, both, self.window)
+        self._past = past_of(self.engine, latents, conditions, self.window)
         self.newest = None if latents is None else self._last_block(latents)
         self.num_given = self.num_frames = 0 if latents is None else latents.shape[1]
         if self._decoder is not None:
@@ -262,15 +251,35 @@ class Rollout:
             return frames
         return self._decode(latents)
 
+    @property
+    def text(self) -> Tensor | None:
+        """Embedded text of each stream, [b l c]; None: no text steers this model."""
+        return self._conditions.lasting.text
+
+    @torch.no_grad()
     def change_text(
-        self, text: Float[Tensor, "b l c"], null_text: Float[Tensor, "b l c"] | None = None
+        self,
+        text: Float[Tensor, "b l c"],
+        null_text: Float[Tensor, "b l c"] | None = None,
+        recompute: bool = False,
     ) -> None:
-        """Steer the frames from the next one on by another text; the past stays as it is.
+        """Steer the frames from the next one on by another text.
+
+        Args:
+            text: embedded.
+            null_text: what guidance leads away from; None: as before.
+            recompute: let the frames in the window be seen anew under this text, a pass for each;
+                sinks then stand right before the others. False: the past stays as it is.
 
         Raises:
             ValueError: the stream has not begun, or the text does not fit.
         """
-        self._steering = self._conditions.with_text(text, null_text)
+        steering = self._conditions.with_text(text, null_text)
+        if recompute and self._past:
+            latents, conditions = together(self._past)
+            both, past = self._twice(latents), steering.of_given(conditions)
+            self._state = self.engine.begin(both, past, len(both), self.window)
+        self._steering = steering
 
     @property
     def _has_null_state(self) -> bool:
@@ -432,6 +441,9 @@ class Rollout:
             ValueError: the stream has not begun, or the actions do not fit.
         """
         self._update(latents, self._steered(actions))
+        if not isinstance(self.decoder, FrameDecoder):
+            # It must have seen every latent frame.
+            self._decode(latents)
 
     def _encode(self, frames: Tensor) -> Tensor:
         latents = self.world.autoencoder.encode(frames.to(self.engine.device))
@@ -440,6 +452,7 @@ class Rollout:
     def _update(self, latents: Tensor, conditions: Conditions) -> None:
         """Make finished latents part of the past: the KV cache is updated."""
         self.engine.observe(self._state, self._twice(latents), conditions)
+        self._past = with_frame(self.engine, self._past, latents, conditions, self.window)
         self.newest = latents
         self.num_frames += self.block_size
 
@@ -500,11 +513,13 @@ class Rollout:
             raise ValueError("begin the stream first, with can_reset")
         start = self._start.fork()
         self._state, self._decoder, self.newest = start._state, start._decoder, start.newest
+        self._past = start._past
         self.num_frames = self.num_given
 
     def end(self) -> None:
         """Give up the streams' memory; `begin` starts anew."""
         self._state = self._start = self.newest = None
+        self._past = ()
 
     def fork(
         self, num_futures: Whole | None = None, seeds: Sequence[Whole] | None = None
@@ -548,6 +563,7 @@ class Rollout:
         if self._decoder is not None:
             twin._decoder = self._decoder.fork(num)
         twin._steering = self._conditions.repeat(num)
+        twin._past = tuple(one.repeat(num) for one in self._past)
         return twin
 
     def _noise(self, use: NoiseUse, shape: tuple[int, ...]) -> Tensor:
@@ -570,31 +586,3 @@ class Rollout:
             # From pinned memory the copy does not wait for the frame before.
             noise = noise.pin_memory()
         return noise.to(self.engine.device, non_blocking=True)
-
-
-@torch.no_grad()
-def draft_all(rollouts: Sequence[Rollout], actions: Sequence[Action | None]) -> list[Draft]:
-    """Do what `draft` does for streams of one engine, which then shares the causal work of all.
-
-    Args:
-        rollouts: that have begun.
-        actions: of each.
-
-    Raises:
-        ValueError: the actions of any do not fit.
-    """
-    conditions = [one._steered(now) for one, now in zip(rollouts, actions, strict=True)]
-    contexts = rollouts[0].engine.contexts(
-        [one._state for one in rollouts],
-        conditions,
-        [one._encoder_noise() for one in rollouts],
-    )
-    return [
-        Draft(
-            context=one._branched(context),
-            noise=one._noise("frame", one.engine.shape.shape),
-            step_noise=one._step_noise(),
-            conditions=condition,
-        )
-        for one, context, condition in zip(rollouts, contexts, conditions, strict=True)
-    ]

@@ -23,8 +23,9 @@ from scd.models.config import Guidance, SamplingConfig
 from scd.models.cost import Load
 from scd.models.flow import evaluations
 from scd.models.kinds import ModelConfig
+from scd.streaming.draft import Draft, draft_all
 from scd.streaming.finite import finite_streams
-from scd.streaming.rollout import Draft, Rollout, draft_all
+from scd.streaming.rollout import Rollout
 
 Status = Literal["idle", "waiting", "denoising", "closed", "stopped"]
 """No frame asked for; asked for but not begun; begun; closed by its owner; stopped by a fault."""
@@ -130,10 +131,15 @@ class Finished:
     """Whose frame it is."""
     index: int
     """Of the frame in its stream."""
-    frame: Float[Tensor, "3 h w"] | None
-    """In [-1, 1]; None: the session was stopped."""
+    frames: Float[Tensor, "t 3 h w"] | None
+    """In [-1, 1]: one, or all that a latent frame stands for; None: the session was stopped."""
     error: str | None = None
     """What stopped it: session and frame by number, and the fault."""
+
+    @property
+    def frame(self) -> Float[Tensor, "3 h w"] | None:
+        """The newest of them."""
+        return None if self.frames is None else self.frames[-1]
 
 
 Lap = Callable[[str], None]
@@ -184,9 +190,14 @@ class Streams:
 
         Raises:
             OutOfMemory: the rows need more than is free; nothing was allocated.
-            ValueError: max_rows below 1.
+            ValueError: max_rows below 1, or a model that makes blocks of frames.
         """
         self.world, self.engine = world, engine or PlainEngine(world.model)
+        if self.engine.config.frames_per_block > 1:
+            raise ValueError(
+                "streams that share calls are made latent frame by latent frame, this model makes "
+                f"blocks of {self.engine.config.frames_per_block}: scd sample and Rollout do"
+            )
         self.sampling, self.window = sampling or world.sampling, window
         needed = pool_bytes(self.engine, max_rows)
         what, device = f"room for {max_rows} frames side by side", self.engine.device
@@ -406,9 +417,10 @@ class Streams:
             return
         latents = self._pool.latents([self._denoising[session][0] for session in done])
         with self._full_device_named():
-            frames = self.world.autoencoder.decode(latents[:, None])[:, 0].float()
+            frames = self._decoded(done, latents)
         lap("autoencoder")
-        finite = finite_streams(latents, frames).tolist()
+        rows = zip(latents.split(1), frames, strict=True)
+        finite = torch.cat([finite_streams(latent, made[None]) for latent, made in rows]).tolist()
         for row, (session, is_finite) in enumerate(zip(done, finite, strict=True)):
             if not is_finite:
                 self._stop(session, "it is not finite (NaN or infinity)")
@@ -418,9 +430,18 @@ class Streams:
                 session.rollout.keep(draft, latents[row : row + 1].clone())
                 self._drop_frame(session)
                 session.status = "idle"
-                frame = frames[row].clone()
-                self._ended.append(Finished(session=session, index=index, frame=frame))
+                ended = Finished(session=session, index=index, frames=frames[row].clone())
+                self._ended.append(ended)
         lap("memory")
+
+    def _decoded(self, sessions: list[Session], latents: Tensor) -> list[Tensor]:
+        """Return the frames [t 3 h w] of a latent frame of each session."""
+        autoencoder = self.world.autoencoder
+        if autoencoder.config.frames_per_latent == 1:
+            return list(autoencoder.decode(latents[:, None]).float())
+        # Each has a decoder of its own, which remembers what it saw.
+        each = zip(sessions, latents.split(1), strict=True)
+        return [session.rollout.decoder.next(latent)[0] for session, latent in each]
 
     @contextmanager
     def _fault_stops(self, session: Session) -> Iterator[None]:
@@ -443,7 +464,9 @@ class Streams:
         index = session.num_frames
         session.reason = f"session {session.number} was stopped at frame {index}: {fault}"
         self._leave(session, "stopped")
-        self._ended.append(Finished(session=session, index=index, frame=None, error=session.reason))
+        self._ended.append(
+            Finished(session=session, index=index, frames=None, error=session.reason)
+        )
 
     def _checked(self, session: Session) -> Session:
         if session.num_rows > self._pool.max_rows:

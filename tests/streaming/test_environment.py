@@ -247,7 +247,7 @@ def test_what_cannot_be_an_environment_is_refused(world, clips):
         ),
         sampling=world.sampling,
     )
-    with pytest.raises(ValueError, match="steered by actions alone"):
+    with pytest.raises(ValueError, match="steered by actions or by a text"):
         WorldEnv(silent)
 
 
