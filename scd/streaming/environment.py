@@ -95,9 +95,9 @@ class Start:
         if clips is None and not world.begins_from_nothing and len(world.clips):
             clips = world.clips
         if num_given is None:
-            num_given = NUM_GIVEN if clips is None else min(NUM_GIVEN, clips.frames.shape[1])
+            most = NUM_GIVEN if clips is None else min(NUM_GIVEN, clips.frames.shape[1])
             # Of video whole latent frames are given.
-            num_given -= (num_given - 1) % world.autoencoder.config.frames_per_latent
+            num_given = most - (most - 1) % world.autoencoder.config.frames_per_latent
         return Start(clips=clips, num_given=num_given)
 
     def __post_init__(self) -> None:
