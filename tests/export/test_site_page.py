@@ -49,7 +49,9 @@ def run(tiny_world: World, toy_source: Source, tmp_path_factory: pytest.TempPath
     frames = frames_to_pixels(clip.frames).movedim(-1, -3)[None]
     clips = Clips(frames=frames, actions=clip.actions[None], fps=clip.fps)
     world = replace(tiny_world, own_clips=clips)
-    return world.save_pretrained(tmp_path_factory.mktemp("run") / "tiny-world")
+    folder = world.save_pretrained(tmp_path_factory.mktemp("run") / "tiny-world")
+    (folder / "README.md").write_text("| goal | keep to the right |\n")
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ export class Stage {
     this.glow = ambient.getContext("2d", { alpha: false });
     // The same picture enlarged, over the view, which stays as the frames are.
     this.large = document.createElement("canvas");
-    this.large.id = "large";
+    Object.assign(this.large, { id: "large", ariaHidden: "true" });
     this.large.hidden = true;
     view.after(this.large);
     this.largeContext = this.large.getContext("2d", { alpha: false });
