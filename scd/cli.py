@@ -487,9 +487,10 @@ def _convert(words: list[str]) -> None:
         return
     if name == "wan":
         wanted = _parse(ConvertWanConfig, rest, "convert wan")
-        from scd.convert.wan import convert_wan
+        from scd.convert.wan import convert_wan, plan_wan
 
-        print(f"saved {convert_wan(wanted)}")
+        done = json.dumps(plan_wan(wanted), indent=2) if wanted.dry_run else convert_wan(wanted)
+        print(done if wanted.dry_run else f"saved {done}")
         return
     if asks_for_help(rest):
         print("usage: scd convert reference STATE_DICT OUT ...")

@@ -32,9 +32,9 @@ STEERED = replace(TEXT, num_actions=3, actions_per_frame=4)
 """A text, and an action of each frame of video that a latent frame stands for."""
 
 
-def tiny_wan(num_layers=NUM_LAYERS, cache=CACHE, conditions=TEXT, **settings):
+def tiny_wan(num_layers=NUM_LAYERS, cache=CACHE, conditions=TEXT, shape=SHAPE, **settings):
     config = WanConfig(
-        shape=SHAPE,
+        shape=shape,
         block=BLOCK,
         num_layers=num_layers,
         conditions=conditions,

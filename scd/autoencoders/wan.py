@@ -1,4 +1,5 @@
-"""Wan2.1's causal video autoencoder, whole clips or one latent frame after another.
+"""Wan's causal video autoencoder, whole clips or one latent frame after another: Wan2.1's, and that
+of Wan2.2-TI2V-5B, which works on patches of 2x2 pixels.
 
 The first latent frame stands for one frame of video, each later one for four. Convolutions look
 back in time only and remember the last frames they saw; a stream hands that memory on and gives
@@ -117,6 +118,8 @@ class WanStreamDecoder(StreamDecoder):
             first_chunk=self._is_first,
         )
         self._is_first = False
+        if network.config.patch_size is not None:
+            frames = _patches().unpatchify(frames, network.config.patch_size)
         return rearrange(frames.float().clamp(-1, 1), "b c t h w -> b t c h w")
 
     @property
@@ -154,6 +157,8 @@ class WanStreamEncoder:
         network = self.autoencoder.network
         weight = next(network.parameters())
         pixels = rearrange(frames, "b t c h w -> b c t h w").to(weight.device, weight.dtype)
+        if network.config.patch_size is not None:
+            pixels = _patches().patchify(pixels, network.config.patch_size)
         moments = network.quant_conv(network.encoder(pixels, feat_cache=self._memory, feat_idx=[0]))
         self._is_first = False
         mean, _ = moments.chunk(2, dim=1)
@@ -180,7 +185,7 @@ def wan_shape_of(settings: Mapping[str, Any], where: str) -> tuple[int, int]:
         where: they are of, for errors.
 
     Raises:
-        ValueError: they are not those of Wan2.1's autoencoder.
+        ValueError: they are not those of an autoencoder of Wan.
     """
     multiples, halves = settings.get("dim_mult"), settings.get("temperal_downsample")
     multiples = [1, 2, 4, 4] if multiples is None else multiples
@@ -192,24 +197,30 @@ def wan_shape_of(settings: Mapping[str, Any], where: str) -> tuple[int, int]:
             f"{where}: needed z_dim, a number, dim_mult and temperal_downsample, lists, got "
             f"{channels!r}, {multiples!r} and {halves!r}"
         )
-    cell_size = 2 ** (len(multiples) - 1)
+    patch = settings.get("patch_size")
+    side = 1 if patch is None else patch
+    is_side = isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= 64
+    cell_size = 2 ** (len(multiples) - 1) * (side if is_side else 1)
+    pixels = [settings.get(name, 3) for name in ("in_channels", "out_channels")]
     found = {
-        "patch_size": settings.get("patch_size"),
-        "is_residual": settings.get("is_residual", False),
+        "patch_size": patch,
+        "in_channels": pixels[0],
+        "out_channels": pixels[1],
         "temperal_downsample": list(halves),
         "scale_factor_spatial": settings.get("scale_factor_spatial"),
     }
     if (
-        found["patch_size"] is not None
-        or found["is_residual"]
+        not is_side
+        or pixels != [3 * side**2] * 2
         or sum(map(bool, halves)) != 2
         # diffusers writes 8 whatever the size is, and 16 for Wan2.2.
         or found["scale_factor_spatial"] not in (None, 8, cell_size)
     ):
         told = ", ".join(f"{name}={value}" for name, value in found.items())
         raise ValueError(
-            f"{where}: needed the autoencoder of Wan2.1, which shortens time by 4, has no patches "
-            f"and cells of 8 pixels, not Wan2.2's with cells of 16; got {told}"
+            f"{where}: needed an autoencoder of Wan, which shortens time by 4 and works on pixels "
+            f"or on square patches of them (cells of {cell_size} pixels by its other settings); "
+            f"got {told}"
         )
     return channels, cell_size
 
@@ -222,6 +233,13 @@ def _load_network(source: str) -> Any:
     except ImportError as error:
         raise ValueError(EXTRA) from error
     return read_network(AutoencoderKLWan, folder)
+
+
+def _patches() -> Any:
+    """Return diffusers' module that turns pixels into patches and back."""
+    from diffusers.models.autoencoders import autoencoder_kl_wan
+
+    return autoencoder_kl_wan
 
 
 def _num_memories(network: nn.Module) -> int:

@@ -96,6 +96,9 @@ class ConvertWanConfig:
     actions: str = ""
     """Actions that steer the world besides its text: clips or their latents, or a world, as whose
     they are; or how many there are to choose from. Empty: none."""
+    dry_run: bool = False
+    """Print size, memory and operations of the world as JSON, and write nothing. Of a folder of
+    diffusers only its config.json are needed, of a name on the hub only those are downloaded."""
     lora: str = ""
     """File of LoRA that is merged into the weights, or a folder that has one, as diffusers writes
     it. Empty: none."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from scd.autoencoders.build import WAN
 from scd.autoencoders.config import FRAMES_PER_LATENT, WanAutoencoderConfig
 from scd.autoencoders.wan import wan_shape_of
+from scd.common.config import to_json
 from scd.common.files import refuse_used, written_aside
 from scd.common.hub import find_part, read_part_config
 from scd.common.runtime import DTYPES, derive_seed
@@ -28,9 +29,10 @@ from scd.common.weights import SHARD_BYTES, check_fit, write_shards
 from scd.convert.settings import ConvertWanConfig
 from scd.data.source import DataCard, open_source
 from scd.data.spaces import ConditionSpec
-from scd.models.build import build
+from scd.models.build import build, frame_cost
 from scd.models.checkpoint import read_world_parts, resolve, write_world_settings
 from scd.models.config import CacheConfig, FrameShape, SamplingConfig
+from scd.models.cost import Load
 from scd.models.kinds import ModelConfig
 from scd.models.lora import LoraFile
 from scd.models.wan.config import (
@@ -42,18 +44,12 @@ from scd.models.wan.config import (
     WanSeparableConfig,
 )
 from scd.models.wan.separable import places_of
-from scd.models.wan.source import PARTS, WanSource
+from scd.models.wan.source import PARTS, WanFound, WanSource, read_sizes
 from scd.models.wan.source import open_source as open_weights
 from scd.models.wan.timesteps import warped_times
 from scd.models.wan.transformer import WanActions
 from scd.models.weights import CONFIG_FILE, WEIGHTS_FILE
 from scd.probing.interventions import proposed_layers
-
-FPS = 16.0
-"""Frames per second of Wan's videos."""
-
-CELL_SIZE = 8
-"""Pixels, each way, of a latent cell of Wan2.1."""
 
 LIKE_ACTIONS = "condition_embedder.time_proj.weight"
 """Weight in whose type those of actions are stored."""
@@ -79,13 +75,13 @@ def convert_wan(config: ConvertWanConfig) -> Path:
     refuse_used(folder)
     split = read_split(config.split, config.unrecommended)
     source = open_weights(config.model, config.key, config.head_dim)
-    actions = read_actions(config.actions)
+    actions = read_actions(config.actions, source.fps)
     model = model_config(config, source, split, None if actions is None else actions.conditions)
     autoencoder = _autoencoder(config, source)
     card = DataCard(
         height=config.height,
         width=config.width,
-        fps=FPS if actions is None else actions.fps,
+        fps=source.fps if actions is None else actions.fps,
         conditions=model.conditions,
         action_names=() if actions is None else actions.action_names,
         pixel_art=actions is not None and actions.pixel_art,
@@ -117,11 +113,45 @@ def convert_wan(config: ConvertWanConfig) -> Path:
     return folder
 
 
-def read_actions(actions: str) -> DataCard | None:
+def plan_wan(config: ConvertWanConfig) -> dict[str, Any]:
+    """Work out how large a world would be and what a latent frame of it costs, without weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `convert_wan`, of what is known without weights.
+    """
+    if not config.model:
+        raise ValueError("scd convert wan --dry-run needs --model")
+    split = read_split(config.split, config.unrecommended)
+    source = read_sizes(config.model, config.key, config.head_dim)
+    actions = read_actions(config.actions, source.fps)
+    model = model_config(config, source, split, None if actions is None else actions.conditions)
+    cost = frame_cost(model, Load(num_context_frames=config.window, bytes_per_value=2))
+    whole, gib = frame_cost(model, Load(num_context_frames=1, bytes_per_value=1)), 2**30
+    return {
+        "model": to_json(model),
+        "fps": source.fps if actions is None else actions.fps,
+        "tokens_per_latent_frame": model.shape.num_tokens,
+        "parameters": whole.weight_bytes,
+        "bf16_gib": {
+            "weights": cost.weight_bytes / gib,
+            "keys_and_values_of_a_stream": cost.cache_bytes / gib,
+        },
+        "flops_per_latent_frame": {
+            f"{steps} steps": cost.flops(steps)
+            for steps in dict.fromkeys((1, len(FEW_STEPS), config.num_steps))
+        },
+        "about": "computed for the newest frame of a full window; in blocks of frames, for a whole "
+        "block. Two operations are one multiplication with its addition. Without the autoencoder, "
+        "the text encoder and the activations of a pass.",
+    }
+
+
+def read_actions(actions: str, fps: float) -> DataCard | None:
     """Return a card with the actions that `--actions` names; None: there are none.
 
     Args:
         actions: clips, latents or a world; or a number of actions to choose from.
+        fps: of the world, where only a number is named.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -132,7 +162,7 @@ def read_actions(actions: str) -> DataCard | None:
     if actions.isdecimal():
         spec = ConditionSpec(num_actions=int(actions))
         names = tuple(f"action {number}" for number in range(spec.num_actions))
-        card = DataCard(height=1, width=1, fps=FPS, conditions=spec, action_names=names)
+        card = DataCard(height=1, width=1, fps=fps, conditions=spec, action_names=names)
     else:
         card = _card_of(actions)
     if not card.conditions.has_actions:
@@ -191,7 +221,7 @@ def read_split(split: str, unrecommended: bool = False) -> tuple[int, int, int] 
 
 def model_config(
     config: ConvertWanConfig,
-    source: WanSource,
+    source: WanFound,
     split: tuple[int, int, int] | None,
     actions: ConditionSpec | None = None,
 ) -> WanConfig | WanSeparableConfig:
@@ -246,7 +276,7 @@ def model_config(
 
 
 def _conditions(
-    config: ConvertWanConfig, source: WanSource, actions: ConditionSpec | None
+    config: ConvertWanConfig, source: WanFound, actions: ConditionSpec | None
 ) -> ConditionSpec:
     """Return the text that steers a world, and the actions of its latent frames."""
     spec = source.conditions(config.text_length)
@@ -260,10 +290,10 @@ def _conditions(
     )
 
 
-def _cell_size(source: WanSource) -> int:
-    """Return the pixels per latent cell of the autoencoder beside the weights; default 8."""
+def _cell_size(source: WanFound) -> int:
+    """Return the pixels per latent cell of the autoencoder beside the weights."""
     if source.folder is None or not (source.folder / "vae").is_dir():
-        return CELL_SIZE
+        return source.cell_size
     folder = find_part(source.folder, "vae", (WAN,), "autoencoder")
     settings = read_part_config(folder)
     channels, cell_size = wan_shape_of(settings, str(folder / CONFIG_FILE))

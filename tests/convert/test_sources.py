@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
 from scd.autoencoders.build import open_autoencoder
@@ -98,22 +97,6 @@ def test_wan22_with_two_transformers_is_refused(source, tmp_path, capsys):
     name = tmp_path / "high_noise_model.pt"
     torch.save(tiny_transformer().state_dict(), name)
     assert "one for high noise" in refused(name, tmp_path / "out", capsys)
-
-
-def test_wan22_with_larger_cells_is_refused(source, tmp_path, capsys):
-    shutil.rmtree(source / "vae")
-    settings = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
-    AutoencoderKLWan(
-        base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, scale_factor_spatial=16, **settings
-    ).save_pretrained(source / "vae")
-    said = refused(source, tmp_path / "out", capsys)
-    assert "scale_factor_spatial=16" in said and "is_residual=True" in said
-    with pytest.raises(ValueError, match="needed the autoencoder of Wan2.1"):
-        open_autoencoder(source)
-    large = write_tiny_transformer(
-        tmp_path / "5b", tiny_transformer(in_channels=48, out_channels=48)
-    )
-    assert "Wan2.2 TI2V-5B: latents of 48 channels" in refused(large, tmp_path / "out", capsys)
 
 
 def test_wans_own_layout_is_named(tmp_path, capsys):

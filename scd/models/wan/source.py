@@ -15,7 +15,7 @@ from typing import Any
 
 from scd.common.config import MAX_SIZE
 from scd.common.files import read_json
-from scd.common.hub import CONFIG_FILE, find_part, read_part_config
+from scd.common.hub import ABOUT, CONFIG_FILE, download, find_part, read_part_config
 from scd.common.weight_names import Renaming, bare
 from scd.common.weights import Header, Weights
 from scd.data.spaces import ConditionSpec
@@ -24,11 +24,15 @@ from scd.models.wan.config import WanBlockConfig
 WEIGHTS_STEM = "diffusion_pytorch_model"
 """Name of the files of weights in a folder of diffusers."""
 
+CLASSES = ("WanTransformer3DModel",)
+"""Classes of diffusers whose weights these are."""
+
 EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 """Name on the hub of a model that will do."""
 
-WAN22_CHANNELS = 48
-"""Channels of the latents of Wan2.2's autoencoder, whose cells are of 16 pixels."""
+TI2V_CHANNELS = 48
+"""Channels of the latents of Wan2.2-TI2V-5B's autoencoder, whose cells are of 16 pixels, and which
+makes 24 frames per second."""
 
 SIZES = (
     "num_attention_heads",
@@ -54,13 +58,9 @@ PARTS = ("vae", "text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanSource:
-    """Weights of a Wan model, not read yet, and what their configuration says."""
+class WanFound:
+    """What the configuration of a Wan model says."""
 
-    weights: Weights
-    """One tensor after another."""
-    names: dict[str, str]
-    """Our name of each weight -> its name there."""
     block: WanBlockConfig
     """Size of the blocks."""
     num_layers: int
@@ -80,6 +80,26 @@ class WanSource:
 
     def conditions(self, text_length: int) -> ConditionSpec:
         return ConditionSpec(text_length=text_length, text_dim=self.text_dim)
+
+    @property
+    def cell_size(self) -> int:
+        """Pixels, each way, of a latent cell, where no autoencoder says it."""
+        return 16 if self.channels == TI2V_CHANNELS else 8
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of its videos."""
+        return 24.0 if self.channels == TI2V_CHANNELS else 16.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanSource(WanFound):
+    """Weights of a Wan model, not read yet, and what their configuration says."""
+
+    weights: Weights
+    """One tensor after another."""
+    names: dict[str, str]
+    """Our name of each weight -> its name there."""
 
     def headers(self) -> dict[str, Header]:
         """Return shape and type of each weight by our name."""
@@ -105,19 +125,36 @@ def open_source(model: str, key: str = "", head_dim: int = 128) -> WanSource:
 
     Raises:
         FileNotFoundError: it is not there or not whole, or the hub cannot be reached.
-        ValueError: a model of another family or of Wan2.2, or weights that cannot be read.
+        ValueError: a model of another family, one of Wan2.2's two of 14B, or weights that cannot
+            be read.
     """
     path = Path(model)
     if path.is_file():
         return _from_state_dict(path, key, head_dim)
-    found = find_part(model, "transformer", ("WanTransformer3DModel",), "video transformer of Wan")
+    found = find_part(model, "transformer", CLASSES, "video transformer of Wan")
+    settings = _of_config(found)
+    weights = Weights(found)
+    return WanSource(
+        **vars(settings), weights=weights, names={name: name for name in weights.names()}
+    )
+
+
+def read_sizes(model: str, key: str = "", head_dim: int = 128) -> WanFound:
+    """Return what a Wan model's configuration says, as `open_source`; of a folder of diffusers, or
+    its name on the hub, no weights are needed, nor downloaded."""
+    if Path(model).is_file():
+        return open_source(model, key, head_dim)
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = download(model, [f"*/{CONFIG_FILE}", *ABOUT])
+    return _of_config(find_part(folder, "transformer", CLASSES, "video transformer of Wan"))
+
+
+def _of_config(found: Path) -> WanFound:
     _refuse_two_experts(found)
     config = read_part_config(found)
     _check_config(found / CONFIG_FILE, config)
-    weights = Weights(found)
-    return WanSource(
-        weights=weights,
-        names={name: name for name in weights.names()},
+    return WanFound(
         block=WanBlockConfig(
             num_heads=config["num_attention_heads"],
             head_dim=config["attention_head_dim"],
@@ -186,21 +223,12 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
             f"image_dim={config.get('image_dim')} and "
             f"added_kv_proj_dim={config.get('added_kv_proj_dim')}"
         )
-    _refuse_channels(path, config["in_channels"])
     patch = config["patch_size"]
     if not isinstance(patch, list) or patch not in [[1, size, size] for size in range(1, 65)]:
         raise ValueError(f"{path}: needed patches of one frame and a square, got {patch!r}")
     norm = config.get("qk_norm", "rms_norm_across_heads")
     if norm != "rms_norm_across_heads":
         raise ValueError(f"{path}: needed qk_norm='rms_norm_across_heads', got {norm!r}")
-
-
-def _refuse_channels(path: Path, channels: int) -> None:
-    if channels == WAN22_CHANNELS:
-        raise ValueError(
-            f"{path} is of Wan2.2 TI2V-5B: latents of {channels} channels in cells of 16 pixels, "
-            f"where Wan2.1 has 16 channels and cells of 8. Needed Wan2.1, as {EXAMPLE}"
-        )
 
 
 def _from_state_dict(path: Path, key: str, head_dim: int) -> WanSource:
@@ -221,7 +249,6 @@ def _from_state_dict(path: Path, key: str, head_dim: int) -> WanSource:
             )
     patches, (ffn_dim, _), head, (_, text_dim), (_, freq_dim) = shapes
     width, channels, frames, rows, columns = patches
-    _refuse_channels(path, channels)
     if frames != 1 or rows != columns or head[0] != channels * rows * columns:
         raise ValueError(
             f"{path}: needed text to video with square patches of one frame, got patches "
