@@ -12,7 +12,8 @@
 #   latents      half a minute
 #   world        29 min, 0.24 s a step: held-out loss 0.54 after 1,000 steps (4 min: it drives, roads
 #                dissolve where the car stands), 0.42 after 2,000, 0.39 after 3,000, 0.30 after 7,000
-#   evaluation   5 min: gain over repeating the last frame +7.6 dB at +8, +1.9 dB at +32
+#   evaluation   8 min of a busy core: gain over repeating the last frame +6.9 dB at +8, +2.4 dB at
+#                +32
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source runs/start.sh
