@@ -32,6 +32,10 @@ def distillation(choice: DistillChoice | WanConsistencyChoice | WanDmdChoice) ->
         return wan_distillation(choice)
     start = choice.initial or choice.teacher
     world = read_world_parts(resolve(start))
+    sampling = world["sampling"]
+    if sampling.solver != "renoise" or sampling.num_steps != choice.steps:
+        # A student of as many steps keeps its own times.
+        sampling = SamplingConfig(num_steps=choice.steps, solver="renoise")
     run = TrainConfig(
         data=choice.data,
         out=f"runs/out/{choice.method}-{choice.steps}",
@@ -42,7 +46,7 @@ def distillation(choice: DistillChoice | WanConsistencyChoice | WanDmdChoice) ->
         model=world["model"],
         autoencoder=world["autoencoder"],
         objective=_objective(choice),
-        sampling=SamplingConfig(num_steps=choice.steps, solver="renoise"),
+        sampling=sampling,
     )
     if choice.method in ("consistency", "regression"):
         run = replace(run, optim=replace(MUON, lr=3e-4, muon_lr=2e-3), **CLIPS[choice.size])

@@ -331,3 +331,22 @@ def test_what_does_not_fit_is_refused(made, tmp_path, capsys):
     assert "first_times must be more than the 4 steps" in refused(*steps)
     doom = words_of(str(WORLDS / "doom"), latents, out)
     assert "is not a Wan world" in refused(*doom)
+
+
+def test_a_steered_world_learns_two_steps_and_then_on_its_own_frames(tmp_path, monkeypatch):
+    """With actions: the causal start, then matching to the causal teacher on recorded clips."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    clips = write_clips(tmp_path / "clips", num_actions=3)
+    _, world = write_world(tmp_path / "made", "--actions", clips)
+    latents = encode_with(world, clips, tmp_path / "latents")
+    start = tmp_path / "start"
+    assert main(words_of(world, latents, start, *TWO, "--max-steps", "1")) == 0
+    words = ["distill", world, "--data", latents, "--initial", str(start), "--method", "dmd"]
+    words += ["--steps", "2", "--num-frames", "3", "--device", "cpu", "--precision", "fp32"]
+    words += ["--max-steps", "1", "--sample-every", "0", "--objective.num-given-frames", "1"]
+    words += ["--objective.num-critic-updates", "1", "--objective.min-spread", "0", "--out"]
+    assert main([*words, str(tmp_path / "two")]) == 0
+    two = load_world(tmp_path / "two")
+    assert two.sampling == load_world(start).sampling and len(two.sampling.times) == 2
+    (event,) = read_log(tmp_path / "two", "step")
+    assert event["loss"] > 0 and event["critic_loss"] > 0
