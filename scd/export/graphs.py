@@ -166,9 +166,14 @@ class Velocity(nn.Module):
         self.decoder, self.names = decoder, tuple(names)
 
     def forward(
-        self, noisy: Float[Tensor, "1 c h w"], time: Float[Tensor, "1"], *prepared: Tensor
+        self,
+        noisy: Float[Tensor, "1 c h w"],
+        time: Float[Tensor, "1"],
+        ticks: Float[Tensor, "1"],
+        *prepared: Tensor,
     ) -> Float[Tensor, "1 c h w"]:
-        """Run the decoder once; the time is a float64, since its embedding shows all its digits."""
+        """Run the decoder once. Ticks come from outside, as `ticks_of` makes them of float64: GPUs
+        of browsers have none."""
         parts = dict(zip(self.names, prepared, strict=True))
         pairs: list[tuple[Tensor, Tensor]] = []
         if "prefix_keys" in parts:
@@ -179,7 +184,7 @@ class Velocity(nn.Module):
         unread = noisy.new_zeros(1, 1, decoder.shape.num_tokens, decoder.block.width)
         tokens, steering = parts.get("context_tokens", unread), parts.get("steering")
         prepared_parts = Prepared(tokens=tokens, steering=steering, keys_values=pairs)
-        return decoder.denoise(prepared_parts, noisy, time)
+        return decoder.denoise(prepared_parts, noisy, time, ticks)
 
 
 class Decode(nn.Module):
@@ -225,7 +230,7 @@ def graphs_of(world: World) -> dict[str, Graph]:
     prepare, names = Prepare(model.decoder, tuple(steering)), prepared_names(config)
     with torch.no_grad():
         prepared = dict(zip(names, prepare(context, *steering.values()), strict=True))
-    denoised = {"noisy": latent, "time": torch.ones(1, dtype=torch.float64), **prepared}
+    denoised = {"noisy": latent, "time": torch.ones(1), "ticks": torch.ones(1), **prepared}
     picture = torch.zeros(1, 3, world.card.height, world.card.width)
     return {
         "encoder": Graph(

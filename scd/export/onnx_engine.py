@@ -22,6 +22,7 @@ from scd.engine.plain import PlainEngine
 from scd.export.onnx_world import DESCRIPTION, FORMAT
 from scd.models.attention import frame_positions, rotary_table
 from scd.models.config import SeparableConfig
+from scd.models.embed import ticks_of
 from scd.models.encoder import Context
 from scd.models.kv_cache import KVCache
 from scd.models.separable import SeparableState
@@ -199,7 +200,8 @@ class Graphs:
                 "velocity",
                 {
                     "noisy": noisy[one : one + 1].numpy(),
-                    "time": time[one : one + 1].double().numpy(),
+                    "time": time[one : one + 1].float().numpy(),
+                    "ticks": ticks_of(time[one : one + 1]).numpy(),
                     **prepared,
                 },
             )["velocity"]

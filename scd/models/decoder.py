@@ -111,6 +111,7 @@ class FrameDecoder(Stack):
         prepared: Prepared,
         noisy: Float[Tensor, "f c h w"],
         time: Float[Tensor, " f"],
+        ticks: Float[Tensor, " f"] | None = None,
     ) -> Float[Tensor, "f c h w"]:
         """Return the velocity of each noisy frame, towards noise.
 
@@ -118,8 +119,10 @@ class FrameDecoder(Stack):
             prepared: context of the same f frames.
             noisy: latent frames at `time`.
             time: 0 clean to 1 noise.
+            ticks: as TimeEmbedder takes them.
         """
-        embedding = steered(self.embed_time(time[:, None]), prepared.steering)
+        embedded = self.embed_time(time[:, None], None if ticks is None else ticks[:, None])
+        embedding = steered(embedded, prepared.steering)
         # Within one frame only differences of positions matter, so every frame is frame 0.
         rotary = self.rotary([0])
         x = self.embed_frame(noisy[:, None])

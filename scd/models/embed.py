@@ -72,21 +72,33 @@ class TimeEmbedder(nn.Module):
         self.rise = nn.Linear(2 * self.NUM_SINUSOIDS, width)
         self.mix = nn.Linear(width, width)
 
-    def forward(self, time: Float[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
-        """Embed times; float64 times keep the digits that float32 has not."""
-        sinusoids = time_sinusoids(time, self.NUM_SINUSOIDS).to(self.rise.weight.dtype)
+    def forward(
+        self, time: Float[Tensor, "b t"], ticks: Float[Tensor, "b t"] | None = None
+    ) -> Float[Tensor, "b t d"]:
+        """Embed times; float64 times keep the digits that float32 has not.
+
+        Args:
+            time: 0 clean to 1 noise.
+            ticks: what `ticks_of` returns of them, where float64 cannot be had; None: it is done.
+        """
+        ticks = ticks_of(time) if ticks is None else ticks
+        sinusoids = time_sinusoids(ticks, self.NUM_SINUSOIDS).to(self.rise.weight.dtype)
         return self.mix(functional.silu(self.rise(sinusoids)))
 
 
-def time_sinusoids(time: Float[Tensor, "*b"], num: int) -> Float[Tensor, "*b features"]:
-    """Return cosines, then sines, of 1000 * time at `num` frequencies from 1 down to 1e-4.
+def ticks_of(time: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """Return 1000 * time in float32."""
+    # Times written in float32 are off by 3e-5 of a tick, which the first sinusoid shows. From the
+    # tick on, float32 as in the release, whose weights have learnt it.
+    return (1000 * time.to(finest(time.device))).float()
+
+
+def time_sinusoids(ticks: Float[Tensor, "*b"], num: int) -> Float[Tensor, "*b features"]:
+    """Return cosines, then sines, of ticks at `num` frequencies from 1 down to 1e-4.
 
     Source: the release; the last frequency is 1e-4 itself (num - 1 steps, not num).
     """
-    # Times written in float32 are off by 3e-5 of a tick, which the first sinusoid shows. From the
-    # tick on, float32 as in the release, whose weights have learnt it.
-    ticks = (1000 * time.to(finest(time.device))).float()
-    steps = torch.arange(num, device=time.device, dtype=torch.float32)
+    steps = torch.arange(num, device=ticks.device, dtype=torch.float32)
     angles = ticks[..., None] * torch.exp(-math.log(1e4) * steps / (num - 1))
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from scd.export.serve_site import site_server
-from scd.export.settings import WebConfig
+from scd.export.settings import WebConfig, WeightType
 from scd.export.site import export_web
 
 
@@ -26,8 +26,10 @@ def served(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def served_site(run: Path, runtime: Path, folder: Path) -> Iterator[str]:
+def served_site(
+    run: Path, runtime: Path, folder: Path, weights: WeightType = "auto"
+) -> Iterator[str]:
     """Export a world into a folder and serve it; give its address."""
-    export_web(WebConfig(run=str(run), out=str(folder), ort=str(runtime)))
+    export_web(WebConfig(run=str(run), out=str(folder), ort=str(runtime), weights=weights))
     with served(folder) as address:
         yield address

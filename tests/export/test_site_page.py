@@ -19,7 +19,7 @@ from scd.data.source import Source
 from scd.models.checkpoint import World
 from scd.models.clips import Clips
 from scd.streaming.rollout import Rollout
-from tests.browser import in_a_browser
+from tests.browser import CHROMIUM, in_a_browser
 from tests.export.sites import served_site
 from tests.serving import test_play_browser as play
 
@@ -61,8 +61,8 @@ def address(run: Path, runtime: Path, tmp_path_factory: pytest.TempPathFactory) 
         yield address
 
 
-def test_a_link_leads_to_the_same_frames_in_python(browser: Any, address: str, run: Path):
-    player = play.Player(browser, address).open()
+def played(player: play.Player) -> str:
+    """Play some frames behind the clip; return the link to the last of them."""
     page = player.page
     page.locator("#seed").fill("11")
     page.locator("#seed").press("Enter")
@@ -74,16 +74,25 @@ def test_a_link_leads_to_the_same_frames_in_python(browser: Any, address: str, r
         player.press(key)
     page.keyboard.press("KeyL")
     player.until(lambda: "#moment=" in page.url, "the link")
-    link, size = page.url.split("#moment=")[1], {"width": 32, "height": 32}
-    data = page.evaluate(
-        "({width, height}) => Array.from("
-        "document.getElementById('view').getContext('2d').getImageData(0, 0, width, height).data)",
-        size,
+    return page.url.split("#moment=")[1]
+
+
+def shown(player: play.Player) -> np.ndarray:
+    """Pixels of the page, [h w 3]."""
+    data = player.page.evaluate(
+        """() => {
+          const view = document.getElementById("view");
+          return Array.from(view.getContext("2d").getImageData(0, 0, 32, 32).data);
+        }"""
     )
-    shown = np.array(data, int).reshape(32, 32, 4)[..., :3]
+    return np.array(data, int).reshape(32, 32, 4)[..., :3]
+
+
+def made_again(link: str, run: Path) -> np.ndarray:
+    """The moment of a link by the plain engine, [h w 3]."""
     body = link.split(".")[0]
     moment = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
-    assert moment["begin"]["seed"] == 11 and moment["begin"]["clip"] == 0
+    assert moment["begin"]["seed"] == 11 and len(moment["actions"]) == 4
     world = scd.load(run)
     rollout = Rollout(world, seed=moment["begin"]["seed"])
     rollout.begin(world.clips[moment["begin"]["clip"]])
@@ -91,7 +100,13 @@ def test_a_link_leads_to_the_same_frames_in_python(browser: Any, address: str, r
     for action, count in moment["actions"]:
         for _ in range(count):
             frame = rollout.step(torch.tensor([action]))
-    assert np.abs(frames_to_pixels(frame)[0].numpy() - shown).max() <= 2
+    return frames_to_pixels(frame)[0].numpy()
+
+
+def test_a_link_leads_to_the_same_frames_in_python(browser: Any, address: str, run: Path):
+    player = play.Player(browser, address).open()
+    link = played(player)
+    assert np.abs(made_again(link, run) - shown(player)).max() <= 2
     player.context.close()
     # The page of `scd play` takes the link for one of its own world.
     with play.scd_play(str(run)) as process:
@@ -101,3 +116,18 @@ def test_a_link_leads_to_the_same_frames_in_python(browser: Any, address: str, r
         assert "frames are made again as they were" in other.text("words")
         other.context.close()
         assert other.faults == []
+
+
+def test_webgpu_makes_the_same_frames(browser: Any, run: Path, runtime: Path, tmp_path: Path):
+    words = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--no-sandbox"]
+    other = browser.browser_type.launch(executable_path=CHROMIUM, args=words)
+    with served_site(run, runtime, tmp_path / "site", "fp32") as address:
+        player = play.Player(other, f"{address}?backend=webgpu")
+        player.page.goto(player.address)
+        player.until(lambda: player.frame > 0, "a first frame")
+        if player.page.evaluate("async () => !(await navigator.gpu?.requestAdapter())"):
+            pytest.skip("this Chromium has no WebGPU")
+        assert player.page.evaluate("() => scd.backend") == "webgpu"
+        assert np.abs(made_again(played(player), run) - shown(player)).max() <= 2
+        player.context.close()
+    other.close()

@@ -14,7 +14,7 @@ from scd.models.attention import (
     rotary_table,
 )
 from scd.models.config import CacheConfig, SamplingConfig
-from scd.models.embed import time_sinusoids
+from scd.models.embed import ticks_of, time_sinusoids
 from scd.models.flow import guided, schedule, solve
 from scd.objectives.denoise import velocity_loss
 from tests.reference import cases, grid_of, load_case, load_tables
@@ -183,7 +183,8 @@ def test_tables():
     cosine, sine = rotary_table(positions, tuple(config["axes_dims_rope"]), 1e4)
     close(cosine.repeat_interleave(2, -1), tables["rope_cos"])
     close(sine.repeat_interleave(2, -1), tables["rope_sin"])
-    close(time_sinusoids(times(tables["time_values"]), 128), tables["time_proj"], SINUSOID_ATOL)
+    ticks = ticks_of(times(tables["time_values"]))
+    close(time_sinusoids(ticks, 128), tables["time_proj"], SINUSOID_ATOL)
     model = read_reference(
         state,
         ReferenceConfig(

@@ -11,7 +11,7 @@ from scd.convert.reference import ReferenceConfig, our_names, read_reference
 from scd.data.clip import Conditions
 from scd.models.attention import FrameCausal, dense_mask, frame_positions, rotary_table, rotate
 from scd.models.config import CacheConfig, SamplingConfig
-from scd.models.embed import time_sinusoids
+from scd.models.embed import ticks_of, time_sinusoids
 from scd.models.flow import guided, schedule, solve
 from scd.objectives.denoise import velocity_loss
 from tests.reference import cases, grid_of, load_case, load_tables
@@ -284,7 +284,8 @@ def test_tables():
     close(cosine.repeat_interleave(2, -1), tables["rope_cos"])
     close(sine.repeat_interleave(2, -1), tables["rope_sin"])
     close(rotate(tables["rope_x"], (cosine, sine)), tables["rope_x_rotated"])
-    close(time_sinusoids(times(tables["time_values"]), 128), tables["time_proj"], SINUSOID_ATOL)
+    ticks = ticks_of(times(tables["time_values"]))
+    close(time_sinusoids(ticks, 128), tables["time_proj"], SINUSOID_ATOL)
     mask = tables["mask_3frames_2tok"][0]
     visible = FrameCausal(num_frames=3, tokens_per_frame=2)
     assert torch.equal(dense_mask(visible, torch.device("cpu")), mask == 0)

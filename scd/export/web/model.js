@@ -121,7 +121,7 @@ export class Model {
   }
 }
 
-const TYPES = { float: "float32", double: "float64", int32: "int32", bool: "bool" };
+const TYPES = { float: "float32", int32: "int32", bool: "bool" };
 
 /** Keys and values of the past: scd/models/kv_cache.py, of one stream. */
 class Ring {
@@ -308,8 +308,9 @@ export class Stream {
 
   async _velocity(prepared, noisy, time) {
     const found = [];
+    const times = { time: Float32Array.of(time), ticks: Float32Array.of(1000 * time) };
     for (const each of prepared)
-      found.push((await this.model.run("velocity", { noisy, time: Float64Array.of(time), ...each })).velocity);
+      found.push((await this.model.run("velocity", { noisy, ...times, ...each })).velocity);
     if (found.length === 1) return found[0];
     const [hidden, seen] = found;
     const { scale } = this.guidance;

@@ -30,7 +30,7 @@ async function loaded(asked) {
   const answer = await fetch(new URL("world.json", import.meta.url), { cache: "no-cache" });
   if (!answer.ok) throw new Error(`world.json did not arrive (${answer.status}). Reload the page.`);
   site = await answer.json();
-  // Only where it is asked for: with onnxruntime-web 1.30 it does not take weights in bfloat16.
+  // Only where it is asked for: with onnxruntime-web 1.30 it takes no weights in bfloat16.
   const gpu = asked.get("backend") === "webgpu" ? await navigator.gpu?.requestAdapter().catch(() => null) : null;
   const runtime = site.runtimes[gpu ? "webgpu" : "wasm"];
   const names = [...site.model_files, ...(site.clips ? [site.clips.file] : []), runtime.wasm];
@@ -44,7 +44,9 @@ async function loaded(asked) {
   ort.env.wasm.wasmBinary = files[runtime.wasm].buffer;
   ort.env.wasm.wasmPaths = { mjs: new URL(runtime.loader, import.meta.url).href };
   ort.env.logLevel = "error";
-  model = await Model.open(ort, site.model, files, [gpu ? "webgpu" : "wasm"]);
+  model = await Model.open(ort, site.model, files, [gpu ? "webgpu" : "wasm"]).catch((error) => {
+    throw gpu ? new Error(`WebGPU does not take this world, which needs --weights fp32: ${error.message}`) : error;
+  });
   clips = site.clips ? { ...site.clips, data: files[site.clips.file] } : null;
   const words = threads === 1 ? "one thread" : `${threads} threads`;
   loop();
