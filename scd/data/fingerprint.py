@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from scd.common.config import differences, shown, to_json
+from scd.common.config import differences, from_json, shown, to_json
 from scd.common.files import read_json, refuse_pipe
-from scd.data.source import Source
+from scd.data.source import DataCard, Source
 
 FORMAT = 1
 """Of the file that keeps a fingerprint."""
@@ -88,7 +88,9 @@ def read_fingerprint(path: Path) -> Kept:
     values = read_json(path, FORMAT)
     try:
         episodes = [(str(name), dict(marks)) for name, marks in values["episodes"]]
-        return Kept(dict(values["card"]), episodes)
+        # Read as a card, so that what a newer scd says of every card is in this one too.
+        card = from_json(DataCard, values["card"], f"{path}: card")
+        return Kept(to_json(card), episodes)
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: needed card and episodes, got {shown(values)}") from error
 

@@ -1,9 +1,10 @@
 """A run that is continued on other data than it began with says so; a damaged checkpoint is passed
 over by naming an older one."""
 
+import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,17 @@ import pytest
 import torch
 
 from scd.cli import main
+from scd.common.config import ADDED
 from scd.common.runlog import read_log
 from scd.data.clip import frames_to_pixels
 from scd.data.fingerprint import fingerprint
 from scd.data.folder import FolderSource
 from scd.data.manifest import read_manifest, write_card, write_episode, write_manifest
-from scd.data.source import open_source
+from scd.data.source import DataCard, open_source
+from scd.data.spaces import ConditionSpec
 from scd.data.toy import ToyWorld
 from scd.models.checkpoint import load_optimizers
+from scd.training.folder import DATA_FILE
 
 NUM_EPISODES = 6
 
@@ -116,6 +120,19 @@ def test_the_same_data_elsewhere_goes_on_and_other_data_there_does_not(clips, ca
     # Another kind of data, or another rate, is another setting.
     assert train(5, data="toy:32") == train(5, data="copy?fps=5") == 2
     assert capsys.readouterr().err.count("holds a run with other settings") == 2
+
+
+def test_a_run_of_a_time_when_cards_said_less_goes_on(clips):
+    assert train(2) == 0
+    path = Path("run") / DATA_FILE
+    kept = json.loads(path.read_text())
+    for settings, kind in ((kept["card"], DataCard), (kept["card"]["conditions"], ConditionSpec)):
+        added = [one.name for one in fields(kind) if one.metadata.get(ADDED)]
+        assert added and set(added) <= set(settings)
+        for name in added:
+            del settings[name]
+    path.write_text(json.dumps(kept))
+    assert train(4) == 0 and (Path("run") / "step_000004").is_dir()
 
 
 def test_stored_latents_that_changed_are_refused(clips, capsys):
