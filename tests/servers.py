@@ -28,6 +28,7 @@ from scd.serving.http_api import make_app
 from scd.serving.run import Server, host_config, listening, uvicorn_config
 from scd.serving.service import Service
 from scd.serving.settings import ClientLimits, ServeConfig
+from scd.streaming.texts import WorldTexts
 from tests.tiny import SHAPE, tiny_separable
 
 
@@ -121,8 +122,12 @@ def serving(
     engine = open_engine(world.model, "fast")
     settings = replace(host_config(config, evict_dir), memory_gib=config.memory_gib or 0.5)
     num_actions = world.card.conditions.num_actions
-    clips = tiny_clips(num_actions) if num_actions else None
-    host = Host(world, engine, settings, lambda text: None, clips, "tiny")
+    spec = world.card.conditions
+    clips = tiny_clips(num_actions) if num_actions and not spec.has_text else None
+    texts = WorldTexts(world) if spec.has_text else None
+    host = Host(
+        world, engine, settings, lambda text: None, clips, "tiny", None, texts, config.prompt
+    )
     host.start()
     with listening(config) as listener:
         ready = threading.Event()

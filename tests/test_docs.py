@@ -192,7 +192,13 @@ READY = {
     "docs/reproduce.md": ["data/UCF101", "data/dmlab"],
     "docs/serving.md": ["runs/out/doom-64"],
     "docs/train.md": ["data/doom-128", "latents"],
-    "docs/wan.md": ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "data/clips", "prompts.txt", "cat.png"],
+    "docs/wan.md": [
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "data/clips",
+        "data/game",
+        "prompts.txt",
+        "cat.png",
+    ],
     "docs/your-clips.md": ["my-cars", "my-demos", "my-robot", "my-videos"],
 }
 """Page -> what its reader has before the first command; `Made` knows how to make it."""
@@ -226,8 +232,8 @@ class Made:
             torch.save(far_values(), out)
         elif kind == "Wan2.1-T2V-1.3B-Diffusers":
             write_tiny_transformer(write_tiny_parts(out), num_layers=30)
-        elif kind == "clips":
-            write_clips(out)
+        elif kind in ("clips", "game"):
+            write_clips(out, num_actions=3 if kind == "game" else 0)
         elif kind == "prompts.txt":
             out.write_text("\n".join(PROMPTS))
         elif kind == "cat.png":

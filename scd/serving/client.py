@@ -145,7 +145,7 @@ class Client:
         return self._change(Attach(session=session))
 
     def step(self, action: Any = None, count: SupportsIndex = 1) -> list[Frame]:
-        """Make some frames and return them.
+        """Make some frames and return them; of video each picture by itself.
 
         Args:
             action: number or vector, of Python, numpy or torch, or what the world's action space
@@ -156,10 +156,11 @@ class Client:
         self._frames.clear()
         request, wanted = self._send(message), message.count
         kept: list[Frame] = []
-        while len(kept) < wanted or self.state is None or self.state.request != request:
+        while wanted > 0 or self.state is None or self.state.request != request:
             message = self._receive()
             if isinstance(message, Frame) and not message.header.shown:
                 kept.append(message)
+                wanted -= message.header.is_last
                 self._acknowledge(message.header)
         return kept
 
@@ -199,7 +200,8 @@ class Client:
             yield frame
 
     def set(self, **changes: Any) -> State:
-        """Change `steps`, `guidance` or `seed` from the next frame on."""
+        """Change `steps`, `guidance`, `seed` or `prompt` (with `recompute`) from the next frame
+        on."""
         return self._change(_made(Set, changes))
 
     def reset(self, **beginning: Any) -> State:

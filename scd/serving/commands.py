@@ -57,7 +57,15 @@ from scd.serving.messages import (
     Step,
     WorldInfo,
 )
-from scd.serving.session import KeptFrame, Order, Session, Start, as_action, as_guidance
+from scd.serving.session import (
+    KeptFrame,
+    Order,
+    Session,
+    Start,
+    as_action,
+    as_guidance,
+    is_video,
+)
 from scd.serving.sessions import Sessions
 from scd.streaming.rollout import Rollout
 
@@ -250,6 +258,9 @@ class Commands:
             guidance = self._guidance(message.guidance)
             self._check_change(rollout, guidance)
             rollout.guidance = guidance
+        if message.prompt is not None:
+            self._check_prompt(message.prompt)
+            self.sessions.change_prompt(session, message.prompt, message.recompute)
         rollout.sampling = sampling or rollout.sampling
         rollout.seed = rollout.seed if message.seed is None else message.seed
         return Answer(message=session.state())
@@ -272,7 +283,12 @@ class Commands:
 
     def restart(self, session: Session, message: Restart, call: Call) -> Answer:
         state, start = session.state(), session.start
-        now = {"seed": state.seed, "steps": state.steps, "guidance": state.guidance}
+        now = {
+            "seed": state.seed,
+            "steps": state.steps,
+            "guidance": state.guidance,
+            "prompt": state.prompt,
+        }
         begun = start.message.model_copy(update=now)
         self.sessions.restart(
             session, Start(message=begun, frames=start.frames, actions=start.actions)
@@ -286,6 +302,8 @@ class Commands:
     def observe(self, session: Session, message: Observe, call: Call) -> Answer:
         if session.running or session.orders:
             raise ServeError("bad_request", "pause the session before a frame is put in")
+        if is_video(session.rollout.world):
+            raise ServeError("bad_request", "this world makes video: no single frame can be put in")
         assert call.upload is not None
         (frame,) = self._pictures(call.upload[-1:])
         action = session.action if message.action is None else self._action(message.action)
@@ -305,15 +323,21 @@ class Commands:
 
     def _shown(self, session: Session, first: int, count: int) -> list[Frame]:
         kept = [session.history.frame(index) for index in range(first, first + count)]
-        latents = torch.cat([frame.latent for frame in kept])
-        decoded = self.sessions.streams.world.autoencoder.decode(latents[:, None])[:, 0].float()
-        pixels = frames_to_pixels(decoded).cpu().numpy()
+        pixels = [frame.picture for frame in kept if frame.picture is not None]
+        if len(pixels) < len(kept):
+            latents = torch.cat([frame.latent for frame in kept])
+            decode = self.sessions.streams.world.autoencoder.decode
+            pixels = list(frames_to_pixels(decode(latents[:, None])[:, 0].float()).cpu().numpy())
         return [
             session.frame(first + place, frame, picture, shown=True)
             for place, (frame, picture) in enumerate(zip(kept, pixels, strict=True))
         ]
 
     def snapshot(self, session: Session, message: Snapshot, call: Call) -> Future[Answer]:
+        if is_video(session.rollout.world):
+            raise ServeError(
+                "bad_request", "this world makes video: what its decoder remembers has no file"
+            )
         header = SnapshotHeader(session=session.name)
         written = self._evictions.snapshot(session)
         return _then(written, lambda file: Answer(message=header, file=file))
@@ -384,7 +408,20 @@ class Commands:
             raise ServeError("bad_field", f"guidance: {error}") from None
         return guidance
 
+    def _check_prompt(self, prompt: str | None) -> None:
+        takes = self._world.takes_prompt
+        if takes == (prompt is None):
+            wanted = "this world wants one" if takes else "no text steers this world"
+            raise ServeError("bad_field", f"prompt: {wanted}, got {prompt!r}"[:200])
+
+    def _whole(self, frames: np.ndarray) -> np.ndarray:
+        """Return the given frames that latent frames stand for: of video one, then so many each."""
+        return frames[: len(frames) - (len(frames) - 1) % self._world.pictures_per_frame]
+
     def _start(self, asked: Beginning, upload: np.ndarray | None) -> Start:
+        if self._world.takes_prompt and asked.prompt is None and self._world.prompt:
+            asked = asked.model_copy(update={"prompt": self._world.prompt})
+        self._check_prompt(asked.prompt)
         if asked.steps is not None:
             self._steps(asked.steps)
         if asked.guidance is not None:
@@ -397,7 +434,7 @@ class Commands:
             return self._clip(asked)
         if asked.start == "upload":
             assert upload is not None
-            frames = self._pictures(upload)
+            frames = self._whole(self._pictures(upload))
             return Start(message=asked, frames=frames, actions=self._led_to(asked, len(frames)))
         if self._world.needs_start:
             raise ServeError("bad_field", "start: this world cannot begin from nothing")
@@ -407,8 +444,8 @@ class Commands:
         clips, number = self._clips, asked.clip or 0
         if clips is None or number >= len(clips.frames):
             raise ServeError("unknown_clip", f"this world has {self._world.clips} clips")
-        frames = rearrange(clips.frames[number].numpy(), "t c h w -> t h w c")
-        rows = clips.actions[number].tolist() if self._world.actions else []
+        frames = self._whole(rearrange(clips.frames[number].numpy(), "t c h w -> t h w c"))
+        rows = clips.actions[number, : len(frames)].tolist() if self._world.actions else []
         actions = tuple(tuple(row) if isinstance(row, list) else row for row in rows)
         return Start(message=asked, frames=np.ascontiguousarray(frames), actions=actions)
 

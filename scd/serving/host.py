@@ -18,7 +18,6 @@ from scd.engine.interface import Engine
 from scd.models.about import About
 from scd.models.build import build, num_parameters
 from scd.models.checkpoint import World
-from scd.models.config import SeparableConfig
 from scd.models.shipped import Clips
 from scd.models.weights import WEIGHTS_FILE
 from scd.serving.admission import HostConfig, UnderWay
@@ -26,6 +25,7 @@ from scd.serving.commands import Call
 from scd.serving.messages import Answer, Command, ServeError, Sink, WorldInfo
 from scd.serving.metrics import HostOverview
 from scd.serving.scheduler import EngineLoop, RequestQueue
+from scd.streaming.texts import WorldTexts
 
 MOST_DIGESTED = 100_000_000
 """Parameters of a model whose file is read whole for its digest."""
@@ -50,6 +50,8 @@ class Host:
         clips: Clips | None = None,
         name: str = "world",
         about: About | None = None,
+        texts: WorldTexts | None = None,
+        prompt: str = "",
     ) -> None:
         """Prepare; nothing big is allocated before `start`.
 
@@ -61,10 +63,18 @@ class Host:
             clips: that sessions may begin with.
             name: of the world, for people.
             about: what else it says of itself; None: nothing.
+            texts: of a world that a text steers: its text encoder; None: no text does.
+            prompt: of sessions that bring none; empty: they must.
 
         Raises:
-            ValueError: clips that do not fit the world.
+            ValueError: clips that do not fit the world, a text encoder or a prompt that is missing
+                or too much.
         """
+        if world.card.conditions.has_text != (texts is not None) or (prompt and texts is None):
+            raise ValueError(
+                "a world that a text steers needs its text encoder, and no other world takes a "
+                f"prompt, got {prompt!r}"
+            )
         card = world.card
         if clips is not None and clips.frames.shape[-2:] != (card.height, card.width):
             raise ValueError(
@@ -72,7 +82,8 @@ class Host:
                 f"got {clips.frames.shape[-2]}x{clips.frames.shape[-1]}"
             )
         self.world, self.engine, self.config = world, engine, config or HostConfig()
-        self.info = world_info(world, engine, name, clips, about)
+        self.info = world_info(world, engine, name, clips, about, prompt)
+        self._texts = texts
         self._clips, self._report = clips, report
         self.under_way = UnderWay(0)
         """Counts what comes and goes; has room from `start` on."""
@@ -177,6 +188,7 @@ class Host:
                 self._requests,
                 self._report,
                 self.under_way,
+                self._texts,
             )
             self._loop = loop
             self._ready.set_result(None)
@@ -198,6 +210,7 @@ class Host:
         self._requests.close(reason)
         try:
             if loop is not None:
+                loop.prompts.end()
                 loop.evictions.end(reason, tell_evicted)
         except BaseException as error:
             self._report(f"while ending: {type(error).__name__}: {error}")
@@ -206,7 +219,12 @@ class Host:
 
 
 def world_info(
-    world: World, engine: Engine, name: str, clips: Clips | None, about: About | None
+    world: World,
+    engine: Engine,
+    name: str,
+    clips: Clips | None,
+    about: About | None,
+    prompt: str = "",
 ) -> WorldInfo:
     """Say what is played.
 
@@ -216,12 +234,13 @@ def world_info(
         name: of the world.
         clips: to begin from; None: there are none.
         about: what its card says; None: nothing.
+        prompt: of sessions that bring none.
     """
     about = about or About()
     card, spec = world.card, world.card.conditions
-    is_separable = isinstance(engine.config, SeparableConfig)
+    is_separable = engine.config.is_separable
     kinds = ["none"]
-    if spec.has_actions or spec.num_labels:
+    if spec.is_steered:
         kinds.append("conditions")
     if is_separable:
         kinds.append("context_noise")
@@ -245,6 +264,9 @@ def world_info(
         action_parts=tuple(to_json(part) for part in spec.action_parts),
         key_map=tuple(to_json(binding) for binding in card.keys),
         num_labels=spec.num_labels,
+        takes_prompt=spec.has_text,
+        prompt=prompt,
+        pictures_per_frame=world.autoencoder.config.frames_per_latent,
         separable=is_separable,
         default_steps=world.sampling.num_steps,
         fps=card.fps,

@@ -272,7 +272,10 @@ class HttpApi:
     async def video(self, request: Request) -> Response:
         async with self._videos:
             frames = await self._history(request.path_params["session"])
-            data = await asyncio.to_thread(_as_video, frames, self._service.host.info.fps)
+            info = self._service.host.info
+            # The history has one picture of each frame.
+            fps = info.fps / info.pictures_per_frame
+            data = await asyncio.to_thread(_as_video, frames, fps)
         return Response(data, media_type="video/mp4")
 
     async def _history(self, session: str) -> list[np.ndarray]:

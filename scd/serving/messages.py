@@ -16,7 +16,6 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from jaxtyping import UInt8
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     JsonValue,
@@ -25,6 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from scd.serving.given import SAFE, ActionValue, Count, GivenAction
+from scd.serving.info import Limits, Message, WorldInfo
 
 Index = Annotated[int, Field(ge=-1, le=SAFE)]
 """Of a frame; -1: before the first."""
@@ -32,6 +32,8 @@ Identity = Annotated[str, Field(max_length=64)]
 """Id of a session or an upload."""
 Steps = Annotated[int, Field(ge=1, le=1000)]
 """Denoising steps per frame."""
+Prompt = Annotated[str, Field(min_length=1, max_length=4000)]
+"""What a stream shows, in words; the text encoder takes a number of tokens."""
 Codec = Literal["jpeg", "h264"]
 """How frames are packed: each a picture of its own, or a video stream."""
 
@@ -52,12 +54,6 @@ class ServeError(ValueError):
         """
         super().__init__(message)
         self.code, self.fatal, self.request = code, fatal, request
-
-
-class Message(BaseModel):
-    """What is said; a reader ignores fields that it does not know."""
-
-    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Numbered(Message):
@@ -139,6 +135,8 @@ class Beginning(Command):
     """That is said to have led to the frames of an upload; none: action 0, or a vector of zeros."""
     label: Count | None = None
     """Class of the stream, for worlds with labels."""
+    prompt: Prompt | None = None
+    """What it shows, for worlds that a text steers; none: as the server says, if it does."""
     steps: Steps | None = None
     """Denoising steps per frame; none: as the world says."""
     guidance: GuidanceChoice | None = None
@@ -247,6 +245,17 @@ class Set(Command):
     """None: as it is. Another kind may need another memory: then only `reset` can change it."""
     seed: Count | None = None
     """Of the noise from here on; none: as it is."""
+    prompt: Prompt | None = None
+    """What frames show from here on, in a world that a text steers; none: as it is."""
+    recompute: bool = False
+    """With a prompt: let the frames in memory be seen anew under it, a pass for each, before which
+    the session cannot go back; else they stay as they were seen."""
+
+    @model_validator(mode="after")
+    def _check_recompute(self) -> Set:
+        if self.recompute and self.prompt is None:
+            raise PydanticCustomError("recompute", "recompute: goes with a prompt")
+        return self
 
 
 class Reset(Beginning):
@@ -359,70 +368,6 @@ SPOKEN = tuple(kind for kind in COMMANDS if kind.over_socket)
 # What the server says. A client ignores what it does not know, so that more can be said later.
 
 
-class WorldInfo(Message):
-    """What is played."""
-
-    name: str
-    """Of the world's folder."""
-    title: str
-    """What it is, by its card; empty: it has none."""
-    trained: str
-    """How, in words that go on after "trained"; empty: nobody has said it."""
-    goal: str
-    """What a player may try, by its card; empty: nothing. Nothing is scored."""
-    parameters: int
-    """Of its model."""
-    weights: str
-    """Digest of their file, by which a link to a moment knows them; empty: none, or a large one."""
-    height: int
-    """Rows of a frame."""
-    width: int
-    """Columns of a frame."""
-    pixel_art: bool
-    """Whether enlarged frames keep their edges hard."""
-    actions: tuple[str, ...]
-    """Name of each action, or of each entry of the vector; empty: nothing steers this world."""
-    action_dim: int
-    """Entries of an action that is a vector; 0: actions are numbers."""
-    action_parts: tuple[dict[str, JsonValue], ...]
-    """What the vector consists of, as `ActionPart` says it; empty: of no parts."""
-    key_map: tuple[dict[str, JsonValue], ...]
-    """Which controls do what, as `scd.data.keymap.Binding` says it."""
-    num_labels: int
-    """Classes of streams; 0: none."""
-    separable: bool
-    """Whether it is a separable model."""
-    default_steps: int
-    """Denoising steps per frame unless told otherwise."""
-    fps: float
-    """Frames per second at which it is meant to be watched."""
-    clips: int
-    """Clips that it carries to begin from."""
-    needs_start: bool
-    """Whether a stream must begin with given frames."""
-    begins_from_nothing: bool
-    """Whether it was taught to make a first frame; one that was not may show nothing but stripes
-    where a stream begins so."""
-    guidance: tuple[str, ...]
-    """Kinds of guidance that it can give, "none" among them."""
-
-
-class Limits(Message):
-    """What the server allows; fields as in `scd.serving.settings`."""
-
-    max_message_bytes: int
-    messages_per_s: float
-    max_steps: int
-    max_step_count: int
-    max_fps: float
-    queue_frames: int
-    history_frames: int
-    max_upload_bytes: int
-    max_upload_pixels: int
-    max_upload_s: float
-    max_snapshot_bytes: int
-
-
 class Welcome(Numbered):
     """First message of the server: what is played, and within which limits."""
 
@@ -469,6 +414,8 @@ class State(Numbered):
     """As it is."""
     seed: Count
     """Of the noise."""
+    prompt: str | None = None
+    """What it shows; none: no text steers this world."""
     history_from: Index
     """Oldest frame that `rewind` and `fork` reach; -1: before the first."""
     kept_from: Count
@@ -487,6 +434,10 @@ class FrameHeader(Message):
     """In which it was made."""
     frame: Count
     """Its index in the session."""
+    picture_index: Count = 0
+    """Which of its pictures this is, where a latent frame stands for several of video."""
+    num_pictures: Annotated[int, Field(ge=1)] = 1
+    """How many it has; each comes by itself, in order, and the last one stays."""
     action: ActionValue | None
     """That led to it; none: the world has none, or the frame was given."""
     parts: JsonValue = None
@@ -515,6 +466,11 @@ class FrameHeader(Message):
     """Rows of the frame; an H.264 picture may have one more."""
     shown: bool = False
     """Whether it is sent to be seen again, or was given: not new, not to be acknowledged."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it has the last picture of its frame."""
+        return self.picture_index + 1 == self.num_pictures
 
 
 class SnapshotHeader(Numbered):

@@ -35,15 +35,16 @@ from scd.evaluation.predict import check_fit
 from scd.models.about import read_about
 from scd.models.checkpoint import World, load_world, resolve
 from scd.models.shipped import Clips, read_clips, shipped_world
-from scd.sampling.text_to_video import is_steered_by_text
 from scd.serving.admission import HostConfig
 from scd.serving.host import Host
 from scd.serving.http_api import make_app
 from scd.serving.service import LOG, Service
+from scd.serving.session import is_video
 from scd.serving.settings import PlayConfig, ServeConfig, read_token
 from scd.serving.store import abandoned, kept_files, locked_folder, remove_old
 from scd.serving.web_server import WAITING, Patience, PatientProtocol
 from scd.serving.worlds import Choice
+from scd.streaming.texts import WorldTexts
 
 KEPT = "scd-sessions-"
 """How temporary folders of sessions begin."""
@@ -157,25 +158,17 @@ def open_service(
     engine = open_engine(world.model, config.engine, precision, release=True)
     num_given = 0 if clips is None else clips.frames.shape[1]
     name = resolve(folder).name if not (folder / "last").is_file() else folder.name
-    limits, about = host_config(config, evict_dir, num_given), read_about(resolve(folder))
-    host = Host(world, engine, limits, LOG.warning, clips, name, about)
+    # What a video decoder remembers has no file: such sessions stay in memory.
+    kept = None if is_video(world) else evict_dir
+    limits, about = host_config(config, kept, num_given), read_about(resolve(folder))
+    texts = WorldTexts(world, device=str(device)) if world.card.conditions.has_text else None
+    host = Host(world, engine, limits, LOG.warning, clips, name, about, texts, config.prompt)
     return Service(host, config, token, shared)
 
 
 def world_folder(config: ServeConfig) -> Path:
-    """Return the folder of the world that is served.
-
-    Raises:
-        OSError: there is none.
-        ValueError: its settings cannot be read, or a text steers it, which no session is given.
-    """
-    folder = Path(config.run) if config.run else shipped_world()
-    if is_steered_by_text(str(folder)):
-        raise ValueError(
-            f"{folder} is steered by a text, which the sessions of a server do not have: stream it "
-            f"by scd sample {folder} --prompt TEXT"
-        )
-    return folder
+    """Return the folder of the world that is served (OSError: there is none)."""
+    return Path(config.run) if config.run else shipped_world()
 
 
 def host_config(config: ServeConfig, evict_dir: Path | None, num_given: int = 0) -> HostConfig:

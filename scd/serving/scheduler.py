@@ -19,12 +19,14 @@ from scd.serving.commands import Call, Commands
 from scd.serving.evictions import Evictions, Seldom, lacks_room
 from scd.serving.messages import Command, ServeError, WorldInfo
 from scd.serving.metrics import HostOverview
+from scd.serving.prompts import Prompts
 from scd.serving.session import Session, as_action
 from scd.serving.sessions import Sessions
 from scd.serving.snapshot import Layout, fingerprint_of
 from scd.serving.store import SessionStore, StoreLimits
 from scd.streaming.sessions import Finished, Streams
 from scd.streaming.sessions import Session as Stream
+from scd.streaming.texts import WorldTexts
 
 
 class RequestQueue:
@@ -167,9 +169,9 @@ class Scheduler:
         if ended.error is not None:
             self._stop(session, ended.error)
             return
-        frame = session.finish(ended, denoised, decoded)
         self.num_frames += 1
-        sessions.note_fault(session.hand_out(frame, sessions.clock()))
+        for frame in session.finish(ended, denoised, decoded):
+            sessions.note_fault(session.hand_out(frame, sessions.clock()))
 
     def _stop(self, session: Session, fault: str) -> None:
         self.sessions.report(fault)
@@ -203,6 +205,7 @@ class EngineLoop:
         requests: RequestQueue,
         report: Callable[[str], None],
         under_way: UnderWay,
+        texts: WorldTexts | None = None,
     ) -> None:
         """Allocate.
 
@@ -213,7 +216,8 @@ class EngineLoop:
         self.config, self._requests = config, requests
         fingerprint = fingerprint_of(world, engine)
         streams = Streams(world, engine, max_rows=config.max_rows)
-        self.sessions = Sessions(streams, config, time.monotonic, report, under_way)
+        self.prompts = Prompts(texts, info.prompt, requests.put_own)
+        self.sessions = Sessions(streams, config, time.monotonic, report, under_way, self.prompts)
         self.scheduler = Scheduler(self.sessions)
         store = None
         if config.evict_dir is not None:
@@ -278,6 +282,9 @@ class EngineLoop:
         wakes = isinstance(message, Command) and message.wakes and bool(call.name)
         if wakes and self.evictions.can_wake(call.name):
             self.evictions.wake(call.name, lambda error: self._again(call, error))
+            return
+        if prompts := self.prompts.missing(message):
+            self.prompts.fetch(prompts, lambda error: self._again(call, error))
             return
         try:
             result = self._done(message, call)

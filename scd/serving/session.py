@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scd.data.actions import in_names
 from scd.data.clip import frames_to_pixels
+from scd.models.checkpoint import World
 from scd.models.config import Guidance
 from scd.serving.messages import (
     ActionValue,
@@ -41,6 +42,11 @@ def as_action(action: ActionValue | None, batch: bool = False) -> Tensor | None:
     dtype = torch.long if isinstance(action, int) else torch.float32
     value = torch.tensor(action, dtype=dtype)
     return value[None] if batch else value
+
+
+def is_video(world: World) -> bool:
+    """Whether a latent of a world stands for several pictures, which those before it decide too."""
+    return world.autoencoder.config.frames_per_latent > 1
 
 
 def as_guidance(choice: GuidanceChoice | None) -> Guidance | None:
@@ -72,6 +78,10 @@ class KeptFrame:
     """That came with the action."""
     steps: int = 0
     """Denoising steps that it took; 0: it was given."""
+    text: Tensor | None = None
+    """Embedded prompt under which it was made; None: no text steers the world."""
+    picture: UInt8[np.ndarray, "rows columns 3"] | None = None
+    """Its last picture, where its latent alone does not tell it; None: it does."""
 
 
 class History:
@@ -172,6 +182,8 @@ class History:
         rollout = self._copies[start].fork()
         for number in range(start, index + 1):
             frame = self.frame(number)
+            if frame.text is not None and frame.text is not rollout.text:
+                rollout.change_text(frame.text)
             rollout.replay(frame.latent, as_action(frame.action, batch=True))
         return rollout
 
@@ -201,7 +213,12 @@ class Order:
     count: int
     """How many."""
     frames: list[Frame] = field(default_factory=list)
-    """Made so far."""
+    """Made so far, each picture by itself."""
+
+    @property
+    def num_whole(self) -> int:
+        """Frames of which all pictures are there."""
+        return sum(frame.header.is_last for frame in self.frames)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +254,7 @@ class Session:
         self.start, self.history = start, history
         self.generation = 0
         self.action: ActionValue | None = None
+        self.prompt = start.message.prompt
         self.sequence = 0
         self.running = False
         self.fps: float | None = None
@@ -286,6 +304,7 @@ class Session:
             steps=self.rollout.num_steps,
             guidance=GuidanceChoice(**vars(self.rollout.guidance)),
             seed=self.rollout.seed,
+            prompt=self.prompt,
             history_from=self.history.oldest,
             kept_from=self.history.kept_from,
         )
@@ -330,10 +349,11 @@ class Session:
         )
         fps = max_fps if self.fps is None or self.orders else min(self.fps, max_fps)
         # A frame that was late by less than a period does not delay those after it.
-        self._due = max(self._due + 1 / fps, began)
+        pictures = self.rollout.world.autoencoder.config.frames_per_latent
+        self._due = max(self._due + pictures / fps, began)
 
-    def finish(self, ended: Finished, denoised: float, decoded: float) -> Frame:
-        """Keep the frame that is done.
+    def finish(self, ended: Finished, denoised: float, decoded: float) -> list[Frame]:
+        """Keep the frame that is done, and return it: each of its pictures by itself.
 
         Args:
             ended: the frame.
@@ -341,22 +361,31 @@ class Session:
             decoded: when its pixels were there.
         """
         begun, rollout = self.begun, self.rollout
-        assert begun is not None and ended.frame is not None and rollout.newest is not None
+        assert begun is not None and ended.frames is not None and rollout.newest is not None
         self.begun = None
+        pixels = frames_to_pixels(ended.frames).cpu().numpy()
         kept = KeptFrame(
-            latent=rollout.newest, action=begun.action, sequence=begun.sequence, steps=begun.steps
+            latent=rollout.newest,
+            action=begun.action,
+            sequence=begun.sequence,
+            steps=begun.steps,
+            text=rollout.text,
+            picture=pixels[-1].copy() if is_video(rollout.world) else None,
         )
         self.history.add(rollout, kept)
-        pixels = frames_to_pixels(ended.frame).cpu().numpy()
         times = {
             "queued_ms": begun.queued_s,
             "encoder_ms": begun.encoder_s,
             "decoder_ms": denoised - begun.encoded_at,
             "autoencoder_ms": decoded - denoised,
         }
-        return self.frame(
-            ended.index, kept, pixels, **{name: round(1000 * s, 3) for name, s in times.items()}
-        )
+        more = {name: round(1000 * s, 3) for name, s in times.items()} | {
+            "num_pictures": len(pixels)
+        }
+        return [
+            self.frame(ended.index, kept, picture, picture_index=place, **more)
+            for place, picture in enumerate(pixels)
+        ]
 
     def frame(self, index: int, kept: KeptFrame, pixels: np.ndarray, **more: Any) -> Frame:
         """Return a frame as a client is told of it; `more`: further fields of its header."""
@@ -385,7 +414,7 @@ class Session:
         if self.orders:
             order = self.orders[0]
             order.frames.append(frame)
-            if len(order.frames) == order.count:
+            if order.num_whole == order.count:
                 self.orders.popleft()
                 order.future.set_result(Answer(message=self.state(), frames=order.frames))
         return fault

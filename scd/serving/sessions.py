@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,7 +24,16 @@ from scd.serving.admission import (
     session_bytes,
 )
 from scd.serving.messages import Evicted, ServeError, Stopped
-from scd.serving.session import History, KeptFrame, Session, Start, as_action, as_guidance
+from scd.serving.prompts import Prompts
+from scd.serving.session import (
+    History,
+    KeptFrame,
+    Session,
+    Start,
+    as_action,
+    as_guidance,
+    is_video,
+)
 from scd.serving.snapshot import Image
 from scd.streaming.rollout import Rollout
 from scd.streaming.sessions import Session as Stream
@@ -46,6 +56,7 @@ class Sessions:
         clock: Callable[[], float],
         report: Callable[[str], None],
         under_way: UnderWay,
+        prompts: Prompts,
     ) -> None:
         """Begin with none.
 
@@ -55,11 +66,13 @@ class Sessions:
             clock: seconds.
             report: told what a person should know.
             under_way: gets its part of the memory.
+            prompts: embedded ones, of a world that a text steers.
 
         Raises:
             OutOfMemory: not even one session fits.
         """
         self.streams, self.config, self.clock, self.report = streams, config, clock, report
+        self.prompts = prompts
         self.num_dropped = self.num_faults = 0
         self.playing: dict[str, Session] = {}
         self.stopped: dict[str, str] = {}
@@ -149,7 +162,12 @@ class Sessions:
             sampling = with_num_steps(streams.sampling, message.steps)
         frames = _frames_of(start)
         with self._promised(name, guidance):
-            stream = streams.open(frames, _conditions_of(start), message.seed, sampling, guidance)
+            conditions = replace(
+                _conditions_of(start),
+                text=self.prompts.text(message.prompt),
+                null_text=self.prompts.nothing,
+            )
+            stream = streams.open(frames, conditions, message.seed, sampling, guidance)
             try:
                 given = self._given(start, frames)
                 return stream, History.begin(stream.rollout, given, self.reach, self.every)
@@ -163,15 +181,22 @@ class Sessions:
         engine = self.streams.engine
         encode = self.streams.world.autoencoder.encode
         latents = encode(frames[None].to(engine.device)).to(engine.dtype)[0]
-        actions = start.actions or (None,) * len(latents)
+        # Of video the newest picture of each latent frame, and the action that led to it.
+        per_latent = self.streams.world.autoencoder.config.frames_per_latent
+        actions = (start.actions or (None,) * len(frames))[::per_latent]
+        pictures = (None,) * len(latents)
+        if is_video(self.streams.world):
+            assert start.frames is not None
+            pictures = tuple(start.frames[::per_latent])
+        text = self.prompts.text(start.message.prompt)
         return [
-            KeptFrame(latent=latent[None], action=action)
-            for latent, action in zip(latents, actions, strict=True)
+            KeptFrame(latent=latent[None], action=action, text=text, picture=picture)
+            for latent, action, picture in zip(latents, actions, pictures, strict=True)
         ]
 
     def restart(self, session: Session, start: Start) -> None:
         stream, history = self._open(session.name, start)
-        session.start = start
+        session.start, session.prompt = start, start.message.prompt
         self._replace(session, stream, history)
 
     def rewind(self, session: Session, index: int) -> None:
@@ -186,7 +211,22 @@ class Sessions:
             return now.fork()
         twin = session.history.at(index)
         twin.seed, twin.sampling, twin.guidance = now.seed, now.sampling, now.guidance
+        if now.text is not None and now.text is not twin.text:
+            twin.change_text(now.text)
         return twin
+
+    def change_prompt(self, session: Session, prompt: str, recompute: bool) -> None:
+        """Let the frames of a session show something else from here on."""
+        text = self.prompts.text(prompt)
+        assert text is not None
+        if recompute:
+            self.drop(session)
+        session.rollout.change_text(text, recompute=recompute)
+        session.prompt = prompt
+        if recompute:
+            # What was kept of the memory before is of another one.
+            kept = session.history.kept
+            session.history = History.begin(session.rollout, kept, self.reach, self.every)
 
     def _replace(self, session: Session, stream: Stream, history: History) -> None:
         """Let a session go on as another stream, one generation later."""
@@ -212,7 +252,7 @@ class Sessions:
             stream = self.streams.adopt(rollout)
         history = source.history.upto(index)
         twin = Session(name, stream, source.start, history, self.clock())
-        twin.action, twin.sequence = source.action, source.sequence
+        twin.action, twin.sequence, twin.prompt = source.action, source.sequence, source.prompt
         return self._join(twin)
 
     def image(self, session: Session, history: bool = True) -> Image:

@@ -76,6 +76,8 @@ class WorldConfig:
     data: str = ""
     """Dataset whose recorded clips streams may begin with, of those held out of training; empty:
     the clips that the world carries, if any."""
+    prompt: str = ""
+    """What streams show that bring no prompt, in a world that a text steers; empty: each must."""
     port: int = 8000
     """Port to listen on; 0: any free one."""
     sessions: int = 8

@@ -21,6 +21,7 @@ from scd.common.config import differences, to_json
 from scd.common.memory import OutOfMemory
 from scd.common.runtime import make_generator
 from scd.data.clip import Conditions
+from scd.data.spaces import ConditionSpec
 from scd.engine.interface import Engine
 from scd.models.checkpoint import World
 from scd.models.config import SamplingConfig
@@ -101,12 +102,18 @@ def _second_frame(world: World, engine: Engine) -> tuple[float, ...]:
     frame = 2 * torch.rand(1, 1, 3, world.card.height, world.card.width, generator=generator) - 1
     rollout = Rollout(world, SamplingConfig(num_steps=1), engine=engine)
     actions = None if action is None else action[:, None]
-    rollout.begin(frame, Conditions(actions=actions, labels=labels), can_reset=False)
-    rollout.step(action)
+    conditions = Conditions(actions=actions, labels=labels, text=_no_text(spec))
+    rollout.begin(frame, conditions, can_reset=False)
+    rollout.step_latents(action)
     assert rollout.newest is not None
     made = rollout.newest.float().flatten().cpu()
     places = torch.linspace(0, made.numel() - 1, NUM_VALUES).long()
     return tuple(round(value, 6) for value in made[places].tolist())
+
+
+def _no_text(spec: ConditionSpec) -> Tensor | None:
+    """Return a text without words [1 l c], as it is filled up; None: no text steers a model."""
+    return torch.zeros(1, spec.text_length, spec.text_dim) if spec.has_text else None
 
 
 def _first_difference(theirs: Fingerprint, ours: Fingerprint) -> str:
@@ -507,7 +514,9 @@ def _begin(rollout: Rollout, label: int | None) -> None:
         if spec.has_actions:
             actions = torch.tensor([[spec.idle_action]]) if spec.action_dim else None
             actions = torch.zeros(1, 1, dtype=torch.long) if actions is None else actions
-    rollout.begin(frames, Conditions(actions=actions, labels=labels), can_reset=False)
+    text = _no_text(engine.config.conditions)
+    conditions = Conditions(actions=actions, labels=labels, text=text)
+    rollout.begin(frames, conditions, can_reset=False, from_nothing=True)
 
 
 def _history(parsed: Parsed, live: Rollout, place: Place, reach: int, every: int) -> History:

@@ -24,6 +24,9 @@ export class Controls {
     steps.max = Math.min(limits.max_steps, Math.max(16, 2 * world.default_steps));
     byId("guidance-field").hidden = world.guidance.length < 2;
     const kinds = { none: "off", conditions: "by action", context_noise: "by context noise" };
+    if (world.takes_prompt) kinds.conditions = world.actions.length ? "by words and action" : "by words";
+    byId("prompt-card").hidden = !world.takes_prompt;
+    byId("prompt").value ||= world.prompt ?? "";
     byId("guidance").replaceChildren(
       ...world.guidance.map((kind) => element("option", "", { value: kind }, kinds[kind] ?? kind)),
     );
@@ -50,6 +53,8 @@ export class Controls {
 
   /** Show what the server says, unless the player is just moving it. */
   follow(state) {
+    // A player who types has the word.
+    if (state.prompt && document.activeElement !== byId("prompt")) byId("prompt").value = state.prompt;
     if (performance.now() - this.touched < 600 || this.timer) return;
     byId("steps").value = state.steps;
     byId("steps-out").textContent = state.steps;
@@ -65,6 +70,8 @@ export class Controls {
     if (this.player.world.num_labels) beginning.label = Number(byId("label").value);
     const guidance = this._guidance();
     if (guidance.kind !== "none") beginning.guidance = guidance;
+    const prompt = byId("prompt").value.trim();
+    if (this.player.world.takes_prompt && prompt) beginning.prompt = prompt;
     return this.player.begin(beginning);
   }
 
@@ -138,6 +145,21 @@ export class Controls {
     byId("speed").onchange = () => {
       this.player.fps = byId("speed").value === "" ? null : Number(byId("speed").value);
       if (this.player.isRunning) this.player.run();
+    };
+    byId("prompt-form").onsubmit = async (event) => {
+      event.preventDefault();
+      const prompt = byId("prompt").value.trim();
+      if (!prompt || !this.player.world) return;
+      byId("prompt").blur();
+      byId("prompt-send").disabled = true;
+      if (this.player.take === null) await this.begin({ start: "nothing" });
+      else await this.player.set({ prompt, recompute: byId("recompute").checked });
+      byId("prompt-send").disabled = false;
+    };
+    byId("prompt").onkeydown = (event) => {
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      event.preventDefault();
+      byId("prompt-form").requestSubmit();
     };
     byId("from-nothing").onclick = () => this.begin({ start: "nothing" });
     byId("from-clip").onclick = () => this.begin({ start: "clip", clip: Number(byId("clip").value) });

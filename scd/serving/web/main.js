@@ -258,6 +258,7 @@ function veilText(link, take) {
   if (link.name === "connecting") return link.reason || "Connecting to the server";
   if (take === null && player.world?.needs_start && !player.world.clips)
     return "This world begins from a picture: choose one of yours.";
+  if (take === null && player.world?.takes_prompt) return "This world begins from words: type what it shows.";
   return take === null ? "No stream yet: begin one." : null;
 }
 
@@ -390,6 +391,7 @@ player.addEventListener("world", async () => {
   byId("goal").textContent = world.goal ? `Goal: ${world.goal}.` : "";
   byId("about").textContent = `Recordings: ${recordingKind().words}.`;
   stage.setSize(world.width, world.height);
+  stage.pace = () => player.fps;
   timeline.aspect = world.width / world.height;
   const parts = partsOf(world);
   steering.show(parts, new KeyMap(world, parts), world.action_dim > 0);

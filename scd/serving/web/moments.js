@@ -7,7 +7,7 @@ const AT_ONCE = 16;
 /** What a link says; null: this take cannot be told by one, `why` says why. */
 export function momentOf(world, take) {
   const { state, begun, changed } = take;
-  if (changed) return { why: "Steps, seed or guidance were changed on the way." };
+  if (changed) return { why: "Steps, seed, guidance or words were changed on the way." };
   if (!begun || begun.start === "upload") return { why: "It begins from a picture of yours." };
   const actions = [];
   for (let frame = state.num_given; frame <= take.newest; frame += 1) {

@@ -78,14 +78,16 @@ export class Player extends EventTarget {
     const known = this.take?.id ?? sessionStorage.getItem(REMEMBERED);
     try {
       if (known && (await this._attach(known, first))) return;
-      if (this.take === null) await this.begin(this.firstBeginning());
+      const beginning = this.take === null ? this.firstBeginning() : null;
+      if (beginning !== null) await this.begin(beginning);
     } catch (error) {
       this.tell(error);
     }
   }
 
-  /** What a new player begins with. */
+  /** What a new player begins with; null: the world wants words first. */
   firstBeginning() {
+    if (this.world.takes_prompt && !this.world.prompt) return null;
     return this.world.clips > 0 ? { start: "clip", clip: 0 } : { start: "nothing" };
   }
 
@@ -162,8 +164,8 @@ export class Player extends EventTarget {
     if (old !== null) this.pictures.clear();
     const answer = await this.ask({ type: old === null ? "create" : "reset", ...beginning });
     if (answer !== null) {
-      const { seed, steps, guidance } = answer;
-      this.take.begun = { ...beginning, seed, steps, guidance };
+      const { seed, steps, guidance, prompt } = answer;
+      this.take.begun = { ...beginning, seed, steps, guidance, ...(prompt ? { prompt } : {}) };
     }
     if (answer !== null && this.wantsRun) await this.run();
     return answer;

@@ -21,6 +21,8 @@ export class Stage {
     this.enlarger = null;
     this.queue = [];
     this.asked = 0;
+    this.pace = () => null; // pictures of video per second; null: as they come
+    this.due = 0;
     this.preview = null;
     this.painted = 0;
     this.smooth = false;
@@ -94,14 +96,27 @@ export class Stage {
   }
 
   _draw() {
+    const now = performance.now();
     this.asked = 0;
-    const entries = this.queue;
-    this.queue = [];
-    for (const { header, picture, arrived, blob } of entries) {
+    while (this.queue.length && this._isDue(now)) {
+      const { header, picture, arrived, blob } = this.queue.shift();
       if (this.preview === null) this._paint(picture, header.width, header.height);
       picture.close();
       this.drawn(header, arrived, blob, performance.now());
     }
+    if (this.queue.length) this.asked = requestAnimationFrame(() => this._draw());
+  }
+
+  // The pictures of one frame come at once, and are shown at the pace of the video; faster where
+  // the next ones wait already.
+  _isDue(now) {
+    const { header } = this.queue[0];
+    const fps = this.pace();
+    if (!(header.num_pictures > 1) || header.shown || !fps) return true;
+    if (now < this.due) return false;
+    const period = this.queue.length > header.num_pictures ? 500 / fps : 1000 / fps;
+    this.due = Math.max(this.due, now - period) + period;
+    return true;
   }
 
   _paint(picture, width, height) {

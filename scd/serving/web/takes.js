@@ -20,7 +20,7 @@ export class Take {
   update(state, keeps = false) {
     const began = this.state && state.generation !== this.state.generation;
     // From its beginning on a take is told by its actions only while all else stays as it was.
-    const how = JSON.stringify([state.seed, state.steps, state.guidance]);
+    const how = JSON.stringify([state.seed, state.steps, state.guidance, state.prompt]);
     this.changed = this.state && !(began && !keeps) ? this.changed || how !== this.how : false;
     this.how = how;
     this.state = state;

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# A tiny Wan-shaped world of a game, steered by keys and a prompt, on one core of a CPU: recorded
+# cars, an autoencoder and a text encoder of Wan's classes with random weights, teacher forcing.
+# Stop it at any time and start it again: what is done stays.
+#
+#   runs/wan_game.sh [CARS] [FOLDER]    CARS: recordings of runs/worlds/cars.sh; results in FOLDER
+#   SECONDS_TRAINED=600 runs/wan_game.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source runs/start.sh
+cars=${1:-data/cars}
+out=${2:-runs/out/wan-game}
+mkdir -p "$out"
+
+# One prompt for all: what steers this world is its keys.
+for video in "$cars"/videos/*.mp4; do
+  [ -e "${video%.mp4}.txt" ] || echo "a red car on the street" >"${video%.mp4}.txt"
+done
+
+[ -e "$out/source/wan" ] || run python examples/random_wan.py "$out/source" --num-heads 4 \
+  --head-dim 24 --ffn-dim 384 --num-layers 6 --text-dim 32 --vae-dim 4 --height 64 --width 64 \
+  --num-frames 17 --scaled-by "$cars"
+[ -d "$out/world" ] || run scd convert wan --model "$out/source/wan" --split 4,1+2 --actions "$cars" \
+  --height 64 --width 64 --text-length 16 --window 13 --num-steps 8 --dtype fp32 --copy-parts \
+  --out "$out/world"
+run scd encode "$cars" --autoencoder "$out/world" --text-encoder "$out/world" --text-length 16 \
+  --out "$out/latents" --device cpu --threads 1
+run scd train wan-tf --data "$out/latents" --initial "$out/world" --out "$out/run" \
+  --num-frames 13 --batch-size 4 --device cpu --precision fp32 --threads 1 \
+  --num-loader-workers 1 --max-steps 6000 --time-limit-s "${SECONDS_TRAINED:-3000}" \
+  --optim.lr 1e-3 --optim.warmup-steps 50 --objective.condition-dropout 0 \
+  --no-gradient-checkpointing --validate-every 300 --num-validation-clips 32 --sample-every 0 \
+  --save-every 150 --log-every 25
