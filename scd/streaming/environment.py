@@ -94,11 +94,10 @@ class Start:
         """
         if clips is None and not world.begins_from_nothing and len(world.clips):
             clips = world.clips
-        if num_given is None:
-            most = NUM_GIVEN if clips is None else min(NUM_GIVEN, clips.frames.shape[1])
-            # Of video whole latent frames are given.
-            num_given = most - (most - 1) % world.autoencoder.config.frames_per_latent
-        return Start(clips=clips, num_given=num_given)
+        most = NUM_GIVEN if clips is None else min(NUM_GIVEN, clips.frames.shape[1])
+        # Of video whole latent frames are given.
+        whole = most - (most - 1) % world.autoencoder.config.frames_per_latent
+        return Start(clips=clips, num_given=whole if num_given is None else num_given)
 
     def __post_init__(self) -> None:
         if self.clips is None:
