@@ -239,3 +239,21 @@ def test_without_peft_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r'pip install -c constraints.txt -e ".\[lora\]"'):
         add_lora(tiny_wan(1), 2, seed=0)
+
+
+def test_weights_of_actions_move_beside_additions(tmp_path, monkeypatch):
+    """No published model has them, so that low rank would leave them without effect."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    clips = write_clips(tmp_path / "clips", num_actions=3)
+    _, world = write_world(tmp_path / "made", "--actions", clips)
+    latents = encode_with(world, clips, tmp_path / "latents")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    changes = ["--lora", "2", "--optim.lr", "1e-2", "--save-every", "1"]
+    assert main(words_of(latents, world, whole, *changes, "--max-steps", "2")) == 0
+    assert main(words_of(latents, world, parts, *changes, "--max-steps", "1")) == 0
+    assert main(words_of(latents, world, parts, *changes, "--max-steps", "2")) == 0
+    assert newest(parts) == newest(whole)
+    before, after = load_world(world).model.state_dict(), load_world(whole).model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("action_embedder.pool" in name for name in moved)
+    assert not any("patch_embedding" in name or "time_proj" in name for name in moved)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from benchmarks.path_end import PathEndConfig, distances
 from scd.cli import main
 from scd.common.runlog import read_log
 from scd.data.clip import Batch, Conditions
@@ -286,6 +287,17 @@ def test_run_go_on_bit_for_bit_stream_and_start_dmd(made, tmp_path):
     assert load_world(tmp_path / "dmd").sampling == student.sampling
     (event,) = read_log(tmp_path / "dmd", "step")
     assert event["loss"] > 0
+
+
+def test_distances_from_the_end_of_the_path(made, tmp_path):
+    """None of the teacher in all its steps; of a student that is the teacher as of it in one."""
+    _, world, latents = made
+    config = PathEndConfig(
+        teacher=world, students=(world,), data=latents, frames=3, steps=6, few=(1, 6)
+    )
+    found = distances(config)
+    assert found["teacher, 6 steps"] == 0 and found["clips"] == 2
+    assert found[f"{world}, 1 step"] == pytest.approx(found["teacher, 1 steps"], rel=1e-5) != 0
 
 
 def test_a_student_in_blocks_of_three(made, tmp_path, capsys):
