@@ -17,7 +17,7 @@ from scd.models.weights import CONFIG_FILE, WEIGHTS_FILE
 WORLDS = Path(__file__).resolve().parent.parent / "worlds"
 """Folder of the worlds that come with the package."""
 
-BEST = ("cars", "doom")
+BEST = ("cars", "crafter", "doom")
 """Shipped worlds that are most worth seeing, the best first; others follow by their names."""
 
 CARD_FILE = "README.md"
