@@ -64,7 +64,7 @@ def test_a_folder_that_is_a_world_comes_before_a_shipped_name(tiny_world, tmp_pa
     [
         ("dom", r"no world 'dom'; did you mean 'doom'\? There are doom, .*folders"),
         ("doom-techer", r"did you mean 'doom-teacher'\? There are doom-teacher, doom"),
-        ("minecraft", r"no world 'minecraft'\. There are .*doom, doom-teacher"),
+        ("mnist", r"no world 'mnist'\. There are .*doom, doom-teacher"),
         ("/no/such/place", "no world '/no/such/place'"),
         ("nobody/nothing", r"no folder nobody/nothing, and the hub did not give it .*hf download"),
         ("two words/x", "no folder two words/x"),
