@@ -117,6 +117,11 @@ def additions_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace(".default.", "."): value for name, value in state.items() if _LORA(name)}
 
 
+def has_lora(names: Iterable[str]) -> bool:
+    """Tell whether a model whose weights have these names has additions."""
+    return any(_LORA(name) for name in names)
+
+
 def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of a model that has additions as those of one that has none, with the
     additions in them."""

@@ -19,6 +19,7 @@ from scd.common.files import file_aside, read_json, write_file
 from scd.common.hub import download
 from scd.common.names import refuse_unknown
 from scd.common.weights import Weights, check_fit, headers
+from scd.models.lora import has_lora, merged
 
 FORMAT = "scd-1"
 """Name and version of the layout of config.json."""
@@ -171,6 +172,13 @@ def load_weights(model: nn.Module, path: Path, device: str = "cpu") -> None:
     """
     empty = any(weight.is_meta for weight in model.parameters())
     with Weights(path, as_stored=True) as stored:
+        if has_lora(stored.names()) and not has_lora(model.state_dict()):
+            # What a training moves, as its checkpoint keeps it.
+            state = merged(stored.state_dict())
+            check_fit(model, headers(state), str(path))
+            model.load_state_dict(state, assign=empty)
+            model.to(device)
+            return
         check_fit(model, headers(stored), str(path))
         for name in stored.names():
             weight = {name: stored.get(name).to(device) if empty else stored.get(name)}

@@ -101,6 +101,9 @@ def test_train_go_on_bit_for_bit_and_stream_what_was_merged(made, tmp_path):
         torch.linalg.matrix_rank((found[name] - base[name]).float(), rtol=1e-3) for name in changed
     ]
     assert max(ranks) == 2
+    raw = load_world(whole, "raw").model.state_dict()
+    assert {name for name in base if not torch.equal(base[name], raw[name])} == changed
+    assert any(not torch.equal(raw[name], found[name]) for name in changed)
     (start,) = read_log(whole, "start")
     lora = load_file(resolve(whole) / "lora/encoder" / LORA_FILE)
     assert start["moving_parameters"] < 0.5 * start["parameters"] and lora

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.func import functional_call
 
 from benchmarks.path_end import PathEndConfig, distances
@@ -324,6 +325,20 @@ def test_a_student_in_blocks_of_three(made, tmp_path, capsys):
     other = words_of(dense, latents, tmp_path / "no", "--model.frames-per-block", "1")
     assert main(other) == 2
     assert "denoises blocks of 3 frames" in capsys.readouterr().err
+
+
+def test_products_in_bf16_on_a_fine_grid_are_warned_of(made, tmp_path, caplog):
+    """Weights stay in float32 nevertheless; on a coarse grid nothing is said."""
+    _, world, latents = made
+    words = words_of(world, latents, tmp_path / "fine", "--max-steps", "1", "--precision", "bf16")
+    assert main(words) == 0
+    assert "a grid of 48 steps" in caplog.text
+    raw = load_file(resolve(tmp_path / "fine") / "raw.safetensors")
+    assert {weight.dtype for weight in raw.values()} == {torch.float32}
+    caplog.clear()
+    words[words.index("--out") + 1] = str(tmp_path / "coarse")
+    assert main([*words, "--objective.num-grid-steps", "8"]) == 0
+    assert "grid of" not in caplog.text
 
 
 def test_what_does_not_fit_is_refused(made, tmp_path, capsys):
