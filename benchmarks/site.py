@@ -3,8 +3,8 @@
     python benchmarks/site.py SITE [RUN] --seconds 30 --minutes 10 --out FILE
 
 needs playwright and a Chromium in the PATH. First frames with an empty and with a warm cache,
-frames per second, action to drawn frame, the memory of page and worker half-way and at the end, and
-whether the oldest frame that can be gone back to is that very frame.
+frames per second, action to drawn frame, the memory of page and worker over time, and whether the
+oldest frame that can be gone back to is that very frame.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from playwright.sync_api import Page, sync_playwright
 from scd.common.config import to_json
 from scd.common.provenance import provenance, write_json
 from scd.export.serve_site import site_server
+
+FULL = 2300
+"""Frames with which the history of a site is full, a clip before them included."""
 
 START_S = 120.0
 """Seconds to wait for a first frame."""
@@ -86,6 +89,21 @@ def memory_mib(page: Page) -> float:
     return page.evaluate(code) / 2**20
 
 
+def memory_over_time(
+    page: Page, config: SiteConfig, chosen: BrowserConfig, draw: random.Random
+) -> dict[str, Any]:
+    """Play on; return frame and memory every half minute, and by how much it grows in the end."""
+    samples = []
+    until = time.perf_counter() + 60 * config.minutes
+    while time.perf_counter() < until:
+        press(page, chosen, draw, 30)
+        samples.append([frame_of(page), memory_mib(page)])
+    # Until as many frames are kept as the page keeps, memory grows.
+    full = [memory for frame, memory in samples if frame > FULL]
+    growth = full[-1] / full[0] - 1 if full else None
+    return {"memory_mib": samples, "memory_growth": growth}
+
+
 def rewound(page: Page) -> dict[str, Any]:
     """Go back as far as the page does; compare the frame with what it was when it was made."""
     page.locator("#view").focus()
@@ -134,12 +152,7 @@ def play_site(config: SiteConfig) -> dict[str, Any]:
             "decoder_ms": meter(page, "decoder"),
         }
         if config.minutes:
-            # Until as many frames are kept as the page keeps, memory grows.
-            press(page, chosen, draw, 60 * config.minutes / 2)
-            result["memory_half_mib"] = memory_mib(page)
-            press(page, chosen, draw, 60 * config.minutes / 2)
-            result["memory_end_mib"], result["frames"] = memory_mib(page), frame_of(page)
-            result |= rewound(page)
+            result |= memory_over_time(page, config, chosen, draw) | rewound(page)
         browser.close()
     return result
 
