@@ -423,7 +423,10 @@ def like_initial(config: TrainConfig, initial: str) -> TrainConfig:
     if not world["model"].takes_text:
         raise ValueError(f"{initial} is not a Wan world (scd convert wan writes one)")
     # A world that was moved together with its parts still names the place where it was made.
-    autoencoder = replace(autoencoder, source=parts_beside(initial) or autoencoder.source)
+    beside = parts_beside(initial)
+    # Absolute: the run is used from other folders than the one where it was trained.
+    source = str(Path(beside).resolve()) if beside else autoencoder.source
+    autoencoder = replace(autoencoder, source=source)
     return replace(
         config,
         initial=initial,

@@ -80,6 +80,7 @@ export class Player extends EventTarget {
       if (known && (await this._attach(known, first))) return;
       const beginning = this.take === null ? this.firstBeginning() : null;
       if (beginning !== null) await this.begin(beginning);
+      else this._changed();
     } catch (error) {
       this.tell(error);
     }
