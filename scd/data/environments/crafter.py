@@ -8,6 +8,7 @@ from typing import Any
 import crafter
 import gymnasium
 import numpy as np
+from crafter import constants
 from gymnasium.spaces import Box, Discrete
 
 STEPS_PER_S = 5
@@ -39,14 +40,14 @@ class CrafterEnv(gymnasium.Env[np.ndarray, Any]):
         items: Mapping[str, int] | None = None,
         **settings: Any,
     ) -> None:
-        self._game = crafter.Env(size=size, seed=0, **settings)
+        self._game: Any = crafter.Env(size=size, seed=0, **settings)
         self.render_mode = render_mode
         known = list(self._game.action_names)
         self.action_names = tuple(actions or known)
         self._items = dict(items or {})
         for kind, asked, names in (
             ("actions", self.action_names, known),
-            ("items", self._items, list(crafter.constants.items)),
+            ("items", self._items, list(constants.items)),  # type: ignore
         ):
             if unknown := set(asked) - set(names):
                 raise ValueError(
