@@ -3,7 +3,7 @@
     python benchmarks/action_gap.py RUN --data DATA --num-frames 13 --out FILE
 
 measures every held-out clip by itself, on the same noise under its own actions and under those of
-some others, and gives the mean rise of the loss with its 95 % bootstrap interval over clips. 0: a
+some others, and gives the mean rise of the loss with its 95 % bootstrap interval over episodes. 0: a
 model that does not listen. The trainer logs the mean over its own clips as `action_gap`.
 """
 
@@ -88,8 +88,16 @@ def measure(config: GapConfig) -> dict[str, Any]:
             rises.append(validation_loss(world.model, clean, theirs, **more)["loss"] - mine)
         own.append(mine)
         gaps.append(sum(rises) / len(rises))
-    gap = bootstrap(torch.tensor(gaps))
-    return {"clips": len(gaps), "loss": sum(own) / len(own), "gap": to_json(gap), "gaps": gaps}
+    # Clips of one episode are not independent: episodes are resampled.
+    episodes = sorted({episode for episode, _ in places})
+    by_episode = torch.tensor(gaps).view(len(episodes), config.clips_per_episode).mean(1)
+    return {
+        "clips": len(gaps),
+        "episodes": len(episodes),
+        "loss": sum(own) / len(own),
+        "gap": to_json(bootstrap(by_episode)),
+        "gaps": gaps,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,7 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"action_gap.py: {error}", file=sys.stderr)
         return 2
-    print(f"{result['clips']} clips: loss {result['loss']:.4f}, action gap {result['gap']}")
+    gap = result["gap"]
+    print(
+        f"{result['clips']} clips of {result['episodes']} episodes: loss {result['loss']:.4f}, "
+        f"action gap {gap['mean']:.6f} [{gap['ci_low']:.6f}, {gap['ci_high']:.6f}]"
+    )
     if config.out:
         write_json({"config": to_json(config), **result, **provenance()}, Path(config.out))
     return 0
