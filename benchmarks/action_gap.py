@@ -3,8 +3,8 @@
     python benchmarks/action_gap.py RUN --data DATA --num-frames 13 --out FILE
 
 measures every held-out clip by itself, on the same noise under its own actions and under those of
-some others, and gives the mean rise of the loss with its 95 % bootstrap interval over episodes. 0: a
-model that does not listen. The trainer logs the mean over its own clips as `action_gap`.
+some others, and gives the mean rise of the loss with its 95 % bootstrap interval over episodes.
+A model that does not listen has 0. The trainer logs the mean over its own clips as `action_gap`.
 """
 
 from __future__ import annotations
