@@ -143,6 +143,7 @@ ELSEWHERE = {
     "scd demo": ".ci/run does it with the README's line",
     "scd intervene": "takes a minute each: tests/probing/test_intervene.py runs them smaller",
     "scd serve runs/out/doom-64 --replicas": "starts Ray: tests/serving/test_serve_ray.py",
+    "scd convert wan --lora": "needs a file of others: tests/training/test_lora.py merges some",
     "scd distill wan-consistency": (
         "takes a minute: tests/training/test_wan_consistency.py runs it smaller"
     ),

@@ -13,6 +13,7 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
+from typing import cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -187,8 +188,10 @@ class Uploads:
         words = command(self._decode)
         with subprocess.Popen(words, stdin=PIPE, stdout=PIPE, stderr=DEVNULL) as process:
             # A thread waits for it, rather than the event loop: the loop may end first, and would
-            # leave the pipes open.
-            talk = asyncio.ensure_future(asyncio.to_thread(process.communicate, data, limit_s))
+            # leave the pipes open. It writes any buffer, whatever its type says.
+            talk = asyncio.ensure_future(
+                asyncio.to_thread(process.communicate, cast("bytes", data), limit_s)
+            )
             try:
                 pixels, _ = await asyncio.shield(talk)
             except subprocess.TimeoutExpired:
