@@ -147,6 +147,7 @@ ELSEWHERE = {
     "scd distill wan-consistency": (
         "takes a minute: tests/training/test_wan_consistency.py runs it smaller"
     ),
+    "scd distill runs/out/wan-tf": "begins from a causal start: test_wan_consistency.py does too",
     "scd distill wan-dmd": "takes a minute: tests/training/test_wan_end_to_end.py runs it smaller",
     "scd evaluate runs/out/scd-m --data minecraft:data/minecraft": (
         "needs published weights of LPIPS and FVD: tests/evaluation"
