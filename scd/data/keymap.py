@@ -18,9 +18,9 @@ from scd.data.actions import parts_of
 from scd.data.spaces import ActionPart, ConditionSpec
 
 DIRECTIONS = {
-    "up": ("forward", "up", "north", "jump"),
+    "up": ("forward", "up", "north", "gas", "accelerate", "throttle", "jump"),
     "left": ("left", "west"),
-    "down": ("back", "backward", "down", "south"),
+    "down": ("back", "backward", "down", "south", "brake"),
     "right": ("right", "east"),
 }
 """Words in the name of an action by which a direction's keys mean it; the first that a world

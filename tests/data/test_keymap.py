@@ -43,6 +43,14 @@ def test_choices_have_the_keys_of_their_names_and_the_digits_of_their_places():
     assert does(key_map, "KeyX") == ("", 0, 4.0) and does(key_map, "Mouse0") is None
 
 
+def test_a_car_is_driven_by_the_keys_of_directions():
+    names = ("nothing", "right", "left", "gas", "brake")
+    key_map = derive_key_map(ConditionSpec(num_actions=5), names)
+    for key, arrow, action in zip("DAWS", ("Right", "Left", "Up", "Down"), names[1:], strict=True):
+        wanted = ("", 0, float(names.index(action)))
+        assert does(key_map, f"Key{key}") == does(key_map, f"Arrow{arrow}") == wanted
+
+
 def test_keys_and_a_mouse_share_the_controls():
     key_map = derive_key_map(COMPOSITE, NAMES)
     for entry, letter in enumerate("WASD"):
