@@ -70,7 +70,7 @@ MAX_LINES = 600
 SCREEN_LINES = 60
 """Lines of a function's body that fit a screen."""
 
-SKIPPED_FOLDERS = {"__pycache__", ".git", ".venv", "build", "dist", "data", "demo", "out"}
+SKIPPED_FOLDERS = {".git", ".venv", "build", "dist", "data", "demo", "out"}
 KEPT_PLACES = {ROOT / "scd", ROOT / "tests"}
 """Where folders of these names are rooms."""
 
@@ -83,7 +83,7 @@ def files_below(folder: Path, suffix: str = "") -> list[Path]:
         folders[:] = sorted(
             name
             for name in folders
-            if not name.endswith((".egg-info", "_cache"))
+            if not name.endswith((".egg-info", "_cache", "__pycache__"))
             and not (name in SKIPPED_FOLDERS and here not in KEPT_PLACES)
         )
         found += [here / name for name in sorted(names) if name.endswith(suffix)]

@@ -168,7 +168,9 @@ def open_service(
 
 def world_folder(config: ServeConfig) -> Path:
     """Return the folder of the world that is served (OSError: there is none)."""
-    return Path(config.run) if config.run else shipped_world()
+    folder = Path(config.run) if config.run else shipped_world()
+    resolve(folder)
+    return folder
 
 
 def host_config(config: ServeConfig, evict_dir: Path | None, num_given: int = 0) -> HostConfig:

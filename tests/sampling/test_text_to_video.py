@@ -156,13 +156,6 @@ def test_what_is_refused(run, source, folder, tmp_path, capsys):
     assert "none.png" in refused(words, capsys)
 
 
-@pytest.mark.parametrize("engine", ["fast", "plain"])
-def test_a_run_with_text_is_neither_served_nor_played(run, capsys, engine):
-    for words in (["serve", run], ["play", run, "--no-browser"]):
-        said = refused([*words, "--port", "0", "--engine", engine], capsys)
-        assert "is steered by a text" in said and f"scd sample {run} --prompt" in said
-
-
 def test_a_run_without_text_takes_no_prompt(tmp_path, capsys):
     card = DataCard(height=4, width=6, fps=8.0, conditions=ACTIONS, action_names=tuple("abcd"))
     pixels = PixelAutoencoder(PixelConfig())

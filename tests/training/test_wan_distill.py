@@ -415,7 +415,7 @@ def test_a_world_of_actions_is_no_student(wan, prompts, capsys):
         ({"critic_start": "student"}, "critic_start='teacher'"),
         ({"num_given_frames": 1}, "num_given_frames=0"),
         ({"method": "gan", "guidance": 1.0}, "method 'dmd' or 'sid'"),
-        ({"view": "causal", "critic_model": "a"}, "critic_model has no effect"),
+        ({"view": "causal", "critic_model": "a"}, "critic_model, critic_lora have no effect"),
     ],
 )
 def test_settings_that_do_not_go_together(changes, message):
