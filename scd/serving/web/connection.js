@@ -3,6 +3,8 @@
 // Protocol: docs/serving.md. Events: welcome, state, frame, stopped, evicted, problem, status.
 
 const VERSION = 1;
+// Of JPEG. Small frames are shown large, and with less one sees waves around what is small in them.
+const QUALITY = 97;
 const RETRY_MS = [300, 700, 1500, 3000, 5000];
 const FINAL = {
   1009: "A message was too large for the server.",
@@ -51,7 +53,13 @@ export class Connection extends EventTarget {
     socket.binaryType = "arraybuffer";
     this.socket = socket;
     socket.onopen = () =>
-      this.ask({ type: "hello", version: VERSION, token: this.token, codec: this.codec }).then(
+      this.ask({
+        type: "hello",
+        version: VERSION,
+        token: this.token,
+        codec: this.codec,
+        quality: QUALITY,
+      }).then(
         (welcome) => this._emit("welcome", welcome),
         (error) => {
           if (!(error instanceof Lost)) this._emit("problem", error);
