@@ -267,7 +267,9 @@ class TrainedInverseDynamics:
     def check_fit(self, card: DataCard, data: str) -> None:
         """Refuse frames, speeds and actions of another kind than it was trained on (ValueError)."""
         ours, theirs = to_json(self.card), to_json(card)
-        other = [name for name in ours if ours[name] != theirs[name]]
+        # How frames are shown, and by which keys they were steered, changes nothing that it sees.
+        for_players = ("pixel_art", "key_map")
+        other = [name for name in ours if ours[name] != theirs[name] and name not in for_players]
         if other:
             raise ValueError(
                 f"the inverse dynamics model was trained on data with other {', '.join(other)}: "

@@ -230,6 +230,13 @@ def test_a_judge_of_other_data_is_refused(run, folder, tmp_path, toy_source, cap
     assert "inverse dynamics model was trained on data with other fps: {'fps': 5.0}" in errors
 
 
+def test_what_is_said_to_players_makes_no_other_data(toy_source):
+    card = toy_source.card
+    untrained(card).check_fit(replace(card, pixel_art=True, key_map=card.keys), "clips")
+    with pytest.raises(ValueError, match="other fps:"):
+        untrained(card).check_fit(replace(card, fps=2 * card.fps, pixel_art=True), "clips")
+
+
 def test_rows_are_the_judge_read_by_hand(tiny_world, toy_source, tmp_path):
     judge = untrained(toy_source.card)
     protocol = Protocol(context=2, horizon=5, num_clips=9, batch_size=5, memory=False)
