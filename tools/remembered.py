@@ -12,7 +12,6 @@ one in eight. FILE.png is the plot. What is trained stays in `--runs`: the same 
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import gymnasium
 import numpy as np
 import torch
 import tyro
+from decide import run
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -124,9 +124,7 @@ def train(kind: str, steps: int, seed: int, data: Path, folder: Path) -> None:
     """Train one kind, or go on where it was interrupted (ValueError: the command failed)."""
     words = ["train", *KINDS[kind].split(), *FLAGS.split(), "--data", str(data)]
     words += ["--max-steps", str(steps), "--seed", str(seed), "--out", str(folder)]
-    print("scd", *words, flush=True)
-    if status := subprocess.run([sys.executable, "-m", "scd", *words], check=False).returncode:
-        raise ValueError(f"scd train ended with status {status}")
+    run(words)
 
 
 @torch.no_grad()

@@ -318,8 +318,7 @@ WAN_OPTIM = OptimConfig(
 )
 """How the student's weights move."""
 
-WAN_CONSISTENCY = TrainConfig(
-    max_steps=3000,
+_WAN_STUDENT = TrainConfig(
     batch_size=1,
     num_frames=21,
     num_accumulation=8,
@@ -327,10 +326,17 @@ WAN_CONSISTENCY = TrainConfig(
     gradient_checkpointing=True,
     ema_decay=0.99,
     validate_every=0,
-    sample_every=500,
-    save_every=500,
     num_validation_clips=1,
     model=WanSeparableConfig(),
+    optim=WAN_OPTIM,
+)
+"""What both stages of a student share: 8 clips to a step, of 81 frames of video."""
+
+WAN_CONSISTENCY = replace(
+    _WAN_STUDENT,
+    max_steps=3000,
+    sample_every=500,
+    save_every=500,
     objective=ConsistencyConfig(
         guidance=3.0,
         num_grid_steps=48,
@@ -343,25 +349,16 @@ WAN_CONSISTENCY = TrainConfig(
         condition_dropout=0.0,
         min_spread=0.1,
     ),
-    optim=WAN_OPTIM,
 )
 """The causal start of a student of few steps: Causal-Forcing's numbers. One step of the teacher on
 a grid of 48, target the student's average, 3,000 steps or more of 8 clips to a card."""
 
-WAN_DMD = TrainConfig(
+WAN_DMD = replace(
+    _WAN_STUDENT,
     max_steps=120,
-    batch_size=1,
-    num_frames=21,
-    num_accumulation=8,
-    precision="auto",
-    gradient_checkpointing=True,
-    ema_decay=0.99,
-    validate_every=0,
     sample_every=20,
     save_every=20,
     log_every=1,
-    num_validation_clips=1,
-    model=WanSeparableConfig(),
     objective=MatchConfig(
         view="bidirectional",
         guidance=4.0,
@@ -371,7 +368,6 @@ WAN_DMD = TrainConfig(
         min_spread=0.1,
         critic=replace(WAN_OPTIM, lr=4e-7),
     ),
-    optim=WAN_OPTIM,
 )
 """Preset "wan" of a distillation: Self-Forcing's numbers. Its 600 updates of the critic are 120
 steps of ours, five of the critic and one of the student each; 8 clips to a step on each of 8 cards
