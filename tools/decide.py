@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ import tyro
 from claims import CLAIMS, LOWER_IS_BETTER, Claim
 from pairs import compare
 
+from scd.cli import main as scd
 from scd.common.config import at_least
 from scd.common.names import known
 from scd.common.provenance import command, write_json
@@ -59,16 +59,19 @@ class World:
 SMALL = (
     "--model.block.width 96 --model.block.head-dim 48 --model.block.rotary-axes 12 18 18 "
     "--num-frames 12 --batch-size 4 --objective.history-noise 0 --validate-every 200 "
-    "--sample-every 0 --threads 1"
+    "--sample-every 0 --threads 1 --num-loader-workers 1 --precision fp32 --optim.lr 0.003 "
+    "--optim.muon-lr 0.03"
 )
+"""Of all models. Rates of three times the preset's: with its own the action gap after 500 steps of
+the toy world is 0.018, with these 0.026."""
 
 WORLDS = {
     "toy": World(
         data="toy:32",
         record="",
-        steps=1600,
+        steps=600,
         model=SMALL,
-        protocol="--context 4 --horizon 16 --num-clips 128 --batch-size 32 --no-memory",
+        protocol="--context 4 --horizon 8 --num-clips 128 --batch-size 32 --no-memory",
     ),
     "lake": World(
         data="{out}/data",
@@ -151,11 +154,14 @@ def training(world: World, kind: str, seed: int, data: str, folder: Path) -> lis
 
 
 def run(words: Sequence[str]) -> None:
-    """Run one command of scd to its end (ValueError: it failed)."""
+    """Run one command of scd to its end, in this process, since imports cost seconds each time.
+
+    Raises:
+        ValueError: it failed.
+    """
     print("scd", *words, flush=True)
-    done = subprocess.run([sys.executable, "-m", "scd", *words], check=False)
-    if done.returncode:
-        raise ValueError(f"scd {words[0]} ended with status {done.returncode}")
+    if status := scd(words):
+        raise ValueError(f"scd {words[0]} ended with status {status}")
 
 
 def measure(world: World, kind: str, seed: int, config: DecideConfig, out: Path) -> dict[str, Any]:
