@@ -199,3 +199,29 @@ def _line(claim: Claim, found: Mapping[str, Any], times: Mapping[str, Any]) -> l
     timed = claim.of in over and claim.against in over
     time = f"{over[claim.of] / over[claim.against]:.2f}" if timed else ""
     return [claim.name, claim.said, *cells, time, verdict(claim, rows)]
+
+
+def decided(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return one row per claim and world that tools/decide.py went into."""
+    lines = []
+    for result in sorted(results.values(), key=lambda one: [*_NUMBERS].index(one["claim"])):
+        claim = CLAIMS[_NUMBERS[result["claim"]]]
+        rows = {(row["metric"], row["horizon"]): row for row in result["compared"]["rows"]}
+        measured = [rows[key] for key in (("psnr", 1), ("psnr", 8), ("ssim", 8))]
+        heard = min(result["listens"].values())
+        lines.append(
+            [
+                claim.name,
+                claim.said,
+                result["world"],
+                str(result["seeds"]),
+                *(difference(row) for row in measured),
+                f"{heard:.2f} dB",
+                result["verdict"],
+            ]
+        )
+    head = ["", "the paper", "world", "seeds", "PSNR +1", "PSNR +8", "SSIM +8", "least hearing"]
+    return markdown([*head, "verdict"], lines)
+
+
+_NUMBERS = {claim.name: number for number, claim in enumerate(CLAIMS)}

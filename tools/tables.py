@@ -17,6 +17,7 @@ A marker says what stands below it; the pages show no other measured numbers:
     <!-- table: pairs of NAME -->
     <!-- table: ablations of NAME -->
     <!-- table: claims of NAME NAME ... -->
+    <!-- table: decided of NAME NAME ... -->
     <!-- table: autoencoders of NAME NAME ... -->
     <!-- table: loading of NAME NAME ... -->
     <!-- table: few_steps of NAME NAME ... -->
@@ -31,10 +32,10 @@ A marker says what stands below it; the pages show no other measured numbers:
 
 NAME is a result file without its ending, written by `scd evaluate`, `scd demo` (report.json),
 tools/curves.py (runs), tools/pairs.py (pairs), tools/ablations.py (ablations, claims),
-tools/few_steps.py (few_steps, drift), tools/probes.py (probes), `scd train-autoencoder`
-(held_out.json), `scd intervene` (intervention.json), the scripts in benchmarks/ (stream, recording,
-updates, played, loads, loading), `scd bench` and `scd bench compare`, whose files hold one result
-per line (.jsonl).
+tools/decide.py (decided), tools/few_steps.py (few_steps, drift), tools/probes.py (probes),
+`scd train-autoencoder` (held_out.json), `scd intervene` (intervention.json), the scripts in
+benchmarks/ (stream, recording, updates, played, loads, loading), `scd bench` and `scd bench
+compare`, whose files hold one result per line (.jsonl).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from typing import Any
 
 from ablations import ablations
 from cells import interval, markdown, millions, milliseconds
-from claims import claims
+from claims import claims, decided
 from clips import autoencoders, loading
 from few_steps import drift, few_steps, updates
 from probes import probes
@@ -88,7 +89,7 @@ def render(page: str, folder: Path) -> str:
 
 def table(request: str, folder: Path) -> str:
     """Return the table that a marker asks for; see the module."""
-    if found := re.fullmatch(r"quality of ([\w\- ]+), (\w+) at ([\d ]+)", request):
+    if found := re.fullmatch(r"quality of ([\w\-. ]+), (\w+) at ([\d ]+)", request):
         horizons = [int(horizon) for horizon in found[3].split()]
         return quality(read_results(found[1], folder), found[2], horizons)
     makers = {
@@ -103,6 +104,7 @@ def table(request: str, folder: Path) -> str:
         "pairs": pairs,
         "ablations": ablations,
         "claims": claims,
+        "decided": decided,
         "autoencoders": autoencoders,
         "loading": loading,
         "few_steps": few_steps,
@@ -114,7 +116,7 @@ def table(request: str, folder: Path) -> str:
         "intervention": lambda results: intervention(*results.values()),
         "origin": origin,
     }
-    found = re.fullmatch(r"(\w+) of ([\w\- ]+)", request)
+    found = re.fullmatch(r"(\w+) of ([\w\-. ]+)", request)
     if found and found[1] in makers:
         return makers[found[1]](read_results(found[2], folder))
     raise ValueError(f"no table is called {request!r}")

@@ -78,6 +78,26 @@ def test_claims_are_between_known_kinds_and_have_names_of_their_own():
     assert len({decide.slug(claim) for claim in claims.CLAIMS}) == len(claims.CLAIMS)
 
 
+def test_the_table_has_a_row_for_each_result_in_the_order_of_the_claims():
+    def result(claim, world, low):
+        rows = [row(low, low + 1, metric, at) for metric in ("psnr", "ssim") for at in (1, 8)]
+        return {
+            "claim": claim.name,
+            "world": world,
+            "seeds": 5,
+            "compared": {"rows": rows},
+            "listens": {"a-0": 1.5, "b-0": 0.25},
+            "verdict": "agrees",
+        }
+
+    made = claims.decided(
+        {"x": result(claims.CLAIMS[1], "toy", 2.0), "y": result(MAIN, "lake", 0.5)}
+    )
+    first, second = made.splitlines()[2:]
+    assert first.startswith(f"| {MAIN.name} |") and "| lake | 5 | +1.00 [+0.50, +1.50] |" in first
+    assert second.startswith(f"| {claims.CLAIMS[1].name} |") and "| 0.25 dB | agrees |" in second
+
+
 @pytest.mark.slow
 def test_pairs_are_trained_measured_and_kept(tmp_path, monkeypatch):
     tiny = decide.World(
