@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -161,7 +162,7 @@ def load(config: LoadConfig) -> dict[str, Any]:
     return {
         "settings": to_json(config),
         "counts": dict(sorted(tally.counts.items())),
-        "faults": tally.faults[:20],
+        "faults": dict(Counter(fault[:100] for fault in tally.faults).most_common(20)),
         "num_faults": len(tally.faults),
         "stood_still_s": round(NOW.still_s, 1),
         "faults_after_standing_still": tally.still[:20],

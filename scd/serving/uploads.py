@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
 from typing import cast
@@ -32,6 +32,9 @@ AT_ONCE, WAITING = 2, 8
 START_S = 10.0
 """Seconds that a decoder may take to start on a busy machine."""
 
+YOUNG_S = 30.0
+"""Seconds for which an upload that nobody has begun from is not dropped for another's sake."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
@@ -39,12 +42,17 @@ class Upload:
 
     frames: UInt8[np.ndarray, "t h w 3"]
     """In the size of the world."""
-    expires_s: float
-    """When it is dropped, on the monotonic clock."""
+    made_s: float
+    """When it was decoded, on the monotonic clock."""
+    is_used: bool = False
+    """Whether somebody has begun from it."""
 
 
 class Uploads:
     """Decoded uploads by id: `add`, then `frames` any number of times until they expire.
+
+    Where there is no more room the oldest are dropped before their time, those that somebody has
+    begun from first, so that nobody is locked out by what others have left.
 
     For one event loop.
     """
@@ -97,10 +105,10 @@ class Uploads:
         """
         if self._num_inside >= AT_ONCE + WAITING:
             raise ServeError("too_many_uploads", "other uploads are decoded: try again shortly")
-        if len(self) + self._num_inside >= self._limits.max_uploads:
+        if not self._make_room(self._limits.max_uploads - self._num_inside - 1, sys.maxsize):
             raise ServeError(
                 "too_many_uploads",
-                f"{self._limits.max_uploads} uploads are kept already: try again later",
+                f"{self._limits.max_uploads} uploads are kept already: try again in {YOUNG_S:g} s",
             )
 
     async def add(self, data: bytes | bytearray) -> tuple[str, int]:
@@ -126,26 +134,41 @@ class Uploads:
         finally:
             self._num_inside -= 1
         identity = secrets.token_urlsafe(16)
-        expires_s = time.monotonic() + self._limits.upload_kept_s
+        made_s = time.monotonic()
         if self._shared is not None:
             await asyncio.to_thread(self._share, self._shared, identity, frames)
-        self._keep(identity, frames, expires_s)
+        self._keep(identity, frames, made_s)
         return identity, len(frames)
 
-    def _keep(self, identity: str, frames: np.ndarray, expires_s: float) -> None:
+    def _keep(self, identity: str, frames: np.ndarray, made_s: float) -> None:
         """Keep frames, counted until nobody has them (ServeError: there is no room for them)."""
-        self._drop_expired()
         most = self._under_way.budget // 2
-        kept = sum(one.frames.nbytes for one in self._kept.values())
-        if kept + frames.nbytes > most:
+        if not self._make_room(sys.maxsize, most - frames.nbytes):
             raise ServeError(
                 "too_many_uploads",
-                f"{readable(frames.nbytes)} of frames do not fit beside {readable(kept)} of "
-                f"{readable(most)} that are kept already: try again later",
+                f"{readable(frames.nbytes)} of frames do not fit beside {readable(self._bytes())} "
+                f"of {readable(most)} that are kept already: try again in {YOUNG_S:g} s",
             )
         self._under_way.take(frames.nbytes)
         weakref.finalize(frames, self._under_way.give, frames.nbytes)
-        self._kept[identity] = Upload(frames=frames, expires_s=expires_s)
+        self._kept[identity] = Upload(frames=frames, made_s=made_s)
+
+    def _bytes(self) -> int:
+        return sum(one.frames.nbytes for one in self._kept.values())
+
+    def _make_room(self, count: int, num_bytes: int) -> bool:
+        """Drop until so many uploads of so many bytes are left; tell whether that was possible."""
+        self._drop_expired()
+        young_s = time.monotonic() - YOUNG_S
+        old = [name for name, one in self._kept.items() if one.is_used or one.made_s < young_s]
+        old.sort(key=lambda name: (not self._kept[name].is_used, self._kept[name].made_s))
+        for name in old:
+            if len(self._kept) <= count and self._bytes() <= num_bytes:
+                break
+            del self._kept[name]
+            if self._shared is not None:
+                (self._shared / f"{name}.npy").unlink(missing_ok=True)
+        return len(self._kept) <= count and self._bytes() <= num_bytes
 
     def _share(self, folder: Path, identity: str, frames: np.ndarray) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +189,9 @@ class Uploads:
             self._fetch(self._shared, identity)
         if identity not in self._kept:
             raise ServeError("unknown_upload", "no such upload, or it has expired: send it anew")
-        return self._kept[identity].frames
+        upload = self._kept[identity]
+        self._kept[identity] = replace(upload, is_used=True)
+        return upload.frames
 
     def _fetch(self, folder: Path, identity: str) -> None:
         """Take what another server has put there, if it has not expired."""
@@ -175,12 +200,12 @@ class Uploads:
             left_s = path.stat().st_mtime + self._limits.upload_kept_s - time.time()
             if path.stem == identity and left_s > 0:
                 frames = np.load(path, allow_pickle=False)
-                expires_s = time.monotonic() + left_s
-                self._keep(identity, frames, expires_s)
+                made_s = time.monotonic() + left_s - self._limits.upload_kept_s
+                self._keep(identity, frames, made_s)
 
     def _drop_expired(self) -> None:
-        now = time.monotonic()
-        self._kept = {name: one for name, one in self._kept.items() if one.expires_s > now}
+        first_s = time.monotonic() - self._limits.upload_kept_s
+        self._kept = {name: one for name, one in self._kept.items() if one.made_s > first_s}
 
     async def _decoded(self, data: bytes | bytearray) -> np.ndarray:
         # Twice: the limit is of processor time, and others may use the processor too.

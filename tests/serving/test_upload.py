@@ -24,6 +24,7 @@ from PIL import Image
 
 from scd.data.video import write_video
 from scd.serving import uploads as kept_uploads
+from scd.serving.admission import UnderWay
 from scd.serving.decode import DecodeLimits, Refused, command, container_of, decode
 from scd.serving.messages import ServeError
 from scd.serving.settings import ClientLimits
@@ -185,10 +186,46 @@ def test_uploads_are_decoded_elsewhere_and_kept_by_id(tmp_path: Path):
         second, num_video = await kept.add(video(tmp_path / "a.mp4", 12))
         assert (num_frames, num_video, len(kept)) == (1, 6, 2) and len(first) > 16
         assert (kept.frames(first) == decode(picture(64, 64), LIMITS)).all()
-        with pytest.raises(ServeError, match="kept already"):
-            await kept.add(picture())
         with pytest.raises(ServeError, match="no such upload"):
             kept.frames("../../etc/passwd")
+
+    asyncio.run(scenario())
+
+
+def test_what_others_left_locks_nobody_out(monkeypatch):
+    async def scenario():
+        kept = uploads(max_uploads=2)
+        names = [(await kept.add(picture()))[0] for _ in range(2)]
+        with pytest.raises(ServeError, match="kept already: try again in 30 s"):
+            await kept.add(picture())
+        # Who has begun has what was sent; who has not is waited for, for a while.
+        kept.frames(names[1])
+        third, _ = await kept.add(picture())
+        assert kept.frames(names[0]).shape == (1, 16, 16, 3)
+        with pytest.raises(ServeError, match="no such upload"):
+            kept.frames(names[1])
+        monkeypatch.setattr(kept_uploads, "YOUNG_S", 0.0)
+        fourth, _ = await kept.add(picture())
+        fifth, _ = await kept.add(picture())
+        assert len(kept) == 2
+        assert len(kept.frames(fourth)) == len(kept.frames(fifth)) == 1
+        with pytest.raises(ServeError, match="no such upload"):
+            kept.frames(third)
+
+    asyncio.run(scenario())
+
+
+def test_room_in_bytes_is_made_by_dropping_what_was_begun_from():
+    async def scenario():
+        one = 16 * 16 * 3
+        kept = Uploads(16, 16, 10.0, ClientLimits(), under_way=UnderWay(2 * 2 * one))
+        first, _ = await kept.add(picture())
+        await kept.add(picture())
+        with pytest.raises(ServeError, match="do not fit beside"):
+            await kept.add(picture())
+        kept.frames(first)
+        await kept.add(picture())
+        assert len(kept) == 2
 
     asyncio.run(scenario())
 
