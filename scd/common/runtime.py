@@ -21,6 +21,7 @@ from scd.common.config import (
     StreamPrecisionChoice,
     Threads,
 )
+from scd.common.cores import num_cores
 from scd.common.files import text_lines
 
 STREAM_DTYPES: dict[str, torch.dtype] = {
@@ -191,13 +192,6 @@ def describe_hardware() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def num_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _cpu_model() -> str:

@@ -37,6 +37,9 @@ REFUSED = 3
 ROUNDED = 0.01
 """Part of a frame by which the times of a file may be off: they are rounded."""
 
+NICER = 10
+"""By how much its priority is lower than the server's."""
+
 MEMORY_BYTES = 3 * 2**30
 """Address space of the process: libraries, and some pictures of the largest size."""
 
@@ -204,6 +207,8 @@ def main(arguments: list[str]) -> int:
     limits = DecodeLimits(**json.loads(arguments[0]))
     if limits.parent:
         end_with(limits.parent)
+    # Frames of streams go first.
+    os.nice(NICER)
     # Both import parts of themselves when a file wants them, and then no module can be opened.
     Image.init()
     for module in pkgutil.walk_packages(av.__path__, "av."):

@@ -192,6 +192,12 @@ def test_uploads_are_decoded_elsewhere_and_kept_by_id(tmp_path: Path):
     asyncio.run(scenario())
 
 
+def test_the_decoder_starts_without_torch():
+    code = "import sys, scd.serving.decode; print('torch' in sys.modules)"
+    words = [sys.executable, "-c", code]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 def test_what_others_left_locks_nobody_out(monkeypatch):
     async def scenario():
         kept = uploads(max_uploads=2)
