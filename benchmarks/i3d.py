@@ -56,15 +56,16 @@ def ours(path: str, threads: int) -> dict[str, float]:
     """Return seconds and memory of our features of clips in a file."""
     torch.set_num_threads(threads)
     network = cached_i3d("tf-hub", torch.device("cpu"))
-    videos = np.load(path, mmap_mode="r")
+    num_clips = len(np.load(path, mmap_mode="r"))
 
     def features(index: int) -> torch.Tensor:
-        clip = torch.from_numpy(np.ascontiguousarray(videos[index : index + 1]))
+        # Opened anew, since what is read of a mapped file counts as memory until it is closed.
+        clip = torch.from_numpy(np.load(path, mmap_mode="r")[index : index + 1].copy())
         return network.features(clip.permute(0, 1, 4, 2, 3))
 
     features(0)
     began, before = time.perf_counter(), time.process_time()
-    found = torch.cat([features(index) for index in range(len(videos))])
+    found = torch.cat([features(index) for index in range(num_clips)])
     seconds, processor = time.perf_counter() - began, time.process_time() - before
     gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {

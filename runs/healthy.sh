@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A good run and three bad ones, for docs/healthy-runs.md: four trainings of a minute or two each on
+# A good run and three bad ones, for docs/healthy-runs.md: four trainings of some minutes each on
 # one core, on a frozen lake without holes, where nothing moves but by the actions. Stop it at any
 # time and start it again: what is done stays.
 #
@@ -27,5 +27,5 @@ one good "$data"
 one rate "$data" --optim.muon-lr 0.3 --optim.lr 0.05
 one late-run "$out/late"
 one noise "$data" --objective.history noisy --objective.clean-fraction 0
-python tools/healthy.py draw good="$out/good" rate_too_high="$out/rate" \
+python tools/healthy.py draw "$data" good="$out/good" rate_too_high="$out/rate" \
   actions_one_late="$out/late-run" noisy_histories="$out/noise"

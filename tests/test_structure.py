@@ -235,6 +235,16 @@ def test_only_the_attention_files_call_the_fused_kernels():
     assert callers == {"models.attention", "engine.layers", "probing.intercept"}
 
 
+def test_files_of_tensors_are_written_where_a_full_disk_is_an_os_error():
+    """safetensors has an error of its own for it, which is none, nor a ValueError."""
+    modules = [
+        name_of(path)
+        for path in source_files()
+        if re.search(r"^from safetensors.* import .*save", path.read_text("utf-8"), re.MULTILINE)
+    ]
+    assert modules == ["common.weights"]
+
+
 def is_av(call: ast.Call) -> bool:
     """Whether it opens a video."""
     return isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "av"

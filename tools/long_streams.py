@@ -7,7 +7,9 @@ of its KV cache and each `--observe-every`: a true frame is put in every so many
 Each part of 100 frames is compared with the true frames: sharpness and contrast, with `--judge`
 action accuracy and the Frechet distance of its features, with `--fvd` FVD of clips of 16 frames
 (scd weights i3d). Recordings are played one after another; where one ends the next begins, which a
-stream learns only by being shown. FILE.png is the plot.
+stream learns only by being shown. "recordings" are as many other ones, measured in the same way:
+what a stream that loses nothing would get, which for a distance of so few clips is far from 0.
+FILE.png is the plot.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
+from cells import markdown
 from jaxtyping import Float
 from torch import Tensor
 
@@ -147,39 +150,46 @@ def streamed(
     return torch.stack(made, dim=1)
 
 
-def measured(
-    made: Tensor,
-    true: Tensor,
-    before: Tensor,
-    actions: Tensor | None,
-    judge: TrainedInverseDynamics | None,
-    i3d: I3d | None,
-) -> dict[str, Estimate]:
-    """Return the metrics of one part of all streams; `before` is the frame before it."""
-    found = drift_estimates(drift_statistics(made), drift_statistics(true))
-    del found["brightness"]
-    if judge is not None and actions is not None:
-        network = judge.network
-        one, other = pairs(torch.cat([before[:, None], made], 1))
-        ours = network.features(one, other)
-        of_parts = network.errors(ours, actions.flatten(0, 1))
-        errors = of_parts.mean(1).unflatten(0, made.shape[:2])
-        name = "control" if judge.card.conditions.num_actions else "control_error"
-        right = errors if name == "control_error" else 1 - errors
-        found[name] = bootstrap(right.mean(1))
-        theirs = network.features(*pairs(true))
-        found["frechet_own"] = _without_interval(frechet_of_sets(ours, theirs))
-    if i3d is not None and made.shape[1] >= FVD_FRAMES:
-        sides = [
-            i3d.features(
-                side[:, : side.shape[1] // FVD_FRAMES * FVD_FRAMES].reshape(
-                    -1, FVD_FRAMES, *side.shape[2:]
-                )
-            )
-            for side in (made, true)
-        ]
-        found["fvd"] = _without_interval(frechet_of_sets(*sides))
-    return found
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What parts of streams are compared with, and by what."""
+
+    true: Recorded
+    judge: TrainedInverseDynamics | None
+    i3d: I3d | None
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    """Features of the true clips by the first frame of a part; each is compared many times."""
+
+    def part(
+        self, frames: Float[Tensor, "b t 3 h w"], actions: Tensor | None, part: slice
+    ) -> dict[str, Estimate]:
+        """Return the metrics of one part of streams, which were steered by these actions."""
+        made, true = frames[:, part], self.true.frames[:, part]
+        found = drift_estimates(drift_statistics(made), drift_statistics(true))
+        del found["brightness"]
+        if self.judge is not None and actions is not None:
+            network = self.judge.network
+            # From the frame before it on.
+            ours = network.features(*pairs(frames[:, part.start - 1 : part.stop]))
+            of_parts = network.errors(ours, actions[:, part].flatten(0, 1))
+            errors = of_parts.mean(1).unflatten(0, made.shape[:2])
+            name = "control" if self.judge.card.conditions.num_actions else "control_error"
+            right = errors if name == "control_error" else 1 - errors
+            found[name] = bootstrap(right.mean(1))
+            theirs = network.features(*pairs(true))
+            found["frechet_own"] = _without_interval(frechet_of_sets(ours, theirs))
+        if self.i3d is not None and len(made) * (made.shape[1] // FVD_FRAMES) > 1:
+            if part.start not in self.kept:
+                self.kept[part.start] = self.i3d.features(short_clips(true))
+            ours = self.i3d.features(short_clips(made))
+            found["fvd"] = _without_interval(frechet_of_sets(ours, self.kept[part.start]))
+        return found
+
+
+def short_clips(frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "_ 16 3 h w"]:
+    """Cut streams into the clips of FVD, one after another; the rest is left out."""
+    whole = frames[:, : frames.shape[1] // FVD_FRAMES * FVD_FRAMES]
+    return whole.reshape(-1, FVD_FRAMES, *frames.shape[2:])
 
 
 def _without_interval(value: Tensor) -> Estimate:
@@ -192,12 +202,15 @@ def long_streams(config: StreamsConfig) -> dict[str, Any]:
     """Stream with every memory and every repair, and measure the parts."""
     source = open_source(config.data, config.split)
     check_fit(load_world(config.run), source.card, config.data)
-    true = recorded(source, config.streams, config.context + config.frames, config.seed)
+    length = config.context + config.frames
+    true = recorded(source, config.streams, length, config.seed)
     judge = load_inverse_dynamics(config.judge) if config.judge else None
     if judge is not None:
         judge.check_fit(source.card, config.data)
     i3d = cached_i3d("tf-hub", torch.device("cpu")) if config.fvd else None
-    rows: list[dict[str, Any]] = []
+    measured = Measured(true=true, judge=judge, i3d=i3d)
+    others = recorded(source, config.streams, length, config.seed + 1)
+    rows = rows_of(others.frames, others.conditions.actions, config, "recordings", measured)
     for cache in config.caches or ("",):
         for every in config.observe_every:
             world = with_cache(load_world(config.run), cache)
@@ -205,30 +218,26 @@ def long_streams(config: StreamsConfig) -> dict[str, Any]:
             now = world.model.config.cache
             name = f"window {now.window}, sinks {now.num_sinks}"
             name += f", observe every {every}" if every else ""
-            rows += rows_of(made, true, config, name, judge, i3d)
+            whole = torch.cat([true.frames[:, : config.context], made], dim=1)
+            rows += rows_of(whole, true.conditions.actions, config, name, measured)
             print(f"{name}: {made.shape[1]} frames", flush=True)
     return {"rows": rows} | provenance()
 
 
 def rows_of(
-    made: Tensor,
-    true: Recorded,
+    frames: Float[Tensor, "b t 3 h w"],
+    actions: Tensor | None,
     config: StreamsConfig,
     name: str,
-    judge: TrainedInverseDynamics | None,
-    i3d: I3d | None,
+    measured: Measured,
 ) -> list[dict[str, Any]]:
     """Return the rows of one set of streams, at the last frame of each part."""
-    whole = torch.cat([true.frames[:, : config.context], made], dim=1)
-    actions, rows = true.conditions.actions, []
-    for first in range(config.context, whole.shape[1], config.part):
-        part = slice(first, first + config.part)
-        of_part = None if actions is None else actions[:, part]
-        found = measured(
-            whole[:, part], true.frames[:, part], whole[:, first - 1], of_part, judge, i3d
-        )
-        last = min(first + config.part, whole.shape[1]) - config.context
-        rows += [row_of(metric, one, name) | {"horizon": last} for metric, one in found.items()]
+    rows = []
+    for first in range(config.context, frames.shape[1], config.part):
+        last = min(first + config.part, frames.shape[1])
+        found = measured.part(frames, actions, slice(first, last))
+        horizon = last - config.context
+        rows += [row_of(metric, one, name) | {"horizon": horizon} for metric, one in found.items()]
     return rows
 
 
@@ -241,14 +250,40 @@ def write(config: StreamsConfig, result: Mapping[str, Any]) -> None:
     plot_metrics(result["rows"], metrics, out.with_suffix(".png"))
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return what is left in the first, the middle and the last part, by metric."""
+    metrics, names = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("metric", "baseline")
+    )
+    lasts = sorted({row["horizon"] for row in rows})
+    shown = sorted({lasts[0], lasts[len(lasts) // 2], lasts[-1]})
+    values = {(row["metric"], row["baseline"], row["horizon"]): row["mean"] for row in rows}
+    lines = []
+    for name in names:
+        cells = [
+            " / ".join(_cell(metric, values.get((metric, name, at))) for at in shown)
+            for metric in metrics
+        ]
+        lines.append([name, *cells])
+    frames = " / ".join(map(str, shown))
+    return markdown([f"up to frame {frames}", *metrics], lines)
+
+
+def _cell(metric: str, value: float | None) -> str:
+    # A part may be shorter than a clip of FVD.
+    return "-" if value is None else f"{value:.0f}" if metric == "fvd" else f"{value:.2f}"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Stream and measure; return the exit status."""
     try:
         config = tyro.cli(StreamsConfig, args=arguments)
-        write(config, long_streams(config))
+        result = long_streams(config)
+        write(config, result)
     except (ValueError, OSError) as error:
         print(f"long_streams.py: {error}", file=sys.stderr)
         return 2
+    print(table(result["rows"]))
     print(f"saved {config.out}")
     return 0
 

@@ -22,7 +22,6 @@ from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scd.autoencoders.base import NetworkAutoencoder
@@ -32,7 +31,7 @@ from scd.common.config import MAX_SIZE, Precision, shown
 from scd.common.files import read_json
 from scd.common.hub import CONFIG_FILE, class_of, find_part, read_part_config
 from scd.common.places import named_by
-from scd.common.weights import Weights, check_fit
+from scd.common.weights import Weights, check_fit, guarded, save_tensors
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each channel of latents."""
@@ -123,7 +122,7 @@ class ImageAutoencoder(NetworkAutoencoder):
         place.mkdir()
         shutil.copyfile(find_network(self.config.source) / CONFIG_FILE, place / CONFIG_FILE)
         weights = self.network.state_dict().items()
-        save_file(
+        save_tensors(
             {name: weight.to(dtype=dtype).contiguous() for name, weight in weights},
             place / WEIGHTS_FILE,
         )
@@ -284,7 +283,10 @@ def new_network(settings: Mapping[str, Any]) -> nn.Module:
 
 def save_network(network: Any, folder: Path, statistics: Statistics | None = None) -> None:
     """Write a network as diffusers reads it, and the scale of its latents if it was measured."""
-    network.save_pretrained(folder, safe_serialization=True)
+    guarded(
+        lambda path: network.save_pretrained(path.parent, safe_serialization=True),
+        folder / WEIGHTS_FILE,
+    )
     if statistics is not None:
         values = {"mean": list(statistics[0]), "std": list(statistics[1])}
         (folder / STATISTICS_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

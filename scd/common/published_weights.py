@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from scd.common.files import refuse_pipe
 from scd.common.weights import FLOATS, Weights
 
 
@@ -105,10 +106,7 @@ def check_weights(path: str, known: KnownFile, stated: str = "") -> str:
         )
     if not path:
         raise ValueError(f"needed {known.described()}: give its path by {known.flag}")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; needed {known.described()}")
-    with Path(path).open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = hash_of(path, known)
     expected = stated or known.sha256
     if not expected:
         raise ValueError(
@@ -121,6 +119,22 @@ def check_weights(path: str, known: KnownFile, stated: str = "") -> str:
             f"{known.described()}"
         )
     return found
+
+
+def hash_of(path: str | Path, known: KnownFile) -> str:
+    """Return the SHA-256 of what was given for a file, of any size.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is a folder, a pipe, a socket or a device.
+    """
+    refuse_pipe(path)
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; needed {known.described()}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; needed {known.described()}")
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shipped_heads() -> str:

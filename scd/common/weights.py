@@ -14,6 +14,7 @@ import json
 import logging
 import pickle
 import re
+import shutil
 import struct
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scd.common.files import read_json
+from scd.common.files import TEMPORARY, read_json
 from scd.common.weight_names import own_names, state_in
 
 INDEX = ".index.json"
@@ -518,6 +519,28 @@ def _is_like(given: torch.dtype | None, needed: torch.dtype) -> bool:
     return given in kinds.values()
 
 
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a file of named tensors (OSError: the disk refuses it, as a full one does).
+
+    One entry of metadata at most: several would be written in a random order, and equal files
+    differ.
+    """
+    about = None if metadata is None else dict(metadata)
+    guarded(lambda path: save_file(dict(tensors), path, metadata=about), path)
+
+
+def guarded(write: Callable[[Path], object], path: Path) -> None:
+    """Run a writer; whatever way it has of saying that the disk refused becomes an OSError."""
+    try:
+        write(path)
+    except (SafetensorError, RuntimeError) as error:
+        free = shutil.disk_usage(path.parent).free / 2**30
+        place = Path(*(part for part in path.parts if not part.startswith(TEMPORARY)))
+        raise OSError(f"could not write {place} ({free:.2f} GiB free): {error}") from error
+
+
 def write_shards(
     tensors: Iterator[tuple[str, Tensor]],
     folder: Path,
@@ -540,7 +563,7 @@ def write_shards(
         nonlocal held, number
         number += 1
         # diffusers and transformers read only files that say so.
-        save_file(shard, folder / f"{stem}-{number:05d}.part", metadata={"format": "pt"})
+        save_tensors(shard, folder / f"{stem}-{number:05d}.part", {"format": "pt"})
         places.update(dict.fromkeys(shard, number))
         shard.clear()
         held = 0

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from scd.common import runtime
 from scd.common.config import at_least, differences, from_json, shown, to_json
 from scd.common.files import TEMPORARY, file_aside, read_json, write_file
+from scd.common.weights import save_tensors
 from scd.data.clip import Clip, check_actions
 from scd.data.prompts import fill_up
 from scd.data.source import DataCard, EmptySplit, Findings, Opening, Source, open_source
@@ -431,7 +431,4 @@ def write_episodes(
 
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     with file_aside(path) as aside:
-        try:
-            save_file(dict(tensors), aside, metadata={METADATA: json.dumps(dict(metadata))})
-        except SafetensorError as error:
-            raise OSError(f"could not write {path}: {error}") from error
+        save_tensors(tensors, aside, {METADATA: json.dumps(dict(metadata))})

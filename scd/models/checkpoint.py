@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from scd.autoencoders.build import Autoencoder, build_autoencoder
@@ -39,7 +37,15 @@ from scd.common.hub import upload
 from scd.common.names import did_you_mean, refuse_unknown
 from scd.common.places import named_by
 from scd.common.runtime import choose_device
-from scd.common.weights import SHARD_BYTES, is_file_of, is_stored, read_torch, write_shards
+from scd.common.weights import (
+    SHARD_BYTES,
+    guarded,
+    is_file_of,
+    is_stored,
+    read_torch,
+    save_tensors,
+    write_shards,
+)
 from scd.data.source import DataCard
 from scd.models.about import read_about
 from scd.models.build import Diffuser, build, num_parameters
@@ -554,7 +560,7 @@ def _write_tensors(
         # In several files, one tensor after another: no second copy of a large model.
         parts = ((name, tensor.detach().to("cpu")) for name, tensor in state.items())
         stem = path.name.removesuffix(".safetensors")
-        guarded(lambda path: write_shards(parts, path.parent, stem, SHARD_BYTES), path)
+        write_shards(parts, path.parent, stem, SHARD_BYTES)
         return
     # Tied weights share memory, which the format refuses: the file gets a copy of each.
     seen: set[int] = set()
@@ -565,15 +571,4 @@ def _write_tensors(
         seen.add(tensor.data_ptr())
         tensors[name] = tensor.clone() if tied else tensor
     # One entry at most: several would be written in a random order, and equal weights differ.
-    guarded(lambda path: save_file(tensors, path, metadata=metadata), path)
-
-
-def guarded(write: Callable[[Path], object], path: Path) -> None:
-    """Run a writer; whatever way it has of saying that the disk refused becomes an OSError."""
-    try:
-        write(path)
-    except (SafetensorError, RuntimeError) as error:
-        free = shutil.disk_usage(path.parent).free / 2**30
-        raise OSError(
-            f"could not write {path.name} in {path.parent.parent} ({free:.2f} GiB free): {error}"
-        ) from error
+    save_tensors(tensors, path, metadata)

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scd.common.weights import Weights
+from scd.common.weights import Weights, save_tensors
 from scd.models.wan.config import WanBlockConfig
 from scd.models.wan.source import from_original
 
@@ -170,9 +169,7 @@ def write_lora(state: Mapping[str, Tensor], bases: Mapping[str, LoraBase], folde
             for name, value in additions.items()
             if name.startswith(start)
         }
-        # One entry: of several the order in the header changes from run to run.
-        about = {METADATA: json.dumps(asdict(base))}
-        save_file(tensors, place / LORA_FILE, metadata=about)
+        save_tensors(tensors, place / LORA_FILE, {METADATA: json.dumps(asdict(base))})
 
 
 @dataclass(frozen=True, kw_only=True)

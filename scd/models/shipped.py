@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from scd.common.files import written_aside
+from scd.common.weights import save_tensors
 from scd.data.clip import Batch, frames_to_pixels
 from scd.models.checkpoint import load_world, read_world_parts, resolve, write_world
 from scd.models.clips import CLIPS_FILE, Clips, clips_in
@@ -91,5 +91,5 @@ def ship(
         )
         write_world(light, light.model.state_dict(), aside)
         tensors = {"frames": pixels.contiguous(), "actions": actions.long().contiguous()}
-        save_file(tensors, aside / CLIPS_FILE)
+        save_tensors(tensors, aside / CLIPS_FILE)
     return Path(folder)

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors.torch import save_file
 from torch import nn
 
 from scd import __version__
@@ -18,7 +17,7 @@ from scd.common.config import from_json, shown, to_json
 from scd.common.files import file_aside, read_json, write_file
 from scd.common.hub import download
 from scd.common.names import refuse_unknown
-from scd.common.weights import Weights, check_fit, headers
+from scd.common.weights import Weights, check_fit, headers, save_tensors
 from scd.models.lora import has_lora, merged
 
 FORMAT = "scd-1"
@@ -156,7 +155,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     """Write a model's weights aside, then rename."""
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     with file_aside(path) as aside:
-        save_file(state, aside)
+        save_tensors(state, aside)
 
 
 def load_weights(model: nn.Module, path: Path, device: str = "cpu") -> None:

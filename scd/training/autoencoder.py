@@ -41,7 +41,6 @@ from scd.evaluation.image import Estimate, estimates, frame_values
 from scd.evaluation.lpips import load_lpips
 from scd.evaluation.media import PictureRow, write_grid
 from scd.evaluation.predict import choose_windows, count_windows
-from scd.models.checkpoint import guarded
 from scd.objectives.reconstruct import (
     SMALLEST_PICTURE,
     Discriminate,
@@ -214,7 +213,7 @@ class AutoencoderTask(Task):
             power = sum(m**2 + s**2 for m, s in zip(mean, std, strict=True)) / len(mean)
             # What diffusers alone would scale by: one number for all channels.
             self.model.register_to_config(scaling_factor=float(f"{power**-0.5:.4g}"))
-            guarded(lambda path: save_network(self.model, path.parent, (mean, std)), folder / "_")
+            save_network(self.model, folder, (mean, std))
 
     def _raw_latents(self) -> Iterator[Tensor]:
         per_batch = self.config.batch_size * self.config.num_frames

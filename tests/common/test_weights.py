@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import resource
 import tarfile
 from collections import OrderedDict
 
@@ -11,7 +12,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from scd.common.weights import Weights, check_fit, find_weights, headers, read_state_dict
+from scd.common.files import file_aside
+from scd.common.weights import (
+    Weights,
+    check_fit,
+    find_weights,
+    headers,
+    read_state_dict,
+    save_tensors,
+    write_shards,
+)
 
 STATE = {"first.weight": torch.arange(6.0).reshape(2, 3), "second.bias": torch.ones(4)}
 OTHER = {name: value + 1 for name, value in STATE.items()}
@@ -236,3 +246,19 @@ def test_a_tensor_whose_numbers_are_not_in_the_file_is_refused(tensor, tmp_path)
     torch.save({"weight": torch.ones(2), "odd": tensor}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x\.pt: 'odd' is no plain tensor whose numbers are all"):
         read_state_dict(tmp_path / "x.pt")
+
+
+def test_a_disk_that_refuses_is_an_os_error_that_names_the_place(tmp_path):
+    path, tensors = tmp_path / "x.safetensors", {"a": torch.zeros(50_000)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"could not write {path} \(.* GiB free\)"):
+            save_tensors(tensors, path)
+        aside = file_aside(path)
+        with pytest.raises(OSError, match=rf"could not write {tmp_path} \("), aside as place:
+            save_tensors(tensors, place)
+        with pytest.raises(OSError, match="could not write .*00001.part"):
+            write_shards(iter(tensors.items()), tmp_path, "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

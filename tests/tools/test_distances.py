@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from scd.data.toy import ToyWorld
+from scd.evaluation.fvd import I3d
 from tools import distances
 
 
@@ -41,15 +43,31 @@ def test_blur_keeps_flat_frames_and_means():
     assert blurred[10, 10].item() == pytest.approx(1 / (2 * torch.pi), rel=0.01)
 
 
+def test_wrong_actions_begin_alike_and_move_the_agent_alone():
+    source, windows = ToyWorld(32, "train"), [(0, 100), (1, 7), (2, 0)]
+    made = distances.steered_by_others(source, windows, 10, seed=0)
+    for (episode, start), clip in zip(windows, made, strict=True):
+        true = source.read(episode, start, 10)
+        assert torch.equal(clip[0], true.frames[0])
+        assert not torch.equal(clip, true.frames)
+        # By its own actions an episode goes on as it did.
+        again = source.play(episode, true.actions.numpy(), start)
+        assert torch.equal(again.frames, true.frames)
+
+
 def test_bias_falls_with_the_number_of_clips_and_goes_to_nothing():
-    generator = torch.Generator().manual_seed(0)
-    one, other = torch.randn(2, 256, 40, generator=generator)
-    rows = distances.bias(one, other, seed=0)
+    features = torch.randn(512, 40, generator=torch.Generator().manual_seed(0))
+    rows = distances.bias(features, seed=0)
     sizes, values = zip(*((row["clips"], row["fvd"]) for row in rows), strict=True)
     assert sizes == (8, 16, 32, 64, 128, 256, 0)
     assert list(values[:-1]) == sorted(values[:-1], reverse=True)
-    # The line through the last two is far nearer to the true distance, which is 0.
+    deviations = [row["deviation"] for row in rows[:-1]]
+    assert deviations == sorted(deviations, reverse=True)
+    # The line through the last three is far nearer to the true distance, which is 0.
     assert abs(values[-1]) < values[-2] / 2
+    head, _, first, *_, last = distances.bias_table(rows).splitlines()
+    assert head == "| clips on each side | FVD of real against real | deviation |"
+    assert first.startswith(f"| 8 | {values[0]:.1f} |") and last.startswith("| extrapolated |")
 
 
 def test_rows_and_the_table():
@@ -65,8 +83,27 @@ def test_rows_and_the_table():
     assert second == "| other real clips (all) | 12.3 |  |  |" and "23.4" in third
 
 
-def test_features_are_computed_once(tmp_path):
-    kept = distances.Kept(tmp_path / "kept")
-    made = kept.get("Blur of 1 pixel", lambda: torch.arange(3.0))
-    again = kept.get("Blur of 1 pixel", lambda: 1 / 0)
-    assert torch.equal(made, again) and made.tolist() == [0, 1, 2]
+def small_network(clip):
+    """400 numbers of a clip, instead of I3D's: means of its frames, over and over."""
+    return clip.mean((3, 4)).flatten(1).repeat(1, 14)[:, :400]
+
+
+def test_a_whole_table_of_the_toy_world_goes_on_and_refuses_other_clips(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    networks = {kind: I3d(small_network, kind, torch.device("cpu")) for kind in distances.KINDS}
+    words = {"name": "x", "data": "toy:32", "num_clips": 4, "num_frames": 10}
+    config = distances.DistancesConfig(**words, num_real=64)
+    result = distances.distances(config, networks)
+    rows = {row["damage"]: row for row in result["rows"]}
+    assert len(rows) == len(distances.damages(0)) + 1
+    # The set of clips is the same, so nothing is seen of it.
+    assert rows["another clip"]["fvd"] < 1e-6 < rows["blur of 2 pixels"]["fvd"]
+    assert rows["another clip"]["psnr"] < rows["wrong actions"]["psnr"]
+    assert [row["clips"] for row in result["bias"]] == [8, 16, 32, 0]
+    distances.draw(result["bias"], tmp_path / "bias.png")
+    assert (tmp_path / "bias.png").stat().st_size > 1000
+    # Everything is kept: no network is asked again.
+    again = distances.distances(config, {})
+    assert {**again, "command": ""} == {**result, "command": ""}
+    with pytest.raises(ValueError, match="then and now: num_frames: 10, 12"):
+        distances.distances(distances.DistancesConfig(**words | {"num_frames": 12}), networks)

@@ -1,8 +1,10 @@
 """Curves of good and bad runs: actions one frame late, and a table of where each ended."""
 
 import json
+import shutil
 
 import numpy as np
+import pytest
 
 from scd.data.source import open_source
 from tools import healthy
@@ -16,24 +18,36 @@ def test_late_actions_are_those_of_the_frame_before(folder, tmp_path):
     assert np.array_equal(one.frames, other.frames)
 
 
-def test_runs_side_by_side(tmp_path, capsys):
+@pytest.fixture
+def model_config(separable_config):
+    return separable_config
+
+
+def test_runs_side_by_side(run, folder, tmp_path, capsys):
+    runs = {}
     for number, name in enumerate(("good", "late")):
         events = [{"event": "machine", "commit": "c", "command": f"train {name}"}]
         for step in (1, 2, 3):
             loss = {"step": step, "loss": 1 / step}
             events += [loss | {"event": "step"}, loss | {"event": "validation"}]
             events[-1]["action_gap"] = 0.25 * (1 - number)
-        (tmp_path / name).mkdir()
+        runs[name] = tmp_path / name
+        shutil.copytree(run, runs[name])
         lines = "".join(json.dumps(event) + "\n" for event in events)
-        (tmp_path / name / "log.jsonl").write_text(lines)
-    for folder in ("images", "results"):
-        (tmp_path / "docs" / folder).mkdir(parents=True)
-    runs = {name: tmp_path / name for name in ("good", "late")}
-    table = healthy.draw(runs, tmp_path / "docs").splitlines()
-    assert table[2] == "| good | 3 | 0.333 | 0.250 | 75 % |"
-    assert table[3] == "| late | 3 | 0.333 | 0.000 | 0 % |"
+        (runs[name] / "log.jsonl").write_text(lines)
+    for place in ("images", "results"):
+        (tmp_path / "docs" / place).mkdir(parents=True)
+    table = healthy.draw(folder, runs, tmp_path / "docs").splitlines()
+    assert table[2].startswith("| good | 3 | 0.333 | 0.2500 | 75 % |")
+    assert table[3].startswith("| late | 3 | 0.333 | 0.0000 | 0 % |")
     kept = json.loads((tmp_path / "docs/results/healthy.json").read_text())
     assert kept["runs"]["good"]["training"] == [[1, 1.0], [2, 0.5], [3, 1 / 3]]
-    assert (tmp_path / "docs/images/healthy.png").stat().st_size > 1000
-    assert healthy.main(["draw", f"x={tmp_path}"]) == 2
+    psnr = kept["runs"]["late"]["psnr"]
+    assert f"{psnr['model, +1']:.1f} ({psnr['shuffled_actions, +1']:.1f})" in table[3]
+    for name in ("healthy", "healthy-samples"):
+        assert (tmp_path / f"docs/images/{name}.png").stat().st_size > 1000
+    (runs["late"] / "log.jsonl").write_text(lines.splitlines()[0] + "\n")
+    assert healthy.main(["draw", folder, f"late={runs['late']}"]) == 2
+    assert "late: needed a run with a validation" in capsys.readouterr().err
+    assert healthy.main(["draw", folder, f"x={tmp_path}"]) == 2
     assert "holds no log.jsonl" in capsys.readouterr().err

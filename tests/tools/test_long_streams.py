@@ -49,13 +49,17 @@ def test_every_memory_and_repair_has_rows_of_every_part(run, folder, judge, tmp_
         for sinks in (0, 1)
         for repaired in ("", ", observe every 4")
     ]
+    names.insert(0, "recordings")
     for metric in ("sharpness", "contrast", "control", "frechet_own"):
         found = rows(result, metric)
         assert list(found) == names
         assert all(list(parts) == [10, 20, 25] for parts in found.values())
     # Another memory and a repair each change what is made.
     sharpness = [tuple(parts.values()) for parts in rows(result, "sharpness").values()]
-    assert len(set(sharpness)) == 4
+    assert len(set(sharpness)) == 5
+    head, _, first, *others = long_streams.table(result["rows"]).splitlines()
+    assert head.startswith("| up to frame 10 / 20 / 25 | sharpness | contrast |")
+    assert first.startswith("| recordings | ") and len(others) == 4
 
 
 def test_recordings_go_on_with_the_next_one(toy_source, folder):
