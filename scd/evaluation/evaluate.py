@@ -46,7 +46,7 @@ from scd.evaluation.inverse_dynamics import (
     load_inverse_dynamics,
 )
 from scd.evaluation.lpips import load_lpips
-from scd.evaluation.metrics import AgainstTruth, Drift, Metric
+from scd.evaluation.metrics import AgainstTruth, Drift, Metric, Seams
 from scd.evaluation.plots import plot_metrics
 from scd.evaluation.predict import TIMED, check_fit, choose_clips, reduced_to, summarize
 from scd.evaluation.protocols import CUSTOM, EvaluateConfig, changes_of
@@ -165,6 +165,9 @@ def prepare(config: EvaluateConfig, device: torch.device) -> Prepared:
     source = open_source(config.data, protocol.split, config.strict)
     check_fit(world, source.card, config.data)
     protocol.check_size(source.card.height, source.card.width, config.data)
+    shape = world.model.config.shape
+    if shape.num_tokens > 1:
+        metrics.append(Seams(protocol, shape.rows, shape.columns))
     if reader is not None:
         reader.check_fit(source.card, config.data)
         metrics.append(ReadActions(protocol, reader))

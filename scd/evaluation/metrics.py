@@ -226,6 +226,64 @@ class Drift(Metric):
                     yield horizon, metric, baseline, estimate
 
 
+class Seams(Metric):
+    """Whether the grid of the cells shows of which frames are made, one token each.
+
+    Where it does, neighbouring pixels differ more across a border of cells than within one. Real
+    pictures have no such grid, but what is drawn at the same places in each of them, such as the
+    player's car, makes their own share another one than 1: it is divided by theirs.
+    """
+
+    kind = "seams"
+
+    def __init__(self, protocol: Protocol, rows: int, columns: int) -> None:
+        """Look for borders between `rows` x `columns` cells of a frame."""
+        super().__init__(protocol)
+        self.rows, self.columns = rows, columns
+
+    def measure(self, seen: Seen) -> Numbers:
+        return {
+            name: seam_statistics(frames, self.rows, self.columns)
+            for name, frames in seen.with_truth.items()
+        }
+
+    def estimates(self, found: Numbers) -> Found:
+        sides = {
+            baseline: torch.stack([numbers["across"], numbers["within"]], -1).mean(1)
+            for baseline, numbers in found.items()
+        }
+        true = sides.pop("truth")
+        for horizon, frames in self.horizons():
+            for baseline, one in sides.items():
+                both = torch.stack([one[:, frames].mean(1), true[:, frames].mean(1)], dim=1)
+                yield horizon, "seams", baseline, bootstrap(both, _shares, self.protocol.seed)
+
+
+def seam_statistics(
+    frames: Float[Tensor, "b t 3 h w"], rows: int, columns: int
+) -> dict[str, Float[Tensor, "b t"]]:
+    """Measure each frame by itself, pixels in [-1, 1].
+
+    Args:
+        frames: pictures.
+        rows: of cells, each of as many rows of pixels.
+        columns: of cells.
+
+    Returns:
+        across: mean absolute difference of neighbouring pixels with a border of cells between them;
+            0 where there is no border.
+        within: the same of those in one cell; 0 where a cell is a pixel.
+    """
+    sums = {name: (torch.zeros(frames.shape[:2]), 0) for name in ("across", "within")}
+    for dim, number in ((-2, rows), (-1, columns)):
+        apart = frames.float().diff(dim=dim).abs().movedim(dim, -1).mean((2, 3))
+        is_border = torch.arange(1, frames.shape[dim]) % (frames.shape[dim] // number) == 0
+        for name, places in (("across", is_border), ("within", ~is_border)):
+            total, count = sums[name]
+            sums[name] = total + apart[..., places].sum(-1).cpu(), count + int(places.sum())
+    return {name: total / max(count, 1) for name, (total, count) in sums.items()}
+
+
 def drift_statistics(frames: Float[Tensor, "b t 3 h w"]) -> dict[str, Float[Tensor, "b t"]]:
     """Measure each frame by itself, pixels in [-1, 1].
 
@@ -267,6 +325,13 @@ def _ratio(means: Float[Tensor, "r 2"]) -> Float[Tensor, " r"]:
     # Flat frames have no detail to lose: equal to theirs, a prediction is ideal.
     floor = torch.finfo(torch.float32).eps
     return (means[:, 0] + floor) / (means[:, 1] + floor)
+
+
+def _shares(means: Float[Tensor, "r 2 2"]) -> Float[Tensor, " r"]:
+    # As above: flat frames show no grid.
+    floor = torch.finfo(torch.float32).eps
+    shares = (means[..., 0] + floor) / (means[..., 1] + floor)
+    return shares[:, 0] / shares[:, 1]
 
 
 def row_of(metric: str, estimate: Estimate, baseline: str) -> dict[str, Any]:

@@ -38,7 +38,16 @@ def test_result_file_says_everything(run, folder, tmp_path):
     assert written == json.loads(json.dumps(result))
     found = {(row["metric"], row["baseline"], row["horizon"]) for row in written["rows"]}
     assert len(found) == len(written["rows"])
-    names = {"mse", "psnr", "psnr_per_frame", "ssim", "sharpness", "contrast", "brightness"}
+    names = {
+        "mse",
+        "psnr",
+        "psnr_per_frame",
+        "ssim",
+        "sharpness",
+        "contrast",
+        "brightness",
+        "seams",
+    }
     baselines = {"model", "repeat_last", "shuffled_actions"}
     expected = {(m, b, h) for m in names for b in baselines for h in (1, 2, 3)}
     gains = {("psnr_gain", b, h) for b in baselines - {"repeat_last"} for h in (1, 2, 3)}

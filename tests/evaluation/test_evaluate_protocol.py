@@ -27,7 +27,7 @@ from scd.evaluation.inverse_dynamics import (
     save_inverse_dynamics,
 )
 from scd.evaluation.lpips import LAYERS, load_lpips
-from scd.evaluation.metrics import AgainstTruth, Drift
+from scd.evaluation.metrics import AgainstTruth, Drift, Seams
 from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig, Protocol
 from scd.evaluation.trial import Trial, Unit, measure, through_h264
 from scd.models.checkpoint import load_world, save_world
@@ -147,7 +147,13 @@ def test_one_trajectory_of_spread_clips_is_the_evaluation_without_a_name(
     result = evaluated(run, folder, tmp_path, small(num_trajectories=1), judge=judge)
     protocol = Protocol(context=2, horizon=3, num_clips=5, batch_size=2)
     reader = load_inverse_dynamics(judge)
-    metrics = [AgainstTruth(protocol), Drift(protocol), ReadActions(protocol, reader)]
+    shape = tiny_world.model.config.shape
+    metrics = [
+        AgainstTruth(protocol),
+        Drift(protocol),
+        Seams(protocol, shape.rows, shape.columns),
+        ReadActions(protocol, reader),
+    ]
     plain = measure(tiny_world, open_source(folder, "val"), protocol, metrics)
     for here, there in ((result["rows"], plain.rows), (result["overall"], plain.overall)):
         found, expected = numbers(here), numbers(there)
@@ -339,7 +345,7 @@ def test_clips_from_nothing_are_compared_as_a_set(run, folder, i3d, tmp_path, mo
     found = numbers(result["overall"])
     assert found["fvd", "model", None][0] == pytest.approx(fvd.fvd(*sides, "each"), rel=1e-4)
     measured = {row["metric"] for row in result["rows"]}
-    assert measured == {"fvd", "sharpness", "contrast", "brightness"}
+    assert measured == {"fvd", "sharpness", "contrast", "brightness", "seams"}
     assert "no frame has one truth" in str(result["left_out"])
     assert [clip["values"] for clip in result["clips"]] == [{}] * 3
     page = (tmp_path / "e.html").read_text()

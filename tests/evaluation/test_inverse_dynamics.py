@@ -31,10 +31,12 @@ from scd.evaluation.inverse_dynamics import (
 from scd.evaluation.metrics import (
     AgainstTruth,
     Drift,
+    Seams,
     Seen,
     drift_estimates,
     drift_statistics,
     find_row,
+    seam_statistics,
 )
 from scd.evaluation.predict import choose_windows, read_windows
 from scd.evaluation.protocols import EvaluateConfig, Protocol
@@ -331,6 +333,30 @@ def test_drift_statistics_of_pictures_that_are_known():
     assert faded["brightness"].mean == pytest.approx(0.1)
     flat = drift_estimates(drift_statistics(0 * frames), drift_statistics(0 * frames))
     assert flat["sharpness"].mean == 1
+
+
+def test_seams_of_pictures_that_are_known():
+    # Cells of 4 x 2 pixels, each of one grey: 0.5 apart side by side, 0.25 one below the other.
+    cells = torch.tensor([[0.0, 0.5, 0.0], [0.25, 0.75, 0.25]])
+    tiles = cells.repeat_interleave(4, 0).repeat_interleave(2, 1).expand(1, 1, 3, 8, 6)
+    looks = {name: value.item() for name, value in seam_statistics(tiles, 2, 3).items()}
+    # By pixels of the grid: 2 borders of columns, 1 of rows.
+    assert looks == pytest.approx({"across": (2 * 0.5 + 0.25) / 3, "within": 0.0})
+    ramp = (torch.arange(8.0)[:, None] + torch.arange(6.0)).expand(1, 1, 3, 8, 6) / 10
+    even = {name: value.item() for name, value in seam_statistics(ramp, 2, 3).items()}
+    assert even == pytest.approx({"across": 0.1, "within": 0.1})
+    metric = Seams(Protocol(context=1, horizon=1), 2, 3)
+
+    def seams(made, true):
+        sides = {"model": made, "truth": true}
+        found = {name: seam_statistics(one, 2, 3) for name, one in sides.items()}
+        measured = {name: {k: v[:, None] for k, v in one.items()} for name, one in found.items()}
+        return [one.mean for *_, one in metric.estimates(measured)]
+
+    # The same for the frame and for all together; how much contrast there is does not matter.
+    assert seams(ramp, ramp) == seams(0.3 * ramp, ramp) == pytest.approx([1.0, 1.0])
+    assert seams(ramp + tiles, ramp)[0] == pytest.approx((0.6 + 0.4 + 0.35) / 3 / 0.1)
+    assert seams(0 * ramp, 0 * ramp) == [1.0, 1.0]
 
 
 def test_distance_of_gaussians_that_are_known():
