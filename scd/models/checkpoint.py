@@ -161,8 +161,7 @@ class World:
             whole = replace(self, autoencoder=self.autoencoder.carried(aside))
             write_world(whole, self.model.state_dict(), aside)
             if len(clips):
-                tensors = {"frames": clips.frames, "actions": clips.actions}
-                _write_tensors(tensors, aside / CLIPS_FILE)
+                _write_tensors(clips.stored(), aside / CLIPS_FILE)
             (aside / CARD_FILE).write_text(text, encoding="utf-8")
         return folder
 

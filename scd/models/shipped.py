@@ -90,6 +90,5 @@ def ship(
             autoencoder=world.autoencoder.carried(aside, torch.bfloat16),
         )
         write_world(light, light.model.state_dict(), aside)
-        tensors = {"frames": pixels.contiguous(), "actions": actions.long().contiguous()}
-        save_tensors(tensors, aside / CLIPS_FILE)
+        save_tensors(Clips(frames=pixels, actions=actions.long()).stored(), aside / CLIPS_FILE)
     return Path(folder)
