@@ -2,7 +2,9 @@
 
 First pixels and a perceptual distance. Then, with the encoder frozen, also the hinge loss against a
 discriminator of patches (PatchGAN), weighted so that both pull equally hard at the decoder's last
-layer. Source: FAR; the adaptive weight: Esser et al., "Taming Transformers".
+layer. Source: FAR; the adaptive weight: Esser et al., "Taming Transformers". The decoder may also
+learn then how neighbouring pixels differ, and what to make of latents that are not exact: a world's
+never are.
 
 Where no weights of LPIPS are at hand, the perceptual distance is that of pictures in a normalised
 Laplacian pyramid. A picture is split into bands of ever coarser detail; each value of a band is
@@ -25,6 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scd.autoencoders.diffusers import raw_latents
 from scd.data.clip import Batch
 from scd.objectives.denoise import Logs, Objective
 from scd.objectives.distill import frozen
@@ -87,15 +90,21 @@ class PatchDiscriminator(nn.Module):
 
 @dataclass(kw_only=True)
 class Reconstruct(Objective):
-    """Of an AutoencoderDC: the distances, and while `adversarial` the discriminator's verdict."""
+    """Of an AutoencoderDC: the distances, and in the second part what the decoder learns alone."""
 
     distance: Distance
     perceptual_weight: float
     adversarial_weight: float
+    """Of the discriminator's verdict, in the second part; 0: it is not asked."""
+    edge_weight: float
+    """Of the distance of differences between neighbouring pixels, in the second part."""
+    latent_noise: float
+    """On latents, over the deviation of each channel, in the second part."""
     discriminator: PatchDiscriminator
     autocast: Callable[..., AbstractContextManager[None]]
     """Makes a context in which the network runs at the run's precision."""
-    adversarial: bool = False
+    decoder_alone: bool = False
+    """Whether the second part has begun, in which the encoder stays as it is."""
     made: Tensor | None = None
     """What the network made of the last batch."""
 
@@ -105,17 +114,30 @@ class Reconstruct(Objective):
         """Return the loss on frames of clips."""
         true = batch.frames.flatten(0, 1)
         with self.autocast():
-            made = model(true).sample
-        made = made.float()
+            made = self._decoded(model, true, generator) if self.decoder_alone else model(true)
+        made = made.sample.float()
         self.made = made.detach()
         loss, logs = reconstruction_loss(made, true, self.distance, self.perceptual_weight)
-        if self.adversarial:
+        if self.decoder_alone and self.edge_weight:
+            edges = edge_distance(made, true)
+            loss, logs = loss + self.edge_weight * edges, logs | {"edges": edges}
+        if self.decoder_alone and self.adversarial_weight:
             with frozen(self.discriminator):
                 adversarial, found = adversarial_loss(
                     self.discriminator, made, loss, last_layer_of(model), self.adversarial_weight
                 )
             loss, logs = loss + adversarial, logs | found
         return loss, {"loss": loss.detach()} | {name: one.detach() for name, one in logs.items()}
+
+    def _decoded(self, model: Any, true: Tensor, generator: torch.Generator) -> Any:
+        """Decode the latents of pictures, which no gradient reaches, with noise on them."""
+        with torch.no_grad():
+            latents = raw_latents("AutoencoderDC", model, true)
+            if self.latent_noise:
+                spread = latents.float().std((0, 2, 3), keepdim=True)
+                noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+                latents = latents + (self.latent_noise * spread * noise).to(latents.dtype)
+        return model.decode(latents)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +165,14 @@ def reconstruction_loss(
     pixels = (made - true).abs().mean()
     perceptual = distance(made, true).mean()
     return pixels + weight * perceptual, {"pixels": pixels, "perceptual": perceptual}
+
+
+def edge_distance(
+    made: Float[Tensor, "f 3 h w"], true: Float[Tensor, "f 3 h w"]
+) -> Float[Tensor, ""]:
+    """Return by how much the differences of neighbouring pixels, across and down, are off."""
+    apart = made - true
+    return (apart.diff(dim=-1).abs().mean() + apart.diff(dim=-2).abs().mean()) / 2
 
 
 def adversarial_loss(

@@ -1,9 +1,10 @@
 """Training of an autoencoder of pictures: `scd train-autoencoder`.
 
 First the distances alone; then, from the averaged weights on and with the encoder frozen, also a
-discriminator of patches. So the latents no longer move in the second part, and the decoder learns
-on exactly those that the finished encoder makes. Nothing here looks at time, at actions or at
-noise. One process. Source: FAR.
+discriminator of patches, edges, and latents with noise on them. So the latents no longer move in
+the second part, and the decoder learns on those that the finished encoder makes: what was encoded
+and what was trained on it stay good. Nothing here looks at time or at actions. One process. Source:
+FAR.
 
 A checkpoint holds AutoencoderDC as diffusers reads it, averaged weights, and `statistics.json`,
 mean and deviation of its latents, channel by channel, measured. The run folder as a whole is an
@@ -118,6 +119,8 @@ class AutoencoderTask(Task):
             distance=distance,
             perceptual_weight=config.perceptual_weight,
             adversarial_weight=config.adversarial_weight,
+            edge_weight=config.edge_weight,
+            latent_noise=config.latent_noise,
             discriminator=discriminator.to(accelerator.device).train(),
             autocast=accelerator.autocast,
         )
@@ -136,7 +139,8 @@ class AutoencoderTask(Task):
             config.optim,
             matrices=(),
             name="discriminator",
-            first_step=config.reconstruction_steps,
+            # Never, where nobody asks it; its state is kept all the same.
+            first_step=config.reconstruction_steps if config.is_judged else config.max_steps,
             same_batch=True,
         )
         return [network, discriminator]
@@ -150,10 +154,10 @@ class AutoencoderTask(Task):
 
         They are what is saved: the decoder then learns on the latents that the saved encoder makes.
         """
-        self.reconstruct.adversarial = run.step >= self.config.reconstruction_steps
+        self.reconstruct.decoder_alone = run.step >= self.config.reconstruction_steps
         if run.step == self.config.reconstruction_steps:
             self.model.load_state_dict(run.ema.state_dict(), strict=False)
-        if self.reconstruct.adversarial:
+        if self.reconstruct.decoder_alone:
             self.model.encoder.requires_grad_(False)
 
     def look(self, run: Run, last: bool) -> None:
@@ -233,10 +237,10 @@ def build_network(config: TrainAutoencoderConfig, source: Source) -> Any:
             f"{config.data} has {available} frames to learn from, fewer than one step takes: "
             f"batch_size {config.batch_size} times num_frames {config.num_frames}"
         )
-    if config.adversarial_steps and min(height, width) < SMALLEST_PICTURE:
+    if config.is_judged and min(height, width) < SMALLEST_PICTURE:
         raise ValueError(
             f"the discriminator of patches needs frames of {SMALLEST_PICTURE}x{SMALLEST_PICTURE} "
-            f"or more, {config.data} has {height}x{width}: set --adversarial-steps 0"
+            f"or more, {config.data} has {height}x{width}: set --adversarial-weight 0"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "initial weights"))

@@ -196,7 +196,14 @@ class TrainConfig(RunConfig):
 class TrainAutoencoderConfig(RunConfig):
     """One autoencoder. Source of the recipe: FAR."""
 
-    free_fields = (*RunConfig.free_fields, "adversarial_steps")
+    second_part: ClassVar[tuple[str, ...]] = (
+        "adversarial_steps",
+        "adversarial_weight",
+        "edge_weight",
+        "latent_noise",
+    )
+    """Fields that say nothing of the first part."""
+    free_fields = (*RunConfig.free_fields, *second_part)
 
     data: str
     """Folder of episodes, "toy:32", "toy:64", or "minecraft:PATH", "ucf101:PATH", "dmlab:PATH"."""
@@ -208,7 +215,8 @@ class TrainAutoencoderConfig(RunConfig):
     reconstruction_steps: int = 100_000
     """Steps of the first part: absolute and perceptual distance, all weights."""
     adversarial_steps: int = 100_000
-    """Steps of the second part: a patch discriminator besides, and the encoder frozen. 0: none."""
+    """Steps of the second part: the encoder frozen, a patch discriminator besides. 0: none. What is
+    of this part may be set when a training goes on."""
     batch_size: int = 32
     """Clips per step."""
     num_frames: int = 4
@@ -216,7 +224,14 @@ class TrainAutoencoderConfig(RunConfig):
     perceptual_weight: float = 1.0
     """Weight of the perceptual distance; that of the absolute one is 1."""
     adversarial_weight: float = 0.5
-    """Pull of the discriminator at the decoder's last layer, over that of the distances."""
+    """Pull of the discriminator at the decoder's last layer, over that of the distances. 0: the
+    second part has none."""
+    edge_weight: float = added(0.0)
+    """Weight, in the second part, of the distance of differences between neighbouring pixels: it
+    keeps edges, and no borders of cells show."""
+    latent_noise: float = added(0.0)
+    """Noise on latents in the second part, over their deviation: the decoder learns what to make of
+    latents that are not exact, as a world's are not."""
     alexnet: str = ""
     """File of torchvision's AlexNet: the perceptual distance is LPIPS on it. Empty: a normalised
     Laplacian pyramid, which needs no weights and is no LPIPS."""
@@ -245,7 +260,12 @@ class TrainAutoencoderConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_least(1, "reconstruction_steps")
-        self.check_least(0, "adversarial_steps", "perceptual_weight", "adversarial_weight")
+        self.check_least(0, *self.second_part, "perceptual_weight")
+        if not self.adversarial_steps and (self.edge_weight or self.latent_noise):
+            raise ValueError(
+                "edge_weight and latent_noise are of the second part and have no effect with "
+                "adversarial_steps 0"
+            )
         if self.optim.decoder_lr_ratio != 1:
             raise ValueError(
                 "an autoencoder is trained at one learning rate: optim.decoder_lr_ratio has no "
@@ -255,6 +275,11 @@ class TrainAutoencoderConfig(RunConfig):
             raise ValueError("alexnet_sha256 identifies a file that alexnet does not name")
         if (self.lpips_heads or self.lpips_heads_sha256) and not self.alexnet:
             raise ValueError("LPIPS's heads have no effect without alexnet")
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the second part has a discriminator."""
+        return self.adversarial_steps > 0 and self.adversarial_weight > 0
 
     @property
     def max_steps(self) -> int:

@@ -3,6 +3,7 @@ to a world on its latents, and what it refuses."""
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -27,8 +28,10 @@ from scd.models.config import BlockConfig, DenseConfig, FrameShape
 from scd.objectives import reconstruct
 from scd.objectives.reconstruct import (
     PatchDiscriminator,
+    Reconstruct,
     adversarial_loss,
     discriminator_loss,
+    edge_distance,
     pyramid_distance,
     reconstruction_loss,
 )
@@ -36,7 +39,7 @@ from scd.optim.config import OptimConfig
 from scd.preprocessing.encode import EncodeConfig, encode
 from scd.streaming.rollout import Rollout
 from scd.training import autoencoder as training
-from scd.training.autoencoder import train_autoencoder
+from scd.training.autoencoder import build_network, train_autoencoder
 from scd.training.config import TrainAutoencoderConfig
 from scd.training.fit import fit_to_data, open_loader
 from scd.training.folder import find_checkpoint
@@ -132,6 +135,11 @@ def test_losses_by_hand():
     # A judge that says the mean of a picture.
     loss, _ = discriminator_loss(lambda pictures: pictures.mean((1, 2, 3)), made, true)
     assert loss.item() == pytest.approx((0.5 + 1.0) / 2)
+    # One pixel is off by 0.5: of 12 differences across, and of 12 down, it has two each (or one at
+    # the side), in each of three colours.
+    off = true.clone()
+    off[..., 1, 0] += 0.5
+    assert edge_distance(off, true).item() == pytest.approx((1 / 12 + 2 / 12) * 0.5 / 2)
     last = torch.tensor(3.0, requires_grad=True)
     picture = last * true
     reconstruction = 4 * (picture - true).mean()  # slope 2 at the last layer
@@ -200,6 +208,68 @@ def test_the_second_part_leaves_the_encoder_where_the_average_was(trained):
         assert not torch.equal(weights(one)[moved], weights(other)[moved])
     judged = [event for event in read_log(trained, "step") if "discriminator" in event]
     assert [event["step"] for event in judged] == [3, 4]
+
+
+def test_a_finished_autoencoder_gets_a_decoder_that_knows_edges_and_noise(videos, tmp_path):
+    later = {"adversarial_weight": 0.0, "edge_weight": 2.0, "latent_noise": 0.3}
+    one, other = settings(videos, tmp_path / "one", adversarial_steps=0), tmp_path / "other"
+    train_autoencoder(one)
+    train_autoencoder(replace(one, adversarial_steps=2, **later))
+    train_autoencoder(replace(one, out=str(other), adversarial_steps=2, **later))
+    first, steps = (
+        tmp_path / "one/step_000002",
+        [tmp_path / "one/step_000004", other / "step_000004"],
+    )
+    for name, before in weights(first, "averaged").items():
+        once, again = (weights(step, "averaged")[name] for step in steps)
+        assert torch.equal(once, again)
+        assert not name.startswith("encoder.") or torch.equal(once, before)
+    moved = "decoder.conv_out.conv.weight"
+    assert not torch.equal(weights(first)[moved], weights(steps[0])[moved])
+    # Worlds on its latents go on: they are the same, at the same scale.
+    scales = [(folder / "statistics.json").read_text() for folder in (first, *steps)]
+    assert scales[0] == scales[1] == scales[2]
+    found = read_log(other, "step")
+    assert [event["step"] for event in found if "edges" in event] == [3, 4]
+    assert not any("discriminator" in event or "adversarial" in event for event in found)
+
+
+def test_the_decoder_hears_no_encoder_and_as_much_noise_as_asked(videos):
+    batch = Batch.of([open_source(videos, "train").read(0, 0, 4)])
+    true = batch.frames.flatten(0, 1)
+    torch.manual_seed(0)
+    model = build_network(settings(videos, ""), open_source(videos, "train"))
+    objective = Reconstruct(
+        distance=pyramid_distance,
+        perceptual_weight=0.0,
+        adversarial_weight=0.0,
+        edge_weight=0.0,
+        latent_noise=0.0,
+        discriminator=PatchDiscriminator(width=4),
+        autocast=nullcontext,
+        decoder_alone=True,
+    )
+
+    def loss_and_latents(**changes):
+        seen = []
+        hook = model.decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        generator = torch.Generator().manual_seed(3)
+        loss, _ = replace(objective, **changes).loss(model, batch, generator)
+        hook.remove()
+        return loss, seen[0]
+
+    plain, exact = loss_and_latents()
+    torch.testing.assert_close(plain, (model(true).sample - true).abs().mean())
+    edges, _ = loss_and_latents(edge_weight=2.0)
+    made = model(true).sample
+    torch.testing.assert_close(edges - plain, 2 * edge_distance(made, true))
+    _, noisy = loss_and_latents(latent_noise=0.5)
+    spread = exact.std((0, 2, 3))
+    torch.testing.assert_close((noisy - exact).std((0, 2, 3)) / spread, torch.full((32,), 0.5),
+                               atol=0.15, rtol=0)  # fmt: skip
+    edges.backward()
+    assert all(one.grad is None for one in model.encoder.parameters())
+    assert all(one.grad is not None for one in model.decoder.parameters())
 
 
 def test_the_folder_is_an_autoencoder_at_unit_scale(videos, trained):
@@ -384,6 +454,8 @@ def test_frames_that_no_cell_or_patch_fits_are_refused(tmp_path):
     [
         ({"reconstruction_steps": 0}, "reconstruction_steps must be 1 or more"),
         ({"adversarial_weight": -1.0}, "adversarial_weight must be 0 or more"),
+        ({"latent_noise": float("nan")}, "latent_noise must be 0 or more"),
+        ({"edge_weight": 1.0, "adversarial_steps": 0}, "of the second part and have no effect"),
         ({"ema_decay": 1.0}, "ema_decay must lie in"),
         ({"lpips_heads": "alex.pth"}, "no effect without alexnet"),
         ({"alexnet_sha256": "7be5be79"}, "a file that alexnet does not name"),
