@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import tyro
 
+from examples.ship_world import ShipConfig
+from scd.completion import settings_of_commands
+from scd.data.record import recordings
 from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,8 +32,8 @@ def start(
     tmp_path: Path, name: str, body: str, *arguments: str, **given: str
 ) -> subprocess.Popen[bytes]:
     """Start a copy of a script where the programs that it calls are stand-ins."""
-    for folder in ("runs", "bin"):
-        (tmp_path / folder).mkdir()
+    for folder in (Path("runs", name).parent, "bin"):
+        (tmp_path / folder).mkdir(parents=True)
     for script_file in (name, "start.sh", "against_dense.sh"):
         shutil.copy(ROOT / "runs" / script_file, tmp_path / "runs" / script_file)
     for program in ("scd", "python", "torchrun"):
@@ -67,6 +70,37 @@ def test_a_signal_to_the_script_ends_what_it_started(tmp_path, name, trained, nu
     assert script.wait(timeout=60) == status
     calls = (tmp_path / "calls").read_text().splitlines()
     assert sorted(calls[-len(trained) :]) == [f"saved {one}" for one in trained]
+
+
+SHIPS = """case "$*" in *ship_world*) mkdir -p "${!#}" && touch "${!#}/config.json" ;; esac"""
+
+
+FIRST = {"record": "--env", "encode": "--data", "evaluate": "--run"}
+"""Flags whose value stands first, without them."""
+
+
+@pytest.mark.parametrize("name", ["cars", "crafter"])
+def test_a_script_that_makes_a_world_is_understood_to_its_last_flag(tmp_path, name):
+    script = start(tmp_path, f"worlds/{name}.sh", SHIPS, "out")
+    assert script.wait(timeout=60) == 0
+    assert (tmp_path / "scd/worlds" / name / "config.json").is_file()
+    settings = settings_of_commands() | {
+        "record": {"gym": recordings()["gym"]},
+        "examples/ship_world.py": ShipConfig,
+    }
+    lines = (tmp_path / "lines").read_text().splitlines()
+    assert {line.split()[0] for line in lines} >= {"record", "train", "train-judge", "evaluate"}
+    for line in lines:
+        command, *words = line.split()
+        kind, default = settings[command], None
+        if isinstance(kind, dict):
+            kind = kind[words.pop(0)]
+        if not isinstance(kind, type):
+            kind, default = type(kind), kind
+        if command in FIRST:
+            words.insert(0, FIRST[command])
+        # What is not understood ends with status 2.
+        tyro.cli(kind, args=words, default=default, config=(tyro.conf.AvoidSubcommands,))
 
 
 @pytest.mark.parametrize("failing", ["doom-32", "doom-64"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import json
 import re
 import signal
 import subprocess
@@ -422,6 +424,27 @@ def test_a_moment_is_made_again_from_its_link(browser: Any, address: str):
         third.until(lambda one=third: "link" in one.text("words"), "a refusal")
         assert "changed" in third.text("words") and "#moment" not in third.page.url
         third.context.close()
+    # Who changes a link can make its sum too: no billion of frames, and no other message.
+    for change in (
+        {"actions": [[1, 10**9]]},
+        {"actions": [[1, 2.5]]},
+        {"actions": 3},
+        {"begin": {"type": "pause"}},
+        {"begin": None},
+    ):
+        forged = Player(browser, address)
+        forged.page.goto(f"{address}#{forged_link(link, change)}")
+        forged.until(lambda one=forged: "needed 1 to 3000" in one.text("words"), "a refusal")
+        forged.context.close()
+
+
+def forged_link(link: str, change: dict[str, Any]) -> str:
+    """Return the part of a moment's address after #, with other contents and a sum of its own."""
+    body = link.split("#moment=")[1].split(".")[0]
+    moment = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+    text = json.dumps(moment | change).encode()
+    parts = (text, hashlib.sha256(text).digest()[:12])
+    return "moment=" + ".".join(base64.urlsafe_b64encode(one).decode().rstrip("=") for one in parts)
 
 
 def test_a_recording_is_a_video(player: Player, tmp_path: Path):

@@ -213,7 +213,7 @@ async function open() {
   if (!link || player.take === null) return;
   try {
     const moment = await fromLink(link);
-    await replay(player, moment);
+    if (!(await replay(player, moment))) return;
     say(`${moment.actions.length} frames are made again as they were. Run goes on from here.`);
   } catch (error) {
     history.replaceState(null, "", location.pathname);

@@ -38,12 +38,21 @@ export async function fromLink(link) {
   }
   if (sum !== (await sumOf(text))) throw new Error("The link was changed since it was made.");
   const moment = JSON.parse(text);
-  if (moment.v !== VERSION) throw new Error(`The link is of version ${moment.v}, needed ${VERSION}.`);
+  if (moment?.v !== VERSION) throw new Error(`The link is of version ${moment?.v}, needed ${VERSION}.`);
+  if (!isMade(moment)) throw new Error(`The link was changed: needed 1 to ${MOST_FRAMES} frames and a beginning.`);
   const actions = moment.actions.flatMap(([action, count]) => Array(count).fill(action));
   return { ...moment, actions };
 }
 
-/** Make the frames of a moment again, in a paused stream; tells `say` what does not fit. */
+/** Whether a page can have made it. The sum of a link is no secret: whoever changes a link can make its sum too. */
+function isMade({ begin, actions }) {
+  if (begin === null || typeof begin !== "object" || "type" in begin || !Array.isArray(actions)) return false;
+  const counts = actions.map((run) => (Array.isArray(run) && run.length === 2 ? run[1] : 0));
+  const frames = counts.reduce((sum, count) => sum + count, 0);
+  return frames > 0 && frames <= MOST_FRAMES && counts.every((count) => Number.isInteger(count) && count > 0);
+}
+
+/** Make the frames of a moment again, in a paused stream; whether it is done, else it was said why not. */
 export async function replay(player, moment) {
   const { world } = player;
   if (moment.world !== world.name || moment.weights !== world.weights)
@@ -54,10 +63,12 @@ export async function replay(player, moment) {
     );
   await player.pause();
   const answer = await player.begin(moment.begin);
-  if (answer === null) return;
+  if (answer === null) return false;
   for (const [action, count] of runsOf(moment.actions))
     for (let left = count; left > 0; left -= AT_ONCE)
-      if ((await player.ask({ type: "step", action, count: Math.min(left, AT_ONCE) })) === null) return;
+      if ((await player.ask({ type: "step", action, count: Math.min(left, AT_ONCE) })) === null)
+        return false;
+  return true;
 }
 
 /** Equal actions one after another: [action, how many]. */
