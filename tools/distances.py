@@ -324,7 +324,8 @@ def main(arguments: Sequence[str]) -> int:
     """Measure; return the exit status."""
     try:
         config = tyro.cli(DistancesConfig, args=arguments)
-        networks = {kind: cached_i3d(kind, torch.device("cpu")) for kind in KINDS}
+        cpu = torch.device("cpu")
+        networks: dict[I3dKind, I3d] = {kind: cached_i3d(kind, cpu) for kind in KINDS}
         result = distances(config, networks)
         out = DOCS / f"results/distances_{config.name}.json"
         write_json(result, out)

@@ -24,6 +24,9 @@ from scd.common.config import shown
 TEMPORARY = ".writing-"
 """How the names of things begin that are being written."""
 
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What a disk says that is full, or fails, in the middle of a file; it does not say of which."""
+
 CURRENT_FOLDER, SWAP = -100, 2
 """AT_FDCWD and RENAME_EXCHANGE of Linux; RENAME_SWAP of macOS is the same number."""
 
@@ -129,7 +132,8 @@ def written_aside(folder: Path) -> Iterator[Path]:
         with suppress(OSError):
             # For as long as this process lives; not every file system knows it.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield aside
+        with _naming(folder):
+            yield aside
         _open_to_others(aside)
         for entry in aside.iterdir():
             _flush(entry)
@@ -201,6 +205,17 @@ def write_file(path: Path, text: str) -> None:
 
 
 @contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say what was to be written where the system only says that its disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def file_aside(path: Path) -> Iterator[Path]:
     """Name a file to write; when the block ends it is flushed and takes `path`'s place.
 
@@ -209,9 +224,10 @@ def file_aside(path: Path) -> Iterator[Path]:
     aside = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     mode = _mode_of_new_files(aside)
     try:
-        yield aside
-        aside.chmod(mode)
-        _flush(aside)
+        with _naming(path):
+            yield aside
+            aside.chmod(mode)
+            _flush(aside)
         aside.replace(path)
         _flush(path.parent)
     finally:

@@ -87,9 +87,15 @@ def fetch_i3d(config: WeightsConfig) -> Path:
     found = digest_of_arrays(arrays)
     if found != CONTENT_SHA256:
         raise ValueError(f"{I3D_PICKLE.file} holds {found}, needed {CONTENT_SHA256}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with file_aside(path) as aside:
-        save_tensors({name: torch.from_numpy(one) for name, one in arrays.items()}, aside)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with file_aside(path) as aside:
+            save_tensors({name: torch.from_numpy(one) for name, one in arrays.items()}, aside)
+    except OSError as error:
+        raise OSError(
+            f"the weights cannot be kept in {path.parent}: {error.strerror or error}. "
+            "XDG_CACHE_HOME names another folder of caches"
+        ) from error
     return path
 
 

@@ -1,6 +1,7 @@
 """One reader of JSON: what cannot be read names its file; files that others can read."""
 
 import os
+import resource
 import stat
 import threading
 
@@ -157,3 +158,22 @@ def test_what_is_no_utf_8_is_refused_with_its_line(tmp_path):
                 read(path)
     path.write_bytes("\ufeff{}".encode())
     assert read_json(path) == {}
+
+
+def test_a_disk_that_refuses_in_the_middle_of_a_file_is_told_with_its_name(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}/x.json'"):
+            write_file(tmp_path / "x.json", "1" * 2000)
+        with (
+            pytest.raises(OSError, match=f"File too large: '{tmp_path}/folder'"),
+            written_aside(tmp_path / "folder") as aside,
+        ):
+            (aside / "x").write_text("1" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+    # What has nothing to do with the disk stays as it is.
+    with pytest.raises(OSError, match="^something else$"), file_aside(tmp_path / "x.json"):
+        raise OSError("something else")

