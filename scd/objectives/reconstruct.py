@@ -98,6 +98,10 @@ class Reconstruct(Objective):
     """Of the discriminator's verdict, in the second part; 0: it is not asked."""
     edge_weight: float
     """Of the distance of differences between neighbouring pixels, in the second part."""
+    border_weight: float
+    """Of those differences that lie across a border of cells, over the others' weight."""
+    cell_size: int
+    """Rows, and columns, of pixels of a cell."""
     latent_noise: float
     """On latents, over the deviation of each channel, in the second part."""
     discriminator: PatchDiscriminator
@@ -119,7 +123,7 @@ class Reconstruct(Objective):
         self.made = made.detach()
         loss, logs = reconstruction_loss(made, true, self.distance, self.perceptual_weight)
         if self.decoder_alone and self.edge_weight:
-            edges = edge_distance(made, true)
+            edges = edge_distance(made, true, self.cell_size, self.border_weight)
             loss, logs = loss + self.edge_weight * edges, logs | {"edges": edges}
         if self.decoder_alone and self.adversarial_weight:
             with frozen(self.discriminator):
@@ -168,11 +172,22 @@ def reconstruction_loss(
 
 
 def edge_distance(
-    made: Float[Tensor, "f 3 h w"], true: Float[Tensor, "f 3 h w"]
+    made: Float[Tensor, "f 3 h w"],
+    true: Float[Tensor, "f 3 h w"],
+    cell_size: int = 1,
+    border_weight: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """Return by how much the differences of neighbouring pixels, across and down, are off."""
-    apart = made - true
-    return (apart.diff(dim=-1).abs().mean() + apart.diff(dim=-2).abs().mean()) / 2
+    """Return by how much the differences of neighbouring pixels, across and down, are off.
+
+    Those across a border of cells count `border_weight` times: they are few, and seen as a grid.
+    """
+    found = []
+    for dim in (-1, -2):
+        apart = (made - true).diff(dim=dim).abs().movedim(dim, -1)
+        weights = torch.ones(apart.shape[-1], device=apart.device)
+        weights[cell_size - 1 :: cell_size] = border_weight
+        found.append((apart * weights).mean())
+    return torch.stack(found).mean()
 
 
 def adversarial_loss(

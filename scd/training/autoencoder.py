@@ -120,6 +120,8 @@ class AutoencoderTask(Task):
             perceptual_weight=config.perceptual_weight,
             adversarial_weight=config.adversarial_weight,
             edge_weight=config.edge_weight,
+            border_weight=config.border_weight,
+            cell_size=shape_of("AutoencoderDC", self.model)[1],
             latent_noise=config.latent_noise,
             discriminator=discriminator.to(accelerator.device).train(),
             autocast=accelerator.autocast,

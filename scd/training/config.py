@@ -200,6 +200,7 @@ class TrainAutoencoderConfig(RunConfig):
         "adversarial_steps",
         "adversarial_weight",
         "edge_weight",
+        "border_weight",
         "latent_noise",
     )
     """Fields that say nothing of the first part."""
@@ -227,8 +228,11 @@ class TrainAutoencoderConfig(RunConfig):
     """Pull of the discriminator at the decoder's last layer, over that of the distances. 0: the
     second part has none."""
     edge_weight: float = added(0.0)
-    """Weight, in the second part, of the distance of differences between neighbouring pixels: it
-    keeps edges, and no borders of cells show."""
+    """Weight, in the second part, of the distance of differences between neighbouring pixels, which
+    keeps edges."""
+    border_weight: float = added(1.0)
+    """How many times such a difference counts across a border of the latents' cells, where it would
+    be seen as a grid."""
     latent_noise: float = added(0.0)
     """Noise on latents in the second part, over their deviation: the decoder learns what to make of
     latents that are not exact, as a world's are not."""
@@ -261,6 +265,8 @@ class TrainAutoencoderConfig(RunConfig):
         super().__post_init__()
         self.check_least(1, "reconstruction_steps")
         self.check_least(0, *self.second_part, "perceptual_weight")
+        if self.border_weight != 1 and not self.edge_weight:
+            raise ValueError("border_weight has no effect with edge_weight 0")
         if not self.adversarial_steps and (self.edge_weight or self.latent_noise):
             raise ValueError(
                 "edge_weight and latent_noise are of the second part and have no effect with "

@@ -140,6 +140,8 @@ def test_losses_by_hand():
     off = true.clone()
     off[..., 1, 0] += 0.5
     assert edge_distance(off, true).item() == pytest.approx((1 / 12 + 2 / 12) * 0.5 / 2)
+    # In cells of 2 pixels its one difference down to row 2 lies across a border.
+    assert edge_distance(off, true, 2, 3.0).item() == pytest.approx((1 / 12 + 4 / 12) * 0.5 / 2)
     last = torch.tensor(3.0, requires_grad=True)
     picture = last * true
     reconstruction = 4 * (picture - true).mean()  # slope 2 at the last layer
@@ -211,7 +213,8 @@ def test_the_second_part_leaves_the_encoder_where_the_average_was(trained):
 
 
 def test_a_finished_autoencoder_gets_a_decoder_that_knows_edges_and_noise(videos, tmp_path):
-    later = {"adversarial_weight": 0.0, "edge_weight": 2.0, "latent_noise": 0.3}
+    later = {"adversarial_weight": 0.0, "edge_weight": 2.0, "border_weight": 3.0}
+    later |= {"latent_noise": 0.3}
     one, other = settings(videos, tmp_path / "one", adversarial_steps=0), tmp_path / "other"
     train_autoencoder(one)
     train_autoencoder(replace(one, adversarial_steps=2, **later))
@@ -244,6 +247,8 @@ def test_the_decoder_hears_no_encoder_and_as_much_noise_as_asked(videos):
         perceptual_weight=0.0,
         adversarial_weight=0.0,
         edge_weight=0.0,
+        border_weight=1.0,
+        cell_size=8,
         latent_noise=0.0,
         discriminator=PatchDiscriminator(width=4),
         autocast=nullcontext,
@@ -455,6 +460,7 @@ def test_frames_that_no_cell_or_patch_fits_are_refused(tmp_path):
         ({"reconstruction_steps": 0}, "reconstruction_steps must be 1 or more"),
         ({"adversarial_weight": -1.0}, "adversarial_weight must be 0 or more"),
         ({"latent_noise": float("nan")}, "latent_noise must be 0 or more"),
+        ({"border_weight": 2.0}, "no effect with edge_weight 0"),
         ({"edge_weight": 1.0, "adversarial_steps": 0}, "of the second part and have no effect"),
         ({"ema_decay": 1.0}, "ema_decay must lie in"),
         ({"lpips_heads": "alex.pth"}, "no effect without alexnet"),
