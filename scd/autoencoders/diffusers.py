@@ -31,6 +31,7 @@ from scd.common.config import MAX_SIZE, Precision, shown
 from scd.common.files import read_json
 from scd.common.hub import CONFIG_FILE, class_of, find_part, read_part_config
 from scd.common.places import named_by
+from scd.common.runtime import without_weights
 from scd.common.weights import Weights, check_fit, guarded, save_tensors
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -217,7 +218,7 @@ def read_network(kind: Any, folder: Path) -> Any:
     with Weights(folder) as weights:
         _refuse_sizes(settings, len(weights.names()), str(path))
         try:
-            with torch.device("meta"):
+            with without_weights():
                 network = kind.from_config(settings)
         except Exception as error:
             # Whatever the network stumbles over: settings are checked nowhere else.

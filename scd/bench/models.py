@@ -14,7 +14,7 @@ from torch import Tensor
 from scd.autoencoders.base import PixelAutoencoder
 from scd.autoencoders.config import PixelConfig
 from scd.common.config import from_json
-from scd.common.runtime import make_generator
+from scd.common.runtime import make_generator, without_weights
 from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
 from scd.models.build import Diffuser, build
@@ -198,7 +198,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
 
     No weight exists twice or in another type, so building it takes no more memory than it.
     """
-    with torch.device("meta"):
+    with without_weights():
         model = build(config).to(dtype)
     model.to_empty(device=device)
     generator = make_generator(0, "random weights", device=device)

@@ -10,9 +10,11 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from scd.common.config import (
     Precision,
@@ -229,6 +231,30 @@ def git_commit() -> str:
         return "unknown"
     assert tracked
     return commit + ("+" if status else "")
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Let networks be built in a with block that have shapes and no numbers, which are loaded then.
+
+    Nothing is drawn either. On the device "meta" drawing changes nothing, but PyTorch does it by a
+    decomposition whose first use imports its compiler: a second, and a hundred megabytes that stay.
+    """
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves tensors as they are where first weights would be drawn."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = kwargs or {}
+        is_first = getattr(func, "__module__", "") == nn.init.__name__
+        if is_first or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 @contextmanager

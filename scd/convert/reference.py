@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from scd.autoencoders.deep_compression import settings_of
 from scd.autoencoders.diffusers import new_network, save_network
 from scd.common.files import refuse_used, written_aside
+from scd.common.runtime import without_weights
 from scd.common.weight_names import Renaming
 from scd.common.weights import check_fit, headers, read_state_dict
 from scd.convert.settings import ConvertAutoencoderConfig, ReferenceConfig
@@ -175,7 +175,7 @@ def read_reference(
     """
     try:
         renamed = our_names(state)
-        with torch.device("meta"):
+        with without_weights():
             model = build(config_of(renamed, config))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

@@ -24,7 +24,7 @@ from scd.autoencoders.wan import wan_shape_of
 from scd.common.config import to_json
 from scd.common.files import refuse_used, written_aside
 from scd.common.hub import find_part, read_part_config
-from scd.common.runtime import DTYPES, derive_seed
+from scd.common.runtime import DTYPES, derive_seed, without_weights
 from scd.common.weights import SHARD_BYTES, check_fit, write_shards
 from scd.convert.settings import ConvertWanConfig
 from scd.data.source import DataCard, open_source
@@ -347,7 +347,7 @@ def _check(source: WanSource, model: ModelConfig) -> None:
         cache=model.cache,
         num_layers=source.num_layers,
     )
-    with torch.device("meta"):
+    with without_weights():
         check_fit(build(whole), source.headers(), str(source.weights.path), source.named)
 
 

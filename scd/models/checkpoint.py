@@ -36,7 +36,7 @@ from scd.common.files import write_file, written_aside
 from scd.common.hub import upload
 from scd.common.names import did_you_mean, refuse_unknown
 from scd.common.places import named_by
-from scd.common.runtime import choose_device
+from scd.common.runtime import choose_device, without_weights
 from scd.common.weights import (
     SHARD_BYTES,
     guarded,
@@ -324,7 +324,7 @@ def _read_world(
     folder: Path, weights: Literal["ema", "raw"], device: torch.device | str, as_stored: bool
 ) -> World:
     parts = read_world_parts(folder)
-    with torch.device("meta"):
+    with without_weights():
         # No weights are drawn, only to be replaced.
         model = build(parts["model"])
     name = WEIGHTS_FILE if weights == "ema" else RAW_FILE

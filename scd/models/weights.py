@@ -17,6 +17,7 @@ from scd.common.config import from_json, shown, to_json
 from scd.common.files import file_aside, read_json, write_file
 from scd.common.hub import download
 from scd.common.names import refuse_unknown
+from scd.common.runtime import without_weights
 from scd.common.weights import Weights, check_fit, headers, save_tensors
 from scd.models.lora import has_lora, merged
 
@@ -102,7 +103,7 @@ class Pretrained(PyTorchModelHubMixin):
             )
         settings = read_settings(folder / CONFIG_FILE)
         config = from_json(cls.config_class, settings["model"], f"{folder / CONFIG_FILE}: model")
-        with torch.device("meta"):
+        with without_weights():
             model = cls(config)  # type: ignore[call-arg]
         assert isinstance(model, nn.Module)
         load_weights(model, folder / WEIGHTS_FILE, str(map_location))

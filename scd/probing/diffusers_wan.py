@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scd.common.config import MAX_SIZE
+from scd.common.runtime import without_weights
 from scd.data.clip import Conditions
 from scd.data.spaces import ConditionSpec
 from scd.models.config import CacheConfig, FrameShape
@@ -67,7 +68,7 @@ class WanSubject(WanDenseSubject):
             norm_before_text=config.cross_attn_norm,
             eps=config.eps,
         )
-        with torch.device("meta"):
+        with without_weights():
             model = WanDiffuser(
                 WanConfig(
                     shape=shape,

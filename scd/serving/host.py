@@ -10,9 +10,9 @@ from threading import Thread
 from typing import Any
 
 import numpy as np
-import torch
 
 from scd.common.config import to_json
+from scd.common.runtime import without_weights
 from scd.common.weights import digest_of
 from scd.engine.interface import Engine
 from scd.models.about import About
@@ -245,7 +245,7 @@ def world_info(
     if is_separable:
         kinds.append("context_noise")
     # Of a model without weights: those of this one may have been freed for the engine's.
-    with torch.device("meta"):
+    with without_weights():
         parameters = num_parameters(build(engine.config))
     weights = None if world.folder is None else world.folder / WEIGHTS_FILE
     is_read = weights is not None and weights.is_file() and parameters < MOST_DIGESTED

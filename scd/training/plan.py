@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scd.common.config import to_json
 from scd.common.launcher import fsdp_version, num_started
+from scd.common.runtime import without_weights
 from scd.data.clip import Batch, Conditions
 from scd.models.attention import forget
 from scd.models.build import Diffuser, build, num_parameters
@@ -83,7 +84,7 @@ class Plan:
 def plan(config: TrainConfig, num_processes: int = 1) -> Plan:
     """Work a run out without data or training: its objective runs on shapes, not on numbers."""
     activations, flops = count_micro_batch(config)
-    with torch.device("meta"):
+    with without_weights():
         model = _built(config)
     num_total = num_parameters(model)
     num_encoder = sum(parameter.numel() for parameter in model.encoder_parameters())

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.common.runtime import derive_seed
+from scd.common.runtime import derive_seed, without_weights
 from scd.common.weights import check_fit, is_stored
 from scd.data.clip import Conditions
 from scd.models.base import CausalDiffuser
@@ -92,7 +92,7 @@ def load_bidirectional(
     `find_bidirectional`. Its weights stay in the type that they are stored in, unless `dtype` says
     otherwise."""
     theirs, source = find_bidirectional(config, path)
-    with torch.device("meta"):
+    with without_weights():
         model = WanDiffuser(theirs)
     if source is None:
         load_weights(model, resolve(path) / WEIGHTS_FILE)

@@ -16,6 +16,7 @@ from scd.common.runtime import (
     git_commit,
     make_generator,
     peak_memory_gib,
+    without_weights,
 )
 
 
@@ -94,3 +95,35 @@ def test_there_is_no_commit_outside_a_checkout(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == "unknown"
+
+
+UNDRAWN = """
+import sys
+import scd
+from scd.common.runtime import without_weights
+from torch import nn
+world = scd.load(sys.argv[1])
+assert not any(one.is_meta for one in world.model.parameters())
+with without_weights():
+    made = [nn.Embedding(3, 4), nn.Linear(2, 3), nn.Conv2d(1, 2, 3), nn.MultiheadAttention(4, 2)]
+    nn.init.trunc_normal_(made[0].weight)
+    nn.init.normal_(made[1].weight, std=0.5)
+assert all(one.is_meta for part in made for one in part.parameters())
+print(*sorted({"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)))
+"""
+
+
+def test_no_compiler_is_imported_to_load_a_world():
+    words = [sys.executable, "-c", UNDRAWN, "cars"]
+    made = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert made.stdout.split() == []
+
+
+def test_weights_are_drawn_again_after_networks_without_them():
+    torch.manual_seed(0)
+    before = torch.nn.Linear(3, 4).weight.detach().clone()
+    torch.manual_seed(0)
+    with without_weights():
+        torch.nn.Linear(5, 6)
+    again = torch.nn.Linear(3, 4).weight
+    assert torch.equal(before, again) and not again.is_meta
