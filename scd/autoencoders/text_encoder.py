@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,12 +27,16 @@ from scd.common.runtime import DTYPES, cache_folder
 from scd.common.weights import FLOATS, Weights, find_weights, headers
 from scd.data.prompts import fill_up, read_words, write_words
 
+logger = logging.getLogger(__name__)
+
 TEXT_LENGTH = 512
 """Tokens that Wan reads, those that fill up included. Source: the configuration of Wan2.1."""
 
 ENCODERS = ("UMT5EncoderModel", "UMT5ForConditionalGeneration")
 """Classes that hold Wan's text encoder."""
 
+NUM_SAID = 3
+"""Prompts of one text encoder that are too long of which each is told."""
 
 PROBLEMS = ("missing_keys", "mismatched_keys")
 """What transformers tells of weights that do not fit; others in the file are left alone, such as
@@ -58,7 +63,8 @@ class TextConfig:
 class PromptEmbedder:
     """Prompts to embeddings; the text encoder is loaded when it is first needed.
 
-    `embed` any number of times; `release` gives the text encoder's memory back.
+    `embed` any number of times; `release` gives the text encoder's memory back. Of a prompt that
+    is too long the end is cut off, as diffusers does it, and a warning says so.
     """
 
     def __init__(self, source: str | os.PathLike[str], config: TextConfig) -> None:
@@ -79,6 +85,7 @@ class PromptEmbedder:
         self._encoder: Any = None
         self._name = ""
         self._kept: dict[str, Tensor] = {}
+        self._said: set[str] = set()
 
     @property
     def name(self) -> str:
@@ -87,32 +94,39 @@ class PromptEmbedder:
         return f"{self._name}-{self.config.precision}"
 
     def tokens(self, prompt: str) -> list[int]:
-        """Return the ids of a prompt's tokens, the end token included (ValueError: too many)."""
+        """Return the ids of a prompt's tokens, the end token included, as many as are read."""
         ids = self._tokenizer(clean_prompt(prompt)).input_ids
-        if len(ids) > self.config.length:
-            kept = self._tokenizer.decode(ids[: self.config.length - 1])
-            raise ValueError(
-                f"the prompt takes {len(ids)} tokens, the text encoder takes {self.config.length}: "
-                f"shorten it; what fits ends with ...{kept[-40:]!r}"
-            )
-        return ids
+        return ids if len(ids) <= self.config.length else [*ids[: self.config.length - 1], ids[-1]]
+
+    def cut(self, prompt: str) -> str:
+        """Say what of a prompt is cut off, in a sentence; empty: nothing is."""
+        ids, most = self._tokenizer(clean_prompt(prompt)).input_ids, self.config.length
+        if len(ids) <= most:
+            return ""
+        kept = self._tokenizer.decode(ids[: most - 1])
+        return (
+            f"the prompt takes {len(ids)} tokens, the text encoder {most}: its last "
+            f"{len(ids) - most} are cut off, and what is read ends with ...{kept[-40:]!r}"
+        )
+
+    def _warn(self, prompt: str) -> None:
+        """Tell once of a prompt that is cut, and of many only that there are more."""
+        if prompt in self._said or len(self._said) > NUM_SAID or not (cut := self.cut(prompt)):
+            return
+        self._said.add(prompt)
+        logger.warning(cut if len(self._said) <= NUM_SAID else "more prompts are cut: not told")
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "b l c"]:
-        """Embed prompts, in the text encoder's arithmetic (ValueError: one is too long)."""
-        tokens = [self.tokens(prompt) for prompt in prompts]
-        return torch.stack(
-            [self._embed(prompt, ids) for prompt, ids in zip(prompts, tokens, strict=True)]
-        )
+        """Embed prompts, in the text encoder's arithmetic."""
+        return torch.stack([self._embed(prompt) for prompt in prompts])
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Embed prompts one after another, so that `embed` finds them, and give the memory back.
 
         Filled up they may take more memory than there is: only what their words became is kept, in
-        the cache, or in memory where there is none. If a prompt is too long, none is embedded.
+        the cache, or in memory where there is none.
         """
-        for prompt in prompts:
-            self.tokens(prompt)
         for prompt in prompts:
             self.embed([prompt])
         self.release()
@@ -124,11 +138,12 @@ class PromptEmbedder:
     def release(self) -> None:
         self._encoder = None
 
-    def _embed(self, prompt: str, ids: list[int]) -> Tensor:
+    def _embed(self, prompt: str) -> Tensor:
+        self._warn(prompt)
         path = self.path_of(prompt)
         words = self._kept.get(prompt) if path is None else read_words(path)
         if words is None:
-            words = self._encode(ids)
+            words = self._encode(self.tokens(prompt))
             if path is None:
                 self._kept[prompt] = words
             else:
@@ -146,8 +161,11 @@ class PromptEmbedder:
         """Return the file in which what was made of a prompt is kept; None: nowhere."""
         if not self.config.cache:
             return None
-        key = f"{self.name}\n{clean_prompt(prompt)}".encode()
-        digest = hashlib.blake2b(key, digest_size=16).hexdigest()
+        key = f"{self.name}\n{clean_prompt(prompt)}"
+        if self.cut(prompt):
+            # Another length cuts it elsewhere.
+            key += f"\n{self.config.length}"
+        digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         return Path(self.config.cache) / f"{digest}.safetensors"
 
 

@@ -47,16 +47,11 @@ def embed_prompts(
     Raises:
         FileNotFoundError: no such file, or no text encoder.
         FileExistsError: the folder holds other prompts, or anything else.
-        ValueError: the file holds no prompts, or one is too long: none is embedded then.
+        ValueError: the file holds no prompts.
         BlockingIOError: another process is writing the folder.
     """
     lines = list(dict.fromkeys(read_lines(prompts)))
     embedder = PromptEmbedder(source, replace(config, cache=folder))
-    for number, line in enumerate(lines, start=1):
-        try:
-            embedder.tokens(line)
-        except ValueError as error:
-            raise ValueError(f"{prompts}, prompt {number}: {error}") from error
     wanted = {
         "prompts": tuple(lines),
         "negative": negative_prompt,

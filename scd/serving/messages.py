@@ -416,6 +416,8 @@ class State(Numbered):
     """Of the noise."""
     prompt: str | None = None
     """What it shows; none: no text steers this world."""
+    prompt_cut: str | None = None
+    """What of it is not read because it is too long, in a sentence; none: all of it is."""
     history_from: Index
     """Oldest frame that `rewind` and `fork` reach; -1: before the first."""
     kept_from: Count

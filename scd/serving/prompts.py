@@ -70,6 +70,10 @@ class Prompts:
         """Return an embedded prompt [1 l c], the same tensor every time; None: of none."""
         return None if self._texts is None or prompt is None else self._texts.known(prompt)
 
+    def cut(self, prompt: str | None) -> str | None:
+        """Say what of an embedded prompt was cut off, being too long; None: nothing was."""
+        return None if self._texts is None or prompt is None else self._texts.cut(prompt) or None
+
     @property
     def nothing(self) -> Tensor | None:
         """The embedded empty prompt, once some message has needed it."""

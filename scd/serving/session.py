@@ -255,6 +255,7 @@ class Session:
         self.generation = 0
         self.action: ActionValue | None = None
         self.prompt = start.message.prompt
+        self.prompt_cut: str | None = None
         self.sequence = 0
         self.running = False
         self.fps: float | None = None
@@ -305,6 +306,7 @@ class Session:
             guidance=GuidanceChoice(**vars(self.rollout.guidance)),
             seed=self.rollout.seed,
             prompt=self.prompt,
+            prompt_cut=self.prompt_cut,
             history_from=self.history.oldest,
             kept_from=self.history.kept_from,
         )

@@ -151,6 +151,7 @@ class Sessions:
         return self._join(Session(name, stream, start, history, self.clock()))
 
     def _join(self, session: Session) -> Session:
+        session.prompt_cut = self.prompts.cut(session.prompt)
         self.playing[session.name] = session
         return session
 
@@ -197,6 +198,7 @@ class Sessions:
     def restart(self, session: Session, start: Start) -> None:
         stream, history = self._open(session.name, start)
         session.start, session.prompt = start, start.message.prompt
+        session.prompt_cut = self.prompts.cut(session.prompt)
         self._replace(session, stream, history)
 
     def rewind(self, session: Session, index: int) -> None:
@@ -222,7 +224,7 @@ class Sessions:
         if recompute:
             self.drop(session)
         session.rollout.change_text(text, recompute=recompute)
-        session.prompt = prompt
+        session.prompt, session.prompt_cut = prompt, self.prompts.cut(prompt)
         if recompute:
             # What was kept of the memory before is of another one.
             kept = session.history.kept

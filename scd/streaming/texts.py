@@ -52,16 +52,21 @@ class WorldTexts:
             place, TextConfig(length=spec.text_length, device=device, cache=cache)
         )
         self._known: dict[str, Float[Tensor, "1 l c"]] = {}
+        self._cut: dict[str, str] = {}
 
     def known(self, prompt: str) -> Float[Tensor, "1 l c"] | None:
         """Return what was made of a prompt, the same tensor every time; None: nothing yet."""
         return self._known.get(prompt)
 
+    def cut(self, prompt: str) -> str:
+        """Say what of a known prompt was cut off, being too long; empty: nothing was."""
+        return self._cut.get(prompt, "")
+
     def embed(self, prompt: str) -> Float[Tensor, "1 l c"]:
         """Embed a prompt, which must have words.
 
         Raises:
-            ValueError: it is empty or too long, or the text encoder is not that of the world.
+            ValueError: it is empty, or the text encoder is not that of the world.
         """
         refuse_empty([prompt])
         return self._embed(prompt)
@@ -80,5 +85,7 @@ class WorldTexts:
                     f"the text encoder of {self._place} makes {found.shape[-1]} entries of a "
                     f"token, the model reads {self._dim}"
                 )
+            if cut := self._embedder.cut(prompt):
+                self._cut[prompt] = cut
             self._known[prompt] = found
         return found

@@ -117,8 +117,7 @@ def with_prompts(choice: WanDmdChoice, config: TrainConfig) -> tuple[TrainConfig
 
     Raises:
         FileNotFoundError, FileExistsError: no such file, or a folder that holds something else.
-        ValueError: what `check_fit` refuses; no prompts, one that is too long, or several
-            processes would embed them.
+        ValueError: what `check_fit` refuses; no prompts, or several processes would embed them.
     """
     check_fit(config)
     if is_prompts(choice.prompts):

@@ -1,6 +1,7 @@
 """Prompts: embeddings as Wan reads them, their files, prompts that are too long."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from scd.autoencoders.text_encoder import (
+    NUM_SAID,
     PromptEmbedder,
     TextConfig,
     clean_prompt,
@@ -44,14 +46,25 @@ def test_embeddings_are_the_encoders_with_zeros_for_filling(source):
     assert embedded[1, 3:].abs().max() == 0 and embedded[1, 2].abs().max() > 0
 
 
-def test_a_prompt_that_is_too_long_is_refused_before_the_encoder_is_loaded(source, tmp_path):
-    torn = tmp_path / "torn"
-    shutil.copytree(source, torn)
-    (torn / "text_encoder" / "model.safetensors").unlink()
-    embedder = embedder_of(torn)
-    with pytest.raises(ValueError, match="takes 13 tokens, the text encoder takes 12.*'...*snow"):
-        embedder.embed(["the dog", "cat cat cat cat cat cat cat cat cat cat snow night"])
-    assert len(embedder.tokens("cat " * 11)) == 12
+def test_the_end_of_a_prompt_that_is_too_long_is_cut_and_said_once(source, tmp_path, caplog):
+    long, cache = "cat cat cat cat cat cat cat cat cat cat snow night", str(tmp_path / "cache")
+    embedder = embedder_of(source, cache=cache)
+    assert embedder.cut("cat " * 11) == "" and len(embedder.tokens("cat " * 11)) == 12
+    said = "takes 13 tokens, the text encoder 12: its last 1 are cut off.*'...*cat snow'"
+    assert re.search(said, embedder.cut(long))
+    # As the tokenizer itself cuts, which keeps the token of the end.
+    tokenizer = AutoTokenizer.from_pretrained(source / "tokenizer")
+    assert embedder.tokens(long) == tokenizer(long, truncation=True, max_length=12).input_ids
+    short = embedder.embed([long, "the dog", long])
+    assert torch.equal(short[0], embedder.embed([long.removesuffix(" night")])[0])
+    assert [len(re.findall(said, one)) for one in caplog.messages] == [1]
+    # A text encoder that reads more does not find what was made of less.
+    whole = embedder_of(source, cache=cache, length=20).embed([long])
+    assert whole[0, 12].abs().max() > 0
+    assert torch.equal(embedder_of(source, cache=cache).embed([long]), short[:1])
+    caplog.clear()
+    embedder_of(source).embed([f"{long} {'cat ' * number}" for number in range(9)])
+    assert len(caplog.messages) == NUM_SAID + 1 and "more prompts" in caplog.messages[-1]
 
 
 def prompt_of(file) -> str:

@@ -55,6 +55,8 @@ export class Controls {
   follow(state) {
     // A player who types has the word.
     if (state.prompt && document.activeElement !== byId("prompt")) byId("prompt").value = state.prompt;
+    byId("prompt-cut").hidden = !state.prompt_cut;
+    byId("prompt-cut").textContent = state.prompt_cut ?? "";
     if (performance.now() - this.touched < 600 || this.timer) return;
     byId("steps").value = state.steps;
     byId("steps-out").textContent = state.steps;
