@@ -21,7 +21,7 @@ from torch import Tensor
 
 from scd.bench.models import find_subject
 from scd.bench.streams import fill_window
-from scd.common.config import StreamPrecision, at_least, to_json
+from scd.common.config import at_least, to_json
 from scd.common.memory import release
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import make_generator
@@ -29,10 +29,11 @@ from scd.data.clip import Conditions
 from scd.engine.open import open_engine
 from scd.engine.wan import FastWanSeparable
 from scd.models.flow import schedule, with_num_steps
+from scd.models.kv_cache import KVCache
 from scd.models.wan.config import WanSeparableConfig
 
-PRECISIONS: tuple[StreamPrecision, ...] = ("bf16", "int8")
-"""That are compared with float32."""
+PRECISIONS = ("bf16", "int8", "int8 maps")
+"""That are compared with float32; the last one with keys and values of the past in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +81,9 @@ def watched(engine: FastWanSeparable, seen: Seen) -> None:
 
 
 @torch.no_grad()
-def seen_at(config: RoundingConfig, precision: StreamPrecision) -> Seen:
+def seen_at(config: RoundingConfig, name: str) -> Seen:
     """Run one frame at a precision, its window full of random keys and values."""
+    precision, _, part = name.partition(" ")
     subject, cpu = find_subject(config.model), torch.device("cpu")
     if not isinstance(subject.config, WanSeparableConfig):
         raise ValueError(f"needed a separable Wan model, got {config.model}")
@@ -89,16 +91,22 @@ def seen_at(config: RoundingConfig, precision: StreamPrecision) -> Seen:
     model = subject.load(cpu, torch.bfloat16).model
     engine = open_engine(model, "fast", precision, release=True)
     assert isinstance(engine, FastWanSeparable)
+    if part:
+        engine.encoder.cache_kind = KVCache
     generator, spec = make_generator(0, "rounding"), subject.config.conditions
     text = torch.randn(1, spec.text_length, spec.text_dim, generator=generator)
     noise = torch.randn(1, *engine.shape.shape, generator=generator)
     conditions = Conditions(text=text.bfloat16().to(engine.dtype))
     state = engine.begin(None, conditions, 1, config.context)
     fill_window(state, engine, generator)
-    for held in (state.cache.keys, state.cache.values):
+    cache = state.cache
+    frames, (num_layers, *shape) = [slot or 0 for slot in cache.slots], cache.keys.shape
+    cache.reset()
+    for layer in range(num_layers):
         # The same in every type, as if bfloat16 had been kept.
-        for layer in held:
-            layer.copy_(torch.randn(layer.shape, generator=generator).bfloat16())
+        k, v = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
+        cache.write(layer, k.to(engine.dtype), v.to(engine.dtype))
+    cache.advance(frames)
     seen = Seen()
     watched(engine, seen)
     context = engine.context(state, conditions, noise.to(engine.dtype))

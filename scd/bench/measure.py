@@ -129,7 +129,8 @@ def warm_process(cases: Sequence[Case], device: torch.device) -> None:
         tiny = replace(
             Case(model="toy" if is_separable else "toy-dense", context=4, steps=1),
             engine=case.engine,
-            precision=case.precision,
+            # Which small models do not have.
+            precision="bf16" if case.precision == "int8" else case.precision,
         )
         kinds[tiny.title] = tiny
     for tiny in kinds.values():

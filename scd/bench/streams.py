@@ -211,15 +211,17 @@ class TimedSessions(Timed):
 def fill_window(state: Any, engine: Engine, generator: torch.Generator) -> None:
     """Give streams that just began a full window of random keys and values."""
     cache = state.cache
-    for held in (cache.keys, cache.values):
-        held[0].normal_(generator=generator)
-        held[1:] = held[0]
+    num_layers, *shape = cache.keys.shape
+    like = {"device": engine.device, "dtype": engine.dtype}
+    k, v = (torch.empty(shape, **like).normal_(generator=generator) for _ in range(2))
     first = state.next_position
     cache.reset()
+    for layer in range(num_layers):
+        cache.write(layer, k, v)
     cache.advance(list(range(first, first + cache.config.window)))
     state.next_position = first + cache.config.window
     if isinstance(state, SeparableState):
-        shape = (cache.keys.shape[1], 1, *engine.shape.shape)
+        shape = (cache.batch, 1, *engine.shape.shape)
         state.newest = torch.randn(
             shape, generator=generator, device=engine.device, dtype=engine.dtype
         )

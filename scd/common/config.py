@@ -18,8 +18,8 @@ PrecisionChoice = Literal["auto", "fp32", "bf16"]
 """A precision, or auto: bf16 where the device has instructions for it, else fp32."""
 
 StreamPrecision = Literal["fp32", "bf16", "int8"]
-"""Arithmetic of a stream: a precision, or int8: the weights of the blocks of a Wan model in 8 bits
-and products of whole numbers, all else in bfloat16."""
+"""Arithmetic of a stream: a precision, or int8: weights of the blocks of a Wan model, and keys and
+values of its past, in 8 bits, products of whole numbers, all else in bfloat16."""
 
 StreamPrecisionChoice = Literal["auto", "fp32", "bf16", "int8"]
 """The same, or auto: bf16 where the device has instructions for it, else fp32."""

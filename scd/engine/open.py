@@ -63,7 +63,8 @@ def open_engine(
         model: its weights.
         kind: "plain" runs the model as it is written; "fast" lays its weights out for the machine.
         precision: of weights, KV cache and products; auto: what the device has instructions for;
-            int8: weights of the blocks and their products in 8 bits, the rest in bfloat16.
+            int8: weights of the blocks, their products, and keys and values of the past in 8 bits,
+            the rest in bfloat16.
         release: let the engine take the weights over, so that they exist once; the model itself
             cannot be used afterwards. False: its weights stay as they are. Either way it is put in
             eval mode.

@@ -15,6 +15,7 @@ from torch.nn import functional
 from scd.common.runtime import finest
 from scd.data.clip import Conditions
 from scd.engine.int8 import Int8Linear
+from scd.engine.int8_cache import Int8KVCache
 from scd.engine.layers import (
     PARTS,
     Attention,
@@ -327,6 +328,7 @@ class FastWanStack:
         self.like = stack.like.detach().new_empty(0)
         self.device, self.dtype = self.like.device, self.like.dtype
         self.attend = Attention()
+        self.cache_kind: type[KVCache] = Int8KVCache if maps is Int8Linear else KVCache
         patch = stack.patch_embedding
         assert patch.bias is not None
         embed = patch.weight.detach().flatten(1), patch.bias.detach()
@@ -342,7 +344,7 @@ class FastWanStack:
 
     def new_cache(self, config: CacheConfig, batch: int, frames_per_block: int = 1) -> KVCache:
         """Allocate the KV cache of a batch of streams."""
-        return KVCache(
+        return self.cache_kind(
             config.in_blocks(frames_per_block),
             self.block,
             num_layers=len(self.blocks),

@@ -45,6 +45,9 @@ class KVCache:
     tokens' own keys and values have one, so a backward pass may come after any later write.
     """
 
+    tensors = ("keys", "values")
+    """What is held of each token, by name."""
+
     def __init__(
         self,
         config: CacheConfig,
@@ -76,14 +79,44 @@ class KVCache:
         size = config.window * tokens_per_frame
         shape = (num_layers, batch, block.num_heads, size, block.head_dim)
         what = f"a memory of {config.window} frames for each of {batch} streams"
-        check_free(what, 2 * math.prod(shape) * like.dtype.itemsize, like.device)
-        self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.values = torch.empty_like(self.keys)
+        check_free(what, self.bytes_of(shape, like), like.device)
+        self._allocate(shape, like)
         self.sink_keys: Tensor | None = None
         self.slots: list[int | None] = []
         """Frame position held by each slot of the ring; None: its frame has left the window."""
         self.num_evicted = 0
         """Frames that have left the window."""
+
+    def _allocate(self, shape: tuple[int, ...], like: Tensor) -> None:
+        self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.empty_like(self.keys)
+
+    @staticmethod
+    def bytes_of(shape: tuple[int, ...], like: Tensor) -> int:
+        """Return the memory of keys and values of a shape [layers, streams, heads, tokens, e]."""
+        return 2 * math.prod(shape) * like.dtype.itemsize
+
+    def _put(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
+        """Hold the keys and values of tokens from one place on."""
+        stop = start + k.shape[2]
+        self.keys[layer, :, :, start:stop] = k.detach()
+        self.values[layer, :, :, start:stop] = v.detach()
+
+    def _get(self, layer: int, filled: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the first tokens."""
+        return self.keys[layer, :, :, :filled], self.values[layer, :, :, :filled]
+
+    def _first_keys(self, num_tokens: int) -> Tensor:
+        """Return a copy of the first tokens' keys in all layers."""
+        return self.keys[:, :, :, :num_tokens].clone()
+
+    def _put_first_keys(self, keys: Tensor) -> None:
+        self.keys[:, :, :, : keys.shape[3]] = keys
+
+    @property
+    def batch(self) -> int:
+        """Streams side by side."""
+        return self.keys.shape[1]
 
     @property
     def num_frames(self) -> int:
@@ -97,7 +130,7 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         """Memory of the keys and values: 2 * layers * batch * window * n * d * bytes each."""
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return sum(getattr(self, name).nbytes for name in self.tensors)
 
     def make_room(self) -> None:
         """Let the oldest frame but the sinks go if the window is full; harmless twice."""
@@ -118,7 +151,7 @@ class KVCache:
         num_sinks = self.config.num_sinks
         size = num_sinks * self.tokens_per_frame
         if self.sink_keys is None:
-            self.sink_keys = self.keys[:, :, :, :size].clone()
+            self.sink_keys = self._first_keys(size)
         for slot, frame in enumerate(self.slots[:num_sinks]):
             assert frame is not None
             self.slots[slot] = frame + 1
@@ -129,7 +162,7 @@ class KVCache:
         # Two rotations in a row are one: always from the keys as first written, so that no
         # rounding adds up over a long stream.
         turned = self.rotate(self.sink_keys.flatten(0, 1), rotary)
-        self.keys[:, :, :, :size] = turned.unflatten(0, self.sink_keys.shape[:2])
+        self._put_first_keys(turned.unflatten(0, self.sink_keys.shape[:2]))
 
     def _next_slot(self) -> int:
         return self.slots.index(None) if None in self.slots else len(self.slots)
@@ -149,12 +182,11 @@ class KVCache:
                 f"{self.num_free} of {self.config.window}; call make_room for one"
             )
         place = self._next_place(k.shape[2])
-        self.keys[layer, :, :, place.start : place.stop] = k.detach()
-        self.values[layer, :, :, place.start : place.stop] = v.detach()
+        self._put(layer, place.start, k, v)
         if torch.is_grad_enabled():
             # What a backward pass reads must not be overwritten by the frames to come.
             return self._read_again(layer, k, v, place)
-        return self.keys[layer, :, :, : place.filled], self.values[layer, :, :, : place.filled]
+        return self._get(layer, place.filled)
 
     def writer(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Return `write` of a layer for one use, and for its recomputation in a backward pass.
@@ -183,10 +215,7 @@ class KVCache:
     ) -> tuple[Float[Tensor, "b k s2 e"], Float[Tensor, "b k s2 e"]]:
         """Return what `write` returned at an earlier place, and write nothing."""
         assert self.num_evicted == place.num_evicted, "frames have left the cache since"
-        keys, values = (
-            self.keys[layer, :, :, : place.filled],
-            self.values[layer, :, :, : place.filled],
-        )
+        keys, values = self._get(layer, place.filled)
         return _with_new(keys, k, place.start), _with_new(values, v, place.start)
 
     def positions_with(self, frames: list[int]) -> list[int]:
@@ -212,10 +241,10 @@ class KVCache:
         if num > 1:
             what = f"a memory of {window} frames for each of {batch} streams"
             check_free(what, self.num_bytes * num, self.keys.device)
-        twin = object.__new__(KVCache)
+        twin = object.__new__(type(self))
         vars(twin).update(vars(self))
         filled = len(self.slots) * self.tokens_per_frame
-        for name in ("keys", "values"):
+        for name in self.tensors:
             mine = getattr(self, name)
             theirs = mine.new_empty(mine.shape[0], batch, *mine.shape[2:])
             each = theirs.unflatten(1, (-1, num))

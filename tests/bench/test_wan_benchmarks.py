@@ -1,12 +1,14 @@
 """Benchmarks of Wan models by engine and precision, on a tiny one."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks import rounding, wan_layers
+from benchmarks import rounding, wan_layers, wan_step
 from scd.autoencoders.config import WanAutoencoderConfig
 from scd.autoencoders.wan import WanAutoencoder
+from scd.cli import main
 from scd.data.source import DataCard
 from scd.models.checkpoint import World, save_world
 from scd.models.config import SamplingConfig
@@ -54,8 +56,39 @@ def test_errors_of_every_layer_grow_with_coarser_numbers(folder):
     assert errors["bf16"]["velocity"] < errors["int8"]["velocity"]
 
 
+@can
+def test_a_step_is_timed_beside_diffusers_class(folder):
+    result = wan_step.measure(wan_step.StepConfig(model=folder, rounds=2))
+    assert list(result["seconds"]) == [
+        *("fast:bf16", "fast:int8", "plain:bf16"),
+        *("diffusers:bf16", "diffusers:fp32"),
+    ]
+    assert all(min(each) > 0 and len(each) == 2 for each in result["seconds"].values())
+    assert min(result["ratios"]["fast:bf16"]["diffusers:fp32"]) > 0
+
+
+@can
+def test_the_command_times_both_precisions(folder, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    words = ["--engine", "fast", "--context", "3", "--steps", "1", "--frames", "1"]
+    words += ["--device", "cpu"]
+    bench = ["bench", "--model", folder, "--precision", "bf16,int8", "--seconds", "1"]
+    assert main([*bench, *words, "--json", str(file)]) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["precision"] for row in rows] == ["bf16", "int8"]
+    sides = f"model={folder} engine=plain precision=bf16", f"model={folder} precision=int8"
+    compare = ["bench", "compare", "--a", sides[0], "--b", sides[1], "--rounds", "1"]
+    assert main([*compare, *words]) == 0
+    assert "A takes" in capsys.readouterr().out
+
+
 def test_other_models_are_refused(tmp_path, capsys):
     dense = world(tiny_wan(2), tmp_path / "dense")
-    for script, model in ((wan_layers, "toy"), (rounding, dense), (rounding, "toy")):
+    for script, model in (
+        (wan_layers, "toy"),
+        (rounding, dense),
+        (rounding, "toy"),
+        (wan_step, dense),
+    ):
         assert script.main([model]) == 2
         assert "Wan model, got" in capsys.readouterr().err

@@ -407,7 +407,7 @@ def text_in(state: WanState, conditions: Conditions, *parts: ReadsText) -> list[
     Raises:
         ValueError: there is no text, or of another number of streams.
     """
-    text = text_of(conditions, state.cache.keys.shape[1])
+    text = text_of(conditions, state.cache.batch)
     if state.text is None or not state.text.serves(text):
         state.text = TextCache(
             text=text,
