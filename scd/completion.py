@@ -26,7 +26,7 @@ from scd.probing.settings import ProbeConfig
 from scd.sampling.settings import SampleConfig, VBenchConfig
 from scd.serving.settings import PlayConfig, ServeConfig
 from scd.training.config import TrainAutoencoderConfig, TrainInverseDynamicsConfig
-from scd.training.presets import PRESETS, DistillChoice, TrainCommand
+from scd.training.presets import DISTILLATIONS, PRESETS, TrainCommand
 
 
 def print_completion(shell: str) -> None:
@@ -60,7 +60,7 @@ def settings_of_commands() -> dict[str, Any]:
         "data": _after_word("check", CheckConfig),
         "encode": EncodeConfig,
         "train": {name: TrainCommand(run=run) for name, run in PRESETS.items()},
-        "distill": DistillChoice,
+        "distill": _flags_or_words(DISTILLATIONS[""][0], _of_words(DISTILLATIONS)),
         "sample": SampleConfig,
         "vbench": VBenchConfig,
         "serve": ServeConfig,
@@ -90,6 +90,24 @@ def _after_word(word: str, settings: type) -> Callable[..., None]:
     command.__annotations__ = {
         "action": tyro.conf.Positional[Literal[word]],
         "settings": Annotated[settings, tyro.conf.arg(name="")],
+    }
+    return command
+
+
+def _of_words(choices: Mapping[str, tuple[Any, ...]]) -> dict[str, type]:
+    """Return the settings of the choices that begin with a word."""
+    return {word: kind for word, (kind, *_) in choices.items() if word}
+
+
+def _flags_or_words(settings: type, kinds: Mapping[str, type]) -> Callable[..., None]:
+    """Return what tyro reads as the flags of settings, or a name and that name's flags."""
+
+    def command(settings: Any, named: Any) -> None: ...
+
+    nameless = tyro.conf.arg(name="")
+    command.__annotations__ = {
+        "settings": Annotated[settings, nameless],
+        "named": Annotated[_one_of(kinds), nameless],
     }
     return command
 

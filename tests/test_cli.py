@@ -346,6 +346,9 @@ def bash_completion(tmp_path_factory):
         (["train", "toy", "--dry"], ["--dry-run"]),
         (["train", "scd-m", "--model.enc"], None),
         (["intervene", "sk"], ["skip"]),
+        (["distill", "wan"], ["wan-consistency", "wan-dmd"]),
+        (["distill", "wan-dmd", "--emb"], ["--embedded"]),
+        (["distill", "--meth"], ["--method"]),
     ],
     ids=str,
 )

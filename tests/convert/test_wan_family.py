@@ -14,6 +14,7 @@ from scd.autoencoders.wan import open_wan_autoencoder
 from scd.cli import main
 from scd.data.clip import Conditions
 from scd.models.checkpoint import load_world
+from scd.streaming.rollout import Rollout
 from tests.tiny_wan import (
     SHAPE,
     random_text,
@@ -21,7 +22,7 @@ from tests.tiny_wan import (
     tiny_wan,
     write_tiny_transformer,
 )
-from tests.tiny_wan_vae import tiny_text_encoder, tiny_tokenizer
+from tests.tiny_wan_vae import tiny_text_encoder, tiny_tokenizer, write_tiny_parts
 
 TI2V = {"in_channels": 48, "out_channels": 48}
 CLASS = {"_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "text_dim": 4096}
@@ -142,6 +143,41 @@ def test_convert_stream_from_a_picture_and_export(source, tmp_path, monkeypatch)
     exported = WanTransformer3DModel.from_pretrained(back / "transformer")
     assert exported.config.in_channels == 48
     assert json.loads((back / "model_index.json").read_text())["expand_timesteps"] is True
+
+
+@torch.no_grad()
+def test_the_shape_of_14b_converts_streams_and_comes_back(tmp_path):
+    """An eighth of its heads and of their width, a tenth of its layers; 1.3B's MLP is wider."""
+    full = FULL["14B"]
+    shape = {"num_attention_heads": 5, "attention_head_dim": 16, "num_layers": 4, "ffn_dim": 216}
+    width = shape["num_attention_heads"] * shape["attention_head_dim"]
+    assert width / shape["ffn_dim"] == 128 * full["num_attention_heads"] / full["ffn_dim"]
+    theirs = tiny_transformer(**shape).eval()
+    source = write_tiny_transformer(write_tiny_parts(tmp_path / "wan"), theirs)
+    words = ["convert", "wan", "--model", str(source), "--height", "32", "--width", "48"]
+    words += ["--text-length", "8", "--num-steps", "2", "--window", "4"]
+    dense, separable = tmp_path / "dense", tmp_path / "separable"
+    assert main([*words, "--split", "dense", "--out", str(dense)]) == 0
+    assert main([*words, "--split", "3,1+1", "--out", str(separable)]) == 0
+    generator, text = torch.Generator().manual_seed(0), random_text()
+    frames = torch.randn(2, 3, 16, 4, 6, generator=generator)
+    ours = load_world(dense).model
+    found = ours.bidirectional(frames, torch.full((2, 3), 0.7), Conditions(text=text))
+    expected = theirs(frames.movedim(1, 2), torch.full((2,), 700.0), text).sample
+    torch.testing.assert_close(found, expected.movedim(2, 1), rtol=1e-3, atol=2e-4)
+    for folder in (dense, separable):
+        world = load_world(folder)
+        assert world.model.config.block.num_heads == 5 and world.model.config.block.ffn_dim == 216
+        made = []
+        for engine in ("plain", "fast"):
+            rollout = Rollout(world, seed=1, engine=engine)
+            rollout.begin(conditions=Conditions(text=text[:1]))
+            made.append(torch.stack([rollout.step_latents() for _ in range(5)]))
+        torch.testing.assert_close(*made, atol=2e-5, rtol=1e-5)
+    back = tmp_path / "back"
+    assert main(["export", "diffusers", str(dense), "--out", str(back)]) == 0
+    again = WanTransformer3DModel.from_pretrained(back / "transformer").state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in theirs.state_dict().items())
 
 
 @pytest.mark.parametrize("name", FULL)
