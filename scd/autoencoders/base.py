@@ -103,6 +103,29 @@ class FrameDecoder(StreamDecoder):
         return self
 
 
+class LaterDecoder(StreamDecoder):
+    """Decodes nothing: keeps the latent frames of streams for whoever decodes them later, when the
+    model has given its memory back."""
+
+    def __init__(self, name: str, pictures_per_latent: int, size: tuple[int, int]) -> None:
+        """Stand in for a decoder of that name, whose frames have `size` rows and columns."""
+        self.name, self.pictures_per_latent, self.size = name, pictures_per_latent, size
+        self.reset()
+
+    def next(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 0 3 h2 w2"]:
+        """Keep a latent frame and return no frames."""
+        self.kept.append(latent)
+        return latent.new_zeros(len(latent), 0, 3, *self.size)
+
+    def reset(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def fork(self, num: int = 1) -> LaterDecoder:
+        twin = LaterDecoder(self.name, self.pictures_per_latent, self.size)
+        twin.kept = [latent.repeat_interleave(num, 0) for latent in self.kept]
+        return twin
+
+
 class NetworkAutoencoder(Autoencoder):
     """An autoencoder that is a network of diffusers, read when it is first needed.
 
@@ -138,6 +161,10 @@ class NetworkAutoencoder(Autoencoder):
 
     def load(self) -> None:
         _ = self.network
+
+    def release(self) -> None:
+        """Give the weights back; they are read again when they are next needed."""
+        self._network = None
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         size = self.config.cell_size

@@ -26,7 +26,7 @@ from scd.data.clip import Conditions, frames_to_pixels, pixels_to_frames
 from scd.models.names import find_world
 from scd.models.weights import choose_dtype
 from scd.sampling.settings import VideoConfig
-from scd.sampling.text_to_video import TextToVideo, cover, is_steered_by_text
+from scd.sampling.text_to_video import TextToVideo, cover, is_steered_by_text, led_to
 from scd.streaming.rollout import Rollout
 
 PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -54,6 +54,8 @@ class SCDPipeline:
 
     def __init__(self, config: VideoConfig) -> None:
         """Describe a pipeline; see `from_pretrained`."""
+        if config.offload:
+            raise ValueError("offload is for scd sample and scd vbench, which decode at the end")
         self.config = config
         self._parts: TextToVideo | None = None
 
@@ -80,7 +82,7 @@ class SCDPipeline:
 
         Raises:
             FileNotFoundError: no such run.
-            ValueError: a run that no text steers, or settings that do not fit.
+            ValueError: a run that no text steers, or settings that do not fit, such as `offload`.
         """
         names = {field.name for field in fields(VideoConfig)}
         unknown = {name: value for name, value in settings.items() if name not in names}
@@ -155,8 +157,8 @@ class SCDPipeline:
             return_dict: return an object with `frames`, not a tuple.
 
         Raises:
-            ValueError: neither prompt nor embeddings or both, prompts that are empty or too long,
-                another size than the run's.
+            ValueError: neither prompt nor embeddings or both, prompts that are empty, another size
+                than the run's.
         """
         if output_type not in get_args(OutputType):
             raise ValueError(
@@ -200,13 +202,17 @@ class SCDPipeline:
         num_frames: int,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Give frames [t 3 h w] and latents [t c h w] of one video, on the CPU, as they come."""
-        conditions = Conditions(text=text, null_text=null_text)
+        held = sorted(self.parts.held().items())
+        action = held[0][1] if held else None
+        num_given = 0 if given is None else given.shape[1]
+        led = led_to(self.parts.world.card.conditions, held, num_given)
+        conditions = Conditions(actions=led, text=text, null_text=null_text)
         shown = stream.begin(conditions=conditions, latents=given, can_reset=False)
         if given is not None:
             yield shown[0].cpu(), given[0].cpu()
         num_latents = self.parts.num_latents(num_frames)
         while stream.num_frames < num_latents:
-            frames = stream.step_video()
+            frames = stream.step_video(action)
             assert stream.newest is not None
             # Of one stream: a latent frame, or a block of them.
             yield frames[0].cpu(), stream.newest.flatten(0, -4).float().cpu()

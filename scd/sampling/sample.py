@@ -40,11 +40,11 @@ from scd.models.shipped import read_clips
 from scd.models.weights import WEIGHTS_FILE
 from scd.sampling.settings import PromptSampleConfig, SampleConfig, parse_switches
 from scd.sampling.text_to_video import (
+    Script,
     Stream,
     TextToVideo,
     latent_at,
     read_picture,
-    render,
     settled,
 )
 from scd.streaming.rollout import Rollout
@@ -52,9 +52,21 @@ from scd.streaming.rollout import Rollout
 VIDEO, PICTURE, RESULT = "sample.mp4", "sample.png", "sample.json"
 """Files of a sample's folder."""
 
-OF_NO_EFFECT = ("run", "out", "device", "threads", "strict", "text_cache", "text_device")
+OF_NO_EFFECT = (
+    "run",
+    "out",
+    "device",
+    "threads",
+    "strict",
+    "text_cache",
+    "text_device",
+    "offload",
+)
 """Settings that change nothing in the video but where it comes from and how soon; which weights
 the run has is told by their digest."""
+
+ADDED = ("action", "action_at")
+"""Settings that earlier results lack; empty ones change nothing either."""
 
 NUM_SHOWN = 12
 """Columns of the picture, spread evenly over the frames."""
@@ -234,7 +246,7 @@ def _effective(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _effective(value) if isinstance(value, dict) else value
         for name, value in settings.items()
-        if name not in OF_NO_EFFECT
+        if name not in OF_NO_EFFECT and (value or name not in ADDED)
     }
 
 
@@ -273,7 +285,7 @@ def sample_prompt(config: PromptSampleConfig) -> dict[str, Any]:
     Raises:
         FileNotFoundError: no such run, picture, or parts of the source.
         FileExistsError: `out` holds another sample.
-        ValueError: a run that no text steers, or prompts that are empty or too long.
+        ValueError: a run that no text steers, or prompts that are empty.
     """
     prompts = [config.prompt, *(prompt for _, prompt in parse_switches(config.prompt_at))]
     config = replace(config, video=settled(config.video))
@@ -281,46 +293,49 @@ def sample_prompt(config: PromptSampleConfig) -> dict[str, Any]:
     config = replace(config, out=str(_place(config.out, config.video.run, about)))
     began = time.perf_counter()
     parts = TextToVideo(config.video, prompts)
-    opened_s = time.perf_counter() - began
+    opened_s, described, fps = time.perf_counter() - began, parts.described, parts.fps
     with cpu_threads(parts.threads):
         stream = _render(config, parts)
     num_given, frames = len(stream.given), torch.cat([stream.given, stream.frames])
     result = {
         "frames": len(frames),
         "given_frames": num_given,
-        "fps": parts.fps,
+        "fps": fps,
         "speed": speed(stream),
         "timed": PROMPT_TIMED,
         "opened_s": opened_s,
         "peak_memory_gib": peak_memory_gib(parts.device),
-        "model": parts.described,
+        "model": described,
         "about": about,
         "settings": to_json(config),
     } | provenance(parts.device)
     shown = spread(len(frames), NUM_SHOWN)
     columns = [f"{index}, given" if index < num_given else str(index) for index in shown]
     rows = [PictureRow(name="video", frames=frames[shown])]
-    _write(config.out, stream, parts.fps, rows, columns, result)
+    _write(config.out, stream, fps, rows, columns, result)
     return result
 
 
 def _render(config: PromptSampleConfig, parts: TextToVideo) -> Stream:
     card, switches = parts.world.card, parse_switches(config.prompt_at)
+    held_at = parse_switches(config.action_at, "action")
+    held = parts.held({latent_at(second, card.fps): action for second, action in held_at})
     texts = parts.embed([config.prompt, *(prompt for _, prompt in switches)])
     given = None
     if config.first:
         given = parts.encode(read_picture(config.first, card.height, card.width))
-    return render(
-        parts.stream(config.seed),
-        texts[:1],
-        parts.num_latents(math.ceil(config.seconds * card.fps)),
-        parts.embed_negative(),
-        given,
-        {
+    script = Script(
+        text=texts[:1],
+        num_latents=parts.num_latents(math.ceil(config.seconds * card.fps)),
+        null_text=parts.embed_negative(),
+        given=given,
+        switches={
             latent_at(second, card.fps): texts[number : number + 1]
             for number, (second, _) in enumerate(switches, start=1)
         },
+        actions=held,
     )
+    return parts.video(config.seed, script, is_last=True)
 
 
 def speed(stream: Stream) -> dict[str, Any]:

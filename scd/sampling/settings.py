@@ -89,6 +89,9 @@ class VideoConfig:
     need."""
     negative_prompt: str = ""
     """What guidance leads away from."""
+    action: str = ""
+    """What is held in a world that actions steer besides its text: a name or number of its actions,
+    or JSON, such as [0.1, 0] or {"keys": ["w"]}. Empty: what does nothing."""
     window: int | None = None
     """Latent frames in memory; None: as the model was trained."""
     weights: Literal["ema", "raw"] = "ema"
@@ -107,6 +110,9 @@ class VideoConfig:
     AutoencoderTiny. Empty: Wan's own. Results name it."""
     decoder_precision: Precision = "fp32"
     """Arithmetic of the decoder."""
+    offload: bool = False
+    """Hold model and autoencoder in memory one after the other, not at once: a video's latents are
+    all made before the first is decoded. The frames are the same; none is there before the end."""
     text_precision: Precision = "bf16"
     """Arithmetic of the text encoder: bf16 takes 11 GiB for Wan's, fp32 twice that."""
     text_device: str = "auto"
@@ -141,6 +147,8 @@ class PromptSampleConfig:
     """Length of the video, rounded up to whole latent frames."""
     prompt_at: tuple[str, ...] = ()
     """Other prompts from some second on: "2.0: TEXT" "3.5: TEXT". The past stays as it is."""
+    action_at: tuple[str, ...] = ()
+    """Other actions from some second on, as `action` takes them: "1.5: left"."""
     first: str = ""
     """Picture, or video whose first frame is taken, that the video begins with, scaled until it
     covers the frame. Empty: it begins from nothing."""
@@ -155,15 +163,17 @@ class PromptSampleConfig:
             raise ValueError(
                 f"seconds must be above 0 and {MAX_SECONDS} at most, got {self.seconds}"
             )
-        for second, _ in parse_switches(self.prompt_at):
-            if second >= self.seconds:
-                raise ValueError(
-                    f"prompt_at has a prompt from {second:g} s on, the video has {self.seconds:g} s"
-                )
+        for name, words in (("prompt", self.prompt_at), ("action", self.action_at)):
+            for second, _ in parse_switches(words, name):
+                if second >= self.seconds:
+                    raise ValueError(
+                        f"{name}_at has one from {second:g} s on, the video has {self.seconds:g} s"
+                    )
 
 
-def parse_switches(words: Sequence[str]) -> list[tuple[float, str]]:
-    """Read prompts with the second at which they begin, "2.0: TEXT", in the order of time.
+def parse_switches(words: Sequence[str], name: str = "prompt") -> list[tuple[float, str]]:
+    """Read prompts, or actions, with the second at which they begin, "2.0: TEXT", in the order of
+    time.
 
     Raises:
         ValueError: no such form, or two at the same time.
@@ -176,11 +186,13 @@ def parse_switches(words: Sequence[str]) -> list[tuple[float, str]]:
         except ValueError:
             begins = math.nan
         if not colon or not prompt.strip() or not 0 <= begins < math.inf:
-            raise ValueError(f'prompt_at needs a second and a prompt, "2.0: TEXT", got {word!r}')
+            raise ValueError(
+                f'{name}_at needs a second and a {name}, "2.0: {name.upper()}", got {word!r}'
+            )
         switches.append((begins, prompt.strip()))
     seconds = [second for second, _ in switches]
     if len(set(seconds)) < len(seconds):
-        raise ValueError(f"prompt_at has two prompts from the same second on: {sorted(seconds)}")
+        raise ValueError(f"{name}_at has two {name}s from the same second on: {sorted(seconds)}")
     return sorted(switches)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from scd.autoencoders.base import StreamDecoder
+from scd.autoencoders.base import LaterDecoder, StreamDecoder
 from scd.autoencoders.config import FRAMES_PER_LATENT
 from scd.autoencoders.text_encoder import PromptEmbedder, TextConfig, default_cache, refuse_empty
 from scd.autoencoders.tiny import open_tiny_decoder
-from scd.autoencoders.wan import WanAutoencoder
+from scd.autoencoders.wan import WanAutoencoder, WanStreamDecoder
 from scd.common.config import to_json
+from scd.common.memory import release
 from scd.common.runtime import choose_device, choose_stream_precision
-from scd.common.timing import Timing
-from scd.data.clip import Conditions, pixels_to_frames
+from scd.common.timing import Clock, Timing
+from scd.data.clip import Conditions, held, pixels_to_frames
+from scd.data.spaces import ConditionSpec
 from scd.data.video import read_video
 from scd.engine.open import open_engine, stream_threads
 from scd.models.build import num_parameters
@@ -31,6 +33,26 @@ from scd.models.flow import with_num_steps
 from scd.models.shipped import parts_beside
 from scd.sampling.settings import VideoConfig
 from scd.streaming.rollout import Rollout
+from scd.streaming.steering import read_action
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """What one video shows."""
+
+    text: Float[Tensor, "1 l _"]
+    """Embedded prompt."""
+    num_latents: int
+    """Latent frames of the whole video, given ones included."""
+    null_text: Float[Tensor, "1 l _"] | None = None
+    """What guidance leads away from; None: there is none."""
+    given: Float[Tensor, "1 t c h w"] | None = None
+    """Latents of given first frames; None: from nothing."""
+    switches: Mapping[int, Float[Tensor, "1 l _"]] = field(default_factory=dict)
+    """Other embedded prompts by the latent frame from which on they hold."""
+    actions: Mapping[int, Tensor] = field(default_factory=dict)
+    """What is held, [1] or [1 a], by the latent frame from which on, 0 among them; empty: no
+    actions steer the world."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +83,7 @@ class TextToVideo:
         Raises:
             FileNotFoundError: no such run, or parts of the source are missing.
             ValueError: a run that no text steers, parts that do not fit it, or a prompt that is
-                empty or too long.
+                empty.
         """
         self.config = config = settled(config)
         self.device = choose_device(config.device)
@@ -86,8 +108,14 @@ class TextToVideo:
             self.embed_negative()
         place = replace(described, source=self.source)
         self.autoencoder = WanAutoencoder(place).place(self.device, config.decoder_precision)
-        self.decoder = self._open_decoder()
+        self._tiny = self._open_tiny()
+        if self._tiny is None:
+            # Even where it is given back at once: what is missing shows before any work.
+            self.autoencoder.load()
+        if config.offload:
+            self.autoencoder.release()
         self.world = load_world(config.run, config.weights, self.device)
+        self.decoder = self._stand_in() if config.offload else self._open_decoder()
         self.sampling = with_num_steps(self.world.sampling, config.steps)
         self.threads = stream_threads(config.threads, self.world.model.config)
         self.num_parameters = num_parameters(self.world.model)
@@ -114,6 +142,16 @@ class TextToVideo:
             "window": self.config.window or self.engine.config.cache.window,
         }
 
+    def held(self, switches: Mapping[int, str] | None = None) -> dict[int, Tensor]:
+        """Return what is held from which latent frame on, first as the settings say.
+
+        Raises:
+            ValueError: no such action in this world.
+        """
+        words = {0: self.config.action} | dict(switches or {})
+        actions = {place: read_action(word, self.world.card) for place, word in words.items()}
+        return {place: action for place, action in actions.items() if action is not None}
+
     @property
     def fps(self) -> float:
         """Frames per second at which what the decoder makes is meant to be watched."""
@@ -124,8 +162,8 @@ class TextToVideo:
         """Embed prompts, 1 or more and none of them empty; none is embedded twice.
 
         Raises:
-            ValueError: no prompt, one that is empty or too long, or embeddings of another width
-                than the model's.
+            ValueError: no prompt, one that is empty, or embeddings of another width than the
+                model's.
         """
         refuse_empty(prompts)
         return self._embed(prompts)
@@ -188,7 +226,10 @@ class TextToVideo:
                 f"given frames must be {card.height}x{card.width}, "
                 f"got {frames.shape[-2]}x{frames.shape[-1]}"
             )
-        return self.autoencoder.encode(frames)
+        latents = self.autoencoder.encode(frames)
+        if self.config.offload:
+            self.autoencoder.release()
+        return latents
 
     def num_latents(self, num_frames: int) -> int:
         """Return how many latent frames it takes to have a number of frames at the card's pace.
@@ -199,12 +240,64 @@ class TextToVideo:
         block = self.engine.config.frames_per_block
         return -(-latents // block) * block
 
+    def _open_tiny(self) -> StreamDecoder | None:
+        config, channels = self.config, self.autoencoder.config.channels
+        if not config.tiny:
+            return None
+        return open_tiny_decoder(config.tiny, channels, self.device, config.decoder_precision)
+
     def _open_decoder(self) -> StreamDecoder:
-        config = self.config
-        if config.tiny:
-            channels = self.autoencoder.config.channels
-            return open_tiny_decoder(config.tiny, channels, self.device, config.decoder_precision)
-        return self.autoencoder.stream_decoder()
+        return self._tiny or self.autoencoder.stream_decoder()
+
+    def _stand_in(self) -> LaterDecoder:
+        card, meant = self.world.card, self._tiny or WanStreamDecoder
+        return LaterDecoder(meant.name, meant.pictures_per_latent, (card.height, card.width))
+
+    def video(self, seed: int, script: Script, is_last: bool = False) -> Stream:
+        """Stream one video, as `render` does.
+
+        Args:
+            seed: of its noise.
+            script: what it shows.
+            is_last: with the setting `offload`, give the model up before anything is decoded:
+                `world` and `engine` are no more.
+
+        Raises:
+            ValueError: as of `render`.
+        """
+        rollout = self.stream(seed)
+        video = render(rollout, script)
+        later, block = rollout.decoder, rollout.block_size
+        if not isinstance(later, LaterDecoder):
+            return video
+        del rollout
+        if is_last:
+            del self.world, self.engine
+        release()
+        made = self._decoded(video, later.kept, block)
+        self.autoencoder.release()
+        return made
+
+    def _decoded(self, video: Stream, latents: Sequence[Tensor], block: int) -> Stream:
+        """Return a video with the frames of its latents, and the seconds that they took."""
+        decoder, clock = self._open_decoder().fork(), Clock(self.device)
+        num_given = len(latents) - block * len(video.timings)
+        given = [decoder.next(latent)[0].cpu() for latent in latents[:num_given]]
+        first_s = video.first_frame_s + clock.lap()
+        # All steps come before the first picture.
+        first_s += video.timings[0].update_s
+        first_s += sum(timing.total_s for timing in video.timings[1:])
+        frames, timings = [], []
+        for timing, start in zip(video.timings, range(num_given, len(latents), block), strict=True):
+            made = [decoder.next(latent)[0].cpu() for latent in latents[start : start + block]]
+            frames.append(torch.cat(made))
+            timings.append(replace(timing, autoencoder_s=clock.lap(), num_frames=len(frames[-1])))
+        return Stream(
+            given=torch.cat([video.given, *given]),
+            frames=torch.cat(frames),
+            timings=timings,
+            first_frame_s=first_s + timings[0].autoencoder_s,
+        )
 
 
 def is_steered_by_text(run: str) -> bool:
@@ -229,44 +322,45 @@ def latent_at(second: float, fps: float) -> int:
     return 1 + -(-(frame - 1) // FRAMES_PER_LATENT) if frame > 0 else 0
 
 
-def render(
-    rollout: Rollout,
-    text: Float[Tensor, "1 l _"],
-    num_latents: int,
-    null_text: Float[Tensor, "1 l _"] | None = None,
-    given: Float[Tensor, "1 t c h w"] | None = None,
-    switches: Mapping[int, Tensor] | None = None,
-) -> Stream:
-    """Stream one video.
-
-    Args:
-        rollout: of one batch row; it begins anew.
-        text: embedded prompt.
-        num_latents: latent frames of the whole video, given ones included.
-        null_text: what guidance leads away from.
-        given: latents of given first frames.
-        switches: embedded prompts [1 l c] by the latent frame from which on they hold.
+def render(rollout: Rollout, script: Script) -> Stream:
+    """Stream one video of one batch row; the rollout begins anew.
 
     Raises:
         ValueError: no frame left to generate, or what the rollout refuses.
     """
-    if given is not None and given.shape[1] >= num_latents:
+    given, num_given = script.given, 0 if script.given is None else script.given.shape[1]
+    if given is not None and num_given >= script.num_latents:
         raise ValueError(
-            f"the {given.shape[1]} given latent frames leave none to generate of {num_latents}"
+            f"the {num_given} given latent frames leave none to generate of {script.num_latents}"
         )
-    waiting = sorted((switches or {}).items())
+    waiting, held_down = sorted(script.switches.items()), sorted(script.actions.items())
     began = time.perf_counter()
-    conditions = Conditions(text=text, null_text=null_text)
+    led = led_to(rollout.engine.config.conditions, held_down, num_given)
+    conditions = Conditions(actions=led, text=script.text, null_text=script.null_text)
     shown = rollout.begin(conditions=conditions, latents=given, can_reset=False)[0].cpu()
     frames, timings, first_s = [], [], 0.0
-    while rollout.num_frames < num_latents:
+    while rollout.num_frames < script.num_latents:
         while waiting and waiting[0][0] <= rollout.num_frames:
             rollout.change_text(waiting.pop(0)[1])
         step_began = time.perf_counter()
-        frames.append(rollout.step_video()[0].cpu())
+        frames.append(rollout.step_video(_latest(held_down, rollout.num_frames))[0].cpu())
         timings.append(rollout.timing)
         first_s = first_s or step_began - began + rollout.timing.ready_s
     return Stream(given=shown, frames=torch.cat(frames), timings=timings, first_frame_s=first_s)
+
+
+def led_to(
+    spec: ConditionSpec, held_down: Sequence[tuple[int, Tensor]], num_given: int
+) -> Tensor | None:
+    """Return the actions that led to given latent frames, [1 t ...]; None: there are none."""
+    actions = [_latest(held_down, place) for place in range(num_given)]
+    each = [held(spec, action) for action in actions if action is not None]
+    return torch.stack(each, dim=1) if each else None
+
+
+def _latest(held_down: Sequence[tuple[int, Tensor]], place: int) -> Tensor | None:
+    """Return what is held at a latent frame; None: no actions steer the world."""
+    return next((action for start, action in reversed(held_down) if start <= place), None)
 
 
 def read_picture(path: str | Path, height: int, width: int) -> Float[Tensor, "1 1 3 h w"]:

@@ -24,7 +24,7 @@ from scd.data.clip import frames_to_pixels
 from scd.data.prompts import read_lines
 from scd.data.video import write_video
 from scd.sampling.settings import VBenchConfig
-from scd.sampling.text_to_video import TextToVideo, render, settled
+from scd.sampling.text_to_video import Script, TextToVideo, settled
 
 NAME_BYTES = 255
 """Longest name of a file on most disks."""
@@ -35,7 +35,7 @@ SETTINGS_FILE = "vbench.json"
 FREE_FIELDS = ("out", "shard", "prompts", "texts")
 """Settings that may differ from process to process; prompts are compared by what is in them."""
 
-FREE_VIDEO_FIELDS = ("device", "threads", "text_device", "text_cache")
+FREE_VIDEO_FIELDS = ("device", "threads", "text_device", "text_cache", "offload")
 """The same, of how the video is made."""
 
 
@@ -101,8 +101,8 @@ def vbench(config: VBenchConfig) -> int:
 
     Raises:
         FileNotFoundError: no such run or file, or parts of the source are missing.
-        ValueError: prompts that are too long or cannot name a file, or a folder that holds videos
-            of other settings.
+        ValueError: prompts that cannot name a file, or a folder that holds videos of other
+            settings.
     """
     processes = Processes(config.video.device, config.video.precision)
     index, count = processes.share(config.shard)
@@ -148,7 +148,10 @@ def _render_all(
         text = parts.embed([job.text])
         negative = parts.embed_negative()
         with threads.piece():
-            video = render(parts.stream(job.seed), text, num_latents, negative)
+            script = Script(
+                text=text, num_latents=num_latents, null_text=negative, actions=parts.held()
+            )
+            video = parts.video(job.seed, script)
         pixels = frames_to_pixels(video.frames).numpy()
         write_video(out / job.name, pixels, parts.fps, lossless=False)
         seconds = time.perf_counter() - began
@@ -164,6 +167,9 @@ def _fixed(config: VBenchConfig, jobs: list[Job]) -> dict[str, Any]:
         del settings[name]
     for name in FREE_VIDEO_FIELDS:
         del settings["video"][name]
+    if not config.video.action:
+        # As in folders that are older than this setting.
+        del settings["video"]["action"]
     return settings | {"shows": {job.name: job.text for job in jobs}}
 
 

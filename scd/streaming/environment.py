@@ -8,7 +8,7 @@ whether it was the last, and episodes are cut off after a number of frames.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
@@ -34,7 +34,7 @@ from scd.models.flow import with_num_steps
 from scd.streaming.rollout import Rollout
 from scd.streaming.sessions import Session, Streams
 from scd.streaming.start import NUM_GIVEN
-from scd.streaming.steering import Action, as_actions
+from scd.streaming.steering import Action, as_actions, nothing
 from scd.streaming.texts import WorldTexts
 
 Frame = np.ndarray
@@ -117,12 +117,6 @@ class Start:
         return seed, frames, Conditions(actions=actions[None])
 
 
-def nothing(spec: ConditionSpec) -> Tensor:
-    """Return the action that leads to the first frame of a stream from nothing: id 0, or that of
-    a vector that does least."""
-    return torch.tensor(spec.idle_action) if spec.action_dim else torch.zeros((), dtype=torch.long)
-
-
 def as_given(action: Any, space: gym.Space[Any], spec: ConditionSpec) -> Any:
     """Return an action of a space as a model is given it, and others as they are typed.
 
@@ -141,6 +135,37 @@ def as_given(action: Any, space: gym.Space[Any], spec: ConditionSpec) -> Any:
 def pixels(frame: Tensor) -> Frame:
     """Return a frame [3 h w] in [-1, 1] as pixels."""
     return frames_to_pixels(frame[None].cpu())[0].numpy()
+
+
+def texts_of(world: World, *prompts: str) -> WorldTexts | None:
+    """Return what embeds prompts of a world, with those at hand, where they are not empty; None: no
+    text steers it.
+
+    Raises:
+        ValueError: a prompt for a world that takes none.
+    """
+    texts = WorldTexts(world) if world.card.conditions.has_text else None
+    for prompt in filter(None, prompts):
+        embedded(texts, prompt)
+    return texts
+
+
+def embedded(texts: WorldTexts | None, prompt: str) -> Tensor:
+    """Embed a prompt (ValueError: it is empty, or of a world that takes none)."""
+    if texts is None:
+        raise ValueError("this world is not steered by a text: it takes no prompt")
+    return texts.embed(prompt)
+
+
+def text_of(texts: WorldTexts | None, prompt: str) -> Tensor | None:
+    """Embed the prompt with which a stream begins; None: no text steers the world.
+
+    Raises:
+        ValueError: a world that a text steers needs a prompt, or takes none.
+    """
+    if texts is not None and not prompt:
+        raise ValueError('a text steers this world: WorldEnv(..., prompt="a red car")')
+    return embedded(texts, prompt) if prompt else None
 
 
 class WorldEnv(gym.Env[Frame, Any]):
@@ -192,18 +217,11 @@ class WorldEnv(gym.Env[Frame, Any]):
         self._rollout = Rollout(world, engine=open_engine(world.model, "fast"))
         if num_steps is not None:
             self._rollout.num_steps = num_steps
-        self._texts = WorldTexts(world) if world.card.conditions.has_text else None
+        self._texts = texts_of(world, prompt)
         self.prompt = prompt
         """In words; empty: none yet."""
-        if prompt:
-            self._embedded(prompt)
         self._frame: Frame | None = None
         self._count = 0
-
-    def _embedded(self, prompt: str) -> Tensor:
-        if self._texts is None:
-            raise ValueError("this world is not steered by a text: it takes no prompt")
-        return self._texts.embed(prompt)
 
     def change_prompt(self, prompt: str, recompute: bool = False) -> None:
         """Steer by another text from the next step on.
@@ -213,11 +231,9 @@ class WorldEnv(gym.Env[Frame, Any]):
             recompute: as of `Rollout.change_text`.
 
         Raises:
-            ValueError: before `reset`, no text steers this world, or a prompt that is empty or too
-                long.
+            ValueError: before `reset`, no text steers this world, or a prompt that is empty.
         """
-        text = self._embedded(prompt)
-        self._rollout.change_text(text, recompute=recompute)
+        self._rollout.change_text(embedded(self._texts, prompt), recompute=recompute)
         self.prompt = prompt
 
     def reset(
@@ -230,15 +246,12 @@ class WorldEnv(gym.Env[Frame, Any]):
             options: "prompt" of a world that a text steers; none: as before.
 
         Raises:
-            ValueError: a text steers the world and there is no prompt, or it is too long.
+            ValueError: a text steers the world and there is no prompt.
         """
         super().reset(seed=seed)
         rollout, spec = self._rollout, self._rollout.world.card.conditions
-        prompt, text = (options or {}).get("prompt", self.prompt), None
-        if spec.has_text and not prompt:
-            raise ValueError('a text steers this world: WorldEnv(..., prompt="a red car")')
-        if prompt:
-            text, self.prompt = self._embedded(prompt), prompt
+        prompt = (options or {}).get("prompt", self.prompt)
+        text, self.prompt = text_of(self._texts, prompt), prompt
         self._count = 0
         rollout.seed, frames, conditions = self._start.draw(self.np_random)
         given = None if frames is None else frames[None]
@@ -308,6 +321,8 @@ class VectorState:
     """Which of them begin anew in the next step."""
     generator: Mapping[str, Any]
     """State of what draws starts and seeds."""
+    prompts: tuple[str, ...]
+    """Of each, of a world that a text steers."""
 
 
 class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -318,6 +333,11 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     `get_state` and `set_state` go back to a moment: the same actions then lead to the same frames,
     rewards and starts, to the bit.
+
+    Of a world that a text steers each stream has a prompt, which `change_prompt` and the option
+    "prompt" of `reset` change. Where a text alone steers it, actions are prompts from that step on;
+    an empty one leaves its stream as it is. Where a latent frame stands for several frames of
+    video, what `step` tells has "frames", an array [t h w 3] of each stream.
     """
 
     def __init__(
@@ -329,16 +349,18 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         num_steps: Whole | None = None,
         clips: Clips | None = None,
         num_given: int | None = None,
+        prompt: str | Sequence[str] = "",
     ) -> None:
         """Wrap a world; arguments as of WorldEnv, and how many streams.
 
         Raises:
-            ValueError: as WorldEnv, or num_envs below 1.
+            ValueError: as WorldEnv, num_envs below 1, or another number of prompts.
         """
         world = as_world(world)
-        if world.card.conditions.has_text:
-            raise ValueError("a text steers this world: WorldEnv, one stream, takes its prompt")
         number = as_whole(num_envs, "num_envs", 1)
+        self.prompts = _each_prompt(prompt, number)
+        """Of each stream, in words; empty: none yet."""
+        self._texts = texts_of(world, *self.prompts)
         self.num_envs, self.judge, self.max_frames = number, judge, as_length(max_frames, None)
         self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_fps": world.card.fps}
         self.single_observation_space, self.single_action_space = spaces(world.card)
@@ -350,7 +372,9 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         engine = open_engine(world.model, "fast")
         self._streams = Streams(world, engine, sampling, max_rows=number)
         self._sessions: list[Session] = []
-        self._frames = np.zeros(self.observation_space.shape or (), dtype=np.uint8)
+        shape = self.single_observation_space.shape or ()
+        self._frames = np.zeros((number, *shape), dtype=np.uint8)
+        self._made: list[np.ndarray] = [self._frames[:0]] * number
         self._counts = np.zeros(number, dtype=np.int64)
         self._is_over = np.ones(number, dtype=bool)
 
@@ -362,12 +386,18 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         Args:
             seed: of the starts from here on; None: as they come.
             options: "reset_mask", a Boolean for each stream: only those begin, the others stay.
+                "prompt" of a world that a text steers, of all streams or of each; none: as before.
 
         Raises:
-            ValueError: a mask of another shape, or of some streams where none has begun.
+            ValueError: a mask of another shape, or of some streams where none has begun, or a text
+                steers the world and there is no prompt.
             RuntimeError: a stream was stopped, with the reason.
         """
         mask = self._reset_mask(options)
+        prompts = _each_prompt((options or {}).get("prompt", self.prompts), self.num_envs)
+        for prompt in prompts:
+            text_of(self._texts, prompt)
+        self.prompts = prompts
         if seed is not None:
             self._np_random, self._np_random_seed = np_random(seed)
         if mask.all():
@@ -387,6 +417,24 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             raise ValueError("reset all environments first")
         return mask
 
+    def change_prompt(self, prompt: str | Sequence[str], recompute: bool = False) -> None:
+        """Steer by other texts from the next step on.
+
+        Args:
+            prompt: of all streams, or of each.
+            recompute: as of `Rollout.change_text`.
+
+        Raises:
+            ValueError: before `reset`, no text steers this world, or a prompt that is empty.
+        """
+        prompts = _each_prompt(prompt, self.num_envs)
+        texts = [embedded(self._texts, one) for one in prompts]
+        if not self._sessions:
+            raise ValueError("reset the environments first")
+        for session, text in zip(self._sessions, texts, strict=True):
+            session.rollout.change_text(text, recompute=recompute)
+        self.prompts = prompts
+
     def step(
         self, actions: Action
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -401,17 +449,8 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         if not self._sessions:
             raise ValueError("reset the environments first")
-        card = self._streams.world.card
-        each = None
-        if card.conditions.action_parts and self.action_space.contains(actions):
-            each = list(iterate(self.action_space, actions))
-            actions = torch.from_numpy(np.stack([flat(card.conditions, one) for one in each]))
-        taken = as_actions(actions, card, self.num_envs)
-        if taken is None or len(taken) != self.num_envs:
-            came = "none" if taken is None else len(taken)
-            raise ValueError(f"{self.num_envs} environments need as many actions, got {came}")
-        check_actions(card.conditions, taken)
-        begins, known = self._is_over.copy(), each or taken.numpy(force=True)
+        taken, known = self._taken(actions)
+        begins, self._made = self._is_over.copy(), [self._frames[:0]] * self.num_envs
         for number, action in enumerate(taken):
             if begins[number]:
                 self._renew(number)
@@ -421,11 +460,31 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         frames = self._frames.copy()
         rewards, ended = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=bool)
         for number in np.flatnonzero(~begins):
-            rewards[number], ended[number] = self.judge(frames[number], known[number])
+            rewards[number], ended[number] = self.judge(frames[number], known[int(number)])
         self._counts += ~begins
         cut = ~begins & (self._counts >= self.max_frames)
         self._is_over = ended | cut
-        return frames, rewards, ended, cut, {}
+        is_video = self._streams.world.autoencoder.config.frames_per_latent > 1
+        return frames, rewards, ended, cut, {"frames": self._made} if is_video else {}
+
+    def _taken(self, actions: Action) -> tuple[Sequence[Tensor | None], Sequence[Any]]:
+        """Return the action of each stream as the model takes it, and as a judge is told it."""
+        card, each = self._streams.world.card, None
+        if not card.conditions.has_actions:
+            prompts = _each_prompt(actions, self.num_envs)
+            if any(prompts):
+                pairs = zip(prompts, self.prompts, strict=True)
+                self.change_prompt([new or old for new, old in pairs])
+            return [None] * self.num_envs, prompts
+        if card.conditions.action_parts and self.action_space.contains(actions):
+            each = list(iterate(self.action_space, actions))
+            actions = torch.from_numpy(np.stack([flat(card.conditions, one) for one in each]))
+        taken = as_actions(actions, card, self.num_envs)
+        if taken is None or len(taken) != self.num_envs:
+            came = "none" if taken is None else len(taken)
+            raise ValueError(f"{self.num_envs} environments need as many actions, got {came}")
+        check_actions(card.conditions, taken)
+        return list(taken), each or list(taken.numpy(force=True))
 
     def get_state(self) -> VectorState:
         """Return all that the streams are now: past, noise, episodes, and the draws to come.
@@ -447,6 +506,7 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             counts=self._counts.copy(),
             is_over=self._is_over.copy(),
             generator=self.np_random.bit_generator.state,
+            prompts=self.prompts,
         )
 
     def set_state(self, state: object) -> None:
@@ -461,7 +521,7 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             raise ValueError("needed a state of these environments, got one of others")
         self._close()
         self._sessions = [self._streams.adopt(rollout.fork()) for rollout in state.rollouts]
-        self._frames = state.frames.copy()
+        self._frames, self.prompts = state.frames.copy(), state.prompts
         self._counts, self._is_over = state.counts.copy(), state.is_over.copy()
         self.np_random.bit_generator.state = dict(state.generator)
 
@@ -475,11 +535,13 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         seed, given, conditions = self._start.draw(self.np_random)
         if number < len(self._sessions):
             self._streams.close(self._sessions[number])
-        session = self._streams.open(given, conditions, seed)
+        text = text_of(self._texts, self.prompts[number])
+        session = self._streams.open(given, replace(conditions or Conditions(), text=text), seed)
         self._sessions[number : number + 1] = [session]
         self._counts[number], self._is_over[number] = 0, False
         if given is None:
-            self._streams.request(session, nothing(self._streams.world.card.conditions))
+            spec = self._streams.world.card.conditions
+            self._streams.request(session, nothing(spec) if spec.has_actions else None)
         else:
             self._frames[number] = pixels(given[-1])
 
@@ -487,9 +549,20 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Make all frames that were asked for."""
         while self._streams.is_busy:
             for finished in self._streams.tick():
-                if finished.frame is None:
+                if finished.frames is None:
                     raise RuntimeError(finished.error)
-                self._frames[self._sessions.index(finished.session)] = pixels(finished.frame)
+                number = self._sessions.index(finished.session)
+                self._made[number] = frames_to_pixels(finished.frames.cpu()).numpy()
+                self._frames[number] = self._made[number][-1]
+
+
+def _each_prompt(prompt: Any, num_envs: int) -> tuple[str, ...]:
+    """Return the prompt of each stream (ValueError: neither words nor as many as streams)."""
+    prompts = (prompt,) * num_envs if isinstance(prompt, str) else prompt
+    is_list = isinstance(prompts, Sequence | np.ndarray) and len(prompts) == num_envs
+    if not is_list or not all(isinstance(one, str) for one in prompts):
+        raise ValueError(f"{num_envs} environments take a prompt, or one of each, got {prompt!r}")
+    return tuple(map(str, prompts))
 
 
 def as_length(max_frames: Whole, render_mode: str | None) -> int:

@@ -6,6 +6,7 @@ or keys held and the mouse, where the names of the world's actions say what they
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from scd.common.names import did_you_mean
 from scd.data.actions import by_part, flat
+from scd.data.clip import check_actions
 from scd.data.given import as_ids
 from scd.data.keymap import DIRECTIONS, IDLE
 from scd.data.source import DataCard
@@ -112,6 +114,40 @@ def as_plan(
     if len(steps) < num_steps:
         raise ValueError(f"{num_steps} frames need as many actions, got {len(steps)}")
     return [as_actions(one, card, num_streams) for one in steps[:num_steps]]
+
+
+def nothing(spec: ConditionSpec) -> Tensor:
+    """Return the action that leads to the first frame of a stream from nothing: id 0, or that of
+    a vector that does least."""
+    return torch.tensor(spec.idle_action) if spec.action_dim else torch.zeros((), dtype=torch.long)
+
+
+def read_action(word: str, card: DataCard) -> Tensor | None:
+    """Return the action of one stream, [1] or [1 a], that a word of a command line means.
+
+    Args:
+        word: a number or a name; JSON of what else `as_actions` takes, such as [0.1, 0] or
+            {"keys": ["w"]}; empty: what does nothing.
+        card: names of the actions.
+
+    Returns:
+        None for a world without actions.
+
+    Raises:
+        ValueError: what this world does not know; says what to type.
+    """
+    if not word:
+        return nothing(card.conditions)[None] if card.conditions.has_actions else None
+    if not card.conditions.has_actions:
+        raise ValueError(f"this world is steered by no actions, got {word!r}")
+    try:
+        action = json.loads(word)
+    except ValueError:
+        action = word
+    actions = as_actions(action, card, 1)
+    assert actions is not None
+    check_actions(card.conditions, actions)
+    return actions
 
 
 def what_to_type(card: DataCard) -> str:

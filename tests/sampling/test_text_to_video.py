@@ -135,15 +135,16 @@ def refused(words, capsys):
     return capsys.readouterr().err
 
 
-def test_what_is_refused(run, source, folder, tmp_path, capsys):
+def test_what_is_refused(run, source, folder, tmp_path, capsys, caplog):
     long = " ".join(["cat"] * 16)
     broken = tmp_path / "broken"
     shutil.copytree(run, broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    # The prompt is refused before the weights are read.
-    assert "takes 17 tokens" in refused(["sample", str(broken), "--prompt", long], capsys)
-    assert "an empty one" in refused(["sample", run, "--prompt", " "], capsys)
+    # The prompt is refused, or said to be cut, before the weights are read.
+    assert "an empty one" in refused(["sample", str(broken), "--prompt", " "], capsys)
+    assert "model.safetensors" in refused(["sample", str(broken), "--prompt", long], capsys)
+    assert "takes 17 tokens, the text encoder 16" in caplog.messages[0]
     words = ["sample", run, "--prompt", "cat", "--source", str(tmp_path / "none")]
     assert "there is no folder" in refused(words, capsys)
     other = write_tiny_parts(tmp_path / "other")

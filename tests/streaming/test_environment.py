@@ -18,8 +18,9 @@ from scd.models.build import build
 from scd.models.checkpoint import World
 from scd.models.config import SamplingConfig
 from scd.models.shipped import Clips
-from scd.streaming.environment import WorldEnv, WorldVectorEnv, nothing, pixels
+from scd.streaming.environment import WorldEnv, WorldVectorEnv, pixels
 from scd.streaming.rollout import Rollout
+from scd.streaming.steering import nothing
 from tests.streaming.test_rollout import world_of
 from tests.tiny import PARTS, tiny_separable
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from scd.data.clip import Conditions
+from scd.data.clip import Conditions, frames_to_pixels
 from scd.engine.open import open_engine
 from scd.models.build import build
 from scd.models.config import CacheConfig, Guidance
+from scd.models.flow import with_num_steps
 from scd.streaming.environment import WorldEnv, WorldVectorEnv
 from scd.streaming.rollout import Rollout
 from scd.streaming.sessions import Streams
@@ -118,7 +119,7 @@ def test_streams_that_share_calls_are_those_of_rollouts(source):
         Streams(world_of(source, "blocks"))
 
 
-def test_an_environment_of_keys_and_a_prompt(source):
+def test_an_environment_of_keys_and_a_prompt(source, caplog):
     world = world_of(source, conditions=KEYS)
     env = WorldEnv(world, prompt="the red dog runs", num_steps=2)
     assert env.action_space.n == 3
@@ -134,10 +135,55 @@ def test_an_environment_of_keys_and_a_prompt(source):
     assert env.step(2)[0].std() > 0
     with pytest.raises(ValueError, match="must have words"):
         env.change_prompt(" ")
-    with pytest.raises(ValueError, match="the prompt takes"):
-        env.change_prompt("the red dog runs " * 20)
-    with pytest.raises(ValueError, match="one stream, takes its prompt"):
-        WorldVectorEnv(world, 2)
+    env.change_prompt("the red dog runs " * 20)
+    assert "its last 65 are cut off" in caplog.messages[-1]
+
+
+def test_environments_of_keys_and_prompts_are_those_of_one(source):
+    world, prompts = world_of(source, conditions=KEYS), ["the red dog runs", "snow at night"]
+    env = WorldVectorEnv(world, 2, prompt=prompts, num_steps=2, max_frames=3)
+    first, _ = env.reset(seed=3)
+    assert first.shape == (2, 16, 32, 3) and env.single_action_space.n == 3
+    # A stream of its own, with the seed that was drawn, makes the same frames.
+    seeds = [session.rollout.seed for session in env._sessions]
+    texts, made = WorldTexts(world), []
+    for seed, prompt in zip(seeds, prompts, strict=True):
+        rollout = Rollout(world, with_num_steps(world.sampling, 2), seed=seed, engine="fast")
+        rollout.begin(conditions=Conditions(text=texts.embed(prompt)))
+        made.append([frames_to_pixels(rollout.step_video(one)[0]).numpy() for one in (0, 1)])
+    frames, _, _, _, told = env.step([1, 1])
+    for number in range(2):
+        close = np.abs(made[number][1].astype(int) - told["frames"][number])
+        assert close.shape == (4, 16, 32, 3) and close.max() <= 1
+        assert np.array_equal(told["frames"][number][-1], frames[number])
+    state = env.get_state()
+    env.change_prompt("a blue ball", recompute=True)
+    other = env.step([1, 2])[0]
+    env.set_state(state)
+    assert env.prompts == tuple(prompts) and not np.array_equal(env.step([1, 2])[0], other)
+    env.step([1, 1])
+    assert env.step([1, 1])[4]["frames"][0].shape == (1, 16, 32, 3)
+    env.reset(seed=3, options={"prompt": "snow at night"})
+    assert env.prompts == ("snow at night",) * 2
+    for wrong in (["snow"], 3, ["snow", 1]):
+        with pytest.raises(ValueError, match="2 environments take a prompt"):
+            env.reset(options={"prompt": wrong})
+    with pytest.raises(ValueError, match="a text steers this world"):
+        WorldVectorEnv(world, 2).reset()
+
+
+def test_environments_whose_actions_are_prompts(source):
+    world = world_of(source, "dense")
+    one, other = (WorldVectorEnv(world, 2, num_steps=2, prompt="the red dog") for _ in range(2))
+    assert np.array_equal(one.reset(seed=1)[0], other.reset(seed=1)[0])
+    assert one.single_action_space.contains("a blue ball")
+    left, right = one.step(["", "snow at night"])[0], other.step("")[0]
+    assert np.array_equal(left[0], right[0]) and not np.array_equal(left[1], right[1])
+    assert one.prompts == ("the red dog", "snow at night")
+    one.step(("", ""))
+    assert one.prompts == ("the red dog", "snow at night")
+    with pytest.raises(ValueError, match="must have words"):
+        one.step([" ", ""])
 
 
 def test_an_environment_whose_actions_are_prompts(source):

@@ -1,14 +1,20 @@
 """Wan worlds that actions steer: converted, encoded, trained and streamed by the commands alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from benchmarks import rollouts
 from scd.cli import main
 from scd.common.runlog import read_log
 from scd.data.clip import Conditions
 from scd.data.latents import LatentSource
 from scd.data.source import open_source
 from scd.models.checkpoint import load_world
+from scd.sampling.pipeline import SCDPipeline
+from scd.sampling.settings import VideoConfig
+from scd.sampling.text_to_video import Script, TextToVideo
 from scd.streaming.rollout import Rollout
 from tests.tiny_wan_run import encode_with, words_of, write_clips, write_world
 
@@ -79,6 +85,61 @@ def test_the_trained_world_streams_by_action_and_text(made, run):
         rollout.step_video(3)
     with pytest.raises(ValueError, match="steered by actions, but none were given"):
         rollout.step_video()
+
+
+def test_videos_of_prompts_hold_actions(made, run, tmp_path, capsys):
+    config = VideoConfig(run=str(run), precision="fp32", action="b", device="cpu")
+    parts = TextToVideo(config)
+    text, held = parts.embed(["snow at night"]), parts.held({2: '{"keys": ["c"]}'})
+    assert {place: action.tolist() for place, action in held.items()} == {0: [1], 2: [2]}
+    found = parts.video(3, Script(text=text, num_latents=4, actions=held)).frames
+    rollout = Rollout(load_world(run), seed=3, engine="fast")
+    rollout.begin(conditions=Conditions(text=text))
+    wanted = torch.cat([rollout.step_video(name)[0] for name in "bbcc"])
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    given = parts.encode(torch.zeros(1, 1, 3, 32, 32))
+    script = Script(text=text, num_latents=3, given=given, actions=held)
+    still = parts.video(3, replace(script, actions={0: torch.tensor([0])}))
+    assert not torch.equal(parts.video(3, script).frames, still.frames)
+    pipe = SCDPipeline.from_pretrained(run, torch_dtype=torch.float32, action="b")
+    generator = torch.Generator().manual_seed(3)
+    shown = pipe("snow at night", num_frames=5, generator=generator, output_type="pt").frames[0]
+    torch.testing.assert_close(shown * 2 - 1, wanted[:5], atol=1e-4, rtol=0)
+    words = ["--seconds", "0.5", "--precision", "fp32", "--out"]
+    sample = ["sample", str(run), "--prompt", "snow", *words]
+    assert main([*sample, str(tmp_path / "a"), "--action", "c", "--action-at", "0.3: a"]) == 0
+    capsys.readouterr()
+    assert main([*sample, str(tmp_path / "b"), "--action", "jump"]) == 2
+    assert "no action is called 'jump'" in capsys.readouterr().err
+    (tmp_path / "prompts.txt").write_text("snow\n")
+    vbench = ["vbench", str(run), "--prompts", str(tmp_path / "prompts.txt"), "--seeds", "1"]
+    assert main([*vbench, *words, str(tmp_path / "videos"), "--action", "1"]) == 0
+    assert main([*vbench, *words, str(tmp_path / "videos")]) == 2
+    assert "videos of other settings" in capsys.readouterr().err
+
+
+def test_rollouts_are_scored(made, run, capsys):
+    """By hand: two numbers a frame, two samples. Then a run beside itself in fewer steps."""
+    one = torch.tensor([[[[0.0, 0.0]]], [[[3.0, 4.0]]]])
+    other = torch.tensor([[[[0.0, 0.0]]]])
+    assert rollouts.apart(one, one).tolist() == pytest.approx([5 / 2**0.5])
+    assert rollouts.apart(one, other).tolist() == pytest.approx([2.5 / 2**0.5])
+    _, _, latents = made
+    settings = {"data": latents, "given": 2, "frames": 2, "clips_per_episode": 2, "samples": 6}
+    ways = f"{run}@1", f"{run}@8"
+    result = rollouts.measure(rollouts.RolloutsConfig(reference=f"{run}@8", ways=ways, **settings))
+    assert result["clips"] == 4
+    few, same = (result["ways"][way] for way in ways)
+    assert same["spread"] == pytest.approx(1, abs=0.1)
+    assert abs(same["distance"]["mean"]) < few["distance"]["mean"] / 2
+    assert few["score_over_first"]["mean"] == 0 and same["score"]["mean"] > 0
+    assert result["reference_score"] == pytest.approx(same["score"]["mean"], rel=0.05)
+    assert all(line["wrong_db"]["mean"] != 0 for line in (few, same))
+    words = ["--data", latents, "--reference", f"{run}@2", "--ways"]
+    assert rollouts.main([*words, "run"]) == 2
+    assert "RUN@2, got 'run'" in capsys.readouterr().err
+    assert rollouts.main([*words, f"{run}@2", "--frames", "20"]) == 2
+    assert "two episodes of 25 latent frames" in capsys.readouterr().err
 
 
 def test_data_of_other_conditions_is_refused(made, run, tmp_path, capsys):
