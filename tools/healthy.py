@@ -25,7 +25,7 @@ from scd.common.files import written_aside
 from scd.common.provenance import provenance, write_json
 from scd.common.runlog import read_curve, read_log
 from scd.data.source import Source, open_source
-from scd.evaluation.media import PictureRow, write_grid
+from scd.evaluation.grids import PictureRow, write_grid
 from scd.evaluation.plots import COLOURS, curve_panels, finish, legend
 from scd.evaluation.predict import choose_windows, predict, read_windows
 from scd.evaluation.protocols import Protocol

@@ -21,7 +21,7 @@ from cells import markdown
 from matplotlib.figure import Figure
 
 from scd.common.provenance import write_json
-from scd.evaluation.media import write_figure
+from scd.evaluation.grids import write_figure
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from scd.common.threads import ThreadChoice
 from scd.data.clip import Batch
 from scd.data.toy import ToyWorld
-from scd.evaluation.media import GAP, Ink, PictureRow, write_grid, write_video
+from scd.evaluation.grids import GAP, PictureRow, write_grid
+from scd.evaluation.media import Ink, write_video
 from scd.evaluation.memory import count_batch, find_memory_clips, memory_score
 from scd.evaluation.metrics import row_of
 from scd.evaluation.predict import step_in_turns

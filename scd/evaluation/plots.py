@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from scd.evaluation.media import Ink, text_colour, write_figure
+from scd.evaluation.grids import text_colour, write_figure
+from scd.evaluation.media import Ink
 
 COLOURS = {
     "model": "#3b7dd8",

@@ -24,7 +24,8 @@ from scd.common.weights import digest_of
 from scd.data.clip import Clip, Conditions
 from scd.data.source import Source, open_source
 from scd.engine.open import open_engine, stream_threads
-from scd.evaluation.media import PictureRow, spread, write_grid, write_video
+from scd.evaluation.grids import PictureRow, write_grid
+from scd.evaluation.media import spread, write_video
 from scd.evaluation.predict import TIMED, check_fit, choose_windows, summarize
 from scd.models.build import num_parameters
 from scd.models.checkpoint import (

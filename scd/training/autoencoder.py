@@ -38,9 +38,9 @@ from scd.common.runtime import derive_seed
 from scd.data.clip import Batch
 from scd.data.loader import Loader, read_clips
 from scd.data.source import Source, open_source
+from scd.evaluation.grids import PictureRow, write_grid
 from scd.evaluation.image import Estimate, estimates, frame_values
 from scd.evaluation.lpips import load_lpips
-from scd.evaluation.media import PictureRow, write_grid
 from scd.evaluation.predict import choose_windows, count_windows
 from scd.objectives.reconstruct import (
     SMALLEST_PICTURE,

@@ -16,7 +16,7 @@ from scd.data.clip import Batch, Conditions
 from scd.data.loader import read_clips
 from scd.data.prompts import is_prompts
 from scd.data.source import Source
-from scd.evaluation.media import PictureRow, write_grid
+from scd.evaluation.grids import PictureRow, write_grid
 from scd.models.checkpoint import World
 from scd.objectives.denoise import validation_loss
 from scd.streaming.rollout import Rollout

@@ -8,7 +8,7 @@ from matplotlib.image import imread
 from PIL import Image
 
 from scd.data.clip import frames_to_pixels
-from scd.evaluation import media, plots
+from scd.evaluation import grids, media, plots
 
 
 def moving_square(num_frames: int, height: int = 32, width: int = 32) -> torch.Tensor:
@@ -49,11 +49,11 @@ def test_video_of_odd_sides_is_padded_to_even_ones(tmp_path):
 def test_grid_holds_every_frame_in_its_cell_enlarged(tmp_path):
     truth, predicted = moving_square(3), -moving_square(4)
     rows = [
-        media.PictureRow(name="truth", frames=truth),
-        media.PictureRow(name="prediction", frames=predicted),
+        grids.PictureRow(name="truth", frames=truth),
+        grids.PictureRow(name="prediction", frames=predicted),
     ]
-    grid = media.grid_pixels(rows)
-    cell, gap = 96, media.GAP
+    grid = grids.grid_pixels(rows)
+    cell, gap = 96, grids.GAP
     assert grid.shape == (2 * cell + 3 * gap, 4 * cell + 5 * gap, 3)
     for down, row in enumerate((truth, predicted)):
         for right, frame in enumerate(row):
@@ -62,9 +62,9 @@ def test_grid_holds_every_frame_in_its_cell_enlarged(tmp_path):
             expected = ((frame + 1) * 127.5).round().byte().movedim(0, -1)
             assert torch.equal(shown, expected)
     # The truth is one frame shorter: its last cell stays empty.
-    assert (grid[gap : gap + cell, gap + 3 * (cell + gap) :] == media.EMPTY).all()
+    assert (grid[gap : gap + cell, gap + 3 * (cell + gap) :] == grids.EMPTY).all()
 
-    media.write_grid(rows, ["+1", "+2", "+3", "+4"], tmp_path / "grid.png")
+    grids.write_grid(rows, ["+1", "+2", "+3", "+4"], tmp_path / "grid.png")
     written = picture(tmp_path / "grid.png")
     height, width = grid.shape[:2]
     inside = written[-8 - height : -8, -8 - width : -8]
@@ -75,13 +75,13 @@ def test_grid_holds_every_frame_in_its_cell_enlarged(tmp_path):
 @pytest.mark.parametrize("ink", ["on light", "on dark"])
 def test_a_grid_for_a_page_shows_the_page_between_its_frames(tmp_path, ink):
     rows = [
-        media.PictureRow(name="white", frames=torch.ones(2, 3, 16, 16)),
-        media.PictureRow(name="grey", frames=torch.full((1, 3, 16, 16), 2 * 235 / 255 - 1)),
+        grids.PictureRow(name="white", frames=torch.ones(2, 3, 16, 16)),
+        grids.PictureRow(name="grey", frames=torch.full((1, 3, 16, 16), 2 * 235 / 255 - 1)),
     ]
-    media.write_grid(rows, ["+1", "+2"], tmp_path / "page.png", ink)
+    grids.write_grid(rows, ["+1", "+2"], tmp_path / "page.png", ink)
     with Image.open(tmp_path / "page.png") as image:
         written = np.asarray(image.convert("RGBA"))
-    cell, gap = 96, media.GAP
+    cell, gap = 96, grids.GAP
     inside = written[-8 - 2 * cell - 3 * gap : -8, -8 - 2 * cell - 3 * gap : -8]
     frames = np.zeros(inside.shape[:2], bool)
     for down, right in ((0, 0), (0, 1), (1, 0)):
@@ -98,14 +98,14 @@ def test_a_grid_for_a_page_shows_the_page_between_its_frames(tmp_path, ink):
 
 
 def test_grid_refuses_what_does_not_fit(tmp_path):
-    row = media.PictureRow(name="a", frames=moving_square(2))
-    other = media.PictureRow(name="b", frames=moving_square(2, 16, 16))
+    row = grids.PictureRow(name="a", frames=moving_square(2))
+    other = grids.PictureRow(name="b", frames=moving_square(2, 16, 16))
     with pytest.raises(ValueError, match="one size"):
-        media.grid_pixels([row, other])
+        grids.grid_pixels([row, other])
     with pytest.raises(ValueError, match="needs frames"):
-        media.grid_pixels([media.PictureRow(name="a", frames=moving_square(2)[:0])])
+        grids.grid_pixels([grids.PictureRow(name="a", frames=moving_square(2)[:0])])
     with pytest.raises(ValueError, match="2 columns need as many labels, got 1"):
-        media.write_grid([row], ["+1"], tmp_path / "grid.png")
+        grids.write_grid([row], ["+1"], tmp_path / "grid.png")
 
 
 def test_spread_keeps_both_ends():
