@@ -9,7 +9,8 @@ action accuracy and the Frechet distance of its features, with `--fvd` FVD of cl
 (scd weights i3d). Recordings are played one after another; where one ends the next begins, which a
 stream learns only by being shown. "recordings" are as many other ones, measured in the same way:
 what a stream that loses nothing would get, which for a distance of so few clips is far from 0.
-FILE.png is the plot.
+FILE.png is the plot. Both are written after each setting: the same command goes on, with more of
+`--caches` and `--observe-every` too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from cells import markdown
 from jaxtyping import Float
 from torch import Tensor
 
-from scd.common.config import at_least
+from scd.common.config import at_least, differences, to_json
+from scd.common.files import read_json
+from scd.common.places import listed
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import make_generator
 from scd.data.clip import Conditions
@@ -198,8 +201,8 @@ def _without_interval(value: Tensor) -> Estimate:
 
 
 @torch.no_grad()
-def long_streams(config: StreamsConfig) -> dict[str, Any]:
-    """Stream with every memory and every repair, and measure the parts."""
+def long_streams(config: StreamsConfig) -> list[dict[str, Any]]:
+    """Stream with every memory and every repair, and measure the parts; return all rows."""
     source = open_source(config.data, config.split)
     check_fit(load_world(config.run), source.card, config.data)
     length = config.context + config.frames
@@ -209,19 +212,46 @@ def long_streams(config: StreamsConfig) -> dict[str, Any]:
         judge.check_fit(source.card, config.data)
     i3d = cached_i3d("tf-hub", torch.device("cpu")) if config.fvd else None
     measured = Measured(true=true, judge=judge, i3d=i3d)
-    others = recorded(source, config.streams, length, config.seed + 1)
-    rows = rows_of(others.frames, others.conditions.actions, config, "recordings", measured)
+    rows = rows_before(config)
+    done = {row["baseline"] for row in rows}
+    if "recordings" not in done:
+        others = recorded(source, config.streams, length, config.seed + 1)
+        rows += rows_of(others.frames, others.conditions.actions, config, "recordings", measured)
     for cache in config.caches or ("",):
         for every in config.observe_every:
             world = with_cache(load_world(config.run), cache)
-            made = streamed(world, true, config, every)
             now = world.model.config.cache
             name = f"window {now.window}, sinks {now.num_sinks}"
             name += f", observe every {every}" if every else ""
+            if name in done:
+                continue
+            made = streamed(world, true, config, every)
             whole = torch.cat([true.frames[:, : config.context], made], dim=1)
             rows += rows_of(whole, true.conditions.actions, config, name, measured)
+            write(config, rows)
             print(f"{name}: {made.shape[1]} frames", flush=True)
-    return {"rows": rows} | provenance()
+    return rows
+
+
+def fixed(config: StreamsConfig) -> dict[str, Any]:
+    """Return the settings that all rows of a result share."""
+    free = ("kind", "out", "caches", "observe_every")
+    return {name: value for name, value in to_json(config).items() if name not in free}
+
+
+def rows_before(config: StreamsConfig) -> list[dict[str, Any]]:
+    """Return what was measured before (FileExistsError: with other settings)."""
+    out = Path(config.out)
+    if not out.exists():
+        return []
+    found = read_json(out)
+    other = differences(found.get("settings", {}), fixed(config))
+    if other:
+        raise FileExistsError(
+            f"{out} holds another result: choose another --out, or remove it (then and now: "
+            f"{listed(other)})"
+        )
+    return found["rows"]
 
 
 def rows_of(
@@ -241,13 +271,12 @@ def rows_of(
     return rows
 
 
-def write(config: StreamsConfig, result: Mapping[str, Any]) -> None:
+def write(config: StreamsConfig, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the result and its plot."""
     out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(result, out)
-    metrics = list(dict.fromkeys(row["metric"] for row in result["rows"]))
-    plot_metrics(result["rows"], metrics, out.with_suffix(".png"))
+    write_json({"rows": rows, "settings": fixed(config)} | provenance(), out)
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    plot_metrics(rows, metrics, out.with_suffix(".png"))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -278,12 +307,11 @@ def main(arguments: Sequence[str]) -> int:
     """Stream and measure; return the exit status."""
     try:
         config = tyro.cli(StreamsConfig, args=arguments)
-        result = long_streams(config)
-        write(config, result)
+        rows = long_streams(config)
     except (ValueError, OSError) as error:
         print(f"long_streams.py: {error}", file=sys.stderr)
         return 2
-    print(table(result["rows"]))
+    print(table(rows))
     print(f"saved {config.out}")
     return 0
 

@@ -40,8 +40,14 @@ def rows(result, metric):
 def test_every_memory_and_repair_has_rows_of_every_part(run, folder, judge, tmp_path, capsys):
     out = tmp_path / "long.json"
     words = [run, folder, "--out", str(out), "--frames", "25", "--part", "10", "--streams", "2"]
-    words += ["--context", "2", "--caches", "3/0", "3/1", "--observe-every", "0", "4"]
-    assert long_streams.main([*words, "--num-steps", "1", "--judge", judge]) == 0
+    words += ["--context", "2", "--num-steps", "1", "--judge", judge, "--observe-every", "0", "4"]
+    assert long_streams.main([*words, "--caches", "3/0"]) == 0
+    before = json.loads(out.read_text())["rows"]
+    # The same command with another memory goes on; with other settings it is another result.
+    assert long_streams.main([*words, "--caches", "3/0", "3/1"]) == 0
+    assert json.loads(out.read_text())["rows"][: len(before)] == before
+    assert long_streams.main([*words, "--seed", "1"]) == 2
+    assert "holds another result" in capsys.readouterr().err
     result = json.loads(out.read_text())
     assert out.with_suffix(".png").stat().st_size > 1000
     names = [
