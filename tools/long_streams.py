@@ -9,8 +9,8 @@ action accuracy and the Frechet distance of its features, with `--fvd` FVD of cl
 (scd weights i3d). Recordings are played one after another; where one ends the next begins, which a
 stream learns only by being shown. "recordings" are as many other ones, measured in the same way:
 what a stream that loses nothing would get, which for a distance of so few clips is far from 0.
-FILE.png is the plot. Both are written after each setting: the same command goes on, with more of
-`--caches` and `--observe-every` too.
+FILE.png is the plot, FILE-1.png and so on show some frames of each setting. All are written after
+each setting: the same command goes on, with more of `--caches` and `--observe-every` too.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from scd.evaluation.frechet import frechet_of_sets
 from scd.evaluation.fvd import I3d, cached_i3d
 from scd.evaluation.image import Estimate, bootstrap
 from scd.evaluation.inverse_dynamics import TrainedInverseDynamics, load_inverse_dynamics, pairs
+from scd.evaluation.media import PictureRow, spread, write_grid
 from scd.evaluation.metrics import drift_estimates, drift_statistics, row_of
 from scd.evaluation.plots import plot_metrics
 from scd.evaluation.predict import check_fit
@@ -49,6 +50,9 @@ from scd.streaming.rollout import Rollout
 
 FVD_FRAMES = 16
 """Frames of the clips of FVD."""
+
+NUM_SHOWN = 10
+"""Frames of a stream that are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,8 +233,21 @@ def long_streams(config: StreamsConfig) -> list[dict[str, Any]]:
             whole = torch.cat([true.frames[:, : config.context], made], dim=1)
             rows += rows_of(whole, true.conditions.actions, config, name, measured)
             write(config, rows)
+            number = len({row["baseline"] for row in rows}) - 1
+            draw_frames(config, true, made, number)
             print(f"{name}: {made.shape[1]} frames", flush=True)
     return rows
+
+
+def draw_frames(config: StreamsConfig, true: Recorded, made: Tensor, number: int) -> None:
+    """Show frames of the first streams, evenly spread, each below what was recorded."""
+    shown, rows = spread(made.shape[1], NUM_SHOWN), []
+    for index in range(min(2, len(made))):
+        recorded_frames = true.frames[index, config.context :]
+        rows.append(PictureRow(name="recorded", frames=recorded_frames[shown]))
+        rows.append(PictureRow(name="stream", frames=made[index, shown]))
+    out = Path(config.out)
+    write_grid(rows, [f"+{at + 1}" for at in shown], out.with_name(f"{out.stem}-{number}.png"))
 
 
 def fixed(config: StreamsConfig) -> dict[str, Any]:

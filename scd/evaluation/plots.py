@@ -34,9 +34,11 @@ LABELS = {
     "lpips": "LPIPS",
     "memory": "share of hidden shapes that come back",
     "sharpness": "detail of the frames over the truth's",
+    "contrast": "contrast of the frames over the truth's",
     "control": "share of actions that are read back",
     "control_error": "error of actions that are read back",
-    "frechet_own": "Frechet distance of inverse dynamics features",
+    "frechet_own": "Frechet distance of\ninverse dynamics features",
+    "fvd": "FVD",
     "loss": "loss",
 }
 """Axis labels of metrics."""

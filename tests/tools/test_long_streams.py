@@ -49,7 +49,8 @@ def test_every_memory_and_repair_has_rows_of_every_part(run, folder, judge, tmp_
     assert long_streams.main([*words, "--seed", "1"]) == 2
     assert "holds another result" in capsys.readouterr().err
     result = json.loads(out.read_text())
-    assert out.with_suffix(".png").stat().st_size > 1000
+    for name in ("long", *(f"long-{number}" for number in (1, 2, 3, 4))):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
     names = [
         f"window 3, sinks {sinks}{repaired}"
         for sinks in (0, 1)
