@@ -38,9 +38,10 @@ from scd.data.source import Source, open_source
 from scd.data.spaces import Split
 from scd.evaluation.frechet import frechet_of_sets
 from scd.evaluation.fvd import I3d, cached_i3d
+from scd.evaluation.grids import PictureRow, write_grid
 from scd.evaluation.image import Estimate, bootstrap
 from scd.evaluation.inverse_dynamics import TrainedInverseDynamics, load_inverse_dynamics, pairs
-from scd.evaluation.media import PictureRow, spread, write_grid
+from scd.evaluation.media import spread
 from scd.evaluation.metrics import drift_estimates, drift_statistics, row_of
 from scd.evaluation.plots import plot_metrics
 from scd.evaluation.predict import check_fit
