@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from scd.common.config import differences, to_json
 from scd.common.runtime import make_generator
 from scd.common.threads import ThreadChoice
 from scd.data.clip import Batch, Conditions
@@ -38,9 +39,11 @@ def check_fit(world: World, card: DataCard, data: str) -> None:
             f"the model makes frames of {ours.height}x{ours.width}, "
             f"{data} has {theirs.height}x{theirs.width}"
         )
-    if ours.conditions != theirs.conditions:
+    different = differences(to_json(ours.conditions), to_json(theirs.conditions))
+    if different:
         raise ValueError(
-            f"the model is steered by {ours.conditions}, {data} by {theirs.conditions}"
+            f"{data} is not steered as the model is (the model's setting, then the data's): "
+            f"{'; '.join(different[:3])}"
         )
     check_rate("the model", ours.fps, data, theirs.fps)
 

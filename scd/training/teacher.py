@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from scd.common.config import differences, to_json
 from scd.common.runtime import derive_seed, without_weights
 from scd.common.weights import check_fit, is_stored
 from scd.data.clip import Conditions
@@ -48,7 +49,12 @@ def check_teacher(config: TrainConfig, theirs: Any, autoencoder: Any, path: str)
     _same(
         path, "latents of the autoencoder", autoencoder.placeless(), config.autoencoder.placeless()
     )
-    _same(path, "conditions", theirs.conditions, ours.conditions)
+    different = differences(to_json(theirs.conditions), to_json(ours.conditions))
+    if different:
+        raise ValueError(
+            f"the teacher {path} and the student must work on the same conditions (its setting, "
+            f"then the student's): {'; '.join(different[:3])}"
+        )
 
 
 def _same(path: str, what: str, their: Any, our: Any) -> None:

@@ -44,7 +44,13 @@ def wan_distillation(choice: WanDmdChoice) -> TrainConfig:
     for name in ("prompts", "teacher"):
         if not getattr(choice, name):
             raise ValueError(f"scd distill wan-dmd RUN needs --{name}")
-    return _of_teacher(like_initial(WAN_DMD, choice.run), choice, choice.teacher, "wan-dmd")
+    run = like_initial(WAN_DMD, choice.run)
+    if run.model.conditions.has_actions:
+        raise ValueError(
+            f"{choice.run} is steered by actions, which no bidirectional teacher knows: scd "
+            "distill TEACHER --data LATENTS --method dmd matches it to the causal one"
+        )
+    return _of_teacher(run, choice, choice.teacher, "wan-dmd")
 
 
 def wan_consistency(choice: WanConsistencyChoice) -> TrainConfig:

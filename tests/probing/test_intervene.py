@@ -375,7 +375,7 @@ def test_data_with_other_conditions_is_refused(run, data, tmp_path):
     card["action_names"] = [f"key {key}" for key in range(7)]
     (other / CARD_FILE).write_text(json.dumps(card))
     common = comparison(run, tmp_path / "out", data=str(other))
-    with pytest.raises(ValueError, match="is steered by .*num_actions=5.*num_actions=7"):
+    with pytest.raises(ValueError, match="is not steered as the model is .*num_actions: 5, 7"):
         intervene(DiagonalConfig(comparison=common, last=1))
     assert not (tmp_path / "out").exists()
 

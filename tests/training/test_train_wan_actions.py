@@ -161,5 +161,10 @@ def test_data_of_other_conditions_is_refused(made, run, tmp_path, capsys):
     refused(mute, world, "holds latents without prompts")
     five = encode_with(world, write_clips(tmp_path / "five", 5), tmp_path / "five-latents")
     refused(five, world, "has other actions than", "num_actions: 5", "3")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("snow\n")
+    words = ["distill", "wan-dmd", str(run), "--prompts", str(prompts), "--teacher", plain]
+    assert main(words) == 2
+    assert "which no bidirectional teacher knows" in capsys.readouterr().err
     assert main(["export", "diffusers", str(run), "--out", str(tmp_path / "exported")]) == 2
     assert "steered by actions, whose weights" in capsys.readouterr().err
