@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A tiny Wan-shaped world of a game, steered by keys and a prompt, on one core of a CPU: recorded
-# cars, an autoencoder and a text encoder of Wan's classes with random weights, teacher forcing.
-# Stop it at any time and start it again: what is done stays.
+# cars, an autoencoder and a text encoder of Wan's classes with random weights, teacher forcing;
+# then a student of two steps, by a causal start and matching, and what it is worth. Stop it at any
+# time and start it again: what is done stays.
 #
 #   runs/wan_game.sh [CARS] [FOLDER]    CARS: recordings of runs/worlds/cars.sh; results in FOLDER
 #   SECONDS_TRAINED=600 runs/wan_game.sh
@@ -31,3 +32,18 @@ run scd train wan-tf --data "$out/latents" --initial "$out/world" --out "$out/ru
   --optim.lr 1e-3 --optim.warmup-steps 50 --objective.condition-dropout 0 \
   --no-gradient-checkpointing --validate-every 300 --num-validation-clips 32 --sample-every 0 \
   --save-every 150 --log-every 25
+
+# Two steps: along the world's own path first, then on the student's rollouts.
+on=(--data "$out/latents" --device cpu --precision fp32 --threads 1 --num-loader-workers 1
+  --batch-size 2 --no-gradient-checkpointing --sample-every 0 --save-every 20 --log-every 20)
+run scd distill wan-consistency "$out/run" "${on[@]}" --steps 1000 500 \
+  --first-steps 1000 750 500 250 --objective.guidance 1 --objective.num-grid-steps 8 \
+  --ema-decay 0.95 --optim.lr 5e-4 --num-frames 13 --num-accumulation 1 --max-steps 300 \
+  --out "$out/start"
+run scd distill "$out/run" "${on[@]}" --initial "$out/start" --method dmd --steps 2 \
+  --num-frames 9 --objective.num-given-frames 3 --ema-decay 0.9 --max-steps 200 \
+  --optim.optimizer adamw --optim.lr 5e-5 \
+  --objective.critic.optimizer adamw --objective.critic.lr 2e-4 --out "$out/two"
+run python benchmarks/rollouts.py --data "$out/latents" --reference "$out/run@48" \
+  --ways "$out/run@2" "$out/run@8" "$out/start@2" "$out/two@2" --clips-per-episode 3 \
+  --out "$out/rollouts.json"
