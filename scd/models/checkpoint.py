@@ -362,7 +362,11 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         near = did_you_mean(
             folder.name, [entry.name for entry in beside if entry.is_dir()] + shipped_names()
         )
-        raise FileNotFoundError(f"needed a world or run folder, there is none at {folder}{near}")
+        listed = ", ".join(shipped_names()) or "no worlds"
+        raise FileNotFoundError(
+            f"needed a world or run folder, there is none at {folder}{near}. "
+            f"The package has {listed}"
+        )
     if not is_stored(folder / WEIGHTS_FILE):
         raise FileNotFoundError(
             f"{folder} is neither a world (model.safetensors) nor a run with a checkpoint (last)"

@@ -293,5 +293,8 @@ def test_a_demo_is_of_the_world_that_is_named(world, toy_source, tmp_path, capsy
     assert report["first_frame_s"] > report["seconds_to_first_frame"] > 0
     capsys.readouterr()
     assert main(["demo", "dom", "--out", str(tmp_path / "none")]) == 2
-    assert "did you mean 'doom'?" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "did you mean 'doom'?" in said and all(one in said for one in shipped_names())
+    assert main(["play", "nowhere", "--port", "0", "--no-browser"]) == 2
+    assert f"The package has {', '.join(shipped_names())}" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
