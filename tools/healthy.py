@@ -102,9 +102,7 @@ def draw_curves(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             axes.plot(steps, values, label=name, color=COLOURS.get(name), linewidth=1.2)
         axes.set_xlabel("steps")
         axes.set_ylabel(label)
-        if key == "action_gap":
-            axes.set_yscale("symlog", linthresh=0.01)
-        else:
+        if key != "action_gap":
             axes.set_yscale("log")
         legend(axes, "on white")
     finish(figure, path, "", "on white")
