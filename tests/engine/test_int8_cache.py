@@ -122,7 +122,7 @@ def test_the_engine_of_8_bits_has_it(name):
     plain, both_parts = stream(open_engine(model)), open_engine(model, "fast", "int8")
     alone = open_engine(model, "fast", "bf16")
     for engine, kind in ((both_parts, Int8KVCache), (alone, KVCache)):
-        stack = engine.encoder if name == "separable" else engine.stack
+        stack = getattr(engine, "encoder" if name == "separable" else "stack")
         assert stack.cache_kind is kind
     stack.cache_kind = Int8KVCache
     found = stream(alone)
