@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 
 from scd.data.source import open_source
-from scd.evaluation import media, predict
+from scd.evaluation import grids, predict
 from scd.models import shipped
 from scd.models.checkpoint import load_world
 from scd.sampling import sample
@@ -77,12 +77,12 @@ def test_stream_longer_than_the_episode(tiny_world, run, folder, tmp_path):
     assert torch.equal(stream.frames, again.generate(actions, 30)[0])
     # Truth above prediction, its last cells empty.
     picture = imread(tmp_path / "s" / "sample.png")[..., :3]
-    height, cell, gap = picture.shape[0], 96, media.GAP
+    height, cell, gap = picture.shape[0], 96, grids.GAP
     assert height == 28 + 2 * (cell + gap) + gap + 8
     top, right = 28 + gap, picture.shape[1] - 8 - gap
-    assert (picture[top : top + cell, right - cell : right] * 255 == media.EMPTY).all()
+    assert (picture[top : top + cell, right - cell : right] * 255 == grids.EMPTY).all()
     below = top + cell + gap
-    assert (picture[below : below + cell, right - cell : right] * 255 != media.EMPTY).any()
+    assert (picture[below : below + cell, right - cell : right] * 255 != grids.EMPTY).any()
 
 
 def test_stream_from_nothing_has_no_truth(run, tmp_path):
@@ -90,7 +90,7 @@ def test_stream_from_nothing_has_no_truth(run, tmp_path):
     assert result["true_frames"] == 0
     with av.open(tmp_path / "s" / "sample.mp4") as container:
         assert sum(1 for _ in container.decode(container.streams.video[0])) == 5
-    assert imread(tmp_path / "s" / "sample.png").shape[0] == 28 + 96 + 2 * media.GAP + 8
+    assert imread(tmp_path / "s" / "sample.png").shape[0] == 28 + 96 + 2 * grids.GAP + 8
 
 
 def test_a_world_with_clips_needs_no_data(run, folder, tmp_path):
