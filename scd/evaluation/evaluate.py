@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from scd.autoencoders.build import fingerprint
 from scd.common.config import differences, to_json
 from scd.common.files import file_aside, read_json, take_lock
 from scd.common.places import free_place, in_our_words, listed
@@ -192,6 +193,7 @@ def prepare(config: EvaluateConfig, device: torch.device) -> Prepared:
         "card": to_json(source.card),
         "windows": hashlib.sha256(json.dumps(windows).encode()).hexdigest(),
         "world": digest_of(file, "sha256"),
+        "autoencoder": fingerprint(world.autoencoder),
         "weights": hashes,
         "judge": "" if reader is None else reader.digest,
     }

@@ -402,6 +402,12 @@ def test_a_finished_evaluation_is_read_and_another_one_is_measured(
     assert (tmp_path / "e.json").read_bytes() == before
     other = evaluated(run, folder, tmp_path, few, num_steps=1, out=str(tmp_path / "f.json"))
     assert other["rows"] != first["rows"]
+    config = Path(run) / "config.json"
+    settings = json.loads(config.read_text())
+    settings["autoencoder"]["std"] *= 2
+    config.write_text(json.dumps(settings))
+    with pytest.raises(FileExistsError, match=r"e.json holds another result: .*autoencoder: "):
+        evaluated(run, folder, tmp_path, few)
     (tmp_path / "e.json").write_text("[1]")
     with pytest.raises(FileExistsError, match="then and now: no result of scd evaluate"):
         evaluated(run, folder, tmp_path, few)
