@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scd.common.config import differences, to_json
 from scd.common.files import read_json
+from scd.common.hub import fingerprint
 from scd.common.memory import check_free
 from scd.common.places import free_place, in_our_words, listed
 from scd.common.provenance import provenance, write_json
@@ -236,10 +237,12 @@ def _about(config: Any, run: str, weights: str, steps: int | None) -> dict[str, 
     """Return all that the frames depend on: settings, and what tells the world from others."""
     folder = resolve(run)
     file = folder / (WEIGHTS_FILE if weights == "ema" else RAW_FILE)
-    sampling = with_num_steps(read_world_parts(folder)["sampling"], steps)
+    parts, network = read_world_parts(folder), folder / "vae"
     return _effective(to_json(config)) | {
-        "sampling": to_json(sampling),
+        "sampling": to_json(with_num_steps(parts["sampling"], steps)),
         "world": digest_of(file, "blake2b"),
+        "autoencoder": to_json(parts["autoencoder"]),
+        "network": fingerprint(network) if network.is_dir() else "",
     }
 
 

@@ -137,6 +137,12 @@ def test_samples_lie_in_the_run_and_none_is_lost(run, folder, tmp_path, monkeypa
         save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, path)
     moved.rename(run)
     assert place() == f"{run}/sample-4"
+    # So is another autoencoder.
+    config = Path(run) / "config.json"
+    values = json.loads(config.read_text())
+    values["autoencoder"]["std"] *= 2
+    config.write_text(json.dumps(values))
+    assert place() == f"{run}/sample-5"
 
 
 def test_a_folder_with_another_sample_is_left_alone(run, folder, tmp_path):
