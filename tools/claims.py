@@ -203,9 +203,9 @@ def _line(claim: Claim, found: Mapping[str, Any], times: Mapping[str, Any]) -> l
 
 def decided(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return one row per claim and world that tools/decide.py went into."""
-    lines = []
-    for result in sorted(results.values(), key=lambda one: [*_NUMBERS].index(one["claim"])):
-        claim = CLAIMS[_NUMBERS[result["claim"]]]
+    lines, names = [], [claim.name for claim in CLAIMS]
+    for result in sorted(results.values(), key=lambda one: names.index(one["claim"])):
+        claim = CLAIMS[names.index(result["claim"])]
         rows = {(row["metric"], row["horizon"]): row for row in result["compared"]["rows"]}
         measured = [rows[key] for key in (("psnr", 1), ("psnr", 8), ("ssim", 8))]
         heard = min(result["listens"].values())
@@ -222,6 +222,3 @@ def decided(results: Mapping[str, Mapping[str, Any]]) -> str:
         )
     head = ["", "the paper", "world", "seeds", "PSNR +1", "PSNR +8", "SSIM +8", "least hearing"]
     return markdown([*head, "verdict"], lines)
-
-
-_NUMBERS = {claim.name: number for number, claim in enumerate(CLAIMS)}

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from scd.common.config import at_least, differences, to_json
 from scd.common.files import read_json
-from scd.common.places import listed
+from scd.common.places import refuse_another
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import make_generator
 from scd.data.clip import Conditions
@@ -263,12 +263,7 @@ def rows_before(config: StreamsConfig) -> list[dict[str, Any]]:
     if not out.exists():
         return []
     found = read_json(out)
-    other = differences(found.get("settings", {}), fixed(config))
-    if other:
-        raise FileExistsError(
-            f"{out} holds another result: choose another --out, or remove it (then and now: "
-            f"{listed(other)})"
-        )
+    refuse_another(out, "result", differences(found.get("settings", {}), fixed(config)))
     return found["rows"]
 
 

@@ -131,3 +131,16 @@ def listed(differences: Sequence[str], most: int = 6) -> str:
     """Return some differences of settings in one line."""
     more = f" and {len(differences) - most} more" if len(differences) > most else ""
     return "; ".join(differences[:most]) + more
+
+
+def refuse_another(out: Path, what: str, differences: Sequence[str]) -> None:
+    """Refuse a place that holds another result, if it differs at all.
+
+    Raises:
+        FileExistsError: it does; says in what.
+    """
+    if differences:
+        raise FileExistsError(
+            f"{out} holds another {what}: choose another --out, or remove it (then and now: "
+            f"{listed(differences)})"
+        )

@@ -24,7 +24,7 @@ from torch import Tensor
 from scd.autoencoders.build import fingerprint
 from scd.common.config import differences, to_json
 from scd.common.files import file_aside, read_json, take_lock
-from scd.common.places import free_place, in_our_words, listed
+from scd.common.places import free_place, in_our_words, listed, refuse_another
 from scd.common.processes import Processes
 from scd.common.provenance import provenance, write_json
 from scd.common.published_weights import (
@@ -251,12 +251,7 @@ def _place(config: EvaluateConfig, about: Mapping[str, Any]) -> Path:
     """Return where the result is to be, or is already; that of another evaluation is kept."""
     if config.out:
         out = Path(config.out)
-        other = _others(out, about)
-        if other:
-            raise FileExistsError(
-                f"{out} holds another result: choose another --out, or remove it (then and now: "
-                f"{listed(other)})"
-            )
+        refuse_another(out, "result", _others(out, about))
         return out
     name = config.protocol.name
     stem = "evaluation" if name == CUSTOM else f"evaluation-{name}"

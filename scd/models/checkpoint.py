@@ -573,5 +573,4 @@ def _write_tensors(
         tied = tensor.data_ptr() in seen and tensor.numel() > 0
         seen.add(tensor.data_ptr())
         tensors[name] = tensor.clone() if tied else tensor
-    # One entry at most: several would be written in a random order, and equal weights differ.
     save_tensors(tensors, path, metadata)

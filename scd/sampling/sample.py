@@ -18,7 +18,7 @@ from scd.common.config import differences, to_json
 from scd.common.files import read_json
 from scd.common.hub import fingerprint
 from scd.common.memory import check_free
-from scd.common.places import free_place, in_our_words, listed
+from scd.common.places import free_place, in_our_words, refuse_another
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import choose_device, choose_precision, cpu_threads, peak_memory_gib
 from scd.common.weights import digest_of
@@ -258,12 +258,7 @@ def _place(out: str, run: str, about: Mapping[str, Any]) -> Path:
     """Return the folder of the sample; one that holds another is kept."""
     if not out:
         return free_place(results_folder(run) / "sample", lambda path: not _others(path, about))
-    other = _others(Path(out), about)
-    if other:
-        raise FileExistsError(
-            f"{out} holds another sample: choose another --out, or remove it (then and now: "
-            f"{listed(other)})"
-        )
+    refuse_another(Path(out), "sample", _others(Path(out), about))
     return Path(out)
 
 

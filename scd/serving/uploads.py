@@ -158,17 +158,21 @@ class Uploads:
 
     def _make_room(self, count: int, num_bytes: int) -> bool:
         """Drop until so many uploads of so many bytes are left; tell whether that was possible."""
+
+        def fits() -> bool:
+            return len(self._kept) <= count and self._bytes() <= num_bytes
+
         self._drop_expired()
         young_s = time.monotonic() - YOUNG_S
         old = [name for name, one in self._kept.items() if one.is_used or one.made_s < young_s]
         old.sort(key=lambda name: (not self._kept[name].is_used, self._kept[name].made_s))
         for name in old:
-            if len(self._kept) <= count and self._bytes() <= num_bytes:
+            if fits():
                 break
             del self._kept[name]
             if self._shared is not None:
                 (self._shared / f"{name}.npy").unlink(missing_ok=True)
-        return len(self._kept) <= count and self._bytes() <= num_bytes
+        return fits()
 
     def _share(self, folder: Path, identity: str, frames: np.ndarray) -> None:
         folder.mkdir(parents=True, exist_ok=True)
