@@ -5,11 +5,12 @@
 #
 #   runs/healthy.sh [FOLDER]
 #
-# STEPS of the environment: training steps.
+# STEPS of the environment: training steps, of which four checkpoints are kept.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/start.sh
 out=${1:-runs/out/healthy}
+steps=${STEPS:-1600}
 data=$out/data
 run scd record toy --episodes 300 --frames 100 --val-fraction 0.2 --workers 1 --out "$data"
 [ -d "$out/late" ] || run python tools/healthy.py late "$data" "$out/late"
@@ -17,11 +18,11 @@ one() {
   local name=$1 clips=$2
   shift 2
   # Size and rates of tools/decide.py.
-  run scd train toy --data "$clips" --max-steps "${STEPS:-1600}" --validate-every 100 --sample-every 0 \
+  run scd train toy --data "$clips" --max-steps "$steps" --validate-every 100 --sample-every 0 \
     --model.block.width 96 --model.block.head-dim 48 --model.block.rotary-axes 12 18 18 \
     --model.encoder.num-layers 3 --model.decoder.num-layers 1 --num-frames 12 --threads 1 \
     --num-loader-workers 1 --precision fp32 --optim.lr 0.003 --optim.muon-lr 0.03 \
-    --objective.history-noise 0 "$@" --out "$out/$name"
+    --objective.history-noise 0 --save-every $((steps / 4)) --keep-checkpoints 4 "$@" --out "$out/$name"
 }
 one good "$data"
 one rate "$data" --optim.muon-lr 0.6 --optim.lr 0.06

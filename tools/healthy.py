@@ -4,8 +4,9 @@
     python tools/healthy.py draw DATA NAME=RUN ...
 
 `late` copies recordings with every action one frame too late, the most common fault of one's own
-clips. `draw` evaluates the runs on held-out clips of DATA, writes their curves
-(docs/images/healthy.png), what each makes of one clip (docs/images/healthy-samples.png) and
+clips. `draw` evaluates all checkpoints of the runs on held-out clips of DATA, writes their curves
+(docs/images/healthy.png), what each makes of one clip (docs/images/healthy-samples.png), what the
+first one makes of it at each checkpoint (docs/images/healthy-steps.png) and
 docs/results/healthy.json, and prints their table; the runs are those of runs/healthy.sh.
 """
 
@@ -26,11 +27,12 @@ from scd.common.provenance import provenance, write_json
 from scd.common.runlog import read_curve, read_log
 from scd.data.source import Source, open_source
 from scd.evaluation.grids import PictureRow, write_grid
-from scd.evaluation.plots import COLOURS, curve_panels, finish, legend
+from scd.evaluation.plots import curve_panels, finish, legend
 from scd.evaluation.predict import choose_windows, predict, read_windows
 from scd.evaluation.protocols import Protocol
 from scd.evaluation.trial import measure
 from scd.models.checkpoint import World, load_world
+from scd.training.folder import checkpoints
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -49,7 +51,7 @@ def late(data: Path, out: Path) -> None:
 
 
 def curves_of(run: Path) -> dict[str, Any]:
-    """Return the losses and the action gap of a run by step."""
+    """Return the losses and the action gap of a run by step (ValueError: it has no validation)."""
     steps, held_out = read_curve(run, "step"), read_curve(run, "validation")
     if not held_out:
         raise ValueError(f"{run}: needed a run with a validation, got {len(steps)} logged steps")
@@ -73,6 +75,14 @@ def measured(world: World, source: Source) -> dict[str, float]:
     }
 
 
+def worlds_of(run: Path) -> dict[int, World]:
+    """Return what a run was at each of its checkpoints, by step (ValueError: it has none)."""
+    worlds = {step: load_world(path) for step, path in checkpoints(run).items()}
+    if not worlds:
+        raise ValueError(f"{run}: needed a run with a checkpoint, found none")
+    return worlds
+
+
 def draw_samples(worlds: Mapping[str, World], source: Source, path: Path) -> None:
     """Show what each world makes of one clip, below the clip."""
     num_frames = GIVEN + PREDICTED
@@ -86,50 +96,74 @@ def draw_samples(worlds: Mapping[str, World], source: Source, path: Path) -> Non
 
 
 def draw_curves(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Draw the losses and the action gap of all runs by step."""
-    figure, panels = curve_panels(3, "on white")
+    """Draw losses, action gap and PSNR at +1 of all runs by step; dashed: by another's actions."""
+    figure, panels = curve_panels(4, "on white")
     for axes, (key, label) in zip(
         panels,
         [
             ("training", "training loss"),
             ("held_out", "loss on held-out clips"),
             ("action_gap", "action gap"),
+            ("psnr", "PSNR at +1, dB (dashed: another's actions)"),
         ],
         strict=True,
     ):
-        for name, curves in found.items():
-            steps, values = zip(*curves[key], strict=True)
-            axes.plot(steps, values, label=name, color=COLOURS.get(name), linewidth=1.2)
+        for number, (name, curves) in enumerate(found.items()):
+            look = {"color": f"C{number}", "linewidth": 1.2}
+            if key == "psnr":
+                steps = [at["step"] for at in curves[key]]
+                dashed = [at["shuffled_actions, +1"] for at in curves[key]]
+                axes.plot(steps, dashed, linestyle="dashed", **look)
+                values = [at["model, +1"] for at in curves[key]]
+            else:
+                steps, values = zip(*curves[key], strict=True)
+            axes.plot(steps, values, label=name, **look)
         axes.set_xlabel("steps")
         axes.set_ylabel(label)
-        if key != "action_gap":
+        if key in ("training", "held_out"):
             axes.set_yscale("log")
         legend(axes, "on white")
     finish(figure, path, "", "on white")
 
 
 def draw(data: str, runs: Mapping[str, Path], docs: Path = DOCS) -> str:
-    """Measure and draw all runs; return the table of where each ended."""
+    """Measure and draw all runs; return the table of what each was at its checkpoints."""
     source = open_source(data, "val")
     found = {name: curves_of(run) for name, run in runs.items()}
-    worlds = {name: load_world(run) for name, run in runs.items()}
-    for name, world in worlds.items():
-        found[name]["psnr"] = measured(world, source)
-    draw_curves(found, docs / "images" / "healthy.png")
-    draw_samples(worlds, source, docs / "images" / "healthy-samples.png")
+    worlds = {name: worlds_of(run) for name, run in runs.items()}
+    for name, by_step in worlds.items():
+        found[name]["psnr"] = [
+            {"step": step} | measured(world, source) for step, world in by_step.items()
+        ]
+    images = docs / "images"
+    draw_curves(found, images / "healthy.png")
+    ends = {name: by_step[max(by_step)] for name, by_step in worlds.items()}
+    draw_samples(ends, source, images / "healthy-samples.png")
+    first, *_ = worlds.values()
+    by_step = {f"{step} steps": world for step, world in first.items()}
+    draw_samples(by_step, source, images / "healthy-steps.png")
     write_json({"runs": found} | provenance(), docs / "results" / "healthy.json")
+    head = ["run", "steps", "loss, held out", "action gap", "gap over loss"]
+    head += ["PSNR at +1, dB (another's actions)", f"at +{PREDICTED}"]
+    return markdown(head, [row for name, curves in found.items() for row in rows_of(name, curves)])
+
+
+def rows_of(name: str, curves: Mapping[str, Any]) -> list[list[str]]:
+    """Return the lines of one run, one for each checkpoint; no validation there: no losses."""
+    losses, gaps = dict(curves["held_out"]), dict(curves["action_gap"])
     rows = []
-    for name, curves in found.items():
-        step, last = curves["held_out"][-1]
-        gap, psnr = curves["action_gap"][-1][1], curves["psnr"]
-        cells = [name, str(step), f"{last:.3f}", f"{gap:.4f}", f"{100 * gap / last:.0f} %"]
+    for psnr in curves["psnr"]:
+        step = psnr["step"]
+        cells = [name, str(step), "", "", ""]
+        if step in losses:
+            loss, gap = losses[step], gaps[step]
+            cells[2:] = [f"{loss:.3f}", f"{gap:.4f}", f"{100 * gap / loss:.1f} %"]
         both = [
             f"{psnr[f'model, +{at}']:.1f} ({psnr[f'shuffled_actions, +{at}']:.1f})"
             for at in (1, PREDICTED)
         ]
         rows.append(cells + both)
-    head = ["run", "steps", "loss, held out", "action gap", "gap over loss"]
-    return markdown([*head, "PSNR at +1, dB (another's actions)", f"at +{PREDICTED}"], rows)
+    return rows
 
 
 def main(arguments: Sequence[str]) -> int:
