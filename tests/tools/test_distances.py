@@ -65,7 +65,7 @@ def test_bias_falls_with_the_number_of_clips_and_goes_to_nothing():
     assert deviations == sorted(deviations, reverse=True)
     # The line through the last three is far nearer to the true distance, which is 0.
     assert abs(values[-1]) < values[-2] / 2
-    head, _, first, *_, last = distances.bias_table(rows).splitlines()
+    head, _, first, *_, last = distances.bias_table({"bias": rows}).splitlines()
     assert head == "| clips on each side | FVD of real against real | deviation |"
     assert first.startswith(f"| 8 | {values[0]:.1f} |") and last.startswith("| extrapolated |")
 

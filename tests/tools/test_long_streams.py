@@ -64,7 +64,7 @@ def test_every_memory_and_repair_has_rows_of_every_part(run, folder, judge, tmp_
     # Another memory and a repair each change what is made.
     sharpness = [tuple(parts.values()) for parts in rows(result, "sharpness").values()]
     assert len(set(sharpness)) == 5
-    head, _, first, *others = long_streams.table(result["rows"]).splitlines()
+    head, _, first, *others = long_streams.stream_table(result).splitlines()
     assert head.startswith("| up to frame 10 / 20 / 25 | sharpness | contrast |")
     assert first.startswith("| recordings | ") and len(others) == 4
 

@@ -49,6 +49,11 @@ def test_both_kinds_are_trained_and_asked(tmp_path, capsys):
         assert row["mean"] == pytest.approx(np.mean(row["by_seed"]), abs=1e-3)
         assert row["ci_low"] <= row["mean"] <= row["ci_high"] and len(row["by_seed"]) == 1
     assert out.with_suffix(".png").stat().st_size > 1000
+    head, _, first, second, *others = remembered.remembered_table(result).splitlines()
+    assert head == "| hidden for, frames | 1 | 3 |" and len(others) == 2
+    seen = result["rows"][0]
+    assert first.startswith(f"| separable, 2 steps | {seen['mean']:.2f} [{seen['ci_low']:.2f}, ")
+    assert second.startswith(f"| by seed | {seen['by_seed'][0]:.2f} |")
 
 
 @pytest.mark.parametrize(
