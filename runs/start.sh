@@ -7,6 +7,10 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 run() { "$@" & wait "$!"; }
 
+# amount FULL QUICK: the second where QUICK is set in the environment, so that the whole of a script
+# can be seen to run in minutes; what it makes is then good for nothing.
+amount() { if [ -n "${QUICK:-}" ]; then echo "$2"; else echo "$1"; fi; }
+
 # weights_of PROTOCOL: the flags for the published weights that a protocol measures with, in `needed`.
 # ALEXNET of the environment names one; FVD takes what `scd weights i3d` fetches, or the TorchScript
 # file that I3D and I3D_SHA256 name.

@@ -14,6 +14,7 @@ from examples.ship_world import ShipConfig
 from scd.completion import settings_of_commands
 from scd.data.record import recordings
 from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig
+from scd.models.checkpoint import load_world
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,6 +102,21 @@ def test_a_script_that_makes_a_world_is_understood_to_its_last_flag(tmp_path, na
             words.insert(0, FIRST[command])
         # What is not understood ends with status 2.
         tyro.cli(kind, args=words, default=default, config=(tyro.conf.AvoidSubcommands,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "package"), [("cars", "Box2D"), ("crafter", "crafter")])
+def test_a_script_that_makes_a_world_runs_to_its_end(name, package, tmp_path):
+    pytest.importorskip(package)
+    shipped = ROOT / "scd/worlds" / name
+    before = {path: path.stat().st_mtime_ns for path in shipped.iterdir()}
+    command = ["bash", str(ROOT / f"runs/worlds/{name}.sh"), str(tmp_path)]
+    subprocess.run(command, env=os.environ | {"QUICK": "1"}, check=True, timeout=1800)
+    assert (tmp_path / "evaluation.json").is_file()
+    made = load_world(tmp_path / "scd/worlds" / name)
+    assert made.sampling.num_steps == 4 and len(made.clips) > 0
+    assert made.card.action_names == load_world(shipped).card.action_names
+    assert {path: path.stat().st_mtime_ns for path in shipped.iterdir()} == before
 
 
 @pytest.mark.parametrize("failing", ["doom-32", "doom-64"])

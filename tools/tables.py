@@ -25,6 +25,7 @@ A marker says what stands below it; the pages show no other measured numbers:
     <!-- table: updates of NAME NAME ... -->
     <!-- table: played of NAME NAME ... -->
     <!-- table: loads of NAME NAME ... -->
+    <!-- table: equal_time of NAME -->
     <!-- table: probes of NAME -->
     <!-- table: intervention of NAME -->
     <!-- table: bias of NAME -->
@@ -36,11 +37,11 @@ A marker says what stands below it; the pages show no other measured numbers:
 
 NAME is a result file without its ending, written by `scd evaluate`, `scd demo` (report.json),
 tools/curves.py (runs), tools/pairs.py (pairs), tools/ablations.py (ablations, claims),
-tools/decide.py (decided), tools/few_steps.py (few_steps, drift), tools/probes.py (probes),
-tools/distances.py (bias), tools/healthy.py (checkpoints), tools/long_streams.py (streams),
-tools/remembered.py, `scd train-autoencoder` (held_out.json), `scd intervene`, the scripts in
-benchmarks/ (stream, recording, updates, played, loads, loading), `scd bench` and `scd bench
-compare`, whose files hold one result per line (.jsonl).
+tools/decide.py (decided), tools/equal_time.py (equal_time), tools/few_steps.py (few_steps, drift),
+tools/probes.py (probes), tools/distances.py (bias), tools/healthy.py (checkpoints),
+tools/long_streams.py (streams), tools/remembered.py, `scd train-autoencoder` (held_out.json), `scd
+intervene`, the scripts in benchmarks/ (stream, recording, updates, played, loads, loading), `scd
+bench` and `scd bench compare`, whose files hold one result per line (.jsonl).
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ from cells import interval, markdown, millions, milliseconds
 from claims import claims, decided
 from clips import autoencoders, loading
 from distances import bias_table
+from equal_time import table as equal_time
 from few_steps import drift, few_steps, updates
 from healthy import checkpoint_table
 from long_streams import stream_table
@@ -124,6 +126,7 @@ def table(request: str, folder: Path) -> str:
         "updates": updates,
         "played": played,
         "loads": loads,
+        "equal_time": equal_time,
         "probes": probes,
         "intervention": lambda results: intervention(*results.values()),
         "bias": lambda results: bias_table(*results.values()),

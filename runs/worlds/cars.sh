@@ -5,6 +5,9 @@
 #
 #   runs/worlds/cars.sh [FOLDER]
 #
+# UNTIL=recording in the environment makes the recordings alone. QUICK=1 does a little of each part, to
+# see that it runs, and leaves the world that is shipped as it is.
+#
 # What to expect, each part alone on the machine it was made on (AMD EPYC, one core a training):
 #   recording    80 min on two cores, others at work: 289 episodes of 200 frames. Any number will do;
 #                66 more for tests, half an hour on half a core
@@ -26,13 +29,14 @@ out=${1:-runs/out/cars}
 data=$out/data
 recording=(scd record gym CarRacing-v3 --make continuous=False --frames-from observation
   --crop 0 6 84 84 --size 64 --frame-skip 3 --warmup 17 60 --policy runs/worlds/drive.py:drive
-  --frames 200 --names nothing right left gas brake)
-run "${recording[@]}" --episodes 289 --workers 2 --out "$data"
+  --frames "$(amount 200 100)" --names nothing right left gas brake)
+run "${recording[@]}" --episodes "$(amount 289 5)" --workers 2 --out "$data"
 # Other roads than those above, for tests alone: 256 clips of 48 frames that do not overlap.
-run "${recording[@]}" --episodes 66 --seed 1 --val-fraction 0 --test-fraction 0.97 --workers 1 \
+run "${recording[@]}" --episodes "$(amount 66 3)" --seed 1 --val-fraction 0 --test-fraction 0.97 --workers 1 \
   --out "$out/test"
+if [ "${UNTIL:-}" = recording ]; then exit; fi
 autoencoder=(scd train-autoencoder --data "$data" --out "$out/autoencoder" --network small-16
-  --reconstruction-steps 2400 --batch-size 8 --num-frames 1 --perceptual-weight 0.1 --precision bf16
+  --reconstruction-steps "$(amount 2400 8)" --batch-size 8 --num-frames 1 --perceptual-weight 0.1 --precision bf16
   --ema-decay 0.99 --optim.optimizer muon --optim.muon-lr 5e-3 --optim.lr 2e-3
   --optim.warmup-steps 50 --optim.decay-fraction 0.5 --num-validation-clips 60
   --validate-every 600 --save-every 200 --num-loader-workers 1)
@@ -44,12 +48,13 @@ run "${autoencoder[@]}" --adversarial-steps 6000 --adversarial-weight 0 --edge-w
 run scd encode "$data" --autoencoder "$out/autoencoder" --out "$out/latents" --precision bf16
 # Four rows of four cells are a frame's tokens. Nobody will hide the action: no dropout of it.
 run scd train doom-play --data "$out/latents" --model.shape.patch-size 1 --out "$out/world" \
-  --objective.condition-dropout 0 --ema-decay 0.995 --max-steps 7000 --save-every 200
-[ -d "$out/judge" ] || run scd train-judge --data "$data" --out "$out/judge" --steps 500
+  --objective.condition-dropout 0 --ema-decay 0.995 --max-steps "$(amount 7000 8)" --save-every 200
+[ -d "$out/judge" ] || run scd train-judge --data "$data" --out "$out/judge" --steps "$(amount 500 8)"
 # A network that predicts clean frames needs few steps by itself: four instead of ten lose nothing.
 [ -d "$out/shipped" ] || run python examples/ship_world.py "$out/world" --data "$data" --steps 4 \
   --clips 4 --frames 22 --out "$out/shipped"
 run scd evaluate "$out/shipped" --data "$out/test" --split test --context 16 --horizon 32 \
-  --num-clips 256 --batch-size 32 --judge "$out/judge" --out "$out/evaluation.json"
-mkdir -p scd/worlds/cars
-cp -r "$out"/shipped/* scd/worlds/cars/
+  --num-clips "$(amount 256 4)" --batch-size 32 --judge "$out/judge" --out "$out/evaluation.json"
+shelf=${QUICK:+$out/}scd/worlds/cars
+mkdir -p "$shelf"
+cp -r "$out"/shipped/* "$shelf"

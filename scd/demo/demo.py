@@ -15,13 +15,12 @@ from typing import Any
 from rich.console import Console
 
 from scd.common.config import to_json
-from scd.common.files import refuse_used
-from scd.common.provenance import provenance, write_json, write_text
+from scd.common.provenance import provenance, write_json
 from scd.common.runtime import choose_device, cpu_threads
 from scd.common.threads import ThreadChoice
 from scd.data.source import open_source
 from scd.data.toy import ToyWorld
-from scd.demo.first_look import first_look
+from scd.demo.first_look import claim_folder, first_look
 from scd.demo.report import write_report
 from scd.demo.settings import HORIZONS, DemoConfig
 from scd.demo.side_by_side import (
@@ -45,9 +44,6 @@ from scd.streaming.rollout import Timing
 from scd.training.fit import fit_to_data
 from scd.training.presets import preset
 from scd.training.world import train
-
-MARKER = ".scd-demo"
-"""File that marks a folder as a demo's."""
 
 STREAMED = ("separable", "dense")
 """Models that are streamed, timed and whose memory is measured."""
@@ -75,11 +71,10 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     if config.train and config.world:
         raise ValueError(f"a demo trains its own worlds: {config.world!r} has no effect on train")
     out = Path(config.out)
-    # A missing world is noticed before a folder is made.
-    world = None if config.train else resolve(config.world or shipped_world())
-    claim_folder(out)
-    if world is None:
+    if config.train:
+        claim_folder(out)
         return train_and_compare(config, out)
+    world = resolve(config.world or shipped_world())
     return first_look(world, out, config.seed, config.threads)
 
 
@@ -135,14 +130,6 @@ def train_and_compare(config: DemoConfig, out: Path) -> dict[str, Any]:
     write_json(result, out / "report.json")
     _say(result, out, console)
     return result
-
-
-def claim_folder(out: Path) -> None:
-    """Make the demo's folder, or take that of an earlier demo; refuse others (FileExistsError)."""
-    if not (out / MARKER).is_file():
-        refuse_used(out, "an earlier demo")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text("A demo of scd lies here; `scd demo` may write to this folder.\n", out / MARKER)
 
 
 def train_one(name: str, folder: Path, num_steps: int, demo: DemoConfig) -> Trained:

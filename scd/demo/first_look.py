@@ -18,7 +18,8 @@ from rich.console import Console
 from torch import Tensor
 
 from scd.common.config import Threads, to_json
-from scd.common.provenance import provenance, write_json
+from scd.common.files import refuse_used
+from scd.common.provenance import provenance, write_json, write_text
 from scd.common.runtime import cpu_threads
 from scd.data.clip import Conditions
 from scd.demo.side_by_side import write_stream
@@ -31,6 +32,9 @@ from scd.models.checkpoint import World, load_world
 from scd.models.shipped import Clips, read_clips
 from scd.streaming.rollout import Rollout, Timing
 from scd.streaming.steering import shown_names
+
+MARKER = ".scd-demo"
+"""File that marks a folder as a demo's."""
 
 NUM_GIVEN = 16
 """Frames of the clip that the streams are given: as many as the shipped world remembers."""
@@ -60,13 +64,16 @@ def first_look(run: Path, out: Path, seed: int, threads: Threads = "auto") -> di
 
     Raises:
         FileNotFoundError: there is no world.
-        ValueError: it carries no clips, or only short ones.
+        FileExistsError: the folder holds something else than an earlier demo.
+        ValueError: it carries no clips, or only short ones, or a part of it is damaged.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     began = time.perf_counter()
     world, clips = load_world(run), read_clips(run)
     if clips is None or clips.frames.shape[1] <= NUM_GIVEN:
         raise ValueError(f"{run} carries no clips of more than {NUM_GIVEN} frames to begin from")
+    # A world that cannot be read leaves no folder behind.
+    claim_folder(out)
     with cpu_threads(stream_threads(threads, world.model.config)):
         start = begin_stream(world, clips, seed)
         to_begin_s = time.perf_counter() - began
@@ -105,6 +112,14 @@ def first_look(run: Path, out: Path, seed: int, threads: Threads = "auto") -> di
     )
     console.print(f"report: {out / 'report.html'}")
     return result
+
+
+def claim_folder(out: Path) -> None:
+    """Make a demo's folder, or take that of an earlier demo; refuse others (FileExistsError)."""
+    if not (out / MARKER).is_file():
+        refuse_used(out, "an earlier demo")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text("A demo of scd lies here; `scd demo` may write to this folder.\n", out / MARKER)
 
 
 def begin_stream(world: World, clips: Clips, seed: int) -> Rollout:

@@ -20,6 +20,7 @@ from scd.common.config import to_json
 from scd.common.runlog import RunLog
 from scd.data.source import open_source
 from scd.demo import demo, report
+from scd.demo.first_look import claim_folder
 from scd.demo.side_by_side import (
     MEMORY_CONTEXTS,
     NUM_GIVEN,
@@ -150,10 +151,10 @@ def test_streams_in_turns_are_the_rollouts_by_themselves(worlds, toy_source):
 
 
 def test_only_an_earlier_demo_is_overwritten(tmp_path):
-    demo.claim_folder(tmp_path / "new" / "demo")
-    demo.claim_folder(tmp_path / "new" / "demo")
+    claim_folder(tmp_path / "new" / "demo")
+    claim_folder(tmp_path / "new" / "demo")
     (tmp_path / "empty").mkdir()
-    demo.claim_folder(tmp_path / "empty")
+    claim_folder(tmp_path / "empty")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for path in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt"):

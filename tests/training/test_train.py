@@ -157,6 +157,7 @@ def test_threads_are_chosen_in_the_first_steps_and_a_continued_run_keeps_them(
     assert seconds[choice["chosen"]] <= 1.1 * min(seconds.values())
     steps = read_log(run, "step")
     assert {event["threads"] for event in steps} >= {1, 2}
+    assert all(event["processor_s"] > 0 for event in steps)
     progress = load_progress(run / "step_000040")
     assert progress.num_threads == read_log(run, "threads")[-1]["chosen"]
     train(replace(config, max_steps=42))
