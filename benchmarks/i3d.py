@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import torch
 import tyro
 
 from scd.common.provenance import provenance, write_json
+from scd.common.runtime import peak_memory_gib
 from scd.evaluation.fvd import cached_i3d
 
 REFERENCE = Path(__file__).resolve().parent.parent / "tools" / "i3d_reference.py"
@@ -67,11 +67,10 @@ def ours(path: str, threads: int) -> dict[str, float]:
     began, before = time.perf_counter(), time.process_time()
     found = torch.cat([features(index) for index in range(num_clips)])
     seconds, processor = time.perf_counter() - began, time.process_time() - before
-    gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "seconds": seconds,
         "processor_s": processor,
-        "memory_gib": gib,
+        "memory_gib": peak_memory_gib(torch.device("cpu")),
         "deviation": found.std(correction=0).item(),
     }
 

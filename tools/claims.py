@@ -208,6 +208,7 @@ def decided(results: Mapping[str, Mapping[str, Any]]) -> str:
         claim = CLAIMS[names.index(result["claim"])]
         rows = {(row["metric"], row["horizon"]): row for row in result["compared"]["rows"]}
         measured = [rows[key] for key in (("psnr", 1), ("psnr", 8), ("ssim", 8))]
+        fvd = next((row for (metric, _), row in rows.items() if metric == "fvd"), None)
         heard = min(result["listens"].values())
         lines.append(
             [
@@ -216,9 +217,10 @@ def decided(results: Mapping[str, Mapping[str, Any]]) -> str:
                 result["world"],
                 str(result["seeds"]),
                 *(difference(row) for row in measured),
+                difference(fvd) if fvd else "",
                 f"{heard:.2f} dB",
                 result["verdict"],
             ]
         )
-    head = ["", "the paper", "world", "seeds", "PSNR +1", "PSNR +8", "SSIM +8", "least hearing"]
-    return markdown([*head, "verdict"], lines)
+    head = ["", "the paper", "world", "seeds", "PSNR +1", "PSNR +8", "SSIM +8", "FVD"]
+    return markdown([*head, "least hearing", "verdict"], lines)

@@ -112,6 +112,10 @@ GUIDED = "--guidance.kind context_noise --guidance.scale 1.5"
 """Flags of the evaluation of `guided`, whose training is the base's."""
 
 
+FVD = "--fvd --fvd-frames all"
+"""Flags of an evaluation with FVD, which wants 10 frames or more: the given ones count too."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecideConfig:
     """One claim on one world."""
@@ -164,15 +168,23 @@ def run(words: Sequence[str]) -> None:
         raise ValueError(f"scd {words[0]} ended with status {status}")
 
 
+def measured(out: Path, kind: str, seed: int, fvd: bool) -> Path:
+    """Return where the evaluation of one kind from one seed is, or is to be."""
+    return out / f"{kind}-{seed}{'-fvd' * fvd}.json"
+
+
 def measure(world: World, kind: str, seed: int, config: DecideConfig, out: Path) -> dict[str, Any]:
     """Train and evaluate one kind from one seed, or read what was measured before."""
     data = world.data.format(out=out)
     trained = "base" if kind == "guided" else kind
-    folder, result = out / "runs" / f"{trained}-{seed}", out / f"{kind}-{seed}.json"
+    folder, result = out / "runs" / f"{trained}-{seed}", measured(out, kind, seed, config.fvd)
     if not result.exists():
         run(training(world, trained, seed, data, folder))
         words = ["evaluate", str(folder), "--data", data, *world.protocol.split()]
-        words += [*("--fvd",) * config.fvd, *(GUIDED.split() if kind == "guided" else ())]
+        words += [
+            *(FVD.split() if config.fvd else ()),
+            *(GUIDED.split() if kind == "guided" else ()),
+        ]
         run([*words, "--threads", "1", "--out", str(result)])
     return json.loads(result.read_text(encoding="utf-8"))
 
@@ -224,7 +236,7 @@ def decide(claim: Claim, config: DecideConfig) -> dict[str, Any]:
     began, evaluations, result = time.monotonic(), {}, {}
     for seed in range(config.most_seeds):
         kinds = (claim.of, claim.against)
-        there = all((out / f"{kind}-{seed}.json").exists() for kind in kinds)
+        there = all(measured(out, kind, seed, config.fvd).exists() for kind in kinds)
         if not there and time.monotonic() - began > config.budget_s:
             break
         for kind in kinds:

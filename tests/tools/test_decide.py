@@ -5,6 +5,7 @@ import json
 import pytest
 import tyro
 
+from scd.evaluation.protocols import EvaluateConfig
 from scd.training.presets import PRESETS, TrainCommand
 from tools import claims, decide
 
@@ -70,6 +71,15 @@ def test_every_kind_is_a_training_that_can_begin(world, kind, tmp_path):
         assert settings.model.num_layers == layers
     elif not kind.startswith("deep"):
         assert settings.model.encoder.num_layers + settings.model.decoder.num_layers == layers
+
+
+@pytest.mark.parametrize("world", decide.WORLDS)
+def test_evaluations_of_every_world_allow_an_fvd(world, tmp_path):
+    words = f"{decide.WORLDS[world].protocol} {decide.FVD}"
+    protocol = tyro.cli(EvaluateConfig, args=words.split()).protocol
+    assert protocol.fvd and not protocol.without_fvd
+    # One with FVD and one without are kept apart: the latter is no answer to the former.
+    assert len({decide.measured(tmp_path, "base", 0, fvd) for fvd in (True, False)}) == 2
 
 
 def test_claims_are_between_known_kinds_and_have_names_of_their_own():
