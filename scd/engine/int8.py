@@ -7,14 +7,20 @@ share a call. Sums are exact, in 32 bits; scales, bias and GELU are applied insi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from scd.engine.layers import Activation
 
-LEVELS = 255
+LEVELS = 254
 """Steps of what is multiplied: unsigned, because oneDNN has no fast product of signed 8-bit numbers
-on AVX512-VNNI, see findings/onednn_int8_signed.sh."""
+on AVX512-VNNI, see findings/onednn_int8_signed.sh. One less than there are, so that nothing has to
+be cut where the zero point is rounded up."""
+
+SCRATCH = 2**19
+"""Numbers rounded at a time: what stays in a CPU's cache. Source: measured, docs/log.md."""
 
 LARGEST_WEIGHT = 127
 
@@ -80,14 +86,23 @@ def rounded_by_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantised(x: Tensor) -> tuple[Tensor, float, int]:
-    """Return x as whole numbers of 0 .. 255, their scale and zero point: x = scale * (n - zero).
+    """Return x [s d] as whole numbers of 0 .. 255, their scale and zero point.
 
-    The range is that of x with 0 in it, so that 0 stays 0.
+    x = scale * (n - zero), to half a step; its range is that of x with 0 in it, so that 0 stays 0.
     """
     low, high = (float(end) for end in torch.aminmax(x))
     low, high = min(low, 0.0), max(high, 0.0)
     scale = (high - low) / LEVELS or 1.0
-    zero = round(-low / scale)
-    # By the type's own cut towards 0: half a level is added, and nothing lies below it.
-    levels = x.to(torch.float32, copy=True).mul_(1 / scale).add_(zero + 0.5).clamp_(0, LEVELS + 0.5)
-    return levels.to(torch.uint8), scale, zero
+    zero = math.ceil(-low / scale)
+    # From 1,024 to 2,047 float16 holds whole numbers alone, and rounds to them; their low byte is
+    # what is asked for. Straight from float32 to uint8 PyTorch converts one by one, see
+    # findings/torch_uint8_cast.sh.
+    offset = torch.tensor(1024.0 + zero)
+    levels = torch.empty(x.shape, dtype=torch.uint8)
+    rows = max(1, SCRATCH // x.shape[-1])
+    exact = torch.empty(min(rows, len(x)), x.shape[-1])
+    for part, found in zip(x.split(rows), levels.split(rows), strict=True):
+        whole = exact[: len(part)].copy_(part)
+        whole = torch.add(offset, whole, alpha=1 / scale, out=whole).to(torch.float16)
+        found.copy_(whole.view(torch.int16))
+    return levels, scale, zero

@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from scd.bench.case import Case
 from scd.common.runtime import INT8_INSTRUCTIONS, choose_stream_precision, cpu_flags
+from scd.engine import int8
 from scd.engine.int8 import Int8Linear, quantised, rounded_by_channel
 from scd.engine.open import open_engine
 from tests.engine.test_wan_engine import MODELS, stream
@@ -23,7 +24,9 @@ def drawn(*shape, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shift", [0.0, 5.0, -5.0])
-def test_numbers_are_rounded_to_the_nearest_of_255_steps(shift, dtype):
+@pytest.mark.parametrize("at_once", [2**19, 70])
+def test_numbers_are_rounded_to_the_nearest_step(shift, dtype, at_once, monkeypatch):
+    monkeypatch.setattr(int8, "SCRATCH", at_once)
     x = (drawn(50, 30) + shift).to(dtype)
     before = x.clone()
     levels, scale, zero = quantised(x)
@@ -31,9 +34,12 @@ def test_numbers_are_rounded_to_the_nearest_of_255_steps(shift, dtype):
     back = scale * (levels.float() - zero)
     assert (back - x.float()).abs().max() <= scale * 0.501 + 1e-6
     span = max(float(x.max()), 0.0) - min(float(x.min()), 0.0)
-    assert scale == pytest.approx(span / 255)
-    for odd in (torch.zeros(2, 3), torch.full((2, 3), -4.0), torch.full((1, 1), 1e-30)):
+    assert scale == pytest.approx(span / 254)
+    # Both ends of the range keep their place wherever zero falls between two steps.
+    ends = [torch.tensor([[-part, 1.0 - part, 0.0]]) for part in torch.linspace(0, 1, 999).tolist()]
+    for odd in (torch.zeros(2, 3), torch.full((2, 3), -4.0), torch.full((1, 1), 1e-30), *ends):
         levels, scale, zero = quantised(odd)
+        assert 0 <= zero <= 255
         torch.testing.assert_close(scale * (levels.float() - zero), odd, atol=0.51 * scale, rtol=0)
 
 
