@@ -50,19 +50,27 @@ class LayersConfig:
     """Frames of the full window."""
     steps: int = 4
     """Denoising steps."""
+    words: int = 512
+    """Tokens of the prompt; the rest of the text is filled up with zeros, as Wan does."""
     rounds: int = 3
     """Frames of each, in turns, after one that does not count."""
     out: str = ""
     """JSON file of the result; empty: none."""
 
     def __post_init__(self) -> None:
-        at_least(1, context=self.context, steps=self.steps, rounds=self.rounds)
+        at_least(1, words=self.words, context=self.context, steps=self.steps, rounds=self.rounds)
 
 
 class Timed:
     """A stream of one engine, whose window is full."""
 
-    def __init__(self, config: WanConfig | WanSeparableConfig, run: str, context: int) -> None:
+    def __init__(
+        self,
+        config: WanConfig | WanSeparableConfig,
+        run: str,
+        context: int,
+        words: int,
+    ) -> None:
         kind, _, precision = run.partition(":")
         if isinstance(config, WanSeparableConfig):
             self.layers, self.decoder_layers = config.encoder.num_layers, config.decoder.num_layers
@@ -78,6 +86,7 @@ class Timed:
         self.engine = open_engine(model, kind, precision, release=True)
         generator, spec = make_generator(0, "layers"), config.conditions
         text = torch.randn(1, spec.text_length, spec.text_dim, generator=generator)
+        text[:, words:] = 0
         self.conditions = Conditions(text=text.to(self.engine.dtype))
         shape = config.shape.shape
         self.noise = torch.randn(1, *shape, generator=generator).to(self.engine.dtype)
@@ -118,7 +127,7 @@ def measure(config: LayersConfig) -> dict[str, Any]:
             raise ValueError(f"needed a Wan model, got {model}")
         for run in config.runs:
             name = run if model == config.model else f"{model}:{run}"
-            timed[name] = Timed(found, run, config.context)
+            timed[name] = Timed(found, run, config.context, config.words)
     runs = list(timed)
     frames: dict[str, list[dict[str, float]]] = {run: [] for run in runs}
     for number in range(config.rounds + 1):

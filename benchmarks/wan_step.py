@@ -41,13 +41,15 @@ class StepConfig:
     """Engines and precisions of our decoder."""
     theirs: tuple[str, ...] = ("bf16", "fp32")
     """Precisions of diffusers' class."""
+    words: int = 512
+    """Tokens of the prompt; the rest of the text is filled up with zeros, as Wan does."""
     rounds: int = 5
     """Calls of each, in turns, after one that does not count."""
     out: str = ""
     """JSON file of the result; empty: none."""
 
     def __post_init__(self) -> None:
-        at_least(1, rounds=self.rounds)
+        at_least(1, words=self.words, rounds=self.rounds)
         for precision in self.theirs:
             if precision not in ("bf16", "fp32"):
                 raise ValueError(f"theirs must be bf16 or fp32, got {precision!r}")
@@ -103,6 +105,7 @@ def measure(config: StepConfig) -> dict[str, Any]:
         raise ValueError(f"needed a separable Wan model, got {config.model}")
     spec, generator = found.conditions, make_generator(0, "text")
     text = torch.randn(1, spec.text_length, spec.text_dim, generator=generator)
+    text[:, config.words :] = 0
     calls = {run: our_step(found, run, text) for run in config.runs}
     calls |= {f"diffusers:{one}": their_step(found, one, text) for one in config.theirs}
     seconds: dict[str, list[float]] = {run: [] for run in calls}

@@ -7,6 +7,7 @@ plain twins are attention, block and embed of scd/models; tests compare the two.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -194,7 +195,9 @@ class Attention:
     def __init__(self) -> None:
         self._scratch = torch.empty(0)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, copies: int = 1
+    ) -> Tensor:
         """Attend from scaled queries [f k n e] to all keys and values [f k s e].
 
         Args:
@@ -202,7 +205,12 @@ class Attention:
             k: rotated; streams and heads may lie apart in memory, as in a ring.
             v: like k.
             bias: added to the logits, [1 s]; None: nothing.
+            copies: how often the last key counts, where it stands for others like it; then there
+                is no bias.
         """
+        if copies > 1 and (q.device.type != "cpu" or q.dtype != torch.bfloat16):
+            bias = torch.zeros(1, k.shape[2], device=q.device)
+            bias[:, -1] = math.log(copies)
         if q.device.type != "cpu" or q.dtype != torch.bfloat16 or bias is not None:
             mask = None if bias is None else bias.to(q.dtype)[None, None]
             return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
@@ -222,10 +230,14 @@ class Attention:
             logits = scratch[:size].view(stop - start, num_queries, num_keys)
             if together == 1:
                 torch.mm(q[start], k[start].t(), out=logits[0])
+                if copies > 1:
+                    logits[..., -1:].add_(math.log(copies))
                 torch.softmax(logits, -1, out=logits)
                 torch.mm(logits[0], v[start], out=read[start])
                 continue
             torch.bmm(q[start:stop], k[start:stop].transpose(1, 2), out=logits)
+            if copies > 1:
+                logits[..., -1:].add_(math.log(copies))
             torch.softmax(logits, -1, out=logits)
             torch.bmm(logits, v[start:stop], out=read[start:stop])
         return read.unflatten(0, (streams, heads))

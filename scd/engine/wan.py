@@ -77,7 +77,7 @@ class FastWanEncoder(FastWanStack):
 
         def read_text(layer: int, q: Tensor) -> Tensor:
             each = zip(q.split(sizes), texts, strict=True)
-            return together([self.attend(q, *text[layer]) for q, text in each])
+            return together([self.attend_to_text(q, *text[layer]) for q, text in each])
 
         last = len(self.blocks) - 1
         for layer in range(last + 1 - only_cache):
@@ -119,6 +119,7 @@ class WanRows:
         size = (len(decoder.blocks), capacity, block.num_heads, length, block.head_dim)
         self.keys, self.values = torch.empty(size, **like), torch.empty(size, **like)
         self.texts: list[tuple[TextCache, int] | None] = [None] * capacity
+        self.kept = [length] * capacity
         # At time 0 the context has a modulation of its own, which the actions change too.
         steered = decoder.is_steered and decoder.clean_context
         self.steering = torch.empty(capacity, 1, block.width, **like) if steered else None
@@ -137,15 +138,25 @@ class WanRows:
         held = self.texts[row]
         if held is not None and held[0] is text and held[1] == index:
             return
-        for layer, (k, v) in enumerate(text.layers[self.first_layer :]):
-            self.keys[layer, row], self.values[layer, row] = k[index], v[index]
+        for layer, both in enumerate(text.layers[self.first_layer :]):
+            for ours, theirs in zip((self.keys, self.values), both, strict=True):
+                kept = theirs.shape[2]
+                ours[layer, row, :, :kept] = theirs[index]
+                # The last one stands for the rest, which beside a longer text are read one by one.
+                ours[layer, row, :, kept:] = theirs[index, :, -1:]
+                self.kept[row] = kept
         self.texts[row] = text, index
+
+    def text(self, layer: int, num_rows: int) -> TextKeysValues:
+        """Return keys and values in a layer, as `attend_to_text` reads them, of the first rows."""
+        kept = max(self.kept[:num_rows])
+        return self.keys[layer, :num_rows, :, :kept], self.values[layer, :num_rows, :, :kept]
 
     def move(self, source: int, target: int) -> None:
         self.tokens[target] = self.tokens[source]
         self.keys[:, target] = self.keys[:, source]
         self.values[:, target] = self.values[:, source]
-        self.texts[target] = self.texts[source]
+        self.texts[target], self.kept[target] = self.texts[source], self.kept[source]
         if self.steering is not None:
             self.steering[target] = self.steering[source]
 
@@ -171,8 +182,8 @@ class FastWanDecoder(FastWanStack):
             maps: how its linear maps are computed.
         """
         num_tokens = decoder.shape.num_tokens
-        super().__init__(decoder, free, 2 * num_tokens, maps)
-        self.text_length, self.first_text_layer = text_length, first_text_layer
+        super().__init__(decoder, free, 2 * num_tokens, text_length, maps)
+        self.first_text_layer = first_text_layer
         self.head = FastWanHead(decoder, free)
         config = decoder.config
         self.join = config.num_first if config.join == "middle" else 0
@@ -197,7 +208,7 @@ class FastWanDecoder(FastWanStack):
             return self.attend(q, k, v)
 
         def read_text(layer: int, q: Tensor) -> Tensor:
-            return self.attend(q, rows.keys[layer, :num_frames], rows.values[layer, :num_frames])
+            return self.attend_to_text(q, *rows.text(layer, num_frames))
 
         x, last = self.embed(patches), len(self.blocks) - 1
         for layer in range(last):
@@ -255,7 +266,7 @@ class FastWanSeparable(RowEngine):
         self.encoder_noise = model.encoder_noise
         length, num_layers = self.config.conditions.text_length, self.config.encoder.num_layers
         with torch.no_grad():
-            self.encoder = FastWanEncoder(model.encoder, free, self.shape.num_tokens, maps)
+            self.encoder = FastWanEncoder(model.encoder, free, self.shape.num_tokens, length, maps)
             self.decoder = FastWanDecoder(model.decoder, free, length, num_layers, maps)
         self.device, self.dtype = self.encoder.device, self.encoder.dtype
         self.prepare(compile_step, report)
@@ -391,7 +402,8 @@ class FastWanDense(Engine):
         self.needs_first_frame = model.needs_first_frame
         tokens = self.shape.num_tokens * self.config.frames_per_block
         with torch.no_grad():
-            self.stack = FastWanStack(model, free, tokens, maps)
+            length = self.config.conditions.text_length
+            self.stack = FastWanStack(model, free, tokens, length, maps)
             self.head = FastWanHead(model, free)
         self.device, self.dtype = self.stack.device, self.stack.dtype
 
@@ -489,7 +501,7 @@ class FastWanDense(Engine):
             return self.stack.attend(q, *context.cache.write(layer, k, v))
 
         def read_text(layer: int, q: Tensor) -> Tensor:
-            return self.stack.attend(q, *context.text[layer])
+            return self.stack.attend_to_text(q, *context.text[layer])
 
         for layer in layers:
             x = self.stack.run_layer(layer, x, parts, context.rotary, read, read_text)

@@ -243,6 +243,24 @@ class FastWanBlock:
 TEXT_ROWS = 512
 """Tokens of a text, a hint for the layout of the maps that read it."""
 
+TEXT_PIECE = 32
+"""Tokens of a text are kept in pieces of so many: few shapes, and rows that kernels like."""
+
+
+def tokens_kept(text: Tensor) -> int:
+    """Return how many tokens of texts [b l c] are kept, the last of them for all after it.
+
+    A text is filled up with zeros, which all have the same key and the same value: one of them,
+    counted as often as it stands there, is read as they all would be. On a GPU all are kept, where
+    that count would take attention off its fused kernels.
+    """
+    length = text.shape[1]
+    if text.device.type != "cpu":
+        return length
+    filled = (text != 0).any(-1).any(0).nonzero()
+    num_words = int(filled[-1]) + 1 if len(filled) else 0
+    return min(-(-(num_words + 1) // TEXT_PIECE) * TEXT_PIECE, length)
+
 
 def _pair(layer: nn.Module | Tensor) -> tuple[Tensor, Tensor]:
     assert isinstance(layer, nn.Linear)
@@ -314,7 +332,12 @@ class FastWanStack:
     """Embedders, modulations and blocks of a plain stack; rows f are frames side by side."""
 
     def __init__(
-        self, stack: WanTransformer, free: bool, tokens: int, maps: Maps = PackedLinear
+        self,
+        stack: WanTransformer,
+        free: bool,
+        tokens: int,
+        text_length: int,
+        maps: Maps = PackedLinear,
     ) -> None:
         """Lay the weights out.
 
@@ -322,9 +345,10 @@ class FastWanStack:
             stack: the plain one: encoder, decoder or dense model.
             free: give up the plain weights.
             tokens: of a frame in the blocks, a hint.
+            text_length: tokens of a text.
             maps: how the linear maps of the blocks are computed.
         """
-        self.shape, self.block = stack.shape, stack.block
+        self.shape, self.block, self.text_length = stack.shape, stack.block, text_length
         self.like = stack.like.detach().new_empty(0)
         self.device, self.dtype = self.like.device, self.like.dtype
         self.attend = Attention()
@@ -381,9 +405,16 @@ class FastWanStack:
         return self.embed(patches.flatten(1, -2))
 
     def text_keys_values(self, text: Tensor) -> list[TextKeysValues]:
-        """Embed a text [b l c] and return its keys and values in every layer."""
-        words = self.embed_text(text.to(self.dtype))
+        """Embed a text [b l c]; return keys and values in every layer of what `tokens_kept` says.
+
+        They are read by `attend_to_text`.
+        """
+        words = self.embed_text(text[:, : tokens_kept(text)].to(self.dtype))
         return [block.text_keys_values(words) for block in self.blocks]
+
+    def attend_to_text(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend to a text, the last of whose keys [f k s e] stands for all that are not kept."""
+        return self.attend(q, k, v, copies=self.text_length - k.shape[2] + 1)
 
     def steering(self, conditions: Conditions) -> Tensor | None:
         """Embed the actions of frames, [f m d]; None: no actions steer the model."""

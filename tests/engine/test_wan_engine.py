@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scd.data.clip import Conditions
+from scd.engine import wan_stack
 from scd.engine.interface import Engine
 from scd.engine.open import open_engine
 from scd.engine.pool import FramePool, NewFrame, pool_bytes
@@ -13,7 +14,7 @@ from scd.engine.wan import FastWanSeparable
 from scd.models.config import CacheConfig
 from scd.models.flow import num_step_noises
 from scd.models.wan.config import WanDecoderConfig, WanEncoderConfig
-from tests.tiny_wan import BLOCK, SHAPE, random_text, tiny_wan, tiny_wan_separable
+from tests.tiny_wan import BLOCK, SHAPE, TEXT, random_text, tiny_wan, tiny_wan_separable
 
 FP32 = 2e-5
 """Largest difference of a frame in float32, over frames that feed on each other."""
@@ -137,6 +138,47 @@ def test_velocity_of_frames_at_their_own_times(name):
         reads = noisy if engine.encoder_noise != "none" else None
         found.append(engine.velocity(engine.context(state, conditions, reads), noisy, time))
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def filled_up(monkeypatch):
+    """Texts of fewer words than they may have, each of another number; how many are kept."""
+    kept, count = [], wan_stack.tokens_kept
+
+    def padded(batch=2, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        text = torch.randn(batch, TEXT.text_length, TEXT.text_dim, generator=generator)
+        for row in range(batch):
+            text[row, (2, 0, 7, 4)[(row + 3 * seed) % 4] :] = 0
+        return text
+
+    def counted(text):
+        kept.append(count(text))
+        return kept[-1]
+
+    monkeypatch.setattr(wan_stack, "TEXT_PIECE", 2)
+    monkeypatch.setattr(wan_stack, "tokens_kept", counted)
+    monkeypatch.setitem(globals(), "random_text", padded)
+    return kept
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_zeros_behind_a_text_are_read_as_one(name, filled_up):
+    model = MODELS[name]()
+    plain = stream(open_engine(model), "conditions", batch=1)
+    assert not filled_up
+    fast = stream(open_engine(model, "fast"), "conditions", batch=1)
+    torch.testing.assert_close(fast, plain, atol=FP32, rtol=0)
+    rounded = stream(open_engine(model, "plain", "bf16"), "conditions", batch=1)
+    half = stream(open_engine(model, "fast", "bf16"), "conditions", batch=1)
+    assert 0 < (half - plain).norm() < BF16 * (rounded - plain).norm()
+    assert min(filled_up) < max(filled_up) <= TEXT.text_length
+
+
+@pytest.mark.parametrize("name", ["separable", "separable, clean context"])
+def test_streams_with_texts_of_several_lengths_share_calls(name, filled_up):
+    test_streams_that_share_calls_get_their_own_frames(name)
+    assert len(set(filled_up)) > 1
 
 
 def test_a_text_is_read_once_and_times_are_embedded_once():

@@ -29,7 +29,7 @@ from scd.models.wan.config import WanBlockConfig
 KeysValues = tuple[Float[Tensor, "b k s e"], Float[Tensor, "b k s e"]]
 """Keys and values of some tokens."""
 
-TextKeysValues = tuple[Float[Tensor, "b k l e"], Float[Tensor, "b k l e"]]
+TextKeysValues = tuple[Float[Tensor, "_ k _ e"], Float[Tensor, "_ k _ e"]]
 """Keys and values of a text in one layer."""
 
 
