@@ -125,10 +125,12 @@ def reason_of(said: str) -> str:
     """Return in one line why pip failed, from all that it said.
 
     Without a network its last line is that there is no such package; why it saw none stands in
-    warnings above.
+    warnings above. On a full disk its error is a word above a traceback.
     """
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
+    if errors[-1] == "ERROR: Exception:":
+        return lines[-1]
     broken = re.findall(r"connection broken by '(.*)': ", said)
     if not broken or "No matching distribution" not in errors[-1]:
         return errors[-1]

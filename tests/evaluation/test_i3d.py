@@ -255,6 +255,25 @@ def test_a_pickle_of_anything_but_arrays_is_refused(data, message, capsys):
     assert "this ran" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("ERROR: no hashes\n    Expected a\n", "ERROR: no hashes"),
+        ("python: No module named pip\n", "python: No module named pip"),
+        ("", "no message"),
+        (
+            "ERROR: Exception:\nTraceback (most recent call last):\n  File x\nOSError: [Errno 28] "
+            "No space left on device\n",
+            "OSError: [Errno 28] No space left on device",
+        ),
+        # A connection that came back is not why it failed.
+        ("WARNING: Retrying after connection broken by 'x': /\nERROR: no disk", "ERROR: no disk"),
+    ],
+)
+def test_of_all_that_pip_says_the_reason_is_told(said, reason):
+    assert fetch.reason_of(said) == reason
+
+
 def test_without_pip_or_network_a_message_says_what_to_do(cache, tmp_path, monkeypatch):
     # A registry that cannot be reached; what pip reads from files of settings is left out.
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
