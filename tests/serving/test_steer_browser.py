@@ -330,3 +330,25 @@ def test_dials_and_the_map_that_a_card_carries(
         player.comes((1, 17, 0))
         player.context.close()
         assert player.faults == []
+
+
+def test_arrows_that_stand_for_directions_make_a_cross(browser: Any):
+    with scd_play("crafter") as process:
+        player = Steered(browser, address_of(process, "crafter")).open()
+        page = player.page
+        assert player.hints == ["↑ up", "← left", "↓ down", "→ right", "space dig", "X place"]
+        across, down = {}, {}
+        for way in ("up", "left", "down", "right"):
+            box = page.locator(f"[data-way='{way}']").bounding_box()
+            assert box is not None
+            across[way], down[way] = box["x"], box["y"]
+        assert across["left"] < across["up"] == across["down"] < across["right"]
+        assert down["up"] < down["left"] == down["down"] == down["right"]
+        # The letters are in no map of this world.
+        player.pause()
+        page.locator("#view").focus()
+        page.keyboard.press("KeyW")
+        player.press("ArrowUp")
+        assert player.text("obeyed") == "up"
+        player.context.close()
+        assert player.faults == []

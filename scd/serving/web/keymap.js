@@ -6,6 +6,8 @@ const WAYS = {
   KeyW: "up", KeyA: "left", KeyS: "down", KeyD: "right",
   "StickY-": "up", "StickX-": "left", "StickY+": "down", "StickX+": "right",
 };
+/** Ways of a map that has none of those: where it has, the arrows may be for something else. */
+const ARROWS = { ArrowUp: "up", ArrowLeft: "left", ArrowDown: "down", ArrowRight: "right" };
 const CAPS = {
   ArrowUp: "↑", ArrowLeft: "←", ArrowDown: "↓", ArrowRight: "→", Space: "space",
   ShiftLeft: "shift", ShiftRight: "shift", Mouse0: "click", Mouse1: "middle click",
@@ -81,8 +83,9 @@ export class KeyMap {
   /** The way to which a target leads, by the world's own map; undefined: to none. */
   wayOf(target) {
     if (target.space === "Box") return undefined;
+    const ways = this.worlds.some(({ control }) => control in WAYS) ? WAYS : ARROWS;
     const own = this.worlds.filter((one) => meets(one, target));
-    return own.map((one) => WAYS[one.control]).find(Boolean);
+    return own.map((one) => ways[one.control]).find(Boolean);
   }
 
   /** Give a target a control instead of those of its kind; null: take them away. */
