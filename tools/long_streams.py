@@ -40,11 +40,12 @@ from scd.evaluation.frechet import frechet_of_sets
 from scd.evaluation.fvd import I3d, cached_i3d
 from scd.evaluation.grids import PictureRow, write_grid
 from scd.evaluation.image import Estimate, bootstrap
-from scd.evaluation.inverse_dynamics import TrainedInverseDynamics, load_inverse_dynamics, pairs
+from scd.evaluation.inverse_dynamics import ReadActions, load_inverse_dynamics, pairs
 from scd.evaluation.media import spread
 from scd.evaluation.metrics import drift_estimates, drift_statistics, row_of
 from scd.evaluation.plots import plot_metrics
 from scd.evaluation.predict import check_fit
+from scd.evaluation.protocols import Protocol
 from scd.models.checkpoint import World, load_world
 from scd.models.flow import with_num_steps
 from scd.streaming.rollout import Rollout
@@ -166,7 +167,7 @@ class Measured:
     """What parts of streams are compared with, and by what."""
 
     true: Recorded
-    judge: TrainedInverseDynamics | None
+    reader: ReadActions | None
     i3d: I3d | None
     kept: dict[int, Tensor] = field(default_factory=dict)
     """Features of the true clips by the first frame of a part; each is compared many times."""
@@ -178,15 +179,13 @@ class Measured:
         made, true = frames[:, part], self.true.frames[:, part]
         found = drift_estimates(drift_statistics(made), drift_statistics(true))
         del found["brightness"]
-        if self.judge is not None and actions is not None:
-            network = self.judge.network
+        if self.reader is not None and actions is not None:
+            network = self.reader.reader.network
             # From the frame before it on.
             ours = network.features(*pairs(frames[:, part.start - 1 : part.stop]))
-            of_parts = network.errors(ours, actions[:, part].flatten(0, 1))
-            errors = of_parts.mean(1).unflatten(0, made.shape[:2])
-            name = "control" if self.judge.card.conditions.num_actions else "control_error"
-            right = errors if name == "control_error" else 1 - errors
-            found[name] = bootstrap(right.mean(1))
+            errors = network.errors(ours, actions[:, part].flatten(0, 1))
+            read = self.reader.values_of(errors.unflatten(0, made.shape[:2]))
+            found |= {name: bootstrap(values.mean(1)) for name, values in read.items()}
             theirs = network.features(*pairs(true))
             found["frechet_own"] = _without_interval(frechet_of_sets(ours, theirs))
         if self.i3d is not None and len(made) * (made.shape[1] // FVD_FRAMES) > 1:
@@ -219,7 +218,8 @@ def long_streams(config: StreamsConfig) -> list[dict[str, Any]]:
     if judge is not None:
         judge.check_fit(source.card, config.data)
     i3d = cached_i3d("tf-hub", torch.device("cpu")) if config.fvd else None
-    measured = Measured(true=true, judge=judge, i3d=i3d)
+    reader = ReadActions(Protocol(), judge) if judge else None
+    measured = Measured(true=true, reader=reader, i3d=i3d)
     rows = rows_before(config)
     done = {row["baseline"] for row in rows}
     if "recordings" not in done:

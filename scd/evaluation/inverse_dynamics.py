@@ -392,10 +392,7 @@ class ReadActions(Metric):
         seed = self.protocol.seed
         for baseline, numbers in found.items():
             if "error" in numbers:
-                errors = numbers["error"].mean(1)
-                for metric, places in self.rows.items():
-                    values = errors[..., places].mean(-1)
-                    values = values if metric.startswith("control_error") else 1 - values
+                for metric, values in self.values_of(numbers["error"].mean(1)).items():
                     for horizon, frames in self.horizons():
                         estimate = bootstrap(values[:, frames].mean(1), seed=seed)
                         yield horizon, metric, baseline, estimate
@@ -409,6 +406,14 @@ class ReadActions(Metric):
                     sides = (numbers["features"], true)
                     made, real = (side[:, :, frames].flatten(1, 2) for side in sides)
                     yield horizon, "frechet_own", baseline, frechet_estimate(made, real, seed)
+
+    def values_of(self, errors: Float[Tensor, "*b parts"]) -> dict[str, Float[Tensor, "*b"]]:
+        """Return what each row says of errors: the share that is read right, or a box's error."""
+        means = {metric: errors[..., places].mean(-1) for metric, places in self.rows.items()}
+        return {
+            metric: one if metric.startswith("control_error") else 1 - one
+            for metric, one in means.items()
+        }
 
     def left_out(self, card: DataCard, num_clips: int) -> dict[str, str]:
         needed = self.num_clips_needed

@@ -1,16 +1,22 @@
 """Long streams: memories of several sizes, repairs by true frames, one row per part and metric."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from scd.data.clip import Conditions
 from scd.evaluation.inverse_dynamics import (
     InverseDynamics,
     InverseDynamicsConfig,
+    ReadActions,
     TrainedInverseDynamics,
+    pairs,
     save_inverse_dynamics,
 )
+from scd.evaluation.protocols import Protocol
+from tests.tiny import COMPOSITE
 from tools import long_streams
 
 
@@ -67,6 +73,27 @@ def test_every_memory_and_repair_has_rows_of_every_part(run, folder, judge, tmp_
     head, _, first, *others = long_streams.stream_table(result).splitlines()
     assert head.startswith("| up to frame 10 / 20 / 25 | sharpness | contrast |")
     assert first.startswith("| recordings | ") and len(others) == 4
+
+
+def test_actions_with_parts_are_read_part_by_part(toy_source):
+    torch.manual_seed(0)
+    config = InverseDynamicsConfig(conditions=COMPOSITE, width=16, feature_dim=2)
+    network = InverseDynamics(config, 32, 32).eval()
+    names = tuple("abcdefghi")
+    card = replace(toy_source.card, conditions=COMPOSITE, action_names=names)
+    judge = TrainedInverseDynamics(network=network, card=card, held_out={})
+    frames, actions = torch.rand(2, 9, 3, 32, 32), torch.rand(2, 9, COMPOSITE.action_dim).round()
+    true = long_streams.Recorded(frames=frames, conditions=Conditions(actions=actions))
+    reader = ReadActions(Protocol(), judge)
+    measured = long_streams.Measured(true=true, reader=reader, i3d=None)
+    with torch.no_grad():
+        found = measured.part(frames, actions, slice(3, 9))
+        features = network.features(*pairs(frames[:, 2:]))
+        errors = network.errors(features, actions[:, 3:].flatten(0, 1)).mean(0)
+    rows = {"control", "control/keys", "control_error", "control_error/mouse"}
+    assert rows <= set(found)
+    assert found["control/keys"].mean == pytest.approx(1 - errors[0].item())
+    assert found["control_error/mouse"].mean == pytest.approx(errors[1].item())
 
 
 def test_recordings_go_on_with_the_next_one(toy_source, folder):
