@@ -72,14 +72,14 @@ def first_look(run: Path, out: Path, seed: int, threads: Threads = "auto") -> di
     world, clips = load_world(run), read_clips(run)
     if clips is None or clips.frames.shape[1] <= NUM_GIVEN:
         raise ValueError(f"{run} carries no clips of more than {NUM_GIVEN} frames to begin from")
-    # A world that cannot be read leaves no folder behind.
-    claim_folder(out)
     with cpu_threads(stream_threads(threads, world.model.config)):
         start = begin_stream(world, clips, seed)
         to_begin_s = time.perf_counter() - began
         # The copy's frame is the stream's first one.
         start.fork().step(clips.actions[:1, NUM_GIVEN])
         first_frame_s = time.time() - psutil.Process().create_time()
+        # A world that cannot be read, its autoencoder with it, leaves no folder behind.
+        claim_folder(out)
         frames, timings = stream(start, clips, shown_names(world.card))
     streamed = [timing for of_one in timings.values() for timing in of_one[NUM_WARM_UP:]]
     true = clips.pixels(0, NUM_GIVEN + len(frames["its own actions"]))

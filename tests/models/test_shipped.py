@@ -300,10 +300,15 @@ def test_a_demo_is_of_the_world_that_is_named(world, toy_source, tmp_path, capsy
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "clips.safetensors", "config.json"])
-def test_a_demo_of_a_damaged_world_leaves_no_folder(file, world, toy_source, tmp_path, capsys):
-    batch = clips_of(toy_source, first_look.NUM_GIVEN + 3)
-    folder = shipped.ship(save_world(world, tmp_path / "run"), batch, tmp_path / "mine")
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("model.safetensors", "clips.safetensors", "config.json"),
+        "vae/diffusion_pytorch_model.safetensors",
+    ],
+)
+def test_a_demo_of_a_damaged_world_leaves_no_folder(file, tmp_path, capsys):
+    folder = shutil.copytree(WORLDS / "cars", tmp_path / "mine")
     (folder / file).write_bytes((folder / file).read_bytes()[:100])
     assert main(["demo", str(folder), "--out", str(tmp_path / "out")]) == 2
     assert file in capsys.readouterr().err
