@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from scd.common.config import shown, to_json
+from scd.common.config import differences, to_json
 from scd.common.files import read_json, refuse_used, remove_leftovers, take_lock
 from scd.common.memory import PeakMemory, check_free, readable
-from scd.common.places import in_our_words
+from scd.common.places import in_our_words, refuse_another
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import choose_device, cpu_threads, refuse_mps
 from scd.common.weights import digest_of
@@ -63,9 +63,9 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such run or data.
-        FileExistsError: the folder holds something else than a probe.
-        ValueError: a probe of other settings is there, data of another kind than the model's,
-            layers or tokens that it has not, fewer clips than asked for, or too little memory.
+        FileExistsError: the folder holds something else than a probe, or another probe.
+        ValueError: data of another kind than the model's, layers or tokens that it has not, fewer
+            clips than asked for, or too little memory.
     """
     device = choose_device(config.device)
     refuse_mps(device, "scd probe")
@@ -106,9 +106,9 @@ def report(
             are pixels.
 
     Raises:
-        FileExistsError: the folder holds something else than a probe.
-        ValueError: no subject, clips of another shape than its frames', a probe of other settings
-            in the folder, layers or tokens that it has not, or too little memory.
+        FileExistsError: the folder holds something else than a probe, or another probe.
+        ValueError: no subject, clips of another shape than its frames', layers or tokens that it
+            has not, or too little memory.
     """
     if not isinstance(subject, Subject):
         make = SUBJECTS.get(type(subject))
@@ -304,16 +304,7 @@ def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
         there = in_our_words(read_json(path), settings)
         if not isinstance(there, dict):
             raise ValueError(f"{path} holds no settings of a probe: choose another --out")
-        other = {
-            key: f"{shown(there.get(key))} there, {shown(settings.get(key))} asked for"
-            for key in sorted(there.keys() | settings.keys())
-            if there.get(key) != settings.get(key)
-        }
-        if other:
-            raise ValueError(
-                f"{out} holds a probe with other settings: choose another --out "
-                f"({'; '.join(f'{key}: {values}' for key, values in other.items())})"
-            )
+        refuse_another(out, "probe", differences(there, settings))
     else:
         refuse_used(out, "a probe")
     out.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from scd.common.config import differences, to_json
 from scd.common.files import read_json
-from scd.common.places import in_our_words
+from scd.common.places import in_our_words, refuse_another
 from scd.common.processes import Processes
 from scd.common.provenance import provenance, write_json
 from scd.common.threads import ThreadChoice
@@ -101,8 +101,8 @@ def vbench(config: VBenchConfig) -> int:
 
     Raises:
         FileNotFoundError: no such run or file, or parts of the source are missing.
-        ValueError: prompts that cannot name a file, or a folder that holds videos of other
-            settings.
+        FileExistsError: the folder holds videos of other settings.
+        ValueError: prompts that cannot name a file.
     """
     processes = Processes(config.video.device, config.video.precision)
     index, count = processes.share(config.shard)
@@ -179,11 +179,9 @@ def _check_folder(config: VBenchConfig, jobs: list[Job], out: Path) -> None:
         return
     there = read_json(path)
     ours = _fixed(config, jobs)
-    changed = differences(in_our_words(there.get("settings"), ours), ours)
-    if changed:
-        raise ValueError(
-            f"{out} holds videos of other settings, name another folder: {'; '.join(changed[:5])}"
-        )
+    refuse_another(
+        out, "set of videos", differences(in_our_words(there.get("settings"), ours), ours)
+    )
 
 
 def _write_settings(config: VBenchConfig, jobs: list[Job], out: Path, parts: TextToVideo) -> None:

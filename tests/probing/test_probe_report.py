@@ -62,12 +62,12 @@ def test_other_weights_and_other_clips_are_not_mixed(dense, tmp_path):
     first = scd.probe.report(model, out, clips=clips, **given)
     before = (out / "parts" / "leave_one_out.json").stat().st_mtime_ns
     assert scd.probe.report(model, out, clips=clips, **given)["seconds"] == first["seconds"]
-    with pytest.raises(ValueError, match="other settings: choose another --out .*clips_hash"):
+    with pytest.raises(FileExistsError, match="holds another probe: .*clips_hash"):
         scd.probe.report(model, out, clips=clips + 1, **given)
     other = copy.deepcopy(model)
     with torch.no_grad():
         next(other.parameters()).add_(1)
-    with pytest.raises(ValueError, match="weights_hash"):
+    with pytest.raises(FileExistsError, match="weights_hash"):
         scd.probe.report(other, out, clips=clips, **given)
     assert (out / "parts" / "leave_one_out.json").stat().st_mtime_ns == before
 

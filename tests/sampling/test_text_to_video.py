@@ -212,7 +212,7 @@ def test_vbench_renders_what_is_missing_in_its_layout(run, pipe, tmp_path, capsy
     assert (shown - (expected * 2 - 1)).abs().mean() < 0.06
     assert read_video(out / names[0]).tobytes() != read_video(out / names[1]).tobytes()
     words = vbench_flags(run, prompts, out, "--steps", "2")
-    assert "videos of other settings" in refused(words, capsys)
+    assert "holds another set of videos" in refused(words, capsys)
     settings = json.loads((out / "vbench.json").read_text())
     assert settings["settings"]["shows"][names[0]] == "a red cat"
     assert settings["model"]["decoder"] == "AutoencoderKLWan" and "commit" in settings

@@ -115,7 +115,7 @@ def test_videos_of_prompts_hold_actions(made, run, tmp_path, capsys):
     vbench = ["vbench", str(run), "--prompts", str(tmp_path / "prompts.txt"), "--seeds", "1"]
     assert main([*vbench, *words, str(tmp_path / "videos"), "--action", "1"]) == 0
     assert main([*vbench, *words, str(tmp_path / "videos")]) == 2
-    assert "videos of other settings" in capsys.readouterr().err
+    assert "holds another set of videos" in capsys.readouterr().err
 
 
 def test_rollouts_are_scored(made, run, capsys):
