@@ -46,6 +46,13 @@ CLAIMS = (
         expected="no worse",
     ),
     Claim(
+        name="separable of 4 + 2 layers, against dense of 6",
+        of="separable_4_2",
+        against="dense_6",
+        said="the same, of 8 + 4 layers and of 12",
+        expected="no worse",
+    ),
+    Claim(
         name="token concat, against channel concat",
         of="token_concat",
         against="channel_concat",

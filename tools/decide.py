@@ -104,6 +104,8 @@ KINDS = {
     "deep_encoder": "--model.encoder.num-layers 7",
     "deep_decoder": "--model.decoder.num-layers 5",
     "dense": f"--model.num-layers {sum(LAYERS.values())}",
+    "separable_4_2": "--model.encoder.num-layers 4 --model.decoder.num-layers 2",
+    "dense_6": "--model.num-layers 6",
     "guided": "",
 }
 """What each kind changes of the base."""
@@ -147,11 +149,12 @@ def slug(claim: Claim) -> str:
 def training(world: World, kind: str, seed: int, data: str, folder: Path) -> list[str]:
     """Return the command that trains one kind from one seed, in its folder."""
     flags = f"{world.model} --max-steps {world.steps} {KINDS[kind]}"
-    if kind != "dense":
+    is_dense = kind.startswith("dense")
+    if not is_dense:
         for part, layers in LAYERS.items():
             if f"--model.{part}.num-layers" not in flags:
                 flags += f" --model.{part}.num-layers {layers}"
-    preset = "toy-dense" if kind == "dense" else "toy"
+    preset = "toy-dense" if is_dense else "toy"
     return ["train", preset, "--data", data, "--seed", str(seed), *flags.split()] + [
         *("--out", str(folder))
     ]

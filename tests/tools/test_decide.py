@@ -67,8 +67,10 @@ def test_every_kind_is_a_training_that_can_begin(world, kind, tmp_path):
     ).run
     assert settings.seed == 3 and settings.max_steps == decide.WORLDS[world].steps
     layers = sum(decide.LAYERS.values())
-    if kind == "dense":
-        assert settings.model.num_layers == layers
+    if kind.startswith("dense"):
+        assert settings.model.num_layers == (6 if kind == "dense_6" else layers)
+    elif kind == "separable_4_2":
+        assert settings.model.encoder.num_layers + settings.model.decoder.num_layers == 6
     elif not kind.startswith("deep"):
         assert settings.model.encoder.num_layers + settings.model.decoder.num_layers == layers
 
