@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from scd.completion import settings_of_commands
 from scd.data.record import recordings
 from scd.evaluation.protocols import PROTOCOLS, EvaluateConfig
 from scd.models.checkpoint import load_world
+from tools.equal_time import EqualTimeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,9 +35,15 @@ def start(
     tmp_path: Path, name: str, body: str, *arguments: str, **given: str
 ) -> subprocess.Popen[bytes]:
     """Start a copy of a script where the programs that it calls are stand-ins."""
-    for folder in (Path("runs", name).parent, "bin"):
+    for folder in ("runs/worlds", "bin"):
         (tmp_path / folder).mkdir(parents=True)
-    for script_file in (name, "start.sh", "against_dense.sh"):
+    for script_file in (
+        name,
+        "start.sh",
+        "against_dense.sh",
+        "worlds/cars.sh",
+        "worlds/crafter.sh",
+    ):
         shutil.copy(ROOT / "runs" / script_file, tmp_path / "runs" / script_file)
     for program in ("scd", "python", "torchrun"):
         (tmp_path / "bin" / program).write_text(STAND_IN.replace("{body}", body))
@@ -85,12 +93,31 @@ def test_a_script_that_makes_a_world_is_understood_to_its_last_flag(tmp_path, na
     script = start(tmp_path, f"worlds/{name}.sh", SHIPS, "out")
     assert script.wait(timeout=60) == 0
     assert (tmp_path / "scd/worlds" / name / "config.json").is_file()
-    settings = settings_of_commands() | {
-        "record": {"gym": recordings()["gym"]},
-        "examples/ship_world.py": ShipConfig,
-    }
+    commands = understood((tmp_path / "lines").read_text().splitlines())
+    assert commands >= {"record", "train", "train-judge", "evaluate"}
+
+
+@pytest.mark.parametrize("given", [{}, {"QUICK": "1"}, {"MINUTES": "60", "ROWS": "cars/pixels-8"}])
+def test_the_script_that_compares_worlds_is_understood_and_records_alone(tmp_path, given):
+    script = start(tmp_path, "worlds/compare.sh", "exit 0", "out", **given)
+    assert script.wait(timeout=60) == 0
     lines = (tmp_path / "lines").read_text().splitlines()
-    assert {line.split()[0] for line in lines} >= {"record", "train", "train-judge", "evaluate"}
+    assert understood(lines) == {"record", "tools/equal_time.py"}
+    places = [line.split("--out ")[1].split()[0] for line in lines if line.startswith("record")]
+    games = ("cars/data", "cars/test", "crafter/data", "freeway/data", "doom/data")
+    assert places == [f"out/{one}" for one in games]
+    minutes = given.get("MINUTES", "0.02" if "QUICK" in given else "8")
+    assert f"equal_time.py out --minutes {minutes} " in lines[-1]
+
+
+def understood(lines: Sequence[str]) -> set[str]:
+    """Read each line as its command does, which ends with status 2 at what it does not know."""
+    kinds = {"doom": recordings()["doom"], "gym": recordings()["gym"]}
+    settings = settings_of_commands() | {
+        "record": kinds,
+        "examples/ship_world.py": ShipConfig,
+        "tools/equal_time.py": EqualTimeConfig,
+    }
     for line in lines:
         command, *words = line.split()
         kind, default = settings[command], None
@@ -98,10 +125,10 @@ def test_a_script_that_makes_a_world_is_understood_to_its_last_flag(tmp_path, na
             kind = kind[words.pop(0)]
         if not isinstance(kind, type):
             kind, default = type(kind), kind
-        if command in FIRST:
+        if command in FIRST and kind is not kinds["doom"]:
             words.insert(0, FIRST[command])
-        # What is not understood ends with status 2.
         tyro.cli(kind, args=words, default=default, config=(tyro.conf.AvoidSubcommands,))
+    return {line.split()[0] for line in lines}
 
 
 @pytest.mark.slow
