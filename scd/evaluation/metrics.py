@@ -321,17 +321,14 @@ def drift_estimates(
     return found | {"brightness": bootstrap(apart, seed=seed)}
 
 
-def _ratio(means: Float[Tensor, "r 2"]) -> Float[Tensor, " r"]:
-    # Flat frames have no detail to lose: equal to theirs, a prediction is ideal.
+def _ratio(means: Float[Tensor, "*r 2"]) -> Float[Tensor, "*r"]:
+    # Flat frames have no detail to lose and show no grid: equal to theirs, a prediction is ideal.
     floor = torch.finfo(torch.float32).eps
-    return (means[:, 0] + floor) / (means[:, 1] + floor)
+    return (means[..., 0] + floor) / (means[..., 1] + floor)
 
 
 def _shares(means: Float[Tensor, "r 2 2"]) -> Float[Tensor, " r"]:
-    # As above: flat frames show no grid.
-    floor = torch.finfo(torch.float32).eps
-    shares = (means[..., 0] + floor) / (means[..., 1] + floor)
-    return shares[:, 0] / shares[:, 1]
+    return _ratio(_ratio(means))
 
 
 def row_of(metric: str, estimate: Estimate, baseline: str) -> dict[str, Any]:
