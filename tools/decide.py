@@ -7,7 +7,8 @@ same clips, and after each pair takes the mean difference with its 95 % interval
 when half of the interval of PSNR at +8 is at most 0.3 dB and, where it is measured, half of that of
 FVD at most 5 % of FVD; or when the time is over. Whether it goes on depends on the widths alone,
 never on what the difference is. What is done stays: the same command goes on, and one with more
-time adds seeds. It writes docs/results/claims_WORLD_CLAIM.json after each pair from the second on.
+time adds seeds. It writes docs/results/claims_WORLD_CLAIM.json after each pair from the second on,
+with FVD claims_WORLD_CLAIM-fvd.json.
 `python tools/decide.py list` prints the claims and the worlds.
 """
 
@@ -114,8 +115,13 @@ GUIDED = "--guidance.kind context_noise --guidance.scale 1.5"
 """Flags of the evaluation of `guided`, whose training is the base's."""
 
 
-FVD = "--fvd --fvd-frames all"
-"""Flags of an evaluation with FVD, which wants 10 frames or more: the given ones count too."""
+FVD = "--fvd --fvd-frames all --num-clips 64"
+"""Flags of an evaluation with FVD, which wants 10 frames or more: the given ones count too. Half
+the clips, since features cost more than predictions; results have names of their own."""
+
+
+WITH_FVD = "-fvd"
+"""Ends such names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +179,7 @@ def run(words: Sequence[str]) -> None:
 
 def measured(out: Path, kind: str, seed: int, fvd: bool) -> Path:
     """Return where the evaluation of one kind from one seed is, or is to be."""
-    return out / f"{kind}-{seed}{'-fvd' * fvd}.json"
+    return out / f"{kind}-{seed}{WITH_FVD * fvd}.json"
 
 
 def measure(world: World, kind: str, seed: int, config: DecideConfig, out: Path) -> dict[str, Any]:
@@ -246,7 +252,8 @@ def decide(claim: Claim, config: DecideConfig) -> dict[str, Any]:
             evaluations[kind, str(seed)] = measure(world, kind, seed, config, out)
         if seed:
             result = summary(claim, config, evaluations)
-            write_json(result, DOCS / f"results/claims_{config.world}_{slug(claim)}.json")
+            name = f"claims_{config.world}_{slug(claim)}{WITH_FVD * config.fvd}.json"
+            write_json(result, DOCS / "results" / name)
         if seed + 1 >= config.seeds and result and result["narrow"]:
             break
     if not result:
