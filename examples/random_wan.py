@@ -25,7 +25,7 @@ from scd.autoencoders.tiny import TaewDecoder
 from scd.autoencoders.wan import open_wan_autoencoder
 from scd.common.files import written_aside
 from scd.data.manifest import Entry, write_card, write_manifest
-from scd.data.source import DataCard, open_source
+from scd.data.source import DataCard
 from scd.data.spaces import ConditionSpec
 from scd.data.video import write_video
 
@@ -59,9 +59,9 @@ class RandomWanConfig:
     """Columns of a clip."""
     num_frames: int = 81
     """Frames of a clip; 81 are 21 latent ones."""
-    scaled_by: str = ""
-    """Clips whose latents the random autoencoder gives unit scale, channel by channel, as Wan's own
-    settings do for Wan's. Empty: the numbers of Wan's, which say nothing about other weights."""
+    vae: str = ""
+    """Trained autoencoder (`scd train-autoencoder --network small-wan`) in place of a random one of
+    `vae_dim`, whose latents have no unit scale: its numbers are those of Wan's."""
 
 
 def write_transformer(config: RandomWanConfig, folder: Path) -> None:
@@ -85,28 +85,12 @@ def write_vae(config: RandomWanConfig, folder: Path) -> None:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     torch.manual_seed(0)
-    AutoencoderKLWan(base_dim=config.vae_dim).save_pretrained(folder)
-
-
-NUM_MEASURED, MEASURED_FRAMES = 16, 17
-"""Clips on which latents are measured, and frames of each."""
-
-
-def scale_latents(folder: Path, data: str) -> None:
-    """Measure the latents of some clips, and write their mean and deviation into vae/."""
-    autoencoder = open_wan_autoencoder(folder)
-    source = open_source(data, "train")
-    raw = [
-        autoencoder.from_unit_scale(
-            autoencoder.encode(source.read(episode, 0, MEASURED_FRAMES).frames[None])
-        )
-        for episode in range(min(NUM_MEASURED, source.num_episodes))
-    ]
-    by_channel = torch.cat(raw).movedim(2, 0).flatten(1)
-    autoencoder.network.register_to_config(
-        latents_mean=by_channel.mean(1).tolist(), latents_std=by_channel.std(1).tolist()
+    network = (
+        open_wan_autoencoder(config.vae).network
+        if config.vae
+        else AutoencoderKLWan(base_dim=config.vae_dim)
     )
-    autoencoder.network.save_pretrained(folder / "vae")
+    network.save_pretrained(folder)
 
 
 def write_tokenizer(folder: Path) -> int:
@@ -182,8 +166,6 @@ def write_wan(config: RandomWanConfig, folder: Path) -> None:
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-    if config.scaled_by:
-        scale_latents(folder, config.scaled_by)
 
 
 def write_tiny(folder: Path) -> None:

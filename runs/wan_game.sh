@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # A tiny Wan-shaped world of a game, steered by keys and a prompt, on one core of a CPU: recorded
-# cars, an autoencoder and a text encoder of Wan's classes with random weights, teacher forcing;
-# then a student of two steps, by a causal start and matching, and what it is worth. Stop it at any
-# time and start it again: what is done stays.
+# cars, a small autoencoder of Wan's kind trained on them, a text encoder of random weights, teacher
+# forcing; then a student of two steps, by a causal start and matching, and what both are worth. Stop
+# it at any time and start it again: what is done stays.
 #
 #   runs/wan_game.sh [CARS] [FOLDER]    CARS: recordings of runs/worlds/cars.sh; results in FOLDER
-#   SECONDS_TRAINED=600 runs/wan_game.sh
+#   SECONDS_SEEING=300 SECONDS_TRAINED=600 runs/wan_game.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/start.sh
@@ -18,11 +18,15 @@ for video in "$cars"/videos/*.mp4; do
   [ -e "${video%.mp4}.txt" ] || echo "a red car on the street" >"${video%.mp4}.txt"
 done
 
+run scd train-autoencoder --data "$cars" --network small-wan --num-frames 9 --batch-size 4 \
+  --reconstruction-steps 100000 --adversarial-steps 0 --time-limit-s "${SECONDS_SEEING:-900}" \
+  --optim.optimizer muon --optim.lr 2e-3 --optim.warmup-steps 20 --ema-decay 0.98 --device cpu --threads 1 \
+  --num-loader-workers 1 --validate-every 200 --save-every 100 --log-every 20 --out "$out/seeing"
 [ -e "$out/source/wan" ] || run python examples/random_wan.py "$out/source" --num-heads 4 \
-  --head-dim 24 --ffn-dim 384 --num-layers 6 --text-dim 32 --vae-dim 4 --height 64 --width 64 \
-  --num-frames 17 --scaled-by "$cars"
+  --head-dim 32 --ffn-dim 512 --num-layers 6 --text-dim 32 --vae "$out/seeing" --height 64 --width 64 \
+  --num-frames 17
 [ -d "$out/world" ] || run scd convert wan --model "$out/source/wan" --split 4,1+2 --actions "$cars" \
-  --height 64 --width 64 --text-length 16 --window 13 --num-steps 8 --dtype fp32 --copy-parts \
+  --height 64 --width 64 --text-length 16 --window 9 --num-steps 8 --dtype fp32 --copy-parts \
   --out "$out/world"
 run scd encode "$cars" --autoencoder "$out/world" --text-encoder "$out/world" --text-length 16 \
   --out "$out/latents" --device cpu --threads 1

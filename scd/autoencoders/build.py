@@ -13,7 +13,7 @@ from torch import Tensor
 from scd.autoencoders.base import Autoencoder, PixelAutoencoder
 from scd.autoencoders.config import AutoencoderConfig, ImageAutoencoderConfig, PixelConfig
 from scd.autoencoders.diffusers import KINDS, ImageAutoencoder, find_network, open_image_autoencoder
-from scd.autoencoders.wan import WanAutoencoder, open_wan_autoencoder
+from scd.autoencoders.wan import WAN, WanAutoencoder, open_wan_autoencoder
 from scd.common.config import Precision, to_json
 from scd.common.hub import class_of
 from scd.data.clip import Batch
@@ -22,9 +22,6 @@ from scd.data.latents import PLACE
 VERSION = 2
 """Of the rule by which fingerprints cover a network's settings. 1, which stood nowhere: some of
 them, of each kind; 2: all but a few."""
-
-WAN = "AutoencoderKLWan"
-"""Class of diffusers whose settings a folder with Wan's autoencoder names."""
 
 
 def build_autoencoder(

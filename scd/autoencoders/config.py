@@ -18,6 +18,12 @@ class LatentsConfig:
     has_text_encoder: ClassVar[bool] = False
     """Whether a text encoder lies beside the autoencoder."""
 
+    @property
+    def is_video(self) -> bool:
+        """Whether a latent frame stands for several frames of video, which those before it decide
+        too."""
+        return self.frames_per_latent > 1
+
     def placeless(self) -> Any:
         """Return the settings without where the weights lie, if they may lie anywhere."""
         return self
@@ -123,6 +129,13 @@ FAR_SCALE = 0.2889
 
 DeepName = Literal["deep-8", "deep-16", "deep-32", "small-8", "small-16"]
 """Networks by name; the number is how many pixels, each way, a cell of the latents stands for."""
+
+
+VIDEO_NETWORK = "small-wan"
+"""Network of Wan's kind that a CPU can train."""
+
+NetworkName = Literal[DeepName, "small-wan"]
+"""Networks that can be trained from nothing."""
 
 
 AutoencoderConfig = PixelConfig | WanAutoencoderConfig | ImageAutoencoderConfig

@@ -21,9 +21,12 @@ from torch import Tensor, nn
 
 from scd.autoencoders.base import NetworkAutoencoder, StreamDecoder
 from scd.autoencoders.config import FRAMES_PER_LATENT, WanAutoencoderConfig
-from scd.autoencoders.diffusers import read_network, settings_that_matter
+from scd.autoencoders.diffusers import find_network, read_network, settings_that_matter
 from scd.common.config import Precision
-from scd.common.hub import CONFIG_FILE, find_part, read_part_config
+from scd.common.hub import CONFIG_FILE, read_part_config
+
+WAN = "AutoencoderKLWan"
+"""Class of diffusers whose settings a folder with Wan's autoencoder names."""
 
 EXTRA = 'Wan needs diffusers and transformers: pip install -c constraints.txt -e ".[wan]"'
 """What to do where an optional package is missing."""
@@ -49,8 +52,7 @@ class WanAutoencoder(NetworkAutoencoder):
         self.latent_shape(*frames.shape[-2:])
         # As a stream, so that it is the same: diffusers takes the last layer over all at once.
         stream = WanStreamEncoder(self)
-        parts = [frames[:, :1], *frames[:, 1:].split(FRAMES_PER_LATENT, dim=1)]
-        return torch.stack([stream.next(part) for part in parts if part.shape[1]], dim=1)
+        return torch.stack([stream.next(part) for part in _latent_parts(frames)], dim=1)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t2 3 h2 w2"]:
@@ -83,7 +85,7 @@ class WanAutoencoder(NetworkAutoencoder):
 class WanStreamDecoder(StreamDecoder):
     """Latent frames of a batch of streams to frames, exactly as `WanAutoencoder.decode`."""
 
-    name = "AutoencoderKLWan"
+    name = WAN
     pictures_per_latent = FRAMES_PER_LATENT
 
     def __init__(self, autoencoder: WanAutoencoder) -> None:
@@ -109,18 +111,10 @@ class WanStreamDecoder(StreamDecoder):
     @torch.no_grad()
     def next(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t 3 h2 w2"]:
         """Return the frames in [-1, 1] of the next latent frame: one of the first, then four."""
-        network = self.autoencoder.network
-        raw = self.autoencoder.from_unit_scale(latent)[:, :, None]
-        frames = network.decoder(
-            network.post_quant_conv(raw),
-            feat_cache=self._memory,
-            feat_idx=[0],
-            first_chunk=self._is_first,
-        )
+        raw = self.autoencoder.from_unit_scale(latent)
+        frames = _decoded(self.autoencoder.network, raw, self._memory, self._is_first)
         self._is_first = False
-        if network.config.patch_size is not None:
-            frames = _patches().unpatchify(frames, network.config.patch_size)
-        return rearrange(frames.float().clamp(-1, 1), "b c t h w -> b t c h w")
+        return frames.float().clamp(-1, 1)
 
     @property
     def memory_bytes(self) -> int:
@@ -156,13 +150,44 @@ class WanStreamEncoder:
         self.autoencoder.latent_shape(*frames.shape[-2:])
         network = self.autoencoder.network
         weight = next(network.parameters())
-        pixels = rearrange(frames, "b t c h w -> b c t h w").to(weight.device, weight.dtype)
-        if network.config.patch_size is not None:
-            pixels = _patches().patchify(pixels, network.config.patch_size)
-        moments = network.quant_conv(network.encoder(pixels, feat_cache=self._memory, feat_idx=[0]))
+        raw = _encoded(network, frames.to(weight.device, weight.dtype), self._memory)
         self._is_first = False
-        mean, _ = moments.chunk(2, dim=1)
-        return self.autoencoder.to_unit_scale(mean[:, :, 0])
+        return self.autoencoder.to_unit_scale(raw)
+
+
+def raw_video_latents(
+    network: Any, frames: Float[Tensor, "b t 3 h w"]
+) -> Float[Tensor, "b t2 c h2 w2"]:
+    """Return what a network makes of 1 + 4n frames, before it is brought to unit scale; gradient
+    flows."""
+    memory: list[Any] = [None] * _num_memories(network.encoder)
+    return torch.stack([_encoded(network, part, memory) for part in _latent_parts(frames)], dim=1)
+
+
+def decode_raw_video(
+    network: Any, raw: Float[Tensor, "b t c h w"]
+) -> Float[Tensor, "b t2 3 h2 w2"]:
+    """Return the frames of 1 + n latent frames as a network makes them; gradient flows, also of
+    what lies outside [-1, 1]."""
+    memory: list[Any] = [None] * _num_memories(network.decoder)
+    parts = [
+        _decoded(network, latent, memory, place == 0) for place, latent in enumerate(raw.unbind(1))
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def new_wan_network() -> nn.Module:
+    """Build a small network of Wan's kind with first weights of PyTorch's generator: cells of 8
+    pixels, 16 channels, on patches of 2x2 pixels as that of Wan2.2, so that a CPU can train it."""
+    return _module().AutoencoderKLWan(
+        base_dim=32,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+    )
 
 
 def open_wan_autoencoder(
@@ -226,20 +251,48 @@ def wan_shape_of(settings: Mapping[str, Any], where: str) -> tuple[int, int]:
 
 
 def _load_network(source: str) -> Any:
-    folder = find_part(source, "vae", ("AutoencoderKLWan",), "video autoencoder of Wan")
+    folder = find_network(source, (WAN,), "video autoencoder of Wan")
     wan_shape_of(read_part_config(folder), str(folder / CONFIG_FILE))
+    return read_network(_module().AutoencoderKLWan, folder)
+
+
+def _module() -> Any:
+    """Return diffusers' module of the network, and of pixels into patches and back."""
     try:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+        from diffusers.models.autoencoders import autoencoder_kl_wan
     except ImportError as error:
         raise ValueError(EXTRA) from error
-    return read_network(AutoencoderKLWan, folder)
-
-
-def _patches() -> Any:
-    """Return diffusers' module that turns pixels into patches and back."""
-    from diffusers.models.autoencoders import autoencoder_kl_wan
-
     return autoencoder_kl_wan
+
+
+def _latent_parts(frames: Tensor) -> list[Tensor]:
+    """Cut frames [b t 3 h w] into those of each latent frame: 1, then 4 at a time."""
+    num_latent_frames(frames.shape[1])
+    later = frames[:, 1:]
+    return [frames[:, :1], *(later.split(FRAMES_PER_LATENT, dim=1) if later.shape[1] else ())]
+
+
+def _encoded(network: Any, frames: Tensor, memory: list[Any]) -> Tensor:
+    """Return the mean [b c h w] of the latent frame of the next frames [b t 3 h w]."""
+    pixels = rearrange(frames, "b t c h w -> b c t h w")
+    if network.config.patch_size is not None:
+        pixels = _module().patchify(pixels, network.config.patch_size)
+    moments = network.quant_conv(network.encoder(pixels, feat_cache=memory, feat_idx=[0]))
+    mean, _ = moments.chunk(2, dim=1)
+    return mean[:, :, 0]
+
+
+def _decoded(network: Any, raw: Tensor, memory: list[Any], is_first: bool) -> Tensor:
+    """Return the frames [b t 3 h w] of the next latent frame [b c h w]."""
+    frames = network.decoder(
+        network.post_quant_conv(raw[:, :, None]),
+        feat_cache=memory,
+        feat_idx=[0],
+        first_chunk=is_first,
+    )
+    if network.config.patch_size is not None:
+        frames = _module().unpatchify(frames, network.config.patch_size)
+    return rearrange(frames, "b c t h w -> b t c h w")
 
 
 def _num_memories(network: nn.Module) -> int:

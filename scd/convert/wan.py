@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scd.autoencoders.build import WAN
 from scd.autoencoders.config import FRAMES_PER_LATENT, WanAutoencoderConfig
-from scd.autoencoders.wan import wan_shape_of
+from scd.autoencoders.wan import WAN, wan_shape_of
 from scd.common.config import to_json
 from scd.common.files import refuse_used, written_aside
 from scd.common.hub import find_part, read_part_config

@@ -17,7 +17,7 @@ edges and contrast and nothing of textures or objects, and its numbers compare w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scd.autoencoders.diffusers import raw_latents
+from scd.autoencoders.trained import decode_clips, encode_clips, last_layer_of
 from scd.data.clip import Batch
 from scd.objectives.denoise import Logs, Objective
 from scd.objectives.distill import frozen
@@ -90,7 +90,7 @@ class PatchDiscriminator(nn.Module):
 
 @dataclass(kw_only=True)
 class Reconstruct(Objective):
-    """Of an AutoencoderDC: the distances, and in the second part what the decoder learns alone."""
+    """Of a network: the distances, and in the second part what the decoder learns alone."""
 
     distance: Distance
     perceptual_weight: float
@@ -118,8 +118,8 @@ class Reconstruct(Objective):
         """Return the loss on frames of clips."""
         true = batch.frames.flatten(0, 1)
         with self.autocast():
-            made = self._decoded(model, true, generator) if self.decoder_alone else model(true)
-        made = made.sample.float()
+            latents = self._latents(model, batch.frames, generator)
+            made = decode_clips(model, latents).flatten(0, 1).float()
         self.made = made.detach()
         loss, logs = reconstruction_loss(made, true, self.distance, self.perceptual_weight)
         if self.decoder_alone and self.edge_weight:
@@ -133,15 +133,16 @@ class Reconstruct(Objective):
             loss, logs = loss + adversarial, logs | found
         return loss, {"loss": loss.detach()} | {name: one.detach() for name, one in logs.items()}
 
-    def _decoded(self, model: Any, true: Tensor, generator: torch.Generator) -> Any:
-        """Decode the latents of pictures, which no gradient reaches, with noise on them."""
-        with torch.no_grad():
-            latents = raw_latents("AutoencoderDC", model, true)
-            if self.latent_noise:
-                spread = latents.float().std((0, 2, 3), keepdim=True)
+    def _latents(self, model: Any, frames: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the latents of clips; in the second part no gradient reaches them, and there is
+        noise on them."""
+        with torch.set_grad_enabled(not self.decoder_alone):
+            latents = encode_clips(model, frames)
+            if self.decoder_alone and self.latent_noise:
+                spread = latents.float().std((0, 1, 3, 4), keepdim=True)
                 noise = torch.randn(latents.shape, generator=generator, device=latents.device)
                 latents = latents + (self.latent_noise * spread * noise).to(latents.dtype)
-        return model.decode(latents)
+        return latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,15 +222,6 @@ def discriminator_loss(
         "discriminator_true": of_true.detach().mean(),
         "discriminator_made": of_made.detach().mean(),
     }
-
-
-def last_layer_of(network: nn.Module) -> Tensor:
-    """Return the weights of an AutoencoderDC's last layer."""
-    parameters: Mapping[str, Tensor] = dict(network.named_parameters())
-    for name in ("decoder.conv_out.weight", "decoder.conv_out.conv.weight"):
-        if name in parameters:
-            return parameters[name]
-    raise AssertionError("no last layer")
 
 
 def pyramid_distance(

@@ -32,7 +32,7 @@ def muon(groups: Sequence[dict[str, Any]]) -> Any:
 
 
 class KernelMuon:
-    """Muon whose weights may be kernels [out in rows columns], taken as [out in*rows*columns].
+    """Muon whose weights may be kernels [out in *sizes], taken as matrices [out in*sizes].
 
     Weights must stay where they are in memory while it lives: written into, not exchanged.
     """
@@ -80,5 +80,6 @@ def kernels(network: nn.Module) -> Iterable[Tensor]:
     Kernels of single channels or groups are left out: they are many small matrices, not one.
     """
     for part in network.modules():
-        if isinstance(part, nn.Linear) or (isinstance(part, nn.Conv2d) and part.groups == 1):
+        is_kernel = isinstance(part, (nn.Conv2d, nn.Conv3d)) and part.groups == 1
+        if isinstance(part, nn.Linear) or is_kernel:
             yield part.weight

@@ -1,14 +1,15 @@
-"""Training of an autoencoder of pictures: `scd train-autoencoder`.
+"""Training of an autoencoder, of pictures or of video: `scd train-autoencoder`.
 
 First the distances alone; then, from the averaged weights on and with the encoder frozen, also a
 discriminator of patches, edges, and latents with noise on them. So the latents no longer move in
 the second part, and the decoder learns on those that the finished encoder makes: what was encoded
-and what was trained on it stay good. Nothing here looks at time or at actions. One process. Source:
-FAR.
+and what was trained on it stay good. Actions are not looked at, and time by a network of video
+alone. One process. Source: FAR.
 
-A checkpoint holds AutoencoderDC as diffusers reads it, averaged weights, and `statistics.json`,
-mean and deviation of its latents, channel by channel, measured. The run folder as a whole is an
-autoencoder to everybody who is given its name: that of the newest step.
+A checkpoint holds AutoencoderDC or AutoencoderKLWan as diffusers reads it, averaged weights, and
+mean and deviation of its latents, channel by channel, measured: in `statistics.json`, or of video
+in its settings. The run folder as a whole is an autoencoder to everybody who is given its name:
+that of the newest step.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from scd.autoencoders.base import cells
-from scd.autoencoders.deep_compression import deep_name, deep_settings
-from scd.autoencoders.diffusers import (
-    WEIGHTS_FILE,
-    measure_statistics,
-    new_network,
-    raw_latents,
-    save_network,
-    shape_of,
+from scd.autoencoders.deep_compression import deep_name
+from scd.autoencoders.diffusers import WEIGHTS_FILE, measure_statistics
+from scd.autoencoders.trained import (
+    cell_size_of,
+    decode_clips,
+    encode_clips,
+    network_named,
+    save_trained,
 )
 from scd.common.config import to_json
 from scd.common.provenance import provenance, write_json
@@ -87,7 +88,7 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> dict[str, Estimate]:
 
 
 class AutoencoderTask(Task):
-    """An AutoencoderDC, its discriminator of patches and its perceptual distance."""
+    """A network, its discriminator of patches and its perceptual distance."""
 
     config: TrainAutoencoderConfig
     weights_file = WEIGHTS_FILE
@@ -121,7 +122,7 @@ class AutoencoderTask(Task):
             adversarial_weight=config.adversarial_weight,
             edge_weight=config.edge_weight,
             border_weight=config.border_weight,
-            cell_size=shape_of("AutoencoderDC", self.model)[1],
+            cell_size=cell_size_of(self.model),
             latent_noise=config.latent_noise,
             discriminator=discriminator.to(accelerator.device).train(),
             autocast=accelerator.autocast,
@@ -202,9 +203,10 @@ class AutoencoderTask(Task):
         self.num_measured = len(clips)
         for first in range(0, len(clips), 8):
             true = Batch.of(clips[first : first + 8]).frames
-            flat = self.model(true.flatten(0, 1).to(self.accelerator.device)).sample
-            made = flat.float().clamp(-1, 1).cpu().unflatten(0, true.shape[:2])
-            shown += [(true[:, 0], made[:, 0])]
+            latents = encode_clips(self.model, true.to(self.accelerator.device))
+            made = decode_clips(self.model, latents).float().clamp(-1, 1).cpu()
+            # The last ones: of video they are the harder ones.
+            shown += [(true[:, -1], made[:, -1])]
             for name, of_frames in frame_values(made, true).items():
                 values.setdefault(name, []).append(of_frames.mean(1))
         found = estimates({name: torch.cat(parts) for name, parts in values.items()})
@@ -215,17 +217,13 @@ class AutoencoderTask(Task):
     def write(self, run: Run, folder: Path, averaged: Mapping[str, Tensor]) -> None:
         """Write the network with the averaged weights, and the measured scale of its latents."""
         with run.averaged():
-            mean, std = measure_statistics(self._raw_latents())
-            power = sum(m**2 + s**2 for m, s in zip(mean, std, strict=True)) / len(mean)
-            # What diffusers alone would scale by: one number for all channels.
-            self.model.register_to_config(scaling_factor=float(f"{power**-0.5:.4g}"))
-            save_network(self.model, folder, (mean, std))
+            save_trained(self.model, folder, measure_statistics(self._raw_latents()))
 
     def _raw_latents(self) -> Iterator[Tensor]:
-        per_batch = self.config.batch_size * self.config.num_frames
-        for index in range(-(-MEASURED_FRAMES // per_batch)):
-            for part in self.loader.batch(index).frames.flatten(0, 1).split(64):
-                yield raw_latents("AutoencoderDC", self.model, part.to(self.accelerator.device))
+        num_frames = self.config.num_frames
+        for index in range(-(-MEASURED_FRAMES // (self.config.batch_size * num_frames))):
+            for clips in self.loader.batch(index).frames.split(-(-64 // num_frames)):
+                yield encode_clips(self.model, clips.to(self.accelerator.device))
 
 
 def build_network(config: TrainAutoencoderConfig, source: Source) -> Any:
@@ -246,9 +244,8 @@ def build_network(config: TrainAutoencoderConfig, source: Source) -> Any:
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "initial weights"))
-        network = new_network(deep_settings(name))
-    _, cell_size = shape_of("AutoencoderDC", network)
-    cells(height, width, cell_size)
+        network = network_named(name)
+    cells(height, width, cell_size_of(network))
     return network
 
 

@@ -9,7 +9,13 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from scd.autoencoders.config import AutoencoderConfig, DeepName, PixelConfig
+from scd.autoencoders.config import (
+    FRAMES_PER_LATENT,
+    VIDEO_NETWORK,
+    AutoencoderConfig,
+    NetworkName,
+    PixelConfig,
+)
 from scd.common.config import (
     MAX_SIZE,
     PrecisionChoice,
@@ -210,9 +216,10 @@ class TrainAutoencoderConfig(RunConfig):
     """Folder of episodes, "toy:32", "toy:64", or "minecraft:PATH", "ucf101:PATH", "dmlab:PATH"."""
     out: str
     """Folder of the training, which is the autoencoder too; one in it is continued."""
-    network: Literal["auto", DeepName] = "auto"
+    network: Literal["auto", NetworkName] = "auto"
     """FAR's deep-compression networks with cells of 8, 16 or 32 pixels, or small ones, of 1.2 and
-    3.4 million weights, for a CPU. auto: FAR's for frames of 64, 128 or 256, with 8x8 latents."""
+    3.4 million weights, for a CPU; small-wan: of Wan's kind, causal over time, of 1.1 million.
+    auto: FAR's for frames of 64, 128 or 256, with 8x8 latents."""
     reconstruction_steps: int = 100_000
     """Steps of the first part: absolute and perceptual distance, all weights."""
     adversarial_steps: int = 100_000
@@ -221,7 +228,7 @@ class TrainAutoencoderConfig(RunConfig):
     batch_size: int = 32
     """Clips per step."""
     num_frames: int = 4
-    """Frames of a clip, one after another."""
+    """Frames of a clip, one after another; of small-wan 1 and then 4 at a time: 5, 9, 13, ..."""
     perceptual_weight: float = 1.0
     """Weight of the perceptual distance; that of the absolute one is 1."""
     adversarial_weight: float = 0.5
@@ -264,6 +271,11 @@ class TrainAutoencoderConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_least(1, "reconstruction_steps")
+        if self.network == VIDEO_NETWORK and self.num_frames % FRAMES_PER_LATENT != 1:
+            raise ValueError(
+                f"{VIDEO_NETWORK} takes 1 frame and then {FRAMES_PER_LATENT} at a time: needed "
+                f"num_frames 5, 9, 13, ..., got {self.num_frames}"
+            )
         self.check_least(0, *self.second_part, "perceptual_weight")
         if self.border_weight != 1 and not self.edge_weight:
             raise ValueError("border_weight has no effect with edge_weight 0")

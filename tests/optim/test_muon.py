@@ -70,6 +70,18 @@ def test_a_kept_state_goes_on():
     assert torch.equal(kernel, twin)
 
 
+def test_kernels_over_time_are_matrices_too():
+    kernel, matrix = (nn.Parameter(torch.ones(4, 2, 3, 3, 3)), nn.Parameter(torch.ones(4, 54)))
+    one, other = KernelMuon([group([kernel])]), KernelMuon([group([matrix])])
+    kernel.grad = gradient(kernel, 0)
+    matrix.grad = kernel.grad.flatten(1)
+    one.step()
+    other.step()
+    assert torch.equal(kernel.flatten(1), matrix) and not torch.equal(matrix, torch.ones(4, 54))
+    network = nn.Sequential(nn.Conv3d(2, 4, 3), nn.Conv3d(4, 4, 3, groups=4))
+    assert [id(weight) for weight in kernels(network)] == [id(network[0].weight)]
+
+
 def test_only_what_mixes_all_channels_is_moved_by_muon():
     model = network()
     config = OptimConfig(optimizer="muon", decoder_lr_ratio=1.0)

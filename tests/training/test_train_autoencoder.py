@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from scd.autoencoders.build import open_autoencoder
+from scd.autoencoders.trained import decode_clips, encode_clips
+from scd.autoencoders.wan import WanAutoencoder
 from scd.cli import main
 from scd.common.runlog import read_log
 from scd.common.signals import StopRequest
@@ -358,6 +360,48 @@ def test_from_clips_to_a_world_on_its_latents(videos, trained, tmp_path):
     words = ["evaluate", str(tmp_path / "run"), "--data", videos, "--out", str(out)]
     flags = ["--context", "2", "--horizon", "2", "--num-clips", "2", "--device", "cpu"]
     assert main([*words, *flags]) == 0 and out.is_file()
+
+
+def test_an_autoencoder_of_video_learns_alike(videos, tmp_path):
+    """Over the switch to the second part, on bit for bit; a folder of Wan's class at unit scale."""
+    config = settings(videos, tmp_path / "whole", network="small-wan", num_frames=5)
+    config = replace(config, optim=replace(config.optim, optimizer="muon"), latent_noise=0.1)
+    train_autoencoder(config)
+    parts = replace(config, out=str(tmp_path / "parts"))
+    for steps in (0, 1, 2):
+        train_autoencoder(replace(parts, adversarial_steps=steps, latent_noise=0.1 * (steps > 0)))
+    steps = [tmp_path / name / "step_000004" for name in ("whole", "parts")]
+    for name in ("raw", "averaged"):
+        once, again = (weights(step, name) for step in steps)
+        assert once.keys() == again.keys()
+        assert all(torch.equal(once[key], again[key]) for key in once)
+    encoder = [weights(tmp_path / "parts" / f"step_00000{n}", "averaged") for n in (2, 4)]
+    for name in encoder[0]:
+        same = torch.equal(encoder[0][name], encoder[1][name])
+        assert same == name.startswith(("encoder.", "quant_conv.")), name
+    autoencoder = open_autoencoder(str(tmp_path / "whole"))
+    assert isinstance(autoencoder, WanAutoencoder) and autoencoder.config.is_video
+    loader = Loader(open_source(videos, "train"), 2, 5, seed=0)
+    clips = [loader.batch(n).frames for n in range(-(-NUM_MEASURED // 10))]
+    latents = torch.cat([autoencoder.encode(frames) for frames in clips])
+    latents = latents.movedim(2, 0).flatten(1)
+    torch.testing.assert_close(latents.mean(1), torch.zeros(16), atol=5e-3, rtol=0)
+    torch.testing.assert_close(latents.std(1), torch.ones(16), atol=5e-3, rtol=0)
+    # What it learns on is what diffusers' own class makes of clips, and the streams here.
+    network, (frames, *_) = autoencoder.network, clips
+    raw = encode_clips(network, frames)
+    video = frames.transpose(1, 2)
+    mean = network.encode(video).latent_dist.mode()
+    torch.testing.assert_close(raw, mean.transpose(1, 2), atol=1e-5, rtol=1e-4)
+    made, shown = decode_clips(network, raw), network.decode(mean).sample.transpose(1, 2)
+    torch.testing.assert_close(made.clamp(-1, 1), shown, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        autoencoder.decode(autoencoder.encode(frames)), shown, atol=1e-4, rtol=1e-3
+    )
+    raw = encode_clips(network.requires_grad_(), frames)
+    assert decode_clips(network, 100 * raw).abs().max() > 1 and raw.requires_grad
+    with pytest.raises(ValueError, match="needed num_frames 5, 9, 13, ..., got 4"):
+        settings(videos, "", network="small-wan", num_frames=4)
 
 
 def test_latents_of_another_autoencoder_are_noticed(videos, trained, tmp_path, capsys):
