@@ -56,7 +56,7 @@ def world_name(run: str) -> str:
 def refuse_others(world: World, run: str) -> None:
     """Refuse a world of which there are no graphs (ValueError)."""
     model = world.model.config
-    if model.takes_text or world.autoencoder.config.frames_per_latent > 1:
+    if model.takes_text or world.autoencoder.config.is_video:
         raise ValueError(
             f"{run} is a world of Wan: its weights take gigabytes, and its steps and decoder keep "
             "memories of several frames, which these graphs do not. Separable worlds of "

@@ -206,7 +206,7 @@ class Encoding:
         config, autoencoder = self.config, self.autoencoder
         card = next(iter(self.sources.values())).card
         factor = autoencoder.config.frames_per_latent
-        if factor > 1 and card.conditions.has_actions:
+        if autoencoder.config.is_video and card.conditions.has_actions:
             several = replace(card.conditions, actions_per_frame=factor)
             card = replace(card, conditions=several)
         if self.null_text is not None:
@@ -279,7 +279,7 @@ class Encoding:
                     f"{info.shape} (channels, rows, columns)"
                 )
             latents = clip.frames * config.latent_scale
-        elif info.frames_per_latent > 1:
+        elif self.autoencoder.config.is_video:
             num_frames = 1 + (len(clip) - 1) // info.frames_per_latent * info.frames_per_latent
             latents = self._encode(clip.frames[:num_frames])
         else:

@@ -107,9 +107,7 @@ def session_bytes(
     rollout = Rollout(world, None, guidance, 0, window, engine)
     shape, card = engine.shape, world.card
     # Of video the last picture is kept too.
-    picture = 3 * card.height * card.width
-    if world.autoencoder.config.frames_per_latent == 1:
-        picture = 0
+    picture = 3 * card.height * card.width if world.autoencoder.config.is_video else 0
     return SessionBytes(
         stream=Session(0, rollout).bytes_needed,
         latent=shape.num_tokens * shape.token_dim * engine.dtype.itemsize + picture,

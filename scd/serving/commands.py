@@ -64,7 +64,6 @@ from scd.serving.session import (
     Start,
     as_action,
     as_guidance,
-    is_video,
 )
 from scd.serving.sessions import Sessions
 from scd.streaming.rollout import Rollout
@@ -302,7 +301,7 @@ class Commands:
     def observe(self, session: Session, message: Observe, call: Call) -> Answer:
         if session.running or session.orders:
             raise ServeError("bad_request", "pause the session before a frame is put in")
-        if is_video(session.rollout.world):
+        if session.rollout.world.autoencoder.config.is_video:
             raise ServeError("bad_request", "this world makes video: no single frame can be put in")
         assert call.upload is not None
         (frame,) = self._pictures(call.upload[-1:])
@@ -334,7 +333,7 @@ class Commands:
         ]
 
     def snapshot(self, session: Session, message: Snapshot, call: Call) -> Future[Answer]:
-        if is_video(session.rollout.world):
+        if session.rollout.world.autoencoder.config.is_video:
             raise ServeError(
                 "bad_request", "this world makes video: what its decoder remembers has no file"
             )

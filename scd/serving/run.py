@@ -39,7 +39,6 @@ from scd.serving.admission import HostConfig
 from scd.serving.host import Host
 from scd.serving.http_api import make_app
 from scd.serving.service import LOG, Service
-from scd.serving.session import is_video
 from scd.serving.settings import PlayConfig, ServeConfig, read_token
 from scd.serving.store import abandoned, kept_files, locked_folder, remove_old
 from scd.serving.web_server import WAITING, Patience, PatientProtocol
@@ -159,7 +158,7 @@ def open_service(
     num_given = 0 if clips is None else clips.frames.shape[1]
     name = resolve(folder).name if not (folder / "last").is_file() else folder.name
     # What a video decoder remembers has no file: such sessions stay in memory.
-    kept = None if is_video(world) else evict_dir
+    kept = None if world.autoencoder.config.is_video else evict_dir
     limits, about = host_config(config, kept, num_given), read_about(resolve(folder))
     texts = WorldTexts(world, device=str(device)) if world.card.conditions.has_text else None
     host = Host(world, engine, limits, LOG.warning, clips, name, about, texts, config.prompt)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from scd.data.actions import in_names
 from scd.data.clip import frames_to_pixels
-from scd.models.checkpoint import World
 from scd.models.config import Guidance
 from scd.serving.messages import (
     ActionValue,
@@ -42,11 +41,6 @@ def as_action(action: ActionValue | None, batch: bool = False) -> Tensor | None:
     dtype = torch.long if isinstance(action, int) else torch.float32
     value = torch.tensor(action, dtype=dtype)
     return value[None] if batch else value
-
-
-def is_video(world: World) -> bool:
-    """Whether a latent of a world stands for several pictures, which those before it decide too."""
-    return world.autoencoder.config.frames_per_latent > 1
 
 
 def as_guidance(choice: GuidanceChoice | None) -> Guidance | None:
@@ -372,7 +366,7 @@ class Session:
             sequence=begun.sequence,
             steps=begun.steps,
             text=rollout.text,
-            picture=pixels[-1].copy() if is_video(rollout.world) else None,
+            picture=pixels[-1].copy() if rollout.world.autoencoder.config.is_video else None,
         )
         self.history.add(rollout, kept)
         times = {

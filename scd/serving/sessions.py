@@ -32,7 +32,6 @@ from scd.serving.session import (
     Start,
     as_action,
     as_guidance,
-    is_video,
 )
 from scd.serving.snapshot import Image
 from scd.streaming.rollout import Rollout
@@ -186,7 +185,7 @@ class Sessions:
         per_latent = self.streams.world.autoencoder.config.frames_per_latent
         actions = (start.actions or (None,) * len(frames))[::per_latent]
         pictures = (None,) * len(latents)
-        if is_video(self.streams.world):
+        if self.streams.world.autoencoder.config.is_video:
             assert start.frames is not None
             pictures = tuple(start.frames[::per_latent])
         text = self.prompts.text(start.message.prompt)

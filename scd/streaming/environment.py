@@ -282,7 +282,7 @@ class WorldEnv(gym.Env[Frame, Any]):
         self._count += 1
         reward, ended = self.judge(self._frame, action)
         told: dict[str, Any] = {}
-        if self._rollout.world.autoencoder.config.frames_per_latent > 1:
+        if self._rollout.world.autoencoder.config.is_video:
             told["frames"] = frames_to_pixels(frames.cpu()).numpy()
         cut = self._count >= self.max_frames
         return self._frame.copy(), float(reward), bool(ended), cut, told
@@ -464,7 +464,7 @@ class WorldVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._counts += ~begins
         cut = ~begins & (self._counts >= self.max_frames)
         self._is_over = ended | cut
-        is_video = self._streams.world.autoencoder.config.frames_per_latent > 1
+        is_video = self._streams.world.autoencoder.config.is_video
         return frames, rewards, ended, cut, {"frames": self._made} if is_video else {}
 
     def _taken(self, actions: Action) -> tuple[Sequence[Tensor | None], Sequence[Any]]:

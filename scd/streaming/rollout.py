@@ -310,7 +310,7 @@ class Rollout:
             ValueError: the stream has not begun, the actions do not fit, or a step makes several
                 frames.
         """
-        if self.block_size > 1 or self.world.autoencoder.config.frames_per_latent > 1:
+        if self.block_size > 1 or self.world.autoencoder.config.is_video:
             raise ValueError("a step of this world makes several frames: step_video returns them")
         return self.step_video(actions)[:, 0]
 

@@ -437,7 +437,7 @@ class Streams:
     def _decoded(self, sessions: list[Session], latents: Tensor) -> list[Tensor]:
         """Return the frames [t 3 h w] of a latent frame of each session."""
         autoencoder = self.world.autoencoder
-        if autoencoder.config.frames_per_latent == 1:
+        if not autoencoder.config.is_video:
             return list(autoencoder.decode(latents[:, None]).float())
         # Each has a decoder of its own, which remembers what it saw.
         each = zip(sessions, latents.split(1), strict=True)
