@@ -26,14 +26,17 @@ from scd.common.memory import release
 from scd.common.provenance import provenance, write_json
 from scd.common.runtime import make_generator
 from scd.data.clip import Conditions
+from scd.engine.fp8 import Fp8Linear
 from scd.engine.open import open_engine
 from scd.engine.wan import FastWanSeparable
 from scd.models.flow import schedule, with_num_steps
 from scd.models.kv_cache import KVCache
 from scd.models.wan.config import WanSeparableConfig
+from scd.models.wan.separable import WanSeparableDiffuser
 
-PRECISIONS = ("bf16", "int8", "int8 maps")
-"""That are compared with float32; the last one with keys and values of the past in bfloat16."""
+PRECISIONS = ("bf16", "int8", "int8 maps", "fp8")
+"""That are compared with float32; "int8 maps" has keys and values of the past in bfloat16. fp8 is
+for GPUs, and rounds alike on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,12 @@ def seen_at(config: RoundingConfig, name: str) -> Seen:
         raise ValueError(f"needed a separable Wan model, got {config.model}")
     # Weights that bfloat16 holds exactly, so that all start from the same.
     model = subject.load(cpu, torch.bfloat16).model
-    engine = open_engine(model, "fast", precision, release=True)
+    if precision == "fp8":
+        # Past the choice of precisions, which leaves it to GPUs.
+        assert isinstance(model, WanSeparableDiffuser)
+        engine: Any = FastWanSeparable(model.to(torch.bfloat16), free=True, maps=Fp8Linear)
+    else:
+        engine = open_engine(model, "fast", precision, release=True)
     assert isinstance(engine, FastWanSeparable)
     if part:
         engine.encoder.cache_kind = KVCache

@@ -14,12 +14,12 @@ results=$out/results
 mkdir -p "$results"
 
 sizes="" picture="" rounds="--frames 30 --seconds 30" device=cuda precision=bf16
-contexts=1,3,7,14,21 frames=21 seconds=5 steps=6 window=21 split=25,5+5 train=""
+contexts=1,3,7,14,21 frames=21 seconds=5 steps=6 window=21 split=25,5+5 train="" eight=fp8
 if [ "${SMALL:-}" = 1 ]; then
   sizes="--num-heads 2 --head-dim 12 --ffn-dim 40 --num-layers 3 --text-dim 32 --vae-dim 4
     --height 32 --width 32 --num-frames 17"
   picture="--height 32 --width 32 --text-length 16" rounds="--frames 3 --seconds 1"
-  device=cpu precision=fp32 contexts=1,5 frames=5 seconds=1 steps=2 window=5 split=2,1+1
+  device=cpu precision=fp32 eight=bf16 contexts=1,5 frames=5 seconds=1 steps=2 window=5 split=2,1+1
   train="--device cpu --precision fp32"
 fi
 
@@ -51,6 +51,18 @@ once bench scd bench --model "$out/separable,$out/dense" --context "$contexts" -
 once compare scd bench compare --a "model=$out/dense engine=fast" \
   --b "model=$out/separable engine=fast" --context "$window" --steps 4 --rounds 3 --frames 5 \
   --precision "$precision" --device "$device" --json "$results/compare.jsonl"
+
+# Weights, products and the past in 8 bits beside bfloat16: seconds and memory.
+# shellcheck disable=SC2086
+once bench-eight scd bench --model "$out/separable,$out/dense" --context "$window" --steps 2,4 \
+  --engine fast --precision "$precision,$eight" --device "$device" $rounds \
+  --json "$results/bench-eight.jsonl"
+for kind in separable dense; do
+  # shellcheck disable=SC2086
+  once "compare-eight-$kind" scd bench compare --a "model=$out/$kind precision=$precision" \
+    --b "model=$out/$kind precision=$eight" --engine fast --context "$window" --steps 4 --rounds 3 \
+    --frames 5 --device "$device" --json "$results/compare-eight-$kind.jsonl"
+done
 
 # Five seconds of video: first frame, denoise-only, and end to end by decoder.
 for kind in separable dense; do

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from scd.bench.models import Subject, find_subject
-from scd.common.config import StreamPrecision, at_least
+from scd.common.config import IN_8_BITS, StreamPrecision, at_least
 from scd.common.runtime import STREAM_DTYPES
 from scd.models.build import frame_cost
 from scd.models.config import EngineKind, GuidanceKind, Join, SamplingConfig
@@ -94,10 +94,10 @@ class Case:
                 f"context {self.context} leaves no room beside the first frames that "
                 f"{self.model} always remembers, {config.cache.num_sinks}"
             )
-        if self.precision == "int8" and (self.engine != "fast" or not config.takes_text):
+        if self.precision in IN_8_BITS and (self.engine != "fast" or not config.takes_text):
             raise ValueError(
-                f"precision int8 is for the fast engine of Wan models, not for {self.model} by the "
-                f"{self.engine} engine"
+                f"precision {self.precision} is for the fast engine of Wan models, not for "
+                f"{self.model} by the {self.engine} engine"
             )
         if self.sessions > 1 and self.batch > 1:
             raise ValueError(

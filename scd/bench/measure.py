@@ -15,7 +15,7 @@ from scd.bench.models import Subject, find_subject
 from scd.bench.settings import BenchConfig
 from scd.bench.streams import TimedStreams
 from scd.bench.timing import TIMED, Effort, time_case
-from scd.common.config import to_json
+from scd.common.config import IN_8_BITS, to_json
 from scd.common.memory import OutOfMemory, release
 from scd.common.runtime import choose_device, choose_stream_precision, cpu_threads
 from scd.models.config import SeparableConfig
@@ -130,7 +130,7 @@ def warm_process(cases: Sequence[Case], device: torch.device) -> None:
             Case(model="toy" if is_separable else "toy-dense", context=4, steps=1),
             engine=case.engine,
             # Which small models do not have.
-            precision="bf16" if case.precision == "int8" else case.precision,
+            precision="bf16" if case.precision in IN_8_BITS else case.precision,
         )
         kinds[tiny.title] = tiny
     for tiny in kinds.values():

@@ -29,8 +29,8 @@ class BenchConfig:
     guidance: str = "none"
     """none, context_noise (separable models), conditions (models with actions, labels or text)."""
     precision: str = "fp32"
-    """fp32, bf16: of weights, memory and products; int8: of the weights and products of the blocks
-    of Wan models and of their memory, whose rest is bf16."""
+    """fp32, bf16: of weights, memory and products; int8 (CPUs), fp8 (GPUs): of the weights and
+    products of the blocks of Wan models and of their memory, whose rest is bf16."""
     engine: str = "plain,fast"
     """plain: the model as it is written; fast: laid out for the machine."""
     join: str = ""

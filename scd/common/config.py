@@ -17,11 +17,15 @@ stay 32 bit either way; a stream in bf16 keeps weights and memory in bfloat16 to
 PrecisionChoice = Literal["auto", "fp32", "bf16"]
 """A precision, or auto: bf16 where the device has instructions for it, else fp32."""
 
-StreamPrecision = Literal["fp32", "bf16", "int8"]
-"""Arithmetic of a stream: a precision, or int8: weights of the blocks of a Wan model, and keys and
-values of its past, in 8 bits, products of whole numbers, all else in bfloat16."""
+StreamPrecision = Literal["fp32", "bf16", "int8", "fp8"]
+"""Arithmetic of a stream: a precision, or int8 or fp8: weights of the blocks of a Wan model, and
+keys and values of its past, in 8 bits, all else in bfloat16; products of whole numbers (CPUs) or of
+floating-point ones (GPUs)."""
 
-StreamPrecisionChoice = Literal["auto", "fp32", "bf16", "int8"]
+IN_8_BITS = ("int8", "fp8")
+"""Precisions that only Wan models have, by the fast engine."""
+
+StreamPrecisionChoice = Literal["auto", "fp32", "bf16", "int8", "fp8"]
 """The same, or auto: bf16 where the device has instructions for it, else fp32."""
 
 Threads = int | Literal["auto"]

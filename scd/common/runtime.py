@@ -30,6 +30,7 @@ STREAM_DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "int8": torch.bfloat16,
+    "fp8": torch.bfloat16,
 }
 """Type of what is not in 8 bits, at each precision of a stream."""
 
@@ -102,19 +103,33 @@ INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni")
 """Instructions of CPUs that multiply whole numbers of 8 bits and add in 32."""
 
 
+FP8_CAPABILITY = (8, 9)
+"""Compute capability from which on GPUs multiply floating-point numbers of 8 bits."""
+
+
 def choose_stream_precision(name: str, device: torch.device) -> StreamPrecision:
-    """Return the named precision of a stream; int8 where the device can, else as for training.
+    """Return the named precision of a stream; in 8 bits where the device can, else as for training.
 
     Raises:
         ValueError: no such precision, or one that the device lacks.
     """
+    if name == "fp8":
+        found = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+        if found < FP8_CAPABILITY:
+            least, has = (".".join(map(str, one)) for one in (FP8_CAPABILITY, found))
+            raise ValueError(
+                f"precision fp8 needs a GPU of compute capability {least} or more, the device is "
+                f"{device}{f', of {has}' if device.type == 'cuda' else ''}: give bf16"
+            )
+        return "fp8"
     if name != "int8":
         if name not in (known := get_args(StreamPrecisionChoice)):
             raise ValueError(f"precision must be one of {list(known)}, got {name!r}")
         return choose_precision(name, device)
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         raise ValueError(
-            f"precision int8 needs a CPU with VNNI and oneDNN, the device is {device}: give bf16"
+            f"precision int8 needs a CPU with VNNI and oneDNN, the device is {device}: give "
+            + ("fp8 or bf16" if device.type == "cuda" else "bf16")
         )
     if not any(flag in cpu_flags() for flag in INT8_INSTRUCTIONS):
         raise ValueError("precision int8 needs a CPU with VNNI, this one has none: give bf16")

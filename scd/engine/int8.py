@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from scd.engine.layers import Activation
+from scd.engine.layers import Activation, LinearMap
 
 LEVELS = 254
 """Steps of what is multiplied: unsigned, because oneDNN has no fast product of signed 8-bit numbers
@@ -25,7 +25,7 @@ SCRATCH = 2**19
 LARGEST_WEIGHT = 127
 
 
-class Int8Linear:
+class Int8Linear(LinearMap):
     """activation(x W^T + b), without gradients; the result has the type of x."""
 
     def __init__(
@@ -45,15 +45,6 @@ class Int8Linear:
         self.zero_points = torch.zeros(self.out_features, dtype=torch.int32)
         self.bias, self.activation = bias.float(), activation
         self._fused = ("gelu", [], "tanh") if activation == "gelu" else ("none", [], "")
-
-    @staticmethod
-    def stacked(
-        *pairs: tuple[Tensor, Tensor], rows: int, activation: Activation = "none"
-    ) -> Int8Linear:
-        """Stack weights [out in] and biases [out] on top of each other."""
-        weight = torch.cat([weight.detach() for weight, _ in pairs])
-        bias = torch.cat([bias.detach() for _, bias in pairs])
-        return Int8Linear(weight, bias, rows, activation)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map tokens [f s in] of frames to [f s out]."""

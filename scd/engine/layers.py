@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,33 @@ PACKED_PRODUCT = 2**19
 microseconds more at each call, and then half the time. Source: measured, docs/log.md."""
 
 
-class PackedLinear:
+class LinearMap:
+    """What `activation(x W^T + b)` is computed by, without gradients."""
+
+    in_features: int
+    out_features: int
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, rows: int, activation: Activation = "none"
+    ) -> None:
+        """Lay the weights [out in] and biases [out] out."""
+        raise NotImplementedError
+
+    @classmethod
+    def stacked(
+        cls, *pairs: tuple[Tensor, Tensor], rows: int, activation: Activation = "none"
+    ) -> Self:
+        """Stack weights [out in] and biases [out] on top of each other."""
+        weight = torch.cat([weight.detach() for weight, _ in pairs])
+        bias = torch.cat([bias.detach() for _, bias in pairs])
+        return cls(weight, bias, rows, activation)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map tokens [f s in] of frames to [f s out]."""
+        raise NotImplementedError
+
+
+class PackedLinear(LinearMap):
     """activation(x W^T + b), without gradients.
 
     On a CPU the weights are reordered once into the blocks that oneDNN's kernels read; a plain
@@ -70,15 +96,6 @@ class PackedLinear:
     def of(*layers: nn.Linear, rows: int, activation: Activation = "none") -> PackedLinear:
         pairs = [(layer.weight, layer.bias) for layer in layers]
         return PackedLinear.stacked(*pairs, rows=rows, activation=activation)
-
-    @staticmethod
-    def stacked(
-        *pairs: tuple[Tensor, Tensor], rows: int, activation: Activation = "none"
-    ) -> PackedLinear:
-        """Stack weights [out in] and biases [out] on top of each other."""
-        weight = torch.cat([weight.detach() for weight, _ in pairs])
-        bias = torch.cat([bias.detach() for _, bias in pairs])
-        return PackedLinear(weight, bias, rows, activation)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed is not None and x.numel() >= self._few:

@@ -6,9 +6,10 @@ import copy
 
 import torch
 
-from scd.common.config import Threads
+from scd.common.config import IN_8_BITS, Threads
 from scd.common.runtime import STREAM_DTYPES, choose_stream_precision
 from scd.engine.dense import FastDense
+from scd.engine.fp8 import Fp8Linear
 from scd.engine.int8 import Int8Linear
 from scd.engine.interface import Engine
 from scd.engine.layers import PackedLinear
@@ -31,6 +32,10 @@ tenfold when something else wants its core. Source: measured, docs/log.md."""
 LARGE_PRODUCT = 2**33
 """Operations of the largest product from which on one CPU thread need not be tried: a pass through
 the model then takes seconds on it."""
+
+
+MAPS: dict[str, Maps] = {"int8": Int8Linear, "fp8": Fp8Linear}
+"""Linear maps of the precisions in 8 bits."""
 
 
 def largest_product(config: ModelConfig, num_frames: int = 1) -> int:
@@ -63,8 +68,8 @@ def open_engine(
         model: its weights.
         kind: "plain" runs the model as it is written; "fast" lays its weights out for the machine.
         precision: of weights, KV cache and products; auto: what the device has instructions for;
-            int8: weights of the blocks, their products, and keys and values of the past in 8 bits,
-            the rest in bfloat16.
+            int8, fp8: weights of the blocks, their products, and keys and values of the past in 8
+            bits, the rest in bfloat16.
         release: let the engine take the weights over, so that they exist once; the model itself
             cannot be used afterwards. False: its weights stay as they are. Either way it is put in
             eval mode.
@@ -76,10 +81,10 @@ def open_engine(
         raise ValueError(f"engine must be one of {list(ENGINES)}, got {kind!r}")
     device = next(model.parameters()).device
     chosen = choose_stream_precision(precision, device)
-    if chosen == "int8" and (kind != "fast" or not model.config.takes_text):
-        raise ValueError("precision int8 is for the fast engine of Wan models: give bf16")
+    if chosen in IN_8_BITS and (kind != "fast" or not model.config.takes_text):
+        raise ValueError(f"precision {chosen} is for the fast engine of Wan models: give bf16")
     dtype = STREAM_DTYPES[chosen]
-    maps: Maps = Int8Linear if chosen == "int8" else PackedLinear
+    maps = MAPS.get(chosen, PackedLinear)
     changes = next(model.parameters()).dtype != dtype
     mine = release or changes
     if changes:

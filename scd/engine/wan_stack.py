@@ -14,11 +14,11 @@ from torch.nn import functional
 
 from scd.common.runtime import finest
 from scd.data.clip import Conditions
-from scd.engine.int8 import Int8Linear
 from scd.engine.int8_cache import Int8KVCache
 from scd.engine.layers import (
     PARTS,
     Attention,
+    LinearMap,
     PackedLinear,
     Parts,
     by_halves,
@@ -43,8 +43,8 @@ from scd.models.wan.transformer import (
 Read = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """From a layer, and its queries, keys and values [f k s e], to what attention reads."""
 
-Maps = type[PackedLinear] | type[Int8Linear]
-"""How linear maps are computed."""
+Maps = type[LinearMap]
+"""How linear maps are computed: as the weights are, or in 8 bits."""
 
 ReadText = Callable[[int, Tensor], Tensor]
 """From a layer, and its queries [f k s e], to what attention to the text reads."""
@@ -165,7 +165,7 @@ class FastWanBlock:
             norm = block.norm2.weight.detach(), block.norm2.bias.detach()
             self.norm_before_text = tuple(part.to(dtype) for part in norm)
 
-        def packed(*pairs: tuple[Tensor, Tensor], rows: int = rows) -> PackedLinear | Int8Linear:
+        def packed(*pairs: tuple[Tensor, Tensor], rows: int = rows) -> LinearMap:
             return maps.stacked(*pairs, rows=rows)
 
         q, k = (_by_halves_rows(layer, own.head_dim) for layer in (own.to_q, own.to_k))
@@ -352,7 +352,7 @@ class FastWanStack:
         self.like = stack.like.detach().new_empty(0)
         self.device, self.dtype = self.like.device, self.like.dtype
         self.attend = Attention()
-        self.cache_kind: type[KVCache] = Int8KVCache if maps is Int8Linear else KVCache
+        self.cache_kind: type[KVCache] = KVCache if maps is PackedLinear else Int8KVCache
         patch = stack.patch_embedding
         assert patch.bias is not None
         embed = patch.weight.detach().flatten(1), patch.bias.detach()

@@ -101,7 +101,8 @@ class VideoConfig:
     precision: StreamPrecisionChoice = "auto"
     """Arithmetic of the model, weights and memory included. auto: bf16 where the device has
     instructions for it, and fp32, which takes twice the memory, else. int8: weights of the blocks
-    in 8 bits on CPUs with VNNI, half the memory of bf16."""
+    in 8 bits on CPUs with VNNI, half the memory of bf16; fp8: the same on GPUs of compute
+    capability 8.9 or more."""
     source: str = ""
     """Folder with vae/, text_encoder/ and tokenizer/ as diffusers writes them, or its name on the
     hub. Empty: where the run says."""
