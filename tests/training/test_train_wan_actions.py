@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import rollouts
 from scd.cli import main
@@ -118,7 +120,7 @@ def test_videos_of_prompts_hold_actions(made, run, tmp_path, capsys):
     assert "holds another set of videos" in capsys.readouterr().err
 
 
-def test_rollouts_are_scored(made, run, capsys):
+def test_rollouts_are_scored(made, run, tmp_path, capsys):
     """By hand: two numbers a frame, two samples. Then a run beside itself in fewer steps."""
     one = torch.tensor([[[[0.0, 0.0]]], [[[3.0, 4.0]]]])
     other = torch.tensor([[[[0.0, 0.0]]]])
@@ -127,14 +129,19 @@ def test_rollouts_are_scored(made, run, capsys):
     _, _, latents = made
     settings = {"data": latents, "given": 2, "frames": 2, "clips_per_episode": 2, "samples": 6}
     ways = f"{run}@1", f"{run}@8"
+    settings |= {"picture": str(tmp_path / "rows.png")}
     result = rollouts.measure(rollouts.RolloutsConfig(reference=f"{run}@8", ways=ways, **settings))
     assert result["clips"] == 4
+    # Three rows of the last given frame and two more, of 32 rows and columns each, and labels.
+    height, width, _ = np.asarray(Image.open(tmp_path / "rows.png")).shape
+    assert 3 * 32 < height < 5 * 32 and 3 * 32 < width
     few, same = (result["ways"][way] for way in ways)
     assert same["spread"] == pytest.approx(1, abs=0.1)
     assert abs(same["distance"]["mean"]) < few["distance"]["mean"] / 2
     assert few["score_over_first"]["mean"] == 0 and same["score"]["mean"] > 0
     assert result["reference_score"] == pytest.approx(same["score"]["mean"], rel=0.05)
     assert all(line["wrong_db"]["mean"] != 0 for line in (few, same))
+    assert all(line["nearer"]["mean"] in (0, 0.25, 0.5, 0.75, 1) for line in (few, same))
     words = ["--data", latents, "--reference", f"{run}@2", "--ways"]
     assert rollouts.main([*words, "run"]) == 2
     assert "RUN@2, got 'run'" in capsys.readouterr().err
