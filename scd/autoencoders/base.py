@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,6 +81,13 @@ class StreamDecoder(ABC):
     @abstractmethod
     def fork(self, num: int = 1) -> StreamDecoder:
         """Return an independent copy, each stream `num` times in a row; the weights are shared."""
+
+    def remembered(self) -> dict[str, Tensor]:
+        """Return what it keeps of the streams, by name; without a past nothing."""
+        return {}
+
+    def recall(self, remembered: Mapping[str, Tensor], num_frames: int) -> None:  # noqa: B027
+        """Go on from what another one remembered after so many latent frames."""
 
 
 class FrameDecoder(StreamDecoder):

@@ -12,6 +12,7 @@ Source: the layers and names of weights of madebyollin/taehv.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,12 @@ class TaewStreamDecoder(StreamDecoder):
             place: before.repeat_interleave(num, 0) for place, before in self._memory.items()
         }
         return twin
+
+    def remembered(self) -> dict[str, Tensor]:
+        return {str(place): before for place, before in self._memory.items()}
+
+    def recall(self, remembered: Mapping[str, Tensor], num_frames: int) -> None:
+        self._memory = {int(place): before for place, before in remembered.items()}
 
     @torch.no_grad()
     def next(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t 3 h2 w2"]:

@@ -28,6 +28,9 @@ from scd.common.hub import CONFIG_FILE, read_part_config
 WAN = "AutoencoderKLWan"
 """Class of diffusers whose settings a folder with Wan's autoencoder names."""
 
+FIRST = "Rep"
+"""What diffusers' network puts in the place of a memory where it doubles time, after one frame."""
+
 EXTRA = 'Wan needs diffusers and transformers: pip install -c constraints.txt -e ".[wan]"'
 """What to do where an optional package is missing."""
 
@@ -107,6 +110,18 @@ class WanStreamDecoder(StreamDecoder):
         ]
         twin._is_first = self._is_first
         return twin
+
+    def remembered(self) -> dict[str, Tensor]:
+        memory = enumerate(self._memory)
+        return {str(place): kept for place, kept in memory if isinstance(kept, Tensor)}
+
+    def recall(self, remembered: Mapping[str, Tensor], num_frames: int) -> None:
+        self.reset()
+        if num_frames:
+            # Where time is doubled the first frame leaves a word, and no tensor.
+            places = map(str, range(self._num_memories))
+            self._memory = [remembered.get(place, FIRST) for place in places]
+            self._is_first = False
 
     @torch.no_grad()
     def next(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t 3 h2 w2"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from scd.models.embed import FrameHead, TokenEmbedder
 from scd.models.flow import SMALLEST_TIME
 
 Activation = Literal["none", "gelu"]
+
+Map = TypeVar("Map", bound="LinearMap")
 
 PACKED_WEIGHTS = 2**18
 """From this many float32 weights on, there is only the packed layout on a CPU. Below, many rows
@@ -48,8 +50,8 @@ class LinearMap:
 
     @classmethod
     def stacked(
-        cls, *pairs: tuple[Tensor, Tensor], rows: int, activation: Activation = "none"
-    ) -> Self:
+        cls: type[Map], *pairs: tuple[Tensor, Tensor], rows: int, activation: Activation = "none"
+    ) -> Map:
         """Stack weights [out in] and biases [out] on top of each other."""
         weight = torch.cat([weight.detach() for weight, _ in pairs])
         bias = torch.cat([bias.detach() for _, bias in pairs])

@@ -333,10 +333,6 @@ class Commands:
         ]
 
     def snapshot(self, session: Session, message: Snapshot, call: Call) -> Future[Answer]:
-        if session.rollout.world.autoencoder.config.is_video:
-            raise ServeError(
-                "bad_request", "this world makes video: what its decoder remembers has no file"
-            )
         header = SnapshotHeader(session=session.name)
         written = self._evictions.snapshot(session)
         return _then(written, lambda file: Answer(message=header, file=file))

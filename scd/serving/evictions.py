@@ -13,10 +13,11 @@ from typing import Any
 from scd.common.memory import OutOfMemory, readable
 from scd.common.runtime import return_freed_memory
 from scd.serving.admission import Counted
+from scd.serving.layout import Layout
 from scd.serving.messages import Evicted, ServeError, Stopped
 from scd.serving.session import Session, as_guidance
 from scd.serving.sessions import UNKNOWN, Sessions
-from scd.serving.snapshot import Fingerprint, Layout, Parsed, parse, parse_head, rebuild, write
+from scd.serving.snapshot import Fingerprint, Parsed, parse, parse_head, rebuild, write
 from scd.serving.store import SessionStore
 
 TELL_S = 60.0
@@ -287,7 +288,7 @@ class Evictions:
         """
         fingerprint, record, head = parse_head(file)
         self._fingerprint.refuse(fingerprint)
-        self._layout.check(record, head)
+        self._layout.check(record, head.entries)
 
     def _restored(self, done: Future[Parsed], answer: Future[Session]) -> None:
         """Open a session that was read, if need be once another one has made room."""
@@ -304,6 +305,7 @@ class Evictions:
         Raises:
             ServeError: it does not fit this world, or there is no room.
         """
+        self._layout.check(parsed.record, parsed.tensors)
         sessions, streams, state = self.sessions, self.sessions.streams, parsed.record.state
         if state.steps > (most := sessions.config.max_steps):
             raise ServeError("bad_request", f"steps: must lie in 1 .. {most}, got {state.steps}")

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 
-from scd.serving.messages import Beginning, Command, ServeError, Set
+from scd.serving.messages import Beginning, Command, Restart, ServeError, Set
+from scd.serving.session import Session
 from scd.streaming.texts import WorldTexts
 
 Retry = Callable[[Exception | None], None]
@@ -36,8 +37,9 @@ class Prompts:
         """Whether a text steers the world."""
         return self._texts is not None
 
-    def missing(self, message: object) -> list[str]:
-        """Return the prompts of a message that are not embedded; the empty one is guidance's."""
+    def missing(self, message: object, session: Session | None) -> list[str]:
+        """Return the prompts of a message to a session that are not embedded; the empty one is
+        guidance's. A session of a snapshot may have one that nobody has said here."""
         if self._texts is None or not isinstance(message, Command):
             return []
         wanted: list[str | None] = []
@@ -47,6 +49,10 @@ class Prompts:
                 wanted.append("")
         elif isinstance(message, Set):
             wanted.append(message.prompt)
+        elif isinstance(message, Restart) and session is not None:
+            wanted.append(session.prompt)
+            if session.rollout.guidance.kind == "conditions":
+                wanted.append("")
         return [one for one in wanted if one is not None and self._texts.known(one) is None]
 
     def fetch(self, prompts: list[str], then: Retry) -> None:

@@ -157,7 +157,7 @@ def open_service(
     engine = open_engine(world.model, config.engine, precision, release=True)
     num_given = 0 if clips is None else clips.frames.shape[1]
     name = resolve(folder).name if not (folder / "last").is_file() else folder.name
-    # What a video decoder remembers has no file: such sessions stay in memory.
+    # What a video decoder remembers can be gigabytes: such sessions stay in memory.
     kept = None if world.autoencoder.config.is_video else evict_dir
     limits, about = host_config(config, kept, num_given), read_about(resolve(folder))
     texts = WorldTexts(world, device=str(device)) if world.card.conditions.has_text else None

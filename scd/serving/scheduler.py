@@ -17,12 +17,13 @@ from scd.models.shipped import Clips
 from scd.serving.admission import HostConfig, UnderWay
 from scd.serving.commands import Call, Commands
 from scd.serving.evictions import Evictions, Seldom, lacks_room
+from scd.serving.layout import Layout
 from scd.serving.messages import Command, ServeError, WorldInfo
 from scd.serving.metrics import HostOverview
 from scd.serving.prompts import Prompts
 from scd.serving.session import Session, as_action
 from scd.serving.sessions import Sessions
-from scd.serving.snapshot import Layout, fingerprint_of
+from scd.serving.snapshot import fingerprint_of
 from scd.serving.store import SessionStore, StoreLimits
 from scd.streaming.sessions import Finished, Streams
 from scd.streaming.sessions import Session as Stream
@@ -283,7 +284,7 @@ class EngineLoop:
         if wakes and self.evictions.can_wake(call.name):
             self.evictions.wake(call.name, lambda error: self._again(call, error))
             return
-        if prompts := self.prompts.missing(message):
+        if prompts := self.prompts.missing(message, self.sessions.playing.get(call.name)):
             self.prompts.fetch(prompts, lambda error: self._again(call, error))
             return
         try:

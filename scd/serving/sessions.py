@@ -279,6 +279,7 @@ class Sessions:
         session = Session(own, stream, made.start, made.history, self.clock())
         session.generation = made.state.generation if name else 0
         session.action, session.sequence = made.state.action, made.state.sequence
+        session.prompt = made.state.prompt
         return self._join(session)
 
     def stop(self, session: Session, error: ServeError) -> None:

@@ -9,45 +9,35 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from torch import Tensor
 
 from scd.common.config import differences, to_json
 from scd.common.memory import OutOfMemory
 from scd.common.runtime import make_generator
 from scd.data.clip import Conditions
-from scd.data.spaces import ConditionSpec
 from scd.engine.interface import Engine
 from scd.models.checkpoint import World
 from scd.models.config import SamplingConfig
 from scd.models.flow import with_num_steps
 from scd.models.kv_cache import KVCache
 from scd.models.separable import SeparableState
+from scd.serving.layout import Place, begin_blank, no_text
 from scd.serving.messages import (
-    ActionValue,
-    Beginning,
-    Count,
-    Message,
     ServeError,
     State,
 )
+from scd.serving.records import CacheRecord, FrameRecord, Record, SessionRecord, Texts, bad
 from scd.serving.session import History, KeptFrame, Start, as_action, as_guidance
 from scd.serving.tensors import Head, pack, read_head
 from scd.streaming.rollout import Rollout
 
 NUM_VALUES = 16
 """Numbers of a frame by which two models of one shape are told apart."""
-
-
-class Record(Message):
-    """Part of the header; unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class Fingerprint(Record):
@@ -75,14 +65,11 @@ class Fingerprint(Record):
             raise bad("the snapshot is of a model of this shape with other weights")
 
 
-def bad(message: str) -> ServeError:
-    """Return the error for a file that no session of this world can be made of."""
-    return ServeError("bad_snapshot", message)
-
-
 def fingerprint_of(world: World, engine: Engine) -> Fingerprint:
     """Describe a world and its engine; runs the model for two frames."""
-    settings = {"model": to_json(engine.config), "autoencoder": to_json(world.autoencoder.config)}
+    # A world may have been copied: where its autoencoder lies is not what it computes.
+    autoencoder = to_json(world.autoencoder.config.placeless())
+    settings = {"model": to_json(engine.config), "autoencoder": autoencoder}
     dtype = str(engine.dtype).removeprefix("torch.")
     return Fingerprint(
         settings=json.dumps(settings, sort_keys=True),
@@ -102,18 +89,13 @@ def _second_frame(world: World, engine: Engine) -> tuple[float, ...]:
     frame = 2 * torch.rand(1, 1, 3, world.card.height, world.card.width, generator=generator) - 1
     rollout = Rollout(world, SamplingConfig(num_steps=1), engine=engine)
     actions = None if action is None else action[:, None]
-    conditions = Conditions(actions=actions, labels=labels, text=_no_text(spec))
+    conditions = Conditions(actions=actions, labels=labels, text=no_text(spec))
     rollout.begin(frame, conditions, can_reset=False)
     rollout.step_latents(action)
     assert rollout.newest is not None
     made = rollout.newest.float().flatten().cpu()
     places = torch.linspace(0, made.numel() - 1, NUM_VALUES).long()
     return tuple(round(value, 6) for value in made[places].tolist())
-
-
-def _no_text(spec: ConditionSpec) -> Tensor | None:
-    """Return a text without words [1 l c], as it is filled up; None: no text steers a model."""
-    return torch.zeros(1, spec.text_length, spec.text_dim) if spec.has_text else None
 
 
 def _first_difference(theirs: Fingerprint, ours: Fingerprint) -> str:
@@ -128,24 +110,6 @@ LAST_FRAME = 2**31
 """Frames of the longest stream that is believed."""
 
 
-class CacheRecord(Record):
-    """A stream's KV cache, but its tensors."""
-
-    num_frames: Count
-    """Of the stream."""
-    slots: tuple[int | None, ...]
-    """Position of the frame in each place of the ring."""
-    num_evicted: Count
-    """Frames that have left the window."""
-
-    @staticmethod
-    def of(rollout: Rollout) -> CacheRecord:
-        cache = rollout.state.cache
-        return CacheRecord(
-            num_frames=rollout.num_frames, slots=tuple(cache.slots), num_evicted=cache.num_evicted
-        )
-
-
 def tensors_of(rollout: Rollout, prefix: str) -> dict[str, Tensor]:
     """Return the tensors of a stream's KV cache: what is filled of it, by name."""
     state = rollout.state
@@ -156,6 +120,8 @@ def tensors_of(rollout: Rollout, prefix: str) -> dict[str, Tensor]:
         tensors["sink_keys"] = cache.sink_keys
     if isinstance(state, SeparableState):
         tensors["newest"] = state.newest
+    # What the world remembers beside it: of text and video.
+    tensors |= {f"kept.{name}": tensor for name, tensor in rollout.remembered().items()}
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -196,6 +162,10 @@ def fill(rollout: Rollout, record: CacheRecord, tensors: Mapping[str, Tensor], p
         state.newest = _like(like, tensors, f"{prefix}.newest").to(like.device, copy=True)
     state.next_position = next_position
     rollout.num_frames = record.num_frames
+    begins = f"{prefix}.kept."
+    # Copied: the file is let go.
+    kept = {name: one.clone() for name, one in tensors.items() if name.startswith(begins)}
+    rollout.recall({name.removeprefix(begins): one for name, one in kept.items()})
 
 
 def _check_ring(record: CacheRecord, cache: KVCache, first: int, next_position: int) -> None:
@@ -227,40 +197,6 @@ def _like(target: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return found
 
 
-class FrameRecord(Record):
-    """A frame of the history, but its latent."""
-
-    action: ActionValue | None
-    """That led to it."""
-    sequence: Count
-    """That came with the action."""
-    steps: Count
-    """Denoising steps that it took; 0: it was given."""
-
-
-class SessionRecord(Record):
-    """A session, but its tensors."""
-
-    format: Literal["scd session 2"] = "scd session 2"
-    """Of the file."""
-    state: State
-    """How it stood."""
-    start: Beginning
-    """What it began with, but its frames."""
-    actions: tuple[ActionValue, ...]
-    """That led to the given frames."""
-    live: CacheRecord
-    """The stream."""
-    copies: tuple[CacheRecord, ...]
-    """Of the stream in the history, oldest first."""
-    frames: tuple[FrameRecord, ...]
-    """Of the history, from the state's `kept_from` on."""
-
-
-Place = tuple[World, Engine, int | None]
-"""Where a session goes on: world, engine, and frames in memory (None: as trained)."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Image:
     """All that makes a session, at one moment; nothing of it changes any more."""
@@ -286,98 +222,18 @@ class Parsed:
     tensors: Mapping[str, Tensor]
     """Its tensors, all finite; they lie in the bytes of the file."""
 
+    def text(self, place: int | None) -> Tensor | None:
+        """Return a text [1 l c], the same tensor every time; None: there is none."""
+        if place is None:
+            return None
+        if place >= len(self._texts):
+            raise bad(f"the snapshot lacks text {place}")
+        return self._texts[place]
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """What the tensors of a session of one world and engine are, as its head must say."""
-
-    dtype: torch.dtype
-    """Of all but the pictures."""
-    keys: tuple[int, int, int]
-    """Of a KV cache: layers, heads, and size of one."""
-    tokens: int
-    """Of a frame."""
-    window: int
-    """Frames of a full KV cache."""
-    num_sinks: int
-    """First frames whose keys are kept a second time."""
-    is_separable: bool
-    """Whether a stream keeps its newest frame, too."""
-    latent: tuple[int, ...]
-    """Shape of a frame as the model makes it."""
-    picture: tuple[int, ...]
-    """Shape of a given frame."""
-    max_start: int
-    """Given frames."""
-
-    @staticmethod
-    def of(place: Place, max_start: int) -> Layout:
-        """Look at a stream that has just begun."""
-        world, engine, window = place
-        rollout = Rollout(world, None, None, 0, window, engine)
-        _begin(rollout, 0 if engine.config.conditions.num_labels else None)
-        cache: KVCache = rollout.state.cache
-        layers, _, heads, _, head_dim = cache.keys.shape
-        return Layout(
-            dtype=engine.dtype,
-            keys=(layers, heads, head_dim),
-            tokens=cache.tokens_per_frame,
-            window=cache.config.window,
-            num_sinks=cache.config.num_sinks if cache.config.rebase_sinks else 0,
-            is_separable=isinstance(rollout.state, SeparableState),
-            latent=tuple(engine.shape.shape),
-            picture=(world.card.height, world.card.width, 3),
-            max_start=max_start,
-        )
-
-    def check(self, record: SessionRecord, head: Head) -> None:
-        """Refuse a file whose head names other tensors than a session of its numbers has.
-
-        Raises:
-            ServeError: bad_snapshot.
-        """
-        wanted = self._wanted(record)
-        found = {name: (entry.dtype, entry.shape) for name, entry in head.entries.items()}
-        start = found.pop("start", None)
-        if start is not None:
-            (dtype, shape), most = start, self.max_start
-            fits = shape[1:] == self.picture and 1 <= shape[0] <= most if shape else False
-            if dtype != torch.uint8 or not fits:
-                raise bad(
-                    f"start must be bytes of shape [t, *{self.picture}] with 1 to {most} frames, "
-                    f"got {dtype} of shape {shape}"
-                )
-        for name in wanted.keys() | found.keys():
-            if wanted.get(name) != found.get(name):
-                raise bad(f"{name[:80]} must be {_said(wanted, name)}, got {_said(found, name)}")
-
-    def _wanted(self, record: SessionRecord) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        streams = {"live": record.live}
-        streams |= {f"copy.{index}": copy for index, copy in enumerate(record.copies)}
-        batch = 2 if record.state.guidance.kind == "conditions" else 1
-        layers, heads, head_dim = self.keys
-        shapes: dict[str, tuple[int, ...]] = {}
-        for prefix, cache in streams.items():
-            if len(cache.slots) > self.window:
-                raise bad(f"{prefix} has {len(cache.slots)} frames, its window is {self.window}")
-            filled = len(cache.slots) * self.tokens
-            for name in ("keys", "values"):
-                shapes[f"{prefix}.{name}"] = (layers, batch, heads, filled, head_dim)
-            if cache.num_evicted and self.num_sinks:
-                sinks = self.num_sinks * self.tokens
-                shapes[f"{prefix}.sink_keys"] = (layers, batch, heads, sinks, head_dim)
-            if self.is_separable:
-                shapes[f"{prefix}.newest"] = (batch, min(cache.num_frames, 1), *self.latent)
-        if record.frames:
-            shapes["latents"] = (len(record.frames), *self.latent)
-        return {name: (self.dtype, shape) for name, shape in shapes.items()}
-
-
-def _said(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], name: str) -> str:
-    if name not in tensors:
-        return "absent"
-    dtype, shape = tensors[name]
-    return f"{dtype} of shape {shape}"
+    @cached_property
+    def _texts(self) -> list[Tensor]:
+        held = self.tensors.get("texts")
+        return [] if held is None else list(held.clone().split(1))
 
 
 def write(
@@ -399,23 +255,35 @@ def contents(image: Image, fingerprint: Fingerprint) -> tuple[dict[str, Tensor],
     tensors = tensors_of(live, "live")
     for index, copy in enumerate(history.copies):
         tensors |= tensors_of(copy, f"copy.{index}")
+    texts = Texts()
     if history.kept:
         tensors["latents"] = torch.cat([frame.latent for frame in history.kept]).cpu()
+    pictures = [frame.picture for frame in history.kept if frame.picture is not None]
+    if pictures:
+        tensors["pictures"] = torch.from_numpy(np.stack(pictures))
     if start.frames is not None:
         tensors["start"] = torch.from_numpy(np.require(start.frames, requirements="W"))
     record = SessionRecord(
         state=image.state.model_copy(update={"kept_from": history.kept_from}),
         start=start.message,
         actions=start.actions,
-        live=CacheRecord.of(live),
-        copies=tuple(CacheRecord.of(copy) for copy in history.copies),
+        live=CacheRecord.of(live, texts),
+        copies=tuple(CacheRecord.of(copy, texts) for copy in history.copies),
         frames=tuple(
-            FrameRecord(action=frame.action, sequence=frame.sequence, steps=frame.steps)
+            FrameRecord(
+                action=frame.action,
+                sequence=frame.sequence,
+                steps=frame.steps,
+                text=texts.place(frame.text),
+            )
             for frame in history.kept
         ),
+        null_text=texts.place(live.conditions.lasting.null_text),
     )
-    texts = {"session": record.model_dump_json(), "world": fingerprint.model_dump_json()}
-    return tensors, texts
+    if texts:
+        tensors["texts"] = torch.cat([text.float().cpu() for text in texts])
+    words = {"session": record.model_dump_json(), "world": fingerprint.model_dump_json()}
+    return tensors, words
 
 
 def parse_head(data: bytes | bytearray) -> tuple[Fingerprint, SessionRecord, Head]:
@@ -497,26 +365,10 @@ def _stream(
     sampling = with_num_steps(world.sampling, state.steps)
     guidance = as_guidance(state.guidance)
     rollout = Rollout(world, sampling, guidance, state.seed, window, engine)
-    _begin(rollout, label)
+    begin_blank(rollout, label, parsed.text(cache.text), parsed.text(record.null_text))
     rollout.num_given = state.num_given
     fill(rollout, cache, parsed.tensors, prefix)
     return rollout
-
-
-def _begin(rollout: Rollout, label: int | None) -> None:
-    """Begin a stream whose past is of no interest."""
-    world, engine = rollout.world, rollout.engine
-    labels = None if label is None else torch.tensor([label])
-    frames = actions = None
-    if engine.needs_first_frame:
-        spec = engine.config.conditions
-        frames = torch.zeros(1, 1, 3, world.card.height, world.card.width)
-        if spec.has_actions:
-            actions = torch.tensor([[spec.idle_action]]) if spec.action_dim else None
-            actions = torch.zeros(1, 1, dtype=torch.long) if actions is None else actions
-    text = _no_text(engine.config.conditions)
-    conditions = Conditions(actions=actions, labels=labels, text=text)
-    rollout.begin(frames, conditions, can_reset=False, from_nothing=True)
 
 
 def _history(parsed: Parsed, live: Rollout, place: Place, reach: int, every: int) -> History:
@@ -530,9 +382,15 @@ def _history(parsed: Parsed, live: Rollout, place: Place, reach: int, every: int
             raise bad(f"{len(record.frames)} frames need latents of shape {wanted}")
         # Copied, each by itself: the file is let go, and later the oldest frames.
         device = live.engine.device
+        pictures = parsed.tensors.get("pictures")
+        shown = [None] * len(latents) if pictures is None else list(pictures.numpy().copy())
         kept = [
-            KeptFrame(latent=latent[None].to(device, copy=True), **vars(frame))
-            for latent, frame in zip(latents, record.frames, strict=True)
+            KeptFrame(
+                latent=latent[None].to(device, copy=True),
+                picture=picture,
+                **vars(frame) | {"text": parsed.text(frame.text)},
+            )
+            for latent, picture, frame in zip(latents, shown, record.frames, strict=True)
         ]
     counts = [copy.num_frames for copy in record.copies]
     if first_kept + len(kept) != live.num_frames or (counts and counts[0] < first_kept):

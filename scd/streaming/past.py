@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,29 @@ def longer(engine: Engine, past: Past, newest: Kept, window: int | None) -> Past
     if len(past) <= cache.window:
         return past
     return (*past[: cache.num_sinks], *past[cache.num_sinks + 1 :])
+
+
+def named(past: Past) -> dict[str, Tensor]:
+    """Return a past as tensors by name, for a file."""
+    if not past:
+        return {}
+    latents, conditions = together(past)
+    actions = conditions.actions
+    # Numbers of actions are small, and exact in any type of a file.
+    return {"latents": latents} | ({} if actions is None else {"actions": actions.float()})
+
+
+def past_named(engine: Engine, tensors: Mapping[str, Tensor]) -> Past:
+    """Return the past that `named` turned into tensors."""
+    if "latents" not in tensors:
+        return ()
+    spec, size = engine.config.conditions, engine.config.frames_per_block
+    latents, actions = tensors["latents"].to(engine.device), tensors.get("actions")
+    led: Sequence[Tensor | None] = [None] * (latents.shape[1] // size)
+    if actions is not None:
+        led = actions.to(engine.device, None if spec.action_dim else torch.long).split(size, dim=1)
+    parts = zip(latents.split(size, dim=1), led, strict=True)
+    return tuple(Kept(latents=part.clone(), actions=done) for part, done in parts)
 
 
 def together(past: Sequence[Kept]) -> tuple[Float[Tensor, "b t c h w"], Conditions]:

@@ -5,7 +5,7 @@ Source: paper (sampling).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from os import PathLike
 from typing import Any
@@ -28,7 +28,7 @@ from scd.streaming.conditions import StreamConditions
 from scd.streaming.draft import Draft, draft_all
 from scd.streaming.finite import refuse_not_finite
 from scd.streaming.noise import NoiseUse, frame_noises, future_seeds, step_noises
-from scd.streaming.past import Past, past_of, together, with_frame
+from scd.streaming.past import Past, named, past_named, past_of, together, with_frame
 from scd.streaming.start import Given, given_frames, own_start
 from scd.streaming.steering import Action, Plan, as_plan
 
@@ -169,7 +169,7 @@ class Rollout:
     @property
     def labels(self) -> Tensor | None:
         """Class of each stream, [b]; None: this model has none."""
-        return self._conditions.lasting.labels
+        return self.conditions.lasting.labels
 
     @torch.no_grad()
     def begin(
@@ -254,7 +254,7 @@ class Rollout:
     @property
     def text(self) -> Tensor | None:
         """Embedded text of each stream, [b l c]; None: no text steers this model."""
-        return self._conditions.lasting.text
+        return self.conditions.lasting.text
 
     @torch.no_grad()
     def change_text(
@@ -274,7 +274,7 @@ class Rollout:
         Raises:
             ValueError: the stream has not begun, or the text does not fit.
         """
-        steering = self._conditions.with_text(text, null_text)
+        steering = self.conditions.with_text(text, null_text)
         if recompute and self._past:
             latents, conditions = together(self._past)
             both, past = self._twice(latents), steering.of_given(conditions)
@@ -283,7 +283,7 @@ class Rollout:
 
     @property
     def _has_null_state(self) -> bool:
-        """Whether the unconditional branch of guidance has a KV cache of its own."""
+        # The unconditional branch of guidance has a KV cache of its own.
         return self.guidance.kind == "conditions"
 
     def _twice(self, latents: Tensor) -> Tensor:
@@ -291,10 +291,11 @@ class Rollout:
 
     def _steered(self, actions: Action | None) -> Conditions:
         """Return the conditions of one frame from its actions."""
-        return self._conditions.of_frame(actions)
+        return self.conditions.of_frame(actions)
 
     @property
-    def _conditions(self) -> StreamConditions:
+    def conditions(self) -> StreamConditions:
+        """What steers the streams (ValueError: they have not begun)."""
         if self._state is None or self._steering is None:
             raise ValueError("begin the stream first")
         return self._steering
@@ -475,7 +476,7 @@ class Rollout:
                 step at all.
         """
         number = None if num_steps is None else as_whole(num_steps, "num_steps", 1)
-        known = as_plan(actions, self.world.card, self._conditions.batch, number)
+        known = as_plan(actions, self.world.card, self.conditions.batch, number)
         if self.engine.device.type == "cuda":
             return self._generate_overlapped(known)
         return torch.cat([self.step_video(now) for now in known], dim=1)
@@ -552,6 +553,17 @@ class Rollout:
             twin._decoder = self._decoder.fork()
         return twin
 
+    def remembered(self) -> dict[str, Tensor]:
+        """Return what the streams keep beside their KV cache and conditions, by name."""
+        kept = self.decoder.remembered().items()
+        return named(self._past) | {f"decoder.{name}": tensor for name, tensor in kept}
+
+    def recall(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put in what streams of as many frames have `remembered`."""
+        self._past = past_named(self.engine, tensors)
+        of = {name.partition(".")[2]: one for name, one in tensors.items() if "." in name}
+        self.decoder.recall(of, self.num_frames)
+
     def _futures(self, num_futures: Whole, seeds: Sequence[Whole] | None) -> Rollout:
         num = as_whole(num_futures, "num_futures", 1)
         twin = copy(self)
@@ -562,7 +574,7 @@ class Rollout:
         twin.newest = None if self.newest is None else self.newest.repeat_interleave(num, 0)
         if self._decoder is not None:
             twin._decoder = self._decoder.fork(num)
-        twin._steering = self._conditions.repeat(num)
+        twin._steering = self.conditions.repeat(num)
         twin._past = tuple(one.repeat(num) for one in self._past)
         return twin
 

@@ -218,7 +218,7 @@ class TrainAutoencoderConfig(RunConfig):
     """Folder of the training, which is the autoencoder too; one in it is continued."""
     network: Literal["auto", NetworkName] = "auto"
     """FAR's deep-compression networks with cells of 8, 16 or 32 pixels, or small ones, of 1.2 and
-    3.4 million weights, for a CPU; small-wan: of Wan's kind, causal over time, of 1.1 million.
+    3.4 million weights, for a CPU; small-wan: of Wan's kind, causal over time, of 2.6 million.
     auto: FAR's for frames of 64, 128 or 256, with 8x8 latents."""
     reconstruction_steps: int = 100_000
     """Steps of the first part: absolute and perceptual distance, all weights."""

@@ -2,16 +2,19 @@
 
 import base64
 import io
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load, save
 
 from scd.data.clip import Conditions, frames_to_pixels
 from scd.models.build import build
 from scd.serving.client import Client, Refused
+from scd.serving.tensors import read_head
 from scd.streaming.rollout import Rollout
 from scd.streaming.texts import WorldTexts
 from tests.servers import serving
@@ -22,6 +25,8 @@ from tests.tiny_wan_vae import write_tiny_parts
 KEYS = replace(TEXT, num_actions=3, actions_per_frame=4)
 ROUNDED = 3e-4
 """Mean difference of a picture's bytes up to which it is the same."""
+
+GUIDED = {"kind": "conditions", "scale": 2.0}
 
 DOG, SNOW = "the red dog runs", "snow at night"
 
@@ -132,6 +137,79 @@ def test_going_back_and_forking_keep_what_the_decoder_remembers(keys):
     assert again["frame"] == -1 and again["prompt"] == SNOW
 
 
+def file_of(served, session):
+    """A snapshot of a session."""
+    status, file = served.call("POST", f"/v1/sessions/{session}/snapshot")
+    assert status == 200
+    return file
+
+
+def restored(served, file):
+    """The state of a session that goes on from a file."""
+    status, state = served.call("POST", "/v1/sessions/restore", file)
+    assert status == 201, state
+    return state
+
+
+@pytest.mark.parametrize("num_frames", [0, 1, 4])
+def test_a_snapshot_has_what_the_decoder_remembers(keys, num_frames):
+    """At the first frames, where it remembers less, and with two prompts in its history."""
+    world, served = keys
+    actions, switch = [0, 2, 1, 1, 2, 0], min(num_frames, 2)
+    session = ask(served, "create", prompt=DOG, seed=7)["session"]
+    step(served, session, *actions[:switch])
+    ask(served, "set", session, prompt=SNOW)
+    step(served, session, *actions[switch:num_frames])
+    file, rest = file_of(served, session), actions[num_frames:]
+    state = restored(served, file)
+    twin = state["session"]
+    assert (state["frame"], state["prompt"]) == (num_frames - 1, SNOW) and twin != session
+    wanted = alone(world, DOG, actions, 7, (switch, SNOW, False))
+    assert same(step(served, twin, *rest)[0], wanted[num_frames:])
+    if num_frames == 4:
+        # Back to where only the first prompt had been seen; and what was seen then.
+        ask(served, "rewind", twin, frame=1)
+        assert same(step(served, twin, *actions[2:])[0], wanted[2:])
+        _, shown = served.call("GET", f"/v1/sessions/{twin}/frames/1")
+        near = np.asarray(Image.open(io.BytesIO(shown))).astype(int) - wanted[1][-1]
+        assert np.abs(near).mean() < 8
+    # Frames in the window are seen anew there, as here.
+    found, again = [], restored(served, file)["session"]
+    for name in (session, again):
+        ask(served, "set", name, prompt=DOG, recompute=True)
+        found.append(step(served, name, *rest)[0])
+    for name in (session, twin, again):
+        served.call("DELETE", f"/v1/sessions/{name}")
+    assert same(*found) and not same(found[0], wanted[num_frames:])
+
+
+def test_a_snapshot_goes_to_another_server_that_never_heard_its_prompt(keys, source, tmp_path):
+    world, served = keys
+    session = ask(served, "create", prompt=DOG, seed=4, guidance=GUIDED)["session"]
+    first, _ = step(served, session, 0, 1)
+    file = file_of(served, session)
+    wanted, _ = step(served, session, 2)
+    # The same world from where else it was copied to.
+    copied = shutil.copytree(source, tmp_path / "copied")
+    with serving(world_of(copied, KEYS)) as other:
+        twin = restored(other, file)["session"]
+        assert same(step(other, twin, 2)[0], wanted)
+        assert ask(other, "restart", twin)["prompt"] == DOG
+        assert same(step(other, twin, 0, 1)[0], first)
+        for change, said in (
+            ({"texts": None}, "texts must be"),
+            ({"pictures": None}, "pictures must be"),
+            ({"live.kept.decoder.0": torch.zeros(1, 2, 3)}, "decoder.0 must be"),
+            ({"live.kept.actions": None}, "kept.actions must be"),
+        ):
+            tensors = {**load(bytes(file)), **change}
+            kept = {name: one for name, one in tensors.items() if one is not None}
+            damaged = save(kept, dict(read_head(file).texts))
+            status, told = other.call("POST", "/v1/sessions/restore", damaged)
+            assert (status, told["error"]["code"]) == (400, "bad_snapshot")
+            assert said in told["error"]["message"]
+
+
 def test_a_running_session_sends_each_picture_and_keeps_the_pace_of_video(keys):
     _, served = keys
     with Client(served.url) as client:
@@ -170,8 +248,6 @@ def test_what_does_not_fit_is_refused(keys):
         client.create(prompt=DOG)
         with pytest.raises(ValueError, match="recompute: goes with a prompt"):
             client.set(recompute=True)
-        with pytest.raises(Refused, match="makes video"):
-            client.snapshot()
         client.step(0)
         assert client.step(0)[-1].header.frame == 1
         client.close()

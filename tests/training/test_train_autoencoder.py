@@ -367,7 +367,7 @@ def test_an_autoencoder_of_video_learns_alike(videos, tmp_path):
     config = settings(videos, tmp_path / "whole", network="small-wan", num_frames=5)
     config = replace(config, optim=replace(config.optim, optimizer="muon"), latent_noise=0.1)
     train_autoencoder(config)
-    parts = replace(config, out=str(tmp_path / "parts"))
+    parts = replace(config, out=str(tmp_path / "parts"), keep_checkpoints=9)
     for steps in (0, 1, 2):
         train_autoencoder(replace(parts, adversarial_steps=steps, latent_noise=0.1 * (steps > 0)))
     steps = [tmp_path / name / "step_000004" for name in ("whole", "parts")]
