@@ -15,7 +15,7 @@ from scd import __version__
 from scd.common.config import StreamPrecision
 from scd.common.provenance import hardware_line, provenance
 from scd.common.runtime import STREAM_DTYPES, describe_hardware, synchronize
-from scd.engine.fp8 import rounded_by_row
+from scd.engine.fp8 import product, rounded_by_row
 
 ON_THE_CARD = ("hardware", "versions", "timed", "command", "limits")
 """What all rows have in common and the screen shows once."""
@@ -74,16 +74,8 @@ def _matmul_rate(
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     if precision == "fp8":
         (left, scale), (right, other) = rounded_by_row(left), rounded_by_row(right)
-        right, other = right.t(), other.t()
-        return (
-            2
-            * size**3
-            / _best_s(
-                lambda: torch._scaled_mm(left, right, scale, other, out_dtype=dtype),
-                device,
-                seconds,
-            )
-        )
+        factors = left, right.t(), scale, other.t(), torch.zeros(size, device=device, dtype=dtype)
+        return 2 * size**3 / _best_s(lambda: product(*factors), device, seconds)
     result = torch.empty(size, size, device=device, dtype=dtype)
     return 2 * size**3 / _best_s(lambda: torch.mm(left, right, out=result), device, seconds)
 

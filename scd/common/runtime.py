@@ -114,7 +114,9 @@ def choose_stream_precision(name: str, device: torch.device) -> StreamPrecision:
         ValueError: no such precision, or one that the device lacks.
     """
     if name == "fp8":
-        found = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+        found: tuple[int, int] = (0, 0)
+        if device.type == "cuda":
+            found = torch.cuda.get_device_capability(device)
         if found < FP8_CAPABILITY:
             least, has = (".".join(map(str, one)) for one in (FP8_CAPABILITY, found))
             raise ValueError(

@@ -53,11 +53,23 @@ class Fp8Linear(LinearMap):
         if self._beside:
             rows = functional.pad(rows, (0, self._beside))
         rounded, scale = rounded_by_row(rows)
-        y = torch._scaled_mm(
-            rounded, self.weight, scale, self.scale, bias=self.bias.to(x.dtype), out_dtype=x.dtype
-        )
+        y = product(rounded, self.weight, scale, self.scale, self.bias.to(x.dtype))
         y = y[:, : self.out_features].view(*x.shape[:-1], self.out_features)
         return functional.gelu(y, approximate="tanh") if self.activation == "gelu" else y
+
+
+def product(
+    rows: Tensor, columns: Tensor, scale: Tensor, other_scale: Tensor, bias: Tensor
+) -> Tensor:
+    """Return (scale * rows) @ (columns * other_scale) + bias, in the type of the bias.
+
+    Args:
+        rows: [s d], in 8 bits, and their `scale` [s 1].
+        columns: [d out], in 8 bits, each column in one piece, and their scale [1 out].
+    """
+    return torch.ops.aten._scaled_mm(
+        rows, columns, scale, other_scale, bias=bias, out_dtype=bias.dtype
+    )
 
 
 def rounded_by_row(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,7 @@ def kernels(network: nn.Module) -> Iterable[Tensor]:
     Kernels of single channels or groups are left out: they are many small matrices, not one.
     """
     for part in network.modules():
-        is_kernel = isinstance(part, (nn.Conv2d, nn.Conv3d)) and part.groups == 1
-        if isinstance(part, nn.Linear) or is_kernel:
+        if isinstance(part, nn.Linear):
+            yield part.weight
+        elif isinstance(part, (nn.Conv2d, nn.Conv3d)) and part.groups == 1:
             yield part.weight

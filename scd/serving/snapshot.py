@@ -387,8 +387,11 @@ def _history(parsed: Parsed, live: Rollout, place: Place, reach: int, every: int
         kept = [
             KeptFrame(
                 latent=latent[None].to(device, copy=True),
+                action=frame.action,
+                sequence=frame.sequence,
+                steps=frame.steps,
+                text=parsed.text(frame.text),
                 picture=picture,
-                **vars(frame) | {"text": parsed.text(frame.text)},
             )
             for latent, picture, frame in zip(latents, shown, record.frames, strict=True)
         ]
