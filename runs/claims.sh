@@ -17,7 +17,7 @@ decide() {
 }
 decide base_against_dense 8
 for claim in separable_4_2_against_dense_6 token_concat_against_channel_concat \
-  base_against_token_concat base_against_noise_0 \
+  channel_concat_against_dense base_against_token_concat base_against_noise_0 \
   base_against_noise_0.5 draws_2_against_base draws_4_against_base base_against_noisy_input \
   guided_against_base token_concat_against_add base_against_noise_0.2 \
   deep_encoder_against_base deep_decoder_against_base deep_decoder_against_deep_encoder; do

@@ -53,6 +53,13 @@ CLAIMS = (
         expected="no worse",
     ),
     Claim(
+        name="separable with channel concat, against dense",
+        of="channel_concat",
+        against="dense",
+        said="not in the paper",
+        expected="nothing",
+    ),
+    Claim(
         name="token concat, against channel concat",
         of="token_concat",
         against="channel_concat",
