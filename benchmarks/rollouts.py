@@ -72,13 +72,20 @@ class RolloutsConfig:
     out: str = ""
     """JSON file of the result; empty: none."""
     picture: str = ""
-    """PNG of the first clip as it was recorded and as each way goes on: of each latent frame its
-    last picture, from the last given one on; empty: none."""
+    """PNG of one clip as it was recorded and as each way goes on: of each latent frame its last
+    picture, from the last given one on; empty: none."""
+    clip: int = 0
+    """Which clip that is."""
+    held: tuple[str, ...] = ()
+    """Names of actions: the picture also shows the last way under each of them, held."""
 
     def __post_init__(self) -> None:
         at_least(1, given=self.given, frames=self.frames, clips_per_episode=self.clips_per_episode)
         at_least(1, threads=self.threads)
         at_least(2, samples=self.samples)
+        at_least(0, clip=self.clip)
+        if self.held and not self.picture:
+            raise ValueError("held actions are seen in the picture alone: name one")
 
 
 def parse_way(way: str) -> tuple[str, int]:
@@ -145,6 +152,8 @@ def measure(config: RolloutsConfig) -> dict[str, Any]:
     for way in (config.reference, *config.ways):
         parse_way(way)
     batch = read_batch(config)
+    if config.clip >= len(batch.frames):
+        raise ValueError(f"clip must be one of {len(batch.frames)}, from 0 on, got {config.clip}")
     own = batch.conditions
     true = batch.frames[None, :, config.given :]
     reference = follow(config.reference, batch, own, config, "reference")
@@ -153,11 +162,11 @@ def measure(config: RolloutsConfig) -> dict[str, Any]:
     if own.actions is not None:
         others = replace(own, actions=own.actions.roll(config.clips_per_episode, 0))
     by_clip: dict[str, dict[str, Tensor]] = {}
-    first_clip = {"recorded": true[0, 0]}
+    shown = {"recorded": true[0, config.clip]}
     for way in config.ways:
         made = follow(way, batch, own, config, "ways")
         run, steps = parse_way(way)
-        first_clip[f"{Path(run).name}, {steps} steps"] = made[0, 0]
+        shown[f"{Path(run).name}, {steps} steps"] = made[0, config.clip]
         between = apart(made, made)
         by_clip[way] = {
             "score": apart(made, true) - between / 2,
@@ -169,10 +178,29 @@ def measure(config: RolloutsConfig) -> dict[str, Any]:
             wrong = follow(way, batch, others, config, "ways")
             by_clip[way]["wrong"] = (wrong - true).square().flatten(2).mean((0, 2))
     if config.picture:
-        draw(config, batch.frames[0, : config.given], first_clip)
+        shown |= under_held(config, batch)
+        draw(config, batch.frames[config.clip, : config.given], shown)
     found = _summary(by_clip, apart_there, config.clips_per_episode)
     score = apart(reference, true) - apart_there / 2
     return {"ways": found, "clips": len(batch.frames), "reference_score": score.mean().item()}
+
+
+def under_held(config: RolloutsConfig, batch: Batch) -> dict[str, Float[Tensor, "m c h w"]]:
+    """Return the clip of the picture as the last way goes on under held actions, by their names
+    (ValueError: the world has no such action)."""
+    names, found = open_source(config.data, config.split, latents=True).card.action_names, {}
+    alone = slice(config.clip, config.clip + 1)
+    conditions = vars(batch.conditions).items()
+    parts = {name: None if one is None else one[alone] for name, one in conditions}
+    first = replace(batch, frames=batch.frames[alone], conditions=Conditions(**parts))
+    for name in config.held:
+        if name not in names:
+            raise ValueError(f"held must be of {list(names)}, got {name!r}")
+        actions = parts["actions"].clone()
+        actions[:, config.given :] = names.index(name)
+        held = replace(first.conditions, actions=actions)
+        found[f"{name} held"] = follow(config.ways[-1], first, held, config, "ways")[0, 0]
+    return found
 
 
 @torch.no_grad()

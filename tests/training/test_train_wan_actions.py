@@ -129,12 +129,12 @@ def test_rollouts_are_scored(made, run, tmp_path, capsys):
     _, _, latents = made
     settings = {"data": latents, "given": 2, "frames": 2, "clips_per_episode": 2, "samples": 6}
     ways = f"{run}@1", f"{run}@8"
-    settings |= {"picture": str(tmp_path / "rows.png")}
+    settings |= {"picture": str(tmp_path / "rows.png"), "held": ("b", "c")}
     result = rollouts.measure(rollouts.RolloutsConfig(reference=f"{run}@8", ways=ways, **settings))
     assert result["clips"] == 4
-    # Three rows of the last given frame and two more, each of 32 rows and columns or more.
+    # Five rows of the last given frame and two more, each of 32 rows and columns or more.
     height, width, _ = np.asarray(Image.open(tmp_path / "rows.png")).shape
-    assert height > 3 * 32 and width > 3 * 32
+    assert height > 5 * 32 and width > 3 * 32
     few, same = (result["ways"][way] for way in ways)
     assert same["spread"] == pytest.approx(1, abs=0.1)
     assert abs(same["distance"]["mean"]) < few["distance"]["mean"] / 2
@@ -147,6 +147,9 @@ def test_rollouts_are_scored(made, run, tmp_path, capsys):
     assert "RUN@2, got 'run'" in capsys.readouterr().err
     assert rollouts.main([*words, f"{run}@2", "--frames", "20"]) == 2
     assert "two episodes of 25 latent frames" in capsys.readouterr().err
+    few = [f"{run}@2", "--given", "2", "--frames", "1", "--samples", "2", "--picture", "a.png"]
+    assert rollouts.main([*words, *few, "--held", "left"]) == 2
+    assert "held must be of ['a', 'b', 'c'], got 'left'" in capsys.readouterr().err
 
 
 def test_data_of_other_conditions_is_refused(made, run, tmp_path, capsys):
