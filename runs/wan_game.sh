@@ -47,6 +47,6 @@ run scd distill wan-consistency "$out/run" "${on[@]}" --steps 1000 500 \
 run scd distill "$out/run" "${on[@]}" --initial "$out/start" --method dmd --steps 2 \
   --objective.num-given-frames 3 --ema-decay 0.9 --max-steps 200 --optim.optimizer adamw \
   --optim.lr 5e-5 --objective.critic.optimizer adamw --objective.critic.lr 2e-4 --out "$out/two"
-run python benchmarks/rollouts.py --data "$out/latents" --reference "$out/run@48" \
-  --ways "$out/run@2" "$out/run@8" "$out/start@2" "$out/two@2" --clips-per-episode 2 \
-  --picture "$out/rollouts.png" --out "$out/rollouts.json"
+run python benchmarks/rollouts.py --data "$out/latents" --reference "$out/run@24" \
+  --ways "$out/run@2" "$out/run@8" "$out/start@2" "$out/two@2" --clips-per-episode 2 --samples 3 \
+  --picture "$out/rollouts.png" --clip 6 --held left right brake --out "$out/rollouts.json"
