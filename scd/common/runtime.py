@@ -103,7 +103,7 @@ INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni")
 """Instructions of CPUs that multiply whole numbers of 8 bits and add in 32."""
 
 
-FP8_CAPABILITY = (8, 9)
+FP8_CAPABILITY: tuple[int, ...] = (8, 9)
 """Compute capability from which on GPUs multiply floating-point numbers of 8 bits."""
 
 
