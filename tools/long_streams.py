@@ -97,9 +97,7 @@ class StreamsConfig:
         at_least(1, frames=self.frames, part=self.part, streams=self.streams, context=self.context)
         if not self.out.endswith(".json"):
             raise ValueError(f"out must be a .json file, got {self.out}")
-        for cache in self.caches:
-            if not re.fullmatch(r"\d+/\d+", cache):
-                raise ValueError(f"caches must be WINDOW/SINKS, such as 16/1, got {cache!r}")
+        check_caches(self.caches)
         if min(self.observe_every, default=0) < 0:
             raise ValueError(f"observe_every must be 0 or more, got {self.observe_every}")
 
@@ -129,6 +127,19 @@ def recorded(source: Source, num_streams: int, num_frames: int, seed: int) -> Re
     known = [one for one in actions if one is not None]
     conditions = Conditions(actions=torch.stack(known) if known else None)
     return Recorded(frames=torch.stack(frames), conditions=conditions)
+
+
+def check_caches(caches: Sequence[str]) -> None:
+    """Refuse what is not WINDOW/SINKS (ValueError)."""
+    for cache in caches:
+        if not re.fullmatch(r"\d+/\d+", cache):
+            raise ValueError(f"caches must be WINDOW/SINKS, such as 16/1, got {cache!r}")
+
+
+def named(cache: str) -> str:
+    """Say WINDOW/SINKS in words."""
+    window, sinks = cache.split("/")
+    return f"window {window}, sinks {sinks}"
 
 
 def with_cache(world: World, cache: str) -> World:
@@ -229,7 +240,7 @@ def long_streams(config: StreamsConfig) -> list[dict[str, Any]]:
         for every in config.observe_every:
             world = with_cache(load_world(config.run), cache)
             now = world.model.config.cache
-            name = f"window {now.window}, sinks {now.num_sinks}"
+            name = named(f"{now.window}/{now.num_sinks}")
             name += f", observe every {every}" if every else ""
             if name in done:
                 continue

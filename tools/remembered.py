@@ -7,16 +7,20 @@ open and close it, and nothing else moves. Trained on it are a separable model a
 the same size, from the same seeds on the same clips, for each number of `--steps`. Then a stream is
 given two frames with the curtain open, closes it for `--hidden` frames, which it makes itself, and
 opens it: the share of fields whose colour is nearest to the true one is what came back. Chance is
-one in eight. FILE.png is the plot. What is trained stays in `--runs`: the same command goes on.
+one in eight. `--caches` asks the same runs again with KV caches of WINDOW/SINKS frames: the sinks
+are the first frames of a stream, which stay for good, and the separable model's first one is its
+start frame, which shows nothing. FILE.png is the plot. What is trained stays in `--runs`: the same
+command goes on.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
@@ -25,6 +29,7 @@ import tyro
 from cells import markdown
 from decide import run
 from jaxtyping import Float, Int
+from long_streams import check_caches, named, with_cache
 from torch import Tensor
 
 import scd
@@ -78,6 +83,10 @@ class RememberedConfig:
     """The result, a .json file."""
     runs: str = "runs/out/remembered"
     """Folder of clips and trainings."""
+    kinds: tuple[Literal["separable", "dense"], ...] = ("separable", "dense")
+    """What is trained."""
+    caches: tuple[str, ...] = ()
+    """WINDOW/SINKS of the KV cache of streams, in frames; none: as the models were trained."""
     hidden: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Frames for which the curtain is closed; the longest in training is `longest`."""
     longest: int = 12
@@ -94,8 +103,10 @@ class RememberedConfig:
     def __post_init__(self) -> None:
         at_least(1, longest=self.longest, seeds=self.seeds, clips=self.clips)
         at_least(40, episodes=self.episodes)
-        if not self.hidden or min(self.hidden) < 1 or not self.steps or min(self.steps) < 1:
-            raise ValueError("needed one or more of each of hidden and steps, each at least 1")
+        if not self.kinds or not self.hidden or not self.steps:
+            raise ValueError("needed one or more of each of kinds, hidden and steps")
+        at_least(1, hidden=min(self.hidden), steps=min(self.steps))
+        check_caches(self.caches)
         if not self.out.endswith(".json"):
             raise ValueError(f"out must be a .json file, got {self.out}")
 
@@ -129,13 +140,13 @@ def train(kind: str, steps: int, seed: int, data: Path, folder: Path) -> None:
 
 
 @torch.no_grad()
-def comes_back(run: Path, hidden: int, num_clips: int) -> Float[Tensor, " clips"]:
+def comes_back(run: Path, hidden: int, num_clips: int, cache: str = "") -> Float[Tensor, " clips"]:
     """Return the share of fields of each stream whose colour is right when the curtain opens."""
     generator = np.random.default_rng(ASKED)
     colours = generator.integers(len(COLOURS), size=(num_clips, 4))
     true = np.stack([pictures(one, [OPEN] * GIVEN) for one in colours])
     opened = torch.full((num_clips,), OPEN)
-    rollout = Rollout(load_world(run), seed=0, engine="fast")
+    rollout = Rollout(with_cache(load_world(run), cache), seed=0, engine="fast")
     rollout.begin(
         pixels_to_frames(torch.from_numpy(true)),
         Conditions(actions=opened[:, None].expand(-1, GIVEN)),
@@ -161,13 +172,14 @@ def remembered(config: RememberedConfig) -> dict[str, Any]:
     record(runs / "clips", config.episodes, config.longest)
     rows = []
     for steps in config.steps:
-        for kind in KINDS:
+        for kind in config.kinds:
             folders = [runs / f"{kind}-{steps}-{seed}" for seed in range(config.seeds)]
             for seed, folder in enumerate(folders):
                 train(kind, steps, seed, runs / "clips", folder)
-            for hidden in config.hidden:
-                shares = torch.stack([comes_back(one, hidden, config.clips) for one in folders])
-                name = f"{kind}, {steps} steps"
+            for cache, hidden in itertools.product(config.caches or ("",), config.hidden):
+                found = [comes_back(one, hidden, config.clips, cache) for one in folders]
+                shares = torch.stack(found)
+                name = f"{kind}, {steps} steps" + (f", {named(cache)}" if cache else "")
                 row = row_of("memory", bootstrap(shares.mean(0)), name) | {"horizon": hidden}
                 rows.append(row | {"by_seed": [round(one, 4) for one in shares.mean(1).tolist()]})
                 print(f"{name}, hidden for {hidden}: {row['mean']:.2f}", flush=True)

@@ -42,6 +42,13 @@ def test_both_kinds_are_trained_and_asked(tmp_path, capsys):
     words += ["--hidden", "1", "3", "--clips", "4", "--episodes", "40"]
     assert remembered.main(words) == 0
     result = json.loads(out.read_text())
+    again = [*words, "--out", str(tmp_path / "again.json"), "--kinds", "dense", "--caches"]
+    assert remembered.main([*again, "24/1", "2/0"]) == 0
+    rows = json.loads((tmp_path / "again.json").read_text())["rows"]
+    names = ["dense, 2 steps, window 24, sinks 1"] * 2 + ["dense, 2 steps, window 2, sinks 0"] * 2
+    assert [row["baseline"] for row in rows] == names
+    # As they were trained.
+    assert [row["mean"] for row in rows[:2]] == [row["mean"] for row in result["rows"][2:]]
     asked = [(row["baseline"], row["horizon"]) for row in result["rows"]]
     kinds = ("separable, 2 steps", "dense, 2 steps")
     assert asked == [(kind, hidden) for kind in kinds for hidden in (1, 3)]
@@ -59,9 +66,11 @@ def test_both_kinds_are_trained_and_asked(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--hidden", "0"], "each at least 1"),
+        (["--hidden", "0"], "hidden must be 1 or more"),
         (["--seeds", "0"], "seeds"),
         (["--episodes", "5"], "episodes"),
+        (["--caches", "24"], "caches must be WINDOW/SINKS"),
+        (["--kinds"], "one or more of each of kinds"),
         (["--out", "a.txt"], "a .json file, got a.txt"),
     ],
 )
