@@ -32,19 +32,19 @@ recording=(scd record gym CarRacing-v3 --make continuous=False --frames-from obs
   --frames "$(amount 200 100)" --names nothing right left gas brake)
 run "${recording[@]}" --episodes "$(amount 289 5)" --workers 2 --out "$data"
 # Other roads than those above, for tests alone: 256 clips of 48 frames that do not overlap.
-run "${recording[@]}" --episodes "$(amount 66 3)" --seed 1 --val-fraction 0 --test-fraction 0.97 --workers 1 \
-  --out "$out/test"
+run "${recording[@]}" --episodes "$(amount 66 3)" --seed 1 --val-fraction 0 --test-fraction 0.97 \
+  --workers 1 --out "$out/test"
 if [ "${UNTIL:-}" = recording ]; then exit; fi
 autoencoder=(scd train-autoencoder --data "$data" --out "$out/autoencoder" --network small-16
-  --reconstruction-steps "$(amount 2400 8)" --batch-size 8 --num-frames 1 --perceptual-weight 0.1 --precision bf16
-  --ema-decay 0.99 --optim.optimizer muon --optim.muon-lr 5e-3 --optim.lr 2e-3
-  --optim.warmup-steps 50 --optim.decay-fraction 0.5 --num-validation-clips 60
-  --validate-every 600 --save-every 200 --num-loader-workers 1)
+  --reconstruction-steps "$(amount 2400 8)" --batch-size 8 --num-frames 1
+  --perceptual-weight 0.1 --precision bf16 --ema-decay 0.99 --optim.optimizer muon
+  --optim.muon-lr 5e-3 --optim.lr 2e-3 --optim.warmup-steps 50 --optim.decay-fraction 0.5
+  --num-validation-clips 60 --validate-every 600 --save-every 200 --num-loader-workers 1)
 [ -f "$out/autoencoder/held_out.json" ] || run "${autoencoder[@]}" --adversarial-steps 0
 # Then the decoder alone, which leaves the latents as they are: edges, and above all those across the
 # borders of cells, where a grid would show.
-run "${autoencoder[@]}" --adversarial-steps 6000 --adversarial-weight 0 --edge-weight 2 \
-  --border-weight 8 --latent-noise 0.1
+run "${autoencoder[@]}" --adversarial-steps "$(amount 6000 8)" --adversarial-weight 0 \
+  --edge-weight 2 --border-weight 8 --latent-noise 0.1
 run scd encode "$data" --autoencoder "$out/autoencoder" --out "$out/latents" --precision bf16
 # Four rows of four cells are a frame's tokens. Nobody will hide the action: no dropout of it.
 run scd train doom-play --data "$out/latents" --model.shape.patch-size 1 --out "$out/world" \
