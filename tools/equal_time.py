@@ -257,15 +257,15 @@ def frame_s(world_folder: Path, test: Path) -> float:
         return (time.process_time() - began) / TIMED_FRAMES
 
 
-def show(world_folder: Path, test: Path, horizon: int, path: Path) -> None:
+def show(world_folder: Path, test: Path, config: EqualTimeConfig, path: Path) -> None:
     """Draw a few held-out clips, the truth above what the world makes of them."""
     world, source = load_world(world_folder), open_source(str(test), "test")
-    length = CONTEXT + horizon
-    clips = read_windows(source, choose_windows(source, NUM_SHOWN, length, seed=1), length)
+    length, shown = CONTEXT + config.horizon, min(NUM_SHOWN, config.clips)
+    clips = read_windows(source, choose_windows(source, shown, length, seed=1), length)
     with cpu_threads(1):
         sampling = with_num_steps(world.sampling, NUM_STEPS)
         made = predict(world, clips, CONTEXT, sampling=sampling).frames
-    at = [place for place in (0, 1, 3, 7, 11, 15, 23, 31) if place < horizon]
+    at = [place for place in (0, 1, 3, 7, 11, 15, 23, 31) if place < config.horizon]
     rows = []
     for true, other in zip(clips.frames[:, CONTEXT:], made, strict=True):
         rows += [
@@ -292,7 +292,7 @@ def measure_row(name: str, config: EqualTimeConfig) -> dict[str, Any]:
     evaluation = read_json(found)
     picture = home / key / "shown.png"
     if not picture.is_file():
-        show(world, test, config.horizon, picture)
+        show(world, test, config, picture)
     rows, overall = evaluation["rows"], evaluation["overall"]
     horizons = [one for one in HORIZONS if one <= config.horizon]
     control = {row["baseline"]: row["mean"] for row in overall if row["metric"] == "control"}
