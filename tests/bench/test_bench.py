@@ -440,7 +440,7 @@ def test_labels_steer_timed_streams(monkeypatch, tiny_world):
         ("--model ./nowhere", "there is none at"),
         ("--model ,", "model needs one entry or more"),
         ("--engine warp", "unknown engine 'warp'; there are plain, fast"),
-        ("--precision fp8", "unknown precision 'fp8'; there are fp32, bf16"),
+        ("--precision fp4", "unknown precision 'fp4'; there are fp32, bf16"),
         ("--guidance more", "unknown guidance 'more'"),
         ("--join zip", "unknown join 'zip'; there are token_concat"),
         ("--context 17", "context 17 is longer than the window of toy, 16 frames"),

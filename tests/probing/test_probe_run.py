@@ -146,11 +146,11 @@ def test_what_is_done_is_not_measured_again(done, dense, monkeypatch):
 
 def test_other_settings_and_other_weights_are_refused(done, dense, toy_source, tmp_path):
     out, _ = done
-    with pytest.raises(ValueError, match="num_clips: 3 there, 2 asked for"):
+    with pytest.raises(FileExistsError, match="num_clips: 3, 2"):
         probe(config_of(dense, out, num_clips=2))
     torch.manual_seed(5)
     other = save_world(world_of(dense_of(toy_source), toy_source), tmp_path / "other")
-    with pytest.raises(ValueError, match="weights_hash"):
+    with pytest.raises(FileExistsError, match="weights_hash"):
         probe(config_of(str(other), out))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
