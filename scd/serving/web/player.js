@@ -190,6 +190,8 @@ export class Player extends EventTarget {
 
   /** Hold an action from the next frame on; its frames carry the number of now. */
   hold(action) {
+    // Before there is a session nothing obeys; a world of words waits for its prompt.
+    if (this.take === null) return;
     this.sequence += 1;
     this.connection.send({ type: "action", action, sequence: this.sequence });
   }
