@@ -29,14 +29,7 @@ class Fp8Linear(LinearMap):
     def __init__(
         self, weight: Tensor, bias: Tensor, rows: int, activation: Activation = "none"
     ) -> None:
-        """Round the weights.
-
-        Args:
-            weight: [out in].
-            bias: [out].
-            rows: not looked at.
-            activation: "gelu" is the tanh approximation.
-        """
+        """Round the weights; the number of rows is not looked at."""
         del rows
         self.out_features, self.in_features = weight.shape
         below, self._beside = -self.out_features % MULTIPLE, -self.in_features % MULTIPLE

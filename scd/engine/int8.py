@@ -31,14 +31,7 @@ class Int8Linear(LinearMap):
     def __init__(
         self, weight: Tensor, bias: Tensor, rows: int, activation: Activation = "none"
     ) -> None:
-        """Round the weights and lay them out.
-
-        Args:
-            weight: [out in].
-            bias: [out].
-            rows: rows that a call will have; a hint for the layout, any number works.
-            activation: "gelu" is the tanh approximation.
-        """
+        """Round the weights and lay them out."""
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
         rounded, self.scale = rounded_by_channel(weight)
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, [rows, self.in_features])

@@ -45,7 +45,14 @@ class LinearMap:
     def __init__(
         self, weight: Tensor, bias: Tensor, rows: int, activation: Activation = "none"
     ) -> None:
-        """Lay the weights [out in] and biases [out] out."""
+        """Lay the weights out.
+
+        Args:
+            weight: [out in], on the device and in the type of the products.
+            bias: [out].
+            rows: rows that a call will have; a hint for the layout, any number works.
+            activation: "gelu" is the tanh approximation.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -74,14 +81,7 @@ class PackedLinear(LinearMap):
     def __init__(
         self, weight: Tensor, bias: Tensor, rows: int, activation: Activation = "none"
     ) -> None:
-        """Lay the weights out.
-
-        Args:
-            weight: [out in], on the device and in the type of the products.
-            bias: [out].
-            rows: rows that a call will have; a hint for the layout, any number works.
-            activation: "gelu" is the tanh approximation.
-        """
+        """Reorder the weights."""
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
         self.bias, self.activation = bias, activation
         packs = weight.device.type == "cpu" and _can_pack(weight)

@@ -138,14 +138,14 @@ class WanRows:
         held = self.texts[row]
         if held is not None and held[0] is text and held[1] == index:
             return
-        for layer, both in enumerate(text.layers[self.first_layer :]):
+        layers = text.layers[self.first_layer :]
+        kept = layers[0][0].shape[2]
+        for layer, both in enumerate(layers):
             for ours, theirs in zip((self.keys, self.values), both, strict=True):
-                kept = theirs.shape[2]
                 ours[layer, row, :, :kept] = theirs[index]
                 # The last one stands for the rest, which beside a longer text are read one by one.
                 ours[layer, row, :, kept:] = theirs[index, :, -1:]
-                self.kept[row] = kept
-        self.texts[row] = text, index
+        self.texts[row], self.kept[row] = (text, index), kept
 
     def text(self, layer: int, num_rows: int) -> TextKeysValues:
         """Return keys and values in a layer, as `attend_to_text` reads them, of the first rows."""

@@ -17,6 +17,7 @@ from scd.models.separable import SeparableState
 from scd.serving.records import SessionRecord, bad
 from scd.serving.tensors import Entry
 from scd.streaming.rollout import Rollout
+from scd.streaming.steering import nothing
 
 Place = tuple[World, Engine, int | None]
 """Where a session goes on: world, engine, and frames in memory (None: as trained)."""
@@ -148,10 +149,10 @@ def _kept_of(rollout: Rollout) -> dict[int, dict[str, Tensor]]:
     number."""
     engine, found = rollout.engine, {rollout.num_frames: _shapes(rollout.remembered())}
     spec = engine.config.conditions
-    action = torch.tensor([spec.idle_action]) if spec.action_dim else torch.zeros(1).long()
+    action = nothing(spec)[None] if spec.has_actions else None
     for _ in range(NUM_KEPT):
-        nothing = torch.zeros(1, *engine.shape.shape, dtype=engine.dtype, device=engine.device)
-        rollout.replay(nothing, action if spec.has_actions else None)
+        latent = torch.zeros(1, *engine.shape.shape, dtype=engine.dtype, device=engine.device)
+        rollout.replay(latent, action)
         found[rollout.num_frames] = _shapes(rollout.remembered())
     return found
 
@@ -178,8 +179,7 @@ def begin_blank(
         spec = engine.config.conditions
         frames = torch.zeros(1, 1, 3, world.card.height, world.card.width)
         if spec.has_actions:
-            actions = torch.tensor([[spec.idle_action]]) if spec.action_dim else None
-            actions = torch.zeros(1, 1, dtype=torch.long) if actions is None else actions
+            actions = nothing(spec)[None, None]
     text = no_text(engine.config.conditions) if text is None else text
     conditions = Conditions(actions=actions, labels=labels, text=text, null_text=null_text)
     rollout.begin(frames, conditions, can_reset=False, from_nothing=True)

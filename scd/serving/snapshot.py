@@ -35,6 +35,7 @@ from scd.serving.records import CacheRecord, FrameRecord, Record, SessionRecord,
 from scd.serving.session import History, KeptFrame, Start, as_action, as_guidance
 from scd.serving.tensors import Head, pack, read_head
 from scd.streaming.rollout import Rollout
+from scd.streaming.steering import nothing
 
 NUM_VALUES = 16
 """Numbers of a frame by which two models of one shape are told apart."""
@@ -82,9 +83,7 @@ def fingerprint_of(world: World, engine: Engine) -> Fingerprint:
 def _second_frame(world: World, engine: Engine) -> tuple[float, ...]:
     """Return some numbers of the second frame of a stream, made in one step."""
     spec, generator = engine.config.conditions, make_generator(0, "fingerprint of a model")
-    action = None
-    if spec.has_actions:
-        action = torch.tensor([spec.idle_action]) if spec.action_dim else torch.zeros(1).long()
+    action = nothing(spec)[None] if spec.has_actions else None
     labels = torch.zeros(1, dtype=torch.long) if spec.num_labels else None
     frame = 2 * torch.rand(1, 1, 3, world.card.height, world.card.width, generator=generator) - 1
     rollout = Rollout(world, SamplingConfig(num_steps=1), engine=engine)
