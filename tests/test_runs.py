@@ -104,7 +104,8 @@ def test_the_script_that_compares_worlds_is_understood_and_records_alone(tmp_pat
     lines = (tmp_path / "lines").read_text().splitlines()
     assert understood(lines) == {"record", "tools/equal_time.py"}
     places = [line.split("--out ")[1].split()[0] for line in lines if line.startswith("record")]
-    games = ("cars/data", "cars/test", "crafter/data", "freeway/data", "doom/data")
+    games = ("cars/data", "cars/test", "crafter/data", "freeway/data")
+    games += ("doom-my_way_home/data", "doom-map01/data")
     assert places == [f"out/{one}" for one in games]
     minutes = given.get("MINUTES", "0.02" if "QUICK" in given else "8")
     assert f"equal_time.py out --minutes {minutes} " in lines[-1]

@@ -84,7 +84,8 @@ GAMES = {
     "cars": Game(test="test"),
     "crafter": Game(world="--batch-size 2 --objective.time-mean 1.4"),
     "freeway": Game(),
-    "doom": Game(),
+    "doom-my_way_home": Game(),
+    "doom-map01": Game(),
 }
 
 
@@ -98,19 +99,24 @@ class Way:
     """Rows and columns of a token, in pixels or cells of latents."""
     network: str = ""
     """The autoencoder; empty: pixels."""
+    world: str = ""
+    """Further flags of its worlds."""
 
 
 WAYS = {
     "pixels-16": Way(name="pixels, patches of 16", patch_size=16),
     "pixels-8": Way(name="pixels, patches of 8", patch_size=8),
+    "lapped-16": Way(
+        name="pixels, overlapping patches of 16", patch_size=16, world="--autoencoder.lapped 16"
+    ),
     "latents-16": Way(name="latents, cells of 16", patch_size=1, network="small-16"),
     "latents-8": Way(name="latents, cells of 8", patch_size=1, network="small-8"),
 }
 
 ROWS = (
-    *("cars/latents-16", "cars/latents-8", "cars/pixels-16", "cars/pixels-8"),
-    *("crafter/pixels-16", "freeway/latents-16", "doom/latents-16", "crafter/latents-16"),
-    *("freeway/pixels-8", "doom/pixels-16"),
+    *("cars/latents-16", "cars/pixels-16", "cars/lapped-16", "cars/pixels-8", "cars/latents-8"),
+    *("crafter/pixels-16", "crafter/latents-16", "freeway/latents-16"),
+    *("doom-my_way_home/latents-16", "doom-map01/latents-16"),
 )
 """Those that tell most come first."""
 
@@ -222,6 +228,7 @@ def train_row(name: str, config: EqualTimeConfig) -> dict[str, Any]:
         spent["encoding"] = plan.once("encoding_s", lambda: timed(*encode, *ENCODE.split()))
         data = folder / "latents"
     words = ["train", "doom-play", "--data", data, *WORLD.split(), *GAMES[game].world.split()]
+    words += way.world.split()
     words += ["--model.shape.patch-size", way.patch_size]
     left = plan.seconds - sum(spent.values())
     steps = plan.once("steps", lambda: steps_for(left, folder / "timed", words, "--max-steps"))

@@ -18,10 +18,13 @@ run bash runs/worlds/crafter.sh "$out/crafter"
 # Cars cross ten lanes, each at its own speed; the player goes up and down among them.
 run scd record gym ALE/Freeway-v5 --make frameskip=1 repeat_action_probability=0.0 \
   --frames-from observation --crop 15 8 180 152 --size 64 --frame-skip 4 --warmup 5 200 \
-  --policy sticky --stickiness 0.95 --names nothing up down --episodes "$(amount 200 6)" \
+  --policy runs/worlds/cross.py:cross --names nothing up down --episodes "$(amount 200 6)" \
   --frames 200 --val-fraction 0.02 --test-fraction 0.08 --out "$out/freeway/data"
-run scd record doom --episodes "$(amount 200 6)" --frames 200 --size 64 --val-fraction 0.02 \
-  --test-fraction 0.08 --out "$out/doom/data"
+# A maze of near, noisy walls, and a level with rooms that one looks through.
+for scenario in my_way_home map01; do
+  run scd record doom --scenario "$scenario" --episodes "$(amount 200 6)" --frames 200 --size 64 \
+    --val-fraction 0.02 --test-fraction 0.08 --out "$out/doom-$scenario/data"
+done
 flags=(--minutes "$(amount "${MINUTES:-8}" 0.02)")
 flags+=(--clips "$(amount 64 4)" --judge-steps "$(amount 300 4)")
 if [ -n "${QUICK:-}" ]; then flags+=(--out "$out/equal_time.json"); fi

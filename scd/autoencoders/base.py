@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scd.autoencoders.config import PixelConfig
+from scd.autoencoders.lapped import lap
 from scd.common.config import Precision
 from scd.common.runtime import DTYPES
 
@@ -215,7 +216,8 @@ class NetworkAutoencoder(Autoencoder):
 
 
 class PixelAutoencoder(Autoencoder):
-    """Latents are the pixels themselves, standardised: for small frames."""
+    """Latents are the pixels themselves, standardised: for small frames. Those of patches that
+    overlap are mixed across their borders."""
 
     def __init__(self, config: PixelConfig) -> None:
         self.config: PixelConfig = config
@@ -234,12 +236,17 @@ class PixelAutoencoder(Autoencoder):
         return PixelConfig(mean=mean, std=math.sqrt(max(squares / count - mean**2, 1e-8)))
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        if self.config.lapped:
+            cells(height, width, self.config.lapped)
         return 3, height, width
 
     def encode(self, frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t 3 h w"]:
-        return (frames - self.config.mean) / self.config.std
+        latents = (frames - self.config.mean) / self.config.std
+        return lap(latents, self.config.lapped) if self.config.lapped else latents
 
     def decode(self, latents: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t 3 h w"]:
+        if self.config.lapped:
+            latents = lap(latents, self.config.lapped, back=True)
         return (latents * self.config.std + self.config.mean).clamp(-1, 1)
 
 

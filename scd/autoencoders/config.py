@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from scd.common.config import MAX_SIZE, within
+from scd.common.config import MAX_SIZE, added, within
 
 
 class LatentsConfig:
@@ -41,8 +41,14 @@ class PixelConfig(LatentsConfig):
     """Mean of the pixels in [-1, 1]."""
     std: float = 1.0
     """Standard deviation of the pixels in [-1, 1]."""
+    lapped: int = added(0)
+    """Rows, and columns, of patches that overlap by half of it each way, so that no borders show:
+    an even number, that of the model's patches. 0: they do not overlap."""
 
     def __post_init__(self) -> None:
+        within(0, MAX_SIZE, lapped=self.lapped)
+        if self.lapped % 2:
+            raise ValueError(f"lapped must be an even number of pixels, got {self.lapped}")
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
             raise ValueError(
                 f"mean must be finite and std positive, got mean={self.mean}, std={self.std}"

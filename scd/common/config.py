@@ -108,6 +108,17 @@ def to_json(config: Any) -> dict[str, Any]:
     }
 
 
+def set_fields(config: Any) -> dict[str, Any]:
+    """Return what `to_json` does, without fields that files may lack and that have their default:
+    as of a file that was written before there were such fields."""
+    unset = {
+        field.name
+        for field in dataclasses.fields(config)
+        if field.metadata.get(ADDED) and getattr(config, field.name) == field.default
+    }
+    return {name: value for name, value in to_json(config).items() if name not in unset}
+
+
 def _value_to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_json(value)

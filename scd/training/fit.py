@@ -340,8 +340,13 @@ def _fit_to_frames(config: TrainConfig, source: Source) -> TrainConfig:
         )
     shape = replace(config.model.shape, height=card.height, width=card.width)
     model = replace(config.model, shape=shape, conditions=card.conditions)
+    autoencoder = config.autoencoder
+    if not isinstance(autoencoder, PixelConfig):
+        autoencoder = PixelConfig()
+    PixelAutoencoder(autoencoder).latent_shape(card.height, card.width)
     begun_with = _begun_with(config)
     if begun_with is not None:
+        begun_with = replace(begun_with, lapped=autoencoder.lapped)
         return replace(config, model=model, autoencoder=begun_with)
     loader = Loader(
         source,
@@ -354,8 +359,8 @@ def _fit_to_frames(config: TrainConfig, source: Source) -> TrainConfig:
         loader.batch(index).frames for index in range(NUM_MEASURED_BATCHES)
     )
     # Rounded, so that a rerun on another machine has the same settings to the last digit.
-    measured = replace(measured, mean=round(measured.mean, 3), std=round(measured.std, 3))
-    return replace(config, model=model, autoencoder=measured)
+    scale = {"mean": round(measured.mean, 3), "std": round(measured.std, 3)}
+    return replace(config, model=model, autoencoder=replace(autoencoder, **scale))
 
 
 def _begun_with(config: TrainConfig) -> PixelConfig | None:

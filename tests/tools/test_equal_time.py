@@ -8,6 +8,7 @@ import pytest
 from scd.common.runlog import RunLog
 from scd.data.clip import frames_to_pixels
 from scd.data.manifest import write_card, write_episode, write_manifest
+from scd.models.checkpoint import load_world
 from tools import equal_time
 
 
@@ -69,7 +70,7 @@ def test_rows_are_trained_measured_and_kept(recordings, tmp_path, monkeypatch, c
     monkeypatch.setattr(equal_time, "HORIZONS", (1, 8))
     out = tmp_path / "result.json"
     words = [str(recordings), "--minutes", "0.1", "--clips", "2", "--horizon", "8"]
-    words += ["--judge-steps", "2", "--out", str(out), "--rows", "toy/latents-16", "toy/pixels-8"]
+    words += ["--judge-steps", "2", "--out", str(out), "--rows", "toy/latents-16", "toy/lapped-16"]
     assert equal_time.main(words) == 0
     result = json.loads(out.read_text())
     for name, row in result["rows"].items():
@@ -77,7 +78,8 @@ def test_rows_are_trained_measured_and_kept(recordings, tmp_path, monkeypatch, c
         assert 2 < sum(row["seconds"].values()) < 12 and row["steps"] > 1
         assert [one["horizon"] for one in row["psnr_gain"]] == [1, 8]
         assert (tmp_path / name / "shown.png").stat().st_size > 1000
-    latents, pixels = (result["rows"][f"toy/{way}"] for way in ("latents-16", "pixels-8"))
+    latents, pixels = (result["rows"][f"toy/{way}"] for way in ("latents-16", "lapped-16"))
+    assert load_world(tmp_path / "toy/lapped-16/world").autoencoder.config.lapped == 16
     assert set(latents["seconds"]) == {"autoencoder", "encoding", "world"}
     assert set(pixels["seconds"]) == {"world"}
     head, _, first, second = equal_time.table({"equal_time": result}).splitlines()
