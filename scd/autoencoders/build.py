@@ -14,7 +14,7 @@ from scd.autoencoders.base import Autoencoder, PixelAutoencoder
 from scd.autoencoders.config import AutoencoderConfig, ImageAutoencoderConfig, PixelConfig
 from scd.autoencoders.diffusers import KINDS, ImageAutoencoder, find_network, open_image_autoencoder
 from scd.autoencoders.wan import WAN, WanAutoencoder, open_wan_autoencoder
-from scd.common.config import Precision, set_fields
+from scd.common.config import Precision, to_json
 from scd.common.hub import class_of
 from scd.data.clip import Batch
 from scd.data.latents import PLACE
@@ -61,8 +61,7 @@ def fingerprint(autoencoder: Autoencoder) -> str:
         32 hexadecimal digits; of a network, after the version of the rule by which its settings
         are covered, and a hyphen.
     """
-    settings = set_fields(autoencoder.config)
-    settings.pop(PLACE, None)
+    settings = {name: value for name, value in to_json(autoencoder.config).items() if name != PLACE}
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
     text, weights = autoencoder.computes()
     digest.update(text.encode())

@@ -41,7 +41,7 @@ class PixelConfig(LatentsConfig):
     """Mean of the pixels in [-1, 1]."""
     std: float = 1.0
     """Standard deviation of the pixels in [-1, 1]."""
-    lapped: int = added(0)
+    lapped: int = added(0, unwritten=True)
     """Rows, and columns, of patches that overlap by half of it each way, so that no borders show:
     an even number, that of the model's patches. 0: they do not overlap."""
 

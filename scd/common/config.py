@@ -34,8 +34,9 @@ Threads = int | Literal["auto"]
 KIND = "kind"
 """Key that names the dataclass where a field may hold one of several."""
 
-ADDED = "added"
-"""Key of a field's metadata: files that lack the field mean its default."""
+ADDED, UNWRITTEN = "added", "unwritten"
+"""Keys of a field's metadata: files that lack the field mean its default; and the default is not
+written either."""
 
 LARGEST = 2**63 - 1
 """Number above which no setting lies: tensors and files count in 64 bits."""
@@ -54,9 +55,15 @@ LONGEST = 80
 """Characters of a value that a message shows."""
 
 
-def added(default: Any) -> Any:
-    """Declare a field with a default that files may lack."""
-    return dataclasses.field(default=default, metadata={ADDED: True})
+def added(default: Any, unwritten: bool = False) -> Any:
+    """Declare a field with a default that files may lack.
+
+    Args:
+        default: of the field.
+        unwritten: leave it out of what is written while it has its default, so that this equals
+            what was written, and is compared, before there was the field.
+    """
+    return dataclasses.field(default=default, metadata={ADDED: True, UNWRITTEN: unwritten})
 
 
 def within(least: int | float, most: int | float, **values: Any) -> None:
@@ -102,21 +109,12 @@ def shown(value: Any) -> str:
 
 def to_json(config: Any) -> dict[str, Any]:
     """Turn a dataclass of settings into plain JSON values, each dataclass with its `kind`."""
+    values = [(field, getattr(config, field.name)) for field in dataclasses.fields(config)]
     return {KIND: type(config).__name__} | {
-        field.name: _value_to_json(getattr(config, field.name))
-        for field in dataclasses.fields(config)
+        field.name: _value_to_json(value)
+        for field, value in values
+        if not (field.metadata.get(UNWRITTEN) and value == field.default)
     }
-
-
-def set_fields(config: Any) -> dict[str, Any]:
-    """Return what `to_json` does, without fields that files may lack and that have their default:
-    as of a file that was written before there were such fields."""
-    unset = {
-        field.name
-        for field in dataclasses.fields(config)
-        if field.metadata.get(ADDED) and getattr(config, field.name) == field.default
-    }
-    return {name: value for name, value in to_json(config).items() if name not in unset}
 
 
 def _value_to_json(value: Any) -> Any:

@@ -67,9 +67,6 @@ OF_NO_EFFECT = (
 """Settings that change nothing in the video but where it comes from and how soon; which weights
 the run has is told by their digest."""
 
-ADDED = ("action", "action_at")
-"""Settings that earlier results lack; empty ones change nothing either."""
-
 NUM_SHOWN = 12
 """Columns of the picture, spread evenly over the frames."""
 
@@ -250,7 +247,7 @@ def _effective(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _effective(value) if isinstance(value, dict) else value
         for name, value in settings.items()
-        if name not in OF_NO_EFFECT and (value or name not in ADDED)
+        if name not in OF_NO_EFFECT
     }
 
 

@@ -14,6 +14,7 @@ from scd.common.config import (
     PrecisionChoice,
     StreamPrecisionChoice,
     Threads,
+    added,
     at_least,
     check_threads,
     parse_shard,
@@ -89,7 +90,7 @@ class VideoConfig:
     need."""
     negative_prompt: str = ""
     """What guidance leads away from."""
-    action: str = ""
+    action: str = added("", unwritten=True)
     """What is held in a world that actions steer besides its text: a name or number of its actions,
     or JSON, such as [0.1, 0] or {"keys": ["w"]}. Empty: what does nothing."""
     window: int | None = None
@@ -148,7 +149,7 @@ class PromptSampleConfig:
     """Length of the video, rounded up to whole latent frames."""
     prompt_at: tuple[str, ...] = ()
     """Other prompts from some second on: "2.0: TEXT" "3.5: TEXT". The past stays as it is."""
-    action_at: tuple[str, ...] = ()
+    action_at: tuple[str, ...] = added((), unwritten=True)
     """Other actions from some second on, as `action` takes them: "1.5: left"."""
     first: str = ""
     """Picture, or video whose first frame is taken, that the video begins with, scaled until it

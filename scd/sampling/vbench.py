@@ -167,9 +167,6 @@ def _fixed(config: VBenchConfig, jobs: list[Job]) -> dict[str, Any]:
         del settings[name]
     for name in FREE_VIDEO_FIELDS:
         del settings["video"][name]
-    if not config.video.action:
-        # As in folders that are older than this setting.
-        del settings["video"]["action"]
     return settings | {"shows": {job.name: job.text for job in jobs}}
 
 

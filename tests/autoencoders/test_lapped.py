@@ -68,6 +68,8 @@ def test_latents_of_before_are_still_known():
     assert fingerprint(PixelAutoencoder(lapped)) != fingerprint(PixelAutoencoder(PixelConfig()))
     assert from_json(PixelConfig, to_json(lapped)) == lapped
     assert from_json(PixelConfig, {"mean": 0.0, "std": 1.0}) == PixelConfig()
+    # Nor what else is compared as it was written: latents.json, snapshots, samples.
+    assert to_json(PixelConfig()) == {"kind": "PixelConfig", "mean": 0.0, "std": 1.0}
 
 
 @pytest.mark.parametrize("lapped", [7, -2])
