@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from scd.autoencoders.config import PixelConfig
-from scd.autoencoders.lapped import lap
+from scd.autoencoders.lapped import border_mix, lap
 from scd.common.config import Precision
 from scd.common.runtime import DTYPES
 
@@ -221,6 +221,7 @@ class PixelAutoencoder(Autoencoder):
 
     def __init__(self, config: PixelConfig) -> None:
         self.config: PixelConfig = config
+        self.mix = border_mix(config.lapped) if config.lapped else None
 
     @staticmethod
     def measure(batches: Iterable[Float[Tensor, "b t 3 h w"]]) -> PixelConfig:
@@ -242,11 +243,11 @@ class PixelAutoencoder(Autoencoder):
 
     def encode(self, frames: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t 3 h w"]:
         latents = (frames - self.config.mean) / self.config.std
-        return lap(latents, self.config.lapped) if self.config.lapped else latents
+        return latents if self.mix is None else lap(latents, self.mix)
 
     def decode(self, latents: Float[Tensor, "b t 3 h w"]) -> Float[Tensor, "b t 3 h w"]:
-        if self.config.lapped:
-            latents = lap(latents, self.config.lapped, back=True)
+        if self.mix is not None:
+            latents = lap(latents, self.mix, back=True)
         return (latents * self.config.std + self.config.mean).clamp(-1, 1)
 
 

@@ -14,29 +14,20 @@ each other in a border stay, so that an even surface does, and their differences
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
-@lru_cache(maxsize=8)
-def lapped_matrix(length: int, patch: int) -> Float[Tensor, "length length"]:
-    """Return the orthogonal matrix that mixes pixels of a line across the borders of its patches.
+def border_mix(patch: int) -> Float[Tensor, "patch patch"]:
+    """Return the orthogonal matrix that mixes a line of pixels about a border, half on either side.
 
     Args:
-        length: pixels of the line, a multiple of `patch`.
-        patch: pixels of a patch, an even number. Half of them on either side of a border mix.
-
-    Raises:
-        ValueError: the line holds no whole number of patches, or the patch is odd.
+        patch: pixels of a patch (ValueError: not an even number).
     """
-    if patch < 2 or patch % 2 or length % patch:
-        raise ValueError(
-            "patches that overlap need an even number of pixels, and lines of whole patches: got "
-            f"patches of {patch} in a line of {length}"
-        )
+    if patch < 2 or patch % 2:
+        raise ValueError(f"patches that overlap have an even number of pixels, got {patch}")
     half = patch // 2
     # Sums and differences of mirrored pixels, the differences turned, and back.
     identity, mirror = torch.eye(half, dtype=torch.float64), torch.eye(half).flip(0).double()
@@ -44,26 +35,37 @@ def lapped_matrix(length: int, patch: int) -> Float[Tensor, "length length"]:
         [torch.cat([identity, mirror], 1), torch.cat([mirror, -identity], 1)]
     ) / math.sqrt(2)
     turned = torch.block_diag(identity, mirror @ _cosines(half, 2).T @ _cosines(half, 4) @ mirror)
-    across = butterfly @ turned @ butterfly
-    matrix = torch.eye(length, dtype=torch.float64)
-    for border in range(patch, length, patch):
-        place = slice(border - half, border + half)
-        matrix[place, place] = across
-    return matrix.float()
+    return (butterfly @ turned @ butterfly).float()
+
+
+def lapped_matrix(length: int, mix: Float[Tensor, "patch patch"]) -> Float[Tensor, "length length"]:
+    """Return the matrix that mixes pixels of a line about each border of its patches.
+
+    Args:
+        length: pixels of the line (ValueError: no whole patches).
+        mix: of one border, as `border_mix` returns it.
+    """
+    patch = len(mix)
+    if length % patch:
+        raise ValueError(f"{length} pixels hold no whole number of patches of {patch}")
+    outer = torch.eye(patch // 2, dtype=mix.dtype, device=mix.device)
+    return torch.block_diag(outer, *[mix] * (length // patch - 1), outer)
 
 
 def lap(
-    frames: Float[Tensor, "*b c h w"], patch: int, back: bool = False
+    frames: Float[Tensor, "*b c h w"], mix: Float[Tensor, "patch patch"], back: bool = False
 ) -> Float[Tensor, "*b c h w"]:
-    """Mix the pixels of frames across the borders of patches, each way, or undo that.
+    """Mix the pixels of frames about the borders of patches, each way, or undo that.
 
     Args:
         frames: of whole patches (ValueError else).
-        patch: rows, and columns, of a patch.
+        mix: of one border, as `border_mix` returns it.
         back: whether to undo it.
     """
-    rows, columns = (lapped_matrix(size, patch).to(frames) for size in frames.shape[-2:])
-    return rows.T @ frames @ columns if back else rows @ frames @ columns.T
+    rows, columns = (lapped_matrix(size, mix.to(frames)) for size in frames.shape[-2:])
+    # Pixels keep their digits, whatever the arithmetic of the network.
+    with torch.autocast(frames.device.type, enabled=False):
+        return rows.T @ frames @ columns if back else rows @ frames @ columns.T
 
 
 def _cosines(size: int, kind: int) -> Float[Tensor, "size size"]:

@@ -9,7 +9,7 @@ from scipy.fft import dct
 from scd.autoencoders.base import PixelAutoencoder
 from scd.autoencoders.build import fingerprint
 from scd.autoencoders.config import PixelConfig
-from scd.autoencoders.lapped import lap, lapped_matrix
+from scd.autoencoders.lapped import border_mix, lap, lapped_matrix
 from scd.cli import main
 from scd.common.config import from_json, to_json
 from scd.common.files import read_json
@@ -21,7 +21,9 @@ def coding_gain(patch: int, lapped: bool) -> float:
     length = 5 * patch
     places = torch.arange(length, dtype=torch.float64)
     correlation = 0.95 ** (places[:, None] - places).abs()
-    before = lapped_matrix(length, patch).double() if lapped else torch.eye(length).double()
+    before = (
+        lapped_matrix(length, border_mix(patch)).double() if lapped else torch.eye(length).double()
+    )
     within = torch.from_numpy(dct(torch.eye(patch).double().numpy(), axis=0, norm="ortho"))
     transform = torch.block_diag(*[within] * 5) @ before
     variances = (transform @ correlation @ transform.T).diag()[2 * patch : 3 * patch]
@@ -36,7 +38,7 @@ def test_it_is_the_lapped_transform_of_the_literature():
 
 @pytest.mark.parametrize(("length", "patch"), [(64, 16), (64, 8), (16, 16), (6, 2)])
 def test_it_is_orthogonal_and_leaves_an_even_surface(length, patch):
-    matrix = lapped_matrix(length, patch)
+    matrix = lapped_matrix(length, border_mix(patch))
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(length))
     torch.testing.assert_close(matrix.sum(1), torch.ones(length))
     # It mixes across borders alone: outer ones have nothing beyond them.
@@ -51,10 +53,12 @@ def test_frames_come_back_and_what_a_patch_draws_fades_into_its_neighbours():
         latents, PixelAutoencoder(PixelConfig(mean=0.1, std=0.5)).encode(frames)
     )
     torch.testing.assert_close(autoencoder.decode(latents), frames, atol=1e-5, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(autoencoder.encode(frames), latents, atol=0, rtol=0)
     # A patch that is drawn alone, even all over: without a lap its border is a step of 1.
     latents = torch.zeros(1, 32, 48)
     latents[:, :16, 16:32] = 1
-    drawn = lap(latents, 16, back=True)
+    drawn = lap(latents, border_mix(16), back=True)
     steps = drawn[0, 0].diff().abs()
     assert steps.max() < 0.25 and drawn[0, 0, 15] > 0.3 and drawn[0, 0, 16] < 0.7
 
@@ -76,11 +80,13 @@ def test_latents_of_before_are_still_known():
 def test_an_odd_patch_is_refused(lapped):
     with pytest.raises(ValueError, match=f"lapped must be .*, got {lapped}"):
         PixelConfig(lapped=lapped)
+    with pytest.raises(ValueError, match=f"an even number of pixels, got {lapped}"):
+        border_mix(lapped)
 
 
 def test_frames_of_no_whole_patches_are_refused():
-    with pytest.raises(ValueError, match="patches of 16 in a line of 40"):
-        lapped_matrix(40, 16)
+    with pytest.raises(ValueError, match="40 pixels hold no whole number of patches of 16"):
+        lapped_matrix(40, border_mix(16))
     with pytest.raises(ValueError, match="frames of 40x48 pixels cannot be cut"):
         PixelAutoencoder(PixelConfig(lapped=16)).latent_shape(40, 48)
 

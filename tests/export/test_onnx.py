@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
-from scd.autoencoders.base import PixelAutoencoder
+from scd.autoencoders.base import Autoencoder, PixelAutoencoder
 from scd.autoencoders.config import ImageAutoencoderConfig, PixelConfig
 from scd.autoencoders.deep_compression import deep_settings
 from scd.autoencoders.diffusers import ImageAutoencoder
@@ -175,9 +175,18 @@ def test_the_networks_of_an_autoencoder_are_exported():
     config = ImageAutoencoderConfig(
         source="", network="AutoencoderDC", channels=32, cell_size=8, **scale
     )
-    autoencoder = ImageAutoencoder(config, network)
+    assert_exported(ImageAutoencoder(config, network), (1, 32, 8, 8))
+
+
+def test_pixels_of_overlapping_patches_are_exported():
+    lapped = PixelConfig(mean=0.1, std=0.5, lapped=16)
+    assert_exported(PixelAutoencoder(lapped), (1, 3, 64, 64))
+
+
+def assert_exported(autoencoder: Autoencoder, latents: tuple[int, ...]) -> None:
+    """Compare the graphs of an autoencoder of 64x64 pixels with itself."""
     generator = torch.Generator().manual_seed(1)
-    for kind, shape in ((Decode, (1, 32, 8, 8)), (Encode, (1, 3, 64, 64))):
+    for kind, shape in ((Decode, latents), (Encode, (1, 3, 64, 64))):
         module, given = kind(autoencoder), torch.rand(shape, generator=generator) * 2 - 1
         proto = traced(Graph(module=module, inputs={"given": given}, outputs=("made",)))
         session = onnxruntime.InferenceSession(proto.SerializeToString())
