@@ -48,7 +48,7 @@ run "${autoencoder[@]}" --adversarial-steps "$(amount 6000 8)" --adversarial-wei
 run scd encode "$data" --autoencoder "$out/autoencoder" --out "$out/latents" --precision bf16
 # Four rows of four cells are a frame's tokens. Nobody will hide the action: no dropout of it.
 run scd train doom-play --data "$out/latents" --model.shape.patch-size 1 --out "$out/world" \
-  --objective.condition-dropout 0 --ema-decay 0.995 --max-steps "$(amount 14000 8)" --save-every 200
+  --objective.condition-dropout 0 --ema-decay 0.995 --max-steps "$(amount 12000 8)" --save-every 200
 [ -d "$out/judge" ] || run scd train-judge --data "$data" --out "$out/judge" --steps "$(amount 500 8)"
 # A network that predicts clean frames needs few steps by itself: four instead of ten lose nothing.
 [ -d "$out/shipped" ] || run python examples/ship_world.py "$out/world" --data "$data" --steps 4 \
