@@ -189,7 +189,7 @@ class NetworkAutoencoder(Autoencoder):
         return (latents.to(self._device).float() * std + mean).to(self._dtype)
 
     def _scale(self) -> Float[Tensor, "2 c 1 1"]:
-        return torch.tensor(self._statistics(), device=self._device)[..., None, None]
+        return torch.tensor(self.statistics(), device=self._device)[..., None, None]
 
     def _take(self, network: nn.Module) -> None:
         found = self._shape_of(network)
@@ -211,7 +211,7 @@ class NetworkAutoencoder(Autoencoder):
         """Return channels of a network's latent frame and pixels of a cell each way."""
 
     @abstractmethod
-    def _statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+    def statistics(self) -> tuple[Sequence[float], Sequence[float]]:
         """Return mean and deviation of each channel of what the network makes."""
 
 

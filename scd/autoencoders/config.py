@@ -117,6 +117,10 @@ class ImageAutoencoderConfig(LatentsConfig):
         if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
             raise ValueError("mean must be finite and std positive and finite")
 
+    def placeless(self) -> ImageAutoencoderConfig:
+        """Return the settings without the folder: weights are compared where they are opened."""
+        return replace(self, source="")
+
     def beside(self, folder: Path) -> ImageAutoencoderConfig:
         """Return the settings with the weights of a world's folder, if they lie in it
         (FileNotFoundError: they belong there, and do not)."""

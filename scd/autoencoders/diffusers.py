@@ -134,7 +134,7 @@ class ImageAutoencoder(NetworkAutoencoder):
     def _shape_of(self, network: Any) -> tuple[int, int]:
         return shape_of(self.config.network, network)
 
-    def _statistics(self) -> Statistics:
+    def statistics(self) -> Statistics:
         return self.config.mean, self.config.std
 
 

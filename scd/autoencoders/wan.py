@@ -80,7 +80,7 @@ class WanAutoencoder(NetworkAutoencoder):
     def _shape_of(self, network: Any) -> tuple[int, int]:
         return wan_shape_of(network.config, "this autoencoder")
 
-    def _statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+    def statistics(self) -> tuple[Sequence[float], Sequence[float]]:
         settings = self.network.config
         return settings.latents_mean, settings.latents_std
 

@@ -8,8 +8,10 @@ latents are not pixels, their autoencoder is in `vae/`, in bfloat16 too.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,6 +39,17 @@ def parts_beside(run: str) -> str:
     """Return the world's own folder if it holds the parts, wherever it was moved; else nothing."""
     folder = resolve(run)
     return str(folder) if (folder / "vae").is_dir() else ""
+
+
+def find_world_parts(source: str) -> dict[str, Any] | None:
+    """Return the settings of a world or run as `read_world_parts` does, its autoencoder where it
+    lies beside the world if it does; None: there is none of that name."""
+    with suppress(FileNotFoundError):
+        parts = read_world_parts(resolve(source))
+        if beside := parts_beside(source):
+            parts["autoencoder"] = replace(parts["autoencoder"], source=beside)
+        return parts
+    return None
 
 
 def read_clips(folder: str | os.PathLike[str]) -> Clips | None:

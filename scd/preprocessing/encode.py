@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,8 +54,7 @@ from scd.data.latents import (
 from scd.data.loader import Loader, UnreadableClip, read_clip
 from scd.data.source import DataCard, EmptySplit, Source, open_source
 from scd.data.spaces import OnError, Split
-from scd.models.checkpoint import read_world_parts, resolve
-from scd.models.shipped import parts_beside
+from scd.models.shipped import find_world_parts
 from scd.preprocessing.settings import EncodeConfig
 
 PIXELS = "pixels"
@@ -344,7 +342,7 @@ def choose_autoencoder(
     if config.autoencoder == PIXELS:
         settings = PixelConfig()
     else:
-        world = _world_parts(config.autoencoder)
+        world = find_world_parts(config.autoencoder)
         if world is not None:
             settings = world["autoencoder"]
             _warn_of_rate(config, world, next(iter(sources.values())).card)
@@ -379,7 +377,7 @@ def parts_of(source: str) -> str:
     Raises:
         FileNotFoundError: the world does not say it.
     """
-    world = _world_parts(source)
+    world = find_world_parts(source)
     if world is None:
         return source
     place = getattr(world["autoencoder"], PLACE, "")
@@ -389,16 +387,6 @@ def parts_of(source: str) -> str:
             "and tokenizer/"
         )
     return place
-
-
-def _world_parts(source: str) -> dict[str, Any] | None:
-    """Return the settings of a world or run, with its parts if they lie beside it; None: none."""
-    with suppress(FileNotFoundError):
-        parts = read_world_parts(resolve(source))
-        if beside := parts_beside(source):
-            parts["autoencoder"] = replace(parts["autoencoder"], **{PLACE: beside})
-        return parts
-    return None
 
 
 def _warn_of_rate(config: EncodeConfig, world: Mapping[str, Any], card: DataCard) -> None:

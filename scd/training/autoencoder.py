@@ -22,9 +22,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from scd.autoencoders.base import cells
+from scd.autoencoders.base import Autoencoder, NetworkAutoencoder, cells
+from scd.autoencoders.build import build_autoencoder, open_autoencoder
 from scd.autoencoders.deep_compression import deep_name
-from scd.autoencoders.diffusers import WEIGHTS_FILE, measure_statistics
+from scd.autoencoders.diffusers import WEIGHTS_FILE, Statistics, measure_statistics
 from scd.autoencoders.trained import (
     cell_size_of,
     decode_clips,
@@ -43,6 +44,7 @@ from scd.evaluation.grids import PictureRow, write_grid
 from scd.evaluation.image import Estimate, estimates, frame_values
 from scd.evaluation.lpips import load_lpips
 from scd.evaluation.predict import choose_windows, count_windows
+from scd.models.shipped import find_world_parts
 from scd.objectives.reconstruct import (
     SMALLEST_PICTURE,
     Discriminate,
@@ -129,6 +131,33 @@ class AutoencoderTask(Task):
         )
         self.found: dict[str, Estimate] = {}
         self.num_measured = 0
+        self.kept_scale: Statistics | None = None
+
+    def begin(self) -> None:
+        """Take over the weights of `config.initial`, and the scale of latents that stay."""
+        if not self.config.initial:
+            return
+        initial = open_initial(self.config.initial)
+        _, weights = initial.computes()
+        try:
+            self.model.load_state_dict(dict(weights))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.config.initial} is an autoencoder of another network than the one that is "
+                f"to learn on ({self.config.network}): its weights have other names or shapes"
+            ) from error
+        self._keep_scale(initial)
+
+    def restore(self, checkpoint: Path) -> None:
+        super().restore(checkpoint)
+        self._keep_scale(open_autoencoder(checkpoint))
+
+    def _keep_scale(self, autoencoder: Autoencoder) -> None:
+        """Keep the scale of latents whose encoder never moves."""
+        assert isinstance(autoencoder, NetworkAutoencoder)
+        if not self.config.reconstruction_steps:
+            mean, std = autoencoder.statistics()
+            self.kept_scale = tuple(mean), tuple(std)
 
     def make_groups(self, ema: EMA) -> list[OptimisationGroup]:
         """Return the network and its discriminator, which learns from the same batch."""
@@ -217,7 +246,8 @@ class AutoencoderTask(Task):
     def write(self, run: Run, folder: Path, averaged: Mapping[str, Tensor]) -> None:
         """Write the network with the averaged weights, and the measured scale of its latents."""
         with run.averaged():
-            save_trained(self.model, folder, measure_statistics(self._raw_latents()))
+            scale = self.kept_scale or measure_statistics(self._raw_latents())
+            save_trained(self.model, folder, scale)
 
     def _raw_latents(self) -> Iterator[Tensor]:
         num_frames = self.config.num_frames
@@ -247,6 +277,15 @@ def build_network(config: TrainAutoencoderConfig, source: Source) -> Any:
         network = network_named(name)
     cells(height, width, cell_size_of(network))
     return network
+
+
+def open_initial(source: str) -> NetworkAutoencoder:
+    """Open the autoencoder that a training starts from, or that of a world."""
+    world = find_world_parts(source)
+    found = build_autoencoder(world["autoencoder"]) if world else open_autoencoder(source)
+    if not isinstance(found, NetworkAutoencoder):
+        raise ValueError(f"{source} is a world of pixels: it has no autoencoder to start from")
+    return found
 
 
 def choose_distance(config: TrainAutoencoderConfig, device: torch.device) -> tuple[Distance, str]:

@@ -220,8 +220,12 @@ class TrainAutoencoderConfig(RunConfig):
     """FAR's deep-compression networks with cells of 8, 16 or 32 pixels, or small ones, of 1.2 and
     3.4 million weights, for a CPU; small-wan: of Wan's kind, causal over time, of 2.6 million.
     auto: FAR's for frames of 64, 128 or 256, with 8x8 latents."""
+    initial: str = added("", unwritten=True)
+    """Autoencoder, or world with one, of the same network, whose weights the training starts from
+    instead of random ones."""
     reconstruction_steps: int = 100_000
-    """Steps of the first part: absolute and perceptual distance, all weights."""
+    """Steps of the first part: absolute and perceptual distance, all weights. 0, with `initial`:
+    only the decoder learns on, and the latents stay what they were."""
     adversarial_steps: int = 100_000
     """Steps of the second part: the encoder frozen, a patch discriminator besides. 0: none. What is
     of this part may be set when a training goes on."""
@@ -270,7 +274,8 @@ class TrainAutoencoderConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_least(1, "reconstruction_steps")
+        self.check_least(0 if self.initial else 1, "reconstruction_steps")
+        self.check_least(1, "max_steps")
         if self.network == VIDEO_NETWORK and self.num_frames % FRAMES_PER_LATENT != 1:
             raise ValueError(
                 f"{VIDEO_NETWORK} takes 1 frame and then {FRAMES_PER_LATENT} at a time: needed "

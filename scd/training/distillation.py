@@ -44,7 +44,7 @@ def distillation(choice: DistillChoice | WanConsistencyChoice | WanDmdChoice) ->
         ema_decay=0.99,
         validate_every=0,
         model=world["model"],
-        autoencoder=world["autoencoder"],
+        autoencoder=world["autoencoder"].beside(resolve(start)),
         objective=_objective(choice),
         sampling=sampling,
     )

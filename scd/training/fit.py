@@ -15,7 +15,7 @@ from scd.autoencoders.build import (
     fingerprint,
     refuse_other,
 )
-from scd.autoencoders.config import AutoencoderConfig, PixelConfig
+from scd.autoencoders.config import AutoencoderConfig, ImageAutoencoderConfig, PixelConfig
 from scd.autoencoders.text_encoder import text_fingerprint
 from scd.common.config import differences, from_json, to_json
 from scd.common.files import read_json
@@ -43,6 +43,7 @@ FREE_SETTINGS = (
     "model.num_diagonal",
     "model.block.initial_gate",
     "model.block.initial_condition_std",
+    "autoencoder.source",
 )
 """Settings in which a run may differ from the world it starts from: none has to do with what a
 weight is for."""
@@ -56,7 +57,6 @@ FREE_WAN_SETTINGS = (
     "model.decoder.context_time",
     "model.frames_per_block",
     "model.num_local_frames",
-    "autoencoder.source",
 )
 """Likewise of a Wan model: what the paper leaves open is decided by the training, not by the
 conversion."""
@@ -304,9 +304,11 @@ def _fit_to_latents(config: TrainConfig, source: LatentSource) -> TrainConfig:
     model = replace(config.model, shape=shape, conditions=info.card.conditions)
     where = f"{source.path / INFO_FILE}: autoencoder"
     autoencoder = from_json(AutoencoderConfig, info.autoencoder, where)
-    if autoencoder.placeless() == config.autoencoder.placeless():
-        # The same settings elsewhere: weights are compared where they are opened.
-        autoencoder = config.autoencoder
+    ours, is_image = config.autoencoder, isinstance(config.autoencoder, ImageAutoencoderConfig)
+    if autoencoder.placeless() == ours.placeless() and not (is_image and ours == ours.placeless()):
+        # The same settings elsewhere: weights are compared where they are opened. A picture's, of a
+        # world that has them in its folder, are where the latents say.
+        autoencoder = ours
     return replace(config, model=model, autoencoder=autoencoder)
 
 

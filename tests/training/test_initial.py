@@ -7,17 +7,25 @@ from dataclasses import replace
 import pytest
 import torch
 
+from scd.autoencoders.deep_compression import deep_settings
+from scd.autoencoders.diffusers import new_network, open_image_autoencoder, save_network
+from scd.cli import main
 from scd.common.runlog import read_log
 from scd.common.runtime import make_generator
-from scd.data.clip import frames_to_pixels
+from scd.data.clip import Batch, frames_to_pixels
 from scd.data.loader import Loader
 from scd.data.manifest import write_card, write_episode, write_manifest
+from scd.data.record import record
 from scd.data.source import open_source
+from scd.data.toy import ToyRecording
 from scd.evaluation.predict import check_fit
-from scd.models.checkpoint import load_world, resolve
-from scd.models.config import CacheConfig, SamplingConfig
+from scd.models.build import build
+from scd.models.checkpoint import World, load_world, resolve, save_world
+from scd.models.config import CacheConfig, FrameShape, SamplingConfig
+from scd.models.shipped import ship
 from scd.optim.config import OptimConfig
 from scd.training.config import TrainConfig
+from scd.training.fit import fit_to_data
 from scd.training.world import clip_objective, train
 
 
@@ -138,3 +146,39 @@ def test_clips_of_another_rate_than_the_world_are_refused(config, first, tmp_pat
         check_fit(load_world(first), open_source(str(data), "train").card, "mine")
     run = train(replace(config, data=f"{data}?fps=10"))
     assert load_world(run).card.fps == 10
+
+
+@pytest.fixture(scope="module")
+def carrying(tmp_path_factory, separable_config) -> str:
+    """A shipped world of latents, with their autoencoder in its folder."""
+    toy, place = open_source("toy:32", "train"), tmp_path_factory.mktemp("carrying")
+    torch.manual_seed(0)
+    save_network(new_network(deep_settings("small-16")), place / "autoencoder")
+    shape = FrameShape(channels=32, height=2, width=2, patch_size=1)
+    world = World(
+        model=build(replace(separable_config, shape=shape)).eval(),
+        autoencoder=open_image_autoencoder(place / "autoencoder"),
+        card=toy.card,
+        sampling=SamplingConfig(num_steps=2),
+    )
+    clips = Batch.of([toy.read(0, 0, 5)])
+    return str(ship(save_world(world, place / "run"), clips, place / "shipped"))
+
+
+def test_a_world_that_carries_its_autoencoder_learns_on(config, carrying, tmp_path):
+    """On the latents that its own autoencoder makes; as the start of a run, and as a teacher."""
+    videos, latents = tmp_path / "videos", tmp_path / "latents"
+    record(ToyRecording(out=str(videos), episodes=6, frames=8, workers=1, val_fraction=0.3))
+    words = ["encode", str(videos), "--autoencoder", carrying, "--out", str(latents)]
+    assert main(words) == 0
+    model = load_world(carrying).model.config
+    config = replace(config, data=str(latents), model=replace(model, cache=config.model.cache))
+    run = load_world(train(fit_to_data(replace(config, initial=carrying))))
+    assert run.autoencoder.config == load_world(carrying).autoencoder.config
+    assert run.autoencoder.decode(torch.zeros(1, 1, 32, 2, 2)).shape == (1, 1, 3, 32, 32)
+    words = ["distill", carrying, "--data", str(latents), "--method", "consistency", "--steps", "2"]
+    words += ["--max-steps", "1", "--sample-every", "0", "--validate-every", "0"]
+    student = tmp_path / "student"
+    assert main([*words, "--num-frames", "4", "--batch-size", "1", "--out", str(student)]) == 0
+    made = load_world(student).autoencoder
+    assert made.decode(torch.zeros(1, 1, 32, 2, 2)).shape == (1, 1, 3, 32, 32)

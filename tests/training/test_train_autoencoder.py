@@ -3,6 +3,7 @@ to a world on its latents, and what it refuses."""
 
 import hashlib
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -237,6 +238,65 @@ def test_a_finished_autoencoder_gets_a_decoder_that_knows_edges_and_noise(videos
     found = read_log(other, "step")
     assert [event["step"] for event in found if "edges" in event] == [3, 4]
     assert not any("discriminator" in event or "adversarial" in event for event in found)
+
+
+def test_the_decoder_of_another_autoencoder_learns_on(videos, trained, tmp_path):
+    start = shutil.copytree(trained / "step_000004", tmp_path / "start")
+    # As a world's, whose scale was once measured of other data.
+    scale = json.loads((start / "statistics.json").read_text())
+    scale["std"] = [2 * one for one in scale["std"]]
+    (start / "statistics.json").write_text(json.dumps(scale))
+    config = settings(videos, tmp_path / "whole", initial=str(start), reconstruction_steps=0)
+    config = replace(config, adversarial_weight=0.0, edge_weight=2.0, adversarial_steps=2)
+    train_autoencoder(config)
+    part = replace(config, out=str(tmp_path / "part"))
+    train_autoencoder(replace(part, adversarial_steps=1))
+    shutil.rmtree(start)
+    # It goes on without what it started from, to the same bit.
+    train_autoencoder(part)
+    steps = [
+        trained / "step_000004",
+        *(tmp_path / one / "step_000002" for one in ("whole", "part")),
+    ]
+    moved = 0
+    for name, before in weights(steps[0], "averaged").items():
+        once, again = (weights(step, "averaged")[name] for step in steps[1:])
+        assert torch.equal(once, again)
+        assert not name.startswith("encoder.") or torch.equal(once, before)
+        moved += not torch.equal(once, before)
+    assert moved > 10
+    for step in steps[1:]:
+        assert json.loads((step / "statistics.json").read_text()) == scale
+
+
+def test_all_of_another_autoencoder_learns_on(videos, trained, tmp_path):
+    out = tmp_path / "on"
+    config = settings(videos, out, adversarial_steps=0, initial=str(trained), seed=7, save_every=1)
+    train_autoencoder(config)
+    start, step = weights(trained / "step_000004", "averaged"), weights(out / "step_000001")
+    name = "encoder.conv_out.weight"
+    # One step of AdamW moves each weight by the rate; another seed's lie elsewhere.
+    moved = (step[name] - start[name]).abs().max()
+    assert 0 < moved < 1.1 * config.optim.lr
+    fresh = build_network(config, open_source(videos, "train")).state_dict()[name]
+    assert (fresh - start[name]).abs().max() > 100 * moved
+    scales = [
+        (one / "statistics.json").read_text()
+        for one in (trained / "step_000004", out / "step_000002")
+    ]
+    assert scales[0] != scales[1]
+
+
+def test_what_is_no_start_is_refused(videos, trained, tmp_path):
+    for initial, network, message in (
+        (str(trained), "small-16", "of another network than the one that is to learn on"),
+        ("scd/worlds/doom", "small-8", "a world of pixels: it has no autoencoder to start from"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_autoencoder(settings(videos, tmp_path / "ae", network=network, initial=initial))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train_autoencoder(settings(videos, tmp_path / "ae", initial=str(tmp_path / "nowhere")))
+    assert not (tmp_path / "ae").exists()
 
 
 def test_the_decoder_hears_no_encoder_and_as_much_noise_as_asked(videos):
