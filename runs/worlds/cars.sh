@@ -17,7 +17,7 @@
 #   latents      half a minute
 #   world        29 min, 0.24 s a step: held-out loss 0.54 after 1,000 steps (4 min: it drives, roads
 #                dissolve where the car stands), 0.42 after 2,000, 0.39 after 3,000, 0.30 after 7,000
-#   world-2      51 min beside other work, 25 alone: held-out loss 0.297 after 2,000 steps, 0.274 after 6,000
+#   world-2      51 min beside other work: held-out loss 0.297 after 2,000 steps, 0.274 after 6,000
 #   evaluation   3 min: gain over repeating the last frame +7.5 dB at +8, +2.6 dB at +32
 # The decoder of the world that is shipped learnt its first 3,600 steps without --border-weight, to
 # the end of their rate (1.38), 2,400 as below, and 2,400 more (--initial, --reconstruction-steps 0).

@@ -15,7 +15,7 @@ from scd.autoencoders.build import (
     fingerprint,
     refuse_other,
 )
-from scd.autoencoders.config import AutoencoderConfig, ImageAutoencoderConfig, PixelConfig
+from scd.autoencoders.config import AutoencoderConfig, PixelConfig
 from scd.autoencoders.text_encoder import text_fingerprint
 from scd.common.config import differences, from_json, to_json
 from scd.common.files import read_json
@@ -304,11 +304,9 @@ def _fit_to_latents(config: TrainConfig, source: LatentSource) -> TrainConfig:
     model = replace(config.model, shape=shape, conditions=info.card.conditions)
     where = f"{source.path / INFO_FILE}: autoencoder"
     autoencoder = from_json(AutoencoderConfig, info.autoencoder, where)
-    ours, is_image = config.autoencoder, isinstance(config.autoencoder, ImageAutoencoderConfig)
-    if autoencoder.placeless() == ours.placeless() and not (is_image and ours == ours.placeless()):
-        # The same settings elsewhere: weights are compared where they are opened. A picture's, of a
-        # world that has them in its folder, are where the latents say.
-        autoencoder = ours
+    if autoencoder.placeless() == config.autoencoder.placeless():
+        # The same settings elsewhere: weights are compared where they are opened.
+        autoencoder = config.autoencoder
     return replace(config, model=model, autoencoder=autoencoder)
 
 
